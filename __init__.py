@@ -1,0 +1,43 @@
+"""MedCT: CT-CLIP as a Hugging Face model, and LoRA adapters for it."""
+
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification, AutoProcessor
+
+from .configuration_medct import CT_CLIP_LABELS, MedCTConfig, MedCTVisionConfig
+from .image_processing_medct import MedCTImageProcessor
+from .modeling_medct import MedCTForImageClassification, MedCTModel, MedCTVisionModel, zero_shot_probabilities
+from .processing_medct import MedCTProcessor
+from .volume_io_medct import CTVolume, VolumeError, read_volume
+
+# Auto classes find these in a process that has imported medct; `save_pretrained` ships the code to those that have not.
+AutoConfig.register(MedCTConfig.model_type, MedCTConfig)
+AutoConfig.register(MedCTVisionConfig.model_type, MedCTVisionConfig)
+AutoModel.register(MedCTConfig, MedCTModel)
+AutoModel.register(MedCTVisionConfig, MedCTVisionModel)
+AutoModelForImageClassification.register(MedCTConfig, MedCTForImageClassification)
+AutoImageProcessor.register(MedCTConfig, MedCTImageProcessor)
+AutoProcessor.register(MedCTConfig, MedCTProcessor)
+for _shipped, _auto_class in (
+    (MedCTConfig, "AutoConfig"),
+    (MedCTVisionConfig, "AutoConfig"),
+    (MedCTModel, "AutoModel"),
+    (MedCTVisionModel, "AutoModel"),
+    (MedCTForImageClassification, "AutoModelForImageClassification"),
+    (MedCTImageProcessor, "AutoImageProcessor"),
+    (MedCTProcessor, "AutoProcessor"),
+):
+    _shipped.register_for_auto_class(_auto_class)
+
+__all__ = [
+    "CT_CLIP_LABELS",
+    "CTVolume",
+    "MedCTConfig",
+    "MedCTForImageClassification",
+    "MedCTImageProcessor",
+    "MedCTModel",
+    "MedCTProcessor",
+    "MedCTVisionConfig",
+    "MedCTVisionModel",
+    "VolumeError",
+    "read_volume",
+    "zero_shot_probabilities",
+]

@@ -1,0 +1,24 @@
+"""Volumes and texts to the model's inputs, in one call."""
+
+from transformers import ProcessorMixin
+
+
+class MedCTProcessor(ProcessorMixin):
+    """An image processor for CT volumes and a tokenizer.
+
+    `processor(images=..., text=..., return_tensors="pt")` gives `pixel_values` of the volumes (see
+    `MedCTImageProcessor.preprocess` for what they may be) and `input_ids` and `attention_mask` of the texts, padded to
+    the longest and cut at what the text encoder can read.
+
+    Args:
+        image_processor: A `MedCTImageProcessor`.
+        tokenizer: The text encoder's.
+    """
+
+    text_kwargs = {"padding": True, "truncation": True}
+
+    def __init__(self, image_processor=None, tokenizer=None, **kwargs):
+        super().__init__(image_processor, tokenizer, **kwargs)
+
+
+__all__ = ["MedCTProcessor"]

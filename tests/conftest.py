@@ -1,0 +1,102 @@
+"""Shared by all tests: no network, and small models, tokenizers and scans that the tests make themselves."""
+
+import os
+import tempfile
+
+# Before any library reads them: without these a missing file is looked for on the network for minutes.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="medct-tests-")
+
+import json
+from pathlib import Path
+
+import ct_clip_reference as reference
+import nibabel
+import numpy as np
+import pytest
+import torch
+
+from medct import MedCTModel, MedCTProcessor
+from medct.convert_ct_clip_to_hf import convert
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory) -> Path:
+    """A folder with nothing but `vocab.txt`."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "is", "not", "present", ".", *letters]
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory) -> Path:
+    """A small CT-CLIP checkpoint with random weights."""
+    path = tmp_path_factory.mktemp("checkpoint") / "ct_clip.pt"
+    torch.save(reference.random_checkpoint(reference.SIZES), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def sizes_file(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("sizes") / "sizes.json"
+    path.write_text(json.dumps(reference.SIZES))
+    return path
+
+
+@pytest.fixture(scope="session")
+def converted(tmp_path_factory, checkpoint, sizes_file, tokenizer_folder) -> Path:
+    """The small checkpoint as a Hub folder."""
+    folder = tmp_path_factory.mktemp("converted") / "model"
+    convert(checkpoint, folder, str(tokenizer_folder), sizes_file)
+    return folder
+
+
+@pytest.fixture
+def model(converted) -> MedCTModel:
+    return MedCTModel.from_pretrained(converted).eval()
+
+
+@pytest.fixture
+def processor(converted) -> MedCTProcessor:
+    return MedCTProcessor.from_pretrained(converted)
+
+
+@pytest.fixture
+def batch() -> dict[str, torch.Tensor]:
+    """Three volumes and three texts of the small model, the last text padded."""
+    generator = torch.Generator().manual_seed(1)
+    sizes = reference.SIZES
+    volume = (3, 1, sizes["frames"], *sizes["image_size"])
+    attention_mask = torch.ones(3, 7, dtype=torch.long)
+    attention_mask[2, 4:] = 0
+    return {
+        "pixel_values": torch.rand(volume, generator=generator) * 2 - 1,
+        "input_ids": torch.randint(5, sizes["text_config"]["vocab_size"], (3, 7), generator=generator),
+        "attention_mask": attention_mask,
+    }
+
+
+@pytest.fixture
+def nifti(tmp_path):
+    """Writes a NIfTI file: `nifti(array, affine, name)`, with spacing 3 x 2 x 4 mm towards L, P, S by default."""
+
+    def write(array: np.ndarray, affine: np.ndarray | None = None, name: str = "scan.nii.gz") -> Path:
+        path = tmp_path / name
+        affine = np.diag([-3.0, -2.0, 4.0, 1.0]) if affine is None else affine
+        nibabel.save(nibabel.Nifti1Image(array, affine), path)
+        return path
+
+    return write
+
+
+@pytest.fixture
+def shared() -> Path:
+    """Recorded tensors and real scans, where they are at hand."""
+    if not SHARED.is_dir():
+        pytest.skip(f"{SHARED} is not at hand")
+    return SHARED
