@@ -19,10 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import BertTokenizer
-
 from medct import MedCTConfig, MedCTForImageClassification, MedCTImageProcessor, MedCTModel, MedCTProcessor
 from medct.outputs import whole_folder
+from transformers import BertTokenizer
 
 MODEL_CARD = Path(__file__).with_name("model_card.md")
 CLASSFINE_PREFIX = "trained_model."
@@ -50,7 +49,10 @@ _KEYS = (
     (_LAYER + r"3\.0\.(weight|bias)", _OUR_LAYER + r"layer_norm2.\3"),
     (_LAYER + r"3\.1\.weight", _OUR_LAYER + "mlp.fc1.weight"),
     (_LAYER + r"3\.4\.weight", _OUR_LAYER + "mlp.fc2.weight"),
-    (r"visual_transformer\.enc_(spatial|temporal)_transformer\.norm_out\.gamma", r"vision_model.\1_encoder.norm.weight"),
+    (
+        r"visual_transformer\.enc_(spatial|temporal)_transformer\.norm_out\.gamma",
+        r"vision_model.\1_encoder.norm.weight",
+    ),
     (r"visual_transformer\.vq\._codebook\.embed", "vision_model.quantizer.codebook"),
     (r"(classifier\.(?:weight|bias))", r"\1"),
 )
@@ -65,7 +67,10 @@ _DROPPED = (
     (_LAYER + r"1\.context_norm\.(gamma|beta)", "of cross-attention, which CT-CLIP does not have"),
     (_LAYER + r"1\.norm\.beta", _ZERO),
     (r"visual_transformer\.enc_(spatial|temporal)_transformer\.norm_out\.beta", _ZERO),
-    (r"visual_transformer\.vq\._codebook\.(initted|cluster_size|embed_avg)", "running state of the codebook's training"),
+    (
+        r"visual_transformer\.vq\._codebook\.(initted|cluster_size|embed_avg)",
+        "running state of the codebook's training",
+    ),
 )
 # Of the mapped keys, those that a classifier of volumes has no use for.
 _NOT_IN_CLASSIFIER = re.compile(r"(text_model|text_projection|logit_scale)\.")
@@ -116,7 +121,9 @@ def map_keys(state: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], d
         if reason is None and name is None:
             raise ConversionError(f"Unknown key {full_key}: this is no CT-CLIP checkpoint, or one of another version.")
         if reason == _ZERO and tensor.any():
-            raise ConversionError(f"{full_key} should be zero and is not: this is no checkpoint of the published CT-CLIP.")
+            raise ConversionError(
+                f"{full_key} should be zero and is not: this is no checkpoint of the published CT-CLIP."
+            )
         if is_classifier and name is not None and _NOT_IN_CLASSIFIER.match(name):
             reason = "the text half, which a classifier of volumes does not use"
         if reason is not None:
@@ -188,8 +195,8 @@ def build_model(config: MedCTConfig, mapped: dict[str, torch.Tensor]) -> MedCTMo
         raise ConversionError(f"The checkpoint lacks {missing[0]} ({len(missing)} tensors in all).")
     if unexpected := sorted(mapped.keys() - expected.keys()):
         raise ConversionError(
-            f"The checkpoint holds {unexpected[0]} ({len(unexpected)} tensors in all), which a model of these sizes does "
-            "not have. Pass the model's own --sizes."
+            f"The checkpoint holds {unexpected[0]} ({len(unexpected)} tensors in all), which a model of these sizes "
+            "does not have. Pass the model's own --sizes."
         )
     for name, tensor in mapped.items():
         if tensor.shape != expected[name].shape:
@@ -213,11 +220,13 @@ def load_tokenizer(id_or_folder: str, config: MedCTConfig) -> BertTokenizer:
         )
     except Exception as error:  # the Hub's client, the file system and the parser each raise their own
         reason = str(error).strip().splitlines()[0]
-        raise ConversionError(f"{id_or_folder}: no tokenizer ({reason}). Pass a Hub id or a folder with vocab.txt.") from error
+        raise ConversionError(
+            f"{id_or_folder}: no tokenizer ({reason}). Pass a Hub id or a folder with vocab.txt."
+        ) from error
     if len(tokenizer) > config.text_config.vocab_size:
         raise ConversionError(
-            f"The tokenizer has {len(tokenizer)} words, the checkpoint {config.text_config.vocab_size}: they do not belong "
-            "together."
+            f"The tokenizer has {len(tokenizer)} words, the checkpoint {config.text_config.vocab_size}: they do not "
+            "belong together."
         )
     return tokenizer
 
@@ -241,7 +250,9 @@ def convert(checkpoint: Path, output: Path, tokenizer: str, sizes: Path | None =
     with whole_folder(output) as folder:
         mapped, dropped = map_keys(load_state_dict(checkpoint))
         config = published_config(mapped) if sizes is None else config_from_sizes(json.loads(sizes.read_text()))
-        processor = MedCTProcessor(MedCTImageProcessor.from_config(config.vision_config), load_tokenizer(tokenizer, config))
+        processor = MedCTProcessor(
+            MedCTImageProcessor.from_config(config.vision_config), load_tokenizer(tokenizer, config)
+        )
         build_model(config, mapped).save_pretrained(folder)
         processor.save_pretrained(folder)
         shutil.copyfile(MODEL_CARD, folder / "README.md")
@@ -256,8 +267,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--tokenizer",
         required=True,
         metavar="ID_OR_DIR",
-        help="Hub id of the text encoder's tokenizer (published: microsoft/BiomedVLP-CXR-BERT-specialized), or a folder "
-        "with vocab.txt",
+        help="Hub id of the text encoder's tokenizer (published: microsoft/BiomedVLP-CXR-BERT-specialized), or a "
+        "folder with vocab.txt",
     )
     parser.add_argument(
         "--sizes", type=Path, metavar="FILE", help="JSON with the sizes of the model, if it is not the published one"

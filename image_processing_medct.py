@@ -219,7 +219,9 @@ class MedCTImageProcessor(BaseImageProcessor):
 
 def _to_tensor(array: np.ndarray) -> torch.Tensor:
     """A tensor of an array of any byte order, direction and dtype; int16 stays, as most scans hold it."""
-    dtype = np.int16 if array.dtype.kind in "iu" and array.dtype.itemsize <= 2 and array.dtype != np.uint16 else np.float32
+    dtype = (
+        np.int16 if array.dtype.kind in "iu" and array.dtype.itemsize <= 2 and array.dtype != np.uint16 else np.float32
+    )
     return torch.from_numpy(np.ascontiguousarray(array, dtype=dtype))
 
 

@@ -84,7 +84,9 @@ def contrastive_loss(logits_per_image: torch.Tensor) -> torch.Tensor:
     """
     volumes, texts = logits_per_image.shape
     if volumes != texts:
-        raise ValueError(f"The contrastive loss needs one text a volume; there are {volumes} volumes and {texts} texts.")
+        raise ValueError(
+            f"The contrastive loss needs one text a volume; there are {volumes} volumes and {texts} texts."
+        )
     target = torch.arange(volumes, device=logits_per_image.device)
     return (F.cross_entropy(logits_per_image, target) + F.cross_entropy(logits_per_image.t(), target)) / 2
 
@@ -234,7 +236,7 @@ class MedCTAttention(nn.Module):
         position_bias: torch.Tensor | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """`(batch, tokens, hidden_size)` each, the bias `(1, heads, tokens, tokens)`, to the first's shape and weights."""
+        """`(batch, tokens, hidden_size)` each, bias `(1, heads, tokens, tokens)`, to the first's shape, and weights."""
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
         # (b, n, heads*c) -> (b, heads, n, c)
         query = self.q_proj(hidden_states).view(heads).transpose(1, 2)
@@ -277,9 +279,7 @@ class MedCTLayer(GradientCheckpointingLayer):
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = MedCTMLP(config)
 
-    def forward(
-        self, hidden_states: torch.Tensor, position_bias: torch.Tensor | None = None, **kwargs
-    ) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, position_bias: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
         hidden_states = hidden_states + self.position_generator(hidden_states)
         # Only queries are normalised; keys and values come from the stream itself.
         hidden_states = (
@@ -298,9 +298,7 @@ class MedCTEncoder(nn.Module):
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, bias=False)
         self.gradient_checkpointing = False
 
-    def forward(
-        self, hidden_states: torch.Tensor, position_bias: torch.Tensor | None = None, **kwargs
-    ) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, position_bias: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
         """`(sequences, tokens, hidden_size)` to the same; attention runs within a sequence."""
         for layer in self.layers:
             hidden_states = layer(hidden_states, position_bias, **kwargs)
@@ -335,7 +333,7 @@ class MedCTQuantizer(nn.Module):
 class MedCTLogitScale(nn.Module):
     """The learned scale of the logits, kept as its logarithm.
 
-    A module of its own, with one element instead of none: PEFT can then save it with an adapter, and FSDP2 can shard it.
+    A module of its own, with one element instead of none: so PEFT can save it with an adapter, and FSDP2 can shard it.
     """
 
     def __init__(self, config: MedCTConfig):
@@ -357,8 +355,8 @@ class MedCTPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["MedCTLayer", "MedCTPatchEmbeddings", "MedCTPositionBias", "MedCTQuantizer"]
     _supports_sdpa = True
-    # The position bias reaches sdpa once for all volumes; flash attention takes no bias at all, and flex attention would
-    # need a copy for each volume.
+    # The position bias reaches sdpa once for all volumes; flash attention takes no bias at all, and flex attention
+    # would need a copy for each volume.
     _supports_flash_attn = False
     _supports_flex_attn = False
     _supports_attention_backend = True

@@ -28,7 +28,7 @@ def whole_folder(path: str | os.PathLike) -> Iterator[Path]:
     aside.mkdir(parents=True)
     try:
         yield aside
-        os.replace(aside, final)  # an empty folder of that name is replaced
+        aside.replace(final)  # an empty folder of that name is replaced
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise

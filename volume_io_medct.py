@@ -43,8 +43,13 @@ class VolumeError(ValueError):
         remedy: What the caller can do.
     """
 
-    def __init__(self, source: str, reason: str, remedy: str):
-        super().__init__(f"{source}: {reason}. {remedy}.")
+    def __init__(self, source: str, reason: str = "", remedy: str = ""):
+        text = f"{source}: {reason}. {remedy}."
+        if not reason:
+            # Pickle, and torch for an error of a loader process, rebuild an error from its text alone; the last line of
+            # a traceback's text is the message.
+            text = source.strip().splitlines()[-1].split("VolumeError: ")[-1]
+        super().__init__(" ".join(text.split()))
         self.source, self.reason, self.remedy = source, reason, remedy
 
 
@@ -170,7 +175,11 @@ def _load(source: Any, spacing_mm, orientation: str, affine, rescale: bool) -> C
             raise VolumeError(
                 f"array {source.shape}", "it comes without a geometry", "Pass `spacing_mm=(z, y, x)` or `affine=`"
             )
-        return CTVolume(source, np.asarray(affine_from_spacing(spacing_mm, orientation) if affine is None else affine, float), f"array {source.shape}")
+        return CTVolume(
+            source,
+            np.asarray(affine_from_spacing(spacing_mm, orientation) if affine is None else affine, float),
+            f"array {source.shape}",
+        )
     raise VolumeError(
         type(source).__name__, "it is no CT source", "Pass a NIfTI path, a nibabel image, a CTVolume or an array"
     )
@@ -201,10 +210,11 @@ def _read_nifti_file(path: Path):
 def _load_nifti(image: Any, affine, source: str, rescale: bool) -> CTVolume:
     """Array and affine of a nibabel image, with what its header says of scale and unit."""
     header = image.header
-    if rescale and getattr(image.dataobj, "slope", 1) != 1 or rescale and getattr(image.dataobj, "inter", 0) != 0:
+    slope, intercept = getattr(image.dataobj, "slope", 1), getattr(image.dataobj, "inter", 0)
+    if rescale and (slope, intercept) != (1, 0):
         raise VolumeError(
             source,
-            f"its header already rescales (slope {image.dataobj.slope}, intercept {image.dataobj.inter})",
+            f"its header already rescales (slope {slope}, intercept {intercept})",
             "Leave out `rescale_slope` and `rescale_intercept`, or HU would be computed twice",
         )
     if affine is None:
@@ -230,12 +240,18 @@ def _check(volume: CTVolume) -> None:
         raise VolumeError(source, f"its values are of type {array.dtype}", "Pass whole or real numbers")
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         count = int(np.count_nonzero(~np.isfinite(array)))
-        raise VolumeError(source, f"{count} of its {array.size} voxels are NaN or infinite", "Replace them, by -1000 HU where there is air")
+        raise VolumeError(
+            source,
+            f"{count} of its {array.size} voxels are NaN or infinite",
+            "Replace them, by -1000 HU where there is air",
+        )
     if affine.shape != (4, 4) or not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
         raise VolumeError(source, "its affine is singular", "Correct the header, or pass `affine=`")
     cosines = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
     if np.abs(cosines.T @ cosines - np.eye(3)).max() > 1e-3:
-        raise VolumeError(source, "its axes are not perpendicular (sheared affine)", "Resample the scan to a straight grid")
+        raise VolumeError(
+            source, "its axes are not perpendicular (sheared affine)", "Resample the scan to a straight grid"
+        )
 
 
 __all__ = ["CTVolume", "VolumeError", "affine_from_spacing", "axis_order", "read_volume", "rescale_to_hu"]

@@ -15,7 +15,6 @@ import nibabel
 import numpy as np
 import pytest
 import torch
-
 from medct import MedCTModel, MedCTProcessor
 from medct.convert_ct_clip_to_hf import convert
 

@@ -85,7 +85,9 @@ def random_checkpoint(sizes: dict, seed: int = 0) -> dict[str, torch.Tensor]:
         weight = torch.randn(shape, generator=generator) * 0.3
         is_scale = key.endswith(("gamma", "_scale", "LayerNorm.weight", "emb.1.weight", "emb.3.weight", "3.0.weight"))
         state[key] = weight * 0 if key.endswith("beta") else weight + 1 if is_scale else weight
-    state["text_transformer.embeddings.position_ids"] = torch.arange(sizes["text_config"]["max_position_embeddings"])[None]
+    state["text_transformer.embeddings.position_ids"] = torch.arange(sizes["text_config"]["max_position_embeddings"])[
+        None
+    ]
     return state
 
 
@@ -143,7 +145,9 @@ def patch_embeddings(state: dict, pixel_values: torch.Tensor, sizes: dict) -> to
     x = torch.stack(blocks)
     x = F.layer_norm(x, x.shape[-1:], state[f"{at}1.weight"], state[f"{at}1.bias"])
     x = F.linear(x, state[f"{at}2.weight"], state[f"{at}2.bias"])
-    return F.layer_norm(x, x.shape[-1:], state[f"{at}3.weight"], state[f"{at}3.bias"]).reshape(-1, t, h, w, sizes["dim"])
+    return F.layer_norm(x, x.shape[-1:], state[f"{at}3.weight"], state[f"{at}3.bias"]).reshape(
+        -1, t, h, w, sizes["dim"]
+    )
 
 
 def run(state: dict, sizes: dict, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

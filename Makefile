@@ -1,0 +1,36 @@
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: train test test-slow style check phantom-base
+
+train: $(VENV)/installed  ## adapt the phantom base to another site; ARGS="..." passes flags
+	$(BIN)/accelerate launch --num_processes 1 train.py $(ARGS)
+
+test: $(VENV)/installed  ## everything but what takes minutes
+	$(BIN)/python -m pytest $(ARGS)
+
+test-slow: $(VENV)/installed  ## what takes minutes or gigabytes
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+style: $(VENV)/installed-dev  ## format, and fix what can be fixed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+check: $(VENV)/installed-dev  ## lint, format and types, changing nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+phantom-base: $(VENV)/installed  ## train phantom_base/ anew, about half an hour
+	rm -rf phantom_base
+	$(BIN)/python make_phantom_base.py phantom_base
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test]'
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@

@@ -1,0 +1,74 @@
+"""Configuration: the published sizes, derived values, and what is refused."""
+
+import pytest
+from huggingface_hub.errors import StrictDataclassError
+from medct import CT_CLIP_LABELS, MedCTConfig, MedCTVisionConfig
+
+
+def test_defaults_are_the_published_model():
+    config = MedCTConfig()
+    vision = config.vision_config
+    assert vision.grid_size == (24, 24, 24)
+    assert vision.patch_voxels == 4000
+    assert vision.attention_size == 256
+    assert vision.intermediate_size == 1365
+    assert vision.pooled_size == 294_912
+    assert vision.pad_value == -1.0
+    assert config.text_config.model_type == "bert"
+    assert config.label_names == list(CT_CLIP_LABELS)
+    assert len(CT_CLIP_LABELS) == len(set(CT_CLIP_LABELS)) == 18
+
+
+def test_prompts_alternate_present_and_absent():
+    config = MedCTConfig(
+        prompt_templates=[["{label} is present.", "{label} is not present."], ["{label}", "no {label}"]]
+    )
+    first, second = config.label_prompts(["Emphysema", "Cardiomegaly"])
+    assert first[:3] == ["Emphysema is present.", "Emphysema is not present.", "Cardiomegaly is present."]
+    assert second == ["Emphysema", "no Emphysema", "Cardiomegaly", "no Cardiomegaly"]
+    assert len(config.label_prompts()[0]) == 36
+
+
+def test_survives_the_disk(tmp_path):
+    config = MedCTConfig(
+        vision_config={"hidden_size": 48, "patch_size": [10, 24, 24]},
+        text_config={"model_type": "distilbert", "dim": 24},
+        id2label={0: "nodule", 1: "mass"},
+    )
+    config.save_pretrained(tmp_path)
+    again = MedCTConfig.from_pretrained(tmp_path)
+    assert again.to_dict() == config.to_dict()
+    assert again.text_config.dim == 24
+    assert again.vision_config.grid_size == (24, 20, 20)
+    assert again.label_names == ["nodule", "mass"]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"image_size": (240, 480, 490)}, "490 along x is not a multiple of `patch_size` 20"),
+        ({"image_size": (240, 480)}, r"three positive numbers .* not \(240, 480\)"),
+        ({"target_spacing_mm": (1.5, 0.0, 0.75)}, r"not \(1.5, 0.0, 0.75\)"),
+        ({"hu_min": 100, "hu_max": -100}, "100 HU must lie below `hu_max` -100 HU"),
+        ({"orientation": "SSP"}, 'not "SSP"'),
+        ({"codebook_size": 0}, "must be positive, not 0"),
+        ({"hidden_size": 1.5}, "hidden_size"),
+    ],
+)
+def test_impossible_vision_values_are_refused(values, message):
+    with pytest.raises((ValueError, StrictDataclassError), match=message):
+        MedCTVisionConfig(**values)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"projection_dim": 0}, "not 0"),
+        ({"prompt_templates": [["{label} is present."]]}, "pair of sentences"),
+        ({"prompt_templates": [["present", "absent"]]}, "pair of sentences"),
+        ({"classifier_pos_weight": [1.0, 2.0]}, "2 numbers for 18 labels"),
+    ],
+)
+def test_impossible_values_are_refused(values, message):
+    with pytest.raises((ValueError, StrictDataclassError), match=message):
+        MedCTConfig(**values)

@@ -1,0 +1,172 @@
+"""Preprocessing against the recorded original, the specification and itself."""
+
+import itertools
+import json
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+from medct import CTVolume, MedCTConfig, MedCTImageProcessor
+from medct.image_processing_medct import (
+    clip_hu,
+    crop_window,
+    pad_to_size,
+    reorient,
+    resample_and_crop,
+    resampled_length,
+    scale_hu,
+)
+from medct.volume_io_medct import affine_from_spacing
+from torch.nn import functional as F
+
+
+def by_the_letter(volume: np.ndarray, spacing_mm, target_spacing_mm, size) -> torch.Tensor:
+    """The specification's steps 3 to 6 on `(z, y, x)` HU, whole volumes at a time."""
+    x = torch.from_numpy(volume.astype(np.float32)).clamp(-1000, 1000)
+    shape = [int(n * s / t) for n, s, t in zip(x.shape, spacing_mm, target_spacing_mm, strict=True)]
+    x = F.interpolate(x[None, None], size=shape, mode="trilinear", align_corners=False)[0, 0] / 1000
+    for axis, (length, target) in enumerate(zip(shape, size, strict=True)):
+        if length > target:
+            x = x.narrow(axis, (length - target) // 2, target)
+        else:
+            before = (target - length) // 2
+            pads = [0] * 6
+            pads[4 - 2 * axis : 6 - 2 * axis] = before, target - length - before
+            x = F.pad(x, pads, value=-1)
+    return x
+
+
+@pytest.mark.parametrize("case", ["crops_all_axes", "pads_all_axes"])
+def test_equals_the_original(shared, case):
+    folder = shared / "golden/preprocess"
+    facts = json.loads((folder / f"{case}.json").read_text())
+    expected = np.load(folder / f"{case}.expected.npz")
+    rescale = {name: facts[name] for name in ("rescale_slope", "rescale_intercept")}
+    batch = MedCTImageProcessor()(folder / f"{case}.nii.gz", return_tensors="pt", **rescale)
+    pixel_values = batch["pixel_values"][0, 0].numpy()
+    assert list(pixel_values.shape) == facts["expected_shape"]
+    points = pixel_values[tuple(expected["points"].T)] - expected["values"]
+    lattice = pixel_values[::12, ::24, ::24] - expected["lattice"]
+    for difference in (np.abs(points), np.abs(lattice)):
+        assert difference.max() < 1e-4
+        assert difference.mean() < 1e-6
+    assert pixel_values.mean(dtype=np.float64) == pytest.approx(float(expected["mean"]), abs=1e-6)
+    assert pixel_values.std(dtype=np.float64) == pytest.approx(float(expected["std"]), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("shape", "spacing_mm"),
+    [((30, 41, 37), (2.0, 1.3, 0.9)), ((9, 8, 70), (5.0, 0.75, 0.6)), ((16, 24, 24), (1.5, 0.75, 0.75))],
+)
+def test_equals_the_specification(shape, spacing_mm):
+    size, target = (16, 25, 24), (1.5, 0.75, 0.75)
+    volume = np.random.default_rng(0).integers(-1100, 1500, shape).astype(np.int16)
+    processor = MedCTImageProcessor(image_size=size, target_spacing_mm=target)
+    pixel_values = processor(volume, spacing_mm=spacing_mm, return_tensors="pt")["pixel_values"]
+    assert pixel_values.shape == (1, 1, *size)
+    expected = by_the_letter(volume, spacing_mm, target, size)
+    torch.testing.assert_close(pixel_values[0, 0], expected, atol=1e-5, rtol=0)
+
+
+ORIENTATIONS = [
+    "".join(letters) for axes in itertools.permutations(("LR", "AP", "IS")) for letters in itertools.product(*axes)
+]
+
+
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+def test_all_48_orientations_give_the_same_voxels(orientation):
+    volume = np.random.default_rng(0).integers(-1000, 1000, (6, 8, 10)).astype(np.int16)
+    image = nibabel.Nifti1Image(volume, affine_from_spacing((3.0, 2.0, 1.0), "SLP"))
+    axes = nibabel.orientations.axcodes2ornt(orientation)
+    turned = image.as_reoriented(nibabel.orientations.ornt_transform(nibabel.io_orientation(image.affine), axes))
+    assert "".join(nibabel.aff2axcodes(turned.affine)) == orientation
+    processor = MedCTImageProcessor(image_size=(6, 8, 10), target_spacing_mm=(3.0, 2.0, 1.0))
+    pixel_values = processor(turned, return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(pixel_values[0, 0], torch.from_numpy(volume / np.float32(1000)))
+
+
+def test_reorient_follows_the_nearest_axes_of_an_oblique_scan():
+    angle = np.deg2rad(20)
+    turn = np.array([[np.cos(angle), -np.sin(angle), 0], [np.sin(angle), np.cos(angle), 0], [0, 0, 1]])
+    affine = np.eye(4)
+    affine[:3, :3] = turn @ np.diag([-0.7, -0.8, 2.5])
+    array = np.arange(24).reshape(2, 3, 4)
+    turned, spacing_mm = reorient(CTVolume(array, affine), "SLP")
+    np.testing.assert_array_equal(turned, array.transpose(2, 0, 1))
+    assert spacing_mm == (2.5, 0.7, 0.8)
+
+
+def test_clip_hu_keeps_the_type():
+    volume = torch.tensor([-8192, -1000, 5, 3071], dtype=torch.int16)
+    assert torch.equal(clip_hu(volume, -1000, 1000), torch.tensor([-1000, -1000, 5, 1000], dtype=torch.int16))
+
+
+@pytest.mark.parametrize(
+    ("length", "spacing_mm", "target_mm", "expected"),
+    [(300, 0.7, 1.5, 140), (512, 0.75, 0.75, 512), (99, 3.0, 1.5, 198), (100, 1.0, 1.5, 66), (1, 0.5, 1.5, 1)],
+)
+def test_resampled_length(length, spacing_mm, target_mm, expected):
+    assert resampled_length(length, spacing_mm, target_mm) == expected
+
+
+@pytest.mark.parametrize(
+    ("length", "size", "expected"), [(10, 4, (3, 7)), (11, 4, (3, 7)), (4, 4, (0, 4)), (3, 4, (0, 3))]
+)
+def test_crop_window(length, size, expected):
+    assert crop_window(length, size) == expected
+
+
+def test_resample_and_crop_keeps_the_centre():
+    ramp = torch.arange(12, dtype=torch.float32).view(12, 1, 1).expand(12, 3, 3)
+    halved = resample_and_crop(ramp, (1.0, 1.0, 1.0), (2.0, 1.0, 1.0), (4, 3, 3))
+    assert halved[:, 1, 1].tolist() == [2.5, 4.5, 6.5, 8.5]
+
+
+def test_scale_hu_divides():
+    assert scale_hu(torch.tensor([-1000.0, 250.0]), 1000).tolist() == [-1.0, 0.25]
+
+
+def test_pad_to_size_puts_the_odd_voxel_behind():
+    padded = pad_to_size(torch.ones(1, 1, 2), (2, 1, 5), value=-1.0)
+    assert padded[0, 0].tolist() == [-1, 1, 1, -1, -1]
+    assert padded[1, 0].tolist() == [-1] * 5
+
+
+@pytest.mark.parametrize("dtype", ["<i2", ">i2", "u1", "u2", "i4", "f4", "f8"])
+def test_any_dtype(dtype):
+    volume = np.random.default_rng(0).integers(0, 255, (4, 4, 4)).astype(dtype)
+    processor = MedCTImageProcessor(image_size=(4, 4, 4), target_spacing_mm=(1, 1, 1))
+    pixel_values = processor(volume, spacing_mm=(1, 1, 1), return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(pixel_values[0, 0], torch.from_numpy(volume.astype(np.float32)) / 1000)
+
+
+def test_batches_take_one_value_or_one_each():
+    processor = MedCTImageProcessor(image_size=(4, 4, 4), target_spacing_mm=(1, 1, 1))
+    volumes = [np.full((4, 4, 4), value, np.int16) for value in (100, 200)]
+    together = processor(volumes, spacing_mm=(1, 1, 1), rescale_intercept=[0, -100], return_tensors="np")
+    assert together["pixel_values"].shape == (2, 1, 4, 4, 4)
+    np.testing.assert_allclose(together["pixel_values"], 0.1)
+    with pytest.raises(ValueError, match="3 values were given for 2 images"):
+        processor(volumes, spacing_mm=[(1, 1, 1)] * 3)
+
+
+def test_belongs_to_a_configuration(tmp_path):
+    config = MedCTConfig(vision_config={"image_size": [20, 40, 40], "orientation": "RAS", "hu_min": -500})
+    processor = MedCTImageProcessor.from_config(config.vision_config)
+    processor.save_pretrained(tmp_path)
+    again = MedCTImageProcessor.from_pretrained(tmp_path)
+    assert (again.image_size, again.orientation, again.hu_min) == ([20, 40, 40], "RAS", -500)
+    assert MedCTImageProcessor().to_dict() == MedCTImageProcessor.from_config(MedCTConfig().vision_config).to_dict()
+
+
+def test_real_scan_in_two_orientations(shared):
+    """The second file is every other voxel of the first, mirrored: the same scan up to what that loses."""
+    folder = shared / "realdata/01b_cptac_lscc_chest_nifti_derived"
+    files = [folder / f"cptac_C3N-00247_chest_{name}.nii.gz" for name in ("2.26x2.26x3mm_LPS", "4.5x4.5x3mm_RAS")]
+    processor = MedCTImageProcessor(image_size=(60, 60, 60), target_spacing_mm=(4.5, 4.5, 4.5))
+    first, second = processor(files, return_tensors="pt")["pixel_values"][:, 0]
+    assert torch.corrcoef(torch.stack([first.flatten(), second.flatten()]))[0, 1] > 0.97
+    for flipped in ((0,), (1,), (2,), (1, 2)):
+        mirrored = torch.stack([first.flatten(), second.flip(flipped).flatten()])
+        assert torch.corrcoef(mirrored)[0, 1] < 0.9

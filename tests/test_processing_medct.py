@@ -1,0 +1,43 @@
+"""Volumes and texts in one call."""
+
+import numpy as np
+import torch
+from medct import MedCTProcessor
+
+
+def test_images_and_text_together(processor, nifti):
+    scan = nifti(np.zeros((6, 6, 6), np.int16))
+    batch = processor(images=[scan, str(scan)], text=["a b c", "a"], return_tensors="pt")
+    assert batch["pixel_values"].shape == (2, 1, 8, 12, 8)
+    assert batch["pixel_values"].dtype == torch.float32
+    assert batch["input_ids"].shape == (2, 5)
+    assert batch["attention_mask"].tolist() == [[1] * 5, [1, 1, 1, 0, 0]]
+
+
+def test_either_alone(processor, nifti):
+    assert set(processor(images=nifti(np.zeros((6, 6, 6), np.int16)), return_tensors="pt")) == {"pixel_values"}
+    assert "pixel_values" not in processor(text="a b", return_tensors="pt")
+
+
+def test_options_reach_the_image_processor(processor):
+    stored = np.full((8, 12, 8), 1024, np.int16)
+    batch = processor(
+        images=stored,
+        text="a",
+        spacing_mm=(1.5, 0.75, 0.75),
+        rescale_slope=1,
+        rescale_intercept=-1524,
+        return_tensors="pt",
+    )
+    torch.testing.assert_close(batch["pixel_values"], torch.full((1, 1, 8, 12, 8), -0.5))
+
+
+def test_long_texts_are_cut_at_what_the_encoder_reads(processor):
+    assert processor(text="a " * 100, return_tensors="pt")["input_ids"].shape == (1, 32)
+
+
+def test_survives_the_disk(processor, tmp_path):
+    processor.save_pretrained(tmp_path)
+    again = MedCTProcessor.from_pretrained(tmp_path)
+    assert again.image_processor.to_dict() == processor.image_processor.to_dict()
+    assert again(text="a b.")["input_ids"] == processor(text="a b.")["input_ids"]
