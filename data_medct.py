@@ -75,7 +75,7 @@ def ct_rate_source(root: str | Path, split: str, config: MedCTConfig) -> Source:
     studies = labels.merge(reports, on="VolumeName", validate="one_to_one")
     if studies.empty:
         raise DataError(f"{root}: no VolumeName of the {split} split has both a report and labels.")
-    rows = studies.fillna(dict.fromkeys(REPORT_COLUMNS, "")).to_dict("records")
+    rows = studies.astype(dict.fromkeys(REPORT_COLUMNS, object)).fillna("").to_dict("records")
     for row in rows:
         row["volume"] = str(volume_path(root, split, row["VolumeName"]))
     stream = IterableDataset.from_generator(_read_rows, gen_kwargs={"rows": rows})
