@@ -9,8 +9,12 @@ Unusual: the codebook moves here, as in CT-CLIP's own training, and never again 
 """
 
 import argparse
+import itertools
 import json
 import re
+import sys
+from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -18,32 +22,43 @@ from accelerate.utils import set_seed
 from medct import MedCTConfig, MedCTImageProcessor, MedCTModel, MedCTProcessor
 from medct.data_medct import Collator, phantom_source
 from medct.modeling_medct import MedCTQuantizer
+from medct.outputs import whole_folder
 from medct.phantoms import SITES, report_sentences
-from medct.train import (
-    TrainingSettings,
-    endless,
-    evaluate_zero_shot,
-    make_loader,
-    tokenize_prompts,
-    training_loss,
-)
+from medct.train import TrainingSettings, evaluate_zero_shot, make_loader, tokenize_prompts, training_loss
+from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import BertTokenizer, get_cosine_schedule_with_warmup
 from transformers.utils import logging
 
 SEED = 0
-TRAIN_PATIENTS = 6000
-HELD_OUT_PATIENTS = 300
-EPOCHS = 2
-BATCH_SIZE = 16
-LEARNING_RATE = 1e-3
+# Nobody is seen twice. Patients below are held out, here and in `train.py`.
+FIRST_PATIENT = 1000
+BATCH_SIZE = 8
 WEIGHT_DECAY = 0.05
+MAX_GRAD_NORM = 1.0
+# First the vision encoder learns to see, with a plain classifier behind it and without the codebook; then all together.
+VISION_STEPS, VISION_LEARNING_RATE = 1500, 1.5e-3
+JOINT_STEPS, JOINT_LEARNING_RATE = 1500, 1e-3
 # How much of the codebook's running average a step keeps, and below how many tokens a step a row is given away.
 CODEBOOK_DECAY = 0.98
 CODEBOOK_LEAST_USE = 0.5
 
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+
+CARD = """---
+library_name: transformers
+license: apache-2.0
+tags: [medct, synthetic]
+---
+
+# MedCT phantom base
+
+A small MedCT model trained from scratch on SYNTHETIC chest CT phantoms of "site A": drawings, no patients. It stands in
+for CT-CLIP where no network is at hand and knows nothing of real scans. Made by `make_phantom_base.py`.
+
+Zero-shot AUROC, mean of 18 drawn findings, on held-out phantoms: site A {auroc_A:.3f}, site B {auroc_B:.3f}.
+"""
 
 
 def make_tokenizer(config: MedCTConfig) -> BertTokenizer:
@@ -72,7 +87,8 @@ def make_config() -> MedCTConfig:
             "head_dim": 24,
             "num_spatial_layers": 2,
             "num_temporal_layers": 2,
-            "codebook_size": 512,
+            "codebook_size": 1024,
+            "initializer_range": 0.05,
         },
         text_config={
             "model_type": "bert",
@@ -81,8 +97,12 @@ def make_config() -> MedCTConfig:
             "num_attention_heads": 4,
             "intermediate_size": 192,
             "max_position_embeddings": 256,
+            "initializer_range": 0.1,
+            "hidden_dropout_prob": 0.0,
+            "attention_probs_dropout_prob": 0.0,
         },
         projection_dim=64,
+        logit_scale_init_value=3.0,
     )
 
 
@@ -91,6 +111,9 @@ class MovingCodebook:
 
     Args:
         quantizer: Whose codebook moves.
+
+    Attributes:
+        tokens: What the quantizer was last given, `(batch, z, y * x, hidden_size)`, with gradients.
     """
 
     def __init__(self, quantizer: MedCTQuantizer):
@@ -101,82 +124,126 @@ class MovingCodebook:
         quantizer.register_forward_pre_hook(self._remember)
 
     def _remember(self, _quantizer: MedCTQuantizer, inputs: tuple[torch.Tensor]) -> None:
-        self.tokens = inputs[0].detach().flatten(0, -2)
+        self.tokens = inputs[0]
 
     def restart(self) -> None:
         """Rows are random tokens of the last batch."""
-        rows = torch.randperm(len(self.tokens))[: len(self.codebook)]
-        self.codebook.copy_(self.tokens[rows])
+        tokens = self.tokens.detach().flatten(0, -2)
+        self.codebook.copy_(tokens[torch.randperm(len(tokens))[: len(self.codebook)]])
         self.use.fill_(1.0)
         self.sums.copy_(self.codebook)
 
     def step(self) -> None:
         """Move every row by the tokens of the last batch; give rows that are out of use to random tokens."""
-        nearest = (self.tokens @ F.normalize(self.codebook, dim=-1).t()).argmax(-1)
+        tokens = self.tokens.detach().flatten(0, -2)
+        nearest = (tokens @ F.normalize(self.codebook, dim=-1).t()).argmax(-1)
         keep = CODEBOOK_DECAY
         self.use.mul_(keep).add_(torch.bincount(nearest, minlength=len(self.use)), alpha=1 - keep)
-        self.sums.mul_(keep).index_add_(0, nearest, self.tokens, alpha=1 - keep)
+        self.sums.mul_(keep).index_add_(0, nearest, tokens, alpha=1 - keep)
         dead = (self.use < CODEBOOK_LEAST_USE).nonzero().squeeze(-1)
-        self.sums[dead] = self.tokens[torch.randint(len(self.tokens), (len(dead),))]
+        self.sums[dead] = tokens[torch.randint(len(tokens), (len(dead),))]
         self.use[dead] = 1.0
         self.codebook.copy_(self.sums / self.use[:, None])
 
 
-def train_base(model: MedCTModel, processor: MedCTProcessor, accelerator: Accelerator) -> None:
+def train_base(model: MedCTModel, processor: MedCTProcessor) -> None:
     """Train all weights on reports and labels of site A."""
-    settings = TrainingSettings(batch_size=BATCH_SIZE, seed=SEED)
-    patients = range(HELD_OUT_PATIENTS, HELD_OUT_PATIENTS + TRAIN_PATIENTS)
-    collator = Collator(processor, model.config.label_names, with_text=True)
-    batches = endless(accelerator.prepare(make_loader(phantom_source("A", patients, SEED), settings, collator, True)))
-    steps = EPOCHS * TRAIN_PATIENTS // BATCH_SIZE
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-    schedule = get_cosine_schedule_with_warmup(optimizer, steps // 20, steps)
-    (prompts,) = tokenize_prompts(model.config, processor)
     codebook = MovingCodebook(model.vision_model.quantizer)
-    model.train()
-    bar = tqdm(range(steps), unit="step")
-    for step in bar:
-        loss = training_loss(model, next(batches), prompts, "both", processor.tokenizer.pad_token_id)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        codebook.step() if step else codebook.restart()
-        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+    classifier = nn.Linear(model.config.projection_dim, model.config.num_labels)
+    latents: list[torch.Tensor] = []
+    model.visual_projection.register_forward_hook(lambda _module, _inputs, output: latents.append(output))
+    (prompts,) = tokenize_prompts(model.config, processor)
+    pad_id = processor.tokenizer.pad_token_id
+
+    def classifier_loss(latent: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return F.binary_cross_entropy_with_logits(classifier(latent), labels)
+
+    def see(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        model.vision_model(batch["pixel_values"])
+        return classifier_loss(model.visual_projection(codebook.tokens.mean(dim=1).flatten(1)), batch["labels"])
+
+    def see_and_read(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        latents.clear()
+        loss = training_loss(model, batch, prompts, "both", pad_id)
+        return loss + classifier_loss(latents[0], batch["labels"])
+
+    weights = [*model.parameters(), *classifier.parameters()]
+    patients = iter(range(FIRST_PATIENT, FIRST_PATIENT + (VISION_STEPS + JOINT_STEPS) * BATCH_SIZE))
+    for name, steps, learning_rate, loss_of, moves in (
+        ("vision", VISION_STEPS, VISION_LEARNING_RATE, see, False),
+        ("joint", JOINT_STEPS, JOINT_LEARNING_RATE, see_and_read, True),
+    ):
+        source = phantom_source("A", list(itertools.islice(patients, steps * BATCH_SIZE)), SEED)
+        settings = TrainingSettings(batch_size=BATCH_SIZE, seed=SEED)
+        loader = make_loader(source, settings, Collator(processor, model.config.label_names, moves), shuffle=False)
+        optimizer = torch.optim.AdamW(weight_groups(weights), lr=learning_rate)
+        schedule = get_cosine_schedule_with_warmup(optimizer, steps // 20, steps)
+        model.train()
+        for step, batch in enumerate(bar := tqdm(loader, desc=name, total=steps, unit="step")):
+            loss = loss_of(batch)
+            loss.backward()
+            nn.utils.clip_grad_norm_(weights, MAX_GRAD_NORM)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            if moves:
+                codebook.step() if step else codebook.restart()
+            bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+
+
+def weight_groups(weights: list[nn.Parameter]) -> list[dict[str, Any]]:
+    """Matrices, which decay, and vectors, which do not."""
+    return [
+        {"params": [weight for weight in weights if weight.ndim > 1], "weight_decay": WEIGHT_DECAY},
+        {"params": [weight for weight in weights if weight.ndim <= 1], "weight_decay": 0.0},
+    ]
+
+
+def score(model: MedCTModel, processor: MedCTProcessor, site: str) -> dict[str, float]:
+    """Zero-shot scores on the held-out phantoms of a site."""
+    settings = TrainingSettings()
+    source = phantom_source(site, range(settings.phantom_eval_patients), SEED)
+    loader = make_loader(source, settings, Collator(processor, model.config.label_names, False), shuffle=False)
+    return evaluate_zero_shot(model, loader, tokenize_prompts(model.config, processor), Accelerator(cpu=True), site)
+
+
+def link_code(folder: Path) -> None:
+    """Replace the copies of the package's code by links: the folder is a Hub repository, the code stands once."""
+    for copy in folder.glob("*.py"):
+        copy.unlink()
+        copy.symlink_to(Path("..") / copy.name)
+
+
+def make(output: Path) -> dict[str, Any]:
+    """Train, score and save; returns the scores of both sites."""
+    set_seed(SEED)
+    torch.set_num_threads(2)  # sums in another order would give other weights
+    config = make_config()
+    tokenizer = make_tokenizer(config)
+    config.text_config.vocab_size = len(tokenizer)
+    model = MedCTModel(config)
+    processor = MedCTProcessor(MedCTImageProcessor.from_config(config.vision_config), tokenizer)
+    with whole_folder(output) as folder:
+        train_base(model, processor)
+        scores = {site: score(model, processor, site) for site in SITES}
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        link_code(folder)
+        (folder / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
+        (folder / "README.md").write_text(CARD.format(**{f"auroc_{site}": s["auroc"] for site, s in scores.items()}))
+    return scores
 
 
 def main() -> None:
-
-    ap = argparse.ArgumentParser()
-    ap.add_argument("output")
-    args = ap.parse_args()
-    logging.set_verbosity_error()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", type=Path, help="folder to make, in the form of a Hub model repository")
+    args = parser.parse_args()
     logging.disable_progress_bar()
-    set_seed(SEED)
-    config = make_config()
-    tok = make_tokenizer(config)
-    config.text_config.vocab_size = len(tok)
-    model = MedCTModel(config)
-    print(sum(p.numel() for p in model.parameters()), len(tok))
-    processor = MedCTProcessor(MedCTImageProcessor.from_config(config.vision_config), tok)
-    acc = Accelerator(cpu=True)
-    train_base(model, processor, acc)
-    for site in "AB":
-        loader = acc.prepare(
-            make_loader(
-                phantom_source(site, range(300), SEED),
-                TrainingSettings(),
-                Collator(processor, config.label_names, False),
-                False,
-            )
-        )
-        print(
-            site,
-            json.dumps(evaluate_zero_shot(model, loader, tokenize_prompts(config, processor), acc, site), indent=1),
-        )
-    model.save_pretrained(args.output)
-    processor.save_pretrained(args.output)
+    try:
+        scores = make(args.output)
+    except OSError as error:
+        sys.exit(f"error: {error}")
+    print({site: round(s["auroc"], 3) for site, s in scores.items()})
 
 
 if __name__ == "__main__":

@@ -7,6 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
+def refuse_taken(path: str | os.PathLike) -> None:
+    """Raise `FileExistsError` if a folder that is to be made holds something already."""
+    folder = Path(path)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{path} exists and is not empty. Choose another output folder, or remove it.")
+
+
 @contextlib.contextmanager
 def whole_folder(path: str | os.PathLike) -> Iterator[Path]:
     """A folder that gets its name only when the block has ended without an error.
@@ -20,9 +27,8 @@ def whole_folder(path: str | os.PathLike) -> Iterator[Path]:
     Raises:
         FileExistsError: If `path` holds something already.
     """
+    refuse_taken(path)
     final = Path(path).absolute()
-    if final.exists() and (not final.is_dir() or any(final.iterdir())):
-        raise FileExistsError(f"{path} exists and is not empty. Choose another output folder, or remove it.")
     aside = final.with_name(f".{final.name}.partial-{os.getpid()}")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)

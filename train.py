@@ -26,12 +26,12 @@ from medct import MedCTConfig, MedCTModel, MedCTProcessor, VolumeError, zero_sho
 from medct.data_medct import Collator, DataError, Source, ct_rate_source, phantom_source
 from medct.metrics_medct import zero_shot_scores
 from medct.modeling_medct import contrastive_loss
-from medct.outputs import whole_folder
+from medct.outputs import refuse_taken, whole_folder
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers import AutoModel, AutoProcessor, HfArgumentParser, get_cosine_schedule_with_warmup
+from transformers import AutoConfig, AutoModel, AutoProcessor, HfArgumentParser, get_cosine_schedule_with_warmup
 from transformers.utils import logging
 
 PHANTOM_BASE = Path(__file__).with_name("phantom_base")
@@ -58,14 +58,17 @@ class TrainingSettings:
     data: str = _setting(PHANTOMS, 'Folder in CT-RATE\'s layout, or "phantoms": synthetic studies drawn on the fly.')
     output_dir: str | None = _setting(None, "Folder to make. Default: runs/ and the time.")
     objective: Literal["prompts", "contrastive", "both"] = _setting(
-        "both", "Learn from the labels through their prompts, from the reports by contrast, or from both."
+        "prompts", "Learn from the labels through their prompts, from the reports by contrast, or from both."
     )
     rank: int = _setting(16, "Rank of the LoRA matrices.")
     alpha: int = _setting(32, "Scale of the LoRA matrices; the update is multiplied by alpha / rank.")
     dropout: float = _setting(0.0, "Dropout before the LoRA matrices.")
-    learning_rate: float = _setting(2e-3, "Highest learning rate; it rises over the first tenth and falls as a cosine.")
+    learning_rate: float = _setting(
+        3e-3,
+        "Highest; it rises over the first tenth and falls as a cosine. Suits the phantoms; begin lower with CT-CLIP.",
+    )
     weight_decay: float = _setting(0.01, "Weight decay of the LoRA matrices.")
-    batch_size: int = _setting(16, "Studies in a batch of one process.")
+    batch_size: int = _setting(8, "Studies in a batch of one process.")
     epochs: int = _setting(1, "Passes over the training studies.")
     max_steps: int | None = _setting(None, "Stop after so many steps, however many epochs are left.")
     max_grad_norm: float = _setting(1.0, "Gradients are scaled down to this length.")
@@ -74,7 +77,7 @@ class TrainingSettings:
         1, "Processes that load data, for each training process; 0 loads in the training process."
     )
     phantom_site: Literal["A", "B"] = _setting("B", "Which synthetic hospital to adapt to.")
-    phantom_train_patients: int = _setting(1600, "Synthetic patients to train on.")
+    phantom_train_patients: int = _setting(2000, "Synthetic patients to train on.")
     phantom_eval_patients: int = _setting(300, "Synthetic patients to score on; others than those trained on.")
     seed: int = _setting(0, "Of the initialisation, the order of studies and the phantoms. Same seed, same numbers.")
     cpu: bool = _setting(False, "Stay on the CPU even if there is a GPU.")
@@ -85,12 +88,21 @@ class TrainingError(RuntimeError):
 
 
 def load_base(settings: TrainingSettings) -> tuple[MedCTModel, MedCTProcessor]:
-    """The base model, frozen by nothing yet, and its processor."""
-    model = AutoModel.from_pretrained(settings.model, revision=settings.revision, trust_remote_code=True)
-    processor = AutoProcessor.from_pretrained(settings.model, revision=settings.revision, trust_remote_code=True)
-    if model.config.model_type != MedCTConfig.model_type:
-        raise TrainingError(f"{settings.model} is a model of type {model.config.model_type!r}. Pass a MedCT model.")
-    return model, processor
+    """The base model and its processor.
+
+    Raises:
+        TrainingError: If there is no such model, or it is no MedCT model.
+    """
+    options = {"revision": settings.revision, "trust_remote_code": True}
+    try:
+        config = AutoConfig.from_pretrained(settings.model, **options)
+        if config.model_type != MedCTConfig.model_type:
+            raise TrainingError(f"{settings.model} is a model of type {config.model_type!r}. Pass a MedCT model.")
+        model = AutoModel.from_pretrained(settings.model, config=config, **options)
+        return model, AutoProcessor.from_pretrained(settings.model, **options)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise TrainingError(f"{settings.model}: no model ({reason}) Pass a Hub id or a folder.") from error
 
 
 def load_sources(settings: TrainingSettings, config: MedCTConfig) -> tuple[Source, Source]:
@@ -139,7 +151,7 @@ def digest(tensors: dict[str, torch.Tensor]) -> str:
     total = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         total.update(name.encode())
-        total.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data if tensor.ndim else b"")
+        total.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()
 
 
@@ -252,6 +264,8 @@ def train(
     # accelerate steps the schedule once for each process
     processes = accelerator.num_processes
     schedule = get_cosine_schedule_with_warmup(optimizer, steps * processes // 10, steps * processes)
+    if settings.gradient_checkpointing:
+        model.base_model.model.activation_checkpointing_enable()
     wrapped, optimizer, schedule = accelerator.prepare(model, optimizer, schedule)
     wrapped.train()
     prompts = {name: part.to(accelerator.device) for name, part in prompts.items()}
@@ -259,13 +273,13 @@ def train(
     bar = tqdm(range(steps), desc="train", unit="step", disable=not accelerator.is_main_process)
     for _ in bar:
         loss = training_loss(wrapped, next(batches), prompts, settings.objective, pad_id)
+        if not math.isfinite(value := loss.item()):
+            raise TrainingError(f"The loss became {value}. Lower --learning_rate.")
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(trainable, settings.max_grad_norm)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        if not math.isfinite(value := loss.item()):
-            raise TrainingError(f"The loss became {value}. Lower --learning_rate.")
         bar.set_postfix(loss=f"{value:.3f}", refresh=False)
     return accelerator.unwrap_model(wrapped)
 
@@ -309,53 +323,50 @@ def run(settings: TrainingSettings) -> dict[str, Any]:
         TrainingError, DataError, VolumeError, FileExistsError: With what is wrong and what to do.
     """
     started = time.monotonic()
+    output = Path(settings.output_dir or time.strftime("runs/%Y-%m-%d_%H-%M-%S"))
+    refuse_taken(output)
     set_seed(settings.seed)
     accelerator = Accelerator(
         cpu=settings.cpu, dataloader_config=DataLoaderConfiguration(dispatch_batches=False, non_blocking=True)
     )
-    output = Path(settings.output_dir or time.strftime("runs/%Y-%m-%d_%H-%M-%S"))
-    with whole_folder(output) as folder:
-        base, processor = load_base(settings)
-        base_tensors = base.state_dict(keep_vars=True)
-        fingerprint = digest(base_tensors)
-        train_source, eval_source = load_sources(settings, base.config)
-        labels = base.config.label_names
-        train_loader, eval_loader = accelerator.prepare(
-            make_loader(
-                train_source, settings, Collator(processor, labels, settings.objective != "prompts"), shuffle=True
-            ),
-            make_loader(eval_source, settings, Collator(processor, labels, with_text=False), shuffle=False),
-        )
-        prompts = tokenize_prompts(base.config, processor)
-        base.to(accelerator.device)
-        before = evaluate_zero_shot(base, eval_loader, prompts, accelerator, "score base")
+    base, processor = load_base(settings)
+    labels = base.config.label_names
+    base_tensors = base.state_dict(keep_vars=True)
+    base_sha256 = digest(base_tensors)
+    train_source, eval_source = load_sources(settings, base.config)
+    with_text = settings.objective != "prompts"
+    train_loader, eval_loader = accelerator.prepare(
+        make_loader(train_source, settings, Collator(processor, labels, with_text), shuffle=True),
+        make_loader(eval_source, settings, Collator(processor, labels, with_text=False), shuffle=False),
+    )
+    prompts = tokenize_prompts(base.config, processor)
+    steps = number_of_steps(train_source, settings, accelerator.num_processes)
+    base.to(accelerator.device)
+    before = evaluate_zero_shot(base, eval_loader, prompts, accelerator, "score base")
 
-        model = add_lora(base, settings)
-        if settings.gradient_checkpointing:
-            base.activation_checkpointing_enable()
-            base.enable_input_require_grads()
-        model.print_trainable_parameters()
-        steps = number_of_steps(train_source, settings, accelerator.num_processes)
-        model = train(model, train_loader, prompts[0], processor.tokenizer.pad_token_id, settings, steps, accelerator)
-        if digest(base_tensors) != fingerprint:
-            raise TrainingError("The base changed during training, so the adapter would not fit it. Nothing was saved.")
-        after = evaluate_zero_shot(model.base_model.model, eval_loader, prompts, accelerator, "score adapted")
+    model = add_lora(base, settings)
+    trainable, total = model.get_nb_trainable_parameters()
+    accelerator.print(f"trainable parameters: {trainable:,} of {total:,}, {100 * trainable / total:.2f} %")
+    model = train(model, train_loader, prompts[0], processor.tokenizer.pad_token_id, settings, steps, accelerator)
+    if digest(base_tensors) != base_sha256:
+        raise TrainingError("The base changed during training, so the adapter would not fit it. Nothing was saved.")
+    after = evaluate_zero_shot(model.base_model.model, eval_loader, prompts, accelerator, "score adapted")
 
-        trainable, total = model.get_nb_trainable_parameters()
-        results = {
-            "measured_on": describe(settings, before["scans"]),
-            "base": before,
-            "adapted": after,
-            "auroc_difference": after["auroc"] - before["auroc"],
-            "trainable_parameters": trainable,
-            "total_parameters": total,
-            "base_sha256": fingerprint,
-            "steps": steps,
-            "seconds": round(time.monotonic() - started, 1),
-        }
-        if accelerator.is_main_process:
+    results = {
+        "measured_on": describe(settings, before["scans"]),
+        "base": before,
+        "adapted": after,
+        "auroc_difference": after["auroc"] - before["auroc"],
+        "trainable_parameters": trainable,
+        "total_parameters": total,
+        "base_sha256": base_sha256,
+        "steps": steps,
+        "seconds": round(time.monotonic() - started, 1),
+    }
+    if accelerator.is_main_process:
+        with whole_folder(output) as folder:
             save_run(model, folder, settings, results)
-    print(f"\n{results_table(before, after, labels)}\n\n{results['measured_on']}\nAdapter: {output}")
+    accelerator.print(f"\n{results_table(before, after, labels)}\n\n{results['measured_on']}\nAdapter: {output}")
     return results
 
 

@@ -30,6 +30,21 @@ SIZES = {
     },
 }
 
+PUBLISHED_SIZES = {
+    "dim": 512,
+    "codebook_size": 8192,
+    "image_size": [480, 480],
+    "patch_size": 20,
+    "temporal_patch_size": 10,
+    "frames": 240,
+    "spatial_depth": 4,
+    "temporal_depth": 4,
+    "dim_head": 32,
+    "heads": 8,
+    "dim_latent": 512,
+    "text_config": {},
+}
+
 
 def grid(sizes: dict) -> tuple[int, int, int]:
     rows, columns = (size // sizes["patch_size"] for size in sizes["image_size"])

@@ -12,20 +12,6 @@ from medct.convert_ct_clip_to_hf import ConversionError, convert, main, map_keys
 from safetensors.torch import load_file
 
 PUBLISHED_PARAMETERS = 438_148_761
-PUBLISHED_SIZES = {
-    "dim": 512,
-    "codebook_size": 8192,
-    "image_size": [480, 480],
-    "patch_size": 20,
-    "temporal_patch_size": 10,
-    "frames": 240,
-    "spatial_depth": 4,
-    "temporal_depth": 4,
-    "dim_head": 32,
-    "heads": 8,
-    "dim_latent": 512,
-    "text_config": {},
-}
 
 
 def classfine(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -52,7 +38,7 @@ def test_published_sizes_have_the_published_number_of_parameters():
     with torch.device("meta"):
         model = MedCTModel(MedCTConfig(text_config={"model_type": "bert", "vocab_size": vocabulary}))
     ours = sum(tensor.numel() for tensor in model.state_dict().values())
-    shapes = reference.shapes(PUBLISHED_SIZES | {"text_config": {"hidden_size": 768}})
+    shapes = reference.shapes(reference.PUBLISHED_SIZES | {"text_config": {"hidden_size": 768}})
     _, dropped = map_keys(
         {key: torch.zeros(shape, device="meta") for key, shape in shapes.items() if "beta" not in key}
     )

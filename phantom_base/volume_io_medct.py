@@ -1,0 +1,1 @@
+../volume_io_medct.py
