@@ -40,9 +40,9 @@ def ct_rate(tmp_path):
 
 
 def test_phantoms_stream_without_being_drawn_first():
-    source = phantom_source("B", range(10**6), seed=0)
+    source = phantom_source("B", range(10**5), seed=0)
     assert isinstance(source.stream, IterableDataset)
-    assert source.num_rows == 10**6
+    assert source.num_rows == 10**5
     assert next(iter(source.stream))["VolumeName"] == "phantom_b_0_a_1.nii.gz"
 
 
