@@ -15,11 +15,16 @@ from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = (
+    "byte_sources_medct.py",
     "configuration_medct.py",
+    "dicom_io_medct.py",
     "image_processing_medct.py",
+    "itk_formats_medct.py",
     "modeling_medct.py",
+    "nifti_io_medct.py",
     "processing_medct.py",
     "volume_io_medct.py",
+    "volume_medct.py",
 )
 ALLOWED = {"torch", "numpy", "transformers"} | set(sys.stdlib_module_names)
 

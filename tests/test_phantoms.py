@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-
 from medct import CT_CLIP_LABELS, read_volume
 from medct.phantoms import FINDINGS, SITES, make_phantom, report_sentences
 
