@@ -193,7 +193,7 @@ def of_zip(archive: ByteSource) -> list[ByteSource]:
 
 
 def _of_member(archive: str, file: zipfile.ZipFile, info: zipfile.ZipInfo) -> ByteSource:
-    name = f"{archive}/{Path(info.filename).name}"
+    name = f"{archive}/{info.filename}"
 
     def open_member() -> BinaryIO:
         try:

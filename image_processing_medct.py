@@ -1,8 +1,8 @@
 """HU array and affine to `pixel_values`, and the way back: reorient, clip, resample, scale, crop or pad.
 
-Unusual: only what survives the centre crop is read and resampled, one axis after the other. A trilinear interpolation is
-the product of three linear ones, so this gives the values of `torch.nn.functional.interpolate` at a fraction of its work.
-It goes slab by slab of the result, so that no float copy of the whole scan is ever made.
+Unusual: only what survives the centre crop is read and resampled, one axis after the other. A trilinear interpolation
+is the product of three linear ones, so this gives the values of `torch.nn.functional.interpolate` at a fraction of its
+work. It goes slab by slab of the result, so that no float copy of the whole scan is ever made.
 
 Source: specification of CT-CLIP, section 1.
 """
@@ -23,7 +23,7 @@ from .volume_io_medct import CTVolume, axis_order, read_volume
 
 _DEFAULTS = MedCTVisionConfig()
 # Slices of the result made at a time: enough to keep two cores busy, few enough to stay in their caches.
-_SLAB = 8
+_SLAB = 4
 
 
 def reorient(volume: CTVolume, orientation: str) -> tuple[np.ndarray, tuple[float, ...]]:
@@ -73,7 +73,7 @@ class AxisPlan:
 
     @classmethod
     def make(cls, length: int, resampled: int, window: tuple[int, int]) -> "AxisPlan":
-        """The plan for `window` (first index and the one after the last) of an axis that `resampled` voxels would make."""
+        """The plan for a window (first index, and the one after the last) of an axis of `resampled` voxels."""
         if resampled == length:
             lower = torch.arange(*window)
             return cls(lower, lower, torch.zeros(len(lower)))
@@ -99,9 +99,9 @@ class AxisPlan:
 
     def apply(self, volume: torch.Tensor, axis: int) -> torch.Tensor:
         """Interpolate a float32 volume along an axis."""
-        lower = volume.index_select(axis, self.lower)
         if self.is_copy:
-            return lower
+            return volume.narrow(axis, self.needed.start, len(self.lower))
+        lower = volume.index_select(axis, self.lower)
         weight = self.weight.view([-1 if dim == axis else 1 for dim in range(volume.ndim)])
         return lower.lerp_(volume.index_select(axis, self.upper), weight)
 
@@ -164,8 +164,8 @@ def resampled_slabs(
 
 
 def _to_float(array: np.ndarray, hu_window: tuple[float, float] | None) -> torch.Tensor:
-    """A contiguous float32 tensor of an array of any byte order, direction and dtype, clipped."""
-    values = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
+    """A float32 copy of an array of any byte order, direction and dtype, clipped."""
+    values = torch.from_numpy(np.array(array, dtype=np.float32, order="C"))
     return values if hu_window is None else clip_hu(values, *hu_window)
 
 
@@ -187,13 +187,13 @@ def pad_to_size(volume: torch.Tensor, size: Sequence[int], value: float) -> torc
 class VolumeGeometry:
     """Where the voxels of `pixel_values` come from, and the way back.
 
-    Positions are fractional: the centre of a voxel is a whole number. Outside of the crop or in the padding they go on in
-    the same way. All methods take and give `(..., 3)`.
+    Positions are fractional: the centre of a voxel is a whole number. Outside of the crop or in the padding they go on
+    in the same way. All methods take and give `(..., 3)`.
 
     Args:
-        voxel_of_position: `(4, 4)`, from a position `(z, y, x)` in `pixel_values` to an input voxel `(i, j, k)`. Of DICOM
-            these are column, row and slice, in the order of positions along the slices' normal; of a scan resampled to a
-            straight grid they are that grid's.
+        voxel_of_position: `(4, 4)`, from a position `(z, y, x)` in `pixel_values` to an input voxel `(i, j, k)`. Of
+            DICOM these are column, row and slice, in the order of positions along the slices' normal; of a scan
+            resampled to a straight grid they are that grid's.
         affine: `(4, 4)`, from an input voxel `(i, j, k)` to patient millimetres, RAS+.
     """
 
@@ -295,9 +295,9 @@ class MedCTImageProcessor(BaseImageProcessor):
         """Make the model's input of one volume or a list of them.
 
         Args:
-            images: What `read_volume` takes: paths and addresses of NIfTI, DICOM, NRRD and MetaImage, bytes, file objects,
-                nibabel images, `CTVolume`s, arrays `(i, j, k)`. A list holds one volume an entry, so a series as a list
-                of DICOM files is a list in a list.
+            images: What `read_volume` takes: paths and addresses of NIfTI, DICOM, NRRD and MetaImage, bytes, file
+                objects, nibabel images, `CTVolume`s, arrays `(i, j, k)`. A list holds one volume an entry, so a series
+                as a list of DICOM files is a list in a list.
             return_tensors: "pt" or "np".
             spacing_mm: Of arrays whose axes run as `orientation` says, mm. This and the following: once, or a list.
             affine: `(4, 4)`, voxel indices to RAS+ mm, of arrays, or instead of a file's own.

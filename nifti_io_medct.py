@@ -1,8 +1,8 @@
 """NIfTI-1 and NIfTI-2, single files, plain or gzip.
 
-Unusual: nibabel reads the header only. The voxels go from the inflated stream straight into the array, at half nibabel's
-time and memory, and to the end of the stream, because nibabel by itself never reads the gzip checksum. Where qform and
-sform disagree the sform is used, as nibabel does and other readers do not.
+Unusual: nibabel reads the header only. The voxels go from the inflated stream straight into the array, at half
+nibabel's time and memory, and to the end of the stream, because nibabel by itself never reads the gzip checksum. Where
+qform and sform disagree the sform is used, as nibabel does and other readers do not.
 
 Source: NIfTI-1 and NIfTI-2 standards.
 """

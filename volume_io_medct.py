@@ -63,9 +63,9 @@ def read_volume(
     """Read one CT volume.
 
     Args:
-        source: Path of a NIfTI, NRRD or MetaImage file, of a DICOM folder, zip archive or multi-frame file; list of DICOM
-            files; `hf://` or other fsspec address of any of these; their bytes, or a binary file object; what a column of
-            `datasets.Nifti()` holds, decoded or not; nibabel image; `CTVolume`; array or tensor `(i, j, k)`.
+        source: Path of a NIfTI, NRRD or MetaImage file, of a DICOM folder, zip archive or multi-frame file; list of
+            DICOM files; `hf://` or other fsspec address of any of these; their bytes, or a binary file object; what a
+            column of `datasets.Nifti()` holds, decoded or not; nibabel image; `CTVolume`; array or tensor `(i, j, k)`.
         spacing_mm: Of an array whose axes run as `orientation` says: one number an axis, mm.
         orientation: Direction in which the indices of an array with `spacing_mm` grow.
         affine: `(4, 4)`, voxel indices to RAS+ mm: of an array, or instead of a file's own.

@@ -7,8 +7,8 @@ Rules for values, in one place. Stored values become HU exactly once (`slope * s
 A volume of one single value is not judged, since nothing can be told from it.
 
 Rules for space. An affine is finite and not singular, and its spacings are positive. Refused unless the caller asks for
-a straight grid: axes that are not perpendicular (gantry tilt), and axes that lie more than `MAX_OBLIQUE_DEGREES` off the
-patient's, because the model has only seen scans along the patient's axes.
+a straight grid: axes that are not perpendicular (gantry tilt), and axes that lie more than `MAX_OBLIQUE_DEGREES` off
+the patient's, because the model has only seen scans along the patient's axes.
 
 Axes: arrays are `(i, j, k)` with an affine from voxel indices to patient millimetres, RAS+, as NIfTI has it.
 """

@@ -18,6 +18,7 @@ SHIPPED = (
     "byte_sources_medct.py",
     "configuration_medct.py",
     "dicom_io_medct.py",
+    "dicom_pixels_medct.py",
     "image_processing_medct.py",
     "itk_formats_medct.py",
     "modeling_medct.py",
