@@ -28,14 +28,15 @@ except ImportError:
 AGAIN = "Copy or export the file again"
 DEFLATED = "1.2.840.10008.1.2.1.99"
 _IMPLICIT_LITTLE, _EXPLICIT_LITTLE = "1.2.840.10008.1.2", "1.2.840.10008.1.2.1"
-# Decoders that refuse damaged streams, in the order of their speed.
+# Decoders that refuse damaged streams, the first that is installed is used. For JPEG-LS gdcm goes first: pyjpegls is
+# faster, but works for seconds on a stream that is cut short before it refuses it.
 _DECODERS = {
     "1.2.840.10008.1.2.5": ("pydicom",),
     "1.2.840.10008.1.2.4.50": ("gdcm",),
     "1.2.840.10008.1.2.4.57": ("gdcm",),
     "1.2.840.10008.1.2.4.70": ("gdcm",),
-    "1.2.840.10008.1.2.4.80": ("pyjpegls", "gdcm"),
-    "1.2.840.10008.1.2.4.81": ("pyjpegls", "gdcm"),
+    "1.2.840.10008.1.2.4.80": ("gdcm", "pyjpegls"),
+    "1.2.840.10008.1.2.4.81": ("gdcm", "pyjpegls"),
     "1.2.840.10008.1.2.4.90": ("pylibjpeg", "gdcm"),
     "1.2.840.10008.1.2.4.91": ("pylibjpeg", "gdcm"),
     "1.2.840.10008.1.2.4.201": ("pylibjpeg",),

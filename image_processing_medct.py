@@ -85,8 +85,8 @@ class AxisPlan:
 
     @property
     def is_copy(self) -> bool:
-        """Whether nothing is interpolated."""
-        return bool(torch.equal(self.lower, self.upper))
+        """Whether the result is a piece of the input as it is."""
+        return len(self.lower) == self.needed.stop - self.needed.start and bool(torch.equal(self.lower, self.upper))
 
     @property
     def needed(self) -> slice:

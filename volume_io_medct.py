@@ -127,7 +127,7 @@ def _of_array(array: np.ndarray, spacing_mm, orientation: str, affine) -> CTVolu
         if spacing_mm.shape != (3,) or not (np.isfinite(spacing_mm) & (spacing_mm > 0)).all():
             raise VolumeError(
                 name,
-                f"its spacing is {tuple(spacing_mm.tolist())} mm",
+                f"its spacing is {spacing_mm.tolist()} mm",
                 "Pass three positive numbers, one an array axis",
             )
         affine = affine_from_spacing(spacing_mm.tolist(), orientation)

@@ -6,7 +6,13 @@ from pathlib import Path
 import numpy as np
 import pydicom
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
-from pydicom.uid import CTImageStorage, EnhancedCTImageStorage, ExplicitVRLittleEndian, generate_uid
+from pydicom.uid import (
+    CTImageStorage,
+    EnhancedCTImageStorage,
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    generate_uid,
+)
 
 # Stands in every identifying field; no message may hold it, nor the date.
 SECRET = "SECRET"
@@ -67,7 +73,11 @@ def write_series(
         ds = new_slice(slice_hu, k)
         if edit is not None and edit(ds, k) is False:
             continue
-        ds.save_as(folder / f"{prefix}{(k * 7 + 3) % 11:02}-{k}.dcm", enforce_file_format=True)
+        path = folder / f"{prefix}{(k * 7 + 3) % 11:02}-{k}.dcm"
+        if ds.file_meta.TransferSyntaxUID == ExplicitVRBigEndian:
+            pydicom.dcmwrite(path, ds, implicit_vr=False, little_endian=False, force_encoding=True)
+        else:
+            ds.save_as(path, enforce_file_format=True)
     return folder
 
 
