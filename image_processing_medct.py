@@ -22,6 +22,9 @@ from .configuration_medct import MedCTVisionConfig
 from .volume_io_medct import CTVolume, axis_order, read_volume
 
 _DEFAULTS = MedCTVisionConfig()
+# Voxels by which an extent may fall short of a whole number: DICOM writes spacings with six digits, NIfTI with seven, and
+# the same scan should not lose a voxel in one of them.
+_LENGTH_TOLERANCE = 1e-3
 # Slices of the result made at a time: enough to keep two cores busy, few enough to stay in their caches.
 _SLAB = 4
 
@@ -48,7 +51,7 @@ def clip_hu(volume: torch.Tensor, hu_min: float, hu_max: float) -> torch.Tensor:
 
 def resampled_length(length: int, spacing_mm: float, target_spacing_mm: float) -> int:
     """Voxels of an axis after resampling: the whole target voxels that its extent holds, at least one."""
-    return max(1, math.floor(length * spacing_mm / target_spacing_mm))
+    return max(1, math.floor(length * spacing_mm / target_spacing_mm + _LENGTH_TOLERANCE))
 
 
 def crop_window(length: int, size: int) -> tuple[int, int]:

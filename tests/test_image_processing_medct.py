@@ -105,7 +105,14 @@ def test_clip_hu_keeps_the_type():
 
 @pytest.mark.parametrize(
     ("length", "spacing_mm", "target_mm", "expected"),
-    [(300, 0.7, 1.5, 140), (512, 0.75, 0.75, 512), (99, 3.0, 1.5, 198), (100, 1.0, 1.5, 66), (1, 0.5, 1.5, 1)],
+    [
+        (300, 0.7, 1.5, 140),
+        (512, 0.75, 0.75, 512),
+        (99, 3.0, 1.5, 198),
+        (100, 1.0, 1.5, 66),
+        (1, 0.5, 1.5, 1),
+        (79, 3.98734, 1.5, 210),
+    ],
 )
 def test_resampled_length(length, spacing_mm, target_mm, expected):
     assert resampled_length(length, spacing_mm, target_mm) == expected

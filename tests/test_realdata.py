@@ -97,10 +97,9 @@ def test_07_is_the_same_as_dicom_and_as_nifti(folder):
     where = np.rint(geometry[:3, :3] @ voxels + geometry[:3, 3:]).astype(int)
     assert np.array_equal(nifti.array[tuple(where)], dicom.array[tuple(voxels)])
     processor = MedCTImageProcessor(image_size=(120, 160, 160), target_spacing_mm=(1.5, 0.75, 0.75))
-    torch.testing.assert_close(pixel_values(processor, dicom), pixel_values(processor, nifti), atol=1e-3, rtol=0)
-    torch.testing.assert_close(
-        pixel_values(MedCTImageProcessor(), dicom), pixel_values(MedCTImageProcessor(), nifti), atol=1e-3, rtol=0
-    )
+    torch.testing.assert_close(pixel_values(processor, dicom), pixel_values(processor, nifti), atol=1e-5, rtol=0)
+    whole = [pixel_values(MedCTImageProcessor(), volume) for volume in (dicom, nifti)]
+    torch.testing.assert_close(*whole, atol=1e-5, rtol=0)
 
 
 def test_08_all_transfer_syntaxes_decode_to_the_same(folder, tmp_path):
@@ -117,8 +116,10 @@ def test_08_all_transfer_syntaxes_decode_to_the_same(folder, tmp_path):
     plain = found["CT1_UNC.explicit_little_endian"].astype(float)
     for name, array in found.items():
         lossy = {"CT1_JLSN": 4, "CT1_J2KI": 400}.get(name, 0)
-        assert np.abs(array - plain).max() <= lossy, name
-        assert np.abs(array - plain).mean() < 12
+        # Lossy compression also changes the padding, which then is padding no more.
+        difference = np.abs(array.clip(-1000) - plain.clip(-1000))
+        assert difference.max() <= lossy, name
+        assert difference.mean() < 12
 
 
 def test_09_perfusion_is_refused_and_legacy_converted_is_read(folder, cptac):
@@ -153,8 +154,9 @@ def test_13_what_is_no_ct_or_no_hu(folder):
     with pytest.warns(VolumeWarning, match=r"within 0\.\.255"):
         read_volume(folder("13") / "vtkjs_LIDC2_uint8_0-255.nii.gz")
     refused(folder("13") / "CT_pitch.nii.gz", "16.5 degrees off the patient's")
-    with pytest.warns(VolumeWarning, match="resampled from a grid 16.5 degrees off"):
+    with pytest.warns(VolumeWarning) as caught:
         read_volume(folder("13") / "CT_pitch.nii.gz", resample_irregular=True)
+    assert "resampled from a grid 16.5 degrees off" in str([warning.message for warning in caught])
 
 
 def test_14_odd_headers(folder):
