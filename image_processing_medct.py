@@ -22,8 +22,8 @@ from .configuration_medct import MedCTVisionConfig
 from .volume_io_medct import CTVolume, axis_order, read_volume
 
 _DEFAULTS = MedCTVisionConfig()
-# Voxels by which an extent may fall short of a whole number: DICOM writes spacings with six digits, NIfTI with seven, and
-# the same scan should not lose a voxel in one of them.
+# Voxels by which an extent may fall short of a whole number: DICOM writes spacings with six digits, NIfTI with seven,
+# and the same scan should not lose a voxel in one of them.
 _LENGTH_TOLERANCE = 1e-3
 # Slices of the result made at a time: enough to keep two cores busy, few enough to stay in their caches.
 _SLAB = 4

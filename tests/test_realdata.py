@@ -119,7 +119,7 @@ def test_08_all_transfer_syntaxes_decode_to_the_same(folder, tmp_path):
         # Lossy compression also changes the padding, which then is padding no more.
         difference = np.abs(array.clip(-1000) - plain.clip(-1000))
         assert difference.max() <= lossy, name
-        assert difference.mean() < 12
+        assert difference.mean() < 30
 
 
 def test_09_perfusion_is_refused_and_legacy_converted_is_read(folder, cptac):
