@@ -4,6 +4,7 @@ Limits stand here, so that no source is read for ever or into more memory than i
 opened, links that turn in a circle are not followed, and archives that inflate beyond all reason are refused.
 """
 
+import functools
 import gzip
 import io
 import os
@@ -99,10 +100,11 @@ def of_address(address: str) -> list[ByteSource]:
         raise VolumeError(address, "addresses need fsspec", "Install it, pip install fsspec, or pass a local path")
     try:
         file_system, path = fsspec.url_to_fs(address)
-        if file_system.isdir(path):
+        if file_system.protocol in ("file", ("file", "local")):
+            return of_path(Path(path))
+        names = [path]
+        if file_system.info(path)["type"] == "directory":
             names = [name for name in sorted(file_system.find(path)) if _may_be_scan(name)]
-        else:
-            names = [path]
         _check_count(address, len(names))
         return [_of_remote(file_system, name, name if len(names) > 1 else address) for name in names]
     except VolumeError:
@@ -119,10 +121,19 @@ def _of_remote(file_system: Any, path: str, name: str) -> ByteSource:
     if size > MAX_BYTES:
         raise VolumeError(name, f"it holds {size} bytes", "Download the scan and pass its path")
 
-    def open_remote() -> BinaryIO:
-        return io.BytesIO(file_system.cat_file(path))
+    @functools.cache  # fetched once, however often it is opened
+    def fetch() -> bytes:
+        try:
+            with file_system.open(path, "rb") as file:
+                return of_file_object(file, name).open().read()
+        except VolumeError:
+            raise
+        except Exception as error:  # as above
+            raise VolumeError(
+                name, f"it cannot be fetched ({type(error).__name__})", "Download the scan and pass its path"
+            ) from error
 
-    return ByteSource(name, open_remote, size)
+    return ByteSource(name, lambda: io.BytesIO(fetch()), size or len(fetch()))
 
 
 def of_path(path: Path) -> list[ByteSource]:

@@ -35,16 +35,22 @@ _CT_CLASSES = (
     "1.2.840.10008.5.1.4.1.1.2.2",  # Legacy Converted Enhanced CT Image
 )
 _DICOMDIR_CLASS = "1.2.840.10008.1.3.10"
+_DICOMDIR = "table of contents of a disc (DICOMDIR)"
 _RESCALE_TYPES = ("HU", "HU_MOD", "US", "OD", "MGML", "PCT", "Z_EFF", "ED", "EDW")
 _MODALITIES = ("CT", "MR", "PT", "NM", "US", "CR", "DX", "MG", "XA", "SC", "OT", "SEG", "RTSTRUCT", "RTDOSE", "SR")
 _GAP_TOLERANCE = 0.02
 """Share of the usual slice step by which one may differ."""
 _POSITION_DIGITS_MM = 2e-3
 """How exactly headers write positions."""
-_MAX_DRIFT_DEGREES = 0.1
+_MAX_LEAN_DEGREES = 0.1
 _MAX_GAP_STEPS = 5
 """Usual steps that interpolation bridges when the caller asks for it."""
+_ALL_FILES = "Pass all files of the series together: a folder, or a list of them (in a list, for a processor)"
 _STRAIGHT = "Pass `resample_irregular=True` to have the slices interpolated"
+
+
+_CTFile = tuple[ByteSource, Any, int | None]
+"""A file of CT slices, its header, and where its pixels begin."""
 
 
 def is_dicom(head: bytes) -> bool:
@@ -74,8 +80,8 @@ def read_dicom(
     if pydicom is None:
         raise VolumeError(source, "DICOM needs pydicom and decoders", "Install them: pip install medct[dicom]")
     with quiet_pydicom():
-        slices, left_out = _collect(files, source, rescale)
-        slices = _choose_series(slices, source, series)
+        found, left_out = _collect(files, source)
+        slices = [one for file in _choose_series(found, source, series) for one in _slices_of(*file, rescale)]
         _check_alike(slices)
         slices, notes = _order(slices, source, resample_irregular)
         hu = decode(slices, source)
@@ -84,11 +90,9 @@ def read_dicom(
     return CTVolume(hu.T, affine, source, tuple(notes))  # (k, row, column) -> (column, row, k)
 
 
-def _collect(
-    files: Sequence[ByteSource], source: str, rescale: tuple[float | None, float | None]
-) -> tuple[list[Slice], Counter]:
-    """All CT slices among files, and how many files of other kinds there are."""
-    slices: list[Slice] = []
+def _collect(files: Sequence[ByteSource], source: str) -> tuple[list[_CTFile], Counter]:
+    """All CT images among files, and how many files of other kinds there are."""
+    found: list[_CTFile] = []
     left_out: Counter = Counter()
     for file in files:
         with file.open() as stream:
@@ -98,13 +102,14 @@ def _collect(
             header, pixel_offset = _read_header(file, stream)
         reason = _why_no_slice(file, header)
         if reason is None:
-            slices += _slices_of(file, header, pixel_offset, rescale)
-        elif reason:
+            found.append((file, header, pixel_offset))
+        else:
             left_out[reason] += 1
-    if not slices:
-        found = ", ".join(f"{count} x {kind}" for kind, count in left_out.most_common(5)) or "it is empty"
-        raise VolumeError(source, f"it holds no CT slices ({found})", "Pass the files of a CT series")
-    return slices, left_out
+    if not found:
+        kinds = ", ".join(f"{count} x {kind}" for kind, count in left_out.most_common(5)) or "it is empty"
+        raise VolumeError(source, f"it holds no CT slices ({kinds})", "Pass the files of a CT series")
+    del left_out[_DICOMDIR]  # it lies beside the images of every disc
+    return found, left_out
 
 
 def _read_header(file: ByteSource, stream: BinaryIO) -> tuple[Any, int | None]:
@@ -124,10 +129,11 @@ def _check_deflated(file: ByteSource, stream: BinaryIO) -> bool:
     """Whether a data set is deflated; refuses a bomb before pydicom inflates it in one piece."""
     stream.seek(0)
     head = stream.read(2**12)
-    if DEFLATED.encode() not in head:
-        return False
     # The first element of the file meta information, in 12 bytes behind the mark, is the length of what follows it.
-    stream.seek(144 + int.from_bytes(head[140:144], "little"))
+    start = 144 + int.from_bytes(head[140:144], "little")
+    if DEFLATED.encode() not in head[:start]:
+        return False
+    stream.seek(start)
     inflater, count = zlib.decompressobj(-zlib.MAX_WBITS), 0
     while not inflater.eof and (packed := inflater.unconsumed_tail or stream.read(2**16)):
         count += len(inflater.decompress(packed, 2**20))
@@ -137,7 +143,7 @@ def _check_deflated(file: ByteSource, stream: BinaryIO) -> bool:
 
 
 def _why_no_slice(file: ByteSource, header: Any) -> str | None:
-    """What a file is if it is no CT slice; empty if that deserves no word, none if it is one."""
+    """What a file is if it is no CT slice; none if it is one."""
     try:
         # The file meta information has it where a data set leaves it empty, as some anonymizers do.
         kind = str(header.get("SOPClassUID") or header.file_meta.get("MediaStorageSOPClassUID") or "")
@@ -146,7 +152,7 @@ def _why_no_slice(file: ByteSource, header: Any) -> str | None:
     except Exception as error:  # as above
         raise VolumeError(file.name, f"it is a damaged DICOM file ({type(error).__name__})", AGAIN) from None
     if kind == _DICOMDIR_CLASS:
-        return ""
+        return _DICOMDIR
     if not kind or not len(header):
         raise VolumeError(file.name, "it is a damaged DICOM file (without a SOP class or any data)", AGAIN)
     if kind not in _CT_CLASSES:
@@ -222,7 +228,7 @@ def _slice(
         steps = tuple(float(step) for step in steps if isinstance(step, int | float))
         scale = [value("PixelValueTransformationSequence", part) for part in ("RescaleSlope", "RescaleIntercept")]
         unit = str(value("PixelValueTransformationSequence", "RescaleType") or "HU").strip().upper()
-        series, has_modality = str(header.get("SeriesInstanceUID") or ""), bool(header.get("Modality"))
+        has_modality = bool(header.get("Modality"))
         slope, intercept = _rescale(name, scale, rescale)
     except VolumeError:
         raise
@@ -233,7 +239,7 @@ def _slice(
         raise VolumeError(name, f"its RescaleType is {unit}, not HU", "Pass the CT series, not a map computed from it")
     if not (spacing > 0).all():
         raise VolumeError(name, f"its spacing is {tuple(spacing.tolist())} mm", AGAIN)
-    return Slice(file, frame, series, has_modality, pixels, position, orientation, spacing, steps, slope, intercept)
+    return Slice(file, frame, has_modality, pixels, position, orientation, spacing, steps, slope, intercept)
 
 
 def _rescale(name: str, found: list[Any], given: tuple[float | None, float | None]) -> tuple[float, float]:
@@ -259,14 +265,18 @@ def _rescale(name: str, found: list[Any], given: tuple[float | None, float | Non
     return slope, intercept
 
 
-def _choose_series(slices: list[Slice], source: str, series: int | str | None) -> list[Slice]:
-    """The slices of one series; the list of a refusal counts them, largest first."""
-    groups: dict[str, list[Slice]] = defaultdict(list)
-    for one in slices:
-        groups[one.series].append(one)
-    ordered = sorted(groups.items(), key=lambda group: (-len(group[1]), group[0]))
+def _choose_series(files: list[_CTFile], source: str, series: int | str | None) -> list[_CTFile]:
+    """The files of one series; the list of a refusal counts their slices, largest series first."""
+    groups: dict[str, list[_CTFile]] = defaultdict(list)
+    for file, header, pixel_offset in files:
+        try:
+            uid = str(header.get("SeriesInstanceUID") or "")
+        except Exception as error:  # as above
+            raise VolumeError(file.name, f"it is a damaged DICOM file ({type(error).__name__})", AGAIN) from None
+        groups[uid].append((file, header, pixel_offset))
+    ordered = sorted(groups.items(), key=lambda group: (-_count(group[1]), group[0]))
     if series is None and len(ordered) == 1:
-        return slices
+        return files
     listed = "; ".join(f"{number}: {_describe(group)}" for number, (_, group) in enumerate(ordered, 1))
     if series is None:
         raise VolumeError(
@@ -274,15 +284,27 @@ def _choose_series(slices: list[Slice], source: str, series: int | str | None) -
         )
     if isinstance(series, str) and series in groups:
         return groups[series]
-    number = int(series) if isinstance(series, int | np.integer) or str(series).isdigit() else 0
+    number = int(series) if isinstance(series, int | np.integer) or str(series).isdecimal() else 0
     if not 1 <= number <= len(ordered):
         raise VolumeError(source, f"it holds no such series ({listed})", "Pass `series=` with one of these numbers")
     return ordered[number - 1][1]
 
 
-def _describe(group: list[Slice]) -> str:
-    rows, columns = group[0].pixels.shape
-    return f"{len(group)} slices of {rows} x {columns}, {group[0].spacing_mm[0]:.3g} mm pixels"
+def _count(group: list[_CTFile]) -> int:
+    return sum(_number(header, "NumberOfFrames") or 1 for _, header, _ in group)
+
+
+def _describe(group: list[_CTFile]) -> str:
+    header = group[0][1]
+    return f"{_count(group)} slices of {_number(header, 'Rows')} x {_number(header, 'Columns')} pixels"
+
+
+def _number(header: Any, attribute: str) -> int:
+    """A whole number of a header for a list of series; 0 if it is damaged, which the reading of that series tells."""
+    try:
+        return int(header.get(attribute) or 0)
+    except Exception:  # as above
+        return 0
 
 
 def _check_alike(slices: list[Slice]) -> None:
@@ -373,16 +395,27 @@ def _check_line(slices: list[Slice], source: str, along: np.ndarray, step: float
             f"its slices do not lie on a line ({slices[k].name} is {off_line[k]:.2f} mm beside it)",
             "Pass the files of one stack of slices",
         )
-    whole = origins[-1] - origins[0]
-    sideways = np.linalg.norm(whole - (whole @ _normal(slices)) * _normal(slices))
-    lean = np.degrees(np.arctan2(sideways, along[-1] - along[0]))
-    # Under a pixel over the whole stack no voxel is misplaced.
-    if not resample_irregular and sideways > slices[0].spacing_mm.min() and lean > _MAX_DRIFT_DEGREES:
+    sideways, lean = _lean(slices)
+    if not resample_irregular and _is_leaning(slices):
         raise VolumeError(
             source,
-            f"its slices are stacked {lean:.1f} degrees off their normal (gantry tilt or a sheared stack)",
+            f"its slices are stacked {lean:.1f} degrees off their normal (gantry tilt or a sheared stack, "
+            f"{np.linalg.norm(sideways):.1f} mm from end to end)",
             "Pass `resample_irregular=True` to have it resampled to a straight grid",
         )
+
+
+def _lean(slices: list[Slice]) -> tuple[np.ndarray, float]:
+    """How far ordered slices slide sideways from the first to the last, mm, and the angle of that, degrees."""
+    whole, normal = slices[-1].position_mm - slices[0].position_mm, _normal(slices)
+    sideways = whole - (whole @ normal) * normal
+    return sideways, float(np.degrees(np.arctan2(np.linalg.norm(sideways), whole @ normal)))
+
+
+def _is_leaning(slices: list[Slice]) -> bool:
+    """Whether a stack leans; under a pixel over the whole of it no voxel is misplaced."""
+    sideways, lean = _lean(slices)
+    return bool(np.linalg.norm(sideways) > slices[0].spacing_mm.min() and lean > _MAX_LEAN_DEGREES)
 
 
 def _to_grid(hu: np.ndarray, slices: list[Slice], source: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
@@ -397,12 +430,17 @@ def _to_grid(hu: np.ndarray, slices: list[Slice], source: str) -> tuple[np.ndarr
         notes.append(
             f"slices with steps of {gaps.min():.3f} to {gaps.max():.3f} mm were interpolated to {count} even ones"
         )
-    first, last = slices[0].position_mm, slices[-1].position_mm
+    first, whole = slices[0].position_mm, slices[-1].position_mm - slices[0].position_mm
+    if not _is_leaning(slices):
+        # What it slides all the same is shared between both ends.
+        sideways, _ = _lean(slices)
+        first, whole = first + sideways / 2, whole - sideways
+    length = float(np.linalg.norm(whole))
     orientation, spacing = slices[0].orientation, slices[0].spacing_mm
     affine = np.eye(4)
     affine[:3, 0] = orientation[:3] * spacing[1]
     affine[:3, 1] = orientation[3:] * spacing[0]
-    affine[:3, 2] = (last - first) / np.linalg.norm(last - first) * _exact_step(slices, count)
+    affine[:3, 2] = whole / length * _exact_step(slices, length, count)
     affine[:3, 3] = first
     affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine  # LPS -> RAS
     check_affine(source, affine)
@@ -411,14 +449,13 @@ def _to_grid(hu: np.ndarray, slices: list[Slice], source: str) -> tuple[np.ndarr
     return hu, affine, notes
 
 
-def _exact_step(slices: list[Slice], count: int) -> float:
-    """Step of the slices, mm: as written, or round, where positions of a few digits cannot tell it from the measured.
+def _exact_step(slices: list[Slice], length_mm: float, count: int) -> float:
+    """Step of slices over a length, mm: as written, or round, where positions of a few digits cannot tell them apart.
 
-    Else 3.987342 mm would come back as 3.987337 from positions, and lose a voxel to the floor of resampling.
+    Else steps of 5 mm would come back as 4.999999 from positions.
     """
-    first, last = slices[0], slices[-1]
-    measured = float(np.linalg.norm(last.position_mm - first.position_mm)) / (count - 1)
-    for step in (*first.written_steps_mm, round(measured, 3)):
+    measured = length_mm / (count - 1)
+    for step in (*slices[0].written_steps_mm, round(measured, 3)):
         if abs(step - measured) * (count - 1) < _POSITION_DIGITS_MM:
             return step
     return measured

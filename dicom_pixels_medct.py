@@ -68,7 +68,6 @@ class Slice:
 
     file: ByteSource
     frame: int | None
-    series: str
     has_modality: bool
     pixels: PixelLayout
     position_mm: np.ndarray

@@ -81,7 +81,6 @@ def read_volume(
         VolumeError: If the source is no single finite 3-D volume in HU with a certain geometry.
     """
     rescale = (rescale_slope, rescale_intercept)
-    rescale = (rescale_slope, rescale_intercept)
     volume = _load(source, spacing_mm, orientation, affine, rescale, series, resample_irregular)
     check_affine(volume.source, volume.affine)
     known = volume.notes if isinstance(source, CTVolume) else ()

@@ -138,6 +138,9 @@ def test_addresses(hu, tmp_path, nifti):
     assert np.array_equal(read_volume("memory://scans/series").array, hu.T)
     with pytest.raises(VolumeError, match=r"address cannot be opened \(FileNotFoundError\)"):
         read_volume("memory://scans/missing.nii.gz")
+    assert np.array_equal(read_volume(f"file://{tmp_path}/series").array, hu.T)
+    with pytest.raises(VolumeError, match="no regular file"):
+        read_volume("file:///dev/zero")
     with pytest.raises(VolumeError, match="address cannot be opened"):
         read_volume("nosuchprotocol://host/scan.nii.gz")
     with pytest.raises(VolumeError, match="address cannot be opened"):

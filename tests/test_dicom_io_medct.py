@@ -11,7 +11,13 @@ import pytest
 import scan_files
 import SimpleITK
 from medct import VolumeError, VolumeWarning, read_volume
-from pydicom.uid import EncapsulatedPDFStorage, MRImageStorage, SecondaryCaptureImageStorage, SegmentationStorage
+from pydicom.uid import (
+    EncapsulatedPDFStorage,
+    MediaStorageDirectoryStorage,
+    MRImageStorage,
+    SecondaryCaptureImageStorage,
+    SegmentationStorage,
+)
 from scan_files import AFFINE, SECRET, SECRET_DATE, STEP_MM, at, make_hu, write_enhanced, write_series
 
 
@@ -259,7 +265,7 @@ REFUSED = {
     wider_steps: "4.500 mm between 37.50 and 42.00",
     one_slice_off: "2.900 mm between 32.50 and 35.40, 2.100 mm between 35.40 and 37.50",
     beside: "do not lie on a line",
-    sheared: r"21.8 degrees off their normal \(gantry tilt or a sheared stack\)",
+    sheared: r"21.8 degrees off their normal \(gantry tilt or a sheared stack, 5.0 mm from end to end\)",
     tilted: "15.0 degrees off their normal",
     oblique: r"20.0 degrees off the patient's \(tolerance 10 degrees\)",
     one_finer_slice: r"PixelSpacing \[0.8, 0.75\] differs from \[0.8, 0.7\]",
@@ -274,7 +280,7 @@ REFUSED = {
     magnetic: r"no CT slices \(6 x MR Image Storage\)",
     emission: r"no CT slices \(6 x modality PT\)",
     localizer: r"no CT slices \(6 x localizer\)",
-    two_series: r"2 CT series \(1: 4 slices of 16 x 12, 0.8 mm pixels; 2: 2 slices of 16 x 12, 0.8 mm pixels\)",
+    two_series: r"2 CT series \(1: 4 slices of 16 x 12 pixels; 2: 2 slices of 16 x 12 pixels\)",
     without_pixels: "no pixels",
 }
 
@@ -300,6 +306,39 @@ def test_a_series_is_chosen_by_number_or_uid(hu, tmp_path):
     for series in (0, 3, "1.2.9"):
         with pytest.raises(VolumeError, match="no such series"):
             read_volume(folder, series=series)
+
+
+def test_a_map_beside_a_series_does_not_hinder_it(hu, tmp_path):
+    def edit(ds, k):
+        two_series(ds, k)
+        if k >= 4:
+            unit_of_perfusion(ds, k)
+
+    folder = write_series(tmp_path / "series", hu, edit)
+    assert_is(read_volume(folder, series=1), hu[:4])
+    with pytest.raises(VolumeError, match="RescaleType is US"):
+        read_volume(folder, series=2)
+
+
+def test_less_than_a_pixel_sideways_is_no_lean(hu, tmp_path):
+    folder = write_series(
+        tmp_path / "series", hu, lambda ds, k: setattr(ds, "ImagePositionPatient", at(0.1 * k, 0, STEP_MM * k))
+    )
+    affine = AFFINE.copy()
+    affine[0, 3] -= 0.25  # half of what the stack slides, towards L
+    assert_is(read_volume(folder), hu, affine)
+
+
+def test_the_layout_of_a_disc(hu, tmp_path):
+    write_series(tmp_path / "IMAGES/PT0/ST0", hu)
+    contents = scan_files.new_slice(hu[0], 0)
+    contents.SOPClassUID = contents.file_meta.MediaStorageSOPClassUID = MediaStorageDirectoryStorage
+    contents.save_as(tmp_path / "DICOMDIR", enforce_file_format=True)
+    volume = read_volume(tmp_path)
+    assert_is(volume, hu)
+    assert volume.notes == ()
+    with pytest.raises(VolumeError, match="table of contents of a disc"):
+        read_volume(tmp_path / "DICOMDIR")
 
 
 def test_other_files_beside_a_series_are_counted(hu, tmp_path):
