@@ -290,7 +290,8 @@ def read_array(source: ByteSource, stream: BinaryIO, shape: tuple[int, ...], dty
 
 
 def _stream_kind(stream: BinaryIO) -> str:
-    return {"BZ2File": "bzip2", "ZlibFile": "zlib"}.get(type(stream).__name__, "gzip")
+    kinds = {"GzipFile": "gzip", "IGzipFile": "gzip", "BZ2File": "bzip2", "ZlibFile": "zlib"}
+    return kinds.get(type(stream).__name__, "byte")
 
 
 def _may_be_scan(name: str) -> bool:

@@ -79,15 +79,18 @@ def floor(folder: Path, case: str) -> None:
     np.ones((240, 480, 480), np.float32).copy()
 
 
-def measure(folder: Path, case: str, repeats: int) -> dict[str, float]:
+def measure(folder: Path, case: str, repeats: int, threads: int | None) -> dict[str, float]:
     """Best and median seconds, and the peak of the process with all its imports, in MiB."""
     if case.startswith("floor"):
 
         def run() -> None:
             floor(folder, case)
     else:
+        import torch
         from medct import MedCTImageProcessor
 
+        if threads:
+            torch.set_num_threads(threads)
         processor = MedCTImageProcessor()
         source = folder / ("scan.nii.gz" if case == "nifti" else "dicom")
 
@@ -111,12 +114,13 @@ def measure(folder: Path, case: str, repeats: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5, help="runs of each case in its process (default: 5)")
+    parser.add_argument("--threads", type=int, help="threads of torch (default: its own; 1 where the machine is busy)")
     parser.add_argument("--slices", type=int, default=SHAPE[2], help="slices of the scan (default: 300)")
     parser.add_argument("--folder", type=Path, help="where to write the scans, or find those of an earlier run")
     parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.case:
-        print(json.dumps(measure(arguments.folder, arguments.case, arguments.repeats)))
+        print(json.dumps(measure(arguments.folder, arguments.case, arguments.repeats, arguments.threads)))
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.folder or Path(temporary)
@@ -128,6 +132,7 @@ def main() -> None:
         print(f"{'case':12} {'best s':>8} {'median s':>9} {'x floor':>8} {'peak MiB':>9} {'of it imports':>14}")
         for case in CASES:
             command = [sys.executable, __file__, "--case", case, "--folder", folder, "--repeats", arguments.repeats]
+            command += ["--threads", arguments.threads] if arguments.threads else []
             found = json.loads(subprocess.check_output([str(part) for part in command]))
             if case.startswith("floor"):
                 least = found["best_s"]

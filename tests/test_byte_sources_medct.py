@@ -175,3 +175,12 @@ def test_datasets_columns(hu, nifti):
     undecoded = rows.cast_column("volume", datasets.Nifti(decode=False))[0]["volume"]
     for source in (decoded, undecoded):
         assert np.array_equal(read_volume(source).array, hu)
+
+
+def test_without_the_fast_inflater(hu, nifti, monkeypatch):
+    path = nifti(hu)
+    fast = read_volume(path)
+    monkeypatch.setattr(byte_sources_medct, "fast_gzip", gzip)
+    assert np.array_equal(read_volume(path).array, fast.array)
+    with pytest.raises(VolumeError, match="gzip stream is damaged"):
+        read_volume(path.read_bytes()[:-100])
