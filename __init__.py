@@ -3,10 +3,10 @@
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification, AutoProcessor
 
 from .configuration_medct import CT_CLIP_LABELS, MedCTConfig, MedCTVisionConfig
-from .image_processing_medct import MedCTImageProcessor
+from .image_processing_medct import MedCTImageProcessor, VolumeGeometry
 from .modeling_medct import MedCTForImageClassification, MedCTModel, MedCTVisionModel, zero_shot_probabilities
 from .processing_medct import MedCTProcessor
-from .volume_io_medct import CTVolume, VolumeError, read_volume
+from .volume_io_medct import CTVolume, VolumeError, VolumeWarning, read_volume
 
 # Auto classes find these in a process that has imported medct; `save_pretrained` ships the code to those that have not.
 AutoConfig.register(MedCTConfig.model_type, MedCTConfig)
@@ -38,6 +38,8 @@ __all__ = [
     "MedCTVisionConfig",
     "MedCTVisionModel",
     "VolumeError",
+    "VolumeGeometry",
+    "VolumeWarning",
     "read_volume",
     "zero_shot_probabilities",
 ]

@@ -15,11 +15,17 @@ from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = (
+    "byte_sources_medct.py",
     "configuration_medct.py",
+    "dicom_io_medct.py",
+    "dicom_pixels_medct.py",
     "image_processing_medct.py",
+    "itk_formats_medct.py",
     "modeling_medct.py",
+    "nifti_io_medct.py",
     "processing_medct.py",
     "volume_io_medct.py",
+    "volume_medct.py",
 )
 ALLOWED = {"torch", "numpy", "transformers"} | set(sys.stdlib_module_names)
 
@@ -81,6 +87,22 @@ for source, target in ((folder, first), (first, second)):
     assert run.returncode == 0, run.stderr
     assert {path.name for path in (tmp_path / "second").glob("*.py")} == set(SHIPPED)
     assert (tmp_path / "second/model.safetensors").read_bytes() == (tmp_path / "first/model.safetensors").read_bytes()
+
+
+def test_the_phantom_base_is_a_hub_repository(tmp_path):
+    """Its code files are links, so that the code stands once; a copy of the folder holds the code itself."""
+    folder = ROOT / "phantom_base"
+    assert {path.name for path in folder.glob("*.py")} == set(SHIPPED)
+    assert all((ROOT / path.name).samefile(path) for path in folder.glob("*.py"))
+    code = """
+import sys
+from transformers import AutoModel, AutoProcessor
+model = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)
+AutoProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)
+assert type(model).__module__.startswith("transformers_modules.")
+"""
+    run = run_without_medct(code, folder, home=tmp_path)
+    assert run.returncode == 0, run.stderr
 
 
 def test_only_safetensors_are_written(converted):

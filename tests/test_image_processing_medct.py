@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import pickle
 
 import nibabel
 import numpy as np
@@ -104,7 +105,14 @@ def test_clip_hu_keeps_the_type():
 
 @pytest.mark.parametrize(
     ("length", "spacing_mm", "target_mm", "expected"),
-    [(300, 0.7, 1.5, 140), (512, 0.75, 0.75, 512), (99, 3.0, 1.5, 198), (100, 1.0, 1.5, 66), (1, 0.5, 1.5, 1)],
+    [
+        (300, 0.7, 1.5, 140),
+        (512, 0.75, 0.75, 512),
+        (99, 3.0, 1.5, 198),
+        (100, 1.0, 1.5, 66),
+        (1, 0.5, 1.5, 1),
+        (79, 3.98734, 1.5, 210),
+    ],
 )
 def test_resampled_length(length, spacing_mm, target_mm, expected):
     assert resampled_length(length, spacing_mm, target_mm) == expected
@@ -133,6 +141,7 @@ def test_pad_to_size_puts_the_odd_voxel_behind():
     assert padded[1, 0].tolist() == [-1] * 5
 
 
+@pytest.mark.filterwarnings("ignore::medct.VolumeWarning")  # the values are no scan
 @pytest.mark.parametrize("dtype", ["<i2", ">i2", "u1", "u2", "i4", "f4", "f8"])
 def test_any_dtype(dtype):
     volume = np.random.default_rng(0).integers(0, 255, (4, 4, 4)).astype(dtype)
@@ -158,6 +167,63 @@ def test_belongs_to_a_configuration(tmp_path):
     again = MedCTImageProcessor.from_pretrained(tmp_path)
     assert (again.image_size, again.orientation, again.hu_min) == ([20, 40, 40], "RAS", -500)
     assert MedCTImageProcessor().to_dict() == MedCTImageProcessor.from_config(MedCTConfig().vision_config).to_dict()
+
+
+@pytest.mark.parametrize("orientation", ["SLP", "RAS", "LPI", "AIL"])
+@pytest.mark.parametrize("shape", [(30, 31, 29), (9, 8, 70)])
+def test_geometry_leads_to_the_voxel_and_back(orientation, shape):
+    """One bright voxel is found where the geometry says, in the crop as in the padding."""
+    size = (16, 24, 20)
+    affine = affine_from_spacing((1.0, 0.7, 1.4), orientation)
+    affine[:3, 3] = 12, -40, 300
+    voxel = tuple(length // 2 + shift for length, shift in zip(shape, (1, -1, 2), strict=True))
+    array = np.full(shape, -1000, np.int16)
+    array[voxel] = 1000
+    processor = MedCTImageProcessor(image_size=size, target_spacing_mm=(0.5, 0.4, 0.45))
+    batch = processor(CTVolume(array, affine), return_tensors="pt", return_geometry=True)
+    (geometry,) = batch["geometry"]
+    brightest = np.array(np.unravel_index(int(batch["pixel_values"].argmax()), size))
+    step = np.abs(geometry.voxel_of_position[:3, :3]).max(axis=0)
+    assert (np.abs(geometry.from_voxel(voxel) - brightest) <= 0.5 / step + 0.5).all()
+    np.testing.assert_allclose(geometry.to_voxel(geometry.from_voxel(voxel)), voxel)
+    np.testing.assert_allclose(geometry.to_mm(geometry.from_voxel(voxel)), affine[:3] @ [*voxel, 1])
+    np.testing.assert_allclose(geometry.from_mm(affine[:3] @ [*voxel, 1]), geometry.from_voxel(voxel))
+    assert np.array_equal(pickle.loads(pickle.dumps(geometry)).affine, affine)
+
+
+@pytest.mark.filterwarnings("ignore::medct.VolumeWarning")  # the field is no scan
+@pytest.mark.parametrize("spacing_mm", [(3.0, 1.1, 0.9), (1.5, 0.75, 0.75), (0.9, 0.5, 0.4)])
+def test_geometry_is_that_of_the_values(spacing_mm):
+    """Of a field that is linear in patient millimetres, every value says where it comes from."""
+    shape, direction = (20, 30, 34), np.array([4.0, -3.0, 5.0])
+    affine = affine_from_spacing(spacing_mm, "SRA")
+    affine[:3, 3] = 3, -5, 7
+    mm = np.moveaxis(np.indices(shape), 0, -1) @ affine[:3, :3].T + affine[:3, 3]
+    processor = MedCTImageProcessor(image_size=(12, 16, 40), target_spacing_mm=(1.5, 0.75, 0.75))
+    batch = processor((mm @ direction).astype(np.float32), affine=affine, return_tensors="np", return_geometry=True)
+    positions = np.moveaxis(np.indices((12, 16, 40)), 0, -1)
+    voxels = batch["geometry"][0].to_voxel(positions)
+    is_inside = ((voxels >= 0) & (voxels <= np.array(shape) - 1)).all(axis=-1)
+    assert is_inside.sum() > 1000
+    expected = (batch["geometry"][0].to_mm(positions) @ direction).clip(-1000, 1000) / 1000
+    np.testing.assert_allclose(batch["pixel_values"][0, 0][is_inside], expected[is_inside], atol=2e-4)
+
+
+def test_images_are_never_changed():
+    array = np.linspace(-3000, 3000, 4 * 5 * 6, dtype=np.float32).reshape(4, 5, 6)
+    before = array.copy()
+    processor = MedCTImageProcessor(image_size=(4, 5, 6), target_spacing_mm=(1, 1, 1))
+    processor(array, spacing_mm=(1, 1, 1), return_tensors="pt")
+    assert np.array_equal(array, before)
+
+
+@pytest.mark.parametrize("axes", list(itertools.permutations(range(3))))
+def test_memory_order_does_not_matter(axes):
+    volume = np.random.default_rng(0).integers(-1000, 1000, (9, 12, 14)).astype(np.int16)
+    processor = MedCTImageProcessor(image_size=(6, 16, 8), target_spacing_mm=(1.5, 0.75, 0.8))
+    stored = np.ascontiguousarray(volume.transpose(axes)).transpose(np.argsort(axes))
+    first, second = (processor(array, spacing_mm=(1, 1.1, 1.2))["pixel_values"] for array in (volume, stored))
+    torch.testing.assert_close(first, second, atol=1e-6, rtol=0)
 
 
 def test_real_scan_in_two_orientations(shared):

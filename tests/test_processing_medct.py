@@ -1,8 +1,10 @@
 """Volumes and texts in one call."""
 
 import numpy as np
+import pytest
 import torch
-from medct import MedCTProcessor
+from medct import MedCTProcessor, VolumeError
+from scan_files import AFFINE, make_hu, write_series
 
 
 def test_images_and_text_together(processor, nifti):
@@ -30,6 +32,18 @@ def test_options_reach_the_image_processor(processor):
         return_tensors="pt",
     )
     torch.testing.assert_close(batch["pixel_values"], torch.full((1, 1, 8, 12, 8), -0.5))
+
+
+def test_a_series_as_a_list_and_the_way_back(processor, tmp_path):
+    hu = make_hu((8, 12, 8))
+    files = sorted(write_series(tmp_path, hu).iterdir())
+    batch = processor(images=[files], text="a", return_geometry=True, return_tensors="pt")
+    assert batch["pixel_values"].shape == (1, 1, 8, 12, 8)
+    assert torch.equal(batch["pixel_values"], processor(images=tmp_path, return_tensors="pt")["pixel_values"])
+    (geometry,) = batch["geometry"]
+    np.testing.assert_allclose(geometry.affine, AFFINE, atol=1e-6)
+    with pytest.raises(VolumeError, match="one slice, which is no volume"):
+        processor(images=files, return_tensors="pt")
 
 
 def test_long_texts_are_cut_at_what_the_encoder_reads(processor):

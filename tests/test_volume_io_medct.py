@@ -7,7 +7,7 @@ import nibabel
 import numpy as np
 import pytest
 import torch
-from medct import CTVolume, VolumeError, read_volume
+from medct import CTVolume, VolumeError, VolumeWarning, read_volume
 from medct.volume_io_medct import affine_from_spacing, axis_order
 
 
@@ -198,3 +198,76 @@ def test_the_error_survives_pickling_and_tracebacks():
     assert str(pickle.loads(pickle.dumps(error))) == str(error)
     traceback = f'Caught VolumeError in worker.\n  File "x.py", line 1\nmedct.volume_io_medct.VolumeError: {error}\n'
     assert str(VolumeError(traceback)) == str(error)
+
+
+def header_edit(path, **fields):
+    """Change fields of a NIfTI header on the disk, as no library would write them."""
+    image = nibabel.load(path)
+    header = image.header.copy()
+    for name, value in fields.items():
+        header[name] = value
+    raw = bytearray(path.read_bytes())
+    raw[: len(header.binaryblock)] = header.binaryblock
+    path.write_bytes(raw)
+    return path
+
+
+def test_one_volume_of_four_dimensions(array, nifti):
+    assert np.array_equal(read_volume(nifti(array[..., None], name="scan.nii")).array, array)
+
+
+@pytest.mark.parametrize("endian", ["<", ">"])
+@pytest.mark.parametrize("image_class", [nibabel.Nifti1Image, nibabel.Nifti2Image])
+def test_both_versions_in_both_byte_orders(endian, image_class, array, tmp_path):
+    header = image_class.header_class(endianness=endian)
+    image_class(array.astype(f"{endian}i2"), np.diag([-1.0, -2, 3, 1]), header).to_filename(tmp_path / "scan.nii.gz")
+    volume = read_volume(tmp_path / "scan.nii.gz")
+    assert np.array_equal(volume.array, array)
+    assert volume.array.dtype.isnative
+    assert volume.spacing_mm == (1.0, 2.0, 3.0)
+
+
+def test_scaled_files_are_float32_and_images_equal_them(array, tmp_path):
+    image = nibabel.Nifti1Image(array, np.diag([-1.0, -2, 3, 1]))
+    image.header.set_slope_inter(2, -8)
+    image.to_filename(tmp_path / "scaled.nii.gz")
+    loaded = nibabel.load(tmp_path / "scaled.nii.gz")
+    for source in (tmp_path / "scaled.nii.gz", loaded):
+        volume = read_volume(source)
+        assert volume.array.dtype == np.float32
+        np.testing.assert_allclose(volume.array, loaded.get_fdata())
+
+
+def test_what_headers_contradict_is_remarked_on(array, nifti):
+    path = header_edit(nifti(array, name="scan.nii"), pixdim=[1, 9, 9, 9, 0, 0, 0, 0])
+    with pytest.warns(VolumeWarning, match="pixdim disagrees with its sform"):
+        assert read_volume(path).spacing_mm == (3.0, 2.0, 4.0)
+    path = header_edit(nifti(array, name="scan.nii"), qform_code=1, qoffset_x=50)
+    with pytest.warns(VolumeWarning, match="qform disagrees with its sform"):
+        assert read_volume(path).affine[0, 3] == 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"sform_code": 0, "qform_code": 1, "pixdim": [1, 2, 0, 2, 0, 0, 0, 0]}, r"spacing is \(2.0, 0.0, 2.0\) mm"),
+        ({"sform_code": 0, "qform_code": 1, "pixdim": [1, 2, -2, 2, 0, 0, 0, 0]}, r"spacing is \(2.0, -2.0, 2.0\) mm"),
+        ({"sform_code": 0, "qform_code": 1, "quatern_b": 7}, "orientation cannot be read"),
+        ({"srow_x": [np.nan, 0, 0, 0]}, "affine is singular"),
+        ({"dim": [3, 5, -6, 7, 1, 1, 1, 1]}, "header is damaged"),
+        ({"vox_offset": 1e9}, "header is damaged"),
+        ({"scl_slope": 1, "scl_inter": np.inf}, "scl_slope and scl_inter are damaged"),
+        ({"magic": b"ni1"}, r"second file \(.img\)"),
+    ],
+)
+def test_headers_that_cannot_be(fields, reason, array, nifti):
+    with pytest.raises(VolumeError, match=reason):
+        read_volume(header_edit(nifti(array, name="scan.nii"), **fields))
+
+
+def test_error_without_nibabel_says_what_to_install(array, nifti, monkeypatch):
+    from medct import nifti_io_medct
+
+    monkeypatch.setattr(nifti_io_medct, "nibabel", None)
+    with pytest.raises(VolumeError, match="pip install nibabel"):
+        read_volume(nifti(array))

@@ -1,0 +1,1 @@
+../byte_sources_medct.py

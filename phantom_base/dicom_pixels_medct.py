@@ -1,0 +1,1 @@
+../dicom_pixels_medct.py

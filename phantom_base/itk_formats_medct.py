@@ -1,0 +1,1 @@
+../itk_formats_medct.py

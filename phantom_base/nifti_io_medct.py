@@ -1,0 +1,1 @@
+../nifti_io_medct.py

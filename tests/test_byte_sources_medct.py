@@ -1,0 +1,186 @@
+"""Where bytes come from: never for ever, and never more than is honest."""
+
+import gzip
+import io
+import os
+import tracemalloc
+import zipfile
+
+import fsspec
+import numpy as np
+import pytest
+from medct import VolumeError, byte_sources_medct, read_volume
+from scan_files import make_hu, write_series
+
+
+@pytest.fixture
+def hu() -> np.ndarray:
+    return make_hu()
+
+
+def test_links_are_followed_but_never_in_a_circle(hu, tmp_path):
+    blobs = write_series(tmp_path / "blobs", hu)
+    series = tmp_path / "series"
+    series.mkdir()
+    for file in blobs.iterdir():  # as the cache of the Hub has it
+        (series / file.name).symlink_to(file)
+    (series / "again").symlink_to(series)
+    (series / "upwards").symlink_to(tmp_path / "series", target_is_directory=True)
+    assert np.array_equal(read_volume(series).array, hu.T)
+    (tmp_path / "a").symlink_to(tmp_path / "b")
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    with pytest.raises(VolumeError, match="symbolic links"):
+        read_volume(tmp_path / "a")
+
+
+def test_a_dangling_link_among_slices_is_a_missing_slice(hu, tmp_path):
+    folder = write_series(tmp_path / "series", hu)
+    (folder / "99.dcm").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(VolumeError, match=r"99.dcm: it cannot be read \(No such file"):
+        read_volume(folder)
+
+
+def test_pipes_and_devices_are_not_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(VolumeError, match="no regular file"):
+        read_volume(tmp_path / "pipe")
+    with pytest.raises(VolumeError, match="no regular file"):
+        read_volume("/dev/zero")
+    with pytest.raises(VolumeError, match=r"no CT slices \(it is empty\)"):
+        read_volume(tmp_path)  # the pipe is no file of the folder
+
+
+def test_folders_without_slices(tmp_path):
+    (tmp_path / "deep/deeper").mkdir(parents=True)
+    with pytest.raises(VolumeError, match="it is empty"):
+        read_volume(tmp_path)
+    for name in "ab":
+        (tmp_path / "deep" / name).write_text("no scan")
+    with pytest.raises(VolumeError, match="2 x no DICOM file"):
+        read_volume(tmp_path)
+
+
+def test_a_folder_of_one_nifti_is_that_nifti(nifti, hu):
+    path = nifti(hu)
+    assert np.array_equal(read_volume(path.parent).array, hu)
+
+
+def test_too_many_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(byte_sources_medct, "MAX_FILES", 3)
+    for name in "abcd":
+        (tmp_path / name).write_text("")
+    with pytest.raises(VolumeError, match="more than 3 files"):
+        read_volume(tmp_path)
+
+
+def zipped(members: dict[str, bytes], **options) -> bytes:
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED, **options) as file:
+        for name, data in members.items():
+            file.writestr(name, data)
+    return archive.getvalue()
+
+
+def test_zip_archives(hu, tmp_path, nifti):
+    files = {f"DATA/{k % 2}/{k // 2}": path.read_bytes() for k, path in enumerate(write_series(tmp_path, hu).iterdir())}
+    archive = zipped({**files, "__MACOSX/._0": b"x" * 200, "DATA/": b""})
+    assert np.array_equal(read_volume(archive).array, hu.T)
+    assert np.array_equal(read_volume(zipped({"scan.nii.gz": nifti(hu).read_bytes()})).array, hu)
+    with pytest.raises(VolumeError, match="no NIfTI file"):
+        read_volume(zipped({"inner.zip": archive}))
+
+
+def test_zip_bombs_are_refused_before_unpacking(monkeypatch):
+    monkeypatch.setattr(byte_sources_medct, "MODEST_BYTES", 2**22)
+    bomb = zipped({f"{k}.dcm": bytes(2**22) for k in range(6)}, compresslevel=9)
+    tracemalloc.start()
+    with pytest.raises(VolumeError, match="would unpack to 25165824 bytes"):
+        read_volume(bomb)
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda raw: raw[: len(raw) // 2], "zip archive is damaged"),
+        (lambda raw: raw.replace(b"PK\x01\x02\x14\x03\x14\x00\x00", b"PK\x01\x02\x14\x03\x14\x00\x01"), "encrypted"),
+        (lambda raw: raw[:60] + b"xxxxxxxx" + raw[68:], "zip member is damaged"),
+    ],
+)
+def test_damaged_archives(damage, reason, hu, tmp_path):
+    files = {path.name: path.read_bytes() for path in write_series(tmp_path, hu).iterdir()}
+    with pytest.raises(VolumeError, match=reason):
+        read_volume(damage(zipped(files)))
+
+
+def test_gzip_bombs_are_refused_before_unpacking(nifti):
+    raw = bytearray(nifti(np.zeros((4, 4, 4), np.int16), name="small.nii").read_bytes())
+    raw[40:56] = np.array([3, 1024, 1024, 256, 1, 1, 1, 1], "<i2").tobytes()
+    bomb = gzip.compress(raw) + 32 * gzip.compress(bytes(2**24))
+    tracemalloc.start()
+    with pytest.raises(VolumeError, match="voxels cannot be read"):
+        read_volume(bomb)
+    assert tracemalloc.get_traced_memory()[1] < 2**24
+    tracemalloc.stop()
+    endless = gzip.compress(nifti(np.zeros((4, 4, 4), np.int16), name="small.nii").read_bytes())
+    endless += 8 * gzip.compress(bytes(2**24))
+    with pytest.raises(VolumeError, match="follow its voxels"):
+        read_volume(endless)
+
+
+def test_addresses(hu, tmp_path, nifti):
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/scans/scan.nii.gz", nifti(hu).read_bytes())
+    for path in write_series(tmp_path / "series", hu).iterdir():
+        memory.pipe(f"/scans/series/{path.name}", path.read_bytes())
+    assert np.array_equal(read_volume("memory://scans/scan.nii.gz").array, hu)
+    assert np.array_equal(read_volume("memory://scans/series").array, hu.T)
+    with pytest.raises(VolumeError, match=r"address cannot be opened \(FileNotFoundError\)"):
+        read_volume("memory://scans/missing.nii.gz")
+    assert np.array_equal(read_volume(f"file://{tmp_path}/series").array, hu.T)
+    with pytest.raises(VolumeError, match="no regular file"):
+        read_volume("file:///dev/zero")
+    with pytest.raises(VolumeError, match="address cannot be opened"):
+        read_volume("nosuchprotocol://host/scan.nii.gz")
+    with pytest.raises(VolumeError, match="address cannot be opened"):
+        read_volume("hf://datasets/nobody/nothing/scan.nii.gz")  # the tests are offline
+
+
+def test_addresses_without_fsspec(monkeypatch):
+    monkeypatch.setattr(byte_sources_medct, "fsspec", None)
+    with pytest.raises(VolumeError, match="pip install fsspec"):
+        read_volume("https://example.org/scan.nii.gz")
+
+
+def test_bytes_file_objects_and_columns(hu, nifti):
+    path = nifti(hu)
+    raw = path.read_bytes()
+    for source in (raw, bytearray(raw), memoryview(raw), io.BytesIO(raw)):
+        assert np.array_equal(read_volume(source).array, hu)
+    for row in ({"bytes": raw, "path": "train/scan.nii.gz"}, {"bytes": None, "path": str(path)}, {"bytes": raw}):
+        assert np.array_equal(read_volume(row).array, hu)
+    with path.open("rb") as file:
+        assert np.array_equal(read_volume(file).array, hu)
+    with pytest.raises(VolumeError, match="opened as text"):
+        read_volume(io.StringIO("text"))
+    with pytest.raises(VolumeError, match=r"scan.nii.gz: .*gzip stream is damaged"):
+        read_volume({"bytes": raw[:-100], "path": "train/scan.nii.gz"})
+
+
+def test_datasets_columns(hu, nifti):
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_dict({"volume": [str(nifti(hu))]})
+    decoded = rows.cast_column("volume", datasets.Nifti())[0]["volume"]
+    undecoded = rows.cast_column("volume", datasets.Nifti(decode=False))[0]["volume"]
+    for source in (decoded, undecoded):
+        assert np.array_equal(read_volume(source).array, hu)
+
+
+def test_without_the_fast_inflater(hu, nifti, monkeypatch):
+    path = nifti(hu)
+    fast = read_volume(path)
+    monkeypatch.setattr(byte_sources_medct, "fast_gzip", gzip)
+    assert np.array_equal(read_volume(path).array, fast.array)
+    with pytest.raises(VolumeError, match="gzip stream is damaged"):
+        read_volume(path.read_bytes()[:-100])

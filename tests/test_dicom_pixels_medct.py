@@ -1,0 +1,127 @@
+"""Pixels in every transfer syntax that can be written here, whole and damaged."""
+
+import zlib
+
+import numpy as np
+import pydicom
+import pytest
+import scan_files
+from medct import VolumeError, byte_sources_medct, read_volume
+from medct.dicom_pixels_medct import _DECODERS
+from pydicom.uid import (
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    JPEG2000Lossless,
+    JPEGLSLossless,
+    RLELossless,
+)
+from scan_files import compress, make_hu, write_series
+
+COMPRESSED = (RLELossless, JPEG2000Lossless, JPEGLSLossless)
+
+
+def as_syntax(syntax: str):
+    """An `edit` that writes slices in an uncompressed syntax."""
+
+    def edit(ds, k):
+        ds.file_meta.TransferSyntaxUID = syntax
+        if syntax == ExplicitVRBigEndian:
+            ds.add_new(0x7FE00010, "OW", np.frombuffer(ds.PixelData, "<u2").astype(">u2").tobytes())
+
+    return edit
+
+
+@pytest.fixture
+def hu() -> np.ndarray:
+    return make_hu((4, 64, 48))
+
+
+@pytest.mark.parametrize(
+    "syntax", [ExplicitVRLittleEndian, ImplicitVRLittleEndian, ExplicitVRBigEndian, DeflatedExplicitVRLittleEndian]
+)
+def test_uncompressed(syntax, hu, tmp_path):
+    folder = write_series(tmp_path, hu, as_syntax(syntax))
+    assert pydicom.dcmread(next(folder.iterdir())).file_meta.TransferSyntaxUID == syntax
+    assert np.array_equal(read_volume(folder).array, hu.T)
+
+
+@pytest.mark.parametrize("syntax", COMPRESSED)
+def test_compressed_without_loss(syntax, hu, tmp_path):
+    folder = write_series(tmp_path, hu, compress(syntax))
+    assert np.array_equal(read_volume(folder).array, hu.T)
+
+
+def test_syntaxes_may_differ_within_a_series(hu, tmp_path):
+    folder = write_series(tmp_path, hu, lambda ds, k: compress(COMPRESSED[k])(ds) if k < 3 else None)
+    assert np.array_equal(read_volume(folder).array, hu.T)
+
+
+@pytest.mark.parametrize("syntax", COMPRESSED)
+@pytest.mark.parametrize("share", [0.3, 0.9])
+def test_a_file_cut_short_is_refused(syntax, share, hu, tmp_path):
+    folder = write_series(tmp_path, hu, compress(syntax))
+    victim = sorted(folder.iterdir())[1]
+    raw = victim.read_bytes()
+    pixels = raw.index(b"\xe0\x7f\x10\x00")
+    victim.write_bytes(raw[: pixels + int(share * (len(raw) - pixels))])
+    with pytest.raises(VolumeError, match=r"holds no pixels|cannot be decoded"):
+        read_volume(folder)
+
+
+@pytest.mark.parametrize("syntax", COMPRESSED)
+def test_a_code_stream_cut_short_is_refused(syntax, hu, tmp_path):
+    def edit(ds, k):
+        compress(syntax)(ds)
+        if k == 2:
+            frame = next(pydicom.encaps.generate_frames(ds.PixelData, number_of_frames=1))
+            ds.PixelData = pydicom.encaps.encapsulate([frame[: len(frame) * 6 // 10]])
+
+    with pytest.raises(VolumeError, match="cannot be decoded"):
+        read_volume(write_series(tmp_path, hu, edit))
+
+
+def test_a_code_stream_of_another_size_is_refused_before_decoding(hu, tmp_path):
+    for syntax in (JPEG2000Lossless, JPEGLSLossless):
+
+        def edit(ds, k, syntax=syntax):
+            compress(syntax)(ds)
+            ds.Rows, ds.Columns = 48, 64
+
+        with pytest.raises(VolumeError, match=r"compressed pixels are 64 x 48 instead of \(48, 64\)"):
+            read_volume(write_series(tmp_path / syntax, hu, edit))
+
+
+def test_missing_decoders_name_the_extra(hu, tmp_path, monkeypatch):
+    folder = write_series(tmp_path, hu, compress(JPEGLSLossless))
+    monkeypatch.setitem(_DECODERS, JPEGLSLossless, ("not installed",))
+    with pytest.raises(VolumeError, match=r"JPEG-LS Lossless.*pip install medct\[dicom\]"):
+        read_volume(folder)
+    monkeypatch.delitem(_DECODERS, JPEGLSLossless)
+    with pytest.raises(VolumeError, match="compressed in a way not supported"):
+        read_volume(folder)
+
+
+def test_a_deflated_bomb_is_refused(hu, tmp_path, monkeypatch):
+    monkeypatch.setattr(byte_sources_medct, "MODEST_BYTES", 2**22)
+    write_series(tmp_path, hu[:2], as_syntax(DeflatedExplicitVRLittleEndian))
+    raw = next(tmp_path.iterdir()).read_bytes()
+    length = 132 + 12 + int.from_bytes(raw[140:144], "little")
+    deflater = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
+    bomb = b"".join(deflater.compress(bytes(2**22)) for _ in range(4)) + deflater.flush()
+    (tmp_path / "bomb.dcm").write_bytes(raw[:length] + bomb)
+    with pytest.raises(VolumeError, match="would inflate to more than"):
+        read_volume(tmp_path)
+
+
+def test_eight_bit_slices(tmp_path):
+    stored = np.random.default_rng(0).integers(0, 255, (3, 8, 10)).astype(np.uint8)
+
+    def edit(ds, k):
+        scan_files.set_pixels(ds, stored[k])
+        ds.BitsAllocated, ds.BitsStored, ds.HighBit, ds.RescaleSlope = 8, 8, 7, 4
+        ds.add_new(0x7FE00010, "OB", stored[k].tobytes())
+
+    volume = read_volume(write_series(tmp_path, stored, edit))
+    assert np.array_equal(volume.array, stored.T.astype(np.float32) * 4 - 1024)

@@ -1,0 +1,197 @@
+"""NRRD and MetaImage, compared with the libraries that write them."""
+
+import zlib
+
+import nrrd
+import numpy as np
+import pytest
+import SimpleITK
+from medct import VolumeError, VolumeWarning, read_volume
+from scan_files import make_hu
+
+DIRECTIONS = np.array([[0.7, 0, 0], [0, 0.8, 0], [0, 0, 2.5]])
+ORIGIN = np.array([-10.0, 20.0, 30.0])
+
+
+@pytest.fixture
+def array() -> np.ndarray:
+    return make_hu((5, 6, 7))
+
+
+def header(**more) -> dict:
+    return {"space": "left-posterior-superior", "space directions": DIRECTIONS, "space origin": ORIGIN, **more}
+
+
+def lps(volume, voxel) -> np.ndarray:
+    return (volume.affine @ [*voxel, 1])[:3] * (-1, -1, 1)
+
+
+@pytest.mark.parametrize("encoding", ["raw", "gzip", "bzip2", "ascii"])
+@pytest.mark.parametrize("suffix", [".nrrd", ".nhdr"])
+def test_nrrd_encodings(encoding, suffix, array, tmp_path):
+    path = tmp_path / f"scan{suffix}"
+    nrrd.write(str(path), array, header(encoding=encoding), index_order="F")
+    volume = read_volume(path)
+    assert np.array_equal(volume.array, array)
+    np.testing.assert_allclose(lps(volume, (1, 2, 3)), ORIGIN + DIRECTIONS.T @ (1, 2, 3))
+
+
+@pytest.mark.filterwarnings("ignore:.*holds no air")  # of unsigned and of short values
+@pytest.mark.parametrize("dtype", ["<i2", ">i2", "<i4", "<f4", ">f8", "<u2", "i1"])
+def test_nrrd_types(dtype, array, tmp_path):
+    values = (array // 8 if dtype == "i1" else array).astype(dtype)
+    nrrd.write(str(tmp_path / "scan.nrrd"), values, header(), index_order="F")
+    found = read_volume(tmp_path / "scan.nrrd").array
+    assert np.array_equal(found, values)
+    assert found.dtype.isnative
+
+
+@pytest.mark.parametrize(
+    ("space", "signs"),
+    [
+        ("left-posterior-superior", (1, 1, 1)),
+        ("LPS", (1, 1, 1)),
+        ("right-anterior-superior", (-1, -1, 1)),
+        ("RAS", (-1, -1, 1)),
+        ("left-anterior-superior", (1, -1, 1)),
+    ],
+)
+def test_nrrd_spaces(space, signs, array, tmp_path):
+    nrrd.write(str(tmp_path / "scan.nrrd"), array, header(space=space), index_order="F")
+    np.testing.assert_allclose(lps(read_volume(tmp_path / "scan.nrrd"), (0, 0, 0)), ORIGIN * signs)
+
+
+def test_nrrd_of_permuted_axes_as_simpleitk_reads_it(array, tmp_path):
+    directions = np.array([[0, 0, 2.5], [0.7, 0, 0], [0, -0.8, 0]])
+    nrrd.write(str(tmp_path / "scan.nrrd"), array, header(**{"space directions": directions}), index_order="F")
+    volume = read_volume(tmp_path / "scan.nrrd")
+    image = SimpleITK.ReadImage(str(tmp_path / "scan.nrrd"))
+    for voxel in ((0, 0, 0), (4, 5, 6), (1, 3, 2)):
+        np.testing.assert_allclose(lps(volume, voxel), image.TransformIndexToPhysicalPoint(voxel), atol=1e-9)
+        assert volume.array[voxel] == image[voxel]
+
+
+def nrrd_text(array, **changes) -> bytes:
+    fields = {
+        "type": "short",
+        "dimension": "3",
+        "space": "left-posterior-superior",
+        "sizes": "5 6 7",
+        "space directions": "(1,0,0) (0,1,0) (0,0,2)",
+        "endian": "little",
+        "encoding": "raw",
+        "space origin": "(0,0,0)",
+    } | {name.replace("_", " "): value for name, value in changes.items()}
+    lines = [f"{name}: {value}" for name, value in fields.items() if value is not None]
+    return "\n".join(["NRRD0005", "# a comment", *lines, "key:=SECRET", "", ""]).encode() + array.tobytes(order="F")
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"space": None}, "does not name the patient's axes"),
+        ({"space": "3D-right-handed"}, "does not name the patient's axes"),
+        ({"space_directions": None}, "no three `space directions`"),
+        ({"space_directions": "none (1,0,0) (0,1,0) (0,0,1)"}, "no three `space directions`"),
+        ({"space_directions": "(1,0,0) (0,1,0) (0,0,0)"}, "affine is singular"),
+        ({"sizes": "5 6 7 2"}, r"shape \(5, 6, 7, 2\)"),
+        ({"sizes": "5 6 -7"}, r"shape \(5, 6, -7\)"),
+        ({"sizes": "5 6 9000000"}, r"header promises 540000000 bytes"),
+        ({"sizes": "5 6 8"}, "voxels cannot be read"),
+        ({"type": "block"}, "known type"),
+        ({"encoding": "hex"}, "encoding is not known"),
+        ({"encoding": "gzip"}, "gzip stream is damaged"),
+        ({"data_file": "../../etc/passwd"}, "lie in other files"),
+        ({"data_file": "LIST"}, "list of files"),
+    ],
+)
+def test_bad_nrrd(changes, reason, array, tmp_path):
+    path = tmp_path / "scan.nrrd"
+    path.write_bytes(nrrd_text(array, **changes))
+    with pytest.raises(VolumeError, match=reason) as refused:
+        read_volume(path)
+    assert "SECRET" not in str(refused.value)
+
+
+def test_nrrd_text_is_sound(array, tmp_path):
+    (tmp_path / "scan.nrrd").write_bytes(nrrd_text(array))
+    assert np.array_equal(read_volume(tmp_path / "scan.nrrd").array, array)
+
+
+@pytest.fixture
+def image(array):
+    image = SimpleITK.GetImageFromArray(array.T)
+    image.SetSpacing((0.7, 0.8, 2.5))
+    image.SetOrigin(ORIGIN.tolist())
+    image.SetDirection((0, 0, 1, 1, 0, 0, 0, 1, 0))
+    return image
+
+
+@pytest.mark.parametrize("name", ["scan.mha", "scan.mhd"])
+@pytest.mark.parametrize("compressed", [True, False])
+def test_metaimage_as_simpleitk_writes_it(name, compressed, image, array, tmp_path):
+    SimpleITK.WriteImage(image, str(tmp_path / name), useCompression=compressed)
+    volume = read_volume(tmp_path / name)
+    assert np.array_equal(volume.array, array)
+    for voxel in ((0, 0, 0), (4, 5, 6), (1, 3, 2)):
+        np.testing.assert_allclose(lps(volume, voxel), image.TransformIndexToPhysicalPoint(voxel), atol=1e-9)
+    if name == "scan.mha":
+        assert np.array_equal(read_volume((tmp_path / name).read_bytes()).array, array)
+
+
+def meta_text(array, **changes) -> bytes:
+    fields = {
+        "ObjectType": "Image",
+        "NDims": "3",
+        "BinaryData": "True",
+        "BinaryDataByteOrderMSB": "False",
+        "TransformMatrix": "1 0 0 0 1 0 0 0 1",
+        "Offset": "0 0 0",
+        "ElementSpacing": "1 1 2",
+        "DimSize": "5 6 7",
+        "ElementType": "MET_SHORT",
+    }
+    fields = fields | changes | {"ElementDataFile": changes.get("ElementDataFile", "LOCAL")}
+    lines = [f"{name} = {value}" for name, value in fields.items() if value is not None]
+    return "\n".join([*lines, ""]).encode() + array.tobytes(order="F")
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"ElementSpacing": None}, "no ElementSpacing"),
+        ({"ElementSpacing": "1 0 1"}, r"spacing is \(1.0, 0.0, 1.0\) mm"),
+        ({"ElementSpacing": "1 1"}, "three axes"),
+        ({"ElementType": "MET_OTHER"}, "known ElementType"),
+        ({"DimSize": "5 6 7 2"}, r"shape \(5, 6, 7, 2\)"),
+        ({"DimSize": "5 6 70000"}, "header promises"),
+        ({"ElementNumberOfChannels": "3"}, "3 channels"),
+        ({"CompressedData": "True"}, "zlib stream is damaged"),
+        ({"ElementDataFile": "/etc/passwd"}, "lie in other files"),
+        ({"ElementDataFile": "missing.raw"}, "not beside it"),
+        ({"ElementDataFile": None}, "header has no end|lie in other files"),
+        ({"TransformMatrix": "1 0 0 0 1 0 0 0 0"}, "affine is singular"),
+    ],
+)
+def test_bad_metaimage(changes, reason, array, tmp_path):
+    path = tmp_path / "scan.mha"
+    path.write_bytes(meta_text(array, **changes))
+    with pytest.raises(VolumeError, match=reason):
+        read_volume(path)
+
+
+def test_metaimage_without_axes_is_remarked_on(array, tmp_path):
+    (tmp_path / "scan.mha").write_bytes(meta_text(array, TransformMatrix=None))
+    with pytest.warns(VolumeWarning, match="no TransformMatrix"):
+        assert np.array_equal(read_volume(tmp_path / "scan.mha").array, array)
+
+
+def test_a_zlib_stream_cut_short(array, tmp_path):
+    whole = meta_text(array, CompressedData="True")
+    start = whole.index(b"LOCAL\n") + 6
+    packed = zlib.compress(whole[start:])
+    (tmp_path / "scan.mha").write_bytes(whole[:start] + packed)
+    assert np.array_equal(read_volume(tmp_path / "scan.mha").array, array)
+    (tmp_path / "scan.mha").write_bytes(whole[:start] + packed[:-9])
+    with pytest.raises(VolumeError, match="zlib stream is damaged"):
+        read_volume(tmp_path / "scan.mha")
