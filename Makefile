@@ -1,11 +1,13 @@
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
+# All that accelerate would else remark on; --quiet leaves an error at the one line that says it.
+LAUNCH := $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 
 .PHONY: train test test-slow style check phantom-base
 
 train: $(VENV)/installed  ## adapt the phantom base to another site; ARGS="..." passes flags
-	$(BIN)/accelerate launch --num_processes 1 train.py $(ARGS)
+	$(LAUNCH) train.py $(ARGS)
 
 test: $(VENV)/installed  ## everything but what takes minutes
 	$(BIN)/python -m pytest $(ARGS)

@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import BertTokenizer
+
 from medct import MedCTConfig, MedCTForImageClassification, MedCTImageProcessor, MedCTModel, MedCTProcessor
 from medct.outputs import whole_folder
-from transformers import BertTokenizer
 
 MODEL_CARD = Path(__file__).with_name("model_card.md")
 CLASSFINE_PREFIX = "trained_model."

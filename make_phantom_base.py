@@ -19,17 +19,18 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from torch import nn
+from torch.nn import functional as F
+from tqdm import tqdm
+from transformers import BertTokenizer, get_cosine_schedule_with_warmup
+from transformers.utils import logging
+
 from medct import MedCTConfig, MedCTImageProcessor, MedCTModel, MedCTProcessor
 from medct.data_medct import Collator, phantom_source
 from medct.modeling_medct import MedCTQuantizer
 from medct.outputs import whole_folder
 from medct.phantoms import SITES, report_sentences
 from medct.train import TrainingSettings, evaluate_zero_shot, make_loader, tokenize_prompts, training_loss
-from torch import nn
-from torch.nn import functional as F
-from tqdm import tqdm
-from transformers import BertTokenizer, get_cosine_schedule_with_warmup
-from transformers.utils import logging
 
 SEED = 0
 # Nobody is seen twice. Patients below are held out, here and in `train.py`.

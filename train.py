@@ -22,17 +22,18 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import set_seed
-from medct import MedCTConfig, MedCTModel, MedCTProcessor, VolumeError, zero_shot_probabilities
-from medct.data_medct import Collator, DataError, Source, ct_rate_source, phantom_source
-from medct.metrics_medct import zero_shot_scores
-from medct.modeling_medct import contrastive_loss
-from medct.outputs import refuse_taken, whole_folder
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModel, AutoProcessor, HfArgumentParser, get_cosine_schedule_with_warmup
 from transformers.utils import logging
+
+from medct import MedCTConfig, MedCTModel, MedCTProcessor, VolumeError, zero_shot_probabilities
+from medct.data_medct import Collator, DataError, Source, ct_rate_source, phantom_source
+from medct.metrics_medct import zero_shot_scores
+from medct.modeling_medct import contrastive_loss
+from medct.outputs import refuse_taken, whole_folder
 
 PHANTOM_BASE = Path(__file__).with_name("phantom_base")
 PHANTOMS = "phantoms"

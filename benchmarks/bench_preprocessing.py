@@ -87,6 +87,7 @@ def measure(folder: Path, case: str, repeats: int, threads: int | None) -> dict[
             floor(folder, case)
     else:
         import torch
+
         from medct import MedCTImageProcessor
 
         if threads:

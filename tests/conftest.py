@@ -15,6 +15,7 @@ import nibabel
 import numpy as np
 import pytest
 import torch
+
 from medct import MedCTModel, MedCTProcessor
 from medct.convert_ct_clip_to_hf import convert
 

@@ -42,7 +42,7 @@ PUBLISHED_SIZES = {
     "dim_head": 32,
     "heads": 8,
     "dim_latent": 512,
-    "text_config": {},
+    "text_config": {"hidden_size": 768, "max_position_embeddings": 512},
 }
 
 

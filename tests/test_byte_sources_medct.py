@@ -9,8 +9,9 @@ import zipfile
 import fsspec
 import numpy as np
 import pytest
-from medct import VolumeError, byte_sources_medct, read_volume
 from scan_files import make_hu, write_series
+
+from medct import VolumeError, byte_sources_medct, read_volume
 
 
 @pytest.fixture

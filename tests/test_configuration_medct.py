@@ -2,6 +2,7 @@
 
 import pytest
 from huggingface_hub.errors import StrictDataclassError
+
 from medct import CT_CLIP_LABELS, MedCTConfig, MedCTVisionConfig
 
 

@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 import torch
 from datasets import IterableDataset
+
 from medct import CT_CLIP_LABELS, MedCTConfig
 from medct.data_medct import Collator, DataError, ct_rate_source, phantom_source, volume_path
 

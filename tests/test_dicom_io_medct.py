@@ -10,7 +10,6 @@ import pydicom
 import pytest
 import scan_files
 import SimpleITK
-from medct import VolumeError, VolumeWarning, read_volume
 from pydicom.uid import (
     EncapsulatedPDFStorage,
     MediaStorageDirectoryStorage,
@@ -19,6 +18,8 @@ from pydicom.uid import (
     SegmentationStorage,
 )
 from scan_files import AFFINE, SECRET, SECRET_DATE, STEP_MM, at, make_hu, write_enhanced, write_series
+
+from medct import VolumeError, VolumeWarning, read_volume
 
 
 @pytest.fixture

@@ -6,8 +6,6 @@ import numpy as np
 import pydicom
 import pytest
 import scan_files
-from medct import VolumeError, byte_sources_medct, read_volume
-from medct.dicom_pixels_medct import _DECODERS
 from pydicom.uid import (
     DeflatedExplicitVRLittleEndian,
     ExplicitVRBigEndian,
@@ -18,6 +16,9 @@ from pydicom.uid import (
     RLELossless,
 )
 from scan_files import compress, make_hu, write_series
+
+from medct import VolumeError, byte_sources_medct, read_volume
+from medct.dicom_pixels_medct import _DECODERS
 
 COMPRESSED = (RLELossless, JPEG2000Lossless, JPEGLSLossless)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import ct_clip_reference as reference
 import pytest
 import torch
+
 from medct import MedCTConfig
 
 GIGABYTE = 10**9

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from medct import MedCTModel
 from safetensors.torch import load_file, save_file
+
+from medct import MedCTModel
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = (

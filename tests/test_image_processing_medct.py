@@ -8,6 +8,8 @@ import nibabel
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
+
 from medct import CTVolume, MedCTConfig, MedCTImageProcessor
 from medct.image_processing_medct import (
     clip_hu,
@@ -19,7 +21,6 @@ from medct.image_processing_medct import (
     scale_hu,
 )
 from medct.volume_io_medct import affine_from_spacing
-from torch.nn import functional as F
 
 
 def by_the_letter(volume: np.ndarray, spacing_mm, target_spacing_mm, size) -> torch.Tensor:

@@ -6,8 +6,9 @@ import nrrd
 import numpy as np
 import pytest
 import SimpleITK
-from medct import VolumeError, VolumeWarning, read_volume
 from scan_files import make_hu
+
+from medct import VolumeError, VolumeWarning, read_volume
 
 DIRECTIONS = np.array([[0.7, 0, 0], [0, 0.8, 0], [0, 0, 2.5]])
 ORIGIN = np.array([-10.0, 20.0, 30.0])

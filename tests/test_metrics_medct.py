@@ -5,6 +5,7 @@ import json
 import evaluate
 import numpy as np
 import pytest
+
 from medct.metrics_medct import label_aurocs, zero_shot_scores
 
 SCORES = np.array([[0.9, 0.2], [0.8, 0.3], [0.3, 0.1], [0.1, 0.7]])

@@ -6,6 +6,10 @@ import json
 import ct_clip_reference as reference
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from transformers import BertConfig, DistilBertConfig
+
 from medct import (
     MedCTConfig,
     MedCTForImageClassification,
@@ -15,9 +19,6 @@ from medct import (
 )
 from medct.convert_ct_clip_to_hf import build_model, config_from_sizes, map_keys
 from medct.train import ATTENTION_LINEARS, TrainingSettings, add_lora
-from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
-from transformers import BertConfig, DistilBertConfig
 
 TEXT_QUERY = "encoder.layer.0.attention.self.query.weight"
 RECORDED_GRADIENTS = {

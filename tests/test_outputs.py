@@ -1,6 +1,7 @@
 """Outputs appear whole or not at all."""
 
 import pytest
+
 from medct.outputs import whole_folder
 
 

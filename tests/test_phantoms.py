@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from medct import CT_CLIP_LABELS, read_volume
 from medct.phantoms import FINDINGS, SITES, make_phantom, report_sentences
 

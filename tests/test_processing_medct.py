@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from medct import MedCTProcessor, VolumeError
 from scan_files import AFFINE, make_hu, write_series
+
+from medct import MedCTProcessor, VolumeError
 
 
 def test_images_and_text_together(processor, nifti):

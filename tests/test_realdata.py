@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from medct import CTVolume, MedCTImageProcessor, VolumeError, VolumeWarning, read_volume
 
 

@@ -16,6 +16,7 @@ import scan_files
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+
 from medct import MedCTImageProcessor, VolumeError, read_volume
 from medct.volume_medct import affine_from_spacing
 

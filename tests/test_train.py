@@ -11,6 +11,9 @@ import pandas as pd
 import pytest
 import torch
 from accelerate import Accelerator
+from peft import AutoPeftModelForFeatureExtraction, PeftModel
+from safetensors.torch import load_file
+
 from medct import CT_CLIP_LABELS, MedCTModel, MedCTProcessor
 from medct import train as training
 from medct.data_medct import Collator, phantom_source
@@ -26,8 +29,6 @@ from medct.train import (
     run,
     tokenize_prompts,
 )
-from peft import AutoPeftModelForFeatureExtraction, PeftModel
-from safetensors.torch import load_file
 
 
 @pytest.fixture

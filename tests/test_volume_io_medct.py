@@ -7,6 +7,7 @@ import nibabel
 import numpy as np
 import pytest
 import torch
+
 from medct import CTVolume, VolumeError, VolumeWarning, read_volume
 from medct.volume_io_medct import affine_from_spacing, axis_order
 

@@ -4,6 +4,7 @@ import warnings
 
 import numpy as np
 import pytest
+
 from medct import CTVolume, VolumeError, VolumeWarning, read_volume
 from medct.volume_medct import (
     affine_from_spacing,
