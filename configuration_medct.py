@@ -169,7 +169,7 @@ class MedCTConfig(PreTrainedConfig):
     model_type = "medct"
     sub_configs_defaults = {
         "text_config": SubConfigSpec(config_class=AutoConfig, model_type="bert"),
-        "vision_config": MedCTVisionConfig,
+        "vision_config": SubConfigSpec(config_class=MedCTVisionConfig),
     }
 
     text_config: dict | PreTrainedConfig | None = None
@@ -191,7 +191,7 @@ class MedCTConfig(PreTrainedConfig):
     @property
     def label_names(self) -> list[str]:
         """Names of the labels in the order of their index."""
-        return [self.id2label[index] for index in range(len(self.id2label))]
+        return [label for _, label in sorted((self.id2label or {}).items())]
 
     def label_prompts(self, labels: list[str] | None = None) -> list[list[str]]:
         """The sentences that ask for each label, one list a template.

@@ -129,7 +129,7 @@ def map_keys(state: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], d
             reason = "the text half, which a classifier of volumes does not use"
         if reason is not None:
             dropped[reason].append(full_key)
-        else:
+        elif name is not None:
             mapped.update(_reshape(name, tensor))
     return mapped, dict(dropped)
 
