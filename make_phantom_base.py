@@ -3,7 +3,7 @@
     python make_phantom_base.py OUTPUT
 
 It stands in for CT-CLIP wherever no network is at hand: the default of `train.py`, the tests, the examples. It knows
-phantoms and nothing else. About 20 minutes on 2 cores, from a fixed seed.
+phantoms and nothing else. Just under half an hour on 2 otherwise idle cores, from a fixed seed.
 
 Unusual: the codebook moves here, as in CT-CLIP's own training, and never again afterwards.
 """
