@@ -92,9 +92,10 @@ def load_state_dict(path: Path) -> dict[str, torch.Tensor]:
     try:
         # torch has written zip archives since 1.6; only those can be mapped.
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # unpickling raises whatever the bytes make it raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ConversionError(f"{path}: no checkpoint of tensors ({reason}). Pass a CT-CLIP checkpoint.") from error
+    except Exception as error:  # unpickling raises whatever the bytes make it raise, and torch advises to trust them
+        raise ConversionError(
+            f"{path}: no checkpoint of tensors alone ({type(error).__name__}). Pass a CT-CLIP checkpoint (.pt)."
+        ) from error
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise ConversionError(f"{path}: no flat dictionary of tensors. Pass the state dict of CT-CLIP.")
     return state
