@@ -22,7 +22,7 @@ import numpy as np
 
 from .byte_sources_medct import ByteSource, too_inflated
 from .dicom_pixels_medct import AGAIN, DEFLATED, PixelLayout, Slice, decode, hu_of, layout_of, name_of, quiet_pydicom
-from .volume_medct import CTVolume, VolumeError, check_affine
+from .volume_medct import CTVolume, VolumeError, check_affine, refuse_second_rescale
 
 try:
     import pydicom
@@ -247,11 +247,7 @@ def _rescale(name: str, found: list[Any], given: tuple[float | None, float | Non
     if None not in found and "" not in found:
         slope, intercept = float(found[0]), float(found[1])
         if given != (None, None):
-            raise VolumeError(
-                name,
-                f"its header already rescales (slope {slope}, intercept {intercept})",
-                "Leave out `rescale_slope` and `rescale_intercept`, or HU would be computed twice",
-            )
+            refuse_second_rescale(name, slope, intercept)
     elif None in given:
         raise VolumeError(
             name,

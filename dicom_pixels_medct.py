@@ -241,9 +241,7 @@ def _check_code_stream(one: Slice, head: bytes) -> None:
     if (at := head.find(b"\xff\x4f\xff\x51")) >= 0:  # JPEG 2000: start of code stream, SIZ
         x1, y1, x0, y0 = (int.from_bytes(head[at + 8 + 4 * k : at + 12 + 4 * k], "big") for k in range(4))
         size = (y1 - y0, x1 - x0)
-    elif head.find(b"\xff\xd8\xff") >= 0 and (
-        found := re.search(rb"\xff[\xc0-\xc3\xf7]..[\x02-\x10](....)", head, re.S)
-    ):
+    elif head.find(b"\xff\xd8\xff") >= 0 and (found := _JPEG_SIZE.search(head)):
         size = (int.from_bytes(found[1][:2], "big"), int.from_bytes(found[1][2:], "big"))  # JPEG: start of frame
     if size is not None and size != one.pixels.shape:
         raise VolumeError(

@@ -151,22 +151,21 @@ def train_base(model: MedCTModel, processor: MedCTProcessor) -> None:
     """Train all weights on reports and labels of site A."""
     codebook = MovingCodebook(model.vision_model.quantizer)
     classifier = nn.Linear(model.config.projection_dim, model.config.num_labels)
-    latents: list[torch.Tensor] = []
-    model.visual_projection.register_forward_hook(lambda _module, _inputs, output: latents.append(output))
+    latent: dict[str, torch.Tensor] = {}
+    model.visual_projection.register_forward_hook(lambda _module, _inputs, output: latent.update(last=output))
     (prompts,) = tokenize_prompts(model.config, processor)
     pad_id = processor.tokenizer.pad_token_id
 
-    def classifier_loss(latent: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return F.binary_cross_entropy_with_logits(classifier(latent), labels)
+    def classifier_loss(latents: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return F.binary_cross_entropy_with_logits(classifier(latents), labels)
 
     def see(batch: dict[str, torch.Tensor]) -> torch.Tensor:
         model.vision_model(batch["pixel_values"])
         return classifier_loss(model.visual_projection(codebook.tokens.mean(dim=1).flatten(1)), batch["labels"])
 
     def see_and_read(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        latents.clear()
         loss = training_loss(model, batch, prompts, "both", pad_id)
-        return loss + classifier_loss(latents[0], batch["labels"])
+        return loss + classifier_loss(latent["last"], batch["labels"])
 
     weights = [*model.parameters(), *classifier.parameters()]
     patients = iter(range(FIRST_PATIENT, FIRST_PATIENT + (VISION_STEPS + JOINT_STEPS) * BATCH_SIZE))

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from .byte_sources_medct import ByteSource, check_promise, open_inflated, read_array
-from .volume_medct import CTVolume, VolumeError, check_affine, check_voxels, rescale_to_hu
+from .volume_medct import CTVolume, VolumeError, check_affine, check_voxels, refuse_second_rescale, rescale_to_hu
 
 try:
     import nibabel
@@ -65,7 +65,8 @@ def read_nibabel_image(image: Any, affine: np.ndarray | None, rescale: bool) -> 
     check_voxels(source, shape, np.dtype(getattr(data, "dtype", np.float64)))
     is_nifti_header = hasattr(header, "get_xyzt_units")
     slope, intercept = getattr(data, "slope", 1), getattr(data, "inter", 0)
-    _refuse_second_scale(source, slope, intercept, rescale)
+    if rescale and (slope, intercept) != (1, 0):
+        refuse_second_rescale(source, slope, intercept)
     if affine is None and is_nifti_header:
         _, notes = header_affine(source, header, None)
         affine = _in_mm(header, image.affine)
@@ -141,17 +142,9 @@ def header_scale(source: str, header: Any, rescale: bool) -> tuple[float, float]
     except Exception as error:  # as above
         raise VolumeError(source, f"its scl_slope and scl_inter are damaged ({error})", "Correct the header") from error
     slope, intercept = 1.0 if slope is None else float(slope), 0.0 if intercept is None else float(intercept)
-    _refuse_second_scale(source, slope, intercept, rescale)
-    return slope, intercept
-
-
-def _refuse_second_scale(source: str, slope: float, intercept: float, rescale: bool) -> None:
     if rescale and (slope, intercept) != (1, 0):
-        raise VolumeError(
-            source,
-            f"its header already rescales (slope {slope}, intercept {intercept})",
-            "Leave out `rescale_slope` and `rescale_intercept`, or HU would be computed twice",
-        )
+        refuse_second_rescale(source, slope, intercept)
+    return slope, intercept
 
 
 def header_affine(source: str, header: Any, affine: np.ndarray | None) -> tuple[np.ndarray, tuple[str, ...]]:

@@ -27,6 +27,7 @@ from .byte_sources_medct import (
     of_path,
     of_zip,
 )
+from .configuration_medct import MedCTVisionConfig
 from .dicom_io_medct import is_dicom, read_dicom
 from .itk_formats_medct import is_metaimage, is_nrrd, read_metaimage, read_nrrd
 from .nifti_io_medct import is_nifti, read_nibabel_image, read_nifti
@@ -53,7 +54,7 @@ def read_volume(
     source: Any,
     *,
     spacing_mm: Sequence[float] | None = None,
-    orientation: str = "SLP",
+    orientation: str = MedCTVisionConfig.orientation,
     affine: np.ndarray | None = None,
     rescale_slope: float | None = None,
     rescale_intercept: float | None = None,

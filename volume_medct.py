@@ -146,6 +146,15 @@ def rescale_to_hu(array: np.ndarray, slope: float, intercept: float) -> np.ndarr
     return hu
 
 
+def refuse_second_rescale(source: str, slope: float, intercept: float) -> None:
+    """Refuse to rescale by the caller's figures what a header has rescaled, since HU would be computed twice."""
+    raise VolumeError(
+        source,
+        f"its header already rescales (slope {slope}, intercept {intercept})",
+        "Leave out `rescale_slope` and `rescale_intercept`, or HU would be computed twice",
+    )
+
+
 def check_voxels(source: str, shape: Sequence[int], dtype: np.dtype) -> None:
     """Refuse what is no single 3-D volume of numbers; asks no memory, so that it can go before reading."""
     if len(shape) != 3 or 0 in shape:
