@@ -109,23 +109,6 @@ class AxisPlan:
         return lower.lerp_(volume.index_select(axis, self.upper), weight)
 
 
-def resample_and_crop(
-    volume: torch.Tensor, spacing_mm: Sequence[float], target_spacing_mm: Sequence[float], size: Sequence[int]
-) -> torch.Tensor:
-    """Resample to another spacing and keep the centre.
-
-    Args:
-        volume: `(z, y, x)`, HU.
-        spacing_mm: Of the volume, `(z, y, x)`.
-        target_spacing_mm: Of the result, `(z, y, x)`.
-        size: Most voxels to keep, `(z, y, x)`.
-
-    Returns:
-        float32, HU, at most `size` along each axis.
-    """
-    return torch.cat(list(resampled_slabs(volume.numpy(), spacing_mm, target_spacing_mm, size)))
-
-
 def resampled_slabs(
     array: np.ndarray,
     spacing_mm: Sequence[float],
@@ -133,11 +116,13 @@ def resampled_slabs(
     size: Sequence[int],
     hu_window: tuple[float, float] | None = None,
 ) -> Iterator[torch.Tensor]:
-    """What `resample_and_crop` gives, a few slices at a time, of an array of any real dtype and memory order.
+    """Resample to another spacing and keep the centre, a few slices of the result at a time.
 
     Args:
-        array: `(z, y, x)`, HU.
-        spacing_mm, target_spacing_mm, size: As there.
+        array: `(z, y, x)`, HU, of any real dtype and memory order.
+        spacing_mm: Of the array, `(z, y, x)`.
+        target_spacing_mm: Of the result, `(z, y, x)`.
+        size: Most voxels to keep, `(z, y, x)`.
         hu_window: Lowest and highest value, to which the scan is clipped before interpolation, HU.
 
     Yields:
