@@ -1,135 +1,144 @@
-"""Streamed sources of studies, and batches made of them.
+"""Streamed sources of studies, and batches made of them: the public names of the data layer.
 
-Every source yields rows in CT-RATE's columns: `VolumeName`, report columns, one column a label (0 or 1), and `volume`:
-the path of a file, or an array with `affine`. Nothing is read or drawn before it is asked for.
+| module | what |
+| --- | --- |
+| `sources` | what a source and a row are |
+| `folders` | local folders and dataset repositories of the Hub |
+| `study_tables` | tables of studies to sources: splits, what is left out |
+| `ct_rate` | CT-RATE, on the Hub or local |
+| `own_data` | folders with `metadata.csv`, Parquet and `datasets` repositories |
+| `prepared_medct` | prepared shards |
+| `study_loader` | rows to batches |
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Literal
 
-import pandas as pd
-import torch
-from datasets import IterableDataset
-
-from .configuration_medct import MedCTConfig
+from .configuration_medct import CT_CLIP_LABELS, MedCTConfig
+from .ct_rate import REPORT_COLUMNS, ct_rate_source, is_ct_rate
+from .folders import open_folder
+from .own_data import metadata_files, metadata_source, parquet_source
 from .phantoms import make_phantom
-from .processing_medct import MedCTProcessor
+from .prepared_medct import MANIFEST, prepared_source
+from .sources import DataError, Deferred, Row, Skipped, Source, read_study
+from .study_loader import StudyLoader, report_id, to_device
+from .study_tables import TUNE_SHARE, Selection
 
-REPORT_COLUMNS = ("Findings_EN", "Impressions_EN")
-# CT-RATE calls the same split "valid" in some file names and "validation" in others.
-_SPLIT_NAMES = {"train": ("train",), "valid": ("valid", "validation")}
+PHANTOMS = "phantoms"
+"""An address that needs no data."""
+PHANTOM_SITE = "B"
+PHANTOM_PATIENTS = {"valid": range(300), "train": range(300, 2300), "tune": range(2300, 2400)}
 
 
-class DataError(ValueError):
-    """A source that does not hold what it should; the message says what and what to do."""
+def open_source(
+    address: str,
+    split: str,
+    config: MedCTConfig,
+    *,
+    reconstructions: Literal["one", "all"] = "one",
+    tune_share: float | None = None,
+    limit: int | None = None,
+    version: int = 2,
+    need_reports: bool = False,
+    revision: str | None = None,
+    token: str | None = None,
+) -> Source:
+    """A split of labelled studies, wherever they lie.
+
+    Args:
+        address: Local folder or `hf://datasets/ORG/NAME`: in CT-RATE's layout, with a `metadata.csv`, of prepared
+            shards, or of Parquet with a `Nifti()` column; or one Parquet file. What it is, is seen by what it holds.
+            "phantoms": SYNTHETIC studies, those of `train.py` by default.
+        split: "train", "tune" or "valid". No patient stands in two of them; thresholds are chosen on "tune", so that
+            "valid" stays unseen.
+        config: Of the model: its labels are read.
+        reconstructions: "one" of each scan and epoch, in turn, so that no two studies of a batch share a report; or
+            "all", as studies of their own.
+        tune_share: Share of the train split's patients that make "tune", where the source has no such split: those
+            whose hash is lowest, so always the same. 0.1 by default; of prepared shards what they were prepared with.
+        limit: Only so many studies, the first of a fixed pseudo-random order.
+        version: Of CT-RATE.
+        need_reports: Leave out studies whose report says nothing; they serve where only labels are learned.
+        revision: Branch, tag or commit of a repository.
+        token: For the Hub, instead of the one that is logged in.
+
+    Raises:
+        DataError: If it holds no such thing, or not what the model needs.
+    """
+    share = TUNE_SHARE if tune_share is None else tune_share
+    selection = Selection(split, reconstructions, share, limit, need_reports)
+    if address == PHANTOMS:
+        return _phantom_split(config, selection)
+    if address.endswith(".parquet"):
+        return parquet_source(address, config, selection, revision, token)
+    folder = open_folder(address, revision, token)
+    if folder.file(MANIFEST):
+        return prepared_source(
+            folder.address,
+            split,
+            config,
+            reconstructions=reconstructions,
+            tune_share=tune_share,
+            limit=limit,
+            need_reports=need_reports,
+            token=token,
+        )
+    if files := metadata_files(folder):
+        return metadata_source(folder, files, config, selection)
+    if is_ct_rate(folder):
+        return ct_rate_source(folder, config, selection, version)
+    return parquet_source(address, config, selection, revision, token)
 
 
-@dataclass(frozen=True)
-class Source:
-    """A stream of studies, and how many it holds."""
-
-    stream: IterableDataset
-    num_rows: int
+def _phantom_split(config: MedCTConfig, selection: Selection) -> Source:
+    """A split of the phantoms that have an address."""
+    if list(config.label_names) != list(CT_CLIP_LABELS):
+        raise DataError(f"{PHANTOMS}: drawn with CT-CLIP's 18 labels. Pass a model that has them.")
+    patients = PHANTOM_PATIENTS[selection.split][: selection.limit]
+    return phantom_source(PHANTOM_SITE, patients, seed=0)
 
 
 def phantom_source(site: str, patients: Sequence[int], seed: int) -> Source:
-    """Synthetic studies, drawn as they are asked for.
+    """SYNTHETIC studies, drawn as they are asked for.
 
     Args:
         site: Which synthetic hospital, see `phantoms.SITES`.
-        patients: Their numbers; streams of disjoint numbers share no patient.
+        patients: Their numbers; sources of disjoint numbers share no patient.
         seed: Of the whole cohort.
     """
-    # A list in `gen_kwargs` is what `datasets` divides among processes and workers.
-    stream = IterableDataset.from_generator(
-        _draw_phantoms, gen_kwargs={"patients": list(patients), "site": site, "seed": seed}
-    )
-    return Source(stream, len(patients))
+    description = f"{len(patients)} SYNTHETIC phantoms of site {site}"
+    return Source([(patient,) for patient in patients], _DrawPhantom(site, seed), CT_CLIP_LABELS, description)
 
 
-def _draw_phantoms(patients: list[int], site: str, seed: int) -> Iterator[dict[str, Any]]:
-    for patient in patients:
-        yield make_phantom(patient, site, seed)
+@dataclass(frozen=True)
+class _DrawPhantom:
+    site: str
+    seed: int
+
+    def __call__(self, patient: int) -> Row:
+        study = make_phantom(patient, self.site, self.seed)
+        return {
+            "id": study["VolumeName"],
+            "patient": f"phantom_{self.site.lower()}_{patient}",
+            "report": " ".join(study[column] for column in REPORT_COLUMNS),
+            "labels": [float(study[name]) for name in CT_CLIP_LABELS],
+            "volume": study["volume"],
+            "affine": study["affine"],
+        }
 
 
-def ct_rate_source(root: str | Path, split: str, config: MedCTConfig) -> Source:
-    """A local folder in CT-RATE's layout.
-
-    Args:
-        root: Folder with csv files that have a `VolumeName` column, at its top or up to two folders down: reports, and
-            labels. Volumes lie where CT-RATE has them (`train_fixed/train_1/train_1_a/train_1_a_1.nii.gz`) or at the
-            top.
-        split: "train" or "valid".
-        config: Whose label names the label csv has.
-
-    Raises:
-        DataError: If the folder, a csv file or a column is missing, or no study has report and labels.
-    """
-    root = Path(root)
-    if not root.is_dir():
-        raise DataError(f"{root}: no such folder. Pass a folder in CT-RATE's layout, or `phantoms`.")
-    reports = _read_table(root, split, REPORT_COLUMNS)
-    labels = _read_table(root, split, config.label_names)
-    studies = labels.merge(reports, on="VolumeName", validate="one_to_one")
-    if studies.empty:
-        raise DataError(f"{root}: no VolumeName of the {split} split has both a report and labels.")
-    rows = studies.astype(dict.fromkeys(REPORT_COLUMNS, object)).fillna("").to_dict("records")
-    for row in rows:
-        row["volume"] = str(volume_path(root, split, row["VolumeName"]))
-    stream = IterableDataset.from_generator(_read_rows, gen_kwargs={"rows": rows})
-    return Source(stream, len(rows))
-
-
-def _read_rows(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    yield from rows
-
-
-def _read_table(root: Path, split: str, columns: Sequence[str]) -> pd.DataFrame:
-    """`VolumeName` and the given columns of the first csv file of a split that has them all."""
-    wanted = ["VolumeName", *columns]
-    for path in sorted(path for depth in ("*.csv", "*/*.csv", "*/*/*.csv") for path in root.glob(depth)):
-        if path.name.split("_")[0] in _SPLIT_NAMES[split] and set(wanted) <= set(pd.read_csv(path, nrows=0).columns):
-            return pd.read_csv(path, usecols=wanted)[wanted]
-    raise DataError(
-        f"{root}: no csv file named {' or '.join(f'{name}_*.csv' for name in _SPLIT_NAMES[split])} has the columns "
-        f"{', '.join(wanted[:4])}{' ...' if len(wanted) > 4 else ''}."
-    )
-
-
-def volume_path(root: Path, split: str, volume_name: str) -> Path:
-    """Where a volume lies, from its name (`split_patient_scan_recon.nii.gz`); at the top of the folder otherwise."""
-    scan = volume_name.removesuffix(".gz").removesuffix(".nii").rpartition("_")[0]
-    patient = scan.rpartition("_")[0]
-    for base in (root, root / "dataset"):
-        path = base / f"{split}_fixed" / patient / scan / volume_name
-        if path.exists():
-            return path
-    return root / volume_name
-
-
-class Collator:
-    """Rows of a source to a batch of the model's inputs; pickles, so that loader processes can use it.
-
-    Args:
-        processor: The model's.
-        label_names: Columns that become `labels`.
-        with_text: Whether reports are wanted; scores need none.
-    """
-
-    def __init__(self, processor: MedCTProcessor, label_names: Sequence[str], with_text: bool):
-        self.processor = processor
-        self.label_names = list(label_names)
-        self.with_text = with_text
-
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Returns `pixel_values` `(batch, 1, z, y, x)`, `labels` `(batch, labels)`, `input_ids`, `attention_mask`."""
-        batch = self.processor.image_processor(
-            [row["volume"] for row in rows], affine=[row.get("affine") for row in rows], return_tensors="pt"
-        )
-        batch["labels"] = torch.tensor([[float(row[name]) for name in self.label_names] for row in rows])
-        if self.with_text:
-            reports = [" ".join(row[column] for column in REPORT_COLUMNS) for row in rows]
-            batch.update(self.processor(text=reports, return_tensors="pt"))
-        return dict(batch)
+__all__ = [
+    "PHANTOMS",
+    "DataError",
+    "Deferred",
+    "Row",
+    "Skipped",
+    "Source",
+    "StudyLoader",
+    "open_source",
+    "phantom_source",
+    "read_study",
+    "report_id",
+    "to_device",
+]

@@ -26,16 +26,19 @@ from transformers import BertTokenizer, get_cosine_schedule_with_warmup
 from transformers.utils import logging
 
 from medct import MedCTConfig, MedCTImageProcessor, MedCTModel, MedCTProcessor
-from medct.data_medct import Collator, phantom_source
-from medct.modeling_medct import MedCTQuantizer
+from medct.data_medct import Source, StudyLoader, phantom_source
+from medct.metrics_medct import zero_shot_scores
+from medct.modeling_medct import MedCTQuantizer, contrastive_loss
 from medct.outputs import whole_folder
 from medct.phantoms import SITES, report_sentences
-from medct.train import TrainingSettings, evaluate_zero_shot, make_loader, tokenize_prompts, training_loss
+from medct.zero_shot import score_studies, tokenize_prompts
 
 SEED = 0
-# Nobody is seen twice. Patients below are held out, here and in `train.py`.
+# Nobody is seen twice, and the first patients are held out.
+NUM_HELD_OUT = 300
 FIRST_PATIENT = 1000
 BATCH_SIZE = 8
+NUM_WORKERS = 1
 WEIGHT_DECAY = 0.05
 MAX_GRAD_NORM = 1.0
 # First the vision encoder learns to see, with a plain classifier behind it and without the codebook; then all together.
@@ -147,6 +150,34 @@ class MovingCodebook:
         self.codebook.copy_(self.sums / self.use[:, None])
 
 
+def append_texts(
+    texts: dict[str, torch.Tensor], others: dict[str, torch.Tensor], pad_id: int
+) -> dict[str, torch.Tensor]:
+    """Two batches of texts as one, `(texts, tokens)`, padded to the longer."""
+    length = max(texts["input_ids"].shape[1], others["input_ids"].shape[1])
+    return {
+        name: torch.cat(
+            [
+                F.pad(part[name], (0, length - part[name].shape[1]), value=pad_id if name == "input_ids" else 0)
+                for part in (texts, others)
+            ]
+        )
+        for name in ("input_ids", "attention_mask")
+    }
+
+
+def report_and_prompt_loss(
+    model: MedCTModel, batch: dict[str, Any], prompts: dict[str, torch.Tensor], pad_id: int
+) -> torch.Tensor:
+    """Mean of what a batch teaches by its reports and by its labels; all texts are encoded together, once."""
+    size = len(batch["labels"])
+    texts = append_texts(batch, prompts, pad_id)
+    logits = model(pixel_values=batch["pixel_values"], **texts).logits_per_image
+    present, absent = logits[:, size:].unflatten(-1, (-1, 2)).unbind(-1)
+    label_loss = F.binary_cross_entropy_with_logits(present - absent, batch["labels"])
+    return (contrastive_loss(logits[:, :size]) + label_loss) / 2
+
+
 def train_base(model: MedCTModel, processor: MedCTProcessor) -> None:
     """Train all weights on reports and labels of site A."""
     codebook = MovingCodebook(model.vision_model.quantizer)
@@ -164,7 +195,7 @@ def train_base(model: MedCTModel, processor: MedCTProcessor) -> None:
         return classifier_loss(model.visual_projection(codebook.tokens.mean(dim=1).flatten(1)), batch["labels"])
 
     def see_and_read(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        loss = training_loss(model, batch, prompts, "both", pad_id)
+        loss = report_and_prompt_loss(model, batch, prompts, pad_id)
         return loss + classifier_loss(latent["last"], batch["labels"])
 
     weights = [*model.parameters(), *classifier.parameters()]
@@ -174,11 +205,11 @@ def train_base(model: MedCTModel, processor: MedCTProcessor) -> None:
         ("joint", JOINT_STEPS, JOINT_LEARNING_RATE, see_and_read, True),
     ):
         source = phantom_source("A", list(itertools.islice(patients, steps * BATCH_SIZE)), SEED)
-        settings = TrainingSettings(batch_size=BATCH_SIZE, seed=SEED)
-        loader = make_loader(source, settings, Collator(processor, model.config.label_names, moves), shuffle=False)
+        loader = make_loader(source, model, processor, with_text=moves)
         optimizer = torch.optim.AdamW(weight_groups(weights), lr=learning_rate)
         schedule = get_cosine_schedule_with_warmup(optimizer, steps // 20, steps)
         model.train()
+        torch.empty((), dtype=torch.int64).random_()  # one draw, on which the weights of phantom_base/ depend
         for step, batch in enumerate(bar := tqdm(loader, desc=name, total=steps, unit="step")):
             loss = loss_of(batch)
             loss.backward()
@@ -199,12 +230,17 @@ def weight_groups(weights: list[nn.Parameter]) -> list[dict[str, Any]]:
     ]
 
 
+def make_loader(source: Source, model: MedCTModel, processor: MedCTProcessor, with_text: bool) -> StudyLoader:
+    """Batches in the order of the patients."""
+    settings = {"batch_size": BATCH_SIZE, "with_text": with_text, "num_workers": NUM_WORKERS}
+    return StudyLoader(source, processor, model.config.label_names, **settings)
+
+
 def score(model: MedCTModel, processor: MedCTProcessor, site: str) -> dict[str, float]:
     """Zero-shot scores on the held-out phantoms of a site."""
-    settings = TrainingSettings()
-    source = phantom_source(site, range(settings.phantom_eval_patients), SEED)
-    loader = make_loader(source, settings, Collator(processor, model.config.label_names, False), shuffle=False)
-    return evaluate_zero_shot(model, loader, tokenize_prompts(model.config, processor), Accelerator(cpu=True), site)
+    loader = make_loader(phantom_source(site, range(NUM_HELD_OUT), SEED), model, processor, with_text=False)
+    scored = score_studies(model, loader, tokenize_prompts(model.config, processor), Accelerator(cpu=True), site)
+    return zero_shot_scores(scored.scores, scored.labels, model.config.label_names)
 
 
 def link_code(folder: Path) -> None:
