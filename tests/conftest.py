@@ -8,6 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="medct-tests-")
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import ct_clip_reference as reference
@@ -15,6 +16,7 @@ import nibabel
 import numpy as np
 import pytest
 import torch
+from hub_server import HubServer
 
 from medct import MedCTModel, MedCTProcessor
 from medct.convert_ct_clip_to_hf import convert
@@ -100,3 +102,11 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"{SHARED} is not at hand")
     return SHARED
+
+
+@pytest.fixture
+def hub() -> Iterator[HubServer]:
+    """A Hub of this test's own, on loopback; see `hub_server.py`."""
+    server = HubServer()
+    yield server
+    server.close()
