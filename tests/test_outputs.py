@@ -2,7 +2,7 @@
 
 import pytest
 
-from medct.outputs import whole_folder
+from medct.outputs import whole_file, whole_folder
 
 
 def test_appears_when_complete(tmp_path):
@@ -34,3 +34,18 @@ def test_what_is_there_is_kept(tmp_path):
         with pytest.raises(FileExistsError, match="not empty"), whole_folder(taken):
             pytest.fail("must not begin")
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "a.txt"
+    with whole_file(path) as aside:
+        aside.write_text("new")
+        assert not path.exists()
+    assert path.read_text() == "new"
+    with pytest.raises(RuntimeError), whole_file(path) as aside:
+        aside.write_text("half")
+        raise RuntimeError
+    with pytest.raises(FileNotFoundError), whole_file(path):
+        pass  # nothing written
+    assert path.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]
