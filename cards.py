@@ -1,0 +1,245 @@
+"""The page of an adapter on the Hub, made from the files beside it.
+
+`write_card` reads `adapter_config.json`, `results.json`, `train_config.json` and `medct_adapter.json`, and fills
+`adapter_card.md`. Of the last three, and of every key in them, any may be missing. No path of this machine reaches the
+page.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers.utils.hub import cached_file
+
+from medct.adapters_medct import DESCRIPTION_FILE
+
+TEMPLATE = Path(__file__).with_name("adapter_card.md")
+GENERATED = "<!-- Made from the files of this folder, anew with every push; delete this line to keep own edits. -->"
+PLACEHOLDER_REPO, PLACEHOLDER_BASE, PLACEHOLDER_REVISION = "ORG/NAME", "ORG/BASE", "COMMIT"
+CT_CLIP_LICENSE = "cc-by-nc-sa-4.0"
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+# Two parts at least, as "and/or" and "/" are no paths; not behind a letter or colon, as in addresses of the web.
+_ABSOLUTE_PATH = re.compile(r"(?<![\w.:/\\])(?:(?:/[\w.@+-]+){2,}/?|[A-Za-z]:\\[\w.@+\\-]+)")
+# Names of metrics as the Hub knows them, by ours.
+_HUB_METRICS = {"auroc": ("roc_auc", "AUROC"), "macro_f1": ("f1", "F1")}
+_TRAINING_FACTS = {
+    "objective": "objective: {}",
+    "rank": "LoRA rank {}",
+    "alpha": "LoRA alpha {}",
+    "learning_rate": "learning rate {:g}",
+    "batch_size": "batch size {}",
+    "seed": "seed {}",
+}
+
+
+def is_hub_id(base: str | None) -> bool:
+    """Whether a model's name is that of a repository; a folder of that name goes first, as in transformers."""
+    return base is not None and _HUB_ID.fullmatch(base) is not None and not Path(base).exists()
+
+
+def find_paths(text: str) -> list[str]:
+    """Absolute paths that stand in a text."""
+    return _ABSOLUTE_PATH.findall(text)
+
+
+def without_paths(value: Any) -> Any:
+    """The same, with every absolute path in its texts cut down to its last part."""
+    if isinstance(value, str):
+        return _ABSOLUTE_PATH.sub(lambda match: re.split(r"[/\\]", match[0].rstrip("/\\"))[-1], value)
+    if isinstance(value, dict):
+        return {key: without_paths(part) for key, part in value.items()}
+    return [without_paths(part) for part in value] if isinstance(value, list) else value
+
+
+def base_license(base: str, revision: str | None = None, token: str | None = None) -> str | None:
+    """The licence that the card of a model names.
+
+    Args:
+        base: Hub id or folder.
+        revision: Its commit.
+        token: Of the Hub.
+
+    Returns:
+        Its identifier; that of CT-CLIP for a model that is called so and has no card; `None` if it is not known.
+    """
+    try:
+        path = cached_file(
+            base, "README.md", revision=revision, token=token, _raise_exceptions_for_missing_entries=False
+        )
+        found = (
+            None if path is None else ModelCard(Path(path).read_text(), ignore_metadata_errors=True).data.get("license")
+        )
+    except OSError:  # no such repository, or no network
+        found = None
+    if found is None and re.search(r"ct[-_]?clip", Path(base).name, re.IGNORECASE):
+        return CT_CLIP_LICENSE
+    return found
+
+
+def read_json(folder: Path, name: str) -> dict[str, Any]:
+    """A JSON file of a folder; empty if there is none."""
+    path = folder / name
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def recorded_base(folder: Path) -> tuple[str | None, str | None]:
+    """Model and revision that an adapter was trained on, as its configuration has them."""
+    config = read_json(folder, "adapter_config.json")
+    return config.get("base_model_name_or_path"), config.get("revision")
+
+
+def write_card(folder: str | Path, **options: Any) -> Path:
+    """Write an adapter's README.md.
+
+    Args:
+        folder: Holds at least `adapter_config.json`.
+        options: See `render_card`.
+
+    Returns:
+        The file.
+    """
+    path = Path(folder, "README.md")
+    path.write_text(render_card(folder, **options))
+    return path
+
+
+def render_card(
+    folder: str | Path,
+    *,
+    repo_id: str = PLACEHOLDER_REPO,
+    base: str | None = None,
+    revision: str | None = None,
+    license: str | None = None,
+) -> str:
+    """An adapter's page.
+
+    Args:
+        folder: Holds at least `adapter_config.json`.
+        repo_id: Where the adapter will be.
+        base: Hub id of its base, if not the recorded one.
+        revision: Commit of that base.
+        license: Identifier of the licence, if not the base's own.
+
+    Returns:
+        Markdown with metadata.
+    """
+    folder = Path(folder)
+    if base is None:
+        base, revision = recorded_base(folder)
+    results = without_paths(read_json(folder, "results.json"))
+    license = license or (base and base_license(base, revision)) or results.get("license")
+    card = ModelCard.from_template(
+        _metadata(results, base, license, repo_id.split("/")[-1]),
+        template_path=str(TEMPLATE),
+        repo_id=repo_id,
+        title="LoRA adapter for MedCT" if repo_id == PLACEHOLDER_REPO else repo_id.split("/")[-1],
+        base=base if is_hub_id(base) else PLACEHOLDER_BASE,
+        revision=(revision if is_hub_id(base) else None) or PLACEHOLDER_REVISION,
+        base_in_words=_base_in_words(base),
+        license=license,
+        has_roc=(folder / "roc.png").is_file(),
+        generated=GENERATED,
+        **_facts(folder, results),
+    )
+    return re.sub(r"\n{3,}", "\n\n", str(card)).rstrip() + "\n"
+
+
+def _base_in_words(base: str | None) -> str:
+    if base is None:
+        return "a MedCT model"
+    return f"[{base}](https://huggingface.co/{base})" if is_hub_id(base) else f"the MedCT model `{Path(base).name}`"
+
+
+def _metadata(results: dict[str, Any], base: str | None, license: str | None, name: str) -> ModelCardData:
+    synthetic = bool(results.get("synthetic"))
+    known: dict[str, Any] = {"license": license, "base_model": base if is_hub_id(base) else None}
+    evaluations = _evaluations(results, synthetic)
+    if evaluations:
+        known |= {"eval_results": evaluations, "model_name": name}
+    return ModelCardData(
+        language="en",
+        library_name="peft",
+        pipeline_tag="zero-shot-image-classification",
+        tags=["medct", "medical", "ct", "chest", "lora", *(["synthetic"] if synthetic else [])],
+        **{key: value for key, value in known.items() if value is not None},
+    )
+
+
+def _evaluations(results: dict[str, Any], synthetic: bool) -> list[EvalResult]:
+    """The adapted model's scores over all labels, as the Hub's model index has them."""
+    adapted = results.get("comparison", {}).get("adapted", {})
+    data = _data(results)
+    name = f"SYNTHETIC: {data}" if synthetic and "synthetic" not in data.lower() else data
+    found = []
+    for metric, score in adapted.items():
+        if "/" in metric or not isinstance(score, dict) or not isinstance(score.get("value"), int | float):
+            continue  # those of single labels and other protocols stand in the files
+        kind, words = _HUB_METRICS.get(metric, (metric, metric.replace("_", " ")))
+        interval = "" if score.get("low") is None else f", 95 % interval {score['low']:.3f} to {score['high']:.3f}"
+        found.append(
+            EvalResult(
+                task_type="zero-shot-image-classification",
+                dataset_type="synthetic" if synthetic else "chest-ct",
+                dataset_name=name,
+                metric_type=kind,
+                metric_name=f"{words}, mean of labels{interval}",
+                metric_value=round(score["value"], 4),
+            )
+        )
+    return found
+
+
+def _data(results: dict[str, Any]) -> str:
+    return results.get("data") or results.get("measured_on") or "Nothing is recorded."
+
+
+def _headline(results: dict[str, Any]) -> str:
+    """The mean AUROC before and after, in a sentence."""
+    scores = [results.get("comparison", {}).get(which, {}).get("auroc") for which in ("base", "adapted", "difference")]
+    if not all(isinstance(score, dict) and score.get("value") is not None for score in scores):
+        return ""
+    base, adapted, difference = map(_with_interval, scores, ("", "", "+"))
+    return f"Mean AUROC: base {base}, adapted {adapted}, difference {difference}."
+
+
+def _with_interval(score: dict[str, float], sign: str) -> str:
+    low_and_high = f" ({score['low']:{sign}.3f} to {score['high']:{sign}.3f})" if score.get("low") is not None else ""
+    return f"{score['value']:{sign}.3f}{low_and_high}"
+
+
+def _facts(folder: Path, results: dict[str, Any]) -> dict[str, Any]:
+    """What the template shows of the run."""
+    description = without_paths(read_json(folder, DESCRIPTION_FILE))
+    settings = without_paths(read_json(folder, "train_config.json"))
+    prompts = description.get("prompt_templates") or results.get("prompts") or []
+    training = [words.format(settings[key]) for key, words in _TRAINING_FACTS.items() if settings.get(key) is not None]
+    if "steps" in results:
+        training.append(f"{results['steps']:,} steps")
+    if {"trainable_parameters", "total_parameters"} <= results.keys():
+        training.append(f"{results['trainable_parameters']:,} of {results['total_parameters']:,} parameters trained")
+    if fingerprint := description.get("base", {}).get("fingerprint"):
+        training.append(f"fingerprint of the base: `{fingerprint}`")
+    return {
+        "synthetic": bool(results.get("synthetic")),
+        "measured_on": results.get("measured_on") or "No scores are recorded.",
+        "headline": _headline(results),
+        "table": results.get("table", ""),
+        "thresholds": results.get("thresholds") or description.get("thresholds") or {},
+        "data": _data(results),
+        "prompts": [prompt if isinstance(prompt, str) else " / ".join(prompt) for prompt in prompts],
+        "training": training,
+        "hardware": _hardware(results),
+    }
+
+
+def _hardware(results: dict[str, Any]) -> str:
+    if "seconds" not in results:
+        return "Not recorded."
+    hours = results["seconds"] / 3600
+    took = f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.0f} minutes"
+    return (
+        f"{took} on {results.get('device') or 'a device that was not recorded'}. Energy and carbon were not measured."
+    )
