@@ -28,10 +28,15 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .adapters_medct import check_fit
 from .configuration_medct import MedCTConfig, MedCTVisionConfig
 
-# Similarities of tokens to codebook rows held at a time: 64 MiB in float32, whatever the size of the volume.
-_SIMILARITY_CHUNK_ELEMENTS = 2**24
+# Bytes of the widest intermediate results (gated feed-forward, similarity to the codebook) held at a time, whatever
+# the size of the volume. On CPUs 16 MiB: they stay in the last cache, and in memory that the allocator hands
+# out again; larger blocks are new pages from the system each time, which costs as much as the products themselves.
+_CPU_CHUNK_BYTES = 2**24
+_CHUNK_BYTES = 2**28
+_CONVOLVES_ON_CPU = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX")
 
 
 @dataclass
@@ -61,6 +66,8 @@ class MedCTOutput(ModelOutput):
         logits_per_text: `(texts, volumes)`, its transpose.
         image_embeds: `(volumes, projection_dim)`, of length 1.
         text_embeds: `(texts, projection_dim)`, of length 1.
+
+    Embeddings and logits are float32 in half precision, too.
     """
 
     loss: torch.FloatTensor | None = None
@@ -122,6 +129,52 @@ def eager_attention_forward(
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
+def _add(stream: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
+    """Their sum, in the memory of the stream where no gradient needs what it held."""
+    return stream + update if torch.is_grad_enabled() else stream.add_(update)
+
+
+def _split_rows(rows: torch.Tensor, width: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """Cut `(rows, ...)` such that results of `width` elements a row stay within the chunk size of the device."""
+    chunk_bytes = _CPU_CHUNK_BYTES if rows.device.type == "cpu" else _CHUNK_BYTES
+    return rows.split(max(1, chunk_bytes // (width * dtype.itemsize)))
+
+
+def _linear(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`F.linear`; on x86 as a convolution of size 1, where that is faster.
+
+    oneDNN makes the same product up to 1.3 times as fast in float32 as the library behind `F.linear` does on processors
+    of AMD, and 1.1 times in bfloat16 if the results are wider than the rows.
+    """
+    is_faster = rows.dtype == torch.float32 or (rows.dtype == torch.bfloat16 and len(weight) > weight.shape[1])
+    if not (_CONVOLVES_ON_CPU and is_faster and rows.dtype == weight.dtype and rows.device.type == "cpu"):
+        return F.linear(rows, weight, bias)
+    # (..., d) -> (1, d, n, 1) with channels last: the same memory
+    columns = rows.reshape(1, -1, 1, rows.shape[-1]).permute(0, 3, 1, 2)
+    product = F.conv2d(columns, weight[..., None, None], bias)
+    return product.permute(0, 2, 3, 1).reshape(*rows.shape[:-1], -1)
+
+
+class MedCTLinear(nn.Linear):
+    """A Linear that is fast on CPUs, too."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return _linear(hidden_states, self.weight, self.bias)
+
+
+class MedCTLayerNorm(nn.LayerNorm):
+    """A LayerNorm in float32, or better, whatever the precision of its weights.
+
+    The stream that layers add to stays in float32 as well: its rounding to half precision would move tokens to other
+    rows of the codebook.
+    """
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return F.layer_norm(hidden_states.to(dtype), self.normalized_shape, self.weight.to(dtype), bias, self.eps)
+
+
 class MedCTPatchEmbeddings(nn.Module):
     """Cuts a volume into blocks and makes a token of each."""
 
@@ -130,9 +183,9 @@ class MedCTPatchEmbeddings(nn.Module):
         self.image_size = tuple(config.image_size)
         self.grid_size = config.grid_size
         self.patch_size = tuple(config.patch_size)
-        self.patch_norm = nn.LayerNorm(config.patch_voxels, eps=config.layer_norm_eps)
-        self.projection = nn.Linear(config.patch_voxels, config.hidden_size)
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.patch_norm = MedCTLayerNorm(config.patch_voxels, eps=config.layer_norm_eps)
+        self.projection = MedCTLinear(config.patch_voxels, config.hidden_size)
+        self.norm = MedCTLayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """`(batch, 1, z, y, x)` voxels to `(batch, z, y, x, hidden_size)` tokens."""
@@ -142,9 +195,19 @@ class MedCTPatchEmbeddings(nn.Module):
                 f"not {tuple(pixel_values.shape)}."
             )
         (t, h, w), (pz, py, px) = self.grid_size, self.patch_size
-        # (b, 1, t*pz, h*py, w*px) -> (b, t, h, w, pz*py*px)
-        blocks = pixel_values.view(-1, t, pz, h, py, w, px).permute(0, 1, 3, 5, 2, 4, 6).flatten(-3)
-        return self.norm(self.projection(self.patch_norm(blocks.to(self.projection.weight.dtype))))
+        # (b, 1, t*pz, h*py, w*px) -> (b*t, h, w, pz, py, px)
+        blocks = pixel_values.reshape(-1, pz, h, py, w, px).permute(0, 2, 4, 1, 3, 5)
+        # Copies of blocks are as large as the volume, so they are made slab by slab.
+        tokens = torch.cat(
+            [self._embed(slabs) for slabs in _split_rows(blocks, h * w * self.patch_norm.weight.numel(), torch.float32)]
+        )
+        return tokens.unflatten(0, (-1, t))
+
+    def _embed(self, blocks: torch.Tensor) -> torch.Tensor:
+        """`(slabs, y, x, *patch_size)` voxels to `(slabs, y, x, hidden_size)` tokens."""
+        # Neighbours differ by few HU: half precision would round most of that away before the norm scales it up.
+        scaled = self.patch_norm(blocks.flatten(-3))
+        return self.norm(self.projection(scaled.to(self.projection.weight.dtype)))
 
 
 class MedCTPositionBias(nn.Module):
@@ -200,7 +263,9 @@ class MedCTPositionGenerator(nn.Module):
     def __init__(self, config: MedCTVisionConfig):
         super().__init__()
         self.grid_size = config.grid_size
-        self.conv = nn.Conv3d(config.hidden_size, config.hidden_size, kernel_size=3, groups=config.hidden_size)
+        self.conv = nn.Conv3d(
+            config.hidden_size, config.hidden_size, kernel_size=3, padding=(2, 1, 1), groups=config.hidden_size
+        )
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Tokens in, same shape out; the tensor is *viewed* as `(batch, t, h, w, hidden_size)`.
@@ -209,7 +274,9 @@ class MedCTPositionGenerator(nn.Module):
         the same view mixes the axes. The published weights were trained so.
         """
         grid = hidden_states.reshape(-1, *self.grid_size, hidden_states.shape[-1]).permute(0, 4, 1, 2, 3)
-        grid = self.conv(F.pad(grid, (1, 1, 1, 1, 2, 0)))
+        grid = grid.to(self.conv.weight.dtype)
+        # The padding behind the last position makes two positions too many; cheaper than a padded copy without it.
+        grid = self.conv(grid)[:, :, : self.grid_size[0]]
         return grid.permute(0, 2, 3, 4, 1).reshape(hidden_states.shape)
 
 
@@ -222,10 +289,10 @@ class MedCTAttention(nn.Module):
         self.head_dim = config.head_dim
         self.scaling = config.attention_scale
         self.is_causal = False
-        self.q_proj = nn.Linear(config.hidden_size, config.attention_size, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, config.attention_size, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, config.attention_size, bias=False)
-        self.out_proj = nn.Linear(config.attention_size, config.hidden_size, bias=False)
+        self.q_proj = MedCTLinear(config.hidden_size, config.attention_size, bias=False)
+        self.k_proj = MedCTLinear(config.hidden_size, config.attention_size, bias=False)
+        self.v_proj = MedCTLinear(config.hidden_size, config.attention_size, bias=False)
+        self.out_proj = MedCTLinear(config.attention_size, config.hidden_size, bias=False)
         self.q_scale = nn.Parameter(torch.ones(config.head_dim))
         self.k_scale = nn.Parameter(torch.ones(config.head_dim))
 
@@ -255,13 +322,24 @@ class MedCTAttention(nn.Module):
         return self.out_proj(output.flatten(-2)), weights
 
 
+class MedCTAlignedLinear(MedCTLinear):
+    """A Linear whose rows of results begin at multiples of 16 elements.
+
+    The width of the gated feed-forward is odd, and matrix products take 1.5 times as long to write such rows.
+    """
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        padding = -self.out_features % 16
+        return _linear(hidden_states, F.pad(self.weight, (0, 0, 0, padding)))[..., : self.out_features]
+
+
 class MedCTMLP(nn.Module):
     """Gated feed-forward: one half of the first product, times gelu of the other."""
 
     def __init__(self, config: MedCTVisionConfig):
         super().__init__()
-        self.fc1 = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.fc1 = MedCTAlignedLinear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.fc2 = MedCTLinear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         value, gate = self.fc1(hidden_states).chunk(2, dim=-1)
@@ -274,19 +352,32 @@ class MedCTLayer(GradientCheckpointingLayer):
     def __init__(self, config: MedCTVisionConfig):
         super().__init__()
         self.position_generator = MedCTPositionGenerator(config)
-        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, bias=False)
+        self.layer_norm1 = MedCTLayerNorm(config.hidden_size, eps=config.layer_norm_eps, bias=False)
         self.self_attn = MedCTAttention(config)
-        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layer_norm2 = MedCTLayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = MedCTMLP(config)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the products; not that of their weights, which hold integers once they are quantized."""
+        return self.self_attn.q_scale.dtype
+
     def forward(self, hidden_states: torch.Tensor, position_bias: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
-        hidden_states = hidden_states + self.position_generator(hidden_states)
+        stream = _add(self.position_generator(hidden_states).to(hidden_states.dtype), hidden_states)
+        # Gradients need all that a chunk would hand on, and "eager" is there to show the attention as a whole.
+        if torch.is_grad_enabled() or self.self_attn.config._attn_implementation == "eager":
+            return self._within_sequences(stream, position_bias, **kwargs)
+        for chunk in _split_rows(stream, stream.shape[1] * self.mlp.fc1.out_features, self.dtype):
+            self._within_sequences(chunk, position_bias, **kwargs)
+        return stream
+
+    def _within_sequences(self, stream: torch.Tensor, position_bias: torch.Tensor | None, **kwargs) -> torch.Tensor:
         # Only queries are normalised; keys and values come from the stream itself.
-        hidden_states = (
-            hidden_states
-            + self.self_attn(self.layer_norm1(hidden_states), hidden_states, position_bias=position_bias, **kwargs)[0]
+        attended, _ = self.self_attn(
+            self.layer_norm1(stream).to(self.dtype), stream.to(self.dtype), position_bias=position_bias, **kwargs
         )
-        return hidden_states + self.mlp(self.layer_norm2(hidden_states))
+        stream = _add(stream, attended)
+        return _add(stream, self.mlp(self.layer_norm2(stream).to(self.dtype)))
 
 
 class MedCTEncoder(nn.Module):
@@ -295,7 +386,7 @@ class MedCTEncoder(nn.Module):
     def __init__(self, config: MedCTVisionConfig, num_layers: int):
         super().__init__()
         self.layers = nn.ModuleList(MedCTLayer(config) for _ in range(num_layers))
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, bias=False)
+        self.norm = MedCTLayerNorm(config.hidden_size, eps=config.layer_norm_eps, bias=False)
         self.gradient_checkpointing = False
 
     def forward(self, hidden_states: torch.Tensor, position_bias: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
@@ -303,6 +394,27 @@ class MedCTEncoder(nn.Module):
         for layer in self.layers:
             hidden_states = layer(hidden_states, position_bias, **kwargs)
         return self.norm(hidden_states)
+
+
+def _nearest(tokens: torch.Tensor, codes: torch.Tensor, coarse_codes: torch.Tensor) -> torch.Tensor:
+    """`(tokens,)`, the row of `codes` with the greatest product with each token.
+
+    Args:
+        tokens: `(tokens, d)`.
+        codes: `(codes, d)`, in float32 or better.
+        coarse_codes: The same in the precision of the large product, which finds the candidates.
+    """
+    similarity = _linear(tokens.to(coarse_codes.dtype), coarse_codes)
+    # `max` finds the place four times as fast as `argmax` in half precision.
+    first = similarity.max(dim=-1, keepdim=True).indices
+    if torch.finfo(similarity.dtype).bits > 16:
+        return first.squeeze(-1)
+    # Half precision often holds the best two as equal, so they are compared again.
+    similarity[torch.arange(len(first), device=first.device), first.squeeze(-1)] = -torch.inf
+    second = similarity.max(dim=-1, keepdim=True).indices
+    first_two = torch.cat([first, second], dim=-1)
+    exact = (codes[first_two] * tokens[:, None]).sum(dim=-1)
+    return first_two.gather(-1, exact.argmax(dim=-1, keepdim=True)).squeeze(-1)
 
 
 class MedCTQuantizer(nn.Module):
@@ -315,14 +427,19 @@ class MedCTQuantizer(nn.Module):
         # A buffer and no parameter: no optimizer, and no full fine-tuning either, may move it.
         self.register_buffer("codebook", torch.zeros(config.codebook_size, config.hidden_size))
 
-    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`(..., hidden_size)` tokens to rows of the codebook, same shape, and their `(...)` indices."""
+    def forward(self, hidden_states: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """`(..., hidden_size)` tokens to rows of the codebook, same shape, and their `(...)` indices.
+
+        Args:
+            hidden_states: Tokens.
+            dtype: Precision of the product of all tokens with all rows; the nearest are compared in float32.
+        """
         with torch.no_grad():
-            rows = F.normalize(self.codebook, dim=-1).t()
-            tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
+            codes = F.normalize(self.codebook.to(torch.promote_types(self.codebook.dtype, torch.float32)), dim=-1)
+            coarse_codes = codes.to(dtype)
             # Tokens need no normalising: their length does not change which row is nearest.
-            chunks = tokens.split(max(1, _SIMILARITY_CHUNK_ELEMENTS // rows.shape[-1]))
-            ids = torch.cat([(chunk @ rows).argmax(dim=-1) for chunk in chunks]).view(hidden_states.shape[:-1])
+            chunks = _split_rows(hidden_states.reshape(-1, hidden_states.shape[-1]), len(codes), dtype)
+            ids = torch.cat([_nearest(chunk, codes, coarse_codes) for chunk in chunks]).view(hidden_states.shape[:-1])
         quantized = F.embedding(ids, self.codebook)
         if hidden_states.requires_grad:
             # The difference is exactly zero: the value is still the row itself, the gradient that of the token.
@@ -342,7 +459,7 @@ class MedCTLogitScale(nn.Module):
         self.weight = nn.Parameter(torch.full((1,), self.init_value))
 
     def forward(self, similarity: torch.Tensor) -> torch.Tensor:
-        return similarity * self.weight.exp()
+        return similarity * self.weight.to(similarity.dtype).exp()
 
 
 class MedCTPreTrainedModel(PreTrainedModel):
@@ -354,6 +471,15 @@ class MedCTPreTrainedModel(PreTrainedModel):
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
     _no_split_modules = ["MedCTLayer", "MedCTPatchEmbeddings", "MedCTPositionBias", "MedCTQuantizer"]
+    # Small, and used in float32 anyway. Codebooks hold rows so close to each other that half precision makes them one.
+    _keep_in_fp32_modules_strict = [
+        "patch_norm",
+        "layer_norm1",
+        "layer_norm2",
+        "spatial_encoder.norm",
+        "temporal_encoder.norm",
+        "quantizer",
+    ]
     _supports_sdpa = True
     # The position bias reaches sdpa once for all volumes; flash attention takes no bias at all, and flex attention
     # would need a copy for each volume.
@@ -372,6 +498,23 @@ class MedCTPreTrainedModel(PreTrainedModel):
             init.normal_(module.codebook)
         elif isinstance(module, MedCTLogitScale):
             init.constant_(module.weight, module.init_value)
+
+    @classmethod
+    def from_pretrained(cls, *args, use_safetensors: bool = True, **kwargs):
+        """transformers' own, but that nothing except safetensors is read unless it is asked for: no pickles."""
+        return super().from_pretrained(*args, use_safetensors=use_safetensors, **kwargs)
+
+    def load_adapter(self, peft_model_id: str | None = None, *args, **kwargs):
+        """transformers' own, for an adapter that fits this model; see `check_fit` for the rule.
+
+        Raises:
+            AdapterMismatchError: If the adapter was trained on another model or another preprocessing.
+        """
+        if peft_model_id is not None:
+            load_config, adapter_kwargs = kwargs.get("load_config"), kwargs.get("adapter_kwargs") or {}
+            downloads = kwargs if load_config is None else load_config.download_kwargs
+            check_fit(self, peft_model_id, **{**downloads, **adapter_kwargs})
+        return super().load_adapter(peft_model_id, *args, **kwargs)
 
 
 class MedCTVisionModel(MedCTPreTrainedModel):
@@ -410,12 +553,12 @@ class MedCTVisionModel(MedCTPreTrainedModel):
         batch, t, h, w, _ = tokens.shape
         # (b, t, h, w, d) -> (b*t, h*w, d)
         tokens = self.spatial_encoder(tokens.flatten(0, 1).flatten(1, 2), self.position_bias(), **kwargs)
-        # (b*t, h*w, d) -> (b*h*w, t, d)
-        tokens = tokens.unflatten(0, (batch, t)).transpose(1, 2).flatten(0, 1)
+        # (b*t, h*w, d) -> (b*h*w, t, d), in memory too: the position generator reads it there
+        tokens = tokens.unflatten(0, (batch, t)).transpose(1, 2).flatten(0, 1).contiguous()
         tokens = self.temporal_encoder(tokens, **kwargs)
         # (b*h*w, t, d) -> (b, t, h*w, d)
         tokens = tokens.unflatten(0, (batch, h * w)).transpose(1, 2)
-        tokens, codebook_ids = self.quantizer(tokens)
+        tokens, codebook_ids = self.quantizer(tokens, self.position_bias.fc1.weight.dtype)
         return MedCTVisionOutput(
             last_hidden_state=tokens.flatten(1, 2),
             pooler_output=tokens.mean(dim=1).flatten(1),
@@ -428,6 +571,16 @@ def _text_encoder(config: MedCTConfig) -> PreTrainedModel:
     parameters = inspect.signature(MODEL_MAPPING[type(config.text_config)].__init__).parameters
     options = {"add_pooling_layer": False} if "add_pooling_layer" in parameters else {}
     return AutoModel.from_config(config.text_config, **options)
+
+
+def _embed(projection: nn.Module, pooled: torch.Tensor) -> torch.Tensor:
+    """`(batch, features)` to `(batch, projection_dim)`, of length 1.
+
+    In float32 whatever the model's precision: the two prompts of a label, and the labels among each other, differ by
+    less than half precision tells apart.
+    """
+    projected = projection(pooled.to(projection.weight.dtype))
+    return F.normalize(projected.to(torch.promote_types(projected.dtype, torch.float32)), dim=-1)
 
 
 class MedCTModel(MedCTPreTrainedModel):
@@ -459,7 +612,7 @@ class MedCTModel(MedCTPreTrainedModel):
             The encoder's output; its `pooler_output` is the embedding, `(batch, projection_dim)`, of length 1.
         """
         outputs = self.vision_model(pixel_values=pixel_values, return_dict=True, **kwargs)
-        outputs.pooler_output = F.normalize(self.visual_projection(outputs.pooler_output), dim=-1)
+        outputs.pooler_output = _embed(self.visual_projection, outputs.pooler_output)
         return outputs
 
     @can_return_tuple
@@ -477,7 +630,7 @@ class MedCTModel(MedCTPreTrainedModel):
         """
         outputs = self.text_model(input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **kwargs)
         # CT-CLIP reads the first token itself, not BERT's pooler.
-        embeds = F.normalize(self.text_projection(outputs.last_hidden_state[:, 0]), dim=-1)
+        embeds = _embed(self.text_projection, outputs.last_hidden_state[:, 0])
         return BaseModelOutputWithPooling(
             last_hidden_state=outputs.last_hidden_state,
             pooler_output=embeds,
@@ -487,7 +640,8 @@ class MedCTModel(MedCTPreTrainedModel):
 
     def get_logits(self, image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
         """Scaled cosine similarity of `(volumes, projection_dim)` and `(texts, projection_dim)`: `(volumes, texts)`."""
-        return self.logit_scale(image_embeds @ text_embeds.to(image_embeds.device).t())
+        with torch.autocast(image_embeds.device.type, enabled=False):
+            return self.logit_scale(image_embeds @ text_embeds.to(image_embeds).t())
 
     @can_return_tuple
     def forward(
@@ -556,7 +710,7 @@ class MedCTForImageClassification(MedCTPreTrainedModel):
             `logits`, `(batch, labels)`: each label by itself, so take their sigmoid; `loss`, `()`, if labels are given.
         """
         outputs = self.vision_model(pixel_values=pixel_values, return_dict=True, **kwargs)
-        embeds = F.normalize(self.visual_projection(outputs.pooler_output), dim=-1)
+        embeds = _embed(self.visual_projection, outputs.pooler_output).to(self.classifier.weight.dtype)
         logits = self.classifier(self.dropout(F.relu(embeds)))
         return ImageClassifierOutput(
             loss=None if labels is None else self._loss(logits, labels),

@@ -18,7 +18,8 @@ from medct import (
     zero_shot_probabilities,
 )
 from medct.convert_ct_clip_to_hf import build_model, config_from_sizes, map_keys
-from medct.train import ATTENTION_LINEARS, TrainingSettings, add_lora
+from medct.lora import TARGETS, add_lora
+from medct.modeling_medct import MedCTLinear
 
 TEXT_QUERY = "encoder.layer.0.attention.self.query.weight"
 RECORDED_GRADIENTS = {
@@ -166,7 +167,7 @@ def test_wrong_sizes_are_refused_with_both_numbers(model, batch):
 
 
 def lora(model: MedCTModel):
-    return get_peft_model(model, LoraConfig(r=4, target_modules=ATTENTION_LINEARS, task_type="FEATURE_EXTRACTION"))
+    return get_peft_model(model, LoraConfig(r=4, target_modules=TARGETS["both"], task_type="FEATURE_EXTRACTION"))
 
 
 def test_a_training_step_reaches_both_encoders_and_leaves_the_base_as_it_was(model, batch):
@@ -245,16 +246,102 @@ def test_gradient_checkpointing_changes_no_gradient(model, batch):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_stays_close(converted, model, batch, dtype):
     half = MedCTModel.from_pretrained(converted, dtype=dtype).eval()
-    assert half.vision_model.quantizer.codebook.dtype == dtype
+    assert torch.equal(half.vision_model.quantizer.codebook, model.vision_model.quantizer.codebook)
+    assert half.vision_model.spatial_encoder.layers[0].mlp.fc1.weight.dtype == dtype
     with torch.no_grad():
         tokens = half.vision_model.embeddings(batch["pixel_values"])
-        assert tokens.dtype == dtype
+        # What the layers add to stays in float32.
+        assert tokens.dtype == torch.float32
+        assert half.vision_model.temporal_encoder(tokens.flatten(0, 2)).dtype == torch.float32
         expected = model.vision_model.embeddings(batch["pixel_values"])
         torch.testing.assert_close(tokens.float(), expected, atol=0.1, rtol=0.1)
         output = half(**batch)
-    assert output.logits_per_image.dtype == dtype
+    # Half precision does not tell the prompts of two labels apart.
+    assert output.logits_per_image.dtype == output.text_embeds.dtype == torch.float32
     torch.testing.assert_close(output.text_embeds.float(), model(**batch).text_embeds, atol=0.05, rtol=0.1)
     assert output.logits_per_image.isfinite().all()
+
+
+def test_half_precision_finds_the_nearest_row_where_it_holds_two_as_equal(model):
+    torch.manual_seed(0)
+    quantizer = copy.deepcopy(model.vision_model.quantizer)
+    base = torch.eye(quantizer.codebook.shape[-1])[:4]
+    quantizer.codebook = base.repeat_interleave(2, 0) + 2**-9 * torch.randn(8, base.shape[-1])
+    tokens = base.repeat(1000, 1) + 0.1 * torch.randn(4000, base.shape[-1])
+    _, expected = quantizer(tokens, torch.float32)
+    _, ids = quantizer(tokens, torch.bfloat16)
+    assert torch.equal(ids, expected)
+
+
+def test_linears_are_those_of_torch(monkeypatch):
+    """Without a fast product, and with it for rows of any number of axes."""
+    linear = MedCTLinear(5, 7)
+    rows = torch.randn(2, 3, 5, requires_grad=True)
+    for convolves in (False, True):
+        monkeypatch.setattr("medct.modeling_medct._CONVOLVES_ON_CPU", convolves)
+        for each in (rows, rows[0], rows[:, 0], rows[0, 0], rows.transpose(0, 1)):
+            expected = torch.nn.functional.linear(each, linear.weight, linear.bias)
+            torch.testing.assert_close(linear(each), expected)
+        torch.testing.assert_close(
+            torch.autograd.grad(linear(rows).square().sum(), (rows, linear.weight, linear.bias)),
+            torch.autograd.grad(
+                torch.nn.functional.linear(rows, linear.weight, linear.bias).square().sum(),
+                (rows, linear.weight, linear.bias),
+            ),
+        )
+
+
+def test_the_encoders_may_differ_in_precision(converted, model, batch):
+    mixed = MedCTModel.from_pretrained(converted).eval()
+    mixed.vision_model.to(torch.bfloat16)
+    with torch.no_grad():
+        output = mixed(**batch)
+        assert torch.equal(output.text_embeds, model(**batch).text_embeds)
+    assert output.image_embeds.isfinite().all()
+
+
+def test_long_volumes_are_encoded_in_chunks_without_a_difference(model, batch, monkeypatch):
+    with torch.enable_grad():
+        whole = model(**batch)
+    before = batch["pixel_values"].clone()
+    monkeypatch.setattr("medct.modeling_medct._CPU_CHUNK_BYTES", 1)
+    for size in (3, 1):
+        with torch.inference_mode():
+            pieces = model(**batch | {"pixel_values": batch["pixel_values"][:size]})
+        torch.testing.assert_close(pieces.image_embeds, whole.image_embeds[:size])
+    assert torch.equal(batch["pixel_values"], before)
+
+
+def test_memory_that_is_used_again_keeps_hidden_states(model, batch):
+    encode, pixels = model.double().vision_model, batch["pixel_values"].double()
+    expected = encode(pixels, output_hidden_states=True).hidden_states
+    with torch.no_grad():
+        seen = encode(pixels, output_hidden_states=True).hidden_states
+    assert len(seen) == len(expected)
+    for got, wanted in zip(seen, expected, strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+def test_patches_lose_nothing_to_half_precision_before_they_are_scaled(model):
+    """10 HU of texture in soft tissue: a bfloat16 voxel would hold one of three values."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = 0.5 + 0.01 * torch.rand(1, 1, *model.config.vision_config.image_size, generator=generator)
+    with torch.no_grad():
+        expected = model.vision_model.embeddings(pixels)
+        half = copy.deepcopy(model.vision_model.embeddings).bfloat16()(pixels).float()
+    assert (half - expected).norm() < 0.01 * expected.norm()
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_vision_model_compiles_as_one_graph(model, batch, grad):
+    vision = model.vision_model
+    compiled = torch.compile(vision, fullgraph=True, backend="aot_eager")
+    with torch.set_grad_enabled(grad):
+        expected = vision(batch["pixel_values"])
+        for _ in range(2):
+            got = compiled(batch["pixel_values"])
+            torch.testing.assert_close(got.pooler_output, expected.pooler_output)
+            assert torch.equal(got.codebook_ids, expected.codebook_ids)
 
 
 def test_device_map_places_the_model(converted, model, batch):
@@ -345,7 +432,7 @@ def test_classifier_learns_and_ignores_the_text_half(converted, model, batch):
 def test_lora_at_the_published_sizes_stays_within_the_papers_number():
     with torch.device("meta"):
         model = MedCTModel(MedCTConfig(text_config=BertConfig()))
-        adapted = add_lora(model, TrainingSettings())
+        adapted = add_lora(model)
     trainable, total = adapted.get_nb_trainable_parameters()
     print(f"trainable {trainable:,} of {total:,} parameters, {100 * trainable / total:.2f} %")
     assert trainable == 1_572_864
