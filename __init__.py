@@ -2,9 +2,11 @@
 
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification, AutoProcessor
 
+from .adapters_medct import AdapterMismatchError, check_fit
 from .configuration_medct import CT_CLIP_LABELS, MedCTConfig, MedCTVisionConfig
 from .image_processing_medct import MedCTImageProcessor, VolumeGeometry
 from .modeling_medct import MedCTForImageClassification, MedCTModel, MedCTVisionModel, zero_shot_probabilities
+from .pipeline_medct import ZeroShotCTClassificationPipeline
 from .processing_medct import MedCTProcessor
 from .volume_io_medct import CTVolume, VolumeError, VolumeWarning, read_volume
 
@@ -29,6 +31,7 @@ for _shipped, _auto_class in (
 
 __all__ = [
     "CT_CLIP_LABELS",
+    "AdapterMismatchError",
     "CTVolume",
     "MedCTConfig",
     "MedCTForImageClassification",
@@ -40,6 +43,8 @@ __all__ = [
     "VolumeError",
     "VolumeGeometry",
     "VolumeWarning",
+    "ZeroShotCTClassificationPipeline",
+    "check_fit",
     "read_volume",
     "zero_shot_probabilities",
 ]

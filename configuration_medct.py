@@ -10,7 +10,9 @@ superior, y towards the patient's left, x towards posterior. (So y and x are not
 Source: specification of CT-CLIP, sections 1, 2 and 4.
 """
 
+import copy
 import math
+from collections.abc import Sequence
 
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec, strict
@@ -36,6 +38,15 @@ CT_CLIP_LABELS = (
     "Interlobular septal thickening",
 )
 """The 18 findings of CT-RATE, in the order of its label csv."""
+
+CUSTOM_PIPELINES = {
+    "zero-shot-ct-classification": {
+        "impl": "pipeline_medct.ZeroShotCTClassificationPipeline",
+        "pt": ["AutoModel"],
+        "type": "multimodal",
+    }
+}
+"""What `transformers.pipeline` must know to build our pipeline from a folder or the Hub."""
 
 # Each patient axis by the two letters that may name its direction.
 _PATIENT_AXES = ("LR", "AP", "IS")
@@ -150,6 +161,16 @@ class MedCTVisionConfig(PreTrainedConfig):
             )
 
 
+def _check_templates(templates: Sequence[Sequence[str]]) -> None:
+    for template in templates:
+        if isinstance(template, str) or len(template) != 2 or not all("{label}" in sentence for sentence in template):
+            shown = template if isinstance(template, str) else tuple(template)
+            raise ValueError(
+                f"Each of `prompt_templates` is a pair of sentences (present, not present) that hold "
+                f'"{{label}}", not {shown!r}.'
+            )
+
+
 @strict
 class MedCTConfig(PreTrainedConfig):
     """A vision encoder, a text encoder, their common space, and what the model is asked.
@@ -163,6 +184,7 @@ class MedCTConfig(PreTrainedConfig):
             Several pairs are averaged.
         classifier_dropout: Dropout before the head of `MedCTForImageClassification`.
         classifier_pos_weight: Weight of the positive cases in that head's loss, one number a label; 1 if `None`.
+        custom_pipelines: Tasks of `transformers.pipeline` and the code shipped for them; `CUSTOM_PIPELINES` by default.
         id2label: Names of the labels by their index; CT-CLIP's 18 findings by default.
     """
 
@@ -181,8 +203,11 @@ class MedCTConfig(PreTrainedConfig):
     )
     classifier_dropout: float = 0.3
     classifier_pos_weight: list[float] | None = None
+    custom_pipelines: dict | None = None
 
     def __post_init__(self, **kwargs):
+        if self.custom_pipelines is None:
+            self.custom_pipelines = copy.deepcopy(CUSTOM_PIPELINES)
         if self.id2label is None and kwargs.get("num_labels") in (None, len(CT_CLIP_LABELS)):
             self.id2label = dict(enumerate(CT_CLIP_LABELS))
             self.label2id = {label: index for index, label in enumerate(CT_CLIP_LABELS)}
@@ -193,31 +218,33 @@ class MedCTConfig(PreTrainedConfig):
         """Names of the labels in the order of their index."""
         return [label for _, label in sorted((self.id2label or {}).items())]
 
-    def label_prompts(self, labels: list[str] | None = None) -> list[list[str]]:
+    def label_prompts(
+        self, labels: Sequence[str] | None = None, templates: Sequence[Sequence[str]] | None = None
+    ) -> list[list[str]]:
         """The sentences that ask for each label, one list a template.
 
         Args:
             labels: Names to ask for; the configuration's own by default.
+            templates: Pairs of sentences as in `prompt_templates`; those by default.
 
         Returns:
             For each template `2 * len(labels)` sentences: present and not present of the first label, of the second ...
+
+        Raises:
+            ValueError: If a template is no pair of sentences that hold "{label}".
         """
         labels = self.label_names if labels is None else labels
+        templates = self.prompt_templates if templates is None else templates
+        _check_templates(templates)
         return [
-            [sentence.format(label=label) for label in labels for sentence in template]
-            for template in self.prompt_templates
+            [sentence.replace("{label}", label) for label in labels for sentence in template] for template in templates
         ]
 
     def validate_architecture(self):
         """Refuse impossible values; called by `@strict` after construction."""
         if self.projection_dim <= 0:
             raise ValueError(f"`projection_dim` must be positive, not {self.projection_dim}.")
-        for template in self.prompt_templates:
-            if len(template) != 2 or not all("{label}" in sentence for sentence in template):
-                raise ValueError(
-                    f"Each of `prompt_templates` is a pair of sentences (present, not present) that hold "
-                    f'"{{label}}", not {tuple(template)}.'
-                )
+        _check_templates(self.prompt_templates)
         weights = self.classifier_pos_weight
         if weights is not None and len(weights) != self.num_labels:
             raise ValueError(f"`classifier_pos_weight` has {len(weights)} numbers for {self.num_labels} labels.")

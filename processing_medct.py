@@ -1,6 +1,13 @@
 """Volumes and texts to the model's inputs, in one call."""
 
+from typing import TYPE_CHECKING
+
 from transformers import ProcessorMixin
+
+if TYPE_CHECKING:
+    # Files that a saved file imports are saved and fetched with it. The model's configuration names this pipeline, and
+    # no pipeline runs without a processor; importing it for real would cost every reader of the processor a second.
+    from .pipeline_medct import ZeroShotCTClassificationPipeline  # noqa: F401
 
 
 class MedCTProcessor(ProcessorMixin):

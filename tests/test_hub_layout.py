@@ -16,6 +16,7 @@ from medct import MedCTModel
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = (
+    "adapters_medct.py",
     "byte_sources_medct.py",
     "configuration_medct.py",
     "dicom_io_medct.py",
@@ -24,6 +25,7 @@ SHIPPED = (
     "itk_formats_medct.py",
     "modeling_medct.py",
     "nifti_io_medct.py",
+    "pipeline_medct.py",
     "processing_medct.py",
     "volume_io_medct.py",
     "volume_medct.py",
