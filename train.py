@@ -1,50 +1,74 @@
 """Adapt MedCT to a source of scans with LoRA, and score it before and after.
 
     accelerate launch train.py                         # synthetic phantoms, no network, a few minutes on a laptop
-    accelerate launch train.py --model ORG/NAME --revision COMMIT --data FOLDER    # a folder in CT-RATE's layout
+    accelerate launch train.py --model ORG/NAME --revision COMMIT --data SOURCE    # your scans; see README
 
-Only low-rank matrices in the attention of both encoders are trained; that the base stayed as it was, to the byte, is
-checked before anything is saved. The output folder holds the adapter, `train_config.json` and `results.json`, and
-appears only when it is complete.
+Only what is put beside the base's Linears is trained; that the base stayed as it was, to the byte, is checked before
+anything is saved. The output folder appears only when it is complete; until then checkpoints lie in a folder of the
+same name with `.unfinished`, and `--resume True` goes on from there.
 """
 
+import contextlib
 import dataclasses
-import hashlib
 import json
 import math
+import os
+import resource
+import shutil
+import signal
 import sys
 import time
+import warnings
+from argparse import RawDescriptionHelpFormatter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
+import numpy as np
 import torch
-from accelerate import Accelerator, DataLoaderConfiguration
-from accelerate.utils import set_seed
-from peft import LoraConfig, PeftModel, get_peft_model
-from torch.nn import functional as F
-from torch.utils.data import DataLoader
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration, set_seed
+from huggingface_hub.errors import HfHubHTTPError
+from peft import PeftModel
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModel, AutoProcessor, HfArgumentParser, get_cosine_schedule_with_warmup
 from transformers.utils import logging
 
-from medct import MedCTConfig, MedCTModel, MedCTProcessor, VolumeError, zero_shot_probabilities
-from medct.data_medct import Collator, DataError, Source, ct_rate_source, phantom_source
-from medct.metrics_medct import zero_shot_scores
-from medct.modeling_medct import contrastive_loss
-from medct.outputs import refuse_taken, whole_folder
+from medct import MedCTConfig, MedCTModel, MedCTProcessor, VolumeError
+from medct.adapters_medct import describe_adapter, fingerprint
+from medct.cards import is_hub_id, write_card
+from medct.checkpoints import CheckpointError, Checkpoints, TrainingState, decode, encode
+from medct.convert_ct_clip_to_hf import ConversionError
+from medct.data_medct import PHANTOMS, DataError, Source, StudyLoader, open_source, phantom_source, to_device
+from medct.hub import PushError, commit_of, push_adapter, push_model
+from medct.lora import (
+    Adaptation,
+    Target,
+    add_lora,
+    core,
+    digest,
+    frozen_tensors,
+    note_start,
+    save_weights,
+    shard,
+    unlock,
+    weights_to_save,
+)
+from medct.lora import trainable as trainable_parameters
+from medct.metrics_medct import choose_thresholds, compare, zero_shot_scores
+from medct.objectives import Objective, StepLoss, Texts, sum_gradients, sum_over_processes
+from medct.outputs import Reserve, refuse_taken, whole_file, whole_folder
+from medct.plots import calibration_plot, roc_plot
+from medct.report import results_table
+from medct.zero_shot import ScoredStudies, score_studies, texts_to, tokenize_prompts
 
 PHANTOM_BASE = Path(__file__).with_name("phantom_base")
-PHANTOMS = "phantoms"
-# The attention Linears of both encoders, under the names that BERT and the other encoders of transformers give them.
-ATTENTION_LINEARS = (
-    r"vision_model\..*\.(q|k|v|out)_proj"
-    r"|text_model\..*(\.(query|key|value|attention\.output\.dense)|\.(q|k|v|o|out)_proj|\.(q|k|v|out)_lin)"
-)
+# Of sysexits.h, "temporary failure, try again": stopped by SIGTERM, and `--resume True` goes on.
+PREEMPTED_EXIT_CODE = 75
 
 
-def _setting(default: Any, help: str) -> Any:
+def setting(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
@@ -52,40 +76,149 @@ def _setting(default: Any, help: str) -> Any:
 class TrainingSettings:
     """Everything about a run that does not travel with the weights; saved as `train_config.json`."""
 
-    model: str = _setting(
+    model: str = setting(
         str(PHANTOM_BASE), "Base model: Hub id or folder. Default: the phantom base of this repository."
     )
-    revision: str | None = _setting(None, "Commit of the base on the Hub. Pin it: the repository's code is run.")
-    data: str = _setting(PHANTOMS, 'Folder in CT-RATE\'s layout, or "phantoms": synthetic studies drawn on the fly.')
-    output_dir: str | None = _setting(None, "Folder to make. Default: runs/ and the time.")
-    objective: Literal["prompts", "contrastive", "both"] = _setting(
+    revision: str | None = setting(None, "Commit of the base on the Hub. Pin it: the repository's code is run.")
+
+    data: str = setting(
+        PHANTOMS,
+        "Studies: a folder in CT-RATE's layout or with metadata.csv, prepared shards, hf://datasets/..., or "
+        '"phantoms": synthetic studies drawn on the fly.',
+    )
+    data_revision: str | None = setting(None, "Commit of a data set on the Hub.")
+    reconstructions: Literal["one", "all"] = setting(
+        "one", "Of a CT-RATE scan in an epoch: one of its reconstructions, another in each epoch, or all."
+    )
+    num_workers: int = setting(
+        1, "Processes that load data, for each training process; 0 loads in the training process."
+    )
+    on_bad_sample: Literal["skip", "raise"] = setting(
+        "skip", "What to do with a study that cannot be read; those skipped are listed in bad_samples.jsonl."
+    )
+    max_bad_share: float = setting(0.05, "Stop if a greater share of the studies cannot be read.")
+    phantom_site: Literal["A", "B"] = setting("B", "Which synthetic hospital to adapt to.")
+    phantom_train_patients: int = setting(2000, "Synthetic patients to train on.")
+    phantom_tune_patients: int = setting(100, "Synthetic patients to choose thresholds on.")
+    phantom_eval_patients: int = setting(300, "Synthetic patients to score on; others than those above.")
+
+    objective: Objective = setting(
         "prompts", "Learn from the labels through their prompts, from the reports by contrast, or from both."
     )
-    rank: int = _setting(16, "Rank of the LoRA matrices.")
-    alpha: int = _setting(32, "Scale of the LoRA matrices; the update is multiplied by alpha / rank.")
-    dropout: float = _setting(0.0, "Dropout before the LoRA matrices.")
-    learning_rate: float = _setting(
+    report_weight: float = setting(0.5, "Share of the reports in the loss of `both`; the labels have the rest.")
+    adaptation: Adaptation = setting(
+        "lora", "Kind of adapter; `full` trains every weight and saves a whole model, to compare with."
+    )
+    targets: Target = setting(
+        "both",
+        "What gets an adapter: attention of both encoders or of one; with projections; or all Linears of layers.",
+    )
+    rank: int = setting(16, "Rank of the LoRA matrices.")
+    alpha: int = setting(32, "Scale of the LoRA matrices; the update is multiplied by alpha / rank.")
+    dropout: float = setting(0.0, "Dropout before the LoRA matrices.")
+    train_logit_scale: bool = setting(False, "Train the scale of the logits as well, and save it with the adapter.")
+
+    learning_rate: float = setting(
         3e-3,
         "Highest; it rises over the first tenth and falls as a cosine. Suits the phantoms; begin lower with CT-CLIP.",
     )
-    weight_decay: float = _setting(0.01, "Weight decay of the LoRA matrices.")
-    batch_size: int = _setting(8, "Studies in a batch of one process.")
-    epochs: int = _setting(1, "Passes over the training studies.")
-    max_steps: int | None = _setting(None, "Stop after so many steps, however many epochs are left.")
-    max_grad_norm: float = _setting(1.0, "Gradients are scaled down to this length.")
-    gradient_checkpointing: bool = _setting(False, "Recompute activations instead of keeping them: less memory.")
-    num_workers: int = _setting(
-        1, "Processes that load data, for each training process; 0 loads in the training process."
+    weight_decay: float = setting(0.01, "Weight decay of what is trained.")
+    batch_size: int = setting(8, "Studies that one process has in memory at once.")
+    accumulation_steps: int = setting(
+        1, "Such batches in an optimizer step. Reports are contrasted across all of them, in the memory of one."
     )
-    phantom_site: Literal["A", "B"] = _setting("B", "Which synthetic hospital to adapt to.")
-    phantom_train_patients: int = _setting(2000, "Synthetic patients to train on.")
-    phantom_eval_patients: int = _setting(300, "Synthetic patients to score on; others than those trained on.")
-    seed: int = _setting(0, "Of the initialisation, the order of studies and the phantoms. Same seed, same numbers.")
-    cpu: bool = _setting(False, "Stay on the CPU even if there is a GPU.")
+    epochs: int = setting(1, "Passes over the training studies.")
+    max_steps: int | None = setting(None, "Stop after so many steps, however many epochs are left.")
+    max_grad_norm: float = setting(1.0, "Gradients are scaled down to this length.")
+    gradient_checkpointing: bool = setting(False, "Recompute activations instead of keeping them: less memory.")
+    compile: bool = setting(False, "Compile the vision encoder with torch.compile.")
+    fsdp2: bool = setting(False, "Shard the model over the processes (FSDP2); also by accelerate's --use_fsdp.")
+
+    eval_steps: int | None = setting(None, "Score the tuning patients every so many steps while training.")
+    max_tune_studies: int | None = setting(500, "Studies to choose thresholds on and to watch training with.")
+    max_eval_studies: int | None = setting(None, "Score on so many held-out studies instead of all.")
+    bootstrap_resamples: int = setting(1000, "Resamples of the patients for the intervals.")
+
+    output_dir: str | None = setting(None, "Folder to make. Default: runs/ and the time.")
+    resume: bool = setting(
+        False, "Go on from the newest checkpoint of --output_dir, or begin if there is none; fits a requeued job."
+    )
+    checkpoint_steps: int = setting(100, "Steps from one checkpoint to the next.")
+    keep_checkpoints: int = setting(2, "How many of the newest checkpoints stay.")
+    report_to: Literal["none", "tensorboard", "trackio"] = setting("none", "Tracker to log to, offline.")
+    push_to_hub: bool = setting(False, "Push the finished folder to the Hub.")
+    hub_model_id: str | None = setting(None, "Where to push: ORG/NAME.")
+    hub_private: bool = setting(False, "Make that repository private.")
+    hub_base: str | None = setting(None, "Where the base is on the Hub, if --model is a folder.")
+    hub_base_revision: str | None = setting(None, "Its commit there.")
+
+    seed: int = setting(0, "Of the initialisation, the order of studies and the phantoms. Same seed, same numbers.")
+    cpu: bool = setting(False, "Stay on the CPU even if there is a GPU.")
+
+    def fixed(self) -> dict[str, Any]:
+        """The settings that a resumed run must share with the one it goes on from."""
+        free = {"output_dir", "resume", "checkpoint_steps", "keep_checkpoints", "report_to", "num_workers"}
+        free |= {name for name in dataclasses.asdict(self) if name.startswith(("hub_", "push_"))}
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in free}
+
+
+Settings = TypeVar("Settings", bound=TrainingSettings)
 
 
 class TrainingError(RuntimeError):
     """A run that cannot go on; the message says why and what to do."""
+
+
+class PreemptedError(RuntimeError):
+    """Stopped by SIGTERM, with a checkpoint written."""
+
+
+def check(settings: TrainingSettings) -> None:
+    """Refuse settings that cannot be meant.
+
+    Raises:
+        TrainingError: With the setting and what it must be.
+    """
+    for name in ("rank", "batch_size", "accumulation_steps", "epochs", "checkpoint_steps", "keep_checkpoints"):
+        if getattr(settings, name) < 1:
+            raise TrainingError(f"--{name} is {getattr(settings, name)}. Pass 1 or more.")
+    if settings.push_to_hub and not settings.hub_model_id:
+        raise TrainingError("--push_to_hub needs --hub_model_id ORG/NAME.")
+    is_named = settings.adaptation == "full" or is_hub_id(settings.hub_base or settings.model)
+    if settings.push_to_hub and not is_named:
+        raise TrainingError(
+            "An adapter on the Hub names its base there, and --model is a folder. Push that with `medct push`, and "
+            "pass --hub_base ORG/NAME --hub_base_revision COMMIT."
+        )
+    if settings.resume and not settings.output_dir:
+        raise TrainingError("--resume needs the --output_dir of the run to go on with.")
+    if settings.fsdp2 and settings.adaptation == "pissa":
+        raise TrainingError("--adaptation pissa cannot be saved from a sharded model. Leave out --fsdp2.")
+    if settings.train_logit_scale and settings.adaptation == "pissa":
+        raise TrainingError("--adaptation pissa cannot be saved with a logit scale. Leave out --train_logit_scale.")
+
+
+def make_accelerator(settings: TrainingSettings, work: Path) -> Accelerator:
+    """The processes, devices and trackers of the run.
+
+    Raises:
+        TrainingError: If processes were started that do not see each other, or in a precision that is not supported.
+    """
+    tracker = None if settings.report_to == "none" else settings.report_to
+    os.environ.setdefault("TRACKIO_DIR", str(work / "logs"))
+    try:
+        places = ProjectConfiguration(project_dir=str(work), logging_dir=str(work / "logs"))
+        accelerator = Accelerator(cpu=settings.cpu, log_with=tracker, project_config=places)
+    except (ImportError, ValueError) as error:
+        raise TrainingError(f"--report_to {tracker}: {error} Try `pip install medct[tensorboard]`.") from error
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != started:
+        raise TrainingError(
+            f"{started} processes were started, but each is alone. Without GPUs pass --cpu True, so that they meet."
+        )
+    if accelerator.mixed_precision == "fp16":
+        raise TrainingError("fp16 needs scaled gradients, which this trainer has not. Launch with bf16 or no.")
+    return accelerator
 
 
 def load_base(settings: TrainingSettings) -> tuple[MedCTModel, MedCTProcessor]:
@@ -106,295 +239,496 @@ def load_base(settings: TrainingSettings) -> tuple[MedCTModel, MedCTProcessor]:
         raise TrainingError(f"{settings.model}: no model ({reason}) Pass a Hub id or a folder.") from error
 
 
-def load_sources(settings: TrainingSettings, config: MedCTConfig) -> tuple[Source, Source]:
-    """Studies to train on and, of other patients, to score on."""
-    if settings.data != PHANTOMS:
-        return ct_rate_source(settings.data, "train", config), ct_rate_source(settings.data, "valid", config)
-    patients = range(settings.phantom_eval_patients + settings.phantom_train_patients)
-    held_out, trained = patients[: settings.phantom_eval_patients], patients[settings.phantom_eval_patients :]
-    return (
-        phantom_source(settings.phantom_site, trained, settings.seed),
-        phantom_source(settings.phantom_site, held_out, settings.seed),
-    )
+def commit_of_base(settings: TrainingSettings) -> str | None:
+    """What `--revision` stands for, so that an adapter names a commit; as it was given where no Hub answers."""
+    try:
+        return commit_of(settings.model, settings.revision)
+    except (HfHubHTTPError, OSError):
+        return settings.revision
 
 
-def make_loader(source: Source, settings: TrainingSettings, collator: Collator, shuffle: bool) -> DataLoader:
-    """Batches of a source, made in loader processes."""
-    # A buffer of one still shuffles all studies, as each is a shard, and holds no volumes in memory.
-    stream = source.stream.shuffle(seed=settings.seed, buffer_size=1) if shuffle else source.stream
-    workers = min(settings.num_workers, stream.num_shards)
-    return DataLoader(
-        stream,
-        settings.batch_size,
-        collate_fn=collator,
-        num_workers=workers,
-        drop_last=shuffle,
-        prefetch_factor=4 if workers else None,
-    )
-
-
-def add_lora(model: MedCTModel, settings: TrainingSettings) -> PeftModel:
-    """Freeze the base and put trainable low-rank matrices beside its attention Linears."""
-    lora = LoraConfig(
-        r=settings.rank,
-        lora_alpha=settings.alpha,
-        lora_dropout=settings.dropout,
-        target_modules=ATTENTION_LINEARS,
-        # Without it `AutoPeftModel...` cannot load the adapter, as the base's class is no class of transformers.
-        task_type="FEATURE_EXTRACTION",
-        revision=settings.revision,
-    )
-    return get_peft_model(model, lora)
-
-
-def digest(tensors: dict[str, torch.Tensor]) -> str:
-    """SHA-256 over the names and bytes of tensors."""
-    total = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        total.update(name.encode())
-        total.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
-    return total.hexdigest()
-
-
-def tokenize_prompts(config: MedCTConfig, processor: MedCTProcessor) -> list[dict[str, torch.Tensor]]:
-    """The sentences that ask for each label, one batch a template."""
-    return [dict(processor(text=sentences, return_tensors="pt")) for sentences in config.label_prompts()]
-
-
-def append_texts(
-    texts: dict[str, torch.Tensor], others: dict[str, torch.Tensor], pad_id: int
-) -> dict[str, torch.Tensor]:
-    """Two batches of texts as one, `(texts, tokens)`, padded to the longer."""
-    length = max(texts["input_ids"].shape[1], others["input_ids"].shape[1])
-    return {
-        name: torch.cat(
-            [
-                F.pad(part[name], (0, length - part[name].shape[1]), value=pad_id if name == "input_ids" else 0)
-                for part in (texts, others)
-            ]
-        )
-        for name in ("input_ids", "attention_mask")
-    }
-
-
-def prompt_loss(logits_per_image: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Binary cross-entropy of "present" against "not present".
-
-    Args:
-        logits_per_image: `(batch, 2 * labels)`, in the order of `MedCTConfig.label_prompts`.
-        labels: `(batch, labels)`, 0 or 1.
-    """
-    present, absent = logits_per_image.unflatten(-1, (-1, 2)).unbind(-1)
-    return F.binary_cross_entropy_with_logits(present - absent, labels.to(present))
-
-
-def training_loss(
-    model: torch.nn.Module,
-    batch: dict[str, torch.Tensor],
-    prompts: dict[str, torch.Tensor],
-    objective: str,
-    pad_id: int,
-) -> torch.Tensor:
-    """The loss of one batch; reports and prompts go through the text encoder together, once."""
-    size = len(batch["labels"])
-    texts = prompts
-    if objective != "prompts":
-        texts = {name: batch[name] for name in ("input_ids", "attention_mask")}
-        if objective == "both":
-            texts = append_texts(texts, prompts, pad_id)
-    logits = model(pixel_values=batch["pixel_values"], **texts).logits_per_image
-    if objective == "prompts":
-        return prompt_loss(logits, batch["labels"])
-    if objective == "contrastive":
-        return contrastive_loss(logits)
-    return (contrastive_loss(logits[:, :size]) + prompt_loss(logits[:, size:], batch["labels"])) / 2
-
-
-@torch.no_grad()
-def evaluate_zero_shot(
-    model: MedCTModel, loader: DataLoader, prompts: list[dict[str, torch.Tensor]], accelerator: Accelerator, what: str
-) -> dict[str, float]:
-    """Score a model on labelled studies; the prompts are encoded once for all of them.
-
-    Args:
-        model: With or without adapter, not wrapped by accelerate.
-        loader: Prepared by accelerate.
-        prompts: From `tokenize_prompts`.
-        accelerator: Whose processes share the work.
-        what: Name for the progress bar.
-
-    Returns:
-        See `zero_shot_scores`.
-    """
-    model.eval()
-    text_embeds = [
-        model.get_text_features(**{name: part.to(accelerator.device) for name, part in template.items()}).pooler_output
-        for template in prompts
-    ]
-    probabilities, labels = [], []
-    for batch in tqdm(loader, desc=what, unit="batch", disable=not accelerator.is_main_process):
-        image_embeds = model.get_image_features(batch["pixel_values"]).pooler_output
-        by_template = [zero_shot_probabilities(model.get_logits(image_embeds, texts)) for texts in text_embeds]
-        gathered = accelerator.gather_for_metrics((torch.stack(by_template).mean(0), batch["labels"]))
-        probabilities.append(gathered[0].float().cpu())
-        labels.append(gathered[1].cpu())
-    return zero_shot_scores(torch.cat(probabilities).numpy(), torch.cat(labels).numpy(), model.config.label_names)
-
-
-def endless(loader: DataLoader) -> Iterator[dict[str, torch.Tensor]]:
-    """Batches of one epoch after the other, each in an order of its own."""
-    epoch = 0
-    while True:
-        loader.set_epoch(epoch)
-        yield from loader
-        epoch += 1
-
-
-def train(
-    model: PeftModel,
-    loader: DataLoader,
-    prompts: dict[str, torch.Tensor],
-    pad_id: int,
-    settings: TrainingSettings,
-    steps: int,
-    accelerator: Accelerator,
-) -> PeftModel:
-    """Train the adapter for a number of steps; returns the model without accelerate's wrapping."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=settings.learning_rate, weight_decay=settings.weight_decay)
-    # accelerate steps the schedule once for each process
-    processes = accelerator.num_processes
-    schedule = get_cosine_schedule_with_warmup(optimizer, steps * processes // 10, steps * processes)
-    if settings.gradient_checkpointing:
-        model.base_model.model.activation_checkpointing_enable()
-    wrapped, optimizer, schedule = accelerator.prepare(model, optimizer, schedule)
-    wrapped.train()
-    prompts = {name: part.to(accelerator.device) for name, part in prompts.items()}
-    batches = endless(loader)
-    bar = tqdm(range(steps), desc="train", unit="step", disable=not accelerator.is_main_process)
-    for _ in bar:
-        loss = training_loss(wrapped, next(batches), prompts, settings.objective, pad_id)
-        if not math.isfinite(value := loss.item()):
-            raise TrainingError(f"The loss became {value}. Lower --learning_rate.")
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(trainable, settings.max_grad_norm)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        bar.set_postfix(loss=f"{value:.3f}", refresh=False)
-    return accelerator.unwrap_model(wrapped)
-
-
-def results_table(before: dict[str, float], after: dict[str, float], names: list[str]) -> str:
-    """AUROC of each label and their mean, before and after, as a Markdown table."""
-    rows = [(name, f"auroc/{name}") for name in names] + [("**mean**", "auroc")]
-    lines = ["| finding | base | adapted | difference |", "| --- | ---: | ---: | ---: |"]
-    lines += [
-        f"| {name} | {before[key]:.3f} | {after[key]:.3f} | {after[key] - before[key]:+.3f} |" for name, key in rows
-    ]
-    return "\n".join(lines)
-
-
-def describe(settings: TrainingSettings, scans: int) -> str:
-    """What the scores were measured on, in a sentence."""
+def load_sources(settings: TrainingSettings, config: MedCTConfig) -> dict[str, Source]:
+    """Studies to train on, to tune on and, as "valid", to score on; no patient is in two of them."""
     if settings.data == PHANTOMS:
-        return (
-            f"Zero-shot AUROC on {scans} held-out SYNTHETIC phantoms of site {settings.phantom_site}: drawings, no "
-            "patients, and no clinical meaning."
+        sizes = {
+            "valid": settings.phantom_eval_patients,
+            "train": settings.phantom_train_patients,
+            "tune": settings.phantom_tune_patients,
+        }
+        sources, start = {}, 0
+        for split, size in sizes.items():
+            sources[split] = phantom_source(settings.phantom_site, range(start, start + size), settings.seed)
+            start += size
+        return sources
+    limits = {"train": None, "tune": settings.max_tune_studies, "valid": settings.max_eval_studies}
+    return {
+        split: open_source(
+            settings.data,
+            split,
+            config,
+            reconstructions=settings.reconstructions,
+            limit=limit,
+            revision=settings.data_revision,
+            need_reports=settings.objective != "prompts" and split == "train",
         )
-    return f"Zero-shot AUROC on {scans} held-out scans of {settings.data}."
-
-
-def save_run(model: PeftModel, folder: Path, settings: TrainingSettings, results: dict[str, Any]) -> None:
-    """Write adapter, settings, scores and a page that shows them."""
-    model.save_pretrained(folder)
-    (folder / "train_config.json").write_text(json.dumps(dataclasses.asdict(settings), indent=2) + "\n")
-    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    table = results_table(results["base"], results["adapted"], model.config.label_names)
-    (folder / "README.md").write_text(f"# LoRA adapter for MedCT\n\n{results['measured_on']}\n\n{table}\n")
-
-
-def run(settings: TrainingSettings) -> dict[str, Any]:
-    """One whole run: score the base, train, check the base, score again, save.
-
-    Returns:
-        `base` and `adapted`, see `zero_shot_scores`; what they were measured on; parameters, steps and seconds.
-
-    Raises:
-        TrainingError, DataError, VolumeError, FileExistsError: With what is wrong and what to do.
-    """
-    started = time.monotonic()
-    output = Path(settings.output_dir or time.strftime("runs/%Y-%m-%d_%H-%M-%S"))
-    refuse_taken(output)
-    set_seed(settings.seed)
-    accelerator = Accelerator(
-        cpu=settings.cpu, dataloader_config=DataLoaderConfiguration(dispatch_batches=False, non_blocking=True)
-    )
-    base, processor = load_base(settings)
-    labels = base.config.label_names
-    base_tensors = base.state_dict(keep_vars=True)
-    base_sha256 = digest(base_tensors)
-    train_source, eval_source = load_sources(settings, base.config)
-    with_text = settings.objective != "prompts"
-    train_loader, eval_loader = accelerator.prepare(
-        make_loader(train_source, settings, Collator(processor, labels, with_text), shuffle=True),
-        make_loader(eval_source, settings, Collator(processor, labels, with_text=False), shuffle=False),
-    )
-    prompts = tokenize_prompts(base.config, processor)
-    steps = number_of_steps(train_source, settings, accelerator.num_processes)
-    base.to(accelerator.device)
-    before = evaluate_zero_shot(base, eval_loader, prompts, accelerator, "score base")
-
-    model = add_lora(base, settings)
-    trainable, total = model.get_nb_trainable_parameters()
-    accelerator.print(f"trainable parameters: {trainable:,} of {total:,}, {100 * trainable / total:.2f} %")
-    model = train(model, train_loader, prompts[0], processor.tokenizer.pad_token_id, settings, steps, accelerator)
-    if digest(base_tensors) != base_sha256:
-        raise TrainingError("The base changed during training, so the adapter would not fit it. Nothing was saved.")
-    after = evaluate_zero_shot(model.base_model.model, eval_loader, prompts, accelerator, "score adapted")
-
-    results = {
-        "measured_on": describe(settings, before["scans"]),
-        "base": before,
-        "adapted": after,
-        "auroc_difference": after["auroc"] - before["auroc"],
-        "trainable_parameters": trainable,
-        "total_parameters": total,
-        "base_sha256": base_sha256,
-        "steps": steps,
-        "seconds": round(time.monotonic() - started, 1),
+        for split, limit in limits.items()
     }
-    if accelerator.is_main_process:
-        with whole_folder(output) as folder:
-            save_run(model, folder, settings, results)
-    accelerator.print(f"\n{results_table(before, after, labels)}\n\n{results['measured_on']}\nAdapter: {output}")
-    return results
 
 
 def number_of_steps(source: Source, settings: TrainingSettings, processes: int) -> int:
     """Optimizer steps of a run.
 
     Raises:
-        TrainingError: If there are fewer studies than a batch holds.
+        TrainingError: If there are fewer studies than a step takes.
     """
-    per_epoch = source.num_rows // (settings.batch_size * processes)
+    studies_per_step = settings.batch_size * settings.accumulation_steps * processes
+    per_epoch = source.num_studies // studies_per_step
     if not per_epoch:
         raise TrainingError(
-            f"{source.num_rows} training studies do not fill one batch of {settings.batch_size} in {processes} "
-            "processes. Lower --batch_size."
+            f"{source.num_studies} training studies do not fill one step of {studies_per_step} ({settings.batch_size} "
+            f"x {settings.accumulation_steps} in {processes} processes). Lower --batch_size."
         )
     steps = per_epoch * settings.epochs
     return steps if settings.max_steps is None else min(steps, settings.max_steps)
 
 
-def main() -> None:
-    (settings,) = HfArgumentParser(TrainingSettings, description=__doc__).parse_args_into_dataclasses()
+def memory_bytes(device: torch.device) -> int:
+    """The most memory that this process has used: of its GPU, else of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def device_name(device: torch.device) -> str:
+    """What a reader would call it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{os.cpu_count()} CPU cores"
+
+
+def endless(loader: StudyLoader) -> Iterator[dict[str, Any]]:
+    """Batches of one epoch after the other."""
+    while True:
+        yield from loader
+
+
+def thresholds_from(scored: ScoredStudies) -> np.ndarray | None:
+    """Operating points; None if no label varies among these studies."""
+    try:
+        return choose_thresholds(scored.scores, scored.labels)
+    except ValueError:
+        return None
+
+
+def operating_points(thresholds: np.ndarray, names: list[str]) -> dict[str, float]:
+    """Thresholds by label, of those that have one."""
+    return {name: float(each) for name, each in zip(names, thresholds, strict=True) if not math.isnan(each)}
+
+
+class History:
+    """Figures of each step as JSON lines; what lies beyond the step that a run goes on from is dropped.
+
+    Args:
+        path: Of the file.
+        step: That the run goes on from.
+    """
+
+    def __init__(self, path: Path, step: int):
+        kept = []
+        if path.exists():
+            kept = [line for line in path.read_text().splitlines() if line.endswith("}")]
+            kept = [line for line in kept if json.loads(line)["step"] <= step]
+        with whole_file(path) as aside:
+            aside.write_text("".join(f"{line}\n" for line in kept))
+        self.path = path
+
+    def add(self, step: int, figures: dict[str, float]) -> None:
+        """Append a line; a full disk costs the line, not the run."""
+        try:
+            with self.path.open("a") as file:
+                file.write(json.dumps({"step": step, **figures}) + "\n")
+        except OSError as error:
+            warnings.warn(f"{self.path}: step {step} is not noted ({error}); training goes on.", stacklevel=2)
+
+
+class Trainer:
+    """One run, from base to folder.
+
+    Args:
+        settings: Of the run.
+
+    Raises:
+        TrainingError, DataError, VolumeError, CheckpointError, OSError: With what is wrong and what to do.
+    """
+
+    def __init__(self, settings: TrainingSettings):
+        check(settings)
+        self.settings = settings
+        self.started = time.monotonic()
+        self.output = Path(settings.output_dir or time.strftime("runs/%Y-%m-%d_%H-%M-%S"))
+        self.work = self.output.with_name(self.output.name + ".unfinished")
+        refuse_taken(self.output)
+        if not settings.resume and self.work.exists() and any(self.work.iterdir()):
+            raise TrainingError(
+                f"{self.work} is of a run that was not finished. Pass --resume True to go on with it, or remove it."
+            )
+        self.accelerator = make_accelerator(settings, self.work)
+        set_seed(settings.seed)
+        self.base, self.processor = load_base(settings)
+        self.revision = commit_of_base(settings)
+        self.fingerprint = fingerprint(self.base)
+        self.config = self.base.config
+        self.sources = load_sources(settings, self.config)
+        self.steps = number_of_steps(self.sources["train"], settings, self.accelerator.num_processes)
+        self.prompts = tokenize_prompts(self.config, self.processor)
+        self.work.mkdir(parents=True, exist_ok=True)
+        self.is_preempted = False
+
+    def run(self) -> dict[str, Any]:
+        """Score the base, train, check the base, score again, save, push; returns what `results.json` holds."""
+        self.base.to(self.accelerator.device)
+        before = {split: self.score_base(split) for split in ("tune", "valid")}
+        self._check_labels(before["valid"])
+        model = self._attach()
+        reserve = self._reserve(model)
+        with self._noting_sigterm():
+            self._train(model)
+        self._check_base(model)
+        after = {split: self._score(core(model), split, "adapted") for split in ("tune", "valid")}
+        results = self._results(before, after, model)
+        if self.accelerator.is_main_process and reserve is not None:
+            reserve.release()
+        self._save(model, results, before["valid"], after["valid"])
+        return results
+
+    @contextlib.contextmanager
+    def _noting_sigterm(self) -> Iterator[None]:
+        """While training, SIGTERM is a wish to stop after the step."""
+
+        def note(*_: Any) -> None:
+            self.is_preempted = True
+
+        before = signal.signal(signal.SIGTERM, note)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def loader(self, split: str, **options: Any) -> StudyLoader:
+        return StudyLoader(
+            self.sources[split],
+            self.processor,
+            self.config.label_names,
+            batch_size=self.settings.batch_size,
+            rank=self.accelerator.process_index,
+            world_size=self.accelerator.num_processes,
+            num_workers=self.settings.num_workers,
+            on_bad_sample=self.settings.on_bad_sample,
+            max_bad_share=self.settings.max_bad_share,
+            bad_samples_file=self.work / "bad_samples.jsonl",
+            **options,
+        )
+
+    def _score(self, model: MedCTModel, split: str, what: str) -> ScoredStudies:
+        loader = self.loader(split, with_text=False)
+        return score_studies(model, loader, self.prompts, self.accelerator, f"score {what}, {split}")
+
+    def score_base(self, split: str) -> ScoredStudies:
+        """From the run that is gone on with, if it came so far."""
+        path = self.work / f"base_{split}.json"
+        if not path.exists():
+            scored = self._score(self.base, split, "base")
+            if self.accelerator.is_main_process:
+                with whole_file(path) as aside:
+                    aside.write_text(encode(scored))
+            self.accelerator.wait_for_everyone()
+        return ScoredStudies(**decode(path.read_text()))
+
+    def _check_labels(self, scored: ScoredStudies) -> None:
+        """Refuse, before any training, held-out studies that no score can be computed on."""
+        try:
+            zero_shot_scores(scored.scores, scored.labels, self.config.label_names)
+        except ValueError as error:
+            raise TrainingError(f"{self.sources['valid'].description}: {error}") from error
+
+    def _attach(self) -> PeftModel | MedCTModel:
+        """What is trained, ready for it."""
+        settings = self.settings
+        if settings.adaptation == "full":
+            model = unlock(self.base)
+        else:
+            model = add_lora(
+                self.base,
+                variant=settings.adaptation,
+                targets=settings.targets,
+                rank=settings.rank,
+                alpha=settings.alpha,
+                dropout=settings.dropout,
+                train_logit_scale=settings.train_logit_scale,
+                revision=self.revision,
+            )
+            if self.accelerator.is_main_process:
+                note_start(model, self.work)
+        parameters = trainable_parameters(model).values()
+        self.counts = {
+            "trainable_parameters": sum(parameter.numel() for parameter in parameters),
+            "total_parameters": sum(parameter.numel() for parameter in model.parameters()),
+        }
+        share = self.counts["trainable_parameters"] / self.counts["total_parameters"]
+        self.accelerator.print(
+            f"trainable parameters: {self.counts['trainable_parameters']:,} of {self.counts['total_parameters']:,}, "
+            f"{share:.2%}"
+        )
+        if settings.gradient_checkpointing:
+            core(model).activation_checkpointing_enable()
+        if settings.compile:
+            core(model).vision_model.compile()
+        if settings.fsdp2 or self.accelerator.is_fsdp2:
+            shard(model)
+        self.frozen = digest(frozen_tensors(model))
+        return model
+
+    def _reserve(self, model: torch.nn.Module) -> Reserve | None:
+        """Room on the disk for what is saved at the end: adapter, plots and tables."""
+        if not self.accelerator.is_main_process:
+            return None
+        return Reserve(self.work / ".reserve", 8 * self.counts["trainable_parameters"] + 2**23)
+
+    def _train(self, model: PeftModel | MedCTModel) -> None:
+        """Train to the last step, from the newest checkpoint if there is one."""
+        settings, accelerator = self.settings, self.accelerator
+        # Each process draws its own dropout.
+        set_seed(settings.seed + accelerator.process_index)
+        parameters = trainable_parameters(model)
+        optimizer = torch.optim.AdamW(
+            parameters.values(), lr=settings.learning_rate, weight_decay=settings.weight_decay
+        )
+        schedule = get_cosine_schedule_with_warmup(optimizer, self.steps // 10, self.steps)
+        loader = self.loader("train", with_text=settings.objective != "prompts", seed=settings.seed, drop_last=True)
+        state = TrainingState(parameters, optimizer, schedule, loader)
+        checkpoints = Checkpoints(
+            self.work / "checkpoints", settings.keep_checkpoints, accelerator, settings.fixed() | {"steps": self.steps}
+        )
+        if checkpoints.load(state):
+            accelerator.print(f"resumed after step {state.step} of {self.steps}")
+        history = History(self.work / "history.jsonl", state.step) if accelerator.is_main_process else None
+        accelerator.init_trackers("medct", config=settings.fixed())
+        prompts = texts_to(self.prompts[0], accelerator.device)
+        batches = endless(loader)
+        bar = tqdm(
+            total=self.steps, initial=state.step, desc="train", unit="step", disable=not accelerator.is_main_process
+        )
+        while state.step < self.steps:
+            figures = self._step(model, state, batches, prompts)
+            bar.update()
+            bar.set_postfix(
+                loss=f"{figures['loss']:.3f}",
+                volumes=f"{figures['volumes_per_second']:.1f}/s",
+                memory=f"{figures['memory_gib']:.1f} GiB",
+                refresh=False,
+            )
+            figures |= self._watch(model, state.step)
+            if history:
+                history.add(state.step, figures)
+            accelerator.log(figures, step=state.step)
+            if self._must_stop():
+                checkpoints.save(state)
+                raise PreemptedError(
+                    f"stopped by SIGTERM after step {state.step} of {self.steps}. The same command with "
+                    f"--output_dir {self.output} --resume True goes on."
+                )
+            if state.step % settings.checkpoint_steps == 0 or state.step == self.steps:
+                checkpoints.save(state)
+        bar.close()
+        for tracker in accelerator.trackers:
+            tracker.finish()
+
+    def _step(
+        self,
+        model: PeftModel | MedCTModel,
+        state: TrainingState,
+        batches: Iterator[dict[str, Any]],
+        prompts: Texts,
+    ) -> dict[str, float]:
+        """One optimizer step, over the micro-batches of all processes."""
+        settings, accelerator = self.settings, self.accelerator
+        started = time.perf_counter()
+        model.train()
+        micro_batches = [
+            to_device(next(batches), accelerator.device, self.config) for _ in range(settings.accumulation_steps)
+        ]
+        loss_of = StepLoss(settings.objective, settings.report_weight, accelerator.autocast)
+        loss = loss_of.backward(core(model), micro_batches, prompts).item()
+        if not math.isfinite(loss):
+            raise TrainingError(f"The loss became {loss} in step {state.step + 1}. Lower --learning_rate.")
+        parameters = list(state.parameters.values())
+        if not (settings.fsdp2 or accelerator.is_fsdp2):
+            sum_gradients(parameters)
+        torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
+        learning_rate = state.schedule.get_last_lr()[0]
+        state.optimizer.step()
+        state.schedule.step()
+        state.optimizer.zero_grad()
+        state.step += 1
+        studies = settings.batch_size * settings.accumulation_steps * accelerator.num_processes
+        return {
+            "loss": loss,
+            "learning_rate": learning_rate,
+            "volumes_per_second": studies / (time.perf_counter() - started),
+            "memory_gib": memory_bytes(accelerator.device) / 2**30,
+        }
+
+    def _watch(self, model: PeftModel | MedCTModel, step: int) -> dict[str, float]:
+        """Scores of the tuning patients, when it is time; never of those that are reported."""
+        if not self.settings.eval_steps or step % self.settings.eval_steps:
+            return {}
+        scored = self._score(core(model), "tune", f"step {step}")
+        return {"tune_auroc": self._auroc(scored)}
+
+    def _auroc(self, scored: ScoredStudies) -> float | None:
+        """The mean over labels; None if none of them varies among these studies."""
+        try:
+            return zero_shot_scores(scored.scores, scored.labels, self.config.label_names)["auroc"]
+        except ValueError:
+            return None
+
+    def _must_stop(self) -> bool:
+        """Whether any process was told to; all of them stop after the same step."""
+        told = torch.tensor(float(self.is_preempted), device=self.accelerator.device)
+        return bool(sum_over_processes(told))
+
+    def _check_base(self, model: PeftModel | MedCTModel) -> None:
+        if digest(frozen_tensors(model)) != self.frozen:
+            raise TrainingError("The base changed during training, so the adapter would not fit it. Nothing was saved.")
+
+    def _results(
+        self, before: dict[str, ScoredStudies], after: dict[str, ScoredStudies], model: torch.nn.Module
+    ) -> dict[str, Any]:
+        """What `results.json` holds."""
+        settings, names = self.settings, self.config.label_names
+        thresholds = [thresholds_from(scored["tune"]) for scored in (before, after)]
+        valid = before["valid"]
+        comparison = compare(
+            valid.scores,
+            after["valid"].scores,
+            valid.labels,
+            valid.patients,
+            names,
+            *thresholds,
+            resamples=settings.bootstrap_resamples,
+            seed=settings.seed,
+        )
+        held_out = self.sources["valid"].description
+        measured_on = f"Zero-shot on {comparison['scans']} held-out studies: {held_out}."
+        is_synthetic = "SYNTHETIC" in held_out  # so do phantoms say, prepared ones as well
+        if is_synthetic:
+            measured_on += " These are SYNTHETIC drawings: no patients, and no clinical meaning."
+        return {
+            "measured_on": measured_on,
+            "synthetic": is_synthetic,
+            "data": f"Trained on {self.sources['train'].description}; scored on {held_out}.",
+            "comparison": comparison,
+            "tune_auroc": {name: self._auroc(each["tune"]) for name, each in (("base", before), ("adapted", after))},
+            "table": results_table(comparison, names),
+            "thresholds": None if thresholds[1] is None else operating_points(thresholds[1], names),
+            "prompts": self.config.label_prompts(),
+            "label_names": names,
+            "base": {"model": settings.model, "revision": self.revision, "fingerprint": self.fingerprint},
+            **self.counts,
+            "steps": self.steps,
+            "processes": self.accelerator.num_processes,
+            "device": device_name(self.accelerator.device),
+            "seconds": round(time.monotonic() - self.started, 1),
+        }
+
+    def _save(
+        self, model: PeftModel | MedCTModel, results: dict[str, Any], before: ScoredStudies, after: ScoredStudies
+    ) -> None:
+        """Put everything into the output folder, and the folder where it belongs."""
+        tensors = weights_to_save(model)
+        if not self.accelerator.is_main_process:
+            return
+        note = self.sources["valid"].description
+        with whole_folder(self.output) as folder:
+            save_weights(model, tensors, folder, self.work)
+            if self.settings.adaptation == "full":
+                self.processor.save_pretrained(folder)
+            else:
+                describe_adapter(
+                    self.base,
+                    folder,
+                    base=self.settings.model,
+                    revision=self.revision,
+                    base_fingerprint=self.fingerprint,
+                    thresholds=results["thresholds"],
+                )
+            (folder / "train_config.json").write_text(json.dumps(dataclasses.asdict(self.settings), indent=2) + "\n")
+            (folder / "results.json").write_text(json.dumps(results, indent=2, allow_nan=False) + "\n")
+            models = {"base": before.scores, "adapted": after.scores}
+            roc_plot(models, before.labels, self.config.label_names, note).savefig(folder / "roc.png")
+            calibration_plot(models, before.labels, note).savefig(folder / "calibration.png")
+            for name in ("history.jsonl", "bad_samples.jsonl", "logs"):
+                if (self.work / name).exists():
+                    shutil.move(self.work / name, folder / name)
+            if self.settings.adaptation == "full":
+                (folder / "README.md").write_text(f"# MedCT\n\n{results['measured_on']}\n\n{results['table']}\n")
+            else:
+                write_card(folder)
+        shutil.rmtree(self.work)
+        print(f"\n{results['table']}\n\n{results['measured_on']}\nSaved: {self.output}")
+        if self.settings.push_to_hub:
+            print(f"Pushed: {self._push()}")
+
+    def _push(self) -> str:
+        """To the Hub; returns the commit's address. The folder stays whatever happens."""
+        settings = self.settings
+        if settings.adaptation == "full":
+            return push_model(self.output, settings.hub_model_id, private=settings.hub_private)
+        return push_adapter(
+            self.output,
+            settings.hub_model_id,
+            private=settings.hub_private,
+            base=settings.hub_base,
+            base_revision=settings.hub_base_revision,
+        )
+
+
+def run(settings: TrainingSettings) -> dict[str, Any]:
+    """One whole run; see `Trainer`."""
+    trainer = Trainer(settings)
+    try:
+        return trainer.run()
+    finally:
+        trainer.accelerator.state.destroy_process_group()
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """For a command: what a user can mend ends the process with one sentence, and libraries stay quiet."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    # PEFT still reads a name that transformers has given up.
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
     try:
-        run(settings)
-    except (DataError, TrainingError, VolumeError, OSError) as error:
+        yield
+    except PreemptedError as error:
+        print(error, file=sys.stderr)
+        sys.exit(PREEMPTED_EXIT_CODE)
+    except (CheckpointError, ConversionError, DataError, PushError, TrainingError, VolumeError, OSError) as error:
         sys.exit(f"error: {error}")
+
+
+def parse_settings(kind: type[Settings], description: str | None, arguments: list[str] | None) -> Settings:
+    """Settings from the command line."""
+    parser = HfArgumentParser(kind, description=description, formatter_class=RawDescriptionHelpFormatter)
+    (settings,) = parser.parse_args_into_dataclasses(arguments)
+    return settings
+
+
+def main(arguments: list[str] | None = None) -> None:
+    settings = parse_settings(TrainingSettings, __doc__, arguments)
+    with one_line_errors():
+        run(settings)
 
 
 if __name__ == "__main__":
