@@ -4,13 +4,16 @@ BIN := $(VENV)/bin
 # All that accelerate would else remark on; --quiet leaves an error at the one line that says it.
 LAUNCH := $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 
+# A process for each core, with one thread each: threads that wait for each other cost more than they bring.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8
+
 .PHONY: train test test-slow style check phantom-base
 
 train: $(VENV)/installed  ## adapt the phantom base to another site; ARGS="..." passes flags
 	$(LAUNCH) train.py $(ARGS)
 
 test: $(VENV)/installed  ## everything but what takes minutes
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-slow: $(VENV)/installed  ## what takes minutes or gigabytes
 	$(BIN)/python -m pytest -m slow $(ARGS)
