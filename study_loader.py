@@ -206,15 +206,8 @@ class StudyLoader:
                 file.write(json.dumps({"id": bad.id, "reason": bad.reason, "epoch": self.epoch}) + "\n")
 
     def _batch(self, studies: list[Row]) -> Batch:
-        volumes = [study["pixel_values"] for study in studies]
-        # Pinned memory is copied to a GPU while the GPU computes.
-        shape = (len(volumes), *volumes[0].shape)
-        if torch.cuda.is_available():
-            pixel_values = volumes[0].new_empty(shape, pin_memory=True)
-        else:  # numpy asks for huge pages, torch does not, and faulting in small ones costs more than the copy
-            pixel_values = torch.from_numpy(np.empty(shape, volumes[0].numpy().dtype))
         batch = {
-            "pixel_values": torch.stack(volumes, out=pixel_values),
+            "pixel_values": self._stack([study["pixel_values"] for study in studies]),
             "labels": torch.tensor([study["labels"] for study in studies], dtype=torch.float32),
             "report_ids": torch.tensor([report_id(study["report"]) for study in studies]),
             "ids": [study["id"] for study in studies],
@@ -224,6 +217,16 @@ class StudyLoader:
             texts = self.processor(text=[study["report"] for study in studies], return_tensors="pt")
             batch.update({name: texts[name] for name in ("input_ids", "attention_mask")})
         return batch
+
+    def _stack(self, volumes: list[torch.Tensor]) -> torch.Tensor:
+        """`(batch, 1, z, y, x)`, in memory of its own unless a single volume was made in this process."""
+        shape = (len(volumes), *volumes[0].shape)
+        if torch.cuda.is_available():  # pinned memory is copied to a GPU while the GPU computes
+            return torch.stack(volumes, out=volumes[0].new_empty(shape, pin_memory=True))
+        if len(volumes) == 1 and not self.num_workers:
+            return volumes[0][None]
+        # numpy asks for huge pages, torch does not, and faulting in small ones costs more than the copy
+        return torch.stack(volumes, out=torch.from_numpy(np.empty(shape, volumes[0].numpy().dtype)))
 
     def state_dict(self) -> dict[str, Any]:
         """Where the pass stands after the batch that came last; picklable."""
