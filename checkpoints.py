@@ -22,6 +22,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 
+from .lora import local_part
 from .objectives import sum_over_processes
 from .outputs import flush_to_disk
 
@@ -56,11 +57,11 @@ class TrainingState:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """This process's part of parameters and moments, and its random states."""
-        tensors = {f"parameter/{name}": _local(parameter) for name, parameter in self.parameters.items()}
+        tensors = {f"parameter/{name}": local_part(parameter) for name, parameter in self.parameters.items()}
         moments = self.optimizer.state_dict()["state"]
         for index, name in enumerate(self.parameters):
             for key, moment in moments.get(index, {}).items():
-                tensors[f"optimizer/{name}/{key}"] = _local(moment)
+                tensors[f"optimizer/{name}/{key}"] = local_part(moment)
         tensors["random/torch"] = torch.get_rng_state()
         if torch.cuda.is_available():
             tensors["random/cuda"] = torch.cuda.get_rng_state()
@@ -81,7 +82,7 @@ class TrainingState:
     def restore(self, tensors: Mapping[str, torch.Tensor], values: Mapping[str, Any]) -> None:
         """Become what `tensors` and `values` were taken from."""
         for name, parameter in self.parameters.items():
-            _local(parameter).copy_(tensors[f"parameter/{name}"])
+            local_part(parameter).copy_(tensors[f"parameter/{name}"])
         moments: dict[int, dict[str, torch.Tensor]] = {}
         for index, (name, parameter) in enumerate(self.parameters.items()):
             prefix = f"optimizer/{name}/"
@@ -187,10 +188,6 @@ class Checkpoints:
         part.with_suffix(".json").write_text(encode(state.values()))
         for path in (*aside.glob(f"{part.name}.*"), aside):
             flush_to_disk(path)
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _shaped_like(parameter: torch.Tensor, local: torch.Tensor) -> torch.Tensor:

@@ -91,7 +91,8 @@ def trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def _local(tensor: torch.Tensor) -> torch.Tensor:
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """What this process holds of a tensor; all of it if it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -112,7 +113,7 @@ def digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
     total = hashlib.sha256()
     for name, tensor in sorted(tensors, key=lambda item: item[0]):
         total.update(name.encode())
-        total.update(_local(tensor).detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        total.update(local_part(tensor).detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()
 
 

@@ -210,7 +210,7 @@ def make_accelerator(settings: TrainingSettings, work: Path) -> Accelerator:
         places = ProjectConfiguration(project_dir=str(work), logging_dir=str(work / "logs"))
         accelerator = Accelerator(cpu=settings.cpu, log_with=tracker, project_config=places)
     except (ImportError, ValueError) as error:
-        raise TrainingError(f"--report_to {tracker}: {error} Try `pip install medct[tensorboard]`.") from error
+        raise TrainingError(f"--report_to {tracker}: {error} Try `pip install {tracker}`.") from error
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != started:
         raise TrainingError(
@@ -390,7 +390,7 @@ class Trainer:
         before = {split: self.score_base(split) for split in ("tune", "valid")}
         self._check_labels(before["valid"])
         model = self._attach()
-        reserve = self._reserve(model)
+        reserve = self._reserve()
         with self._noting_sigterm():
             self._train(model)
         self._check_base(model)
@@ -488,7 +488,7 @@ class Trainer:
         self.frozen = digest(frozen_tensors(model))
         return model
 
-    def _reserve(self, model: torch.nn.Module) -> Reserve | None:
+    def _reserve(self) -> Reserve | None:
         """Room on the disk for what is saved at the end: adapter, plots and tables."""
         if not self.accelerator.is_main_process:
             return None
