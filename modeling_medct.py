@@ -11,7 +11,9 @@ Unusual, and kept because the published weights were trained so:
 Source: specification of CT-CLIP, sections 2 to 4.
 """
 
+import functools
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -25,7 +27,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClass
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 from transformers.utils import ModelOutput
-from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.generic import can_return_tuple, maybe_autocast, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .adapters_medct import check_fit
@@ -36,6 +38,10 @@ from .configuration_medct import MedCTConfig, MedCTVisionConfig
 # out again; larger blocks are new pages from the system each time, which costs as much as the products themselves.
 _CPU_CHUNK_BYTES = 2**24
 _CHUNK_BYTES = 2**28
+_CODEBOOK_PARTS = 16
+# From this width on layers take ways that are faster, and round otherwise. Their sizes decide, not that of the batch,
+# so that a volume gives the same in any company.
+_WIDE = 256
 _CONVOLVES_ON_CPU = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX")
 
 
@@ -147,6 +153,7 @@ def _linear(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None 
     of AMD, and 1.1 times in bfloat16 if the results are wider than the rows.
     """
     is_faster = rows.dtype == torch.float32 or (rows.dtype == torch.bfloat16 and len(weight) > weight.shape[1])
+    is_faster = is_faster and min(weight.shape) >= _WIDE
     if not (_CONVOLVES_ON_CPU and is_faster and rows.dtype == weight.dtype and rows.device.type == "cpu"):
         return F.linear(rows, weight, bias)
     # (..., d) -> (1, d, n, 1) with channels last: the same memory
@@ -343,6 +350,8 @@ class MedCTMLP(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         value, gate = self.fc1(hidden_states).chunk(2, dim=-1)
+        if gate.shape[-1] >= _WIDE:
+            gate = gate.contiguous()  # gelu takes three times as long on half of each row
         return self.fc2(value * F.gelu(gate))
 
 
@@ -396,6 +405,20 @@ class MedCTEncoder(nn.Module):
         return self.norm(hidden_states)
 
 
+def _most_similar(tokens: torch.Tensor, codes: torch.Tensor, k: int) -> torch.Tensor:
+    """`(tokens, k)`, the rows of `codes` with the greatest products with each token, the greatest first.
+
+    Of the products with some parts of the codes the greatest are found place by place, at the speed of memory. The `k`
+    best lie in the `k` best of these places, so the search for where they stand, which is slow, is short.
+    """
+    parts = codes.chunk(math.gcd(len(codes), _CODEBOOK_PARTS))
+    similarities = [_linear(tokens, part) for part in parts]
+    places = functools.reduce(torch.maximum, similarities).topk(min(k, len(parts[0]))).indices
+    candidates = torch.stack([similarity.gather(-1, places) for similarity in similarities], dim=-1)
+    best = candidates.flatten(-2).topk(k).indices  # place * parts + part
+    return best % len(parts) * len(parts[0]) + places.gather(-1, best // len(parts))
+
+
 def _nearest(tokens: torch.Tensor, codes: torch.Tensor, coarse_codes: torch.Tensor) -> torch.Tensor:
     """`(tokens,)`, the row of `codes` with the greatest product with each token.
 
@@ -404,15 +427,10 @@ def _nearest(tokens: torch.Tensor, codes: torch.Tensor, coarse_codes: torch.Tens
         codes: `(codes, d)`, in float32 or better.
         coarse_codes: The same in the precision of the large product, which finds the candidates.
     """
-    similarity = _linear(tokens.to(coarse_codes.dtype), coarse_codes)
-    # `max` finds the place four times as fast as `argmax` in half precision.
-    first = similarity.max(dim=-1, keepdim=True).indices
-    if torch.finfo(similarity.dtype).bits > 16:
-        return first.squeeze(-1)
+    if torch.finfo(coarse_codes.dtype).bits > 16:
+        return _most_similar(tokens.to(coarse_codes.dtype), coarse_codes, 1).squeeze(-1)
     # Half precision often holds the best two as equal, so they are compared again.
-    similarity[torch.arange(len(first), device=first.device), first.squeeze(-1)] = -torch.inf
-    second = similarity.max(dim=-1, keepdim=True).indices
-    first_two = torch.cat([first, second], dim=-1)
+    first_two = _most_similar(tokens.to(coarse_codes.dtype), coarse_codes, min(2, len(codes)))
     exact = (codes[first_two] * tokens[:, None]).sum(dim=-1)
     return first_two.gather(-1, exact.argmax(dim=-1, keepdim=True)).squeeze(-1)
 
@@ -474,6 +492,7 @@ class MedCTPreTrainedModel(PreTrainedModel):
     # Small, and used in float32 anyway. Codebooks hold rows so close to each other that half precision makes them one.
     _keep_in_fp32_modules_strict = [
         "patch_norm",
+        "position_generator",
         "layer_norm1",
         "layer_norm2",
         "spatial_encoder.norm",
@@ -640,7 +659,7 @@ class MedCTModel(MedCTPreTrainedModel):
 
     def get_logits(self, image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
         """Scaled cosine similarity of `(volumes, projection_dim)` and `(texts, projection_dim)`: `(volumes, texts)`."""
-        with torch.autocast(image_embeds.device.type, enabled=False):
+        with maybe_autocast(image_embeds.device.type, enabled=False):
             return self.logit_scale(image_embeds @ text_embeds.to(image_embeds).t())
 
     @can_return_tuple

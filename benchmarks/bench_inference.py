@@ -3,9 +3,11 @@
     python benchmarks/bench_inference.py
 
 Weights are random and volumes are noise or synthetic phantoms; they cost what real ones cost. The floor is the number
-of operations that the model needs, counted by torch, at the rate of the machine's own float32 matrix product, which is
-measured beside each timing. Each case runs in a process of its own, so that its peak of memory is its own. Prints a
-Markdown table; ratios to the floor compare across machines and loads, seconds do not.
+of operations that the model needs, counted by torch, at the rate of the fastest matrix product of that precision that
+torch makes on the machine, which is measured beside each timing. Each case runs in a process of its own, so that its
+peak of memory is its own. Then the scores of other formulations and precisions are compared with those of float32, for
+the random model and for the small trained one that comes with the package. Prints Markdown tables; ratios to the floor
+compare across machines and loads, seconds do not.
 """
 
 import argparse
@@ -26,13 +28,20 @@ from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from medct import MedCTConfig, MedCTImageProcessor, MedCTModel, zero_shot_probabilities
+from medct.modeling_medct import MedCTLinear
 from medct.phantoms import make_phantom
 
 # Published script, published sizes, a machine of 2 cores: 18 passes of the vision encoder over the same volume.
 PUBLISHED_S = 302.0
 GIGABYTE = 10**9
-TOKENIZER = Path(__file__).parents[1] / "phantom_base"
-RATE_SIZE = 2048  # edge of the square matrices that the machine's rate is measured with
+TRAINED = Path(__file__).parents[1] / "phantom_base"  # its tokenizer serves the random model as well
+TRAINED_PHANTOMS = 24
+FORMULATIONS = {
+    "eager": ("float32", "eager"),
+    "weights rounded to bfloat16, products in float32": ("rounded", "sdpa"),
+    "bfloat16": ("bfloat16", "sdpa"),
+}
+RATE_SIZES = (1024, 2048)  # edges of the square matrices that the machine's rate is measured with
 
 
 def best_seconds(run: Callable[[], Any], repeats: int) -> float:
@@ -46,10 +55,15 @@ def best_seconds(run: Callable[[], Any], repeats: int) -> float:
     return min(seconds)
 
 
-def matmul_rate() -> float:
-    """Operations a second of this machine's float32 matrix product."""
-    matrix = torch.randn(RATE_SIZE, RATE_SIZE)
-    return 2 * RATE_SIZE**3 / best_seconds(lambda: matrix @ matrix, 5)
+def product_rate(dtype: torch.dtype) -> float:
+    """Operations a second of this machine's matrix product, by the faster of torch's two libraries."""
+    rates = []
+    for size in RATE_SIZES:
+        matrix = torch.randn(size, size, dtype=dtype)
+        for kind in (torch.nn.Linear, MedCTLinear):
+            linear = kind(size, size, bias=False, dtype=dtype)
+            rates.append(2 * size**3 / best_seconds(lambda linear=linear, matrix=matrix: linear(matrix), 5))
+    return max(rates)
 
 
 def peak_bytes() -> int:
@@ -58,19 +72,28 @@ def peak_bytes() -> int:
 
 def prompts(config: MedCTConfig) -> dict[str, torch.Tensor]:
     """The 36 sentences; the small tokenizer cuts their words into about as many pieces as the published one."""
-    return dict(AutoTokenizer.from_pretrained(TOKENIZER)(config.label_prompts()[0], padding=True, return_tensors="pt"))
+    return dict(AutoTokenizer.from_pretrained(TRAINED)(config.label_prompts()[0], padding=True, return_tensors="pt"))
 
 
-def volumes(config: MedCTConfig) -> dict[str, torch.Tensor]:
-    """Inputs with and without structure, `(1, 1, z, y, x)` each."""
-    generator = torch.Generator().manual_seed(1)
-    size = (1, 1, *config.vision_config.image_size)
-    found = {"noise": torch.rand(size, generator=generator) * 2 - 1}
-    for site in ("A", "B"):
-        phantom = make_phantom(0, site)
-        pixels = MedCTImageProcessor()(phantom["volume"], affine=phantom["affine"], return_tensors="pt")
-        found[f"SYNTHETIC phantom of site {site}"] = pixels["pixel_values"]
-    return found
+def phantoms(processor: MedCTImageProcessor, seeds: range) -> torch.Tensor:
+    """`(2 * seeds, 1, z, y, x)`, of site A and of site B in turn."""
+    made = [make_phantom(seed, site) for seed in seeds for site in ("A", "B")]
+    pixels = [processor(each["volume"], affine=each["affine"], return_tensors="pt").pixel_values for each in made]
+    return torch.cat(pixels)
+
+
+def volumes(folder: Path, config: MedCTConfig) -> dict[str, torch.Tensor]:
+    """What the scores are compared on, `(volumes, 1, z, y, x)` each."""
+    if folder == TRAINED:
+        processor = MedCTImageProcessor.from_pretrained(folder)
+        # Seeds that its training and the default run leave alone.
+        seeds = range(10**6, 10**6 + TRAINED_PHANTOMS // 2)
+        return {f"trained on SYNTHETIC phantoms, {TRAINED_PHANTOMS} others": phantoms(processor, seeds)}
+    noise = torch.rand(1, 1, *config.vision_config.image_size, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    return {
+        "random, noise": noise,
+        "random, 2 SYNTHETIC phantoms": phantoms(MedCTImageProcessor(), range(1)),
+    }
 
 
 def count_operations() -> dict[str, float]:
@@ -84,7 +107,7 @@ def count_operations() -> dict[str, float]:
     counts = {}
     runs = {
         "vision": lambda: model.vision_model(pixels),
-        "findings": lambda: (model.get_image_features(pixels), model.get_text_features(input_ids)),
+        "findings": lambda: model(pixel_values=pixels, input_ids=input_ids),
     }
     for name, run in runs.items():
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -139,26 +162,29 @@ def score(folder: Path, dtype: str, repeats: int) -> dict[str, Any]:
     model = MedCTModel.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
     texts = prompts(model.config)
     pixels = torch.rand(1, 1, *model.config.vision_config.image_size) * 2 - 1
-    found = {"rate": matmul_rate()}
+    found = {"rate": product_rate(model.dtype)}
     found["vision_s"] = best_seconds(lambda: model.vision_model(pixels), repeats)
     found["findings_s"] = best_seconds(lambda: model(pixel_values=pixels, **texts), repeats)
-    found["rate"] = max(found["rate"], matmul_rate())
+    found["rate"] = max(found["rate"], product_rate(model.dtype))
     return found | {"peak": peak_bytes()}
 
 
 @torch.inference_mode()
-def answer(folder: Path, dtype: str, attention: str) -> dict[str, Any]:
-    """Scores and codebook rows of every volume, from `attention` and without its timing."""
-    model = MedCTModel.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+def answer(folder: Path, precision: str, attention: str) -> dict[str, Any]:
+    """Scores and codebook rows of every volume; "rounded" weights are bfloat16 ones in a float32 model."""
+    dtype = torch.float32 if precision == "float32" else torch.bfloat16
+    model = MedCTModel.from_pretrained(folder, dtype=dtype).eval()
+    if precision == "rounded":
+        model.float()
     model.set_attn_implementation(attention)
     text_embeds = model.get_text_features(**prompts(model.config)).pooler_output
     found = {}
-    for name, pixels in volumes(model.config).items():
-        encoded = model.get_image_features(pixels)
-        logits = model.get_logits(encoded.pooler_output, text_embeds).float()
+    for name, pixels in volumes(folder, model.config).items():
+        encoded = [model.get_image_features(each) for each in pixels.split(1)]
+        logits = model.get_logits(torch.cat([each.pooler_output for each in encoded]), text_embeds)
         found[name] = {
-            "scores": zero_shot_probabilities(logits)[0].tolist(),
-            "ids": encoded.codebook_ids.flatten().tolist(),
+            "scores": zero_shot_probabilities(logits).tolist(),
+            "ids": torch.cat([each.codebook_ids for each in encoded]).tolist(),
         }
     return found
 
@@ -177,26 +203,18 @@ def timing_rows(operations: dict[str, float], found: dict[str, dict[str, Any]]) 
     return rows
 
 
-def agreement_rows(expected: dict[str, Any], others: dict[str, dict[str, Any]]) -> list[str]:
-    """How far the scores of other formulations are from float32's, volume by volume."""
-    rows = []
-    for what, answers in others.items():
-        for volume, got in answers.items():
-            want = torch.tensor(expected[volume]["scores"])
-            scores = torch.tensor(got["scores"])
-            ids = torch.tensor(got["ids"]) != torch.tensor(expected[volume]["ids"])
-            places, expected_places = (each.argsort().argsort().float() for each in (scores, want))
-            spearman = torch.corrcoef(torch.stack([places, expected_places]))[0, 1]
-            one, other = torch.combinations(torch.arange(len(want))).unbind(-1)
-            gaps = want[one] - want[other]
-            is_swapped = gaps * (scores[one] - scores[other]) < 0
-            widest = (gaps.abs() * is_swapped).max()
-            rows.append(
-                f"| {what} | {volume} | {(scores - want).abs().max():.1e} | {want.max() - want.min():.3f} "
-                f"| {spearman:.3f} "
-                f"| {100 * (1 - is_swapped.float().mean()):.1f} % | {widest:.4f} | {100 * ids.float().mean():.2f} % |"
-            )
-    return rows
+def agreement_row(expected: dict[str, Any], found: dict[str, Any]) -> str:
+    """How far the scores of some volumes are from float32's, and the order of the findings within each volume."""
+    want, got = (torch.tensor(each["scores"]) for each in (expected, found))
+    ids, expected_ids = (torch.tensor(each["ids"]) for each in (found, expected))
+    one, other = torch.combinations(torch.arange(want.shape[1])).unbind(-1)
+    gaps = want[:, one] - want[:, other]
+    is_swapped = gaps * (got[:, one] - got[:, other]) < 0
+    return (
+        f"| {(got - want).abs().max():.1e} | {(want.amax(1) - want.amin(1)).mean():.3f} "
+        f"| {100 * (1 - is_swapped.float().mean()):.1f} % | {(gaps.abs() * is_swapped).max():.4f} "
+        f"| {100 * (ids != expected_ids).float().mean():.2f} % |"
+    )
 
 
 def child(folder: Path, *case: object) -> Any:
@@ -215,19 +233,20 @@ def report(folder: Path, repeats: int) -> None:
     timed = {dtype: child(folder, "score", dtype, repeats) for dtype in ("float32", "bfloat16")}
     print("\n".join(timing_rows(operations, timed)), flush=True)
     vision, findings = (operations[name] / 1e9 for name in ("vision", "findings"))
-    print(f"\nFloor: {vision:.0f} and {findings:.0f} GFLOP at the float32 rate beside each case, ", end="")
-    print(f"{timed['float32']['rate'] / 1e9:.0f} GFLOP/s beside the first; {torch.get_num_threads()} threads.")
+    rates = " and ".join(f"{case['rate'] / 1e9:.0f}" for case in timed.values())
+    print(f"\nFloor: {vision:.0f} and {findings:.0f} GFLOP at {rates} GFLOP/s in {' and '.join(timed)}; ", end="")
+    print(f"{torch.get_num_threads()} threads.")
     loaded = child(folder, "load")
     print(f"Loading: {loaded['ratio']:.2f} x the {loaded['weights'] / GIGABYTE:.2f} GB of the weights.\n", flush=True)
-    expected = child(folder, "answer", "float32", "sdpa")
-    others = {
-        "float32, eager": child(folder, "answer", "float32", "eager"),
-        "bfloat16": child(folder, "answer", "bfloat16", "sdpa"),
-    }
-    print("| against float32 | volume | largest difference | range of scores | rank correlation ", end="")
-    print("| pairs in order | widest gap swapped | other codebook rows |")
-    print("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |")
-    print("\n".join(agreement_rows(expected, others)))
+    print("| against float32 | model, volumes | largest difference | mean range of a volume's scores ", end="")
+    print("| pairs of findings in order | widest gap swapped | other codebook rows |")
+    print("| --- | --- | ---: | ---: | ---: | ---: | ---: |")
+    for model in (folder, TRAINED):
+        expected = child(model, "answer", "float32", "sdpa")
+        for name, case in FORMULATIONS.items():
+            found = child(model, "answer", *case)
+            for each, answers in found.items():
+                print(f"| {name} | {each} {agreement_row(expected[each], answers)}", flush=True)
 
 
 def main() -> None:

@@ -78,8 +78,18 @@ def assert_as_recorded(model: MedCTModel, batch: dict[str, torch.Tensor], expect
         torch.testing.assert_close(gradients[RECORDED_GRADIENTS[name]].view_as(recorded), recorded, atol=1e-5, rtol=0)
 
 
+@pytest.fixture
+def threads():
+    """Sets their number, which decides how products are cut, for one test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_equals_the_original(shared, attention):
+def test_equals_the_original(shared, threads, attention, num_threads):
+    threads(num_threads)
     sizes = json.loads((shared / "golden/config.json").read_text())
     expected = load_file(shared / "golden/expected.safetensors")
     state = torch.load(shared / "golden/ct_clip.pt", weights_only=True)
@@ -273,8 +283,21 @@ def test_half_precision_finds_the_nearest_row_where_it_holds_two_as_equal(model)
     assert torch.equal(ids, expected)
 
 
+@pytest.mark.parametrize("rows", [1, 16, 24, 31, 64])
+def test_the_nearest_row_is_found_wherever_it_stands(model, rows):
+    torch.manual_seed(0)
+    quantizer = copy.deepcopy(model.vision_model.quantizer)
+    quantizer.codebook = torch.randn(rows, 12)
+    tokens = torch.randn(500, 12)
+    expected = torch.cosine_similarity(tokens[:, None], quantizer.codebook, dim=-1).argmax(-1)
+    assert len(expected.unique()) == rows
+    for dtype in (torch.float32, torch.bfloat16):
+        assert torch.equal(quantizer(tokens, dtype)[1], expected)
+
+
 def test_linears_are_those_of_torch(monkeypatch):
     """Without a fast product, and with it for rows of any number of axes."""
+    monkeypatch.setattr("medct.modeling_medct._WIDE", 1)
     linear = MedCTLinear(5, 7)
     rows = torch.randn(2, 3, 5, requires_grad=True)
     for convolves in (False, True):
