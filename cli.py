@@ -18,6 +18,7 @@ import torch
 from transformers.utils import logging
 
 from medct import VolumeWarning
+from medct.host_memory import keep_freed_memory
 
 SCRIPTS = {
     "convert": ("convert_ct_clip_to_hf", "make a published CT-CLIP checkpoint a folder that AutoModel loads"),
@@ -247,6 +248,7 @@ def main(argv: list[str] | None = None) -> int:
         return importlib.import_module(f"medct.{module}").main() or 0
     args = make_parser().parse_args(argv)
     commands = importlib.import_module("medct.commands")
+    keep_freed_memory()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:

@@ -19,6 +19,7 @@ from accelerate import PartialState
 
 from medct.convert_ct_clip_to_hf import convert
 from medct.data_medct import to_device
+from medct.host_memory import keep_freed_memory
 from medct.lora import add_lora, core
 from medct.objectives import StepLoss
 from medct.outputs import whole_file
@@ -201,6 +202,7 @@ def reproduce(settings: PaperSettings) -> dict[str, Any] | None:
 
 def main(arguments: list[str] | None = None) -> None:
     settings = parse_settings(PaperSettings, __doc__, arguments)
+    keep_freed_memory()
     with one_line_errors():
         reproduce(settings)
 

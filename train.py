@@ -41,6 +41,7 @@ from medct.cards import is_hub_id, write_card
 from medct.checkpoints import CheckpointError, Checkpoints, TrainingState, decode, encode
 from medct.convert_ct_clip_to_hf import ConversionError
 from medct.data_medct import PHANTOMS, DataError, Source, StudyLoader, open_source, phantom_source, to_device
+from medct.host_memory import keep_freed_memory
 from medct.hub import PushError, commit_of, push_adapter, push_model
 from medct.lora import (
     Adaptation,
@@ -727,6 +728,7 @@ def parse_settings(kind: type[Settings], description: str | None, arguments: lis
 
 def main(arguments: list[str] | None = None) -> None:
     settings = parse_settings(TrainingSettings, __doc__, arguments)
+    keep_freed_memory()
     with one_line_errors():
         run(settings)
 

@@ -28,6 +28,7 @@ from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from medct import MedCTConfig, MedCTImageProcessor, MedCTModel, zero_shot_probabilities
+from medct.host_memory import keep_freed_memory
 from medct.modeling_medct import MedCTLinear
 from medct.phantoms import make_phantom
 
@@ -261,6 +262,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             report(Path(folder), arguments.repeats)
         return
+    keep_freed_memory()
     case, *values = arguments.case
     if case == "make":
         make(arguments.folder)
