@@ -125,7 +125,7 @@ def read_description(adapter: str | Path, **hub: Any) -> dict[str, Any] | None:
     return None if path is None else json.loads(Path(path).read_text())
 
 
-def check_fit(model: PreTrainedModel, adapter: str | Path, **hub: Any) -> None:
+def check_fit(model: PreTrainedModel, adapter: str | Path, **hub: Any) -> dict[str, Any] | None:
     """Whether an adapter belongs to a model.
 
     | the adapter | then |
@@ -141,6 +141,9 @@ def check_fit(model: PreTrainedModel, adapter: str | Path, **hub: Any) -> None:
         adapter: Hub id or folder.
         hub: `revision`, `token`, `cache_dir`, `subfolder`, `local_files_only`, as for `from_pretrained`.
 
+    Returns:
+        What the adapter remembers, as from `read_description`.
+
     Raises:
         AdapterMismatchError: If it is refused.
     """
@@ -154,7 +157,7 @@ def check_fit(model: PreTrainedModel, adapter: str | Path, **hub: Any) -> None:
         warnings.warn(
             f"{adapter} has no {DESCRIPTION_FILE}: nobody can tell whether it was trained on this model.", stacklevel=3
         )
-        return
+        return None
     _check_base(model, adapter, description["base"])
     ours = preprocessing(model)
     for name, theirs in description["preprocessing"].items():
@@ -169,6 +172,7 @@ def check_fit(model: PreTrainedModel, adapter: str | Path, **hub: Any) -> None:
                 "own.",
                 stacklevel=3,
             )
+    return description
 
 
 def _check_base(model: PreTrainedModel, adapter: str | Path, base: dict[str, Any]) -> None:

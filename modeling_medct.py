@@ -505,6 +505,7 @@ class MedCTPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = False
     _supports_flex_attn = False
     _supports_attention_backend = True
+    adapter_descriptions: dict[str, dict] = {}
     _can_record_outputs = {"hidden_states": MedCTLayer, "attentions": MedCTAttention}
 
     @torch.no_grad()
@@ -523,17 +524,22 @@ class MedCTPreTrainedModel(PreTrainedModel):
         """transformers' own, but that nothing except safetensors is read unless it is asked for: no pickles."""
         return super().from_pretrained(*args, use_safetensors=use_safetensors, **kwargs)
 
-    def load_adapter(self, peft_model_id: str | None = None, *args, **kwargs):
+    def load_adapter(self, peft_model_id: str | None = None, adapter_name: str | None = None, *args, **kwargs):
         """transformers' own, for an adapter that fits this model; see `check_fit` for the rule.
+
+        What the adapter remembers is kept in `adapter_descriptions`, by its name.
 
         Raises:
             AdapterMismatchError: If the adapter was trained on another model or another preprocessing.
         """
+        description = None
         if peft_model_id is not None:
             load_config, adapter_kwargs = kwargs.get("load_config"), kwargs.get("adapter_kwargs") or {}
             downloads = kwargs if load_config is None else load_config.download_kwargs
-            check_fit(self, peft_model_id, **{**downloads, **adapter_kwargs})
-        return super().load_adapter(peft_model_id, *args, **kwargs)
+            description = check_fit(self, peft_model_id, **{**downloads, **adapter_kwargs})
+        loaded = super().load_adapter(peft_model_id, adapter_name, *args, **kwargs)
+        self.adapter_descriptions = {**self.adapter_descriptions, adapter_name or "default": description or {}}
+        return loaded
 
 
 class MedCTVisionModel(MedCTPreTrainedModel):

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from transformers import Pipeline
 
-from .adapters_medct import read_description
 from .modeling_medct import zero_shot_probabilities
 
 _READING = ("spacing_mm", "affine", "rescale_slope", "rescale_intercept", "series", "resample_irregular")
@@ -23,15 +22,13 @@ class ZeroShotCTClassificationPipeline(Pipeline):
     """Scores of findings for CT scans, without training.
 
     Args:
-        adapter: Hub id or folder of a LoRA adapter for the model; needs `peft`.
+        adapter: Hub id or folder of a LoRA adapter for the model; needs `peft`. An adapter as the `model` itself brings
+            its base along.
         adapter_revision: Commit of the adapter on the Hub.
         **kwargs: What every pipeline takes: `model`, `processor`, `device`, `batch_size`, and the arguments of a call.
 
     Raises:
         ValueError: If the model compares no volumes with texts, has no processor, or the adapter is not its own.
-
-    Attributes:
-        thresholds: The adapter's operating points: from which score on a finding is called present, by its label.
     """
 
     _load_processor = True
@@ -48,12 +45,9 @@ class ZeroShotCTClassificationPipeline(Pipeline):
             )
         if self.processor is None:
             raise ValueError("A pipeline needs the model's processor: pass `processor=`.")
-        self.thresholds: dict[str, float] = {}
         self._kept_embeds: tuple[Any, list[torch.Tensor]] | None = None
         if adapter is not None:
             self.model.load_adapter(adapter, adapter_kwargs={"revision": adapter_revision})
-            description = read_description(adapter, revision=adapter_revision) or {}
-            self.thresholds = description.get("thresholds") or {}
         self.model.eval()
 
     def __call__(self, inputs: Any, **kwargs) -> Any:
@@ -126,6 +120,19 @@ class ZeroShotCTClassificationPipeline(Pipeline):
             results.append(result)
         return sorted(results, key=lambda result: -result["score"])
 
+    @property
+    def thresholds(self) -> dict[str, float]:
+        """Operating points of the adapter in use: from which score on a finding is called present, by its label."""
+        descriptions = [self.model.adapter_descriptions.get(name, {}) for name in self._adapters_in_use()]
+        return (descriptions[0].get("thresholds") or {}) if len(descriptions) == 1 else {}
+
+    def _adapters_in_use(self) -> list[str]:
+        # Layers of PEFT know whether they are disabled; `active_adapters` names them all the same.
+        is_disabled = any(getattr(module, "disable_adapters", None) is True for module in self.model.modules())
+        if is_disabled or not getattr(self.model, "_hf_peft_config_loaded", False):
+            return []
+        return self.model.active_adapters()
+
     @torch.no_grad()
     def prompt_embeds(
         self, candidate_labels: Sequence[str] | None = None, prompt_templates: Sequence[Sequence[str]] | None = None
@@ -140,8 +147,7 @@ class ZeroShotCTClassificationPipeline(Pipeline):
             For each template `(2 * labels, projection_dim)`, float32, of length 1.
         """
         sentences = self.model.config.label_prompts(candidate_labels, prompt_templates)
-        adapters = self.model.active_adapters() if getattr(self.model, "_hf_peft_config_loaded", False) else None
-        key = (sentences, adapters, self.model.dtype)
+        key = (sentences, self._adapters_in_use(), self.model.dtype)
         if self._kept_embeds is None or self._kept_embeds[0] != key:
             embeds = []
             for template in sentences:

@@ -119,9 +119,18 @@ def test_an_adapter_changes_scores_and_brings_operating_points(pipe, converted, 
     # Chosen for other prompts, so without a meaning for these.
     own = adapted(scans[0], candidate_labels=["Lung nodule"], prompt_templates=TEMPLATES)
     assert "present" not in own[0]
-    # The kept prompts are those of the adapter.
-    adapted.model.disable_adapters()
-    assert by_label(adapted(scans[0]))["Lung nodule"]["score"] == pytest.approx(base["Lung nodule"]["score"], abs=1e-6)
+
+
+def test_a_disabled_adapter_takes_its_prompts_and_operating_points_along(pipe, converted, processor, adapter, scans):
+    base = pipe(scans[0])
+    pipe.model.load_adapter(str(adapter))
+    adapted = pipe(scans[0])
+    assert adapted != base
+    assert "present" in by_label(adapted)["Lung nodule"]
+    pipe.model.disable_adapters()
+    assert pipe(scans[0]) == base
+    pipe.model.enable_adapters()
+    assert pipe(scans[0]) == adapted
 
 
 def test_an_adapter_of_another_model_is_refused(model, processor, adapter):
@@ -170,6 +179,8 @@ pipe = pipeline(model=folder, **options)  # the task is in the configuration
 assert pipe(scans, candidate_labels=json.loads(labels), batch_size=2) == results
 adapter = {"adapter": "org/site-b", "adapter_revision": adapter_commit}
 adapted = pipeline(task, model="org/base", revision=commit, **adapter, **options)
+alone = pipeline(task, model="org/site-b", **options)
+assert alone(scans[0]) == adapted(scans[0])
 print(json.dumps([results, adapted(scans[0])]))
 """
 
