@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from accelerate import Accelerator
@@ -468,13 +469,17 @@ def test_a_failed_push_leaves_the_finished_adapter(hub, settings, converted, mon
     assert {path.name for path in (tmp_path / "run").iterdir()} == FILES
 
 
-def launch(*arguments: object, cwd: Path, processes: int = 1, precision: str = "no") -> subprocess.CompletedProcess:
+def launch_command(*arguments: object, processes: int = 1, precision: str = "no") -> list[str]:
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes), "--quiet"]
     command += ["--cpu"] if processes == 1 else ["--multi_gpu", "--main_process_port", "0"]
     command += ["--num_machines", "1", "--mixed_precision", precision, "--dynamo_backend", "no"]
-    script = [str(training.__file__), *map(str, arguments)]
+    return [*command, str(training.__file__), *map(str, arguments)]
+
+
+def launch(*arguments: object, cwd: Path, **options) -> subprocess.CompletedProcess:
+    command = launch_command(*arguments, **options)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run([*command, *script], capture_output=True, text=True, cwd=cwd, check=False, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False, env=environment)
 
 
 def test_launched_run(settings, tmp_path):
@@ -537,6 +542,26 @@ def test_a_killed_run_always_resumes_to_the_same_bytes(settings, tmp_path):
     if not (tmp_path / "killed").exists():
         subprocess.run(command, check=True, capture_output=True)
     assert kills >= 2
+    assert adapter_bytes(tmp_path / "killed") == adapter_bytes(tmp_path / "run")
+    assert losses(tmp_path / "killed") == losses(tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_killed_sharded_run_resumes_to_the_same_bytes(settings, tmp_path):
+    settings = dataclasses.replace(settings, batch_size=1, checkpoint_steps=1, dropout=0.1, fsdp2=True, max_steps=6)
+    whole = launch(*flags(settings), cwd=tmp_path, processes=2)
+    assert whole.returncode == 0, whole.stderr
+    command = launch_command(*flags(settings, output_dir=tmp_path / "killed", resume=True), processes=2)
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = psutil.Popen(command, **quiet)
+    while not list(tmp_path.glob("killed.unfinished/checkpoints/step-*")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    for each in [process, *process.children(recursive=True)]:
+        each.kill()
+    process.wait()
+    assert not (tmp_path / "killed").exists()
+    subprocess.run(command, check=True, **quiet)
     assert adapter_bytes(tmp_path / "killed") == adapter_bytes(tmp_path / "run")
     assert losses(tmp_path / "killed") == losses(tmp_path / "run")
 
