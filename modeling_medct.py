@@ -39,8 +39,8 @@ from .configuration_medct import MedCTConfig, MedCTVisionConfig
 _CPU_CHUNK_BYTES = 2**24
 _CHUNK_BYTES = 2**28
 _CODEBOOK_PARTS = 16
-# From this width on layers take ways that are faster, and round otherwise. Their sizes decide, not that of the batch,
-# so that a volume gives the same in any company.
+# From this width on layers take ways that are faster, and round otherwise. The size of the batch has no part in it, so
+# that a model never mixes both.
 _WIDE = 256
 _CONVOLVES_ON_CPU = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX")
 
