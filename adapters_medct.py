@@ -18,6 +18,7 @@ from transformers.utils.hub import cached_file
 
 DESCRIPTION_FILE = "medct_adapter.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+CONFIG_FILE = "adapter_config.json"
 
 # What `pixel_values` mean; see `MedCTVisionConfig`.
 _PREPROCESSING = ("image_size", "hu_min", "hu_max", "hu_per_unit", "target_spacing_mm", "orientation")
@@ -146,7 +147,13 @@ def check_fit(model: PreTrainedModel, adapter: str | Path, **hub: Any) -> dict[s
 
     Raises:
         AdapterMismatchError: If it is refused.
+        OSError: If there is no adapter, or the Hub cannot be reached.
     """
+    try:
+        # Every adapter has this file: if even it cannot be had, there is no adapter there, or no way to the Hub.
+        _file(adapter, CONFIG_FILE, hub, is_optional=False)
+    except OSError as error:
+        raise OSError(f"{adapter}: no adapter ({str(error).splitlines()[0]}) Pass a Hub id or a folder.") from error
     if _file(adapter, WEIGHTS_FILE, hub) is None:
         raise AdapterMismatchError(
             f"{adapter} has no {WEIGHTS_FILE}. Other formats can hold code and are not read: ask its author to save it "
@@ -196,10 +203,10 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _file(adapter: str | Path, name: str, hub: dict[str, Any]) -> str | None:
-    """Path of a file of an adapter, fetched if need be; `None` if the adapter has none."""
+def _file(adapter: str | Path, name: str, hub: dict[str, Any], is_optional: bool = True) -> str | None:
+    """Path of a file of an adapter, fetched if need be; `None` if the adapter has none and it `is_optional`."""
     options = {key: value for key, value in hub.items() if key in _HUB_OPTIONS and value is not None}
-    return cached_file(str(adapter), name, _raise_exceptions_for_missing_entries=False, **options)
+    return cached_file(str(adapter), name, _raise_exceptions_for_missing_entries=not is_optional, **options)
 
 
 __all__ = ["AdapterMismatchError", "check_fit", "describe_adapter", "fingerprint", "read_description"]

@@ -28,7 +28,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import parse_ratelimit_headers
 
-from medct.adapters_medct import DESCRIPTION_FILE, WEIGHTS_FILE
+from medct.adapters_medct import CONFIG_FILE, DESCRIPTION_FILE, WEIGHTS_FILE
 from medct.cards import (
     GENERATED,
     PLACEHOLDER_REPO,
@@ -42,7 +42,6 @@ from medct.cards import (
 )
 
 MODEL_CARD = Path(__file__).with_name("model_card.md")
-CONFIG_FILE = "adapter_config.json"
 PICKLES = {".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pth"}
 # What a run says of itself; it names the folders that it read and wrote.
 RUN_FILES = ("results.json", "train_config.json")

@@ -207,3 +207,9 @@ def test_peft_loads_what_transformers_loads(model, converted, adapter, batch):
     peft = PeftModel.from_pretrained(MedCTModel.from_pretrained(converted), adapter)
     model.load_adapter(str(adapter))
     assert torch.equal(logits(peft, batch), logits(model, batch))
+
+
+@pytest.mark.parametrize(("adapter", "reason"), [("org/nowhere", "We couldn't connect"), ("{tmp}", ".*config.json")])
+def test_an_adapter_that_cannot_be_had_is_not_called_unsafe(model, adapter, reason, tmp_path):
+    with pytest.raises(OSError, match=f"no adapter .{reason}"):
+        check_fit(model, adapter.format(tmp=tmp_path), local_files_only=True)
