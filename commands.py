@@ -29,6 +29,7 @@ from .data_medct import open_source
 from .metrics_medct import with_intervals
 from .outputs import whole_file, whole_folder
 from .pipeline_medct import ZeroShotCTClassificationPipeline
+from .prepared_medct import first_line
 from .report import MEANS
 from .row_files import KEY, Csv, JsonLines, read_rows
 from .studies import FailedStudy, ReadStudy, Study, find_studies, read_study
@@ -70,7 +71,7 @@ def model_of(args: argparse.Namespace) -> str:
     try:
         config = PeftConfig.from_pretrained(args.adapter, revision=args.adapter_revision)
     except (OSError, ValueError) as error:
-        raise CommandError(f"{args.adapter}: no adapter ({_first_line(error)}). Pass a Hub id or a folder.") from error
+        raise CommandError(f"{args.adapter}: no adapter ({first_line(error)}). Pass a Hub id or a folder.") from error
     args.model, args.revision = config.base_model_name_or_path, args.revision or config.revision
     return args.model
 
@@ -92,7 +93,7 @@ def load_pipeline(args: argparse.Namespace, device: torch.device) -> ZeroShotCTC
     except (OSError, ValueError) as error:
         if isinstance(error, CommandError):
             raise
-        raise CommandError(f"{name}: no model ({_first_line(error)}) Pass a Hub id or a folder.") from error
+        raise CommandError(f"{name}: no model ({first_line(error)}) Pass a Hub id or a folder.") from error
     try:
         return ZeroShotCTClassificationPipeline(
             model=model.to(device),
@@ -102,12 +103,8 @@ def load_pipeline(args: argparse.Namespace, device: torch.device) -> ZeroShotCTC
             adapter_revision=args.adapter_revision,
         )
     except (OSError, ValueError) as error:
-        said, which = _first_line(error), str(args.adapter or name)
+        said, which = first_line(error), str(args.adapter or name)
         raise CommandError(said if said.startswith(which) else f"{which}: {said}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def reading_of(args: argparse.Namespace, pipe: ZeroShotCTClassificationPipeline) -> Reading:
