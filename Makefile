@@ -25,6 +25,7 @@ style: $(VENV)/installed-dev  ## format, and fix what can be fixed
 check: $(VENV)/installed-dev  ## lint, format and types, changing nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	mkdir -p $(VENV)/named && ln -sfn "$(CURDIR)" $(VENV)/named/medct  # mypy names a package after its folder
 	$(BIN)/mypy
 
 phantom-base: $(VENV)/installed  ## train phantom_base/ anew, about half an hour

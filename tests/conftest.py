@@ -22,7 +22,8 @@ from medct import MedCTModel, MedCTProcessor
 from medct.convert_ct_clip_to_hf import convert
 
 ROOT = Path(__file__).resolve().parents[1]
-SHARED = ROOT.parent / "shared"
+# Tensors recorded from the original, and real scans.
+SHARED = Path(os.environ.get("MEDCT_SHARED", ROOT.parent / "shared"))
 
 
 @pytest.fixture(scope="session")
