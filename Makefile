@@ -29,7 +29,7 @@ check: $(VENV)/installed-dev  ## lint, format and types, changing nothing
 	$(BIN)/mypy
 
 phantom-base: $(VENV)/installed  ## train phantom_base/ anew, about half an hour
-	$(BIN)/python make_phantom_base.py phantom_base.new
+	$(BIN)/python -m medct.training.phantom_base phantom_base.new
 	rm -rf phantom_base && mv phantom_base.new phantom_base
 
 $(VENV)/installed: pyproject.toml constraints.txt

@@ -37,13 +37,18 @@ from transformers.utils import logging
 
 from medct import MedCTConfig, MedCTModel, MedCTProcessor, VolumeError
 from medct.adapters_medct import describe_adapter, fingerprint
-from medct.cards import is_hub_id, write_card
-from medct.checkpoints import CheckpointError, Checkpoints, TrainingState, decode, encode
-from medct.convert_ct_clip_to_hf import ConversionError
-from medct.data_medct import PHANTOMS, DataError, Source, StudyLoader, open_source, phantom_source, to_device
-from medct.host_memory import keep_freed_memory
-from medct.hub import PushError, commit_of, push_adapter, push_model
-from medct.lora import (
+from medct.common.files import Reserve, refuse_taken, whole_file, whole_folder
+from medct.common.host import keep_freed_memory
+from medct.data import PHANTOMS, DataError, Source, StudyLoader, open_source, phantom_source, to_device
+from medct.evaluation.metrics import choose_thresholds, compare, zero_shot_scores
+from medct.evaluation.plots import calibration_plot, roc_plot
+from medct.evaluation.report import results_table
+from medct.evaluation.scoring import ScoredStudies, score_studies, texts_to, tokenize_prompts
+from medct.publishing.cards import is_hub_id, write_card
+from medct.publishing.convert_ct_clip_to_hf import ConversionError
+from medct.publishing.push import PushError, commit_of, push_adapter, push_model
+from medct.training.checkpoints import CheckpointError, Checkpoints, TrainingState, decode, encode
+from medct.training.lora import (
     Adaptation,
     Target,
     add_lora,
@@ -56,13 +61,8 @@ from medct.lora import (
     unlock,
     weights_to_save,
 )
-from medct.lora import trainable as trainable_parameters
-from medct.metrics_medct import choose_thresholds, compare, zero_shot_scores
-from medct.objectives import Objective, StepLoss, Texts, sum_gradients, sum_over_processes
-from medct.outputs import Reserve, refuse_taken, whole_file, whole_folder
-from medct.plots import calibration_plot, roc_plot
-from medct.report import results_table
-from medct.zero_shot import ScoredStudies, score_studies, texts_to, tokenize_prompts
+from medct.training.lora import trainable as trainable_parameters
+from medct.training.objectives import Objective, StepLoss, Texts, sum_gradients, sum_over_processes
 
 PHANTOM_BASE = Path(__file__).with_name("phantom_base")
 # Of sysexits.h, "temporary failure, try again": stopped by SIGTERM, and `--resume True` goes on.

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from medct import MedCTModel, data_medct
-from medct.data_medct import StudyLoader, phantom_source
-from medct.metrics_medct import zero_shot_scores
-from medct.outputs import whole_file
+from medct.common.files import whole_file
+from medct.data import StudyLoader, phantom_source
+from medct.evaluation.metrics import zero_shot_scores
+from medct.evaluation.scoring import score_studies
 from medct.train import Trainer, TrainingSettings
-from medct.zero_shot import score_studies
 
 STEPS = 150
 PATIENTS = (25, 100, 400)

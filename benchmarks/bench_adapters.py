@@ -18,7 +18,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from medct import MedCTConfig, MedCTModel
 from medct.adapters_medct import WEIGHTS_FILE, describe_adapter, fingerprint
-from medct.lora import TARGETS
+from medct.training.lora import TARGETS
 
 CT_CLIP_BYTES = 1_770_000_000  # CT-CLIP_v2.pt
 ADAPTERS = ("first", "second")

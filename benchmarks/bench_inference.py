@@ -29,9 +29,9 @@ from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from medct import MedCTConfig, MedCTImageProcessor, MedCTModel, zero_shot_probabilities
-from medct.host_memory import keep_freed_memory
+from medct.common.host import keep_freed_memory
+from medct.data.phantoms import make_phantom
 from medct.modeling_medct import MedCTLinear
-from medct.phantoms import make_phantom
 
 # Published script, published sizes, a machine of 2 cores: 18 passes of the vision encoder over the same volume.
 PUBLISHED_S = 302.0

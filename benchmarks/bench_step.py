@@ -18,9 +18,9 @@ from bench_inference import GIGABYTE, best_seconds, peak_bytes, prompts
 from transformers.utils import logging
 
 from medct import MedCTConfig, MedCTModel
-from medct.host_memory import keep_freed_memory
-from medct.lora import add_lora, core
-from medct.objectives import StepLoss
+from medct.common.host import keep_freed_memory
+from medct.training.lora import add_lora, core
+from medct.training.objectives import StepLoss
 
 # name: volumes in a batch, whether activations are computed again instead of kept
 STEPS = {

@@ -71,8 +71,8 @@ def config_of(size: tuple[int, int, int]):
 
 
 def write_shards(folder: Path, size: tuple[int, int, int], num_studies: int, studies_per_shard: int) -> None:
-    from medct.prepare import prepare
-    from medct.sources import Source
+    from medct.data.prepare import prepare
+    from medct.data.sources import Source
 
     config = config_of(size)
     groups = [(key,) for key in range(num_studies)]
@@ -113,7 +113,7 @@ def write_ct_rate(folder: Path, num_studies: int) -> None:
 
 def make_loader(address: Path, size: tuple[int, int, int], batch_size: int, **options):
     from medct import MedCTImageProcessor
-    from medct.data_medct import StudyLoader, open_source
+    from medct.data import StudyLoader, open_source
     from medct.processing_medct import MedCTProcessor
 
     config = config_of(size)
@@ -147,7 +147,7 @@ def measure_speed(folder: Path, repeats: int) -> dict:
     """CPU seconds a volume, from shard to float32, over whole passes; the first pass does not count."""
     import torch
 
-    from medct.data_medct import to_device
+    from medct.data import to_device
 
     torch.set_num_threads(1)
     loader, config = make_loader(folder / "full", FULL_SIZE, batch_size=1)
@@ -190,7 +190,7 @@ def measure_first(folder: Path, layout: str) -> dict[str, float]:
 
     torch.set_num_threads(1)
     loader, config = make_loader(folder / layout, FULL_SIZE, batch_size=2)
-    from medct.data_medct import to_device
+    from medct.data import to_device
 
     opened = time.perf_counter() - STARTED
     batch = to_device(next(iter(loader)), "cpu", config)

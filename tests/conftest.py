@@ -19,7 +19,7 @@ import torch
 from hub_server import HubServer
 
 from medct import MedCTModel, MedCTProcessor
-from medct.convert_ct_clip_to_hf import convert
+from medct.publishing.convert_ct_clip_to_hf import convert
 
 ROOT = Path(__file__).resolve().parents[1]
 # Tensors recorded from the original, and real scans.

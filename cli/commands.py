@@ -1,0 +1,412 @@
+"""What the sub-commands of `medct` do; `cli` reads their arguments.
+
+Each takes the parsed arguments and returns the exit status.
+"""
+
+import argparse
+import functools
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import gather_object
+from peft import PeftConfig
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModel, AutoProcessor
+
+from medct.byte_sources_medct import is_address
+from medct.common.files import whole_file, whole_folder
+from medct.configuration_medct import MedCTConfig
+from medct.data import open_source
+from medct.data.loader import StudyLoader, report_id
+from medct.data.prepared import first_line
+from medct.evaluation.metrics import with_intervals
+from medct.evaluation.report import MEANS
+from medct.evaluation.scoring import score_studies, tokenize_prompts
+from medct.inference.bulk import Reading, process, process_to_file
+from medct.inference.row_files import KEY, Csv, JsonLines, read_rows
+from medct.inference.studies import FailedStudy, ReadStudy, Study, find_studies, read_study
+from medct.pipeline_medct import ZeroShotCTClassificationPipeline
+from medct.volume_io_medct import read_volume
+
+OK, SOME_FAILED, USAGE = 0, 1, 2
+MODEL_VARIABLE = "MEDCT_MODEL"
+# Processes of a launch wait for the slowest one at the end of a night.
+_PATIENCE = timedelta(days=7)
+_SUFFIXES = {".csv": "csv", ".json": "json", ".jsonl": "json"}
+
+
+class CommandError(ValueError):
+    """A command that cannot be carried out; the message says why and what to do."""
+
+
+def start_processes(args: argparse.Namespace) -> PartialState:
+    """This process's place in the launch; alone without one.
+
+    Raises:
+        CommandError: If a launch of several processes would have each of them do all of the work.
+    """
+    state = PartialState(cpu=args.cpu, timeout=_PATIENCE)
+    if state.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
+        raise CommandError(
+            "The processes of this launch do not know of each other. Without GPUs, add --cpu after the command's name."
+        )
+    return state
+
+
+def model_of(args: argparse.Namespace) -> str:
+    """The model that the user named, or that the adapter names, then with the commit that it names."""
+    if name := args.model or os.environ.get(MODEL_VARIABLE):
+        return name
+    if args.adapter is None:
+        raise CommandError(f"Which model? Pass --model ID_OR_FOLDER, or set {MODEL_VARIABLE}.")
+    try:
+        config = PeftConfig.from_pretrained(args.adapter, revision=args.adapter_revision)
+    except (OSError, ValueError) as error:
+        raise CommandError(f"{args.adapter}: no adapter ({first_line(error)}). Pass a Hub id or a folder.") from error
+    args.model, args.revision = config.base_model_name_or_path, args.revision or config.revision
+    return args.model
+
+
+def load_pipeline(args: argparse.Namespace, device: torch.device) -> ZeroShotCTClassificationPipeline:
+    """Model, processor and adapter.
+
+    Raises:
+        CommandError: If one of them cannot be loaded.
+    """
+    name = model_of(args)
+    options = {"revision": args.revision, "trust_remote_code": False}  # the code is this package's
+    try:
+        config = AutoConfig.from_pretrained(name, **options)
+        if config.model_type != MedCTConfig.model_type:
+            raise CommandError(f"{name} is a model of type {config.model_type!r}. Pass a MedCT model.")
+        model = AutoModel.from_pretrained(name, config=config, dtype=args.dtype, **options)
+        processor = AutoProcessor.from_pretrained(name, **options)
+    except (OSError, ValueError) as error:
+        if isinstance(error, CommandError):
+            raise
+        raise CommandError(f"{name}: no model ({first_line(error)}) Pass a Hub id or a folder.") from error
+    try:
+        return ZeroShotCTClassificationPipeline(
+            model=model.to(device),
+            processor=processor,
+            device=device,
+            adapter=args.adapter,
+            adapter_revision=args.adapter_revision,
+        )
+    except (OSError, ValueError) as error:
+        said, which = first_line(error), str(args.adapter or name)
+        raise CommandError(said if said.startswith(which) else f"{which}: {said}") from error
+
+
+def reading_of(args: argparse.Namespace, pipe: ZeroShotCTClassificationPipeline) -> Reading:
+    options = {"series": args.series, "resample_irregular": args.resample_irregular}
+    return Reading(pipe.processor.image_processor, args.batch_size, args.num_workers, options)
+
+
+def prompts_of(args: argparse.Namespace) -> dict[str, Any]:
+    """Labels and templates as the pipeline takes them."""
+    prompts: dict[str, Any] = {}
+    if args.labels:
+        prompts["candidate_labels"] = list(dict.fromkeys(args.labels))
+    if args.templates:
+        prompts["prompt_templates"] = [tuple(template.split("|")) for template in args.templates]
+        MedCTConfig().label_prompts([], prompts["prompt_templates"])  # refuses what is no pair
+    return prompts
+
+
+def model_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Which model a run used."""
+    names = ("revision", "adapter", "adapter_revision", "dtype")
+    return {"model": model_of(args), **{name: getattr(args, name) for name in names}}
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What decides about the numbers of a run over scans."""
+    return {**model_settings(args), "series": args.series, "resample_irregular": args.resample_irregular}
+
+
+def ends(failed: int, studies: int, output: Path | None) -> int:
+    """Say how it went; returns the exit status."""
+    if failed:
+        where = "" if output is None else f"; see {output.name}.failed.csv beside the output"
+        print(f"{failed} of {studies} studies could not be read{where}.", file=sys.stderr)
+    return SOME_FAILED if failed else OK
+
+
+def predict(args: argparse.Namespace) -> int:
+    format = args.format or ("table" if args.output is None else _SUFFIXES.get(args.output.suffix))
+    if args.output is not None and format not in ("csv", "json"):
+        raise CommandError(f"{args.output}: rows are written as .csv or .jsonl. Name it so, or pass --format csv|json.")
+    studies = find_studies(args.scans)
+    state = start_processes(args)
+    prompts = prompts_of(args)
+    pipe = load_pipeline(args, state.device)
+    labels = prompts.get("candidate_labels", pipe.model.config.label_names)
+    has_thresholds = args.templates is None and not pipe.thresholds.keys().isdisjoint(labels)
+    columns = [KEY, *labels, *(f"{label} present" for label in labels if has_thresholds), "notes"]
+    rows_as = Csv(columns) if format == "csv" else JsonLines()
+    rows_of = functools.partial(prediction_rows, pipe, prompts, flat=format == "csv")
+    if args.output is not None:
+        settings = {**settings_of(args), "labels": labels, "templates": args.templates, "thresholds": pipe.thresholds}
+        failed = process_to_file(studies, reading_of(args, pipe), rows_of, args.output, rows_as, settings, state)
+        return ends(failed, len(studies), args.output)
+    if state.num_processes > 1:
+        raise CommandError("Several processes need a file for their rows. Pass --output FILE.")
+    if format == "csv":
+        print(rows_as.header(), end="")
+
+    def show(row: dict[str, Any]) -> None:
+        # Not through the progress bar.
+        tqdm.write(prediction_table(row) if format == "table" else rows_as.line(row), file=sys.stdout, end="")
+        sys.stdout.flush()
+
+    failed = process(studies, reading_of(args, pipe), rows_of, show, lambda row: None, show_progress=len(studies) > 1)
+    return ends(failed, len(studies), None)
+
+
+def prediction_rows(
+    pipe: ZeroShotCTClassificationPipeline, prompts: dict[str, Any], reads: list[ReadStudy], flat: bool
+) -> Iterator[dict[str, Any]]:
+    """One row a study: its findings as the pipeline gives them, or each score in a column."""
+    inputs = {"pixel_values": torch.stack([read.pixel_values for read in reads])}
+    for read, logits in zip(reads, pipe.forward(inputs, **prompts)["logits"], strict=True):
+        findings = pipe.postprocess({"logits": logits[None]}, **prompts)
+        if flat:
+            scores = {finding["label"]: f"{finding['score']:.6f}" for finding in findings}
+            called = [finding for finding in findings if "present" in finding]
+            calls = {f"{finding['label']} present": int(finding["present"]) for finding in called}
+            yield {KEY: read.study.id, **scores, **calls, "notes": " | ".join(read.notes)}
+        else:
+            yield {KEY: read.study.id, "findings": findings, "notes": list(read.notes)}
+
+
+def prediction_table(row: dict[str, Any]) -> str:
+    """A row for people."""
+    calls = {True: "  present", False: "  absent", None: ""}
+    lines = [row[KEY], *(f"  note: {note}" for note in row["notes"]), "  score  margin  finding"]
+    lines += [
+        f"  {finding['score']:.3f}  {finding['logits_margin']:+6.2f}  {finding['label']}{calls[finding.get('present')]}"
+        for finding in row["findings"]
+    ]
+    return "\n".join(lines) + "\n\n"
+
+
+def embed(args: argparse.Namespace) -> int:
+    from medct.inference import search
+
+    studies = find_studies(args.scans)
+    reports = search.read_reports(args.reports) if args.reports else {}
+    state = start_processes(args)
+    pipe = load_pipeline(args, state.device)
+    settings = settings_of(args)
+    before = search.read_embeddings(args.output) if args.output.exists() else None
+    rows_path = args.output.with_name(f"{args.output.name}.rows")
+    failed = process_to_file(
+        studies,
+        reading_of(args, pipe),
+        functools.partial(embedding_rows, pipe, reports),
+        args.output,
+        JsonLines(),
+        settings,
+        state,
+        done=before.ids if before else (),
+        rows_path=rows_path,
+    )
+    if state.is_main_process:
+        rows = [*(before.rows() if before else ()), *read_rows(rows_path, JsonLines())]
+        # A second run may bring reports for studies that were embedded without.
+        search.write_embeddings(args.output, [with_report(pipe, reports, row) for row in rows], settings)
+        rows_path.unlink()
+    return ends(failed, len(studies), args.output)
+
+
+def embedding_rows(
+    pipe: ZeroShotCTClassificationPipeline, reports: dict[str, str], reads: list[ReadStudy]
+) -> Iterator[dict[str, Any]]:
+    """One row a study: its embedding, and that of its report."""
+    for read, image in zip(reads, embed_images(pipe, reads), strict=True):
+        row = {KEY: read.study.id, "image_embeds": image.tolist(), "text_embeds": None, "report_id": None}
+        yield with_report(pipe, reports, row)
+
+
+def with_report(pipe: ZeroShotCTClassificationPipeline, reports: dict[str, str], row: dict[str, Any]) -> dict[str, Any]:
+    """The row with the embedding of its study's report, if there is one and it has none yet."""
+    from medct.inference import search
+
+    report = search.report_of(row[KEY], reports) if row["text_embeds"] is None else None
+    if report is None:
+        return row
+    return {**row, "text_embeds": embed_text(pipe, report).tolist(), "report_id": report_id(report)}
+
+
+@torch.no_grad()
+def embed_images(pipe: ZeroShotCTClassificationPipeline, reads: list[ReadStudy]) -> torch.Tensor:
+    """`(studies, projection_dim)`, float32, of length 1."""
+    pixel_values = torch.stack([read.pixel_values for read in reads]).to(pipe.device)
+    return pipe.model.get_image_features(pixel_values).pooler_output.float().cpu()
+
+
+@torch.no_grad()
+def embed_text(pipe: ZeroShotCTClassificationPipeline, text: str) -> torch.Tensor:
+    """`(projection_dim,)`, float32, of length 1."""
+    texts = pipe.processor(text=[text], return_tensors="pt").to(pipe.device)
+    return pipe.model.get_text_features(texts["input_ids"], texts["attention_mask"]).pooler_output[0].float().cpu()
+
+
+def search_index(args: argparse.Namespace) -> int:
+    from medct.inference import search
+
+    embeddings = search.read_embeddings(args.index)
+    for name in ("model", "revision", "adapter", "adapter_revision"):
+        made_with = embeddings.settings.get(name)
+        if getattr(args, name) not in (None, made_with):
+            raise CommandError(
+                f"{args.index} was made with {name} {made_with!r}, not {getattr(args, name)!r}. Leave out --{name}, or "
+                "make the index anew."
+            )
+        setattr(args, name, made_with)
+    pipe = load_pipeline(args, PartialState(cpu=args.cpu).device)
+    if is_address(args.query) or Path(args.query).exists():
+        (study,) = one_study(args.query)
+        read = read_one(study, args, pipe)
+        query = embed_images(pipe, [read])[0]
+    else:
+        query = embed_text(pipe, args.query)
+    similarities, found = search.nearest(embeddings.image_embeds, query[None].numpy(), args.k)
+    rows = [
+        {"rank": rank, "similarity": float(similarity), KEY: embeddings.ids[index]}
+        for rank, (similarity, index) in enumerate(zip(similarities[0], found[0], strict=True), start=1)
+    ]
+    if args.format == "json":
+        print("".join(map(JsonLines().line, rows)), end="")
+    else:
+        print("rank  similarity  study")
+        print("".join(f"{row['rank']:4d}  {row['similarity']:10.4f}  {row[KEY]}\n" for row in rows), end="")
+    return OK
+
+
+def one_study(path: str) -> list[Study]:
+    """The single study at a path."""
+    studies = find_studies([path])
+    if len(studies) > 1:
+        raise CommandError(f"{path} holds {len(studies)} studies, such as {studies[1].id}. Pass one of them.")
+    return studies
+
+
+def read_one(study: Study, args: argparse.Namespace, pipe: ZeroShotCTClassificationPipeline) -> ReadStudy:
+    reading = reading_of(args, pipe)
+    read = read_study(study, reading.image_processor, **reading.options)
+    if isinstance(read, FailedStudy):
+        raise CommandError(read.reason)
+    return read
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    pipe = load_pipeline(args, start_processes(args).device)
+    accelerator = Accelerator(cpu=args.cpu)
+    config = pipe.model.config
+    source = open_source(
+        args.data,
+        args.split,
+        config,
+        reconstructions=args.reconstructions,
+        limit=args.limit,
+        revision=args.data_revision,
+    )
+    loader = StudyLoader(
+        source,
+        pipe.processor,
+        config.label_names,
+        batch_size=args.batch_size,
+        with_text=False,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        num_workers=args.num_workers,
+    )
+    prompts = tokenize_prompts(config, pipe.processor)
+    scored = score_studies(pipe.model, loader, prompts, accelerator, source.description)
+    failed = sum(gather_object([loader.num_bad]))
+    if not accelerator.is_main_process:
+        return OK
+    thresholds = np.array([pipe.thresholds.get(name, np.nan) for name in config.label_names])
+    has_thresholds = bool(np.isfinite(thresholds).any())
+    results = with_intervals(
+        scored.scores, scored.labels, scored.patients, config.label_names, thresholds if has_thresholds else None
+    )
+    about = {"measured_on": source.description, "split": args.split, "skipped": len(source.skipped)}
+    results = {**about, **model_settings(args), **results}
+    print(evaluation_table(results, config.label_names))
+    if args.output is not None:
+        with whole_file(args.output) as aside:
+            aside.write_text(json.dumps({**results, "unreadable": failed}, indent=2) + "\n")
+    return ends(failed, source.num_studies, None)
+
+
+def evaluation_table(results: dict[str, Any], names: Sequence[str]) -> str:
+    """Scores of one model, for people."""
+    rows = [(f"{name} ({results['present'][name]} with it)", f"auroc/{name}") for name in names]
+    rows += [(f"mean: {title}", key) for key, title in MEANS.items() if key in results["scores"]]
+    width = max(len(title) for title, _ in rows)
+    lines = [f"{results['measured_on']}: {results['scans']} scans of {results['patients']} patients", ""]
+    lines.append(f"{'AUROC':{width}}  value  95 % interval")
+    for title, key in rows:
+        score = results["scores"][key]
+        known = score["value"] is not None
+        said = (
+            f"{score['value']:.3f}  {score['low']:.3f} to {score['high']:.3f}" if known else "always or never present"
+        )
+        lines.append(f"{title:{width}}  {said}")
+    return "\n".join(lines)
+
+
+def recall(args: argparse.Namespace) -> int:
+    from medct.inference import search
+
+    results = search.recall(search.read_embeddings(args.index))
+    if args.format == "json":
+        print(json.dumps(results, indent=2))
+        return OK
+    names = [name for name in results if name != "studies"]
+    print(f"recall over {results['studies']} studies with a report\n")
+    print("".join(f"{name.replace('_', ' '):>16}" for name in ["k", *names]))
+    for k in results["chance"]:
+        print(f"{k:16d}" + "".join(f"{results[name][k]:16.3f}" for name in names))
+    return OK
+
+
+def map_scan(args: argparse.Namespace) -> int:
+    from medct.inference import maps as localization
+
+    (study,) = one_study(args.scan)
+    prompts = prompts_of(args)
+    pipe = load_pipeline(args, PartialState(cpu=args.cpu).device)
+    image_processor = pipe.processor.image_processor
+    volume = read_volume(
+        study.source,
+        orientation=image_processor.orientation,
+        series=args.series,
+        resample_irregular=args.resample_irregular,
+    )
+    pixel_values = image_processor.process_volume(volume)[None, None]
+    maps = localization.map_findings(pipe, pixel_values, prompts["candidate_labels"], prompts.get("prompt_templates"))
+    patch_size = pipe.model.config.vision_config.patch_size
+    geometry = image_processor.geometry(volume)
+    with whole_folder(args.output) as folder:
+        for finding in maps:
+            values = localization.to_scan(finding.patches, patch_size, geometry, volume.array.shape)
+            name = re.sub(r"[^a-z0-9]+", "-", finding.label.lower()).strip("-") + "_debugging-aid"
+            localization.save_nifti(folder / f"{name}.nii.gz", values, volume.affine)
+            localization.save_png(folder / f"{name}.png", finding, values, volume)
+            numbers = f"{finding.score:.3f}  {finding.logits_margin:+6.2f}"
+            print(f"{numbers}  {finding.label}: {args.output / name}.nii.gz, .png")
+    print(f"{localization.CAVEAT}.")
+    return OK

@@ -1,0 +1,1 @@
+"""What every part uses: files that appear whole, and the host."""

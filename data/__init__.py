@@ -1,0 +1,144 @@
+"""Streamed sources of studies, and batches made of them: the public names of the data layer.
+
+| module | what |
+| --- | --- |
+| `sources` | what a source and a row are |
+| `folders` | local folders and dataset repositories of the Hub |
+| `tables` | tables of studies to sources: splits, what is left out |
+| `ct_rate` | CT-RATE, on the Hub or local |
+| `own_data` | folders with `metadata.csv`, Parquet and `datasets` repositories |
+| `prepared` | prepared shards |
+| `loader` | rows to batches |
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from medct.configuration_medct import CT_CLIP_LABELS, MedCTConfig
+from medct.data.ct_rate import REPORT_COLUMNS, ct_rate_source, is_ct_rate
+from medct.data.folders import open_folder
+from medct.data.loader import StudyLoader, report_id, to_device
+from medct.data.own_data import metadata_files, metadata_source, parquet_source
+from medct.data.phantoms import make_phantom
+from medct.data.prepared import MANIFEST, prepared_source
+from medct.data.sources import DataError, Deferred, Row, Skipped, Source, read_study
+from medct.data.tables import TUNE_SHARE, Selection
+
+PHANTOMS = "phantoms"
+"""An address that needs no data."""
+PHANTOM_SITE = "B"
+PHANTOM_PATIENTS = {"valid": range(300), "train": range(300, 2300), "tune": range(2300, 2400)}
+
+
+def open_source(
+    address: str,
+    split: str,
+    config: MedCTConfig,
+    *,
+    reconstructions: Literal["one", "all"] = "one",
+    tune_share: float | None = None,
+    limit: int | None = None,
+    version: int = 2,
+    need_reports: bool = False,
+    revision: str | None = None,
+    token: str | None = None,
+) -> Source:
+    """A split of labelled studies, wherever they lie.
+
+    Args:
+        address: Local folder or `hf://datasets/ORG/NAME`: in CT-RATE's layout, with a `metadata.csv`, of prepared
+            shards, or of Parquet with a `Nifti()` column; or one Parquet file. What it is, is seen by what it holds.
+            "phantoms": SYNTHETIC studies, those of `train.py` by default.
+        split: "train", "tune" or "valid". No patient stands in two of them; thresholds are chosen on "tune", so that
+            "valid" stays unseen.
+        config: Of the model: its labels are read.
+        reconstructions: "one" of each scan and epoch, in turn, so that no two studies of a batch share a report; or
+            "all", as studies of their own.
+        tune_share: Share of the train split's patients that make "tune", where the source has no such split: those
+            whose hash is lowest, so always the same. 0.1 by default; of prepared shards what they were prepared with.
+        limit: Only so many studies, the first of a fixed pseudo-random order.
+        version: Of CT-RATE.
+        need_reports: Leave out studies whose report says nothing; they serve where only labels are learned.
+        revision: Branch, tag or commit of a repository.
+        token: For the Hub, instead of the one that is logged in.
+
+    Raises:
+        DataError: If it holds no such thing, or not what the model needs.
+    """
+    share = TUNE_SHARE if tune_share is None else tune_share
+    selection = Selection(split, reconstructions, share, limit, need_reports)
+    if address == PHANTOMS:
+        return _phantom_split(config, selection)
+    if address.endswith(".parquet"):
+        return parquet_source(address, config, selection, revision, token)
+    folder = open_folder(address, revision, token)
+    if folder.file(MANIFEST):
+        return prepared_source(
+            folder.address,
+            split,
+            config,
+            reconstructions=reconstructions,
+            tune_share=tune_share,
+            limit=limit,
+            need_reports=need_reports,
+            token=token,
+        )
+    if files := metadata_files(folder):
+        return metadata_source(folder, files, config, selection)
+    if is_ct_rate(folder):
+        return ct_rate_source(folder, config, selection, version)
+    return parquet_source(address, config, selection, revision, token)
+
+
+def _phantom_split(config: MedCTConfig, selection: Selection) -> Source:
+    """A split of the phantoms that have an address."""
+    if list(config.label_names) != list(CT_CLIP_LABELS):
+        raise DataError(f"{PHANTOMS}: drawn with CT-CLIP's 18 labels. Pass a model that has them.")
+    patients = PHANTOM_PATIENTS[selection.split][: selection.limit]
+    return phantom_source(PHANTOM_SITE, patients, seed=0)
+
+
+def phantom_source(site: str, patients: Sequence[int], seed: int) -> Source:
+    """SYNTHETIC studies, drawn as they are asked for.
+
+    Args:
+        site: Which synthetic hospital, see `phantoms.SITES`.
+        patients: Their numbers; sources of disjoint numbers share no patient.
+        seed: Of the whole cohort.
+    """
+    description = f"{len(patients)} SYNTHETIC phantoms of site {site}"
+    return Source([(patient,) for patient in patients], _DrawPhantom(site, seed), CT_CLIP_LABELS, description)
+
+
+@dataclass(frozen=True)
+class _DrawPhantom:
+    site: str
+    seed: int
+
+    def __call__(self, patient: int) -> Row:
+        study = make_phantom(patient, self.site, self.seed)
+        return {
+            "id": study["VolumeName"],
+            "patient": f"phantom_{self.site.lower()}_{patient}",
+            "report": " ".join(study[column] for column in REPORT_COLUMNS),
+            "labels": [float(study[name]) for name in CT_CLIP_LABELS],
+            "volume": study["volume"],
+            "affine": study["affine"],
+        }
+
+
+__all__ = [
+    "PHANTOMS",
+    "DataError",
+    "Deferred",
+    "Row",
+    "Skipped",
+    "Source",
+    "StudyLoader",
+    "open_source",
+    "phantom_source",
+    "read_study",
+    "report_id",
+    "to_device",
+]

@@ -1,0 +1,271 @@
+"""Studies of a source to batches of the model's inputs.
+
+Unusual: workers read and preprocess single studies, and batches are made in the main process, so that they stay full
+although bad studies are passed by. Studies come in the order of `Source.keys` whatever the number of workers, because
+`datasets` deals them out in turn and torch collects them in turn; so a position is all the state there is.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from medct.configuration_medct import MedCTConfig
+from medct.data.sources import DataError, Deferred, Row, Skipped, Source, read_study, too_many_bad
+from medct.image_processing_medct import MedCTImageProcessor
+from medct.processing_medct import MedCTProcessor
+from medct.volume_io_medct import VolumeError
+
+Batch = dict[str, Any]
+
+
+def report_id(report: str) -> int:
+    """A number that is equal for equal reports; 0 if there is none."""
+    if not report:
+        return 0
+    return int.from_bytes(hashlib.blake2b(report.encode(), digest_size=8).digest(), "big", signed=True)
+
+
+@dataclass(frozen=True)
+class LoadStudy:
+    """Rows to tensors; pickles, for loader processes.
+
+    Args:
+        image_processor: The model's.
+    """
+
+    image_processor: MedCTImageProcessor
+
+    def __call__(self, row: Row) -> Row | Skipped:
+        """The row with `pixel_values` `(1, z, y, x)` instead of `volume`, or why it has none."""
+        try:
+            pixel_values = self._prepared(row) if row.get("prepared") else self._read(row)
+        except Exception as error:  # libraries and file systems each raise their own; none may end days of training
+            return Skipped(row["id"], _reason(error))
+        kept = {name: row[name] for name in ("id", "patient", "report", "labels")}
+        return {**kept, "pixel_values": pixel_values[None]}
+
+    def _read(self, row: Row) -> torch.Tensor:
+        return self.image_processor.process_volume(read_study(row, self.image_processor.orientation))
+
+    def _prepared(self, row: Row) -> torch.Tensor:
+        volume = row["volume"]
+        if isinstance(volume, Deferred):
+            with volume.open() as opened:
+                volume = torch.as_tensor(opened)
+        if list(volume.shape) != list(self.image_processor.image_size):
+            raise VolumeError(row["id"], f"it has shape {tuple(volume.shape)}", "Prepare it for this model")
+        return torch.as_tensor(volume)
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong, in a line; of errors that are not ours only what cannot hold anything of a header."""
+    if isinstance(error, VolumeError | DataError | OSError):
+        return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return type(error).__name__
+
+
+class StudyLoader:
+    """Batches of a source for one process.
+
+    Args:
+        source: What to load.
+        processor: The model's.
+        label_names: The model's; the source must have the same.
+        batch_size: Studies in a batch.
+        with_text: Whether reports are wanted as tokens.
+        seed: Of the order, see `Source.keys`.
+        drop_last: Leave out what does not fill a batch at the end of a pass.
+        rank: Number of this process.
+        world_size: Processes that share the source, each study going to one of them.
+        num_workers: Loader processes; 0 loads in this one.
+        on_bad_sample: Whether a study that cannot be read is passed by and counted, or ends the run.
+        max_bad_share: More than this share of the studies of a pass ends the run all the same; see `too_many_bad`.
+        bad_samples_file: To which a JSON line is appended for each: `id`, `reason`, `epoch`. Each study has one line,
+            however often it is met, by this process or others, or after the run went on.
+
+    Attributes:
+        epoch: Of the pass that iteration makes, or would make next.
+        num_seen: Studies that came so far in the pass that is made, or was made last.
+        num_bad: Those of them that could not be read.
+
+    Memory: at most `num_workers * max(2, ceil(batch_size / num_workers))` volumes are read ahead of the batch that is
+    gathered, in shared memory, however many studies there are. At CT-CLIP's sizes each takes 111 MB from prepared
+    shards and 221 MB otherwise. Besides there are the batch in use, and in each worker what reading a scan takes.
+
+    Raises:
+        DataError: If the labels are not the model's; during iteration, if too many studies are bad.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        processor: MedCTProcessor,
+        label_names: Sequence[str],
+        *,
+        batch_size: int,
+        with_text: bool,
+        seed: int | None = None,
+        drop_last: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        num_workers: int = 0,
+        on_bad_sample: Literal["skip", "raise"] = "skip",
+        max_bad_share: float = 0.05,
+        bad_samples_file: Path | None = None,
+    ):
+        if list(source.label_names) != list(label_names):
+            raise DataError(
+                f"{source.description}: its labels ({', '.join(source.label_names)}) are not the model's "
+                f"({', '.join(label_names)}). Open the source with the model's configuration."
+            )
+        self.source, self.processor = source, processor
+        self.batch_size, self.with_text, self.seed, self.drop_last = batch_size, with_text, seed, drop_last
+        self.rank, self.world_size, self.num_workers = rank, world_size, num_workers
+        self.on_bad_sample, self.max_bad_share = on_bad_sample, max_bad_share
+        self.bad_samples_file = bad_samples_file
+        self.epoch = self.num_seen = self.num_bad = 0
+        self._position = self._start = 0  # of this process, in the pass that is made and in the one to come
+
+    def __iter__(self) -> Iterator[Batch]:
+        """One pass: `pixel_values` `(batch, 1, z, y, x)`, float32, or int16 HU of prepared shards (see `to_device`);
+        `labels` `(batch, labels)`, float32, NaN if unknown; `report_ids` `(batch,)`, equal for equal reports and 0
+        without one; `ids` and `patients`; with text `input_ids` and `attention_mask` `(batch, tokens)`."""
+        self._position, self._start = self._start, 0
+        is_whole, num_batches = not self._position, 0
+        if is_whole:
+            self.num_seen = self.num_bad = 0
+        studies: list[Row] = []
+        for study in self._studies():
+            self._position += 1
+            self.num_seen += 1
+            if isinstance(study, Skipped):
+                self._pass_by(study)
+                continue
+            studies.append(study)
+            del study  # or its volume would stay in shared memory while the batch is used
+            if len(studies) == self.batch_size:
+                num_batches += 1
+                batch, studies = self._batch(studies), []
+                yield batch
+                del batch
+        if studies and not self.drop_last:
+            num_batches += 1
+            yield self._batch(studies)
+        if is_whole and not num_batches:
+            raise DataError(
+                f"{self.source.description}: a pass over it gave process {self.rank + 1} of {self.world_size} no batch "
+                f"of {self.batch_size} ({self.num_bad} of {self.num_seen} studies could not be read). Lower the batch "
+                "size, or check the volumes."
+            )
+        self.epoch += 1
+        self._position = 0
+
+    def _studies(self) -> Iterator[Row | Skipped]:
+        """What is left of this process's studies, in their order."""
+        keys = self.source.keys(self.epoch, self.seed)[self.rank :: self.world_size][self._position :]
+        workers = min(self.num_workers, len(keys))
+        loader = DataLoader(
+            self.source.stream_keys(keys),  # type: ignore[arg-type]
+            batch_size=None,
+            collate_fn=LoadStudy(self.processor.image_processor),  # type: ignore[arg-type]
+            num_workers=workers,
+            # Together the workers are about one batch ahead.
+            prefetch_factor=max(2, math.ceil(self.batch_size / workers)) if workers else None,
+            # Its own, since torch draws a number for each pass: a run that goes on would draw one more.
+            generator=torch.Generator(),
+        )
+        yield from loader
+
+    def _pass_by(self, bad: Skipped) -> None:
+        """Count and list a study that could not be read, or end the run."""
+        self.num_bad += 1
+        if self.bad_samples_file is not None:
+            self._list(bad, self.bad_samples_file)
+        if self.on_bad_sample == "raise":
+            raise DataError(f"{bad.id} cannot be used: {bad.reason}")
+        if too_many_bad(self.num_bad, self.num_seen, self.max_bad_share):
+            raise DataError(
+                f"{self.num_bad} of {self.num_seen} studies cannot be used, more than the allowed share of "
+                f"{self.max_bad_share:g}; the last: {bad.id}: {bad.reason}"
+            )
+
+    def _list(self, bad: Skipped, path: Path) -> None:
+        """Append a line, unless the study has one. They are few, and other processes write, too: so it is looked up."""
+        head = json.dumps({"id": bad.id})[:-1] + ","
+        with path.open("a+") as file:
+            file.seek(0)
+            if not any(line.startswith(head) for line in file):
+                file.write(json.dumps({"id": bad.id, "reason": bad.reason, "epoch": self.epoch}) + "\n")
+
+    def _batch(self, studies: list[Row]) -> Batch:
+        batch = {
+            "pixel_values": self._stack([study["pixel_values"] for study in studies]),
+            "labels": torch.tensor([study["labels"] for study in studies], dtype=torch.float32),
+            "report_ids": torch.tensor([report_id(study["report"]) for study in studies]),
+            "ids": [study["id"] for study in studies],
+            "patients": [study["patient"] for study in studies],
+        }
+        if self.with_text:
+            texts = self.processor(text=[study["report"] for study in studies], return_tensors="pt")
+            batch.update({name: texts[name] for name in ("input_ids", "attention_mask")})
+        return batch
+
+    def _stack(self, volumes: list[torch.Tensor]) -> torch.Tensor:
+        """`(batch, 1, z, y, x)`, in memory of its own unless a single volume was made in this process."""
+        shape = (len(volumes), *volumes[0].shape)
+        if torch.cuda.is_available():  # pinned memory is copied to a GPU while the GPU computes
+            return torch.stack(volumes, out=volumes[0].new_empty(shape, pin_memory=True))
+        if len(volumes) == 1 and not self.num_workers:
+            return volumes[0][None]
+        # numpy asks for huge pages, torch does not, and faulting in small ones costs more than the copy
+        return torch.stack(volumes, out=torch.from_numpy(np.empty(shape, volumes[0].numpy().dtype)))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the pass stands after the batch that came last; picklable."""
+        position = self._position or self._start
+        counts = {"num_seen": self.num_seen, "num_bad": self.num_bad}
+        return {"epoch": self.epoch, "position": position, **counts, **self._identity()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state: the next batch is the one that would have come. The number of workers may differ.
+
+        Raises:
+            DataError: If the state is that of another source, order or number of processes.
+        """
+        for name, value in self._identity().items():
+            if state[name] != value:
+                raise DataError(
+                    f"The saved position is of {name} {state[name]}, and this run has {value}. Go on with the same "
+                    "data and settings, or begin anew."
+                )
+        self.epoch, self._start, self._position = state["epoch"], state["position"], 0
+        self.num_seen, self.num_bad = state["num_seen"], state["num_bad"]
+
+    def _identity(self) -> dict[str, Any]:
+        """What a position depends on."""
+        return {"num_studies": self.source.num_studies, "seed": self.seed, "world_size": self.world_size}
+
+
+def to_device(batch: Batch, device: torch.device | str, config: MedCTConfig) -> Batch:
+    """Move the tensors of a batch; int16 HU of prepared shards become float32 of the model's unit only there."""
+    batch = {
+        name: part.to(device, non_blocking=True) if isinstance(part, torch.Tensor) else part
+        for name, part in batch.items()
+    }
+    volume, vision = batch["pixel_values"], config.vision_config
+    hu_per_unit = vision.hu_per_unit  # type: ignore[union-attr]
+    if volume.dtype == torch.int16 and volume.device.type == "cpu":
+        # Several times as fast as torch, whose allocator asks for no huge pages.
+        values = np.divide(volume.numpy(), np.float32(hu_per_unit), dtype=np.float32)
+        batch["pixel_values"] = torch.from_numpy(values)
+    elif volume.dtype == torch.int16:
+        batch["pixel_values"] = volume.float().div_(hu_per_unit)
+    return batch

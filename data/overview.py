@@ -1,0 +1,314 @@
+"""Show what a source holds before it is trusted.
+
+    medct overview SOURCE --model ct-clip                # counts, and overview.png: samples as the model sees them
+    medct overview SOURCE --split valid --samples 0      # counts only: reads no volume
+
+Takes any source that training takes. Samples are drawn by a seed; each is shown by its three middle slices, upright,
+with the patient's right on the left of the picture.
+"""
+
+import argparse
+import json
+import sys
+import textwrap
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure, SubFigure
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from medct import MedCTConfig, MedCTImageProcessor, MedCTProcessor, VolumeWarning
+from medct.common.files import whole_file
+from medct.data import open_source
+from medct.data.loader import LoadStudy, to_device
+from medct.data.prepare import load_config
+from medct.data.prepared import first_line
+from medct.data.sources import DataError, Row, Skipped, Source
+from medct.volume_medct import affine_from_spacing, axis_order
+
+# Rows of a picture run towards the feet or the back, columns towards the back or the patient's left.
+_UPRIGHT = "IPL"
+_VIEWS = (("axial", "R", "L"), ("coronal", "R", "L"), ("sagittal", "A", "P"))
+_STUDIES_A_LINE = 2
+_STUDY_INCHES = 6.2  # width
+_LINE_INCHES = 2.6  # height
+_HEADER_INCHES = 0.35
+_DOTS_PER_INCH = 110
+_QUANTILES = {"min": 0.0, "q1": 0.25, "median": 0.5, "q3": 0.75, "max": 1.0}
+_TEXTS_AT_ONCE = 256
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Counts
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def summarize(source: Source, tokenizer: PreTrainedTokenizerBase | None = None) -> dict[str, Any]:
+    """Count what a source holds; reads no volume.
+
+    Args:
+        source: Any.
+        tokenizer: The model's; without one, reports are counted in words only.
+
+    Returns:
+        `description`; `num_studies` (of one epoch), `num_volumes` (with all reconstructions), `num_patients`; `labels`:
+        by name `present`, `absent`, `unknown` and `prevalence` among the known, `None` if none is; `no_finding`:
+        studies without any, of those where all are known; `reports`: `missing`, quartiles of `words` and `tokens`,
+        `distinct` and `cut`, that is longer than the model reads; `skipped`: ids by reason.
+    """
+    patients: set[str] = set()
+    reports: Counter[str] = Counter()
+    labels = np.empty((source.num_studies, len(source.label_names)))
+    for index, row in enumerate(tqdm(source.stream(), "overview", source.num_studies, unit="study")):
+        patients.add(row["patient"])
+        reports[row["report"]] += 1
+        labels[index] = row["labels"]
+    skipped: dict[str, list[str]] = {}
+    for study in source.skipped:
+        skipped.setdefault(study.reason, []).append(study.id)
+    is_known = np.isfinite(labels).all(axis=1)
+    return {
+        "description": source.description,
+        "num_studies": source.num_studies,
+        "num_volumes": sum(map(len, source.groups)),
+        "num_patients": len(patients),
+        "labels": {name: _count_label(labels[:, index]) for index, name in enumerate(source.label_names)},
+        "no_finding": {"studies": int((labels[is_known] == 0).all(axis=1).sum()), "known": int(is_known.sum())},
+        "reports": _count_reports(reports, tokenizer),
+        "skipped": skipped,
+    }
+
+
+def _count_label(values: np.ndarray) -> dict[str, Any]:
+    known = values[np.isfinite(values)]
+    return {
+        "present": int((known > 0.5).sum()),
+        "absent": int((known <= 0.5).sum()),
+        "unknown": len(values) - len(known),
+        "prevalence": float((known > 0.5).mean()) if len(known) else None,
+    }
+
+
+def _count_reports(reports: Counter[str], tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
+    missing = reports.pop("", 0)
+    times = list(reports.values())
+    counted = {"missing": missing, "distinct": len(reports), "words": None, "tokens": None, "cut": None}
+    if not reports:
+        return counted
+    counted["words"] = _quantiles([len(text.split()) for text in reports], times)
+    if tokenizer is not None:
+        texts = list(reports)
+        lengths = [
+            len(tokens)
+            for first in range(0, len(texts), _TEXTS_AT_ONCE)
+            for tokens in tokenizer(texts[first : first + _TEXTS_AT_ONCE], verbose=False)["input_ids"]
+        ]
+        counted["tokens"] = _quantiles(lengths, times)
+        most = tokenizer.model_max_length
+        counted["cut"] = sum(count for length, count in zip(lengths, times, strict=True) if length > most)
+    return counted
+
+
+def _quantiles(lengths: Sequence[int], times: Sequence[int]) -> dict[str, int]:
+    """Of lengths that occur several times each."""
+    values = np.quantile(np.repeat(lengths, times), list(_QUANTILES.values()), method="nearest")
+    return dict(zip(_QUANTILES, values.astype(int).tolist(), strict=True))
+
+
+def as_text(summary: dict[str, Any]) -> str:
+    """The counts for people."""
+    lines = [summary["description"], ""]
+    volumes = f", {summary['num_volumes']} volumes" if summary["num_volumes"] != summary["num_studies"] else ""
+    lines += [f"{summary['num_studies']} studies{volumes}, {summary['num_patients']} patients", ""]
+    width = max(map(len, summary["labels"]), default=0)
+    lines.append(f"{'finding':{width}}  prevalence  present   absent  unknown")
+    for name, of in summary["labels"].items():
+        prevalence = "-" if of["prevalence"] is None else f"{of['prevalence']:.3f}"
+        lines.append(f"{name:{width}}  {prevalence:>10}  {of['present']:7}  {of['absent']:7}  {of['unknown']:7}")
+    lines.append(f"no finding: {summary['no_finding']['studies']} of {summary['no_finding']['known']} studies")
+    lines += ["", *_report_lines(summary["reports"], summary["num_studies"]), ""]
+    lines.append(f"{sum(map(len, summary['skipped'].values()))} studies left out before reading")
+    for reason, ids in summary["skipped"].items():
+        lines.append(f"{len(ids):7}  {reason} ({', '.join(ids[:3])}{' ...' if len(ids) > 3 else ''})")
+    return "\n".join(lines)
+
+
+def _report_lines(reports: dict[str, Any], num_studies: int) -> list[str]:
+    lines = [
+        f"{num_studies - reports['missing']} reports, {reports['distinct']} distinct; {reports['missing']} missing"
+    ]
+    for unit in ("words", "tokens"):
+        if reports[unit] is not None:
+            lines.append(f"{unit:6} " + "  ".join(f"{name} {value}" for name, value in reports[unit].items()))
+    if reports["cut"]:
+        lines.append(f"{reports['cut']} reports are longer than the model reads")
+    return lines
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Contact sheet
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def middle_slices(pixel_values: torch.Tensor, config: MedCTConfig) -> list[tuple[np.ndarray, float]]:
+    """The axial, coronal and sagittal slice through the middle, upright.
+
+    Args:
+        pixel_values: `(z, y, x)`, as the model sees it.
+        config: Which says how its axes lie, and its spacing.
+
+    Returns:
+        For each view the picture `(rows, columns)`, and the height of its pixels over their width.
+    """
+    vision = config.vision_config
+    axes, signs = axis_order(affine_from_spacing((1, 1, 1), vision.orientation), _UPRIGHT)
+    upright = pixel_values.numpy().transpose(axes)[tuple(slice(None, None, sign) for sign in signs)]
+    down, back, left = (vision.target_spacing_mm[axis] for axis in axes)
+    z, y, x = (length // 2 for length in upright.shape)
+    return [(upright[z], back / left), (upright[:, y], down / left), (upright[:, :, x], down / back)]
+
+
+def contact_sheet(source: Source, config: MedCTConfig, path: Path, samples: int, seed: int = 0) -> list[Skipped]:
+    """Write a PNG of some studies as the model sees them.
+
+    Args:
+        source: Any.
+        config: Of the model.
+        path: Of the PNG.
+        samples: Studies to show.
+        seed: Of the choice.
+
+    Returns:
+        Those of them that could not be read; the sheet says why.
+    """
+    load = LoadStudy(MedCTImageProcessor.from_config(config.vision_config))
+    keys = source.keys(seed=seed)[:samples]
+    lines = -(-len(keys) // _STUDIES_A_LINE)
+    heights = [_HEADER_INCHES, _LINE_INCHES * lines]
+    figure = Figure(figsize=(_STUDY_INCHES * _STUDIES_A_LINE, sum(heights)), dpi=_DOTS_PER_INCH)
+    FigureCanvasAgg(figure)
+    header, body = figure.subfigures(2, 1, height_ratios=heights)
+    vision = config.vision_config
+    title = f"{source.description}: middle slices, {vision.hu_min:g}..{vision.hu_max:g} HU"
+    header.text(0.01, 0.4, title, fontsize=10, va="center")
+    panels = body.subfigures(lines, _STUDIES_A_LINE, squeeze=False).flat
+    unreadable = []
+    for panel, row in zip(
+        panels, tqdm(source.stream_keys(keys), "contact sheet", len(keys), unit="study"), strict=False
+    ):
+        study = load(row)
+        if isinstance(study, Skipped):
+            unreadable.append(study)
+        _draw_study(panel, row, study, source.label_names, config)
+    with whole_file(path) as aside:
+        figure.savefig(aside, format="png", metadata={"Software": None})
+    return unreadable
+
+
+def _draw_study(
+    panel: SubFigure, row: Row, study: Row | Skipped, label_names: Sequence[str], config: MedCTConfig
+) -> None:
+    """Three pictures below the study's id and findings."""
+    present = [name for name, value in zip(label_names, row["labels"], strict=True) if value > 0.5]
+    unknown = int(np.isnan(row["labels"]).sum())
+    findings = ", ".join(present) or "no finding"
+    if unknown:
+        findings = f"{findings} ({unknown} unknown)" if unknown < len(label_names) else "labels unknown"
+    title = textwrap.fill(findings, 100, max_lines=2, placeholder=" ...")
+    panel.text(0.02, 0.95, row["id"], fontsize=8, fontweight="bold", va="top")
+    panel.text(0.02, 0.895, title, fontsize=7, va="top")
+    if isinstance(study, Skipped):
+        panel.text(0.02, 0.6, textwrap.fill(f"cannot be read: {study.reason}", 90), fontsize=7, color="darkred")
+        return
+    pixel_values = to_device({"pixel_values": study["pixel_values"]}, "cpu", config)["pixel_values"][0]
+    vision = config.vision_config
+    low, high = vision.hu_min / vision.hu_per_unit, vision.hu_max / vision.hu_per_unit
+    axes = panel.subplots(1, 3, gridspec_kw={"left": 0.02, "right": 0.98, "bottom": 0.02, "top": 0.79, "wspace": 0.04})
+    for axis, (picture, aspect), (view, first, last) in zip(
+        axes, middle_slices(pixel_values, config), _VIEWS, strict=True
+    ):
+        axis.imshow(picture, cmap="gray", vmin=low, vmax=high, aspect=aspect, interpolation="nearest")
+        axis.axis("off")
+        axis.set_anchor("N")
+        for x, letter, side in ((0.02, first, "left"), (0.98, last, "right")):
+            axis.text(x, 0.5, letter, transform=axis.transAxes, color="gold", fontsize=7, ha=side, va="center")
+        axis.text(0.02, 0.98, view, transform=axis.transAxes, color="gold", fontsize=6, va="top")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """The command; returns the summary."""
+    config, tokenizer = MedCTConfig(), None
+    if args.model is not None:
+        config = load_config(args.model, args.model_revision)
+        try:
+            tokenizer = MedCTProcessor.from_pretrained(args.model, revision=args.model_revision).tokenizer
+        except (OSError, ValueError) as error:
+            raise DataError(f"{args.model}: no processor ({first_line(error)}) Pass a MedCT model.") from error
+    source = open_source(
+        args.source,
+        args.split,
+        config,
+        reconstructions=args.reconstructions,
+        limit=args.limit,
+        version=args.version,
+        revision=args.revision,
+    )
+    summary = summarize(source, tokenizer)
+    summary["unreadable_samples"] = {}
+    if args.samples:
+        unreadable = contact_sheet(source, config, args.sheet, args.samples, args.seed)
+        summary["unreadable_samples"] = {study.id: study.reason for study in unreadable}
+    return summary
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", help='what to look at: any address that training takes, also "phantoms"')
+    parser.add_argument("--split", choices=["train", "tune", "valid"], default="train", help="default: train")
+    parser.add_argument("--model", metavar="ID_OR_DIR", help="whose grid, labels and tokens (default: CT-CLIP's)")
+    parser.add_argument("--model_revision", metavar="COMMIT", help="commit of the model on the Hub")
+    parser.add_argument("--revision", metavar="COMMIT", help="commit of the source on the Hub")
+    parser.add_argument("--limit", type=int, metavar="N", help="only N studies, always the same ones")
+    parser.add_argument(
+        "--reconstructions",
+        choices=["one", "all"],
+        default="one",
+        help="of a CT-RATE scan that was reconstructed more than once (default: one)",
+    )
+    parser.add_argument("--version", type=int, choices=[1, 2], default=2, help="of CT-RATE (default: 2)")
+    parser.add_argument("--samples", type=int, default=8, metavar="N", help="studies to draw; 0: none (default: 8)")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of samples (default: 0)")
+    parser.add_argument(
+        "--sheet", type=Path, default=Path("overview.png"), metavar="FILE", help="PNG to write (default: overview.png)"
+    )
+    parser.add_argument("--json", action="store_true", help="print the counts as JSON")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    warnings.simplefilter("ignore", VolumeWarning)  # a note for each file would drown the counts
+    try:
+        summary = run(args)
+    except (ValueError, OSError) as error:  # ours, and the file system's: each says what and where
+        sys.exit(f"error: {error}")
+    print(json.dumps(summary, indent=2) if args.json else as_text(summary))
+    if args.samples and not args.json:
+        bad = len(summary["unreadable_samples"])
+        print(f"\n{args.sheet}: {min(args.samples, summary['num_studies'])} samples, {bad} of them unreadable")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,282 @@
+"""Your own studies: a folder with `metadata.csv`, or Parquet with a `Nifti()` column.
+
+`metadata.csv` follows the folder convention of `datasets`: `file_name` (a NIfTI file or a DICOM folder, relative to the
+csv file), `report`, one column a label, and if there are any `patient` and `split`. It stands at the top of the folder,
+or one in each of `train/`, `valid/` (or `validation/`) and `test/`. Parquet has the same columns, `volume` or whatever
+else is a `Nifti()` column in place of `file_name`, and the splits of its repository.
+
+Splits: "valid" is what is called valid, validation, val or test. Where there is both a test split and one of the
+others, test is "valid", and the other is "tune". Without any of them a tenth of the patients is held out. Without a
+column `patient` each study is a patient of its own.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pandas as pd
+import pyarrow as pa
+from datasets import Features, Nifti, load_dataset_builder
+from pyarrow import parquet
+
+from medct.configuration_medct import MedCTConfig
+from medct.data.folders import HUB_ADDRESS, Folder
+from medct.data.sources import DataError, Deferred, Source
+from medct.data.tables import (
+    Selection,
+    Sieve,
+    belongs,
+    check_labels,
+    hash_share,
+    join_text,
+    merge_doubles,
+    read_csv,
+    table_source,
+)
+
+HELD_OUT_SHARE = 0.1
+"""Of the patients, where nothing says which split they belong to."""
+METADATA = "metadata.csv"
+REPORT_COLUMNS = ("report", "findings", "impression", "Findings_EN", "Impressions_EN")
+ID_COLUMNS = ("id", "VolumeName", "file_name")
+_TRAIN, _VALID, _TEST = ("train", "training"), ("valid", "validation", "val"), ("test",)
+_SPLIT_NAMES = (*_TRAIN, "tune", *_VALID, *_TEST)
+
+
+def split_meanings(names: Sequence[str], where: str) -> dict[str, str]:
+    """Our split for each name of one.
+
+    Raises:
+        DataError: If a name is unknown.
+    """
+    for name in names:
+        if name.lower() not in _SPLIT_NAMES:
+            raise DataError(f"{where}: has the split {name!r}. Call its splits train, tune, valid or test.")
+    has_test = any(name.lower() in _TEST for name in names)
+    has_tune = "tune" in (name.lower() for name in names)
+    of_valid = "tune" if has_test and not has_tune else "valid"
+    if has_test and has_tune and any(name.lower() in _VALID for name in names):
+        raise DataError(f"{where}: has a tune, a validation and a test split. Name one of the last two otherwise.")
+    meanings = dict.fromkeys(_TRAIN, "train") | dict.fromkeys(_VALID, of_valid) | {"test": "valid", "tune": "tune"}
+    return {name: meanings[name.lower()] for name in names}
+
+
+def choose_split(table: pd.DataFrame, selection: Selection, where: str) -> tuple[pd.DataFrame, str]:
+    """The rows of one split, and how it was made.
+
+    Args:
+        table: With `patient` and `split`, empty where nothing says it.
+        selection: Which split, and how large a tune split is made where there is none.
+        where: For messages.
+
+    Raises:
+        DataError: If a patient stands in two splits, or only some rows have one.
+    """
+    named = table["split"] != ""
+    how = ""
+    if named.any():
+        if not named.all():
+            raise DataError(f"{where}: {int((~named).sum())} rows have no split. Fill it in.")
+        table = table.assign(split=table["split"].map(split_meanings(list(table["split"].unique()), where)))
+    if "valid" not in set(table["split"]):
+        shares = {name: hash_share(name, "valid") for name in table["patient"].unique()}
+        is_held_out = table["patient"].map(shares) < HELD_OUT_SHARE
+        table = table.assign(split=table["split"].mask(table["split"] == "", "train").mask(is_held_out, "valid"))
+        how = f", split by a hash of the patient: {HELD_OUT_SHARE:.0%} held out"
+    doubled = table.groupby("patient")["split"].nunique() > 1
+    if doubled.any():
+        raise DataError(
+            f"{where}: {int(doubled.sum())} patients stand in several splits, so scores would be too good. Give each "
+            "patient one split."
+        )
+    if "tune" not in set(table["split"]) and selection.split != "valid":
+        trained = table[table["split"] == "train"]
+        return trained[belongs(trained["patient"], selection.split, selection.tune_share)], how
+    return table[table["split"] == selection.split], how
+
+
+def tidy(table: pd.DataFrame, config: MedCTConfig, where: str) -> pd.DataFrame:
+    """A table of studies as `study_tables` describes it, from one that has `id`, `volume` and columns as text."""
+    parts = [table[column] for column in REPORT_COLUMNS if column in table]
+    reports = [join_text(*part) for part in zip(*parts, strict=True)] if parts else [""] * len(table)
+    table = check_labels(table, config.label_names, where)
+    for column in ("patient", "split"):
+        if column not in table:
+            table = table.assign(**{column: table["id"] if column == "patient" else ""})
+        table = table.assign(**{column: table[column].astype(str).str.strip()})
+    if (table["patient"] == "").any():
+        raise DataError(f"{where}: {int((table['patient'] == '').sum())} rows have an empty 'patient'. Fill it in.")
+    columns = ["id", "patient", "split", "volume", *config.label_names]
+    return table[columns].assign(report=reports)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A folder with metadata.csv
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def metadata_files(folder: Folder) -> dict[str, Path]:
+    """`metadata.csv` at the top (under ""), or those of the split folders (under their names)."""
+    if path := folder.file(METADATA):
+        return {"": path}
+    found = {name: folder.file(f"{name}/{METADATA}") for name in ("train", "tune", *_VALID, *_TEST)}
+    return {name: path for name, path in found.items() if path}
+
+
+def metadata_source(folder: Folder, files: dict[str, Path], config: MedCTConfig, selection: Selection) -> Source:
+    """A split of a folder with `metadata.csv`; see the top of this file.
+
+    Args:
+        folder: Relative to which the files lie.
+        files: From `metadata_files`.
+        config: Whose labels are read.
+        selection: Which studies.
+
+    Raises:
+        DataError: If a column is missing, a label is none, or nothing is left.
+    """
+    tables = []
+    for split, path in files.items():
+        shown = f"{folder}/{split}/{METADATA}" if split else f"{folder}/{METADATA}"
+        table = read_csv(path, ["file_name", *config.label_names], ("patient", "split", *REPORT_COLUMNS), shown)
+        table = merge_doubles(table, "file_name", shown)
+        names = f"{split}/" + table["file_name"] if split else table["file_name"]
+        table = table.assign(id=names, volume=names)
+        tables.append(tidy(table.assign(split=split) if split else table, config, shown))
+    chosen, how = choose_split(pd.concat(tables, ignore_index=True), selection, str(folder))
+    sieve = Sieve(chosen.drop(columns="split"))
+    sieve.drop(~sieve.table["volume"].map(folder.has_volume).astype(bool), "no such file")
+    return table_source(sieve, config.label_names, folder.volume, selection, f"{folder}{how}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parquet with a Nifti() column
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ParquetVolume(Deferred):
+    """A volume in a Parquet file."""
+
+    path: str
+    row_group: int
+    row: int
+    column: str
+    options: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    @contextlib.contextmanager
+    def open(self) -> Iterator[dict[str, Any]]:
+        """Gives an undecoded `datasets.Nifti()` value: `bytes`, or the `path` of a file.
+
+        Raises:
+            OSError, pyarrow.ArrowException: If it cannot be fetched or is damaged.
+        """
+        with fsspec.open(self.path, "rb", **self.options) as file:
+            # Arrow checks pages only if it is told to; without it flipped bits read as wrong voxels.
+            shard = parquet.ParquetFile(file, page_checksum_verification=True)
+            table = shard.read_row_group(self.row_group, columns=[self.column], use_threads=False)
+        yield table.column(self.column)[self.row].as_py()
+
+
+@dataclass(frozen=True)
+class ParquetVolumes:
+    """Makes the volume of a cell `(file, row group, row)`."""
+
+    paths: tuple[str, ...]
+    column: str
+    options: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    def __call__(self, cell: tuple[int, int, int]) -> ParquetVolume:
+        file, row_group, row = cell
+        return ParquetVolume(self.paths[file], row_group, row, self.column, self.options)
+
+
+def parquet_source(
+    address: str, config: MedCTConfig, selection: Selection, revision: str | None = None, token: str | None = None
+) -> Source:
+    """A split of Parquet files, or of a `datasets` repository that is stored so, with a `Nifti()` column.
+
+    Only text and labels are read before the first volume is asked for, once.
+
+    Args:
+        address: Parquet file, folder, or `hf://datasets/ORG/NAME`.
+        config: Whose labels are read.
+        selection: Which studies.
+        revision: Of the repository.
+        token: For it.
+
+    Raises:
+        DataError: If it holds no Parquet, no or several `Nifti()` columns, or a label is missing.
+    """
+    files = _data_files(address, revision, token)
+    options = {"token": token} if token and address.startswith(HUB_ADDRESS) else {}
+    split_of = {path: split for split, paths in files.items() for path in paths}
+    paths = tuple(split_of)
+    tables, columns = [], set()
+    for number, path in enumerate(paths):
+        table, column = _light_columns(path, number, options, config)
+        tables.append(table.assign(split=split_of[path] if len(files) > 1 else table.get("split", "")))
+        columns.add(column)
+    if len(columns) != 1:
+        raise DataError(f"{address}: its files have different volume columns ({', '.join(sorted(columns))}).")
+    table = tidy(merge_doubles(pd.concat(tables, ignore_index=True), "id", address), config, address)
+    chosen, how = choose_split(table, selection, address)
+    volumes = ParquetVolumes(paths, columns.pop(), options)
+    return table_source(Sieve(chosen.drop(columns="split")), config.label_names, volumes, selection, f"{address}{how}")
+
+
+def _data_files(address: str, revision: str | None, token: str | None) -> dict[str, list[str]]:
+    """The Parquet files of each split."""
+    if address.endswith(".parquet"):
+        return {"train": [address]}
+    try:
+        name = address.removeprefix(HUB_ADDRESS)
+        builder = load_dataset_builder(name, revision=revision, token=token)
+    except Exception as error:  # of several libraries
+        raise DataError(
+            f"{address}: no CT-RATE layout, no {METADATA}, and no dataset ({type(error).__name__}). Pass CT-RATE's "
+            f"folder, or one with a {METADATA}, or Parquet files with a Nifti() column."
+        ) from error
+    if builder.dataset_name is None or builder.name != "parquet" or not builder.config.data_files:
+        raise DataError(
+            f"{address}: no CT-RATE layout, no {METADATA}, and stored as {builder.name}. Write it as Parquet with "
+            "`Dataset.push_to_hub` or `Dataset.to_parquet`."
+        )
+    return {str(split): [str(path) for path in paths] for split, paths in builder.config.data_files.items()}
+
+
+def _light_columns(path: str, number: int, options: dict[str, Any], config: MedCTConfig) -> tuple[pd.DataFrame, str]:
+    """All but the volumes of a Parquet file, with where each of them lies; and the name of their column."""
+    try:
+        with fsspec.open(path, "rb", **options) as file:
+            shard = parquet.ParquetFile(file)
+            column = _volume_column(path, shard.schema_arrow)
+            wanted = [*config.label_names, *ID_COLUMNS, *REPORT_COLUMNS, "patient", "split"]
+            missing = [name for name in config.label_names if name not in shard.schema_arrow.names]
+            if missing:
+                raise DataError(f"{path}: has no column {missing[0]!r}. Add it, or pass a model with its labels.")
+            table = shard.read([name for name in wanted if name in shard.schema_arrow.names]).to_pandas()
+            sizes = [shard.metadata.row_group(group).num_rows for group in range(shard.num_row_groups)]
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{path}: no readable Parquet file ({type(error).__name__}). Copy it again.") from error
+    cells = [(number, group, row) for group, size in enumerate(sizes) for row in range(size)]
+    names = next((table[name].astype(str) for name in ID_COLUMNS if name in table), None)
+    if names is None:
+        names = [f"{Path(path).name}, row {row}" for row in range(len(cells))]
+    text = {name: table[name].fillna("").astype(str) for name in table if name not in config.label_names}
+    return table.assign(**text).assign(id=names, volume=cells), column
+
+
+def _volume_column(path: str, schema: pa.Schema) -> str:
+    features = Features.from_arrow_schema(schema)
+    columns = [name for name, feature in features.items() if isinstance(feature, Nifti)]
+    if len(columns) != 1:
+        found = f"the Nifti() columns {', '.join(columns)}" if columns else "no Nifti() column"
+        raise DataError(f"{path}: has {found}. Keep one, cast with `cast_column(name, datasets.Nifti())`.")
+    return columns[0]
+
+
+__all__ = ["METADATA", "metadata_files", "metadata_source", "parquet_source", "split_meanings"]

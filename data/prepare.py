@@ -1,0 +1,513 @@
+"""Turn any source of studies into prepared shards: preprocessed once, streamed many times faster afterwards.
+
+    medct prepare SOURCE OUTPUT --model ct-clip
+    medct prepare SOURCE OUTPUT --model ct-clip --push_to_hub ORG/NAME       # to a private Hub dataset
+    torchrun --nproc_per_node 16 -m medct.cli prepare SOURCE OUTPUT ...      # any number of processes and machines
+
+The output is a folder of Parquet files that `load_dataset` reads without this project, and that training streams
+(`prepared.py` describes it). A file appears when it is complete, so a run that was stopped goes on where it was:
+start it again. Which study goes into which file depends on the source alone, never on the number of processes.
+`manifest.json` is written when the last file is there, by whichever process finds that.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from huggingface_hub import DatasetCard, DatasetCardData, HfApi
+from huggingface_hub.errors import HfHubHTTPError
+from pyarrow import parquet
+from tqdm import tqdm
+
+from medct import MedCTConfig, MedCTImageProcessor, VolumeError, VolumeWarning
+from medct.common.files import whole_file
+from medct.data import open_source
+from medct.data.prepared import FEATURES, FORMAT, MANIFEST, first_line, grid_settings, nifti_header, shard_name
+from medct.data.sources import DataError, Source, read_study, too_many_bad
+from medct.data.tables import TUNE_SHARE
+
+SCHEMA = FEATURES.arrow_schema
+LICENCE_NOTE = (
+    "The licence of the source holds for these shards. Volumes and reports derived from CT-RATE are CC-BY-NC-SA 4.0 "
+    "and may not be redistributed: keep them private."
+)
+_CARD = """---
+{{ card_data }}
+---
+
+# Prepared chest CT
+
+{{ description }}
+
+{{ licence_note }}
+
+Each row is one study: `volume` (NIfTI, int16 HU, {{ settings.image_size }} voxels (z, y, x) of about
+{{ settings.target_spacing_mm }} mm, clipped to {{ settings.hu_min }}..{{ settings.hu_max }} HU, z, y, x growing towards
+{{ settings.orientation }}), `report`, `labels` (in the order of `label_names` in `manifest.json`; NaN: unknown), `id`,
+`patient` and the `sha256` of the voxels.
+
+```python
+from datasets import load_dataset
+
+studies = load_dataset("ORG/NAME or folder", split="{{ split }}", streaming=True)
+image = next(iter(studies))["volume"]  # a nibabel image
+```
+
+| split | studies | skipped | files |
+| --- | ---: | ---: | ---: |
+{{ table }}
+"""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One study
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Preparer:
+    """Rows of a source to rows of a shard. Holds the memory that all studies share.
+
+    Args:
+        config: Of the model that the shards are for.
+
+    Raises:
+        DataError: If int16 cannot hold the model's window.
+    """
+
+    def __init__(self, config: MedCTConfig):
+        vision = config.vision_config
+        if not -(2**15) <= vision.hu_min < vision.hu_max < 2**15:
+            raise DataError(f"The window {vision.hu_min}..{vision.hu_max} HU does not fit int16, as shards hold it.")
+        self.processor = MedCTImageProcessor.from_config(vision)
+        self.processor.hu_per_unit = 1  # `process_volume` then gives HU
+        self._hu = torch.empty(*vision.image_size)
+
+    def __call__(self, row: dict[str, Any]) -> tuple[pa.Table, tuple[str, ...]]:
+        """One study as a table of one row, and what was remarked on while reading it.
+
+        Raises:
+            VolumeError: If its volume cannot be used.
+        """
+        if row.get("prepared"):
+            raise DataError("The source is prepared already. Pass the one that it was made of.")
+        volume = read_study(row, self.processor.orientation)
+        self.processor.process_volume(volume, out=self._hu)
+        geometry = self.processor.geometry(volume)
+        notes = volume.notes
+        del volume  # a scan, or twice that, before the next copy is made
+        # Positions there are (z, y, x); the file counts (x, y, z).
+        affine = (geometry.affine @ geometry.voxel_of_position)[:, [2, 1, 0, 3]]
+        header = nifti_header(tuple(self._hu.shape), affine)
+        data = np.empty(len(header) + 2 * self._hu.numel(), np.uint8)
+        data[: len(header)] = np.frombuffer(header, np.uint8)
+        voxels = data[len(header) :].view("<i2")
+        np.copyto(voxels, self._hu.round_().numpy().reshape(-1), casting="unsafe")
+        columns = {name: row[name] for name in ("id", "patient", "report", "labels")}
+        arrays = [pa.array([value], SCHEMA.field(name).type) for name, value in columns.items()]
+        digest = hashlib.sha256(voxels.data).hexdigest()
+        return pa.Table.from_arrays([*arrays, pa.array([digest]), _volume_column(data)], schema=SCHEMA), notes
+
+
+def _volume_column(data: np.ndarray) -> pa.Array:
+    """One `Nifti()` value that holds these bytes themselves; `pa.array` would copy them twice."""
+    offsets = pa.py_buffer(np.array([0, len(data)], np.int32))
+    content = pa.Array.from_buffers(pa.binary(), 1, [None, offsets, pa.py_buffer(data)])
+    return pa.StructArray.from_arrays([content, pa.nulls(1, pa.string())], fields=list(SCHEMA.field("volume").type))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One shard
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A file to be: some neighbouring studies of a split.
+
+    Args:
+        folder: Of all shards.
+        name: Without suffix.
+        split: Which it belongs to.
+        source: Of the studies.
+        keys: Number of the scan, and the source's key, of each study.
+    """
+
+    folder: Path
+    name: str
+    split: str
+    source: Source
+    keys: Sequence[tuple[int, int]]
+
+    @property
+    def path(self) -> Path:
+        return self.folder / "data" / f"{self.name}.parquet"
+
+    @property
+    def record_path(self) -> Path:
+        """Counts, and what was skipped and remarked on: JSON, written after the file."""
+        return self.folder / "records" / f"{self.name}.json"
+
+    def record(self) -> dict[str, Any] | None:
+        """What was written, or `None` while the shard is to be made."""
+        if not self.record_path.is_file() or not self.path.is_file():
+            return None
+        record = json.loads(self.record_path.read_text())
+        return record if self.path.stat().st_size == record["file"]["num_bytes"] else None
+
+    def write(self, prepare: Preparer, bar: tqdm) -> list[dict[str, str]]:
+        """Make the file and its record; returns `id` and `reason` of what was skipped."""
+        skipped: list[dict[str, str]] = []
+        remarks: list[dict[str, str]] = []
+        scans: list[int] = []
+        without_report: list[int] = []
+        with (
+            whole_file(self.path) as aside,
+            parquet.ParquetWriter(
+                aside,
+                SCHEMA,
+                compression="zstd",
+                compression_level=3,
+                use_dictionary=False,
+                write_statistics=False,
+                write_page_checksum=True,
+            ) as writer,
+        ):
+            for scan, key in self.keys:
+                row = self.source.read(key)
+                try:
+                    table, notes = prepare(row)
+                except DataError:
+                    raise
+                except Exception as error:  # libraries and file systems each raise their own
+                    skipped.append({"id": row["id"], "reason": reason_of(error)})
+                else:
+                    # A row group each, so that a study can be read without its neighbours.
+                    writer.write_table(table, row_group_size=1)
+                    if not row["report"]:
+                        without_report.append(len(scans))
+                    scans.append(scan)
+                    remarks += [{"id": row["id"], "remark": note} for note in notes]
+                bar.update()
+        with self.path.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        file = {"path": f"data/{self.path.name}", "num_bytes": self.path.stat().st_size, "sha256": sha256}
+        # Rows of one scan's reconstructions have the same number; rows without a report are counted from 0.
+        file |= {"num_studies": len(scans), "scans": scans, "without_report": without_report}
+        _write_json(self.record_path, {"file": file, "skipped": skipped, "remarks": remarks})
+        return skipped
+
+
+def reason_of(error: Exception) -> str:
+    """Why a study was skipped, in a line, without the path, which tells of this machine, or anything from a header."""
+    if isinstance(error, VolumeError):
+        return error.reason or str(error)
+    return f"{type(error).__name__}: {error.strerror}" if getattr(error, "strerror", None) else type(error).__name__
+
+
+def _write_json(path: Path, content: Any) -> None:
+    with whole_file(path) as aside:
+        aside.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The whole folder
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def shards_of(folder: Path, split: str, source: Source, settings: dict[str, Any]) -> list[Shard]:
+    """All files to be of a split, in order."""
+    last = 1 if settings["reconstructions"] == "one" else None
+    keys = [(scan, key) for scan, group in enumerate(source.groups) for key in group[:last]]
+    size = settings["studies_per_shard"]
+    count = math.ceil(len(keys) / size)
+    return [
+        Shard(folder, shard_name(split, index, count), split, source, keys[index * size : (index + 1) * size])
+        for index in range(count)
+    ]
+
+
+def claim(folder: Path, settings: dict[str, Any]) -> None:
+    """Note the settings in the folder, or compare them with those that its files were made with.
+
+    Raises:
+        DataError: If they are others.
+    """
+    path = folder / "records" / "settings.json"
+    for name in ("data", "records"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    if not path.is_file():
+        _write_json(path, settings)
+    found = json.loads(path.read_text())
+    for name in sorted(settings.keys() | found.keys()):
+        if settings.get(name) != found.get(name):
+            raise DataError(
+                f"{folder}: begun with `{name}` {_brief(found.get(name))}, not {_brief(settings.get(name))}. Go on "
+                "with the same settings, or choose another folder."
+            )
+
+
+def _brief(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def finish(
+    folder: Path, shards: dict[str, list[Shard]], sources: dict[str, Source], settings: dict[str, Any]
+) -> dict | None:
+    """Write manifest and card if all files are there.
+
+    Returns:
+        The manifest, the same whoever writes it; `None` while files are missing.
+    """
+    splits = {}
+    for split, source in sources.items():
+        records = [shard.record() for shard in shards[split]]
+        if None in records:
+            return None
+        left_out = [{"id": study.id, "reason": study.reason} for study in source.skipped]
+        splits[split] = {
+            "description": source.description,
+            "num_studies": sum(record["file"]["num_studies"] for record in records),
+            "files": [record["file"] for record in records],
+            "skipped": left_out + [study for record in records for study in record["skipped"]],
+            "remarks": [study for record in records for study in record["remarks"]],
+        }
+    manifest = {"format": FORMAT, "licence_note": LICENCE_NOTE, "settings": settings, "splits": splits}
+    for left in (folder / "data").glob(".*.partial-*"):  # of processes that were killed
+        left.unlink(missing_ok=True)
+    with whole_file(folder / "README.md") as aside:
+        aside.write_text(card(manifest))
+    _write_json(folder / MANIFEST, manifest)
+    return manifest
+
+
+def card(manifest: dict[str, Any]) -> str:
+    """The page of a Hub dataset, whose front matter tells `load_dataset` which files are which split."""
+    splits = {split: found for split, found in manifest["splits"].items() if found["num_studies"]}
+    data_files = [{"split": split, "path": f"data/{split}-*.parquet"} for split in splits]
+    data = DatasetCardData(
+        configs=[{"config_name": "default", "data_files": data_files}], tags=["medical", "ct"], viewer=False
+    )
+    rows = [
+        f"| {split} | {found['num_studies']} | {len(found['skipped'])} | {len(found['files'])} |"
+        for split, found in manifest["splits"].items()
+    ]
+    rendered = DatasetCard.from_template(
+        data,
+        template_str=_CARD,
+        description=" ".join(f"{split}: {found['description']}." for split, found in manifest["splits"].items()),
+        licence_note=manifest["licence_note"],
+        settings=manifest["settings"],
+        split=next(iter(splits), "train"),
+        table="\n".join(rows),
+    )
+    return str(rendered)
+
+
+def push(folder: Path, repo_id: str) -> str:
+    """Upload a finished folder to a private Hub dataset, going on where an earlier upload stopped; returns its address.
+
+    Raises:
+        DataError: If the dataset is public, or the Hub refuses.
+    """
+    api = HfApi()
+    try:
+        api.create_repo(repo_id, repo_type="dataset", private=True, exist_ok=True)
+        if not api.repo_info(repo_id, repo_type="dataset").private:
+            raise DataError(
+                f"{repo_id} is public, and patients' scans are not. Make it private, or choose another name."
+            )
+        api.upload_folder(
+            repo_id=repo_id,
+            repo_type="dataset",
+            folder_path=folder,
+            allow_patterns=["README.md", MANIFEST, "data/*.parquet"],
+            commit_message="Prepared shards",
+        )
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(
+            f"{repo_id}: not uploaded ({first_line(error)}). Check the name and `hf auth login`, then start again."
+        ) from error
+    return f"hf://datasets/{repo_id}"
+
+
+def prepare(
+    sources: dict[str, Source],
+    config: MedCTConfig,
+    folder: Path,
+    settings: dict[str, Any],
+    rank: int = 0,
+    world_size: int = 1,
+    retry_skipped: bool = False,
+    max_skipped_share: float = 0.05,
+) -> dict[str, Any] | None:
+    """Make this process's share of the files that are not there yet.
+
+    Args:
+        sources: Of each split.
+        config: Of the model that the shards are for.
+        folder: Output, which all processes share.
+        settings: What decides the content of the files: `reconstructions`, `studies_per_shard`, and anything else
+            that should be in the manifest and be the same when a run goes on.
+        rank: Number of this process.
+        world_size: Processes in all.
+        retry_skipped: Make files again in which studies were skipped.
+        max_skipped_share: If more of this process's studies cannot be read, it stops; see `too_many_bad`.
+
+    Returns:
+        The manifest if all files of all processes are there.
+
+    Raises:
+        DataError: If the folder was begun with other settings, or too many studies cannot be read.
+    """
+    preparer = Preparer(config)
+    shards = {split: shards_of(folder, split, source, settings) for split, source in sources.items()}
+    num_studies = {split: sum(len(shard.keys) for shard in shards[split]) for split in sources}
+    settings = {**grid_settings(config), **settings, "num_studies": num_studies}
+    claim(folder, settings)
+    mine = [shard for of_split in shards.values() for shard in of_split][rank::world_size]
+    mine = [shard for shard in mine if _is_wanted(shard, retry_skipped)]
+    with tqdm(
+        total=sum(len(shard.keys) for shard in mine), desc=f"prepare ({rank + 1} of {world_size})", unit="study"
+    ) as bar:
+        num_skipped = 0
+        for shard in mine:
+            skipped = shard.write(preparer, bar)
+            num_skipped += len(skipped)
+            bar.set_postfix(skipped=num_skipped)
+            if too_many_bad(num_skipped, bar.n, max_skipped_share):
+                raise DataError(
+                    f"{num_skipped} of {bar.n} studies could not be read, more than the allowed share of "
+                    f"{max_skipped_share:g}; the last: {skipped[-1]['id']}: {skipped[-1]['reason']}. Mend the source "
+                    "and go on with --retry_skipped, or allow more."
+                )
+    return finish(folder, shards, sources, settings)
+
+
+def _is_wanted(shard: Shard, retry_skipped: bool) -> bool:
+    record = shard.record()
+    return record is None or (retry_skipped and bool(record["skipped"]))
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", help='what to prepare: any address that training takes, also "phantoms"')
+    parser.add_argument("output", type=Path, help="folder to make, or to go on with; all processes share it")
+    parser.add_argument(
+        "--model", metavar="ID_OR_DIR", help="whose grid, window and labels to use (default: CT-CLIP's)"
+    )
+    parser.add_argument("--model_revision", metavar="COMMIT", help="commit of the model on the Hub")
+    parser.add_argument("--revision", metavar="COMMIT", help="commit of the source on the Hub")
+    parser.add_argument(
+        "--splits", nargs="+", default=["train", "tune", "valid"], choices=["train", "tune", "valid"],
+        help="which to prepare (default: all three)",
+    )  # fmt: skip
+    parser.add_argument("--limit", type=int, metavar="N", help="only N studies of each split, always the same ones")
+    parser.add_argument(
+        "--reconstructions", choices=["one", "all"], default="one",
+        help="of a CT-RATE scan that was reconstructed more than once (default: one)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--tune_share", type=float, default=TUNE_SHARE, metavar="SHARE",
+        help=f"share of the training patients that become the split `tune` (default: {TUNE_SHARE})",
+    )  # fmt: skip
+    parser.add_argument("--version", type=int, choices=[1, 2], default=2, help="of CT-RATE (default: 2)")
+    parser.add_argument(
+        "--studies_per_shard", type=int, default=12, metavar="N",
+        help="studies of a file at the most (default: 12, about 0.4 GB at CT-CLIP's sizes)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--rank", type=int, default=int(os.environ.get("RANK", 0)), metavar="I",
+        help="number of this process, from 0 (default: RANK, which torchrun and accelerate set)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--world_size", type=int, default=int(os.environ.get("WORLD_SIZE", 1)), metavar="N",
+        help="number of processes on all machines (default: WORLD_SIZE)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--retry_skipped", action="store_true", help="make files again in which unreadable studies were skipped"
+    )
+    parser.add_argument(
+        "--max_skipped_share", type=float, default=0.05, metavar="SHARE",
+        help="stop if a greater share of the studies cannot be read (default: 0.05)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--push_to_hub",
+        metavar="ORG/NAME",
+        help="upload the finished folder to this Hub dataset, which is made private",
+    )
+    args = parser.parse_args(argv)
+    if args.studies_per_shard < 1 or not 0 <= args.rank < args.world_size:
+        parser.error("--studies_per_shard must be 1 or more, and --rank from 0 to --world_size - 1")
+    return args
+
+
+def run(args: argparse.Namespace) -> str:
+    """The command; returns what to tell."""
+    config = MedCTConfig() if args.model is None else load_config(args.model, args.model_revision)
+    choices = {name: getattr(args, name) for name in ("limit", "tune_share", "version", "revision")}
+    # All reconstructions of a scan are in its group, whichever of them are prepared.
+    sources = {split: open_source(args.source, split, config, **choices) for split in args.splits}
+    settings = {"source": args.source, **choices}
+    settings |= {name: getattr(args, name) for name in ("reconstructions", "studies_per_shard")}
+    manifest = prepare(
+        sources,
+        config,
+        args.output,
+        settings,
+        args.rank,
+        args.world_size,
+        args.retry_skipped,
+        args.max_skipped_share,
+    )
+    if manifest is None:
+        return f"Done here; other processes still make theirs. {args.output} is complete when it has a {MANIFEST}."
+    counts = [f"{found['num_studies']} {split}" for split, found in manifest["splits"].items()]
+    skipped = sum(len(found["skipped"]) for found in manifest["splits"].values())
+    told = f"{args.output}: {', '.join(counts)} studies, {skipped} skipped, see {MANIFEST}."
+    if args.push_to_hub:
+        told += f" Uploaded to {push(args.output, args.push_to_hub)}."
+    return told
+
+
+def load_config(model: str, revision: str | None) -> MedCTConfig:
+    """The configuration of a model on the Hub or in a folder.
+
+    Raises:
+        DataError: If there is none, or it is of another model.
+    """
+    try:
+        values, _ = MedCTConfig.get_config_dict(model, revision=revision)
+        if values.get("model_type") != MedCTConfig.model_type:
+            raise DataError(f"{model}: a model of type {values.get('model_type')!r}. Pass a MedCT model.")
+        return MedCTConfig.from_dict(values)
+    except OSError as error:
+        raise DataError(f"{model}: no model ({first_line(error)}) Pass a Hub id or a folder.") from error
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    # They are in the manifest, beside the study that they belong to.
+    warnings.simplefilter("ignore", VolumeWarning)
+    try:
+        told = run(args)
+    except (ValueError, OSError) as error:  # ours, and the file system's: each says what and where
+        sys.exit(f"error: {error}")
+    print(told)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,410 @@
+"""Prepared shards: Parquet files of preprocessed scans, and how they are streamed back.
+
+A folder of prepared shards, on a disk or in a Hub dataset repository:
+
+    data/train-00000-of-00003.parquet     8-16 studies each, one study a row group
+    manifest.json                         settings, counts, SHA-256 of the files, what was skipped and why
+    README.md                             dataset card; `load_dataset(folder)` finds the splits by it
+
+A study's volume is an uncompressed `.nii` in a `datasets.Nifti()` column: int16 HU on the model's grid with an affine.
+`load_dataset` gives a nibabel image without any code of this project.
+
+What is unusual:
+    * Rows are found by the manifest, without reading the footer of every file first, and each is a shard of the stream:
+      a full permutation without a buffer, exact resume, and an even division among processes.
+    * The volume of a row is read when it is first asked for, so that looking at ids, labels and reports costs little,
+      and a damaged volume is one bad sample instead of the end of the stream.
+    * Arrow checks the checksums of pages only if it is told to; without that, flipped bits read as wrong voxels.
+"""
+
+import bisect
+import contextlib
+import itertools
+import json
+import math
+import struct
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import fsspec
+import nibabel
+import numpy as np
+import pyarrow as pa
+import torch
+from datasets import Features, List, Nifti, Value
+from pyarrow import parquet
+
+from medct.byte_sources_medct import is_address
+from medct.configuration_medct import MedCTConfig
+from medct.data.sources import DataError, Deferred, Row, Skipped, Source
+from medct.volume_medct import VolumeError
+
+FORMAT = 1
+"""To be raised when shards are written in another way, or preprocessing gives other voxels."""
+MANIFEST = "manifest.json"
+FEATURES = Features(
+    {
+        "id": Value("string"),
+        "patient": Value("string"),
+        "report": Value("string"),
+        "labels": List(Value("float32")),  # in the order of the manifest's label names; NaN where unknown
+        "sha256": Value("string"),  # of the voxels, as they lie in the file
+        "volume": Nifti(),
+    }
+)
+_NIFTI_HEADER_BYTES = 352
+_INT16 = 4  # NIfTI's code
+_WAITS_S = (1, 2)
+"""Before what was to be fetched is tried again; the file system itself tries some requests again, not all."""
+
+
+def grid_settings(config: MedCTConfig) -> dict[str, Any]:
+    """What of a model decides the content of prepared shards."""
+    vision = config.vision_config
+    return {
+        "image_size": list(vision.image_size),
+        "target_spacing_mm": [float(step) for step in vision.target_spacing_mm],
+        "orientation": vision.orientation,
+        "hu_min": float(vision.hu_min),
+        "hu_max": float(vision.hu_max),
+        "label_names": config.label_names,
+    }
+
+
+def shard_name(split: str, index: int, count: int) -> str:
+    """The name of a shard without suffix, in the form in which `load_dataset` finds splits."""
+    return f"{split}-{index:05d}-of-{count:05d}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One volume
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def nifti_header(shape: tuple[int, int, int], affine: np.ndarray) -> bytes:
+    """What stands before the voxels of an int16 volume in a `.nii`.
+
+    Args:
+        shape: `(z, y, x)`; x runs fastest in memory, so the file's axes are (x, y, z).
+        affine: `(4, 4)`, file voxel `(x, y, z)` to patient millimetres, RAS+.
+    """
+    header = nibabel.Nifti1Header()
+    header.set_data_dtype(np.int16)
+    header.set_data_shape(shape[::-1])
+    header.set_sform(affine, code="scanner")
+    header.set_qform(affine, code="scanner")
+    header.set_xyzt_units("mm")
+    header.set_slope_inter(1, 0)
+    header["vox_offset"] = _NIFTI_HEADER_BYTES
+    return header.as_byteswapped("<").binaryblock + bytes(4)  # no extensions follow
+
+
+def decode_nifti(data: pa.Buffer, shape: tuple[int, int, int], name: str) -> torch.Tensor:
+    """The voxels of an uncompressed int16 `.nii` as a view of its bytes.
+
+    Args:
+        data: The whole file.
+        shape: What the volume should have, `(z, y, x)`.
+        name: For messages.
+
+    Returns:
+        `shape`, int16; shares the memory of `data`.
+
+    Raises:
+        VolumeError: If it is no such file, or has another shape or a scale.
+    """
+    remedy = "Prepare the source again"
+    head = data.slice(0, min(_NIFTI_HEADER_BYTES, data.size)).to_pybytes()
+    if len(head) < _NIFTI_HEADER_BYTES or struct.unpack_from("<i", head)[0] != 348 or head[344:348] != b"n+1\0":
+        raise VolumeError(name, "its volume is no little-endian single-file NIfTI-1", remedy)
+    dimensions = struct.unpack_from("<8h", head, 40)
+    datatype, bits = struct.unpack_from("<2h", head, 70)
+    offset, slope, intercept = struct.unpack_from("<3f", head, 108)
+    if dimensions[:4] != (3, *shape[::-1]):
+        raise VolumeError(name, f"its volume has the axes {dimensions[1:4]}, not {shape[::-1]} (x, y, z)", remedy)
+    if (datatype, bits) != (_INT16, 16) or slope not in (0, 1) or intercept != 0:
+        raise VolumeError(name, "its volume is no int16 in HU", remedy)
+    count = math.prod(shape)
+    if offset != _NIFTI_HEADER_BYTES or data.size != _NIFTI_HEADER_BYTES + 2 * count:
+        raise VolumeError(name, f"its volume has {data.size} bytes, which do not fit its header", remedy)
+    # By way of Arrow, because torch warns of every buffer that is not to be written to.
+    voxels = pa.Array.from_buffers(pa.int16(), count, [None, data.slice(_NIFTI_HEADER_BYTES)])
+    return torch.from_dlpack(voxels).view(shape)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of a library says, without what follows."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def _persist(address: str, fetch: Callable[[], Any]) -> Any:
+    """Fetch, and again after a fault of the network; local files and damaged bytes say the same a second time."""
+    for wait_s in _WAITS_S if is_address(address) else ():
+        try:
+            return fetch()
+        except (VolumeError, FileNotFoundError):
+            raise
+        except Exception as error:  # of each file system its own
+            if "integrity" in str(error):
+                raise
+            time.sleep(wait_s)
+    return fetch()
+
+
+@dataclass
+class PreparedVolume(Deferred):
+    """A row of a shard, whose volume is read when it is opened.
+
+    Args:
+        path: Of the Parquet file; an fsspec address if remote.
+        row: Its number in the file, where each row is a row group.
+        shape: What the volume should have, `(z, y, x)`.
+        options: For the file system, such as a token.
+    """
+
+    path: str
+    row: int
+    shape: tuple[int, int, int]
+    options: dict[str, Any] = field(default_factory=dict, repr=False)
+    _metadata: parquet.FileMetaData | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def name(self) -> str:
+        return f"{self.path}, row {self.row}"
+
+    def read(self, columns: list[str], convert: Callable[[pa.Table], Any]) -> Any:
+        """Columns of the row, verified by their checksums.
+
+        Args:
+            columns: Their names.
+            convert: Makes what is wanted of a table of one row.
+
+        Raises:
+            VolumeError: If the file is damaged, or cannot be fetched.
+        """
+        try:
+            return _persist(self.path, lambda: convert(self._read(columns)))
+        except VolumeError:
+            raise
+        except Exception as error:  # Arrow's, Python's on damaged text, and those of each file system
+            raise VolumeError(
+                self.name, f"it cannot be read ({first_line(error)})", "Copy or prepare the shard again"
+            ) from error
+
+    def _read(self, columns: list[str]) -> pa.Table:
+        with self._open() as file:
+            shard = parquet.ParquetFile(file, metadata=self._metadata, page_checksum_verification=True)
+            self._metadata = shard.metadata  # the footer is read once
+            return shard.read_row_group(self.row, columns, use_threads=False)
+
+    def _open(self) -> Any:
+        if is_address(self.path):
+            # Arrow asks for whole columns; reading ahead of that would fetch what nobody wants.
+            return fsspec.open(self.path, "rb", cache_type="none", **self.options).open()
+        return pa.OSFile(self.path)
+
+    @contextlib.contextmanager
+    def open(self) -> Iterator[torch.Tensor]:
+        """Gives `(z, y, x)`, int16, HU: the decompressed page itself, so not to be written to.
+
+        Raises:
+            VolumeError: If the volume is damaged or not what it should be.
+        """
+        yield self.read(["volume.bytes"], self._decode)
+
+    def _decode(self, table: pa.Table) -> torch.Tensor:
+        (column,) = table.column("volume").chunks
+        column = column.field("bytes")
+        # Its one value by hand, because Arrow's scalars are copies.
+        _, offsets, content = column.buffers()
+        first, last = np.frombuffer(offsets, np.int32)[column.offset : column.offset + 2].tolist()
+        return decode_nifti(content.slice(first, last - first), self.shape, self.name)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# All of a split
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def read_manifest(address: str, options: dict[str, Any] | None = None) -> dict[str, Any] | None:
+    """The manifest of a folder or repository of prepared shards; `None` if it has none.
+
+    Raises:
+        DataError: If it is damaged, or of another version.
+    """
+
+    def fetch() -> Any:
+        with fsspec.open(f"{str(address).rstrip('/')}/{MANIFEST}", "rb", **(options or {})) as file:
+            return json.loads(file.read())
+
+    try:
+        manifest = _persist(str(address), fetch)
+    except FileNotFoundError:
+        return None
+    except Exception as error:  # of each file system its own
+        remedy = "Check the network, or pass a local copy" if is_address(str(address)) else "Copy the folder again"
+        raise DataError(f"{address}: {MANIFEST} cannot be read ({type(error).__name__}). {remedy}.") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise DataError(f"{address}: not shards of this version. Prepare the source again.")
+    return manifest
+
+
+def check_tune_share(address: str, manifest: dict[str, Any], tune_share: float | None) -> None:
+    """Refuse another division of the patients than the one that the shards were prepared with.
+
+    Raises:
+        DataError: With both shares.
+    """
+    found = manifest["settings"].get("tune_share")
+    if None not in (found, tune_share) and found != tune_share:
+        raise DataError(
+            f"{address}: prepared with `tune_share` {found}, not {tune_share}. Leave it out, or prepare the source "
+            "again with the other."
+        )
+
+
+def check_grid(address: str, manifest: dict[str, Any], config: MedCTConfig) -> None:
+    """Refuse shards that were prepared for another model's input.
+
+    Raises:
+        DataError: With the first setting that differs.
+    """
+    for name, wanted in grid_settings(config).items():
+        found = manifest["settings"][name]
+        if found == wanted:
+            continue
+        if name == "label_names":
+            missing = sorted(set(wanted) - set(found)) or ["the same in another order"]
+            found, wanted = f"{len(found)} labels", f"{len(wanted)} ({', '.join(missing[:3])})"
+        raise DataError(
+            f"{address}: prepared for `{name}` {found}, but the model has {wanted}. Prepare the source for this model, "
+            "or pass the model that it was prepared for."
+        )
+
+
+@dataclass(frozen=True)
+class _ReadRow:
+    """The row of a number that counts through all files of a split; pickles, for loader processes.
+
+    Args:
+        paths: Of the files.
+        starts: Rows in the files before each.
+        shape: Of the volumes, `(z, y, x)`.
+        num_labels: Of a study.
+        options: For the file system.
+    """
+
+    paths: tuple[str, ...]
+    starts: tuple[int, ...]
+    shape: tuple[int, int, int]
+    num_labels: int
+    options: dict[str, Any]
+
+    def __call__(self, number: int) -> Row:
+        file = bisect.bisect_right(self.starts, number) - 1
+        volume = PreparedVolume(self.paths[file], number - self.starts[file], self.shape, self.options)
+        try:
+            row = volume.read(["id", "patient", "report", "labels"], self._to_dict)
+        except VolumeError:  # said again when the volume is opened, where it concerns this study alone
+            row = {"id": volume.name, "patient": "", "report": "", "labels": [math.nan] * self.num_labels}
+        return {**row, "volume": volume, "prepared": True}
+
+    def _to_dict(self, table: pa.Table) -> dict[str, Any]:
+        (row,) = table.to_pylist()
+        if len(row["labels"]) != self.num_labels:
+            raise ValueError(f"{len(row['labels'])} labels")
+        return row
+
+
+def prepared_source(
+    address: str,
+    split: str,
+    config: MedCTConfig,
+    *,
+    reconstructions: Literal["one", "all"] = "one",
+    tune_share: float | None = None,
+    limit: int | None = None,
+    need_reports: bool = False,
+    revision: str | None = None,
+    token: str | bool | None = None,
+) -> Source:
+    """A split of prepared shards.
+
+    Args:
+        address: Folder, or address such as `hf://datasets/ORG/NAME`, with a `manifest.json`.
+        split: "train", "tune" or "valid".
+        config: Of the model; shards that were prepared for another grid, window or other labels are refused.
+        reconstructions: Where several of a scan were prepared: one an epoch, or each as a study of its own.
+        tune_share: Refused if it is not the one that they were prepared with.
+        limit: Only so many studies, the first of a fixed pseudo-random order.
+        need_reports: Leave out studies without a report.
+        revision: Of the repository on the Hub.
+        token: For the Hub.
+
+    Raises:
+        DataError: If there are no such shards, or not for this model, or a file is missing.
+    """
+    address = _with_revision(str(address).rstrip("/"), revision)
+    options = {"token": token} if address.startswith("hf://") and token is not None else {}
+    manifest = read_manifest(address, options)
+    if manifest is None:
+        raise DataError(f"{address}: no {MANIFEST}, so no finished shards. Run `medct prepare` until it is there.")
+    check_grid(address, manifest, config)
+    check_tune_share(address, manifest, tune_share)
+    if split not in manifest["splits"]:
+        raise DataError(f"{address}: has the splits {', '.join(manifest['splits'])}, not {split}. Prepare it as well.")
+    found = manifest["splits"][split]
+    paths = tuple(f"{address}/{file['path']}" for file in found["files"])
+    if not is_address(address):
+        _check_files(paths, found["files"])
+    groups = _groups(found["files"], reconstructions, need_reports)
+    if limit is not None:
+        chosen = np.random.default_rng(0).permutation(len(groups))[:limit]
+        groups = [groups[index] for index in sorted(chosen)]
+    starts = itertools.accumulate((len(file["scans"]) for file in found["files"]), initial=0)
+    read = _ReadRow(
+        paths, tuple(starts)[:-1], tuple(manifest["settings"]["image_size"]), len(config.label_names), options
+    )
+    return Source(
+        groups,
+        read,
+        tuple(config.label_names),
+        f"{len(groups)} prepared studies of {found['description']}",
+        tuple(Skipped(**study) for study in found["skipped"]),
+    )
+
+
+def _groups(files: list[dict[str, Any]], reconstructions: str, need_reports: bool) -> list[tuple[int, ...]]:
+    """Numbers of the rows that make one study of an epoch each, of which it takes one."""
+    rows = [
+        (scan, row not in without)
+        for file in files
+        for without in [set(file["without_report"])]
+        for row, scan in enumerate(file["scans"])
+    ]
+    kept = [number for number, (_, has_report) in enumerate(rows) if has_report or not need_reports]
+    if reconstructions == "all":
+        return [(number,) for number in kept]
+    return [tuple(numbers) for _, numbers in itertools.groupby(kept, key=lambda number: rows[number][0])]
+
+
+def _with_revision(address: str, revision: str | None) -> str:
+    """`hf://datasets/ORG/NAME/...` at a commit."""
+    if revision is None or not address.startswith("hf://datasets/"):
+        return address
+    kind, organisation, name, *rest = address.removeprefix("hf://").split("/")
+    return "hf://" + "/".join([kind, organisation, f"{name}@{revision}", *rest])
+
+
+def _check_files(paths: Sequence[str], files: list[dict[str, Any]]) -> None:
+    for path, file in zip(paths, files, strict=True):
+        size = Path(path).stat().st_size if Path(path).is_file() else None
+        if size != file["num_bytes"]:
+            what = "is missing" if size is None else f"has {size} bytes instead of {file['num_bytes']}"
+            raise DataError(f"{path}: {what}. Copy the folder again, or run `medct prepare` again.")
+
+
+__all__ = ["PreparedVolume", "prepared_source", "read_manifest"]

@@ -1,0 +1,240 @@
+"""Tables of studies to sources: which study belongs to which split, which are left out and why, and their rows.
+
+A table of studies has one row a volume and the columns `id`, `patient`, `report`, `volume` (a path in the source's
+folder, or whatever its `volume_of` understands), one column a label, and where there are several reconstructions
+`scan`. It may have `rescale_slope`, `rescale_intercept` and the spacings `i_mm`, `j_mm`, `k_mm`.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+
+from medct.data.sources import DataError, Row, Skipped, Source
+from medct.volume_io_medct import affine_from_spacing
+
+SPLITS = ("train", "tune", "valid")
+TUNE_SHARE = 0.1
+"""Of the patients of a train split, where nothing else is asked for."""
+SPACINGS_MM = ["i_mm", "j_mm", "k_mm"]
+# What stands where nothing was dictated.
+_NO_TEXT = {"", "not given.", "not given", "nan"}
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which studies of a source are wanted.
+
+    Args:
+        split: "train", "tune" or "valid".
+        reconstructions: "one" of each scan and epoch, so that no report comes twice, or "all" as studies of their own.
+        tune_share: Share of the patients of the train split that make the tune split.
+        limit: The first so many studies of a fixed pseudo-random order.
+        need_reports: Leave out studies without a report.
+
+    Raises:
+        DataError: If a value is none of these.
+    """
+
+    split: str
+    reconstructions: Literal["one", "all"] = "one"
+    tune_share: float = TUNE_SHARE
+    limit: int | None = None
+    need_reports: bool = False
+
+    def __post_init__(self):
+        if self.split not in SPLITS:
+            raise DataError(f"There is no split {self.split!r}. Choose one of {', '.join(SPLITS)}.")
+        if self.reconstructions not in ("one", "all"):
+            raise DataError(f'`reconstructions` is "one" or "all", not {self.reconstructions!r}.')
+        if not 0 <= self.tune_share < 1:
+            raise DataError(f"`tune_share` must lie in [0, 1), not {self.tune_share}.")
+        if self.limit is not None and self.limit < 1:
+            raise DataError(f"`limit` must be 1 or more, not {self.limit}.")
+
+
+def hash_share(name: str, purpose: str) -> float:
+    """A number in [0, 1) that depends on a name alone: the same everywhere, for ever, and another for each purpose."""
+    digest = hashlib.blake2b(f"{purpose}:{name}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64
+
+
+def belongs(patients: pd.Series, split: str, tune_share: float) -> pd.Series:
+    """Which patients of the train split stand in "train", or in "tune"."""
+    is_tune = patients.map({name: hash_share(name, "tune") < tune_share for name in patients.unique()})
+    return is_tune.astype(bool) if split == "tune" else ~is_tune.astype(bool)
+
+
+def join_text(*parts: object) -> str:
+    """Parts of a report as one text, without those that say nothing ("Not given." and empty ones)."""
+    texts = (" ".join(str(part).split()) for part in parts if isinstance(part, str))
+    return " ".join(text for text in texts if text.lower() not in _NO_TEXT)
+
+
+def read_csv(path: Path, columns: Sequence[str], optional: Sequence[str] = (), name: str | None = None) -> pd.DataFrame:
+    """Columns of a csv file, as text.
+
+    Args:
+        path: The file.
+        columns: Those that it must have.
+        optional: Those that it may have.
+        name: What to call it in messages; its path by default.
+
+    Raises:
+        DataError: If it cannot be read, or a column is missing.
+    """
+    name = name or str(path)
+    try:
+        found = pd.read_csv(path, nrows=0, encoding="utf-8-sig").columns
+        missing = [column for column in columns if column not in found]
+        if missing:
+            raise DataError(
+                f"{name}: has no column {missing[0]!r}"
+                + (f" (and {len(missing) - 1} others that are needed)" if len(missing) > 1 else "")
+                + f", but {', '.join(map(repr, found[:4]))}{' ...' if len(found) > 4 else ''}. Add it to the file."
+            )
+        wanted = [*columns, *(column for column in optional if column in found)]
+        return pd.read_csv(path, usecols=wanted, dtype=str, keep_default_na=False, encoding="utf-8-sig")[wanted]
+    except DataError:
+        raise
+    except (OSError, ValueError) as error:  # pandas' parser errors and wrong encodings are ValueErrors
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DataError(f"{name}: no readable csv file ({reason}). Save it as csv in UTF-8.") from error
+
+
+def merge_doubles(table: pd.DataFrame, key: str, name: str) -> pd.DataFrame:
+    """One row a key: equal rows become one.
+
+    Raises:
+        DataError: If two rows of a key contradict each other, or a key is empty.
+    """
+    table = table.assign(**{key: table[key].str.strip()}).drop_duplicates()
+    if (table[key] == "").any():
+        raise DataError(f"{name}: {int((table[key] == '').sum())} rows have an empty {key!r}. Fill it in.")
+    doubled = table[key][table[key].duplicated()]
+    if len(doubled):
+        raise DataError(
+            f"{name}: {doubled.nunique()} values of {key!r} have several rows that contradict each other, such as "
+            f"{doubled.iloc[0]!r}. Keep one row of each."
+        )
+    return table
+
+
+def to_numbers(table: pd.DataFrame, columns: Sequence[str], name: str) -> pd.DataFrame:
+    """Text to float64; empty cells are NaN.
+
+    Raises:
+        DataError: If a cell is no number.
+    """
+    try:
+        return table.assign(**{column: pd.to_numeric(table[column].replace("", np.nan)) for column in columns})
+    except ValueError as error:
+        raise DataError(f"{name}: a cell of {', '.join(map(repr, columns))} is no number ({error}).") from error
+
+
+def check_labels(table: pd.DataFrame, label_names: Sequence[str], name: str) -> pd.DataFrame:
+    """Labels as numbers, 0 to 1, NaN if unknown.
+
+    Raises:
+        DataError: If one is neither.
+    """
+    for label in label_names:
+        table = to_numbers(table, [label], name)
+        strange = table[label][(table[label] < 0) | (table[label] > 1)]
+        if len(strange):
+            raise DataError(
+                f"{name}: the label {label!r} is {strange.iloc[0]:g} somewhere. Write 1 (present), 0 (not present), "
+                "or leave the cell empty (unknown)."
+            )
+    return table
+
+
+class Sieve:
+    """A table of studies from which rows are taken out, each with its reason.
+
+    Attributes:
+        table: What is left.
+        skipped: What was taken out.
+    """
+
+    def __init__(self, table: pd.DataFrame):
+        self.table = table
+        self.skipped: list[Skipped] = []
+
+    def drop(self, where: pd.Series, reason: str) -> None:
+        self.skipped += [Skipped(study, reason) for study in self.table["id"][where]]
+        self.table = self.table[~where]
+
+
+@dataclass(frozen=True)
+class TableRows:
+    """Rows of a table of studies, by their number.
+
+    Args:
+        table: See the top of this file. Arrow holds it in a few buffers, which forked processes share.
+        label_names: Columns that make `labels`.
+        volume_of: Makes what `read_study` takes of a `volume` cell.
+    """
+
+    table: pa.Table
+    label_names: tuple[str, ...]
+    volume_of: Callable[[Any], Any]
+
+    def __call__(self, key: int) -> Row:
+        (study,) = self.table.slice(key, 1).to_pylist()
+        row: Row = {name: study[name] for name in ("id", "patient", "report")}
+        row["labels"] = [math.nan if study[name] is None else study[name] for name in self.label_names]
+        row["volume"] = self.volume_of(study["volume"])
+        if "rescale_slope" in study:
+            row |= {name: study[name] for name in ("rescale_slope", "rescale_intercept")}
+        if SPACINGS_MM[0] in study:
+            row["affine"] = affine_from_spacing([study[name] for name in SPACINGS_MM], "LPS")
+        return row
+
+
+def table_source(
+    sieve: Sieve,
+    label_names: Sequence[str],
+    volume_of: Callable[[Any], Any],
+    selection: Selection,
+    where: str,
+) -> Source:
+    """The source of what a sieve has left.
+
+    Args:
+        sieve: Its table holds one split and is sifted further here.
+        label_names: Columns of the labels.
+        volume_of: See `TableRows`.
+        selection: Its split is not looked at.
+        where: For the description and messages.
+
+    Raises:
+        DataError: If nothing is left.
+    """
+    if selection.need_reports:
+        sieve.drop(sieve.table["report"] == "", "no report")
+    table = sieve.table.reset_index(drop=True)
+    by_scan = selection.reconstructions == "one" and "scan" in table
+    groups = [tuple(rows) for rows in table.groupby(table["scan"], sort=False).indices.values()] if by_scan else None
+    if groups is None:
+        groups = [(row,) for row in range(len(table))]
+    groups = sorted(tuple(int(row) for row in rows) for rows in groups)
+    if not groups:
+        reasons = "; ".join(sorted({study.reason for study in sieve.skipped})) or "its tables are empty"
+        raise DataError(f"{where}: no study of the {selection.split} split is left ({reasons}). Check its tables.")
+    if selection.limit is not None and selection.limit < len(groups):
+        names = table["scan"] if by_scan else table["id"]
+        groups = sorted(sorted(groups, key=lambda rows: hash_share(names[rows[0]], "limit"))[: selection.limit])
+        kept = sorted(row for rows in groups for row in rows)
+        number = {row: index for index, row in enumerate(kept)}
+        table = table.iloc[kept].reset_index(drop=True)
+        groups = [tuple(number[row] for row in rows) for rows in groups]
+    description = f"{len(groups)} {selection.split} studies of {where}"
+    rows = TableRows(pa.Table.from_pandas(table, preserve_index=False), tuple(label_names), volume_of)
+    return Source(groups, rows, tuple(label_names), description, tuple(sieve.skipped))

@@ -1,0 +1,1 @@
+"""Studies to scores, scores to figures with intervals, tables and plots."""

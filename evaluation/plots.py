@@ -1,0 +1,173 @@
+"""ROC curves and calibration of one or more models, as matplotlib figures: `roc_plot(...).savefig("roc.png")`.
+
+Models are given as `{"base": scores, "adapted": scores}`, in the order to draw. `note` is for what a reader must not
+miss, such as that the data are synthetic; it stands in the title.
+"""
+
+import math
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from sklearn.metrics import roc_curve
+
+from medct.evaluation.metrics import calibration_bins, expected_calibration_error, zero_shot_scores
+
+
+class Style(NamedTuple):
+    """How a model is drawn."""
+
+    colour: str
+    dashes: str | tuple
+    marker: str
+    hatch: str
+
+
+# Okabe and Ito's colours, told apart by people who see no red or no green. Dashes, markers and hatches for grey print.
+STYLES = (
+    Style("#D55E00", (0, (4, 1.5)), "o", "//"),
+    Style("#0072B2", "-", "^", ""),
+    Style("#009E73", (0, (1, 1)), "s", ".."),
+    Style("#CC79A7", "-.", "D", "xx"),
+)
+GREY = "0.6"
+TITLE_SIZE, TEXT_SIZE, SMALL_SIZE = 13, 11, 8.5  # points
+DOTS_PER_INCH = 150
+LABEL_ROWS = 3  # small panels, one above the other
+MEAN_PANEL_INCHES, LABEL_PANEL_INCHES = 5.6, 1.75
+FALSE_ALARM_RATES = np.linspace(0, 1, 201)
+
+
+def roc_plot(models: Mapping[str, np.ndarray], labels: np.ndarray, names: Sequence[str], note: str = "") -> Figure:
+    """ROC curves: their mean over labels in a large panel, each label in a small one.
+
+    Args:
+        models: By name, scores `(scans, labels)`; at most four.
+        labels: `(scans, labels)`, 0, 1 or NaN for unknown.
+        names: Of the labels.
+        note: For the title.
+
+    Raises:
+        ValueError: If arrays do not fit, hold other values, no label varies, or there are more than four models.
+    """
+    labels = np.asarray(labels, float)
+    rows = min(LABEL_ROWS, len(names))
+    columns = math.ceil(len(names) / rows)
+    figure = _figure(MEAN_PANEL_INCHES + LABEL_PANEL_INCHES * columns, 6.2, "ROC curves", len(labels), note)
+    left, right = figure.subfigures(1, 2, width_ratios=(MEAN_PANEL_INCHES, LABEL_PANEL_INCHES * columns))
+    mean_panel = left.subplots()
+    panels = right.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
+    for panel in (mean_panel, *panels):
+        _empty_roc(panel)
+    for index, (model, scores, style) in enumerate(_styled(models)):
+        aurocs = zero_shot_scores(scores, labels, names)
+        curves = _label_curves(np.asarray(scores, float), labels)
+        _draw_mean(mean_panel, curves, style, f"{model}: AUROC {aurocs['auroc']:.3f}")
+        for panel, name, curve in zip(panels, names, curves, strict=False):
+            panel.plot(FALSE_ALARM_RATES, curve, color=style.colour, linestyle=style.dashes, linewidth=1.3)
+            _write_auroc(panel, aurocs[f"auroc/{name}"], style.colour, line=len(models) - 1 - index)
+    mean_panel.set_title("mean over labels (thin: each label)", fontsize=TEXT_SIZE)
+    mean_panel.set_xlabel("false alarms (1 - specificity)", fontsize=TEXT_SIZE)
+    mean_panel.set_ylabel("sensitivity", fontsize=TEXT_SIZE)
+    mean_panel.legend(loc="lower right", fontsize=TEXT_SIZE)
+    for index, (panel, name) in enumerate(zip(panels, names, strict=False)):
+        panel.set_title(_in_two_lines(name), fontsize=SMALL_SIZE)
+        panel.tick_params(labelbottom=index + columns >= len(names))  # the last of its column
+    for panel in panels[len(names) :]:
+        panel.set_visible(False)
+    return figure
+
+
+def calibration_plot(models: Mapping[str, np.ndarray], labels: np.ndarray, note: str = "", bins: int = 10) -> Figure:
+    """Reliability diagram over all labels together, and below it how many probabilities are in each bin.
+
+    Args:
+        models: By name, probabilities `(scans, labels)`; at most four.
+        labels: `(scans, labels)`, 0, 1 or NaN for unknown.
+        note: For the title.
+        bins: Of equal width.
+
+    Raises:
+        ValueError: If arrays do not fit, hold other values, scores are outside [0, 1], or models are more than four.
+    """
+    figure = _figure(6.4, 8, "Calibration over all labels", len(labels), note)
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    upper.plot([0, 1], [0, 1], color=GREY, linewidth=1, label="perfect")
+    width = 0.86 / bins / len(models)  # a gap between bins
+    for index, (model, scores, style) in enumerate(_styled(models)):
+        probability, share, counts = calibration_bins(scores, labels, bins)
+        said = f"{model}: expected calibration error {expected_calibration_error(scores, labels, bins):.3f}"
+        filled = counts > 0  # the line goes on across an empty bin
+        line = {"color": style.colour, "linestyle": style.dashes, "marker": style.marker, "label": said}
+        upper.plot(probability[filled], share[filled], markersize=7, linewidth=1.8, **line)
+        middles = (np.arange(bins) + 0.5) / bins + width * (index - (len(models) - 1) / 2)
+        lower.bar(middles, counts, width, color=style.colour, hatch=style.hatch, edgecolor="white", linewidth=0)
+    upper.set(ylabel="share that is present", xlim=(0, 1), ylim=(-0.03, 1.03))
+    upper.legend(loc="lower left", bbox_to_anchor=(0, 1), frameon=False, fontsize=TEXT_SIZE)  # never over a curve
+    lower.set(xlabel=f"probability given, in {bins} bins", ylabel="scans x labels", yscale="log")
+    lower.set_ylim(0.7, lower.get_ylim()[1] * 1.3)  # a single one is seen
+    lower.yaxis.set_major_formatter("{x:,.0f}")
+    for panel in (upper, lower):
+        panel.grid(color="0.9", linewidth=0.6)
+        panel.set_axisbelow(True)
+    return figure
+
+
+def _styled(models: Mapping[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray, Style]]:
+    """Models, each with its own style."""
+    if len(models) > len(STYLES):
+        raise ValueError(f"{len(models)} models do not fit one plot. Pass {len(STYLES)} at most.")
+    for (model, scores), style in zip(models.items(), STYLES, strict=False):
+        yield model, scores, style
+
+
+def _figure(width: float, height: float, what: str, scans: int, note: str) -> Figure:
+    """An empty figure, sizes in inches, whose title names the data."""
+    figure = Figure(figsize=(width, height), dpi=DOTS_PER_INCH, layout="constrained")
+    lines = [f"{what}, {scans:,} scans", *textwrap.wrap(note, width=int(9.5 * width))]  # letters an inch at this size
+    figure.suptitle("\n".join(lines), fontsize=TITLE_SIZE)
+    return figure
+
+
+def _empty_roc(panel: Axes) -> None:
+    """Square, with the line of chance."""
+    panel.plot([0, 1], [0, 1], color=GREY, linewidth=0.8, zorder=0)
+    panel.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal")
+    panel.set_xticks([0, 0.5, 1], ["0", "½", "1"])
+    panel.set_yticks([0, 0.5, 1], ["0", "½", "1"])
+
+
+def _label_curves(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Sensitivity at `FALSE_ALARM_RATES`, `(labels, rates)`; NaN where a label does not vary."""
+    curves = np.full((labels.shape[1], len(FALSE_ALARM_RATES)), np.nan)
+    for curve, score, truth in zip(curves, scores.T, labels.T, strict=True):
+        known = ~np.isnan(truth)
+        if len(np.unique(truth[known])) == 2:
+            false_alarms, sensitivity, _ = roc_curve(truth[known], score[known])
+            curve[:] = np.interp(FALSE_ALARM_RATES, false_alarms, sensitivity)
+    return curves
+
+
+def _draw_mean(panel: Axes, curves: np.ndarray, style: Style, said: str) -> None:
+    """The mean of curves `(labels, rates)`, and faintly each of them."""
+    panel.plot(FALSE_ALARM_RATES, curves.T, color=style.colour, linewidth=0.5, alpha=0.3)
+    mean = np.nanmean(curves, axis=0)
+    panel.plot(FALSE_ALARM_RATES, mean, color=style.colour, linestyle=style.dashes, linewidth=2.4, label=said)
+
+
+def _write_auroc(panel: Axes, auroc: float, colour: str, line: int) -> None:
+    """An AUROC in the lower right corner, so many lines from below."""
+    said = "none" if math.isnan(auroc) else f"{auroc:.3f}"
+    panel.text(0.97, 0.05 + 0.15 * line, said, ha="right", color=colour, fontsize=SMALL_SIZE)
+
+
+def _in_two_lines(name: str) -> str:
+    """A long name, broken at the space next to its middle."""
+    spaces = [index for index, letter in enumerate(name) if letter == " "]
+    if len(name) < 20 or not spaces:
+        return name
+    middle = min(spaces, key=lambda index: abs(index - len(name) / 2))
+    return f"{name[:middle]}\n{name[middle + 1 :]}"

@@ -1,0 +1,97 @@
+"""Zero-shot classification of labelled studies, spread over processes."""
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from tqdm import tqdm
+
+from medct.configuration_medct import MedCTConfig
+from medct.data import StudyLoader, to_device
+from medct.modeling_medct import MedCTModel, zero_shot_probabilities
+from medct.processing_medct import MedCTProcessor
+from medct.training.objectives import Texts, sum_over_processes
+
+
+@dataclass(frozen=True)
+class ScoredStudies:
+    """Scores of studies, in the order of their ids.
+
+    Args:
+        ids: `(studies,)`.
+        patients: `(studies,)`.
+        scores: `(studies, labels)`, in [0, 1]: "present" against "not present".
+        labels: `(studies, labels)`: 0, 1, or NaN where unknown.
+    """
+
+    ids: list[str]
+    patients: list[str]
+    scores: np.ndarray
+    labels: np.ndarray
+
+
+def tokenize_prompts(config: MedCTConfig, processor: MedCTProcessor) -> list[Texts]:
+    """The sentences that ask for each label, one batch a template."""
+    return [dict(processor(text=sentences, return_tensors="pt")) for sentences in config.label_prompts()]
+
+
+def texts_to(texts: Texts, device: torch.device) -> Texts:
+    """Texts on a device."""
+    return {name: part.to(device) for name, part in texts.items()}
+
+
+@torch.no_grad()
+def score_studies(
+    model: MedCTModel, loader: StudyLoader, prompts: list[Texts], accelerator: Accelerator, what: str
+) -> ScoredStudies:
+    """Score every study of a source; the prompts are encoded once for all of them.
+
+    Args:
+        model: With or without adapters; in evaluation mode afterwards.
+        loader: Of this process.
+        prompts: From `tokenize_prompts`; scores are averaged over templates.
+        accelerator: Whose processes share the work.
+        what: Name for the progress bar.
+    """
+    model.eval()
+    with accelerator.autocast():
+        templates = [
+            model.get_text_features(**texts_to(texts, accelerator.device)).pooler_output.float() for texts in prompts
+        ]
+    total = math.ceil(loader.source.num_studies / loader.world_size / loader.batch_size)
+    rows: list[tuple[str, str, np.ndarray, np.ndarray]] = []
+    bar = tqdm(
+        _in_step(loader, accelerator), desc=what, total=total, unit="batch", disable=not accelerator.is_main_process
+    )
+    for batch, is_own in bar:
+        batch = to_device(batch, accelerator.device, model.config)
+        with accelerator.autocast():
+            embeds = model.get_image_features(batch["pixel_values"]).pooler_output.float()
+        scores = torch.stack([zero_shot_probabilities(model.get_logits(embeds, texts)) for texts in templates]).mean(0)
+        if is_own:
+            rows += zip(
+                batch["ids"], batch["patients"], scores.cpu().numpy(), batch["labels"].cpu().numpy(), strict=True
+            )
+    rows = sorted(gather_object(rows), key=lambda row: row[0])
+    ids, patients, scores, labels = zip(*rows, strict=True)
+    return ScoredStudies(list(ids), list(patients), np.stack(scores), np.stack(labels))
+
+
+def _in_step(loader: Iterable[dict[str, Any]], accelerator: Accelerator) -> Iterator[tuple[dict[str, Any], bool]]:
+    """Batches, and whether they count: a process that has run out repeats its last one until all have.
+
+    A sharded model waits in each forward pass for all processes.
+    """
+    batches, batch, is_own = iter(loader), None, True
+    while True:
+        following = next(batches, None) if is_own else None
+        is_own = following is not None
+        batch = following if is_own else batch
+        if not sum_over_processes(torch.tensor(float(is_own), device=accelerator.device)):
+            return
+        yield batch, is_own

@@ -1,0 +1,1 @@
+"""Folders of scans to findings, embeddings, search and maps."""

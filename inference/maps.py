@@ -1,0 +1,172 @@
+"""Where a score comes from: what every patch of a scan adds to the logits margin of a finding. A debugging aid.
+
+Published CT-CLIP localises poorly: its similarity maps overlap with annotated findings at a Dice of about 0.004. So a
+map shows what moved this score, not where a finding is.
+
+How: the margin is `scale * (u / |u|) . d`, where `d` is the embedding of "present" minus that of "not present" and
+`u` the scan's embedding before it is brought to length 1. `u` is a linear function of the tokens: they are averaged
+along z, laid end to end and multiplied by a matrix. So each token's part of the margin is exact, and the parts add up
+to the margin itself. What it leaves out: a token has seen the whole scan through attention before it is pooled.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import torch
+from matplotlib.cm import ScalarMappable
+from matplotlib.figure import Figure
+from torch.nn import functional as F
+
+from medct.image_processing_medct import AxisPlan, VolumeGeometry, reorient
+from medct.pipeline_medct import ZeroShotCTClassificationPipeline
+from medct.volume_io_medct import CTVolume
+
+CAVEAT = "Debugging aid, no finding: published CT-CLIP localises poorly (Dice about 0.004)"
+# Rows towards posterior, columns towards the patient's left, as radiologists look at axial slices.
+_AXIAL = "SPL"
+_WINDOW_HU = (-1000, 400)
+# Least distance of two slices in a picture; the published model's patches are 15 mm thick.
+_APART_MM = 15
+
+
+@dataclass(frozen=True)
+class FindingMap:
+    """What the patches of one scan add to the margin of one finding.
+
+    Args:
+        label: The finding.
+        score: As the pipeline gives it.
+        logits_margin: Likewise; the sum of `patches`.
+        patches: `(z, y, x)`, one number for each token.
+    """
+
+    label: str
+    score: float
+    logits_margin: float
+    patches: torch.Tensor
+
+
+@torch.no_grad()
+def map_findings(
+    pipe: ZeroShotCTClassificationPipeline,
+    pixel_values: torch.Tensor,
+    labels: Sequence[str] | None = None,
+    templates: Sequence[Sequence[str]] | None = None,
+) -> list[FindingMap]:
+    """Take the scores of a scan apart into its patches.
+
+    Args:
+        pipe: With or without an adapter.
+        pixel_values: `(1, 1, z, y, x)`.
+        labels: Findings; the model's own by default.
+        templates: See the pipeline; averaged.
+
+    Returns:
+        One map for each finding, in the order of the labels.
+    """
+    model = pipe.model
+    _, height, width = model.config.vision_config.grid_size
+    labels = list(labels or model.config.label_names)
+    outputs = model.vision_model(pixel_values=pixel_values.to(pipe.device), return_dict=True)
+    latent = model.visual_projection(outputs.pooler_output).float()
+    text_embeds = pipe.prompt_embeds(labels, templates)
+    logits = torch.stack([model.get_logits(F.normalize(latent, dim=-1), texts) for texts in text_embeds], dim=1)
+    results = {result["label"]: result for result in pipe.postprocess({"logits": logits.cpu()}, labels, templates)}
+
+    tokens = outputs.last_hidden_state[0].float().unflatten(0, (-1, height * width))  # (z, y * x, d)
+    present, absent = torch.stack(text_embeds).mean(0).unflatten(0, (-1, 2)).unbind(1)  # (labels, dim) each
+    maps = []
+    for label, direction in zip(labels, present - absent, strict=True):
+        places = _pull_back(model.visual_projection, direction, outputs.pooler_output).view(height * width, -1)
+        patches = model.logit_scale((tokens * places).sum(-1) / (len(tokens) * latent.norm()))
+        score, margin = results[label]["score"], results[label]["logits_margin"]
+        maps.append(FindingMap(label, score, margin, patches.float().unflatten(1, (height, width)).cpu()))
+    return maps
+
+
+def _pull_back(projection: torch.nn.Module, direction: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """How much each input of a linear module, adapted or not, adds along a direction of its output; shape of `like`."""
+    with torch.enable_grad():
+        inputs = torch.zeros_like(like, requires_grad=True)
+        return torch.autograd.grad((projection(inputs).float() @ direction).sum(), inputs)[0].float()
+
+
+def to_scan(
+    patches: torch.Tensor, patch_size: Sequence[int], geometry: VolumeGeometry, shape: Sequence[int]
+) -> np.ndarray:
+    """Values of patches at the voxels of the scan, linear between the patches' centres, 0 outside of them.
+
+    Args:
+        patches: `(z, y, x)`.
+        patch_size: Voxels of `pixel_values` in a patch, `(z, y, x)`.
+        geometry: Of the scan.
+        shape: Of the scan, `(i, j, k)`.
+
+    Returns:
+        `(i, j, k)`, float32.
+    """
+    # Which axis of `pixel_values` an axis of the scan runs along.
+    rows = np.abs(geometry.voxel_of_position[:3, :3]).argmax(axis=1)
+    values = patches.float().permute(*rows.tolist())
+    for axis, row in enumerate(rows):
+        voxels = np.zeros((shape[axis], 3))
+        voxels[:, axis] = np.arange(shape[axis])
+        # Centres are whole numbers here and there.
+        positions = (torch.from_numpy(geometry.from_voxel(voxels)[:, row]).float() + 0.5) / patch_size[row] - 0.5
+        last = patches.shape[row] - 1
+        is_inside = (positions >= -0.5) & (positions <= last + 0.5)
+        positions = positions.clamp(0, last)
+        lower = positions.long()
+        values = AxisPlan(lower, (lower + 1).clamp(max=last), positions - lower).apply(values, axis)
+        values = values * is_inside.view([-1 if dim == axis else 1 for dim in range(3)])
+    return values.numpy()
+
+
+def save_nifti(path: Path, values: np.ndarray, affine: np.ndarray) -> None:
+    """Write a map where the scan lies, so that a viewer lays one over the other."""
+    image = nibabel.Nifti1Image(values.astype(np.float32), affine)
+    image.header["descrip"] = CAVEAT.encode()[:79]
+    image.header.set_xyzt_units("mm")
+    nibabel.save(image, path)
+
+
+def save_png(path: Path, finding: FindingMap, values: np.ndarray, volume: CTVolume, slices: int = 4) -> None:
+    """Draw the axial slices with the highest values over the scan, the patient's left on the right.
+
+    Args:
+        path: File to make.
+        finding: Of which.
+        values: From `to_scan`.
+        volume: The scan.
+        slices: How many.
+    """
+    scan, (thickness, *spacing_mm) = reorient(volume, _AXIAL)
+    turned, _ = reorient(CTVolume(values, volume.affine), _AXIAL)
+    picked = _highest(turned, slices, reach=round(_APART_MM / thickness))
+    most = float(np.abs(turned).max()) or 1.0
+    figure = Figure(figsize=(4 * len(picked), 5), layout="constrained")
+    for axes, k in zip(np.atleast_1d(figure.subplots(1, len(picked))), picked, strict=True):
+        look = {"aspect": spacing_mm[0] / spacing_mm[1], "interpolation": "nearest"}
+        axes.imshow(scan[k], cmap="gray", vmin=_WINDOW_HU[0], vmax=_WINDOW_HU[1], **look)
+        opacity = 0.7 * np.abs(turned[k]) / most
+        shown = axes.imshow(turned[k], cmap="coolwarm", vmin=-most, vmax=most, alpha=opacity, **look)
+        axes.set_title(f"slice {k + 1} of {len(scan)}, from the feet")
+        axes.set_axis_off()
+    bar = figure.colorbar(ScalarMappable(shown.norm, shown.cmap), ax=figure.axes, shrink=0.8)
+    bar.set_label("logits that a patch adds")
+    figure.suptitle(f"{finding.label}: score {finding.score:.3f}, margin {finding.logits_margin:+.2f}\n{CAVEAT}")
+    figure.savefig(path, dpi=100)
+
+
+def _highest(values: np.ndarray, count: int, reach: int) -> list[int]:
+    """Slices `(z, ...)` with the highest values, in order, none within `reach` of another."""
+    heights = values.reshape(len(values), -1).max(axis=1).astype(float)
+    picked: list[int] = []
+    while len(picked) < count and np.isfinite(heights).any():
+        k = int(heights.argmax())
+        picked.append(k)
+        heights[max(0, k - reach) : k + reach + 1] = -np.inf
+    return sorted(picked)

@@ -1,0 +1,193 @@
+"""Embeddings of studies and reports in one Parquet file, and search in it.
+
+Columns: `id`, the study; `image_embeds`, `projection_dim` float32 of length 1; `text_embeds`, the same of its report,
+or null; `report_id`, int64, equal for equal reports, or null. The file's metadata says which model made it. It holds
+no report, no label and nothing from a scan's header; an `id` is the path that the user gave.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from medct.common.files import whole_file
+from medct.data import REPORT_COLUMNS
+from medct.inference.row_files import KEY
+
+try:
+    import faiss
+except ImportError:
+    faiss = None
+
+RECALL_AT = (5, 10, 50, 100)
+_NAME_COLUMNS = ("file_name", "VolumeName")
+_METADATA_KEY = b"medct"
+
+
+class SearchError(ValueError):
+    """An index or a csv of reports that cannot be used; the message says why and what to do."""
+
+
+@dataclass(frozen=True, eq=False)
+class Embeddings:
+    """What an index holds.
+
+    Args:
+        ids: Of the studies.
+        image_embeds: `(studies, projection_dim)`, float32, of length 1.
+        text_embeds: The same of their reports, NaN where there is none.
+        report_ids: `(studies,)`, int64, equal for equal reports, 0 where there is none.
+        settings: Which model made them.
+    """
+
+    ids: list[str]
+    image_embeds: np.ndarray
+    text_embeds: np.ndarray
+    report_ids: np.ndarray
+    settings: dict[str, Any]
+
+    @property
+    def has_report(self) -> np.ndarray:
+        return np.isfinite(self.text_embeds).all(axis=1)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """As `write_embeddings` takes them."""
+        return [
+            {
+                KEY: study,
+                "image_embeds": image,
+                "text_embeds": text if has_report else None,
+                "report_id": report_id if has_report else None,
+            }
+            for study, image, text, report_id, has_report in zip(
+                self.ids, self.image_embeds, self.text_embeds, self.report_ids, self.has_report, strict=True
+            )
+        ]
+
+
+def read_reports(path: Path) -> dict[str, str]:
+    """Reports by the name of their file.
+
+    Args:
+        path: csv with a column `file_name` or `VolumeName`, and `report` or CT-RATE's two.
+
+    Raises:
+        SearchError: If columns are missing.
+    """
+    table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    name = next((column for column in _NAME_COLUMNS if column in table), None)
+    columns = ["report"] if "report" in table else [column for column in REPORT_COLUMNS if column in table]
+    if name is None or not columns:
+        raise SearchError(
+            f"{path}: it has the columns {', '.join(table.columns)}. Name one {' or '.join(_NAME_COLUMNS)}, and one "
+            f"report, or {' and '.join(REPORT_COLUMNS)}."
+        )
+    reports = table[columns].agg(" ".join, axis=1).str.strip()
+    return {study: report for study, report in zip(table[name], reports, strict=True) if report}
+
+
+def report_of(study: str, reports: dict[str, str]) -> str | None:
+    """The report of a study, by its whole path or the end of it."""
+    parts = Path(study).parts
+    ends = ("/".join(parts[k:]) for k in range(len(parts)))
+    return next((reports[end] for end in (study, *ends) if end in reports), None)
+
+
+def write_embeddings(path: Path, rows: Sequence[dict[str, Any]], settings: dict[str, Any]) -> None:
+    """Write an index.
+
+    Args:
+        path: File to make or replace.
+        rows: With `study`, `image_embeds`, and `text_embeds` and `report_id`, which may be `None`.
+        settings: Which model made them.
+    """
+    width = len(rows[0]["image_embeds"]) if rows else 0
+    vectors = pa.list_(pa.float32(), width)
+    columns = {
+        "id": pa.array([row[KEY] for row in rows], pa.string()),
+        "image_embeds": pa.array([row["image_embeds"] for row in rows], vectors),
+        "text_embeds": pa.array([row.get("text_embeds") for row in rows], vectors),
+        "report_id": pa.array([row.get("report_id") for row in rows], pa.int64()),
+    }
+    table = pa.table(columns).replace_schema_metadata({_METADATA_KEY: json.dumps(settings).encode()})
+    with whole_file(path) as aside:
+        pq.write_table(table, aside)
+
+
+def read_embeddings(path: Path) -> Embeddings:
+    """Read an index.
+
+    Raises:
+        SearchError: If it is none.
+    """
+    wanted = ["id", "image_embeds", "text_embeds", "report_id"]
+    try:
+        table = pq.read_table(path, columns=wanted)
+        settings = json.loads((table.schema.metadata or {})[_METADATA_KEY])
+    except FileNotFoundError as error:
+        raise SearchError(f"{path}: no such file. Make it with `medct embed SCAN... --output {path}`.") from error
+    except (pa.ArrowException, KeyError, ValueError) as error:
+        raise SearchError(f"{path}: no file of embeddings. Make one with `medct embed`.") from error
+    count = table.num_rows
+    image_embeds = table["image_embeds"].combine_chunks().flatten().to_numpy().reshape(count, -1)
+    text_embeds = np.full_like(image_embeds, np.nan)
+    texts = table["text_embeds"].combine_chunks()
+    has_text = texts.is_valid().to_numpy(zero_copy_only=False)
+    text_embeds[has_text] = texts.drop_null().flatten().to_numpy().reshape(-1, image_embeds.shape[1])
+    report_ids = table["report_id"].fill_null(0).to_numpy()
+    return Embeddings(table["id"].to_pylist(), image_embeds, text_embeds, report_ids, settings)
+
+
+def nearest(vectors: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The most similar vectors of each query, exactly.
+
+    Args:
+        vectors: `(vectors, width)`, float32, of length 1.
+        queries: `(queries, width)`, likewise.
+        k: How many; fewer if there are fewer vectors.
+
+    Returns:
+        Their cosine similarity and their index, `(queries, k)` each, the most similar first.
+
+    Raises:
+        SearchError: If faiss is not installed.
+    """
+    if faiss is None:
+        raise SearchError("Searching needs faiss. Install it: pip install medct[search].")
+    index = faiss.IndexFlatIP(vectors.shape[1])
+    index.add(np.ascontiguousarray(vectors, np.float32))
+    return index.search(np.ascontiguousarray(queries, np.float32), min(k, len(vectors)))
+
+
+def recall(embeddings: Embeddings, at: Sequence[int] = RECALL_AT) -> dict[str, Any]:
+    """How often a study's own report is among the k nearest, and the other way round.
+
+    Studies that share the very same report count as right answers for it, since no text can tell them apart.
+
+    Args:
+        embeddings: Of which those with a report are searched.
+        at: The ks; those beyond the number of studies are left out.
+
+    Returns:
+        `studies`; `text_to_image` and `image_to_text`, each a dictionary of k to a share in [0, 1]; `chance`, likewise.
+
+    Raises:
+        SearchError: If no study has a report.
+    """
+    paired = embeddings.has_report
+    count = int(paired.sum())
+    if not count:
+        raise SearchError("No study of this index has a report. Make it with `medct embed ... --reports FILE.csv`.")
+    images, texts, ids = embeddings.image_embeds[paired], embeddings.text_embeds[paired], embeddings.report_ids[paired]
+    at = [k for k in at if k <= count] or [count]
+    results: dict[str, Any] = {"studies": count, "chance": {k: k / count for k in at}}
+    for name, queries, vectors in (("text_to_image", texts, images), ("image_to_text", images, texts)):
+        found = ids[nearest(vectors, queries, max(at))[1]] == ids[:, None]
+        results[name] = {k: float(found[:, :k].any(axis=1).mean()) for k in at}
+    return results

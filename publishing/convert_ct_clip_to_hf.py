@@ -1,0 +1,294 @@
+"""Convert a published CT-CLIP checkpoint to a folder that `AutoModel.from_pretrained` loads.
+
+    medct convert CT-CLIP_v2.pt OUT --tokenizer microsoft/BiomedVLP-CXR-BERT-specialized
+
+Takes CT-CLIP, VocabFine (same keys) and ClassFine checkpoints. Every key is either mapped or listed as dropped with the
+reason; an unknown or missing key ends the conversion. The folder appears under its name only when it is complete.
+
+Source: specification of CT-CLIP, section 5.
+"""
+
+import argparse
+import json
+import re
+import shutil
+import sys
+import zipfile
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import BertTokenizer
+
+from medct import MedCTConfig, MedCTForImageClassification, MedCTImageProcessor, MedCTModel, MedCTProcessor
+from medct.common.files import whole_folder
+
+MODEL_CARD = Path(__file__).parents[1] / "model_card.md"
+CLASSFINE_PREFIX = "trained_model."
+
+# CT-CLIP's modules within one layer, by the numbers of its list.
+_LAYER = r"visual_transformer\.enc_(spatial|temporal)_transformer\.layers\.(\d+)\."
+_OUR_LAYER = r"vision_model.\1_encoder.layers.\2."
+_KEYS = (
+    (r"temperature", "logit_scale.weight"),
+    (r"text_transformer\.((?:embeddings|encoder)\..*(?:weight|bias))", r"text_model.\1"),
+    (r"to_text_latent\.weight", "text_projection.weight"),
+    (r"to_visual_latent\.weight", "visual_projection.weight"),
+    (r"visual_transformer\.to_patch_emb\.1\.(weight|bias)", r"vision_model.embeddings.patch_norm.\1"),
+    (r"visual_transformer\.to_patch_emb\.2\.(weight|bias)", r"vision_model.embeddings.projection.\1"),
+    (r"visual_transformer\.to_patch_emb\.3\.(weight|bias)", r"vision_model.embeddings.norm.\1"),
+    (r"visual_transformer\.spatial_rel_pos_bias\.net\.0\.0\.(weight|bias)", r"vision_model.position_bias.fc1.\1"),
+    (r"visual_transformer\.spatial_rel_pos_bias\.net\.1\.0\.(weight|bias)", r"vision_model.position_bias.fc2.\1"),
+    (r"visual_transformer\.spatial_rel_pos_bias\.net\.2\.(weight|bias)", r"vision_model.position_bias.fc3.\1"),
+    (_LAYER + r"0\.dsconv\.(weight|bias)", _OUR_LAYER + r"position_generator.conv.\3"),
+    (_LAYER + r"1\.norm\.gamma", _OUR_LAYER + "layer_norm1.weight"),
+    (_LAYER + r"1\.to_q\.weight", _OUR_LAYER + "self_attn.q_proj.weight"),
+    (_LAYER + r"1\.to_kv\.weight", _OUR_LAYER + "self_attn.kv_proj.weight"),
+    (_LAYER + r"1\.to_out\.weight", _OUR_LAYER + "self_attn.out_proj.weight"),
+    (_LAYER + r"1\.([qk]_scale)", _OUR_LAYER + r"self_attn.\3"),
+    (_LAYER + r"3\.0\.(weight|bias)", _OUR_LAYER + r"layer_norm2.\3"),
+    (_LAYER + r"3\.1\.weight", _OUR_LAYER + "mlp.fc1.weight"),
+    (_LAYER + r"3\.4\.weight", _OUR_LAYER + "mlp.fc2.weight"),
+    (
+        r"visual_transformer\.enc_(spatial|temporal)_transformer\.norm_out\.gamma",
+        r"vision_model.\1_encoder.norm.weight",
+    ),
+    (r"visual_transformer\.vq\._codebook\.embed", "vision_model.quantizer.codebook"),
+    (r"(classifier\.(?:weight|bias))", r"\1"),
+)
+_ZERO = "a constant zero"
+_DROPPED = (
+    (r"to_(visual|text)_latent_extra\.weight", "an unused copy of the projection"),
+    (r"visual_transformer\.to_pixels(_first_frame)?\..*", "the patch decoder, of pre-training only"),
+    (r"visual_transformer\.to_patch_emb_first_frame\..*", "patches of single frames, never used on volumes"),
+    (r"text_transformer\.pooler\..*", "BERT's pooler; CT-CLIP reads the first token itself"),
+    (r"text_transformer\.embeddings\.position_ids", "a constant that older libraries saved"),
+    (_LAYER + r"1\.null_kv", "of zero size"),
+    (_LAYER + r"1\.context_norm\.(gamma|beta)", "of cross-attention, which CT-CLIP does not have"),
+    (_LAYER + r"1\.norm\.beta", _ZERO),
+    (r"visual_transformer\.enc_(spatial|temporal)_transformer\.norm_out\.beta", _ZERO),
+    (
+        r"visual_transformer\.vq\._codebook\.(initted|cluster_size|embed_avg)",
+        "running state of the codebook's training",
+    ),
+)
+# Of the mapped keys, those that a classifier of volumes has no use for.
+_NOT_IN_CLASSIFIER = re.compile(r"(text_model|text_projection|logit_scale)\.")
+
+
+class ConversionError(ValueError):
+    """A checkpoint that is not what it should be; the message says what and what to do."""
+
+
+def load_state_dict(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint by their names, mapped from the file where its format allows that.
+
+    Raises:
+        ConversionError: If the file is missing, is no flat dictionary of tensors, or holds code.
+    """
+    if not path.is_file():
+        raise ConversionError(f"{path}: no such file. Pass a CT-CLIP checkpoint (.pt).")
+    try:
+        # torch has written zip archives since 1.6; only those can be mapped.
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # unpickling raises whatever the bytes make it raise, and torch advises to trust them
+        raise ConversionError(
+            f"{path}: no checkpoint of tensors alone ({type(error).__name__}). Pass a CT-CLIP checkpoint (.pt)."
+        ) from error
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise ConversionError(f"{path}: no flat dictionary of tensors. Pass the state dict of CT-CLIP.")
+    return state
+
+
+def map_keys(state: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, list[str]]]:
+    """CT-CLIP's tensors under our names.
+
+    Args:
+        state: A CT-CLIP, VocabFine or ClassFine checkpoint; views of it are returned, no copies.
+
+    Returns:
+        The tensors by our names, and the keys that were dropped by the reason why.
+
+    Raises:
+        ConversionError: If a key is unknown, or one that is dropped as zero is not.
+    """
+    is_classifier = "classifier.weight" in state
+    mapped: dict[str, torch.Tensor] = {}
+    dropped: dict[str, list[str]] = defaultdict(list)
+    for full_key, tensor in state.items():
+        key = full_key.removeprefix(CLASSFINE_PREFIX) if is_classifier else full_key
+        reason = next((reason for pattern, reason in _DROPPED if re.fullmatch(pattern, key)), None)
+        name = next((re.sub(pattern, ours, key) for pattern, ours in _KEYS if re.fullmatch(pattern, key)), None)
+        if reason is None and name is None:
+            raise ConversionError(f"Unknown key {full_key}: this is no CT-CLIP checkpoint, or one of another version.")
+        if reason == _ZERO and tensor.any():
+            raise ConversionError(
+                f"{full_key} should be zero and is not: this is no checkpoint of the published CT-CLIP."
+            )
+        if is_classifier and name is not None and _NOT_IN_CLASSIFIER.match(name):
+            reason = "the text half, which a classifier of volumes does not use"
+        if reason is not None:
+            dropped[reason].append(full_key)
+        elif name is not None:
+            mapped.update(_reshape(name, tensor))
+    return mapped, dict(dropped)
+
+
+def _reshape(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    """One of CT-CLIP's tensors as the one or two that we hold it in."""
+    if name.endswith("kv_proj.weight"):
+        key, value = tensor.chunk(2)  # keys first
+        return {name.replace("kv_proj", "k_proj"): key, name.replace("kv_proj", "v_proj"): value}
+    if name == "logit_scale.weight":
+        return {name: tensor.reshape(1)}
+    if name == "vision_model.quantizer.codebook":
+        return {name: tensor.squeeze(0)}
+    return {name: tensor}
+
+
+def config_from_sizes(sizes: dict[str, Any]) -> MedCTConfig:
+    """The configuration of a CT-CLIP of other sizes than the published one.
+
+    Args:
+        sizes: Keys `dim`, `codebook_size`, `image_size` (of a slice), `patch_size`, `temporal_patch_size`, `frames`,
+            `spatial_depth`, `temporal_depth`, `dim_head`, `heads`, `dim_latent`, `text_config`. Others are ignored.
+
+    Raises:
+        ConversionError: If a key is missing, or sizes contradict each other.
+    """
+    try:
+        vision_config = {
+            "image_size": [sizes["frames"], *sizes["image_size"]],
+            "patch_size": [sizes["temporal_patch_size"], sizes["patch_size"], sizes["patch_size"]],
+            "hidden_size": sizes["dim"],
+            "num_attention_heads": sizes["heads"],
+            "head_dim": sizes["dim_head"],
+            "num_spatial_layers": sizes["spatial_depth"],
+            "num_temporal_layers": sizes["temporal_depth"],
+            "codebook_size": sizes["codebook_size"],
+        }
+        return MedCTConfig(
+            vision_config=vision_config,
+            text_config={"model_type": "bert", **sizes["text_config"]},
+            projection_dim=sizes["dim_latent"],
+        )
+    except KeyError as error:
+        raise ConversionError(f"The sizes lack {error}. Name every size of the model.") from error
+
+
+def published_config(mapped: dict[str, torch.Tensor]) -> MedCTConfig:
+    """The configuration of the published CT-CLIP: BERT-base, with the checkpoint's own vocabulary."""
+    embeddings = mapped.get("text_model.embeddings.word_embeddings.weight")
+    vocabulary = {} if embeddings is None else {"vocab_size": len(embeddings)}
+    return MedCTConfig(text_config={"model_type": "bert", **vocabulary})
+
+
+def build_model(config: MedCTConfig, mapped: dict[str, torch.Tensor]) -> MedCTModel | MedCTForImageClassification:
+    """The model that a checkpoint holds, with the checkpoint's tensors themselves as its weights.
+
+    Raises:
+        ConversionError: If a tensor is missing or has another shape than the configuration asks for.
+    """
+    model_class = MedCTForImageClassification if "classifier.weight" in mapped else MedCTModel
+    with torch.device("meta"):
+        expected = model_class(config).state_dict()
+    if missing := sorted(expected.keys() - mapped.keys()):
+        raise ConversionError(f"The checkpoint lacks {missing[0]} ({len(missing)} tensors in all).")
+    if unexpected := sorted(mapped.keys() - expected.keys()):
+        raise ConversionError(
+            f"The checkpoint holds {unexpected[0]} ({len(unexpected)} tensors in all), which a model of these sizes "
+            "does not have. Pass the model's own --sizes."
+        )
+    for name, tensor in mapped.items():
+        if tensor.shape != expected[name].shape:
+            raise ConversionError(
+                f"{name} has shape {tuple(tensor.shape)}; these sizes ask for {tuple(expected[name].shape)}. Pass the "
+                "model's own --sizes."
+            )
+    # `from_pretrained` and not `load_state_dict`: buffers that no checkpoint holds must be filled, too.
+    return model_class.from_pretrained(None, config=config, state_dict=mapped).eval()
+
+
+def load_tokenizer(id_or_folder: str, config: MedCTConfig) -> BertTokenizer:
+    """CT-CLIP's tokenizer: a plain, lower-casing BERT tokenizer, whatever class its repository names.
+
+    Raises:
+        ConversionError: If there is none, or it has more words than the model.
+    """
+    try:
+        tokenizer = BertTokenizer.from_pretrained(
+            id_or_folder, do_lower_case=True, model_max_length=config.text_config.max_position_embeddings
+        )
+    except Exception as error:  # the Hub's client, the file system and the parser each raise their own
+        reason = str(error).strip().splitlines()[0]
+        raise ConversionError(
+            f"{id_or_folder}: no tokenizer ({reason}). Pass a Hub id or a folder with vocab.txt."
+        ) from error
+    if len(tokenizer) > config.text_config.vocab_size:
+        raise ConversionError(
+            f"The tokenizer has {len(tokenizer)} words, the checkpoint {config.text_config.vocab_size}: they do not "
+            "belong together."
+        )
+    return tokenizer
+
+
+def convert(checkpoint: Path, output: Path, tokenizer: str, sizes: Path | None = None) -> dict[str, list[str]]:
+    """Convert a checkpoint into a folder in the form of a Hub repository.
+
+    Args:
+        checkpoint: CT-CLIP, VocabFine or ClassFine, as published.
+        output: Folder to make; must not exist, or be empty.
+        tokenizer: Hub id or folder; the folder may hold nothing but `vocab.txt`.
+        sizes: JSON file with the sizes of a model other than the published one, see `config_from_sizes`.
+
+    Returns:
+        The keys that were dropped, by the reason why.
+
+    Raises:
+        ConversionError: If the input is not what it should be.
+        FileExistsError: If the output holds something already.
+    """
+    with whole_folder(output) as folder:
+        mapped, dropped = map_keys(load_state_dict(checkpoint))
+        config = published_config(mapped) if sizes is None else config_from_sizes(json.loads(sizes.read_text()))
+        processor = MedCTProcessor(
+            MedCTImageProcessor.from_config(config.vision_config), load_tokenizer(tokenizer, config)
+        )
+        build_model(config, mapped).save_pretrained(folder)
+        processor.save_pretrained(folder)
+        shutil.copyfile(MODEL_CARD, folder / "README.md")
+    return dropped
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path, help="CT-CLIP, VocabFine or ClassFine checkpoint (.pt)")
+    parser.add_argument("output", type=Path, help="folder to make, in the form of a Hub model repository")
+    parser.add_argument(
+        "--tokenizer",
+        required=True,
+        metavar="ID_OR_DIR",
+        help="Hub id of the text encoder's tokenizer (published: microsoft/BiomedVLP-CXR-BERT-specialized), or a "
+        "folder with vocab.txt",
+    )
+    parser.add_argument(
+        "--sizes", type=Path, metavar="FILE", help="JSON with the sizes of the model, if it is not the published one"
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    try:
+        dropped = convert(args.checkpoint, args.output, args.tokenizer, args.sizes)
+    except (ValueError, OSError) as error:  # ours, json's and the file system's: each says what and where
+        sys.exit(f"error: {error}")
+    for reason, keys in dropped.items():
+        print(f"dropped {len(keys):4d}: {reason}")
+        print("".join(f"    {key}\n" for key in keys), end="")
+    print(f"Wrote {args.output}. Load it with AutoModel.from_pretrained({str(args.output)!r}, trust_remote_code=True).")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,378 @@
+"""Put an adapter or a converted base model on the Hub, each in one commit.
+
+    medct push runs/site-b ORG/NAME            # an adapter folder, as training leaves it
+    medct push ct-clip ORG/NAME --private      # a folder that `medct convert` made
+
+What goes up is looked through first: no pickles, no path of this machine, only files that belong there. The folder
+itself is never changed, so a push that failed can be run again.
+"""
+
+import argparse
+import hashlib
+import json
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import httpx2
+from huggingface_hub import CommitOperationAdd, HfApi, RepoFile
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import parse_ratelimit_headers
+
+from medct.adapters_medct import CONFIG_FILE, DESCRIPTION_FILE, WEIGHTS_FILE
+from medct.publishing.cards import (
+    GENERATED,
+    PLACEHOLDER_REPO,
+    base_license,
+    find_paths,
+    is_hub_id,
+    read_json,
+    recorded_base,
+    render_card,
+    without_paths,
+)
+
+MODEL_CARD = Path(__file__).parents[1] / "model_card.md"
+PICKLES = {".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pth"}
+# What a run says of itself; it names the folders that it read and wrote.
+RUN_FILES = ("results.json", "train_config.json")
+# Whatever else lies in a folder, such as lists of studies, stays at home.
+ADAPTER_FILES = (WEIGHTS_FILE, CONFIG_FILE, DESCRIPTION_FILE, "README.md", *RUN_FILES, "*.png")
+MODEL_FILES = ("*.safetensors", "*.json", "*.py", "*.txt", "*.jinja", "README.md", "LICENSE", "*.png")
+TEXT_SUFFIXES = {".jinja", ".json", ".md", ".py", ".txt"}
+# Stands in the empty form that PEFT saves as README.md.
+PEFT_FORM = "[More Information Needed]"
+
+ATTEMPTS = 4
+LONGEST_WAIT_S = 300
+PASSING_STATUS = {408, 429, 500, 502, 503, 504}
+
+Answer = TypeVar("Answer")
+Files = dict[str, Path | bytes]
+
+
+class PushError(RuntimeError):
+    """A push that was refused or failed; the message says why and what to do."""
+
+
+def commit_of(model: str, revision: str | None = None, token: str | None = None) -> str | None:
+    """The commit that a model's revision is at; `None` for a folder.
+
+    Args:
+        model: Hub id or folder.
+        revision: Commit, tag or branch; the default branch by default.
+        token: Of the Hub; the one that is logged in by default.
+    """
+    return HfApi(token=token).resolve_revision(model, revision=revision).resolved if is_hub_id(model) else None
+
+
+def push_adapter(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool = False,
+    token: str | None = None,
+    base: str | None = None,
+    base_revision: str | None = None,
+    license: str | None = None,
+) -> str:
+    """Put an adapter on the Hub.
+
+    Args:
+        folder: As `train.py` leaves it, or `PeftModel.save_pretrained`. It is not changed.
+        repo_id: "ORG/NAME"; made if it does not exist.
+        private: Whether others may not see it.
+        token: Of the Hub; the one that is logged in by default.
+        base: Hub id of the base, if the adapter was trained on a folder.
+        base_revision: Commit, tag or branch of the base; the adapter will name the commit.
+        license: Identifier of the licence, if the base's card has none.
+
+    Returns:
+        Address of the commit.
+
+    Raises:
+        PushError: If the folder is not fit to be published, or the push failed.
+    """
+    folder = Path(folder)
+    options = {"--base": base, "--base_revision": base_revision, "--license": license}
+    job = _Job(folder, repo_id, private, token, options)
+    _refuse_pickles(folder)
+    if not (folder / CONFIG_FILE).is_file() or not (folder / WEIGHTS_FILE).is_file():
+        raise PushError(f"{folder} has no {CONFIG_FILE} or no {WEIGHTS_FILE}. Pass the folder of a saved adapter.")
+    model, commit = job.try_hard(lambda: _published_base(job.api, folder, base, base_revision))
+    files = _adapter_files(folder, repo_id, model, commit, _license_of(folder, model, commit, license, token))
+    return job.push(files, "Add adapter")
+
+
+def push_model(folder: str | Path, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
+    """Put a converted model on the Hub, with its processor and code.
+
+    Args:
+        folder: As `medct convert` leaves it. It is not changed.
+        repo_id: "ORG/NAME"; made if it does not exist.
+        private: Whether others may not see it.
+        token: Of the Hub; the one that is logged in by default.
+
+    Returns:
+        Address of the commit.
+
+    Raises:
+        PushError: If the folder is not fit to be published, or the push failed.
+    """
+    folder = Path(folder)
+    _refuse_pickles(folder)
+    if not (folder / "config.json").is_file() or not list(folder.glob("*.safetensors")):
+        raise PushError(f"{folder} has no config.json or no safetensors. Pass the folder of a converted model.")
+    code = {f"{name.split('.')[0]}.py" for name in read_json(folder, "config.json").get("auto_map", {}).values()}
+    missing = sorted(name for name in code if not (folder / name).is_file())
+    if missing or not code:
+        lacking = ", ".join(missing) or "no auto_map"
+        raise PushError(f"{folder} lacks its code ({lacking}), so nobody could load it. Convert it anew.")
+    files: Files = {path.name: path for path in _chosen(folder, MODEL_FILES)}
+    for name in set(RUN_FILES) & files.keys():
+        files[name] = _json_bytes(read_json(folder, name))
+    card = folder / "README.md"
+    text = (card if card.is_file() else MODEL_CARD).read_text()
+    files["README.md"] = text.replace(PLACEHOLDER_REPO, repo_id).encode()
+    return _Job(folder, repo_id, private, token, {}).push(files, "Add model")
+
+
+def _published_base(api: HfApi, folder: Path, base: str | None, revision: str | None) -> tuple[str, str]:
+    """Id and commit of an adapter's base on the Hub."""
+    recorded, recorded_revision = recorded_base(folder)
+    if base is None and not is_hub_id(recorded):
+        name = Path(recorded or "unknown").name
+        raise PushError(
+            f"{folder} was trained on a folder of this machine ({name}), which nobody else can load: push that first "
+            f"(medct push {name} ORG/BASE), then pass --base ORG/BASE --base_revision COMMIT."
+        )
+    if base is None:
+        base, revision = str(recorded), recorded_revision
+    if revision is None:
+        raise PushError(f"The commit of {base} that {folder} was trained on is not known. Pass --base_revision COMMIT.")
+    try:
+        commit = str(api.model_info(base, revision=revision).sha)
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        raise PushError(f"The base {base} is not on the Hub at revision {revision}, or not for you.") from error
+    weights = Path(recorded or "", "model.safetensors")
+    if not is_hub_id(recorded) and weights.is_file():
+        found = api.get_paths_info(base, [weights.name], revision=commit)
+        if [getattr(file.lfs, "sha256", None) for file in found if isinstance(file, RepoFile)] != [_sha256(weights)]:
+            raise PushError(f"{base} holds other weights than {weights.parent.name}, which {folder} was trained on.")
+    return base, commit
+
+
+def _license_of(folder: Path, base: str, commit: str, license: str | None, token: str | None) -> str:
+    license = license or base_license(base, commit, token) or read_json(folder, "results.json").get("license")
+    if license is None:
+        raise PushError(
+            f"The card of {base} names no licence, and an adapter has that of its base. Pass --license IDENTIFIER."
+        )
+    return license
+
+
+def _adapter_files(folder: Path, repo_id: str, base: str, commit: str, license: str) -> Files:
+    """What an adapter's repository will hold: the folder's files, with the base by its name on the Hub."""
+    files: Files = {path.name: path for path in _chosen(folder, ADAPTER_FILES)}
+    known: dict[str, dict[str, Any]] = {
+        CONFIG_FILE: {"base_model_name_or_path": base, "revision": commit},
+        "train_config.json": {"model": base, "revision": commit, "output_dir": None},
+    }
+    for name in (CONFIG_FILE, DESCRIPTION_FILE, *RUN_FILES):
+        content = read_json(folder, name)
+        if not content:
+            continue
+        content |= {key: value for key, value in known.get(name, {}).items() if key in content or name == CONFIG_FILE}
+        if isinstance(content.get("base"), dict) and "model" in content["base"]:
+            content["base"] |= {"model": base, "revision": commit}
+        files[name] = _json_bytes(content)
+    card = folder / "README.md"
+    if not card.is_file() or any(mark in card.read_text() for mark in (GENERATED, PEFT_FORM)):
+        text = render_card(folder, repo_id=repo_id, base=base, revision=commit, license=license)
+        files["README.md"] = text.encode()
+    return files
+
+
+def _json_bytes(content: dict[str, Any]) -> bytes:
+    return (json.dumps(without_paths(content), indent=2) + "\n").encode()
+
+
+class _Job:
+    """One push: who, from where, to where; and how to try it again."""
+
+    def __init__(self, folder: Path, repo_id: str, private: bool, token: str | None, options: dict[str, str | None]):
+        self.folder, self.repo_id, self.private = folder, repo_id, private
+        self.api = HfApi(token=token)
+        flags = [f"{flag} {shlex.quote(value)}" for flag, value in options.items() if value is not None]
+        words = ["medct push", shlex.quote(str(folder)), repo_id, *(["--private"] if private else []), *flags]
+        self.command = " ".join(words)
+
+    def push(self, files: Files, message: str) -> str:
+        """Commit files, once; returns the commit's address."""
+        _refuse_paths(self.folder, files)
+
+        def commit() -> str:
+            # Operations know what was sent, so each attempt needs its own.
+            operations = [CommitOperationAdd(path, content) for path, content in sorted(files.items())]
+            self.api.create_repo(self.repo_id, private=self.private or None, exist_ok=True)
+            if self.private and not self.api.model_info(self.repo_id).private:
+                raise PushError(f"{self.repo_id} is public already. Make it private on its page, or choose another.")
+            # What an earlier attempt brought there is found and left out, so that there is one commit all the same.
+            return self.api.create_commit(self.repo_id, operations, commit_message=message).commit_url
+
+        return self.try_hard(commit)
+
+    def try_hard(self, act: Callable[[], Answer]) -> Answer:
+        """Do it, and do it again when the Hub or the network failed in passing.
+
+        Raises:
+            PushError: If it cannot be done, or was tried often enough; it names the command that finishes the push.
+        """
+        wait_s = 1.0
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                return act()
+            except PushError:
+                raise
+            # LFS uploads wrap their errors in RuntimeError; ValueError is the client's word for a bad card or name.
+            except (OSError, RuntimeError, ValueError, httpx2.HTTPError) as error:
+                asked_s = _passing(error)
+                if asked_s is None or attempt == ATTEMPTS:
+                    # The Hub's word on a bad card or name: the same command would meet it again.
+                    remedy = "" if _is_worded(error) else f" {self.folder} is whole; finish with: {self.command}"
+                    raise PushError(f"Pushing to {self.repo_id} failed: {_reason(error)}.{remedy}") from error
+                wait_s = max(wait_s, asked_s)
+                print(f"{_reason(error)}; trying again in {wait_s:g} s", file=sys.stderr)
+                time.sleep(wait_s)
+                wait_s *= 2
+        raise AssertionError("unreachable")
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    """An error and its causes."""
+    chain: list[BaseException] = [error]
+    while (cause := chain[-1].__cause__) is not None:
+        chain.append(cause)
+    return chain
+
+
+def _response(error: BaseException) -> httpx2.Response | None:
+    return next((link.response for link in _chain(error) if isinstance(link, HfHubHTTPError)), None)
+
+
+def _passing(error: Exception) -> float | None:
+    """Seconds that the Hub asks to wait, 0 if it does not say; `None` if trying again cannot help."""
+    response = _response(error)
+    if response is not None:
+        if response.status_code not in PASSING_STATUS:
+            return None
+        limit = parse_ratelimit_headers(response.headers)
+        asked = limit.reset_in_seconds if limit is not None and limit.remaining == 0 else 0
+        retry_after = response.headers.get("Retry-After", "")
+        asked = max(asked, int(retry_after) if retry_after.isdigit() else 0)
+        return asked if asked <= LONGEST_WAIT_S else None
+    chain = _chain(error)
+    if any(isinstance(link, OfflineModeIsEnabled | LocalTokenNotFoundError) for link in chain):
+        return None
+    return 0 if any(isinstance(link, httpx2.TransportError | ConnectionError) for link in chain) else None
+
+
+def _is_worded(error: Exception) -> bool:
+    """Whether it is the client's own sentence, about a bad card or name."""
+    return isinstance(error, ValueError) and not isinstance(error, HfHubHTTPError)
+
+
+def _reason(error: Exception) -> str:
+    """Why a request failed, in a few words."""
+    response = None if _is_worded(error) else _response(error)
+    status = None if response is None else response.status_code
+    if status == 401:
+        return "the Hub does not know you (401): log in with `hf auth login`, or set HF_TOKEN"
+    if status == 403:
+        return "you may not write there (403): choose another name, or a token with write access"
+    if status is not None:
+        words = {404: "there is no such repository", 429: "too many requests"}.get(status, "the Hub did not do it")
+        return f"{words} ({status})"
+    last = error if _is_worded(error) else _chain(error)[-1]
+    words = " ".join(str(last).split()) or type(last).__name__
+    return words.rstrip(".:")
+
+
+def _chosen(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
+    return [path for pattern in patterns for path in sorted(folder.glob(pattern)) if path.is_file()]
+
+
+def _refuse_pickles(folder: Path) -> None:
+    if not folder.is_dir():
+        raise PushError(f"{folder}: no such folder. Pass the folder of an adapter or of a converted model.")
+    found = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.suffix in PICKLES)
+    if found:
+        raise PushError(
+            f"{folder} holds {found[0]} ({len(found)} such files): pickles can hold code, so only safetensors are "
+            "pushed. Remove them."
+        )
+
+
+def _refuse_paths(folder: Path, files: Files) -> None:
+    for name, content in files.items():
+        if Path(name).suffix in TEXT_SUFFIXES:
+            text = content.decode() if isinstance(content, bytes) else content.read_text()
+            if found := find_paths(text):
+                raise PushError(f"{folder}/{name} names a path of this machine ({found[0]}). Take it out, then push.")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def left_out(folder: Path) -> list[str]:
+    """Files of a folder that a push leaves at home."""
+    pushed = _chosen(folder, ADAPTER_FILES if (folder / CONFIG_FILE).is_file() else MODEL_FILES)
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path not in pushed)
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    push = parser.add_subparsers(required=True).add_parser("push", help="put a folder on the Hub")
+    push.add_argument("folder", type=Path, metavar="FOLDER", help="an adapter or a converted model; not changed")
+    push.add_argument("repo_id", metavar="ORG/NAME", help="repository on the Hub; made if it does not exist")
+    push.add_argument("--private", action="store_true", help="nobody else may see it")
+    push.add_argument(
+        "--base", metavar="ORG/NAME", help="of an adapter that was trained on a folder: that base's repository"
+    )
+    push.add_argument(
+        "--base_revision", metavar="COMMIT", help="commit, tag or branch of the base; the adapter names the commit"
+    )
+    push.add_argument("--license", metavar="IDENTIFIER", help="of an adapter whose base's card names no licence")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    about = {"base": args.base, "base_revision": args.base_revision, "license": args.license}
+    try:
+        if (args.folder / CONFIG_FILE).is_file():
+            url = push_adapter(args.folder, args.repo_id, private=args.private, **about)
+        elif any(about.values()):
+            raise PushError(f"{args.folder} is no adapter, so it has no base to name. Leave out --base and its like.")
+        else:
+            url = push_model(args.folder, args.repo_id, private=args.private)
+    except PushError as error:
+        sys.exit(f"error: {error}")
+    for name in left_out(args.folder):
+        print(f"not pushed: {name}")
+    print(url)
+
+
+if __name__ == "__main__":
+    main()

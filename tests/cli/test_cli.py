@@ -1,0 +1,425 @@
+"""The command line: findings, files that a second run goes on with, embeddings, search, maps, exit status."""
+
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+from adapter_files import RESULTS, save_adapter
+from scan_files import make_hu, write_series
+
+import medct
+from medct import CT_CLIP_LABELS, MedCTModel, ZeroShotCTClassificationPipeline
+from medct.cli import SCRIPTS, commands, main, make_parser
+from medct.data import phantom_source
+from medct.inference.search import read_embeddings
+from medct.inference.studies import find_studies
+
+PHANTOM_BASE = Path(medct.__file__).with_name("phantom_base")
+
+
+@pytest.fixture
+def scans(tmp_path):
+    """Four good studies and two bad ones."""
+    folder = tmp_path / "scans"
+    folder.mkdir()
+    for index in range(3):
+        array = np.random.default_rng(index).integers(-1000, 1000, (9, 12, 5)).astype(np.int16)
+        nibabel.save(nibabel.Nifti1Image(array, np.diag([-3.0, -2, 4, 1])), folder / f"{index}.nii.gz")
+    write_series(folder / "series", make_hu((4, 12, 12)))
+    (folder / "bad.nii.gz").write_bytes(b"nothing")
+    nibabel.save(nibabel.Nifti1Image(np.eye(4, dtype=np.float32)[:, :, None] * [0, 1], np.eye(4)), folder / "mask.nii")
+    return folder
+
+
+GOOD = ["0.nii.gz", "1.nii.gz", "2.nii.gz", "series"]
+BAD = ["bad.nii.gz", "mask.nii"]
+
+
+@pytest.fixture
+def run(converted, capfd):
+    """`run("predict", ...)`: exit status, stdout, stderr, with the small model on the CPU."""
+
+    def run(command: str, *arguments: object, model: object = converted) -> tuple[int, str, str]:
+        options = ["--cpu"] if command != "recall" else []
+        options += ["--model", str(model)] if model and command != "recall" else []
+        capfd.readouterr()  # what fixtures said
+        status = main([command, *map(str, arguments), *options])
+        return status, *capfd.readouterr()
+
+    return run
+
+
+def read_csv(path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def names(rows, scans):
+    return [str(Path(row["study"]).relative_to(scans)) for row in rows]
+
+
+@pytest.fixture
+def pipe(model, processor):
+    return ZeroShotCTClassificationPipeline(model=model, processor=processor, device="cpu")
+
+
+def test_a_table_for_people(run, scans, pipe):
+    status, out, err = run("predict", scans / "0.nii.gz", "--labels", "a", "b")
+    assert (status, err) == (0, "")
+    title, _, *lines = out.strip().splitlines()
+    assert title == str(scans / "0.nii.gz")
+    expected = pipe(str(scans / "0.nii.gz"), candidate_labels=["a", "b"])
+    assert [line.split() for line in lines] == [
+        [f"{result['score']:.3f}", f"{result['logits_margin']:+.2f}", result["label"]] for result in expected
+    ]
+
+
+def test_the_dtype_reaches_the_model(run, scans, converted, processor):
+    """bfloat16 may choose other rows of the codebook, so what it gives is compared with itself."""
+    _, out, _ = run("predict", scans / "series", "--format", "json", "--dtype", "bfloat16")
+    model = MedCTModel.from_pretrained(converted, dtype=torch.bfloat16)
+    pipe = ZeroShotCTClassificationPipeline(model=model, processor=processor, device="cpu")
+    assert json.loads(out)["findings"] == pipe(str(scans / "series"))
+    _, plain, _ = run("predict", scans / "series", "--format", "json")
+    assert plain != out
+
+
+def test_json_lines(run, scans, pipe):
+    template = "{label} is present .|not {label}"
+    status, out, err = run("predict", scans, "--format", "json", "--labels", "a", "--templates", template)
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert status == 1
+    assert names(rows, scans) == GOOD
+    templates = [tuple(template.split("|"))]
+    assert rows[0]["findings"] == pipe(rows[0]["study"], candidate_labels=["a"], prompt_templates=templates)
+    assert "2 of 6 studies could not be read" in err
+    assert len(re.findall(r"failed: .*(bad\.nii\.gz|mask\.nii): ", err)) == 2
+
+
+def test_a_file_has_a_row_a_study_and_the_bad_ones_beside_it(run, scans, pipe, tmp_path):
+    output = tmp_path / "out/scores.csv"
+    status, out, err = run("predict", scans, "--output", output, "--batch_size", 3, "--num_workers", 2)
+    assert (status, out) == (1, "")
+    assert "2 of 6 studies could not be read; see scores.csv.failed.csv" in err
+    rows = read_csv(output)
+    assert names(rows, scans) == GOOD
+    assert list(rows[0]) == ["study", *CT_CLIP_LABELS, "notes"]
+    expected = {result["label"]: result["score"] for result in pipe(rows[3]["study"])}
+    assert {label: float(rows[3][label]) for label in CT_CLIP_LABELS} == pytest.approx(expected, abs=2e-6)
+    failed = read_csv(tmp_path / "out/scores.csv.failed.csv")
+    assert names(failed, scans) == BAD
+    assert "it is no NIfTI file" in failed[0]["reason"]
+    settings = json.loads((tmp_path / "out/scores.csv.settings.json").read_text())
+    assert settings["labels"] == list(CT_CLIP_LABELS)
+    assert not list((tmp_path / "out").glob("*part*"))
+
+
+def test_a_second_run_does_what_is_left(run, scans, tmp_path, monkeypatch):
+    output = tmp_path / "scores.csv"
+    run("predict", scans, "--output", output)
+    whole = output.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    output.write_bytes(b"".join(lines[:2]) + lines[2][:30])  # stopped in the middle of the second row
+    asked = []
+    forward = ZeroShotCTClassificationPipeline.forward
+    monkeypatch.setattr(
+        ZeroShotCTClassificationPipeline,
+        "forward",
+        lambda self, inputs, **kwargs: asked.append(len(inputs["pixel_values"])) or forward(self, inputs, **kwargs),
+    )
+    status, _, err = run("predict", scans, "--output", output)
+    assert status == 1
+    assert "1 of 6 studies are in" in err
+    assert sum(asked) == 3
+    assert output.read_bytes() == whole
+    # Bad studies are tried again, and forgotten when they are good.
+    (scans / "bad.nii.gz").write_bytes((scans / "0.nii.gz").read_bytes())
+    (scans / "mask.nii").unlink()
+    status, _, _ = run("predict", scans, "--output", output)
+    assert status == 0
+    assert names(read_csv(output), scans) == [*GOOD[:3], "bad.nii.gz", "series"]
+    assert not (tmp_path / "scores.csv.failed.csv").exists()
+
+
+def test_a_file_of_another_run_is_not_gone_on_with(run, scans, tmp_path):
+    output = tmp_path / "scores.jsonl"
+    assert run("predict", scans / "0.nii.gz", "--output", output)[0] == 0
+    before = output.read_bytes()
+    status, _, err = run("predict", scans, "--output", output, "--labels", "a")
+    assert status == 2
+    assert "was begun with labels" in err
+    (tmp_path / "scores.jsonl.settings.json").unlink()
+    status, _, err = run("predict", scans, "--output", output)
+    assert status == 2
+    assert "nobody knows how it was made" in err
+    assert output.read_bytes() == before
+
+
+def test_an_unknown_failure_of_one_study_ends_nothing(run, scans, tmp_path, monkeypatch):
+    read_volume = commands.read_volume
+
+    def fails(source, **options):
+        if "1.nii" in str(source):
+            raise RuntimeError("a bug")
+        return read_volume(source, **options)
+
+    monkeypatch.setattr("medct.inference.studies.read_volume", fails)
+    assert run("predict", scans, "--output", tmp_path / "scores.csv")[0] == 1
+    assert names(read_csv(tmp_path / "scores.csv"), scans) == ["0.nii.gz", "2.nii.gz", "series"]
+
+
+@pytest.fixture
+def adapter(converted, tmp_path):
+    thresholds = {"thresholds": {"Emphysema": 0.0, "Atelectasis": 2.0}}
+    return save_adapter(converted, tmp_path / "adapter", results=RESULTS | thresholds)
+
+
+def test_an_adapter_names_its_base_and_calls_findings_present(run, scans, adapter, tmp_path):
+    status, out, _ = run("predict", scans / "0.nii.gz", "--adapter", adapter, model=None)
+    assert status == 0
+    assert re.search(r"Emphysema  present\n", out)
+    assert re.search(r"Atelectasis  absent\n", out)
+    assert re.search(r"Lung nodule\n", out)
+    run("predict", scans / "0.nii.gz", "--adapter", adapter, "--output", tmp_path / "scores.csv")
+    (row,) = read_csv(tmp_path / "scores.csv")
+    assert (row["Emphysema present"], row["Atelectasis present"], row["Lung nodule present"]) == ("1", "0", "")
+
+
+def test_an_adapter_of_another_model_is_refused(run, scans, adapter):
+    status, _, err = run("predict", scans / "0.nii.gz", "--adapter", adapter, model=PHANTOM_BASE)
+    assert status == 2
+    assert err.startswith(f"error: {adapter} was trained on other weights than this model's. Load its base, ")
+
+
+def test_the_model_may_stand_in_the_environment(run, scans, converted, monkeypatch):
+    monkeypatch.delenv(commands.MODEL_VARIABLE, raising=False)
+    status, _, err = run("predict", scans / "0.nii.gz", model=None)
+    assert status == 2
+    assert "error: Which model?" in err
+    monkeypatch.setenv(commands.MODEL_VARIABLE, str(converted))
+    assert run("predict", scans / "0.nii.gz", model=None)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["nowhere"], "nowhere: no such file or folder"),
+        (["{scans}", "--output", "{tmp}/scores.txt"], "rows are written as .csv or .jsonl"),
+        (["{scans}", "--format", "table", "--output", "{tmp}/scores.csv"], "rows are written as .csv or .jsonl"),
+        (["{scans}", "--templates", "present"], "pair of sentences"),
+        (["{scans}", "--adapter", "{tmp}"], "no adapter"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_a_sentence(run, scans, tmp_path, arguments, reason):
+    status, out, err = run("predict", *(argument.format(scans=scans, tmp=tmp_path) for argument in arguments))
+    assert (status, out) == (2, "")
+    assert err.startswith("error: ")
+    assert reason in err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_a_folder_that_is_no_model_is_said(run, scans, tmp_path):
+    status, _, err = run("predict", scans, model=tmp_path)
+    assert status == 2
+    assert "no model (" in err
+
+
+@pytest.mark.parametrize("arguments", [["predict"], ["predict", "x", "--batch_size", "0"], ["nothing"], []])
+def test_wrong_usage_is_status_2(arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+
+
+def sub_parsers():
+    return make_parser()._subparsers._group_actions[0].choices
+
+
+@pytest.mark.parametrize("command", sorted(set(sub_parsers()) - set(SCRIPTS)))
+def test_help_explains_every_flag_and_gives_an_example(command, capsys):
+    parser = sub_parsers()[command]
+    assert all(action.help for action in parser._actions)
+    with pytest.raises(SystemExit) as caught:
+        main([command, "--help"])
+    assert caught.value.code == 0
+    assert f"\n  medct {command} " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_scripts_are_reached(script, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["medct"])
+    with pytest.raises(SystemExit) as caught:
+        main([script, "--help"])
+    assert caught.value.code == 0
+    assert f"usage: medct {script} [-h]" in capsys.readouterr().out
+
+
+def test_an_adapter_of_unknown_origin_is_remarked_on_in_a_line(run, scans, adapter):
+    (adapter / "medct_adapter.json").unlink()
+    status, _, err = run("predict", scans / "0.nii.gz", "--adapter", adapter)
+    assert status == 0
+    assert (
+        err == f"warning: {adapter} has no medct_adapter.json: nobody can tell whether it was trained on this model.\n"
+    )
+
+
+def test_embed_search_and_recall(run, scans, pipe, tmp_path):
+    index = tmp_path / "index.parquet"
+    reports = tmp_path / "reports.csv"
+    reports.write_text("file_name,report\n0.nii.gz,a b\n1.nii.gz,c\nseries,c\n")
+    assert run("embed", scans / "0.nii.gz", scans / "bad.nii.gz", "--output", index)[0] == 1
+    assert read_csv(tmp_path / "index.parquet.failed.csv")[0]["study"] == str(scans / "bad.nii.gz")
+    # A second run adds what is new: studies, and the report of one that was embedded without.
+    status, _, err = run("embed", scans, "--reports", reports, "--output", index)
+    assert status == 1
+    assert "1 of 6 studies are in" in err
+    embeddings = read_embeddings(index)
+    assert [Path(study).name for study in embeddings.ids] == GOOD
+    assert embeddings.has_report.tolist() == [True, True, False, True]
+    assert embeddings.report_ids[1] == embeddings.report_ids[3] != embeddings.report_ids[0]
+    pixel_values = pipe.preprocess(embeddings.ids[3])["pixel_values"]
+    with torch.no_grad():
+        image = pipe.model.get_image_features(pixel_values).pooler_output[0]
+        texts = pipe.processor(text=["c"], return_tensors="pt")
+        text = pipe.model.get_text_features(texts["input_ids"], texts["attention_mask"]).pooler_output[0]
+    np.testing.assert_allclose(embeddings.image_embeds[3], image, atol=1e-6)
+    np.testing.assert_allclose(embeddings.text_embeds[3], text, atol=1e-6)
+    assert sorted(path.name for path in tmp_path.glob("index*")) == [
+        "index.parquet",
+        "index.parquet.failed.csv",
+        "index.parquet.settings.json",
+    ]
+
+    status, out, _ = run("search", scans / "series", "--index", index, "-k", 2, "--format", "json", model=None)
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert status == 0
+    assert [row["rank"] for row in rows] == [1, 2]
+    assert rows[0]["study"] == str(scans / "series")
+    assert rows[0]["similarity"] == pytest.approx(1, abs=1e-5)
+    status, out, _ = run("search", "c", "--index", index, "-k", 9, model=None)
+    similarities = [float(line.split()[1]) for line in out.splitlines()[1:]]
+    assert similarities == pytest.approx(
+        sorted((embeddings.image_embeds @ text.numpy()).tolist(), reverse=True), abs=1e-4
+    )
+    status, _, err = run("search", "c", "--index", index, model=tmp_path)
+    assert status == 2
+    assert "was made with model" in err
+    status, out, _ = run("recall", "--index", index, "--format", "json")
+    assert status == 0
+    assert json.loads(out)["studies"] == 3
+
+
+def test_map(run, scans, tmp_path):
+    status, out, _ = run("map", scans / "0.nii.gz", "--labels", "a", "b c", "--output", tmp_path / "maps")
+    assert status == 0
+    assert "localises poorly" in out
+    stems = ("a_debugging-aid", "b-c_debugging-aid")
+    expected = sorted(f"{stem}{suffix}" for stem in stems for suffix in (".nii.gz", ".png"))
+    assert sorted(path.name for path in (tmp_path / "maps").iterdir()) == expected
+    scan, image = nibabel.load(scans / "0.nii.gz"), nibabel.load(tmp_path / "maps" / expected[0])
+    assert image.shape == scan.shape
+    np.testing.assert_allclose(image.affine, scan.affine)
+    assert run("map", scans / "0.nii.gz", "--labels", "a", "--output", tmp_path / "maps")[0] == 2
+    status, _, err = run("map", scans, "--labels", "a", "--output", tmp_path / "more")
+    assert status == 2
+    assert "holds 6 studies" in err
+
+
+def test_evaluate(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(commands, "open_source", lambda *_, **__: phantom_source("A", range(12), 0))
+    output = tmp_path / "scores.json"
+    options = ["--data", "anywhere", "--batch_size", 4, "--num_workers", 0, "--output", output]
+    status, out, _ = run("evaluate", *options, model=PHANTOM_BASE)
+    assert status == 0
+    assert out.startswith("12 SYNTHETIC phantoms of site A: 12 scans of 12 patients\n")
+    results = json.loads(output.read_text())
+    assert results["scores"]["auroc"]["value"] > 0.7
+    assert f"{results['scores']['auroc']['value']:.3f}" in out
+
+
+def test_evaluate_reads_a_folder_and_passes_by_what_is_broken(run, scans, tmp_path):
+    header = ",".join(["file_name", "split", *CT_CLIP_LABELS])
+    rows = [f"{name},valid,{','.join([str(index % 2)] * 18)}" for index, name in enumerate([*GOOD, "bad.nii.gz"])]
+    (scans / "metadata.csv").write_text("\n".join([header, *rows]) + "\n")
+    output = tmp_path / "scores.json"
+    status, out, err = run("evaluate", "--data", scans, "--num_workers", 0, "--output", output)
+    assert status == 1
+    assert "1 of 5 studies could not be read" in err
+    results = json.loads(output.read_text())
+    assert (results["scans"], results["unreadable"], results["split"]) == (4, 1, "valid")
+    assert "Lung nodule (2 with it)" in out
+    status, _, err = run("evaluate", "--data", tmp_path / "nowhere")
+    assert status == 2
+    assert err.startswith("error: ")
+
+
+LAUNCH = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0"]
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_studies(run, scans, converted, tmp_path):
+    """In a launch, and into the same file that one process writes."""
+    run("predict", scans, "--output", tmp_path / "one.csv")
+    package = tmp_path / "path"
+    package.mkdir()
+    (package / "medct").symlink_to(PHANTOM_BASE.parent)
+    options = ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "medct.cli", "predict", scans, "--cpu"]
+    output = tmp_path / "two.csv"
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *LAUNCH, *options]
+    done = subprocess.run(
+        [*map(str, command), "--model", str(converted), "--output", str(output)],
+        env=os.environ | {"PYTHONPATH": str(package)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "2 of 6 studies could not be read" in done.stderr
+    assert done.returncode == 1
+    one, two = read_csv(tmp_path / "one.csv"), read_csv(output)
+    assert names(two, scans) == GOOD
+    for single, shared in zip(one, two, strict=True):
+        for label in CT_CLIP_LABELS:
+            assert float(shared[label]) == pytest.approx(float(single[label]), abs=2e-6)
+    assert names(read_csv(tmp_path / "two.csv.failed.csv"), scans) == BAD
+    assert not list(tmp_path.glob("*part*"))
+
+
+def test_a_folder_of_real_scans(run, shared, tmp_path):
+    """Everything at hand, good and bad; what is bad is listed with the reason that `read_volume` gives."""
+    realdata = shared / "realdata"
+    if not realdata.is_dir():
+        pytest.skip("the real scans are not at hand")
+    for archive in realdata.glob("01_*/*.tar.xz"):
+        with tarfile.open(archive) as opened:
+            opened.extractall(tmp_path / "cptac", filter="data")
+    output = tmp_path / "scores.csv"
+    status, _, err = run("predict", realdata, tmp_path / "cptac", "--output", output, model=PHANTOM_BASE)
+    assert status == 1
+    rows, failed = read_csv(output), read_csv(tmp_path / "scores.csv.failed.csv")
+    found = {study.id for study in find_studies([realdata, tmp_path / "cptac"])}
+    assert {row["study"] for row in rows} | {row["study"] for row in failed} == found
+    assert len(rows) + len(failed) == len(found)
+    scored = {str(Path(row["study"]).relative_to(realdata)): row for row in rows if "realdata" in row["study"]}
+    reasons = {row["study"].removeprefix(f"{realdata}/"): row["reason"] for row in failed}
+    assert f"{len(failed)} of {len(found)} studies could not be read" in err
+    # The same scan as DICOM and as NIfTI.
+    dicom, nifti = (scored[f"07_cip_chest_64/{name}"] for name in ("ct-64Dicom", "ct-64.nii.gz"))
+    for label in CT_CLIP_LABELS:
+        assert float(dicom[label]) == pytest.approx(float(nifti[label]), abs=1e-4)
+    assert any("cptac" in row["study"] for row in rows)
+    assert "within 0..255" in scored["13_not_ct_or_not_hu/vtkjs_LIDC2_uint8_0-255.nii.gz"]["notes"]
+    assert "2 CT series" in reasons["09_enhanced_ct_multiframe"]
+    assert "localizer" in reasons["10_localizer_and_secondary_capture"]
+    assert "between 28.11 and 38.11" in reasons["12_broken_series_dicom2nifti/sliceincrement_001"]
+    assert "MR Image Storage" in reasons["13_not_ct_or_not_hu/sts_002_mr_t1"]
+    assert "Positron" in reasons["13_not_ct_or_not_hu/sts_002_pet"]
+    assert "16.5 degrees" in reasons["13_not_ct_or_not_hu/CT_pitch.nii.gz"]

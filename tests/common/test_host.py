@@ -1,0 +1,30 @@
+"""Memory that is kept, seen from the pages that the system has to hand out."""
+
+import platform
+import subprocess
+import sys
+
+import pytest
+
+from medct.common import host as host_memory
+
+PROGRAM = """
+import resource, runpy, sys
+import numpy as np
+
+if sys.argv[2] == "keep":
+    runpy.run_path(sys.argv[1])["keep_freed_memory"]()
+for _ in range(3):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    np.ones(2**24)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's allocator is told")
+def test_large_blocks_are_used_again():
+    command = [sys.executable, "-c", PROGRAM, host_memory.__file__]
+    faults = {mode: int(subprocess.check_output([*command, mode])) for mode in ("keep", "hand back")}
+    assert faults["keep"] < 100
+    # 128 MiB in pages of 4 KiB, or fewer and larger ones.
+    assert faults["hand back"] > faults["keep"]

@@ -1,0 +1,330 @@
+"""Batches stay full, every study comes once, and a run that goes on gets the batch that would have come."""
+
+import gc
+import itertools
+import json
+import pickle
+import time
+import weakref
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from datasets import IterableDataset
+from datasets.distributed import split_dataset_by_node
+from torch.utils.data import DataLoader
+
+from medct import CT_CLIP_LABELS, MedCTConfig
+from medct.data import DataError, Source, StudyLoader, phantom_source, report_id, to_device
+from medct.data.loader import LoadStudy
+from medct.data.sources import too_many_bad
+from medct.data.tables import Selection, Sieve, table_source
+
+NAMES = ("one", "two")
+AFFINE = np.diag([-2.0, -2.0, 3.0, 1.0])
+
+
+class Rows:
+    """Rows of tiny arrays; some hold what is no volume."""
+
+    def __init__(self, bad=(), prepared=False):
+        self.bad, self.prepared = set(bad), prepared
+
+    def __call__(self, key):
+        volume = np.full((4, 4, 4), 10 * (key % 50) - 1000, np.int16)
+        volume[0, 0, 0] = -1024
+        row = {"id": f"study-{key}", "patient": f"p{key // 2}", "report": "a" * (key % 3), "labels": [key % 2, np.nan]}
+        if self.prepared:
+            return {**row, "volume": np.full((8, 12, 8), key, np.int16), "prepared": True}
+        return {**row, "volume": "nothing.nii.gz" if key in self.bad else volume, "affine": AFFINE}
+
+
+def make_source(count=23, bad=(), prepared=False):
+    return Source([(key,) for key in range(count)], Rows(bad, prepared), NAMES, f"{count} tiny studies")
+
+
+def make_loader(processor, source=None, **settings):
+    settings = {"batch_size": 4, "with_text": False, "seed": 1, **settings}
+    return StudyLoader(source or make_source(), processor, NAMES, **settings)
+
+
+def ids_of(loader, epochs=2):
+    """Ids of each batch of some epochs."""
+    batches = []
+    while loader.epoch < epochs:
+        batches += [batch["ids"] for batch in loader]
+    return batches
+
+
+def all_of(loader, epochs=1):
+    """Ids of some epochs in their order."""
+    return list(itertools.chain.from_iterable(ids_of(loader, epochs)))
+
+
+def first_of(loader, count):
+    """The first batches, over the ends of epochs, and the state after them."""
+    batches = []
+    while True:
+        for batch in loader:
+            batches.append(batch["ids"])
+            if len(batches) == count:
+                return batches, pickle.loads(pickle.dumps(loader.state_dict()))
+
+
+def test_a_batch(processor):
+    (batch,) = make_loader(processor, make_source(3), batch_size=3, with_text=True, seed=None)
+    assert batch["ids"] == ["study-0", "study-1", "study-2"]
+    assert batch["patients"] == ["p0", "p0", "p1"]
+    assert batch["pixel_values"].shape == (3, 1, 8, 12, 8)
+    assert batch["pixel_values"].dtype == torch.float32
+    assert batch["labels"][:, 0].tolist() == [0, 1, 0] and batch["labels"][:, 1].isnan().all()
+    assert batch["input_ids"].shape == batch["attention_mask"].shape == (3, 3)
+    assert batch["report_ids"].tolist() == [0, report_id("a"), report_id("aa")]
+    assert batch["report_ids"].dtype == torch.int64
+    assert len(set(batch["report_ids"].tolist())) == 3
+
+
+def test_each_epoch_is_another_full_permutation(processor):
+    loader = make_loader(processor)
+    batches = ids_of(loader, epochs=2)
+    assert [len(batch) for batch in batches] == [4, 4, 4, 4, 4, 3] * 2
+    names = list(itertools.chain.from_iterable(batches))
+    first, second = names[:23], names[23:]
+    everyone = [f"study-{key}" for key in range(23)]
+    assert sorted(first) == sorted(second) == sorted(everyone)
+    assert first != second and first != everyone
+    assert ids_of(make_loader(processor)) == batches
+    assert ids_of(make_loader(processor, seed=2)) != batches
+    assert all_of(make_loader(processor, seed=None)) == everyone
+
+
+def test_the_order_does_not_depend_on_the_workers(processor):
+    expected = ids_of(make_loader(processor))
+    for num_workers in (1, 2):
+        assert ids_of(make_loader(processor, num_workers=num_workers)) == expected
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_ranks_and_workers_see_each_study_once(processor, num_workers):
+    parts = [all_of(make_loader(processor, rank=rank, world_size=2, num_workers=num_workers)) for rank in range(2)]
+    assert [len(part) for part in parts] == [12, 11]
+    assert sorted(parts[0] + parts[1]) == sorted(f"study-{key}" for key in range(23))
+
+
+@pytest.mark.parametrize("workers", [(0, 0), (2, 2), (2, 0), (0, 1)])
+@pytest.mark.parametrize("count", [1, 4, 6, 8])
+def test_a_run_goes_on_with_the_batch_that_would_have_come(processor, workers, count):
+    source = make_source(23, bad=[3, 11])
+    settings = {"max_bad_share": 0.2, "drop_last": True}
+    expected = make_loader(processor, source, **settings)
+    batches = ids_of(expected, epochs=3)
+    before, state = first_of(make_loader(processor, source, num_workers=workers[0], **settings), count)
+    again = make_loader(processor, source, num_workers=workers[1], **settings)
+    again.load_state_dict(state)
+    assert again.epoch == (0 if count <= 5 else 1)
+    assert before + ids_of(again, epochs=3) == batches
+    assert again.state_dict() == expected.state_dict()
+
+
+def test_a_pass_that_was_left_begins_anew(processor):
+    loader = make_loader(processor)
+    first = next(iter(loader))["ids"]
+    assert loader.epoch == 0
+    assert next(iter(loader))["ids"] == first
+
+
+def test_the_state_of_another_run_is_refused(processor):
+    state = make_loader(processor).state_dict()
+    for other in (
+        make_loader(processor, make_source(24)),
+        make_loader(processor, seed=2),
+        make_loader(processor, world_size=2),
+    ):
+        with pytest.raises(DataError, match="Go on with the same data and settings"):
+            other.load_state_dict(state)
+
+
+def test_loading_draws_no_global_random_numbers(processor):
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    ids_of(make_loader(processor), epochs=2)
+    assert torch.rand(1) == expected
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_bad_studies_are_passed_by_and_listed(processor, tmp_path, num_workers):
+    listed = tmp_path / "bad.jsonl"
+    source = make_source(40, bad=[7, 8])
+    loader = make_loader(processor, source, bad_samples_file=listed, num_workers=num_workers, max_bad_share=0.1)
+    assert [len(batch) for batch in ids_of(loader, epochs=1)] == [4] * 9 + [2]
+    assert (loader.num_bad, loader.num_seen) == (2, 40)
+    lines = [json.loads(line) for line in listed.read_text().splitlines()]
+    assert {line["id"] for line in lines} == {"study-7", "study-8"}
+    assert lines[0]["epoch"] == 0
+    assert lines[0]["reason"].startswith("VolumeError: nothing.nii.gz: it cannot be read")
+
+
+def test_a_bad_study_may_end_the_run(processor):
+    loader = make_loader(processor, make_source(6, bad=[5]), on_bad_sample="raise")
+    with pytest.raises(DataError, match="study-5 cannot be used: VolumeError: nothing"):
+        ids_of(loader)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_too_many_bad_studies_end_the_run(processor, num_workers):
+    loader = make_loader(processor, make_source(40, bad=range(0, 40, 4)), num_workers=num_workers)
+    with pytest.raises(DataError, match=r"6 of \d+ studies cannot be used, more than the allowed share of 0.05; the l"):
+        ids_of(loader)
+    few = make_loader(processor, make_source(36, bad=range(5)))  # of so few, a share says little
+    assert [len(part) for part in (all_of(few, 3), all_of(few, 6))] == [3 * 31] * 2
+    assert (few.num_bad, few.num_seen) == (5, 36)  # of the last pass: the same studies come again in each
+    strict = make_loader(processor, make_source(36, bad=[1]), max_bad_share=0)
+    with pytest.raises(DataError, match="the last: study-1"):
+        ids_of(strict)
+
+
+def test_a_share_is_judged_of_a_hundred_studies_or_more():
+    assert not too_many_bad(5, 10, 0.05) and too_many_bad(6, 10, 0.05)
+    assert not too_many_bad(50, 1000, 0.05) and too_many_bad(51, 1000, 0.05)
+    assert not too_many_bad(1000, 1000, 1.0)
+
+
+def test_a_bad_study_is_listed_once_however_often_it_is_met(processor, tmp_path):
+    """In three epochs, by two processes between which studies change, and after the run went on."""
+    source, settings = make_source(40, bad=[7, 8]), {"bad_samples_file": tmp_path / "bad.jsonl"}
+    for rank in range(2):
+        loader = make_loader(processor, source, rank=rank, world_size=2, **settings)
+        ids_of(loader, epochs=3)
+    again = make_loader(processor, source, rank=1, world_size=2, **settings)
+    again.load_state_dict(loader.state_dict())
+    ids_of(again, epochs=5)
+    lines = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text().splitlines()]
+    assert sorted(line["id"] for line in lines) == ["study-7", "study-8"]
+
+
+class NotedRows(Rows):
+    """Leaves a file for each row that is read."""
+
+    def __init__(self, folder):
+        super().__init__()
+        self.folder = folder
+
+    def __call__(self, key):
+        (self.folder / str(key)).touch()
+        return super().__call__(key)
+
+
+def test_single_volumes_are_gone_while_their_batch_is_used(processor, monkeypatch):
+    volumes, load = [], LoadStudy.__call__
+
+    def noted(self, row):
+        study = load(self, row)
+        volumes.append(weakref.ref(study["pixel_values"]))
+        return study
+
+    monkeypatch.setattr(LoadStudy, "__call__", noted)
+    batches = iter(make_loader(processor))
+    for count in (1, 2):
+        next(batches)
+        assert len(volumes) == 4 * count
+        assert not any(volume() is not None for volume in volumes)
+
+
+@pytest.mark.parametrize(("num_workers", "ahead"), [(0, 0), (1, 4), (2, 4)])
+def test_no_more_is_read_ahead_than_is_said(processor, tmp_path, num_workers, ahead):
+    source = Source([(key,) for key in range(60)], NotedRows(tmp_path), NAMES, "60 tiny studies")
+    batches = iter(make_loader(processor, source, num_workers=num_workers))
+    for count in (1, 2):
+        next(batches)
+        time.sleep(0.3)  # the workers do what they may
+        assert len(list(tmp_path.iterdir())) <= 4 * count + ahead
+
+
+def test_a_pass_without_a_batch_is_refused(processor):
+    with pytest.raises(DataError, match=r"no batch of 4 \(3 of 3 studies could not be read\)"):
+        ids_of(make_loader(processor, make_source(3, bad=range(3))))
+    with pytest.raises(DataError, match="Lower the batch size"):
+        ids_of(make_loader(processor, make_source(3), drop_last=True))
+
+
+def test_other_labels_than_the_models_are_refused(processor):
+    with pytest.raises(DataError, match=r"its labels \(one, two\) are not the model's \(two, one\)"):
+        StudyLoader(make_source(), processor, ["two", "one"], batch_size=2, with_text=False)
+
+
+def test_prepared_volumes_stay_int16_until_they_are_on_the_device(processor):
+    (batch,) = make_loader(processor, make_source(3, prepared=True), seed=None)
+    assert batch["pixel_values"].dtype == torch.int16
+    moved = to_device(batch, "cpu", MedCTConfig())
+    assert moved["pixel_values"].dtype == torch.float32
+    assert torch.equal(moved["pixel_values"][:, 0, 0, 0, 0], torch.tensor([0.0, 1.0, 2.0]) / 1000)
+    assert moved["ids"] == batch["ids"]
+    read = next(iter(make_loader(processor)))
+    assert torch.equal(to_device(read, "cpu", MedCTConfig())["pixel_values"], read["pixel_values"])
+
+
+def test_prepared_volumes_of_another_size_are_bad(processor):
+    processor.image_processor.image_size = [4, 4, 4]
+    loader = make_loader(processor, make_source(3, prepared=True), on_bad_sample="raise")
+    with pytest.raises(DataError, match=r"it has shape \(8, 12, 8\). Prepare it for this model"):
+        next(iter(loader))
+
+
+def test_a_source_is_a_stream_of_datasets():
+    source = make_source(10)
+    stream = source.stream(epoch=1, seed=3)
+    assert isinstance(stream, IterableDataset)
+    everyone = [row["id"] for row in stream]
+    assert everyone == [f"study-{key}" for key in source.keys(1, 3)]
+    parts = [
+        [row["id"] for row in DataLoader(part, batch_size=None, num_workers=2)]
+        for part in (split_dataset_by_node(stream, rank, 2, strategy="shards") for rank in range(2))
+    ]
+    assert sorted(parts[0] + parts[1]) == sorted(everyone)
+    rows = iter(stream)
+    seen = [next(rows)["id"] for _ in range(4)]
+    state = stream.state_dict()
+    del rows
+    again = source.stream(epoch=1, seed=3)
+    again.load_state_dict(state)
+    assert seen + [row["id"] for row in again] == everyone
+
+
+def test_memory_does_not_grow_with_the_source():
+    """Twenty-five times as many studies: the tables are larger, and nothing gathers while they stream."""
+
+    def objects_while_streaming(count):
+        """How many, and how many more after 150 rows."""
+        columns = {"report": "Clear.", "volume": "scan.nii.gz", "one": 1.0}
+        names = [f"{number:05d}" for number in range(count)]
+        sieve = Sieve(pd.DataFrame({"id": names, "patient": names, **columns}))
+        stream = iter(table_source(sieve, ["one"], str, Selection("train"), "tables").stream(seed=0))
+        next(stream)
+        gc.collect()
+        before = len(gc.get_objects())
+        for _ in range(150):
+            next(stream)
+        gc.collect()
+        return before, len(gc.get_objects()) - before
+
+    objects_while_streaming(199)  # what libraries keep from their first use
+    few, many = objects_while_streaming(200), objects_while_streaming(5000)
+    assert few[1] < 50 and many[1] < 50
+    # `datasets` keeps a dictionary and a list for each shard; no row, no text and no volume.
+    assert many[0] - few[0] < 3 * 5000
+
+
+def test_phantoms_are_drawn_when_they_are_asked_for(processor):
+    source = phantom_source("B", range(10**5), seed=0)
+    assert source.num_studies == 10**5
+    assert source.description == "100000 SYNTHETIC phantoms of site B"
+    row = next(iter(source.stream()))
+    assert row["id"] == "phantom_b_0_a_1.nii.gz"
+    assert row["patient"] == "phantom_b_0"
+    assert row["report"].endswith(".") and len(row["labels"]) == 18
+    loader = StudyLoader(phantom_source("B", range(2), 0), processor, CT_CLIP_LABELS, batch_size=2, with_text=True)
+    (batch,) = loader
+    assert batch["pixel_values"].shape == (2, 1, 8, 12, 8)
+    assert batch["labels"].shape == (2, 18)

@@ -1,0 +1,37 @@
+"""Phantoms have an address, so that every command can be tried without data."""
+
+import pytest
+
+from medct import MedCTConfig
+from medct.data import PHANTOMS, DataError, open_source, overview, prepare
+from medct.data.prepared import read_manifest
+from medct.train import TrainingSettings, load_sources
+
+CONFIG = MedCTConfig()
+SPLITS = ("train", "tune", "valid")
+
+
+def test_phantoms_are_those_of_a_default_run():
+    trained_on = load_sources(TrainingSettings(), CONFIG)
+    for split in SPLITS:
+        source = open_source(PHANTOMS, split, CONFIG)
+        assert (source.groups, source.read) == (trained_on[split].groups, trained_on[split].read)
+        assert source.description == f"{source.num_studies} SYNTHETIC phantoms of site B"
+    few = [open_source(PHANTOMS, "train", CONFIG, limit=limit).groups for limit in (3, 5)]
+    assert few[0] == few[1][:3] and len(few[1]) == 5
+
+
+def test_phantoms_have_the_labels_that_they_are_drawn_with():
+    with pytest.raises(DataError, match=r"phantoms: drawn with CT-CLIP's 18 labels. Pass a model that has them"):
+        open_source(PHANTOMS, "train", MedCTConfig(id2label={0: "nodule"}, label2id={"nodule": 0}))
+
+
+def test_commands_are_tried_without_data(converted, tmp_path, capsys):
+    sheet = tmp_path / "sheet.png"
+    overview.main([PHANTOMS, "--model", str(converted), "--limit", "3", "--samples", "2", "--sheet", str(sheet)])
+    assert "3 SYNTHETIC phantoms of site B" in capsys.readouterr().out
+    assert sheet.is_file()
+    prepare.main([PHANTOMS, str(tmp_path / "shards"), "--model", str(converted), "--limit", "2"])
+    splits = read_manifest(str(tmp_path / "shards"))["splits"]
+    assert {split: found["num_studies"] for split, found in splits.items()} == dict.fromkeys(SPLITS, 2)
+    assert all("SYNTHETIC" in found["description"] for found in splits.values())

@@ -1,0 +1,143 @@
+"""What the overview counts, and that its pictures stand upright."""
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from ct_rate_like import ct_rate_files, write_files
+from PIL import Image
+
+from medct import CT_CLIP_LABELS, MedCTConfig
+from medct.data import overview, phantom_source
+from medct.data.sources import Skipped, Source
+from medct.image_processing_medct import MedCTImageProcessor
+from medct.volume_medct import CTVolume, affine_from_spacing
+
+SMALL = {"image_size": [16, 24, 20], "patch_size": [4, 4, 4], "target_spacing_mm": [20.0, 15.0, 20.0]}
+
+
+@pytest.fixture(scope="module")
+def config() -> MedCTConfig:
+    return MedCTConfig(vision_config=SMALL)
+
+
+@dataclasses.dataclass(frozen=True)
+class Unreadable:
+    """A volume that is there as soon as it is looked at: opening it fails."""
+
+    def __call__(self, key: int) -> dict:
+        labels = [float(key % 2), math.nan, 0.0] if key else [0.0, 0.0, 0.0]
+        report = ("", "one two three", "one two three", "one two three four five")[key]
+        return {"id": f"s{key}", "patient": f"p{key // 2}", "report": report, "labels": labels, "volume": "nowhere.nii"}
+
+
+def source(num_studies: int = 4) -> Source:
+    skipped = (Skipped("head_1", "no chest"), Skipped("head_2", "no chest"), Skipped("x", "no labels"))
+    groups = [(key,) for key in range(num_studies - 1)] + [(num_studies - 1, 0)]
+    return Source(groups, Unreadable(), ("A", "Bee", "C"), "4 studies", skipped)
+
+
+def test_counts_read_no_volume():
+    summary = overview.summarize(source())
+    assert (summary["num_studies"], summary["num_volumes"], summary["num_patients"]) == (4, 5, 2)
+    assert summary["labels"]["A"] == {"present": 2, "absent": 2, "unknown": 0, "prevalence": 0.5}
+    assert summary["labels"]["Bee"] == {"present": 0, "absent": 1, "unknown": 3, "prevalence": 0.0}
+    assert summary["no_finding"] == {"studies": 1, "known": 1}
+    assert (summary["reports"]["missing"], summary["reports"]["distinct"]) == (1, 2)
+    assert summary["reports"]["words"] == {"min": 3, "q1": 3, "median": 3, "q3": 5, "max": 5}
+    assert summary["reports"]["tokens"] is None
+    assert summary["skipped"] == {"no chest": ["head_1", "head_2"], "no labels": ["x"]}
+    text = overview.as_text(summary)
+    for line in ("4 studies, 5 volumes, 2 patients", "3 reports, 2 distinct; 1 missing", "no chest (head_1, head_2)"):
+        assert line in text
+    json.dumps(summary, allow_nan=False)
+
+
+def test_tokens_are_the_models(processor):
+    tokenizer = processor.tokenizer
+    tokenizer.model_max_length = 14
+    reports = overview.summarize(source(), tokenizer)["reports"]
+    # Letters are words of this tokenizer's vocabulary, and a start and an end come with each report.
+    lengths = [len(tokenizer(text)["input_ids"]) for text in ("one two three", "one two three four five")]
+    assert (reports["tokens"]["min"], reports["tokens"]["max"]) == tuple(lengths)
+    assert reports["cut"] == sum(length > 14 for length in [lengths[0], *lengths])
+
+
+def test_a_source_without_labels_and_reports_is_counted():
+    def read(key: int) -> dict:
+        return {"id": "a", "patient": "p", "report": "", "labels": [math.nan], "volume": "nowhere.nii"}
+
+    summary = overview.summarize(Source([(0,)], read, ("A",), "1 study"))
+    assert summary["labels"]["A"]["prevalence"] is None
+    assert summary["reports"] == {"missing": 1, "distinct": 0, "words": None, "tokens": None, "cut": None}
+    assert "-" in overview.as_text(summary)
+
+
+@pytest.mark.parametrize("orientation", ["SLP", "RAS", "PIR"])
+def test_pictures_stand_upright(orientation):
+    """Bright blocks towards the head, the front and the patient's left are found where a radiologist looks."""
+    # Indices grow towards the right, the front and the head.
+    hu = np.full((21, 23, 25), -1000, np.int16)
+    hu[:, :, 20:] = 100  # head
+    hu[:, 18:, :] = 200  # front
+    hu[:5, :, :] = 300  # left
+    vision = {"image_size": [30, 30, 30], "patch_size": [10, 10, 10], "orientation": orientation}
+    config = MedCTConfig(vision_config={**vision, "target_spacing_mm": [1.0, 1.0, 1.0]})
+    volume = CTVolume(hu, affine_from_spacing((1.0, 1.0, 1.0), "RAS"))
+    values = MedCTImageProcessor.from_config(config.vision_config).process_volume(volume)
+    (axial, _), (coronal, _), (sagittal, _) = overview.middle_slices(values, config)
+    assert (axial[15, 23], axial[5, 15]) == pytest.approx((0.3, 0.2))  # left on the right, front above
+    assert (coronal[15, 23], coronal[4, 15]) == pytest.approx((0.3, 0.1))  # left on the right, head above
+    assert (sagittal[15, 5], sagittal[4, 15]) == pytest.approx((0.2, 0.1))  # front on the left, head above
+    for picture in (axial, coronal, sagittal):
+        assert picture[15, 15] == picture[26, 15] == -1
+
+
+def test_pixels_have_the_shape_of_their_millimetres(config):
+    values = torch.zeros(16, 24, 20)
+    pictures = overview.middle_slices(values, config)
+    assert [picture.shape for picture, _ in pictures] == [(20, 24), (16, 24), (16, 20)]
+    # Rows are x, z, z and columns y, y, x of "SLP".
+    assert [aspect for _, aspect in pictures] == pytest.approx([20 / 15, 20 / 15, 20 / 20])
+
+
+def test_the_sheet_shows_studies_and_says_which_cannot_be_read(config, tmp_path):
+    phantoms = phantom_source("A", range(4), seed=0)
+
+    def read(key: int) -> dict:
+        row = phantoms.read(key)
+        return {**row, "volume": "nowhere.nii"} if key == 2 else row
+
+    path = tmp_path / "sheet.png"
+    unreadable = overview.contact_sheet(dataclasses.replace(phantoms, read=read), config, path, samples=9)
+    assert [study.id for study in unreadable] == ["phantom_a_2_a_1.nii.gz"]
+    picture = np.asarray(Image.open(path).convert("L"))
+    assert len(np.unique(picture)) > 100
+    again = tmp_path / "again.png"
+    overview.contact_sheet(dataclasses.replace(phantoms, read=read), config, again, samples=9)
+    assert again.read_bytes() == path.read_bytes()
+
+
+def test_the_command_counts_and_draws(tmp_path, converted, capsys):
+    ct_rate = write_files(tmp_path / "ct_rate", ct_rate_files())
+    sheet = tmp_path / "sheet.png"
+    overview.main([str(ct_rate), "--model", str(converted), "--sheet", str(sheet), "--split", "valid"])
+    told = capsys.readouterr().out
+    assert "3 studies, 4 volumes, 3 patients" in told
+    assert "tokens" in told
+    assert f"{sheet}: 3 samples, 1 of them unreadable" in told
+    assert Image.open(sheet).format == "PNG"
+    sheet.unlink()
+    overview.main([str(ct_rate), "--split", "valid", "--samples", "0", "--json", "--sheet", str(sheet)])
+    assert list(json.loads(capsys.readouterr().out)["labels"]) == list(CT_CLIP_LABELS)
+    assert not sheet.exists()
+
+
+@pytest.mark.parametrize("arguments", [["nowhere"], ["SOURCE", "--model", "nowhere"]])
+def test_bad_input_ends_in_one_sentence(arguments, tmp_path):
+    with pytest.raises(SystemExit, match=r"^error: nowhere: ") as caught:
+        overview.main([str(tmp_path) if argument == "SOURCE" else argument for argument in arguments])
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,216 @@
+"""Folders with `metadata.csv`, Parquet and repositories with a `Nifti()` column, and their splits."""
+
+import math
+
+import nibabel
+import numpy as np
+import pandas as pd
+import pytest
+from datasets import Dataset, Features, Nifti, Value
+from hub_server import HubServer
+from scan_files import write_series
+
+from medct import MedCTConfig
+from medct.data import DataError, StudyLoader, open_source, read_study
+from medct.data.own_data import split_meanings
+
+CONFIG = MedCTConfig(id2label={0: "nodule", 1: "fluid"}, label2id={"nodule": 0, "fluid": 1})
+AFFINE = np.diag([-2.0, -2.0, 3.0, 1.0])
+
+
+def write_scan(path, level):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    array = np.full((6, 8, 5), level, np.int16)
+    array[0, 0] = -1000
+    nibabel.save(nibabel.Nifti1Image(array, AFFINE), path)
+    return path
+
+
+def write_metadata(folder, count=40, **columns):
+    """A folder of a few scans that a table names again and again under as many names."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = [f"scan{number:02d}.nii.gz" for number in range(count)]
+    for number, name in enumerate(names):
+        write_scan(folder / name, number)
+    table = {
+        "file_name": names,
+        "report": [f"Report {number}." for number in range(count)],
+        "nodule": [number % 2 for number in range(count)],
+        "fluid": ["" if number == 3 else 0.5 for number in range(count)],
+        "other": "left alone",
+        **columns,
+    }
+    pd.DataFrame(table).to_csv(folder / "metadata.csv", index=False)
+    return folder
+
+
+def names_of(address, split, **options):
+    return {row["id"] for row in open_source(str(address), split, CONFIG, **options).stream()}
+
+
+def test_a_folder_with_metadata(tmp_path):
+    folder = write_metadata(tmp_path / "scans", patient=[number // 2 for number in range(40)])
+    sources = {split: open_source(str(folder), split, CONFIG) for split in ("train", "tune", "valid")}
+    rows = {split: list(source.stream()) for split, source in sources.items()}
+    patients = [{row["patient"] for row in rows[split]} for split in rows]
+    assert all(patients) and sum(len(part) for part in patients) == len(set().union(*patients)) == 20
+    assert sum(source.num_studies for source in sources.values()) == 40
+    assert "split by a hash of the patient: 10% held out" in sources["valid"].description
+    by_name = {row["id"]: row for row in sum(rows.values(), [])}  # noqa: RUF017
+    assert by_name["scan05.nii.gz"]["report"] == "Report 5."
+    assert by_name["scan05.nii.gz"]["labels"] == [1, 0.5]
+    assert math.isnan(by_name["scan03.nii.gz"]["labels"][1])
+    assert read_study(by_name["scan05.nii.gz"], "SLP").array.max() == 5
+
+
+def test_a_split_column(tmp_path):
+    split = ["train"] * 30 + ["validation"] * 6 + ["test"] * 4
+    folder = write_metadata(tmp_path / "scans", split=split)
+    assert len(names_of(folder, "train")) == 30
+    assert names_of(folder, "tune") == {f"scan{number}.nii.gz" for number in range(30, 36)}
+    assert names_of(folder, "valid") == {f"scan{number}.nii.gz" for number in range(36, 40)}
+
+
+def test_a_folder_a_split(tmp_path):
+    write_metadata(tmp_path / "train", 4)
+    write_metadata(tmp_path / "validation", 2)
+    assert names_of(tmp_path, "valid") == {"validation/scan00.nii.gz", "validation/scan01.nii.gz"}
+    rows = list(open_source(str(tmp_path), "train", CONFIG, tune_share=0).stream())
+    assert len(rows) == 4
+    assert rows[1]["volume"] == str(tmp_path / "train/scan01.nii.gz")
+
+
+def test_a_dicom_folder_is_a_study(tmp_path, processor):
+    write_series(tmp_path / "scans/series1", np.full((6, 8, 5), -700, np.int16))
+    table = pd.DataFrame(
+        {"file_name": ["series1"], "report": ["Clear."], "nodule": [0], "fluid": [1], "split": "valid"}
+    )
+    table.to_csv(tmp_path / "scans/metadata.csv", index=False)
+    source = open_source(str(tmp_path / "scans"), "valid", CONFIG)
+    (batch,) = StudyLoader(source, processor, CONFIG.label_names, batch_size=1, with_text=True)
+    assert batch["ids"] == ["series1"]
+
+
+def test_columns_and_values_that_are_missing_or_strange(tmp_path):
+    folder = write_metadata(tmp_path / "scans", 6)
+    table = pd.read_csv(folder / "metadata.csv", dtype=str, keep_default_na=False)
+
+    def refused(message, **columns):
+        changed = table.drop(columns=[name for name, value in columns.items() if value is None])
+        changed = changed.assign(**{name: value for name, value in columns.items() if value is not None})
+        changed.to_csv(folder / "metadata.csv", index=False)
+        with pytest.raises(DataError, match=message):
+            open_source(str(folder), "train", CONFIG)
+
+    refused(r"metadata.csv: has no column 'fluid', but 'file_name', 'report', 'nodule', 'other'\.", fluid=None)
+    refused("has no column 'file_name'", file_name=None)
+    refused("the label 'nodule' is -1 somewhere", nodule="-1")
+    refused("'nodule' is no number", nodule="yes")
+    refused("6 rows have an empty 'patient'", patient="")
+    refused("has the split 'holdout'", split="holdout")
+    refused("1 rows have no split", split=["train"] * 5 + [""])
+    refused("3 patients stand in several splits", patient=["a", "b", "c"] * 2, split=["train"] * 3 + ["valid"] * 3)
+    refused("contradict each other, such as 'one.nii.gz'", file_name="one.nii.gz")
+    refused("no study of the train split is left .no such file", file_name=[f"{number}" for number in range(6)])
+
+
+def test_reports_are_not_needed(tmp_path):
+    folder = write_metadata(tmp_path / "scans", 30, report=["", "Not given."] + ["Text."] * 28)
+    rows = {row["id"]: row["report"] for row in open_source(str(folder), "train", CONFIG).stream()}
+    assert {rows.get("scan00.nii.gz", ""), rows.get("scan01.nii.gz", "")} == {""}
+    source = open_source(str(folder), "train", CONFIG, need_reports=True)
+    assert all(row["report"] for row in source.stream())
+
+
+def test_names_of_splits():
+    assert split_meanings(["train", "val"], "x") == {"train": "train", "val": "valid"}
+    assert split_meanings(["train", "test"], "x") == {"train": "train", "test": "valid"}
+    assert split_meanings(["Train", "validation", "test"], "x") == {
+        "Train": "train",
+        "validation": "tune",
+        "test": "valid",
+    }
+    with pytest.raises(DataError, match="tune, a validation and a test"):
+        split_meanings(["tune", "val", "test"], "x")
+
+
+FEATURES = Features(
+    {
+        "scan": Nifti(),
+        "report": Value("string"),
+        "nodule": Value("int8"),
+        "fluid": Value("float32"),
+        "id": Value("string"),
+    }
+)
+
+
+def nifti_dataset(tmp_path, count, first=0):
+    rows = []
+    for number in range(first, first + count):
+        content = write_scan(tmp_path / f"made/{number}.nii.gz", number).read_bytes()
+        rows.append(
+            {
+                "scan": {"bytes": content if number != 1 else content[:50], "path": None},
+                "report": f"Report {number}.",
+                "nodule": number % 2,
+                "fluid": None if number == 3 else 0.0,
+                "id": f"study{number}",
+            }
+        )
+    return Dataset.from_list(rows, features=FEATURES)
+
+
+def test_a_parquet_file(tmp_path, processor):
+    nifti_dataset(tmp_path, 24).to_parquet(str(tmp_path / "scans.parquet"), batch_size=5)
+    source = open_source(str(tmp_path / "scans.parquet"), "train", CONFIG, tune_share=0)
+    rows = {row["id"]: row for row in source.stream(seed=3)}
+    held_out = names_of(tmp_path / "scans.parquet", "valid")
+    assert held_out and not held_out & set(rows)
+    assert held_out | set(rows) == {f"study{number}" for number in range(24)}
+    for name in set(rows) - {"study1"}:
+        assert read_study(rows[name], "SLP").array.max() == int(name.removeprefix("study"))
+    loader = StudyLoader(
+        source, processor, CONFIG.label_names, batch_size=8, with_text=True, num_workers=2, max_bad_share=0.1
+    )
+    assert sum(len(batch["ids"]) for batch in loader) == len(set(rows) - {"study1"})
+    assert loader.num_bad == ("study1" in rows)
+
+
+def test_a_folder_of_parquet_files(tmp_path):
+    (tmp_path / "set/data").mkdir(parents=True)
+    nifti_dataset(tmp_path, 4, 10).to_parquet(str(tmp_path / "set/data/train-00000-of-00001.parquet"))
+    nifti_dataset(tmp_path, 2, 20).to_parquet(str(tmp_path / "set/data/test-00000-of-00001.parquet"))
+    assert names_of(tmp_path / "set", "train", tune_share=0) == {f"study{number}" for number in range(10, 14)}
+    assert names_of(tmp_path / "set", "valid") == {"study20", "study21"}
+
+
+def test_a_repository_with_a_nifti_column(tmp_path, monkeypatch):
+    hub = HubServer()
+    hub.connect(monkeypatch)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("datasets.config.HF_ENDPOINT", hub.url)
+    for split, count, first in (("train", 3, 10), ("validation", 2, 20)):
+        path = tmp_path / f"{split}.parquet"
+        nifti_dataset(tmp_path, count, first).to_parquet(str(path))
+        hub.add_file("dataset", "org/scans", f"data/{split}-00000-of-00001.parquet", path.read_bytes())
+    address = "hf://datasets/org/scans"
+    assert names_of(address, "train", tune_share=0) == {"study10", "study11", "study12"}
+    (row, _) = open_source(address, "valid", CONFIG).stream()
+    assert read_study(row, "SLP").array.max() == 20
+    hub.close()
+
+
+def test_what_is_no_source_is_said(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"empty: no CT-RATE layout, no metadata.csv, and no dataset"):
+        open_source(str(tmp_path / "empty"), "train", CONFIG)
+    Dataset.from_dict({"nodule": [1], "fluid": [0]}).to_parquet(str(tmp_path / "plain.parquet"))
+    with pytest.raises(DataError, match=r"has no Nifti\(\) column"):
+        open_source(str(tmp_path / "plain.parquet"), "train", CONFIG)
+    nifti_dataset(tmp_path, 3).remove_columns("fluid").to_parquet(str(tmp_path / "few.parquet"))
+    with pytest.raises(DataError, match="has no column 'fluid'"):
+        open_source(str(tmp_path / "few.parquet"), "train", CONFIG)
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1")
+    with pytest.raises(DataError, match="no readable Parquet file"):
+        open_source(str(tmp_path / "broken.parquet"), "train", CONFIG)

@@ -1,0 +1,587 @@
+"""Prepared shards: written whole, the same however the work is divided, and read back as what went in."""
+
+import hashlib
+import json
+import shutil
+import warnings
+from collections import Counter
+
+import nibabel
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from ct_rate_like import ct_rate_files, write_files
+from datasets import load_dataset
+from huggingface_hub import HfFileSystem
+from pyarrow import parquet
+
+from medct import CTVolume, MedCTConfig, MedCTImageProcessor, VolumeError, read_volume
+from medct.data import StudyLoader, open_source, phantom_source, prepare
+from medct.data.prepared import decode_nifti, nifti_header, prepared_source, read_manifest
+from medct.data.sources import DataError, Skipped, Source, read_study
+
+SETTINGS = {"reconstructions": "one", "studies_per_shard": 3}
+SPACING_MM = (20.0, 15.0, 20.0)
+
+
+@pytest.fixture(scope="module")
+def config() -> MedCTConfig:
+    """The published model on a coarse grid of three different lengths."""
+    vision = {"image_size": [16, 24, 20], "patch_size": [4, 4, 4], "target_spacing_mm": SPACING_MM}
+    return MedCTConfig(vision_config=vision)
+
+
+def phantoms(first: int, last: int) -> Source:
+    return phantom_source("A", range(first, last), seed=0)
+
+
+@pytest.fixture(scope="module")
+def sources() -> dict[str, Source]:
+    return {"train": phantoms(0, 7), "valid": phantoms(7, 9)}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, config, sources):
+    """Seven and two phantoms in four files."""
+    folder = tmp_path_factory.mktemp("prepared")
+    prepare.prepare(sources, config, folder, SETTINGS)
+    return folder
+
+
+def contents(folder) -> dict[str, str]:
+    """SHA-256 of all files that go to the Hub."""
+    files = [folder / "manifest.json", folder / "README.md", *(folder / "data").iterdir()]
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def opened(row) -> torch.Tensor:
+    with row["volume"].open() as volume:
+        return volume
+
+
+def stored(config, row) -> torch.Tensor:
+    """A row's volume by a shard's own rounding, HU."""
+    processor = MedCTImageProcessor.from_config(config.vision_config)
+    return processor.process_volume(read_study(row, processor.orientation)).mul(processor.hu_per_unit)
+
+
+def test_what_is_read_back_is_within_half_an_hu(folder, config, sources):
+    for split, source in sources.items():
+        rows = list(prepared_source(folder, split, config).stream())
+        assert [row["id"] for row in rows] == [row["id"] for row in source.stream()]
+        for row, original in zip(rows, source.stream(), strict=True):
+            assert {name: row[name] for name in ("patient", "report", "labels")} == {
+                name: original[name] for name in ("patient", "report", "labels")
+            }
+            volume = opened(row)
+            assert (volume.dtype, tuple(volume.shape)) == (torch.int16, (16, 24, 20))
+            difference = volume.double() - stored(config, original).double()
+            assert difference.abs().max() <= 0.5 + 1e-3  # the float32 of `pixel_values` has steps of 6e-5 HU
+
+
+def test_a_real_scan_is_read_back_with_its_place(shared, tmp_path):
+    scan = shared / "realdata/07_cip_chest_64/ct-64.nii.gz"
+    if not scan.is_file():
+        pytest.skip("no real scan at hand")
+    config = MedCTConfig(vision_config={"image_size": [80, 120, 100], "target_spacing_mm": [4.0, 3.0, 3.5]})
+    row = {"id": "chest", "patient": "p", "report": "", "labels": [float("nan")] * 18, "volume": str(scan)}
+    prepare.prepare({"valid": one(row)}, config, tmp_path, SETTINGS)
+    (read,) = prepared_source(tmp_path, "valid", config).stream()
+    assert np.isnan(read["labels"]).all()
+    hu = opened(read)
+    assert (hu.double() - stored(config, row).double()).abs().max() <= 0.5 + 1e-3
+    # A voxel lies where the scan has the same value: sampled through the file's affine.
+    (bare,) = load_dataset(str(tmp_path), split="valid")
+    image, volume = bare["volume"], read_volume(scan)
+    geometry = MedCTImageProcessor.from_config(config.vision_config).geometry(volume)
+    for position in ((40, 60, 50), (0, 0, 0), (79, 3, 97)):
+        np.testing.assert_allclose((image.affine @ [*position[::-1], 1])[:3], geometry.to_mm(position), atol=1e-3)
+        assert image.dataobj[position[::-1]] == hu[position]
+
+
+def one(row: dict) -> Source:
+    return Source([(0,)], lambda key: row, MedCTConfig().label_names, "one study")
+
+
+def test_load_dataset_reads_it_without_this_project(folder, config):
+    dataset = load_dataset(str(folder), streaming=True)
+    assert set(dataset) == {"train", "valid"}
+    rows = list(dataset["train"])
+    assert len(rows) == 7
+    volume = opened(next(iter(prepared_source(folder, "train", config).stream())))
+    image = rows[0]["volume"]
+    assert isinstance(image, nibabel.Nifti1Image)
+    assert image.get_data_dtype() == np.int16
+    assert np.array_equal(np.asanyarray(image.dataobj).transpose(2, 1, 0), volume)
+    # Patient axes of "SLP", and the spacing to which whole voxels were fitted.
+    assert nibabel.aff2axcodes(image.affine) == ("P", "L", "S")
+    np.testing.assert_allclose(image.header.get_zooms()[::-1], SPACING_MM, rtol=0.1)
+    voxels = np.asanyarray(image.dataobj).tobytes(order="F")
+    assert rows[0]["sha256"] == hashlib.sha256(voxels).hexdigest()
+
+
+def test_any_division_gives_the_same_files(folder, tmp_path, config, sources):
+    for rank in (2, 0):
+        assert prepare.prepare(sources, config, tmp_path, SETTINGS, rank, world_size=3) is None
+        assert read_manifest(tmp_path) is None
+    assert prepare.prepare(sources, config, tmp_path, SETTINGS, 1, world_size=3) is not None
+    assert contents(tmp_path) == contents(folder)
+
+
+def test_a_stopped_run_goes_on(folder, tmp_path, config, sources, monkeypatch):
+    written = []
+    write_table = parquet.ParquetWriter.write_table
+
+    def stop_at_the_fifth(self, table, **options):
+        written.append(table["id"][0].as_py())
+        if len(written) == 5:
+            raise KeyboardInterrupt
+        write_table(self, table, **options)
+
+    monkeypatch.setattr(parquet.ParquetWriter, "write_table", stop_at_the_fifth)
+    with pytest.raises(KeyboardInterrupt):
+        prepare.prepare(sources, config, tmp_path, SETTINGS)
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["train-00000-of-00003.parquet"]
+    prepare.prepare(sources, config, tmp_path, SETTINGS)
+    assert written[5] == written[3]  # the second file from its beginning, and the first not again
+    assert len(written) == 5 + 6
+    assert contents(tmp_path) == contents(folder)
+    prepare.prepare(sources, config, tmp_path, SETTINGS)
+    assert len(written) == 5 + 6
+
+
+def test_other_settings_are_refused(folder, config, sources):
+    before = contents(folder)
+    with pytest.raises(DataError, match=r"begun with `studies_per_shard` 3, not 4. Go on with the same settings, or"):
+        prepare.prepare(sources, config, folder, {**SETTINGS, "studies_per_shard": 4})
+    with pytest.raises(DataError, match=r'begun with `num_studies` {"train": 7, "valid": 2}, not {"train": 7'):
+        prepare.prepare({**sources, "valid": phantoms(7, 8)}, config, folder, SETTINGS)
+    other = MedCTConfig(vision_config={**config.vision_config.to_dict(), "hu_min": -1200})
+    with pytest.raises(DataError, match=r"begun with `hu_min` -1000.0, not -1200.0"):
+        prepare.prepare(sources, other, folder, SETTINGS)
+    assert contents(folder) == before
+
+
+def test_a_window_that_int16_cannot_hold_is_refused(tmp_path, sources):
+    with pytest.raises(DataError, match="does not fit int16"):
+        prepare.prepare(sources, MedCTConfig(vision_config={"hu_max": 40000}), tmp_path / "new", SETTINGS)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("image_size", [16, 24, 24], r"for `image_size` \[16, 24, 20\], but the model has \[16, 24, 24\]"),
+        ("target_spacing_mm", [20.0, 15.0, 21.0], "for `target_spacing_mm`"),
+        ("orientation", "SAR", "for `orientation` SLP, but the model has SAR"),
+        ("hu_max", 900, "for `hu_max` 1000.0, but the model has 900.0"),
+    ],
+)
+def test_shards_of_another_grid_are_refused(folder, config, setting, value, message):
+    other = MedCTConfig(vision_config={**config.vision_config.to_dict(), setting: value})
+    with pytest.raises(DataError, match=message):
+        prepared_source(folder, "train", other)
+
+
+def test_shards_of_other_labels_are_refused(folder, config):
+    vision = config.vision_config.to_dict()
+    names = ["Fracture", *config.label_names[1:]]
+    with pytest.raises(DataError, match=r"`label_names` 18 labels, but the model has 18 \(Fracture\)"):
+        prepared_source(folder, "train", MedCTConfig(vision_config=vision, id2label=dict(enumerate(names))))
+    names = config.label_names[::-1]
+    with pytest.raises(DataError, match="in another order"):
+        prepared_source(folder, "train", MedCTConfig(vision_config=vision, id2label=dict(enumerate(names))))
+
+
+def test_what_is_no_finished_folder_is_refused(folder, tmp_path, config, sources):
+    with pytest.raises(DataError, match=r"no manifest.json, so no finished shards"):
+        prepared_source(tmp_path, "train", config)
+    with pytest.raises(DataError, match="has the splits train, valid, not tune"):
+        prepared_source(folder, "tune", config)
+    copy = tmp_path / "copy"
+    prepare.prepare(sources, config, copy, SETTINGS)
+    file = copy / "data/train-00001-of-00003.parquet"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(DataError, match=r"train-00001-of-00003.parquet: has .* bytes instead of"):
+        prepared_source(copy, "train", config)
+    file.unlink()
+    with pytest.raises(DataError, match=r"train-00001-of-00003.parquet: is missing. Copy the folder again, or"):
+        prepared_source(copy, "train", config)
+    (copy / "manifest.json").write_text("{")
+    with pytest.raises(DataError, match=r"manifest.json cannot be read"):
+        prepared_source(copy, "train", config)
+
+
+def test_unreadable_studies_are_skipped_with_the_reason_and_can_be_retried(tmp_path, config, nifti):
+    array = np.zeros((8, 9, 10), np.int16)
+    array[0] = -1000
+    paths = [nifti(array, name=f"{k}.nii.gz") for k in range(5)]
+    whole = paths[1].read_bytes()
+    paths[1].write_bytes(whole[: len(whole) // 2])
+
+    def read(key: int) -> dict:
+        return {"id": f"s{key}", "patient": "p", "report": "", "labels": [0.0] * 18, "volume": str(paths[key])}
+
+    left_out = (Skipped("head", "no chest"),)
+    source = Source([(key,) for key in range(5)], read, config.label_names, "5 studies", left_out)
+    manifest = prepare.prepare({"train": source}, config, tmp_path / "out", SETTINGS)
+    found = manifest["splits"]["train"]
+    assert found["num_studies"] == 4
+    assert [study["id"] for study in found["skipped"]] == ["head", "s1"]
+    assert "gzip" in found["skipped"][1]["reason"]
+    assert str(tmp_path) not in json.dumps(manifest)
+    opened_again = prepared_source(tmp_path / "out", "train", config)
+    assert [row["id"] for row in opened_again.stream()] == ["s0", "s2", "s3", "s4"]
+    assert [study.id for study in opened_again.skipped] == ["head", "s1"]
+    paths[1].write_bytes(whole)
+    kept = (tmp_path / "out/data/train-00001-of-00002.parquet").stat().st_mtime_ns
+    manifest = prepare.prepare({"train": source}, config, tmp_path / "out", SETTINGS, retry_skipped=True)
+    assert [study["id"] for study in manifest["splits"]["train"]["skipped"]] == ["head"]
+    assert (tmp_path / "out/data/train-00001-of-00002.parquet").stat().st_mtime_ns == kept
+
+
+def test_a_source_that_cannot_be_read_stops_the_run(tmp_path, config):
+    def read(key: int) -> dict:
+        return {"id": f"s{key}", "patient": "p", "report": "", "labels": [0.0] * 18, "volume": f"nowhere/{key}.nii"}
+
+    source = Source([(key,) for key in range(60)], read, config.label_names, "60 studies")
+    with pytest.raises(DataError, match=r"6 of 6 studies could not be read, more than the allowed share of 0.05; the"):
+        prepare.prepare({"train": source}, config, tmp_path, SETTINGS)
+
+
+def test_reconstructions_of_a_scan_stay_together(tmp_path, config):
+    scans = phantoms(0, 6)
+    source = Source([(0, 1), (2,), (3, 4, 5)], scans.read, scans.label_names, "3 scans")
+    manifest = prepare.prepare({"train": source}, config, tmp_path / "one", SETTINGS)
+    assert manifest["splits"]["train"]["num_studies"] == 3
+    prepare.prepare({"train": source}, config, tmp_path / "all", {**SETTINGS, "reconstructions": "all"})
+    prepared = prepared_source(tmp_path / "all", "train", config)
+    assert [list(group) for group in prepared.groups] == [[0, 1], [2], [3, 4, 5]]
+    assert prepared_source(tmp_path / "all", "train", config, reconstructions="all").num_studies == 6
+
+
+def test_a_flipped_bit_is_one_bad_sample(tmp_path, config, sources, processor):
+    prepare.prepare({"train": sources["train"]}, config, tmp_path, SETTINGS)
+    path = tmp_path / "data/train-00000-of-00003.parquet"
+    chunk = parquet.read_metadata(path).row_group(1).column(5)
+    assert chunk.path_in_schema == "volume.bytes"
+    damaged = bytearray(path.read_bytes())
+    damaged[chunk.data_page_offset + chunk.total_compressed_size // 2] ^= 1
+    path.write_bytes(damaged)
+    source = prepared_source(tmp_path, "train", config)
+    rows = list(source.stream())
+    assert len({row["report"] for row in rows}) == 7  # all but the volume is as it was
+    with pytest.raises(VolumeError, match=r"row 1: it cannot be read .*verify page integrity"):
+        opened(rows[1])
+    processor.image_processor = MedCTImageProcessor.from_config(config.vision_config)
+    loader = StudyLoader(source, processor, config.label_names, batch_size=2, with_text=False)
+    assert [len(batch["ids"]) for batch in loader] == [2, 2, 2]
+    assert loader.num_bad == 1
+
+
+def test_no_flipped_bit_is_read_silently(folder, tmp_path, config):
+    whole = (folder / "data/valid-00000-of-00001.parquet").read_bytes()
+    sound = [(row, opened(row)) for row in prepared_source(folder, "valid", config).stream()]
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    generator = np.random.default_rng(0)
+    found = Counter()
+    for position in [*generator.integers(0, len(whole), 150), *range(len(whole) - 100, len(whole))]:
+        damaged = bytearray(whole)
+        damaged[position] ^= 1 << generator.integers(8)
+        (tmp_path / "data/valid-00000-of-00001.parquet").write_bytes(damaged)
+        for row, (expected, volume) in zip(prepared_source(tmp_path, "valid", config).stream(), sound, strict=True):
+            try:
+                assert torch.equal(opened(row), volume)
+            except VolumeError:
+                found["refused"] += 1
+                continue
+            found["unharmed"] += 1
+            # Where they cannot be read, neither can the volume, or the place stands for the name.
+            if ".parquet, row" not in row["id"]:
+                assert [row[name] for name in ("id", "patient", "report", "labels")] == [
+                    expected[name] for name in ("id", "patient", "report", "labels")
+                ]
+    assert min(found["refused"], found["unharmed"]) > 100
+
+
+def test_a_damaged_footer_concerns_its_file_alone(folder, tmp_path, config, sources):
+    prepare.prepare({"train": sources["train"]}, config, tmp_path / "out", SETTINGS)
+    path = tmp_path / "out/data/train-00001-of-00003.parquet"
+    path.write_bytes(path.read_bytes()[:-4] + b"0000")
+    rows = list(prepared_source(tmp_path / "out", "train", config).stream())
+    assert [row["id"].endswith((".parquet, row 0", "row 1", "row 2")) for row in rows] == 3 * [False] + 3 * [True] + [
+        False
+    ]
+    with pytest.raises(VolumeError, match="cannot be read"):
+        opened(rows[3])
+
+
+def test_batches_are_int16_and_come_without_a_warning(folder, config, processor):
+    processor.image_processor = MedCTImageProcessor.from_config(config.vision_config)
+    source = prepared_source(folder, "train", config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loader = StudyLoader(source, processor, config.label_names, batch_size=4, with_text=False)
+        batches = list(loader)
+    assert [batch["pixel_values"].dtype for batch in batches] == [torch.int16] * 2
+    assert batches[0]["pixel_values"].shape == (4, 1, 16, 24, 20)
+
+
+def test_resume_is_exact(folder, config, processor):
+    processor.image_processor = MedCTImageProcessor.from_config(config.vision_config)
+    source = prepared_source(folder, "train", config)
+
+    def loader() -> StudyLoader:
+        return StudyLoader(source, processor, config.label_names, batch_size=2, with_text=False, seed=1)
+
+    uninterrupted = loader()
+    whole = [batch["ids"] for _ in range(2) for batch in uninterrupted]
+    assert sorted(whole[0] + whole[1] + whole[2] + whole[3]) == sorted(row["id"] for row in source.stream())
+    assert whole[:4] != whole[4:]
+    first = loader()
+    batches = iter(first)
+    head = [next(batches)["ids"] for _ in range(2)]
+    second = loader()
+    second.load_state_dict(first.state_dict())
+    assert head + [batch["ids"] for batch in second] + [batch["ids"] for batch in second] == whole
+
+
+def test_a_limit_takes_the_same_studies_each_time(folder, config):
+    few = [row["id"] for row in prepared_source(folder, "train", config, limit=3).stream()]
+    assert len(few) == 3
+    assert few == [row["id"] for row in prepared_source(folder, "train", config, limit=3).stream()]
+    assert set(few) < {row["id"] for row in prepared_source(folder, "train", config, limit=5).stream()}
+
+
+def header_of(shape=(2, 3, 4)) -> bytearray:
+    return bytearray(nifti_header(shape, np.diag([4.0, 3, 2, 1])) + bytes(2 * 24))
+
+
+@pytest.mark.parametrize(
+    ("position", "value", "message"),
+    [
+        (0, b"\0\0\1\x5c", "no little-endian single-file NIfTI-1"),
+        (344, b"ni1\0", "no little-endian single-file NIfTI-1"),
+        (42, b"\5\0", r"has the axes \(5, 3, 2\), not \(4, 3, 2\)"),
+        (40, b"\4\0", "has the axes"),
+        (70, b"\x10\0", "no int16 in HU"),
+        (112, np.float32(2).tobytes(), "no int16 in HU"),
+        (116, np.float32(-1024).tobytes(), "no int16 in HU"),
+        (108, np.float32(348).tobytes(), "do not fit its header"),
+    ],
+)
+def test_another_nifti_in_the_column_is_refused(position, value, message):
+    data = header_of()
+    assert decode_nifti(pa.py_buffer(data), (2, 3, 4), "it").shape == (2, 3, 4)
+    data[position : position + len(value)] = value
+    with pytest.raises(VolumeError, match=f"it: its volume .*{message}"):
+        decode_nifti(pa.py_buffer(data), (2, 3, 4), "it")
+
+
+def test_a_short_nifti_is_refused():
+    for length in (0, 100, 352, 399):
+        with pytest.raises(VolumeError, match="it: its volume"):
+            decode_nifti(pa.py_buffer(header_of()[:length]), (2, 3, 4), "it")
+
+
+def test_an_oblique_scan_keeps_its_place(tmp_path, config):
+    angle = np.deg2rad(5)
+    rotation = np.array([[np.cos(angle), -np.sin(angle), 0], [np.sin(angle), np.cos(angle), 0], [0, 0, 1]])
+    affine = np.eye(4)
+    affine[:3, :3] = rotation @ np.diag([-9.0, 8.0, -7.0])
+    affine[:3, 3] = (40, -30, 20)
+    array = np.random.default_rng(0).integers(-1000, 500, (30, 31, 32), dtype=np.int16)
+    volume = CTVolume(array, affine)
+    row = {"id": "a", "patient": "p", "report": "", "labels": [0.0] * 18, "volume": volume}
+    prepare.prepare({"train": one(row)}, config, tmp_path, SETTINGS)
+    (bare,) = load_dataset(str(tmp_path), split="train")
+    geometry = MedCTImageProcessor.from_config(config.vision_config).geometry(volume)
+    for position in ((3, 4, 5), (15, 0, 19)):
+        np.testing.assert_allclose(
+            (bare["volume"].affine @ [*position[::-1], 1])[:3], geometry.to_mm(position), atol=1e-3
+        )
+    qform, sform = bare["volume"].get_qform(), bare["volume"].get_sform()
+    np.testing.assert_allclose(qform, sform, atol=1e-3)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def ct_rate(tmp_path_factory):
+    return write_files(tmp_path_factory.mktemp("ct_rate"), ct_rate_files())
+
+
+@pytest.fixture(scope="module")
+def small_model(tmp_path_factory, config):
+    """A folder with nothing but the configuration of a model."""
+    folder = tmp_path_factory.mktemp("small_model")
+    config.save_pretrained(folder)
+    return folder
+
+
+def test_the_command_prepares_ct_rate(ct_rate, small_model, tmp_path, config, capsys):
+    command = [str(ct_rate), str(tmp_path), "--model", str(small_model), "--max_skipped_share", "1"]
+    prepare.main([*command, "--reconstructions", "all", "--tune_share", "0.4"])
+    assert "skipped, see manifest.json" in capsys.readouterr().out
+    manifest = read_manifest(str(tmp_path))
+    skipped = {study["id"]: study["reason"] for study in manifest["splits"]["valid"]["skipped"]}
+    assert set(skipped) == {"valid_3_a_1.nii.gz", "valid_4_a_1.nii.gz"}
+    assert str(ct_rate) not in json.dumps(skipped)
+    assert "may not be redistributed" in manifest["licence_note"]
+    patients = {}
+    for split in ("train", "tune", "valid"):
+        options = {"tune_share": 0.4, "reconstructions": "all"}
+        straight = open_source(str(ct_rate), split, config, **options)
+        source = open_source(str(tmp_path), split, config, reconstructions="all")
+        rows = {row["id"]: row for row in source.stream()}
+        patients[split] = {row["patient"] for row in rows.values()}
+        for row in straight.stream():
+            if row["id"] in skipped or row["id"] == "train_6_a_1.nii.gz":
+                assert row["id"] not in rows
+                continue
+            read = rows.pop(row["id"])
+            np.testing.assert_array_equal(read["labels"], row["labels"])
+            assert (read["patient"], read["report"]) == (row["patient"], row["report"])
+            difference = opened(read).double() - stored(config, row).double()
+            assert difference.abs().max() <= 0.5 + 1e-3
+        assert not rows
+        for with_reports in (False, True):
+            one, other = (
+                open_source(at, split, config, tune_share=0.4, need_reports=with_reports)
+                for at in (str(ct_rate), str(tmp_path))
+            )
+            unreadable = {"train_6_a_1.nii.gz", "valid_3_a_1.nii.gz"}
+            assert {row["id"] for row in other.stream()} == {row["id"] for row in one.stream()} - unreadable
+        with pytest.raises(DataError, match=r"prepared with `tune_share` 0.4, not 0.1. Leave it out, or prepare the"):
+            open_source(str(tmp_path), split, config, tune_share=0.1)
+    assert all(patients.values())
+    assert not (patients["train"] & patients["tune"] or patients["train"] & patients["valid"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere", "OUT"], "nowhere"),
+        (["SOURCE", "OUT", "--model", "nowhere"], "nowhere: no model"),
+        (["OUT", "OUT"], "error: "),
+    ],
+)
+def test_bad_input_ends_in_one_sentence(arguments, message, ct_rate, tmp_path):
+    places = {"SOURCE": str(ct_rate), "OUT": str(tmp_path)}
+    with pytest.raises(SystemExit, match=message) as caught:
+        prepare.main([places.get(argument, argument) for argument in arguments])
+    assert str(caught.value).startswith("error: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_prepared_shards_are_not_prepared_again(folder, tmp_path, small_model):
+    command = [str(folder), str(tmp_path / "out"), "--model", str(small_model), "--splits", "train"]
+    with pytest.raises(SystemExit, match="The source is prepared already"):
+        prepare.main(command)
+
+
+@pytest.mark.parametrize("flags", [["--rank", "2", "--world_size", "2"], ["--studies_per_shard", "0"]])
+def test_impossible_flags_are_refused(flags, capsys):
+    with pytest.raises(SystemExit):
+        prepare.parse_args(["source", "output", *flags])
+    assert "must be 1 or more, and --rank from 0 to" in capsys.readouterr().err
+
+
+def test_rank_and_world_size_come_from_the_launcher(monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "5")
+    args = prepare.parse_args(["source", "output"])
+    assert (args.rank, args.world_size) == (3, 5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The Hub
+# ---------------------------------------------------------------------------------------------------------------------
+
+LOAD_FROM_THE_HUB = """
+import numpy as np
+from datasets import load_dataset
+for row in load_dataset("org/scans", split="valid", streaming=True):
+    print(row["id"], np.asanyarray(row["volume"].dataobj).astype(int).sum())
+"""
+
+
+def test_a_private_dataset_on_the_hub_streams_back(hub, folder, config, tmp_path, monkeypatch):
+    hub.connect(monkeypatch)
+    assert prepare.push(folder, "org/scans") == "hf://datasets/org/scans"
+    assert hub.repo("dataset", "org/scans").private
+    files = hub.files("org/scans", "dataset")
+    assert {name for name in files if not name.startswith((".", "data/"))} == {"README.md", "manifest.json"}
+    assert len([name for name in files if name.startswith("data/")]) == 4
+    rows = prepared_source(str(folder), "valid", config).stream(epoch=0, seed=0)
+    sums = [f"{row['id']} {int(opened(row).long().sum())}" for row in rows]
+    HfFileSystem.clear_instance_cache()
+    rows = open_source("hf://datasets/org/scans", "valid", config, revision="main").stream(epoch=0, seed=0)
+    assert [f"{row['id']} {int(opened(row).long().sum())}" for row in rows] == sums
+    bare = hub.run(LOAD_FROM_THE_HUB, home=tmp_path, medct=False)
+    assert sorted(bare.stdout.splitlines()) == sorted(sums), bare.stderr
+
+
+@pytest.fixture
+def on_the_hub(hub, folder, monkeypatch, tmp_path):
+    """The shards as `hf://datasets/org/scans`, and waits that take no time."""
+    hub.connect(monkeypatch)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    prepare.push(folder, "org/scans")
+    HfFileSystem.clear_instance_cache()
+    return hub
+
+
+def test_faults_while_shards_stream_are_overcome_up_to_a_limit(on_the_hub, config, processor, tmp_path):
+    processor.image_processor = MedCTImageProcessor.from_config(config.vision_config)
+    on_the_hub.fail("GET .*manifest.json", 503, times=2)
+    on_the_hub.cut_answer("GET .*manifest.json", after_bytes=20)
+    on_the_hub.fail("GET /api/.*/revision/", 500)
+    source = open_source("hf://datasets/org/scans", "train", config)
+    loader = StudyLoader(
+        source, processor, config.label_names, batch_size=2, with_text=False, bad_samples_file=tmp_path / "bad.jsonl"
+    )
+    first = "GET .*train-00000-of-00003.parquet"
+    for status in (429, 503):
+        on_the_hub.fail(first, status)
+    for request in (first, "GET .*train-00001-of-00003.parquet"):
+        on_the_hub.cut_answer(request)
+        on_the_hub.cut_answer(request, after_bytes=100)
+    on_the_hub.fail("GET /api/.*/tree/.*/data", 500)  # which the client does not try again by itself
+    everyone = [row["id"] for row in source.stream()]
+    assert [name for batch in loader for name in batch["ids"]] == everyone
+    assert loader.num_bad == 0
+    assert not any(fault.times for fault in on_the_hub.faults)
+
+    last = "GET .*train-00002-of-00003.parquet"
+    on_the_hub.cut_answer(last, after_bytes=100, times=1000)
+    before = on_the_hub.count(last)
+    assert [name for batch in loader for name in batch["ids"]] == everyone[:6]
+    assert loader.num_bad == 1
+    assert "train-00002-of-00003.parquet, row 0: it cannot be read" in (tmp_path / "bad.jsonl").read_text()
+    assert on_the_hub.count(last) - before == 2 * 3 * 6  # its row and its volume, three attempts of six requests
+
+
+def test_shards_that_change_while_they_stream_stay_what_they_were(on_the_hub, config):
+    rows = open_source("hf://datasets/org/scans", "train", config).stream()
+    on_the_hub.add_file("dataset", "org/scans", "data/train-00000-of-00003.parquet", b"other")
+    assert all(opened(row).any() for row in rows)
+
+
+def test_a_hub_that_does_not_answer_is_said(on_the_hub, config):
+    on_the_hub.fail(".*/api/datasets/.*", 503, times=1000)
+    with pytest.raises(DataError, match=r"manifest.json cannot be read \(HfHubHTTPError\). Check the network, or pass"):
+        open_source("hf://datasets/org/scans", "train", config)
+
+
+def test_a_public_dataset_is_refused(hub, folder, monkeypatch):
+    hub.create("dataset", "org/open")
+    hub.connect(monkeypatch)
+    with pytest.raises(DataError, match="org/open is public, and patients' scans are not"):
+        prepare.push(folder, "org/open")
+    assert not any(name.startswith("data/") for name in hub.files("org/open", "dataset"))

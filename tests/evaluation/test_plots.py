@@ -1,0 +1,92 @@
+"""What the figures say; how they look was looked at."""
+
+import numpy as np
+import PIL.Image
+import pytest
+from matplotlib.text import Text
+
+from medct.evaluation.plots import calibration_plot, roc_plot
+
+NAMES = ["Lung nodule", "Coronary artery wall calcification", "Emphysema", "Mass"]
+NOTE = "SYNTHETIC phantoms of site B: drawings, no patients, and no clinical meaning; " * 2
+
+
+@pytest.fixture
+def study():
+    """Two models and labels of 80 scans; one label is unknown at times, the last never present."""
+    generator = np.random.default_rng(0)
+    labels = (generator.random((80, 4)) < [0.5, 0.2, 0.4, 0]).astype(float)
+    labels[:5, 0] = np.nan
+    present = np.nan_to_num(labels)
+    models = {
+        name: 1 / (1 + np.exp(-generator.normal(size=labels.shape) - strength * present))
+        for name, strength in (("base", 0.5), ("adapted", 2.0))
+    }
+    return models, labels
+
+
+def texts(figure) -> list[str]:
+    """All that is written in a figure."""
+    return [text.get_text() for text in figure.findobj(Text) if text.get_text()]
+
+
+def test_roc_plot_names_models_labels_and_data(study, tmp_path):
+    models, labels = study
+    figure = roc_plot(models, labels, NAMES, NOTE)
+    written = " ".join(texts(figure)).replace("\n", " ")
+    assert "80 scans" in written and " ".join(NOTE.split()) in written
+    assert all(name in written for name in NAMES)
+    assert "base: AUROC 0." in written and "adapted: AUROC 0." in written
+    assert texts(figure).count("none") == 2  # of the label that is never present
+    figure.savefig(tmp_path / "roc.png")
+    with PIL.Image.open(tmp_path / "roc.png") as image:
+        assert image.format == "PNG" and min(image.size) > 600
+
+
+def test_roc_curves_are_drawn_where_they_belong(study):
+    """A perfect model goes through the corner, one that says the opposite along the floor."""
+    _, labels = study
+    labels = np.nan_to_num(labels[:, :1])
+    figure = roc_plot({"right": labels, "wrong": 1 - labels}, labels, NAMES[:1])
+    curves = {line.get_label(): line.get_ydata() for line in figure.subfigs[0].axes[0].lines}
+    assert (curves["right: AUROC 1.000"] == 1).all()
+    assert (curves["wrong: AUROC 0.000"][:-1] == 0).all()
+
+
+def test_calibration_plot_shows_error_and_counts(study, tmp_path):
+    models, labels = study
+    figure = calibration_plot({"perfect": np.nan_to_num(labels), **models}, labels, NOTE, bins=5)
+    written = " ".join(texts(figure)).replace("\n", " ")
+    assert "80 scans" in written and " ".join(NOTE.split()) in written
+    assert "perfect: expected calibration error 0.000" in written
+    assert "adapted: expected calibration error 0." in written
+    upper, lower = figure.axes
+    assert len(upper.lines) == 1 + 3
+    heights = np.array([bar.get_height() for bar in lower.patches]).reshape(3, 5)
+    assert (heights.sum(axis=1) == 4 * 80 - 5).all()
+    assert (heights[0] == [np.sum(labels == 0), 0, 0, 0, np.sum(labels == 1)]).all()
+    figure.savefig(tmp_path / "calibration.png")
+
+
+def test_what_cannot_be_drawn_is_refused(study):
+    models, labels = study
+    with pytest.raises(ValueError, match="5 models do not fit"):
+        roc_plot(dict.fromkeys("abcde", models["base"]), labels, NAMES)
+    with pytest.raises(ValueError, match="always or never present"):
+        roc_plot(models, labels * 0, NAMES)
+    with pytest.raises(ValueError, match=r"outside 0\.\.1"):
+        calibration_plot({"base": models["base"] * 2}, labels)
+
+
+@pytest.mark.filterwarnings("error")
+def test_nothing_overlaps(study):
+    """Titles of panels neither touch each other nor the panel above."""
+    models, labels = study
+    wide = [np.tile(scores, 5)[:, :18] for scores in models.values()]
+    names = [NAMES[index % 2] for index in range(18)]
+    figure = roc_plot(dict(zip(models, wide, strict=True)), np.tile(labels, 5)[:, :18], names)
+    figure.draw_without_rendering()
+    boxes = [panel.title.get_window_extent() for panel in figure.subfigs[1].axes]
+    boxes += [panel.get_window_extent() for panel in figure.subfigs[1].axes]
+    for index, box in enumerate(boxes):
+        assert not any(box.overlaps(other) for other in boxes[index + 1 :])

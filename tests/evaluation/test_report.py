@@ -1,0 +1,46 @@
+"""Tables of scores."""
+
+import numpy as np
+import pytest
+
+from medct.evaluation.metrics import choose_thresholds, compare
+from medct.evaluation.report import results_table
+
+NAMES = ["nodule", "mass"]
+SCORES = np.array([[0.9, 0.2], [0.8, 0.3], [0.3, 0.1], [0.1, 0.7]])
+LABELS = np.array([[1, 0], [0, 0], [1, 0], [0, 0]])
+
+
+def rows(table: str) -> dict[str, list[str]]:
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line[:1] == "|"]
+    return {title: values for title, *values in cells}
+
+
+def test_figures_are_those_of_the_comparison():
+    compared = compare(SCORES, LABELS.astype(float), LABELS, ["a", "b", "c", "c"], NAMES, resamples=200)
+    table = results_table(compared, NAMES)
+    base, adapted, difference = rows(table)["nodule (2)"]
+    assert base.startswith("0.750 (0.") and adapted == "1.000 (1.000 to 1.000)"
+    assert difference.startswith("+0.250 (")
+    low = compared["base"]["auroc/nodule"]["low"]
+    assert f"({low:.3f} to " in base
+    assert rows(table)["**mean**"] == rows(table)["AUROC"] == [base, adapted, difference]
+    assert "4 scans of 3 patients" in table and "200 resamples" in table
+    assert "CT-CLIP protocol: weighted F1" in table and "on the scans that it scores" in table
+
+
+def test_a_label_without_a_score_is_shown_as_such():
+    table = results_table(compare(SCORES, SCORES, LABELS, None, NAMES, resamples=5), NAMES)
+    assert rows(table)["mass (0)"] == ["–"] * 3
+    assert "–: always or never present" in table
+    nodule = slice(0, 1)
+    compared = compare(SCORES[:, nodule], SCORES[:, nodule], LABELS[:, nodule], None, ["nodule"], resamples=5)
+    assert "–" not in results_table(compared, ["nodule"])
+
+
+@pytest.mark.parametrize("with_thresholds", [True, False])
+def test_accuracy_needs_thresholds(with_thresholds):
+    thresholds = [choose_thresholds(SCORES, LABELS)] * 2 if with_thresholds else []
+    table = results_table(compare(SCORES, SCORES, LABELS, None, NAMES, *thresholds, resamples=5), NAMES)
+    assert ("accuracy" in rows(table)) == ("macro-F1" in rows(table)) == with_thresholds
+    assert ("chosen on other scans" in table) == with_thresholds

@@ -1,0 +1,82 @@
+"""Rows stay written, torn lines are dropped, parts are merged."""
+
+import pytest
+
+from medct.inference.row_files import KEY, Csv, JsonLines, RowFile, merge, part_path, part_paths, read_rows
+
+CSV = Csv([KEY, "score", "notes"])
+ROWS = [{KEY: name, "score": "0.5", "notes": 'a, "b"'} for name in ("x/1.nii", "x/2, new.nii", "x/\udcff.nii")]
+
+
+@pytest.fixture(params=[CSV, JsonLines()], ids=["csv", "json"])
+def format(request):
+    return request.param
+
+
+def write(path, format, rows):
+    file = RowFile(path, format)
+    for row in rows:
+        file.write(row)
+    file.close()
+
+
+def test_rows_come_back_and_a_second_run_goes_on(tmp_path, format):
+    path = tmp_path / "rows"
+    write(path, format, ROWS[:2])
+    file = RowFile(path, format)
+    assert file.done == {row[KEY] for row in ROWS[:2]}
+    file.write(ROWS[2])
+    assert read_rows(path, format) == ROWS  # without closing it
+    file.close()
+
+
+def test_a_torn_line_is_dropped(tmp_path, format):
+    path = tmp_path / "rows"
+    write(path, format, ROWS)
+    whole = path.read_bytes()
+    start = len(format.header())
+    for length in range(start, len(whole)):
+        path.write_bytes(whole[:length])
+        expected = whole[start:length].count(b"\n")
+        assert read_rows(path, format) == ROWS[:expected]
+    write(path, format, ROWS[2:])
+    assert path.read_bytes() == whole
+
+
+def test_a_torn_header_is_written_again(tmp_path):
+    path = tmp_path / "rows"
+    path.write_text(CSV.header()[:4])
+    write(path, CSV, ROWS)
+    assert read_rows(path, CSV) == ROWS
+
+
+def test_a_line_break_in_a_value_makes_no_second_line(tmp_path):
+    write(tmp_path / "rows", CSV, [{KEY: "a", "score": "1", "notes": "one\ntwo"}])
+    assert read_rows(tmp_path / "rows", CSV) == [{KEY: "a", "score": "1", "notes": "one two"}]
+
+
+@pytest.mark.parametrize("content", ["study,other\n", "hello\n", '{"x": 1}\n', "[1]\n"])
+def test_files_of_others_are_left_alone(tmp_path, format, content):
+    path = tmp_path / "rows"
+    path.write_text(content)
+    with pytest.raises(ValueError, match="other rows than this run would write"):
+        RowFile(path, format)
+    assert path.read_text() == content
+
+
+def test_parts_are_merged_in_order_and_once(tmp_path, format):
+    path = tmp_path / "rows[1].csv"  # no pattern
+    write(path, format, [ROWS[2]])
+    write(part_path(path, 0), format, [ROWS[1], ROWS[2]])
+    write(part_path(path, 1), format, [ROWS[0]])
+    part_path(path, 1).write_bytes(part_path(path, 1).read_bytes() + b"torn")
+    assert len(part_paths(path)) == 2
+    assert merge(path, format, [row[KEY] for row in ROWS]) == 3
+    assert read_rows(path, format) == ROWS
+    assert part_paths(path) == []
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def test_merging_nothing_makes_an_empty_file(tmp_path):
+    assert merge(tmp_path / "rows", CSV) == 0
+    assert (tmp_path / "rows").read_text() == CSV.header()

@@ -1,0 +1,146 @@
+"""Embeddings in Parquet, exact search, recall by its definition."""
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from medct.inference import search
+from medct.inference.row_files import KEY
+from medct.inference.search import (
+    SearchError,
+    nearest,
+    read_embeddings,
+    read_reports,
+    recall,
+    report_of,
+    write_embeddings,
+)
+
+SETTINGS = {"model": "base", "adapter": None}
+
+
+def unit(vectors: np.ndarray) -> np.ndarray:
+    return (vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)).astype(np.float32)
+
+
+def make_rows(count: int = 130, width: int = 8, missing: int = 7) -> list[dict]:
+    """Reports that resemble their scans; some of them shared by two studies, some missing."""
+    random = np.random.default_rng(0)
+    images = unit(random.normal(size=(count, width)))
+    texts = unit(images + 0.6 * random.normal(size=(count, width)))
+    texts[1] = texts[0]
+    rows = [
+        {KEY: f"{k}.nii.gz", "image_embeds": images[k].tolist(), "text_embeds": texts[k].tolist(), "report_id": k + 1}
+        for k in range(count)
+    ]
+    rows[1]["report_id"] = rows[0]["report_id"]
+    for row in rows[-missing:]:
+        row.update(text_embeds=None, report_id=None)
+    return rows
+
+
+@pytest.fixture
+def embeddings(tmp_path):
+    write_embeddings(tmp_path / "index.parquet", make_rows(), SETTINGS)
+    return read_embeddings(tmp_path / "index.parquet")
+
+
+def test_rows_come_back(embeddings):
+    rows = make_rows()
+    assert embeddings.settings == SETTINGS
+    assert embeddings.ids == [row[KEY] for row in rows]
+    assert embeddings.image_embeds.dtype == np.float32
+    np.testing.assert_array_equal(embeddings.image_embeds, np.float32([row["image_embeds"] for row in rows]))
+    assert embeddings.has_report.tolist() == [row["text_embeds"] is not None for row in rows]
+    again = embeddings.rows()
+    assert [row["report_id"] for row in again] == [row["report_id"] for row in rows]
+    np.testing.assert_array_equal(again[3]["text_embeds"], np.float32(rows[3]["text_embeds"]))
+    assert again[-1]["text_embeds"] is None
+
+
+def test_others_can_read_the_file(tmp_path):
+    write_embeddings(tmp_path / "index.parquet", make_rows(3, missing=1), SETTINGS)
+    table = pq.read_table(tmp_path / "index.parquet")
+    assert table.column_names == ["id", "image_embeds", "text_embeds", "report_id"]
+    assert table["text_embeds"].null_count == 1
+
+
+def test_no_reports_at_all(tmp_path):
+    write_embeddings(tmp_path / "index.parquet", make_rows(4, missing=4), SETTINGS)
+    with pytest.raises(SearchError, match="No study of this index has a report"):
+        recall(read_embeddings(tmp_path / "index.parquet"))
+
+
+def test_nearest_is_the_sorted_cosine(embeddings):
+    queries = embeddings.text_embeds[:5]
+    similarity, index = nearest(embeddings.image_embeds, queries, 10)
+    for row in range(5):
+        cosines = embeddings.image_embeds.astype(float) @ queries[row].astype(float)
+        order = np.argsort(-cosines)[:10]
+        np.testing.assert_array_equal(index[row], order)
+        np.testing.assert_allclose(similarity[row], cosines[order], atol=1e-6)
+    assert nearest(embeddings.image_embeds[:3], queries, 10)[1].shape == (5, 3)
+
+
+def slow_recall(queries, vectors, ids, k: int) -> float:
+    """Share of queries with a right answer among the k of greatest cosine, one by one."""
+    hits = 0
+    for query, own in zip(queries, ids, strict=True):
+        ranked = sorted(range(len(vectors)), key=lambda j: -sum(a * b for a, b in zip(query, vectors[j], strict=True)))
+        hits += any(ids[j] == own for j in ranked[:k])
+    return hits / len(queries)
+
+
+def test_recall_is_its_definition(embeddings):
+    results = recall(embeddings)
+    paired = embeddings.has_report
+    images, texts = (of[paired].astype(float).tolist() for of in (embeddings.image_embeds, embeddings.text_embeds))
+    ids = embeddings.report_ids[paired].tolist()
+    assert results["studies"] == 123
+    assert list(results["text_to_image"]) == [5, 10, 50, 100]
+    for k in (5, 10, 50, 100):
+        assert results["text_to_image"][k] == pytest.approx(slow_recall(texts, images, ids, k))
+        assert results["image_to_text"][k] == pytest.approx(slow_recall(images, texts, ids, k))
+        assert results["chance"][k] == k / 123
+    assert 0.3 < results["text_to_image"][5] < results["text_to_image"][50] <= 1
+
+
+def test_ks_beyond_the_studies_are_left_out(tmp_path):
+    write_embeddings(tmp_path / "index.parquet", make_rows(17), SETTINGS)
+    assert list(recall(read_embeddings(tmp_path / "index.parquet"))["chance"]) == [5, 10]
+
+
+def test_without_faiss_the_extra_is_named(embeddings, monkeypatch):
+    monkeypatch.setattr(search, "faiss", None)
+    with pytest.raises(SearchError, match=r"pip install medct\[search\]"):
+        nearest(embeddings.image_embeds, embeddings.image_embeds, 1)
+
+
+def test_what_is_no_index_is_said(tmp_path):
+    with pytest.raises(SearchError, match="no such file"):
+        read_embeddings(tmp_path / "index.parquet")
+    (tmp_path / "index.parquet").write_text("no parquet")
+    with pytest.raises(SearchError, match="no file of embeddings"):
+        read_embeddings(tmp_path / "index.parquet")
+
+
+@pytest.mark.parametrize(
+    ("header", "row", "report"),
+    [
+        ("file_name,report", "a/1.nii.gz,text", "text"),
+        ("VolumeName,Findings_EN,Impressions_EN", "1.nii.gz,first,second", "first second"),
+        ("VolumeName,Impressions_EN,other", "1.nii.gz,second,x", "second"),
+    ],
+)
+def test_reports_are_found_by_the_end_of_a_path(tmp_path, header, row, report):
+    (tmp_path / "reports.csv").write_text(f"{header}\n{row}\n2.nii.gz,{',' * (header.count(',') - 1)}\n")
+    reports = read_reports(tmp_path / "reports.csv")
+    assert report_of("/data/a/1.nii.gz", reports) == report
+    assert report_of("/data/a/11.nii.gz", reports) is None
+    assert report_of("/data/2.nii.gz", reports) is None  # empty
+
+
+def test_a_csv_without_reports_is_refused(tmp_path):
+    (tmp_path / "reports.csv").write_text("name,text\na,b\n")
+    with pytest.raises(SearchError, match="Name one file_name or VolumeName"):
+        read_reports(tmp_path / "reports.csv")

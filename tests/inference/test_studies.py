@@ -1,0 +1,123 @@
+"""Folders to studies, and studies that are read ahead."""
+
+import shutil
+import threading
+
+import nibabel
+import numpy as np
+import pytest
+from scan_files import SECRET, make_hu, write_series
+
+from medct import MedCTImageProcessor
+from medct.inference import studies
+from medct.inference.studies import FailedStudy, ReadStudy, Study, batched_reads, find_studies, read_ahead, read_study
+
+
+@pytest.fixture
+def image_processor() -> MedCTImageProcessor:
+    return MedCTImageProcessor(image_size=(4, 6, 6), target_spacing_mm=(4.0, 2.0, 2.0))
+
+
+def write_nifti(path, seed: int = 0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    array = np.random.default_rng(seed).integers(-1000, 1000, (6, 7, 5)).astype(np.int16)
+    nibabel.save(nibabel.Nifti1Image(array, np.diag([2.0, 2, 4, 1])), path)
+    return path
+
+
+@pytest.fixture
+def hospital(tmp_path):
+    """Six studies among files that are none."""
+    folder = tmp_path / "hospital"
+    write_nifti(folder / "b.nii.gz")
+    write_nifti(folder / "a/scan.nii")
+    series = write_series(folder / "a/series", make_hu((3, 8, 8)))
+    write_series(folder / "mixed/1", make_hu((3, 8, 8)))
+    shutil.make_archive(str(folder / "zipped"), "zip", series)
+    write_series(folder / "mixed", make_hu((3, 8, 8)))
+    for name in ("README.md", "a/series/notes.txt", ".hidden.nii.gz", "._b.nii.gz", "a/.git/x.nii.gz"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("no scan")
+    (folder / "a/loop").symlink_to(folder)
+    return folder
+
+
+def test_every_file_and_every_dicom_folder_is_a_study(hospital, image_processor):
+    found = find_studies([hospital])
+    names = [study.id.removeprefix(f"{hospital}/") for study in found]
+    assert names == ["a/scan.nii", "a/series", "b.nii.gz", "mixed", "mixed/1", "zipped.zip"]
+    for study in found:
+        assert isinstance(read_study(study, image_processor), ReadStudy), study
+
+
+def test_each_study_once_in_the_order_given(hospital):
+    found = [
+        study.id for study in find_studies([hospital / "mixed", hospital / "b.nii.gz", hospital / "a/..", hospital])
+    ]
+    assert found[:3] == [str(hospital / name) for name in ("mixed", "mixed/1", "b.nii.gz")]
+    assert len(found) == 6
+
+
+def test_files_given_by_name_are_taken_whatever_their_suffix(hospital):
+    path = write_nifti(hospital / "c.nii").rename(hospital / "c.scan")
+    assert [study.id for study in find_studies([path])] == [str(path)]
+    assert find_studies(["hf://datasets/org/name/scan.nii.gz"])[0].source == "hf://datasets/org/name/scan.nii.gz"
+
+
+def test_what_is_not_there_is_said(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such file or folder"):
+        find_studies([tmp_path / "nothing"])
+    with pytest.raises(FileNotFoundError, match="no studies in this folder"):
+        find_studies([tmp_path])
+
+
+def test_a_failure_names_its_study_and_nothing_of_a_header(hospital, image_processor, monkeypatch):
+    (hospital / "a/scan.nii").write_bytes(b"nothing")
+    failed = read_study(Study("a", str(hospital / "a/scan.nii")), image_processor)
+    assert isinstance(failed, FailedStudy)
+    assert "it is no NIfTI file" in failed.reason
+    for path in list((hospital / "mixed").glob("*.dcm"))[:2]:
+        path.unlink()
+    mixed = find_studies([hospital / "mixed"])[0]
+    assert read_study(mixed, image_processor).reason.startswith(f"{hospital}/mixed: it holds one slice")
+
+    def broken(*_, **__):
+        raise RuntimeError(f"{SECRET} in an unknown message")
+
+    monkeypatch.setattr(studies, "read_volume", broken)
+    failed = read_study(Study("a", "a"), image_processor)
+    assert "RuntimeError in test_studies.py" in failed.reason
+    assert SECRET not in failed.reason
+
+
+def test_reading_is_in_order_and_ahead_by_no_more_than_its_threads(monkeypatch, image_processor):
+    lock, reading, most, started = threading.Lock(), 0, 0, []
+    barrier = threading.Barrier(2, timeout=20)
+
+    def read(study, _processor):
+        nonlocal reading, most
+        with lock:
+            reading += 1
+            most = max(most, reading)
+            started.append(study)
+        if study < 2:
+            barrier.wait()  # only passed if two are read at once
+        with lock:
+            reading -= 1
+        return study
+
+    monkeypatch.setattr(studies, "read_study", read)
+    results = read_ahead(range(7), image_processor, num_workers=2)
+    assert next(results) == 0
+    assert max(started) <= 2
+    assert list(results) == [1, 2, 3, 4, 5, 6]
+    assert most == 2
+    monkeypatch.setattr(studies, "read_study", lambda study, _processor: study)
+    assert list(read_ahead(range(7), image_processor, num_workers=0)) == [0, 1, 2, 3, 4, 5, 6]
+
+
+def test_batches_are_full_and_failures_are_passed_on():
+    good = [ReadStudy(Study(str(index), None), None) for index in range(5)]
+    bad = FailedStudy(Study("bad", None), "reason")
+    found = list(batched_reads([good[0], bad, *good[1:]], 2))
+    assert found == [bad, good[:2], good[2:4], good[4:]]

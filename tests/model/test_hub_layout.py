@@ -1,0 +1,136 @@
+"""Files shipped to the Hub work where `medct` is not installed."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from medct import MedCTModel
+
+ROOT = Path(__file__).resolve().parents[2]
+SHIPPED = (
+    "adapters_medct.py",
+    "byte_sources_medct.py",
+    "configuration_medct.py",
+    "dicom_io_medct.py",
+    "dicom_pixels_medct.py",
+    "image_processing_medct.py",
+    "itk_formats_medct.py",
+    "modeling_medct.py",
+    "nifti_io_medct.py",
+    "pipeline_medct.py",
+    "processing_medct.py",
+    "volume_io_medct.py",
+    "volume_medct.py",
+)
+ALLOWED = {"torch", "numpy", "transformers"} | set(sys.stdlib_module_names)
+
+WITHOUT_MEDCT = """
+import sys
+sys.modules["medct"] = None  # any import of it fails
+"""
+READ_AND_RUN = """
+import json, sys, numpy, torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModel, AutoProcessor, AutoImageProcessor
+
+folder, scan, inputs, results = sys.argv[1:]
+config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+assert type(config).__module__.startswith("transformers_modules."), type(config)
+model = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+images = AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)
+with torch.no_grad():
+    output = model(**load_file(inputs))
+pixel_values = processor(images=scan, text="a b c", return_tensors="pt")["pixel_values"]
+assert torch.equal(images(scan, return_tensors="pt")["pixel_values"], pixel_values)
+save_file({"logits": output.logits_per_image, "pixel_values": pixel_values}, results)
+"""
+
+
+def run_without_medct(code: str, *arguments: object, home: Path) -> subprocess.CompletedProcess:
+    environment = os.environ | {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", WITHOUT_MEDCT + code, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=home, env=environment, check=False)
+
+
+def test_a_saved_folder_works_without_medct(model, processor, batch, nifti, tmp_path):
+    folder = tmp_path / "saved"
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    assert {path.name for path in folder.glob("*.py")} == set(SHIPPED)
+    scan = nifti(np.random.default_rng(0).integers(-1000, 1000, (6, 7, 5)).astype(np.int16))
+    save_file({name: tensor.contiguous() for name, tensor in batch.items()}, tmp_path / "inputs.safetensors")
+    results = tmp_path / "results.safetensors"
+    run = run_without_medct(READ_AND_RUN, folder, scan, tmp_path / "inputs.safetensors", results, home=tmp_path)
+    assert run.returncode == 0, run.stderr
+    found = load_file(results)
+    with torch.no_grad():
+        assert torch.equal(found["logits"], model(**batch).logits_per_image)
+    assert torch.equal(found["pixel_values"], processor(images=scan, return_tensors="pt")["pixel_values"])
+
+
+def test_what_was_loaded_as_remote_code_saves_a_whole_folder(converted, tmp_path):
+    code = """
+import sys
+from transformers import AutoModel, AutoProcessor
+folder, first, second = sys.argv[1:]
+for source, target in ((folder, first), (first, second)):
+    AutoModel.from_pretrained(source, trust_remote_code=True).save_pretrained(target)
+    AutoProcessor.from_pretrained(source, trust_remote_code=True).save_pretrained(target)
+"""
+    run = run_without_medct(code, converted, tmp_path / "first", tmp_path / "second", home=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert {path.name for path in (tmp_path / "second").glob("*.py")} == set(SHIPPED)
+    assert (tmp_path / "second/model.safetensors").read_bytes() == (tmp_path / "first/model.safetensors").read_bytes()
+
+
+def test_the_phantom_base_is_a_hub_repository(tmp_path):
+    """Its code files are links, so that the code stands once; a copy of the folder holds the code itself."""
+    folder = ROOT / "phantom_base"
+    assert {path.name for path in folder.glob("*.py")} == set(SHIPPED)
+    assert all((ROOT / path.name).samefile(path) for path in folder.glob("*.py"))
+    code = """
+import sys
+from transformers import AutoModel, AutoProcessor
+model = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)
+AutoProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)
+assert type(model).__module__.startswith("transformers_modules.")
+"""
+    run = run_without_medct(code, folder, home=tmp_path)
+    assert run.returncode == 0, run.stderr
+
+
+def test_only_safetensors_are_written(converted):
+    assert [path.name for path in converted.iterdir() if path.suffix in (".bin", ".pt", ".pth")] == []
+    assert "auto_map" in json.loads((converted / "config.json").read_text())
+    assert MedCTModel.from_pretrained(converted, use_safetensors=True)
+
+
+def imports(tree: ast.AST):
+    """`(module, relative level, whether inside try)` of every import."""
+    guarded = {node for block in ast.walk(tree) if isinstance(block, ast.Try) for node in ast.walk(block)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            yield node.module, node.level, node in guarded
+        elif isinstance(node, ast.Import):
+            yield from ((alias.name, 0, node in guarded) for alias in node.names)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_imports_obey_the_rules_of_remote_code(name):
+    found = list(imports(ast.parse((ROOT / name).read_text())))
+    assert found
+    for module, level, is_guarded in found:
+        if level:
+            assert level == 1
+            assert f"{module}.py" in SHIPPED
+        else:
+            assert is_guarded or module.split(".")[0] in ALLOWED, module

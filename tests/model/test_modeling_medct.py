@@ -1,0 +1,462 @@
+"""The model against the specification, and as a citizen of transformers."""
+
+import copy
+import json
+
+import ct_clip_reference as reference
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from transformers import BertConfig, DistilBertConfig
+
+from medct import (
+    MedCTConfig,
+    MedCTForImageClassification,
+    MedCTModel,
+    MedCTVisionModel,
+    zero_shot_probabilities,
+)
+from medct.modeling_medct import MedCTLinear
+from medct.publishing.convert_ct_clip_to_hf import build_model, config_from_sizes, map_keys
+from medct.training.lora import TARGETS, add_lora
+
+TEXT_QUERY = "encoder.layer.0.attention.self.query.weight"
+RECORDED_GRADIENTS = {
+    "temperature": "logit_scale.weight",
+    "to_text_latent.weight": "text_projection.weight",
+    "to_visual_latent.weight": "visual_projection.weight",
+    f"text_transformer.{TEXT_QUERY}": f"text_model.{TEXT_QUERY}",
+}
+
+
+def observe(model: MedCTModel, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What the model makes of a batch on the way and in the end, under the names of the recorded tensors."""
+    seen: dict[str, torch.Tensor] = {}
+
+    def record(name, pick=lambda output: output):
+        return lambda _module, _inputs, output: seen.__setitem__(name, pick(output))
+
+    vision = model.vision_model
+    hooks = [
+        vision.embeddings.register_forward_hook(record("patch_embeddings")),
+        vision.position_bias.register_forward_hook(record("spatial_position_bias", lambda output: output[0])),
+        vision.spatial_encoder.register_forward_hook(record("spatial_out")),
+        vision.temporal_encoder.register_forward_hook(record("temporal_out")),
+        vision.register_forward_hook(record("vision")),
+    ]
+    output = model(**batch, return_loss=True)
+    for hook in hooks:
+        hook.remove()
+    encoded = seen.pop("vision")
+    seen["codebook_ids"] = encoded.codebook_ids
+    seen["quantized"] = seen["image_tokens"] = encoded.last_hidden_state
+    seen["image_latents"], seen["text_latents"] = output.image_embeds, output.text_embeds
+    seen["pair_logits"] = output.logits_per_image.diagonal()
+    seen["zero_shot_probs"] = output.logits_per_image[:, :2].softmax(-1)
+    seen["loss"] = output.loss
+    return seen
+
+
+def assert_as_recorded(model: MedCTModel, batch: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    seen = observe(model, batch)
+    for name, value in seen.items():
+        recorded = expected[name].reshape(value.shape)
+        if name == "codebook_ids":
+            assert torch.equal(value, recorded)
+        else:
+            tolerance = 1e-6 if name == "loss" else 1e-5
+            torch.testing.assert_close(
+                value, recorded, atol=tolerance, rtol=0, msg=lambda text, name=name: f"{name}: {text}"
+            )
+    seen["loss"].backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    compared = [name for name in RECORDED_GRADIENTS if f"grad.{name}" in expected]
+    assert compared == list(RECORDED_GRADIENTS)
+    for name in compared:
+        recorded = expected[f"grad.{name}"]
+        torch.testing.assert_close(gradients[RECORDED_GRADIENTS[name]].view_as(recorded), recorded, atol=1e-5, rtol=0)
+
+
+@pytest.fixture
+def threads():
+    """Sets their number, which decides how products are cut, for one test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_equals_the_original(shared, threads, attention, num_threads):
+    threads(num_threads)
+    sizes = json.loads((shared / "golden/config.json").read_text())
+    expected = load_file(shared / "golden/expected.safetensors")
+    state = torch.load(shared / "golden/ct_clip.pt", weights_only=True)
+    model = build_model(config_from_sizes(sizes), map_keys(state)[0])
+    model.set_attn_implementation(attention)
+    assert_as_recorded(
+        model, {name: expected[name] for name in ("pixel_values", "input_ids", "attention_mask")}, expected
+    )
+
+
+def test_reference_equals_the_original(shared):
+    """What stands in for the recorded tensors where they are not at hand."""
+    sizes = json.loads((shared / "golden/config.json").read_text())
+    expected = load_file(shared / "golden/expected.safetensors")
+    state = torch.load(shared / "golden/ct_clip.pt", weights_only=True)
+    for name, value in reference.run(state, sizes, expected).items():
+        torch.testing.assert_close(value, expected[name].view_as(value), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_equals_the_specification(checkpoint, model, batch, attention):
+    # In float64, where rounding does not depend on the order of operations.
+    state = {name: value.double() for name, value in torch.load(checkpoint, weights_only=True).items()}
+    batch["pixel_values"] = batch["pixel_values"].double()
+    for name in RECORDED_GRADIENTS:
+        state[name].requires_grad_()
+    expected = reference.run(state, reference.SIZES, batch)
+    expected["loss"].backward()
+    expected = {name: value.detach() for name, value in expected.items()}
+    expected |= {f"grad.{name}": state[name].grad for name in RECORDED_GRADIENTS}
+
+    model.double().set_attn_implementation(attention)
+    assert_as_recorded(model, batch, expected)
+
+
+def test_one_volume_against_many_texts_is_encoded_once(model, batch):
+    calls = []
+    model.vision_model.register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        together = model(
+            pixel_values=batch["pixel_values"][:1],
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+        )
+        pairs = model(**batch)
+    assert len(calls) == 2
+    assert together.logits_per_image.shape == (1, 3)
+    torch.testing.assert_close(together.logits_per_image, pairs.logits_per_image[:1])
+    torch.testing.assert_close(together.logits_per_text, together.logits_per_image.t())
+
+
+def test_features_are_the_embeddings_of_forward(model, batch):
+    output = model(**batch)
+    images = model.get_image_features(batch["pixel_values"]).pooler_output
+    texts = model.get_text_features(batch["input_ids"], batch["attention_mask"]).pooler_output
+    torch.testing.assert_close(images, output.image_embeds)
+    torch.testing.assert_close(texts, output.text_embeds)
+    torch.testing.assert_close(images.norm(dim=-1), torch.ones(3))
+
+
+def test_padding_does_not_change_a_text(model, batch):
+    alone = model.get_text_features(batch["input_ids"][2:, :4]).pooler_output
+    padded = model.get_text_features(batch["input_ids"], batch["attention_mask"]).pooler_output[2:]
+    torch.testing.assert_close(alone, padded)
+
+
+def test_zero_shot_probabilities_are_softmaxed_pairs():
+    logits = torch.tensor([[2.0, 1.0, -1.0, 3.0]])
+    expected = torch.tensor([[1 / (1 + torch.e**-1), 1 / (1 + torch.e**4)]])
+    torch.testing.assert_close(zero_shot_probabilities(logits), expected)
+
+
+@pytest.mark.parametrize("left_out", ["pixel_values", "input_ids"])
+def test_half_a_batch_is_refused(model, batch, left_out):
+    batch.pop(left_out)
+    with pytest.raises(ValueError, match=f"`{left_out}` are missing"):
+        model(**batch)
+
+
+def test_wrong_sizes_are_refused_with_both_numbers(model, batch):
+    with pytest.raises(ValueError, match=r"\(8, 12, 8\).*not \(3, 1, 7, 12, 8\)"):
+        model.get_image_features(batch["pixel_values"][:, :, :7])
+    with pytest.raises(ValueError, match="1 volumes and 3 texts"):
+        model(batch["input_ids"], batch["pixel_values"][:1], return_loss=True)
+
+
+def lora(model: MedCTModel):
+    return get_peft_model(model, LoraConfig(r=4, target_modules=TARGETS["both"], task_type="FEATURE_EXTRACTION"))
+
+
+def test_a_training_step_reaches_both_encoders_and_leaves_the_base_as_it_was(model, batch):
+    base = model.state_dict(keep_vars=True)
+    before = {name: tensor.detach().clone() for name, tensor in base.items()}
+    adapted = lora(model).train()
+    trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=0.1)
+    for _ in range(2):  # in the first step only one of the two matrices gets a gradient, as the other is zero
+        optimizer.zero_grad()
+        adapted(**batch, return_loss=True).loss.backward()
+        optimizer.step()
+    for encoder in ("vision_model", "text_model"):
+        gradients = {
+            name: parameter.grad.abs().max()
+            for name, parameter in adapted.named_parameters()
+            if parameter.requires_grad and encoder in name
+        }
+        assert gradients
+        assert all(gradient > 0 for gradient in gradients.values()), gradients
+    assert "vision_model.quantizer.codebook" in before
+    for name, tensor in base.items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_full_training_moves_the_encoder_but_never_the_codebook(model, batch):
+    codebook = model.vision_model.quantizer.codebook.clone()
+    projection = model.vision_model.embeddings.projection.weight
+    before = projection.detach().clone()
+    model.train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(**batch, return_loss=True).loss.backward()
+    optimizer.step()
+    assert torch.equal(model.vision_model.quantizer.codebook, codebook)
+    assert not torch.equal(projection, before)
+
+
+def test_position_bias_is_kept_until_its_weights_change(model):
+    bias = model.vision_model.position_bias
+    with torch.inference_mode():
+        first = bias()
+        assert bias() is first
+    assert not first.is_inference()
+    assert bias().requires_grad
+    bias.fc1.weight.data.mul_(1.5)  # an edit that leaves address and version as they were
+    with torch.no_grad():
+        changed = bias()
+        assert not torch.equal(changed, first)
+        torch.testing.assert_close(changed, bias._compute())
+
+
+def test_gradient_checkpointing_changes_no_gradient(model, batch):
+    def gradients(checkpointing: bool) -> dict[str, torch.Tensor]:
+        adapted = lora(copy.deepcopy(model))
+        torch.manual_seed(0)
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+        if checkpointing:
+            adapted.base_model.model.activation_checkpointing_enable()
+            assert any(getattr(module, "gradient_checkpointing", False) for module in adapted.modules())
+        # dropout of the text encoder off, so that both runs are the same
+        for module in adapted.modules():
+            module.p = 0.0 if isinstance(module, torch.nn.Dropout) else getattr(module, "p", None)
+        adapted.train()
+        adapted(**batch, return_loss=True).loss.backward()
+        return {name: parameter.grad for name, parameter in adapted.named_parameters() if parameter.grad is not None}
+
+    plain, checkpointed = gradients(False), gradients(True)
+    assert plain.keys() == checkpointed.keys()
+    assert plain
+    for name, gradient in plain.items():
+        torch.testing.assert_close(checkpointed[name], gradient)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_stays_close(converted, model, batch, dtype):
+    half = MedCTModel.from_pretrained(converted, dtype=dtype).eval()
+    assert torch.equal(half.vision_model.quantizer.codebook, model.vision_model.quantizer.codebook)
+    assert half.vision_model.spatial_encoder.layers[0].mlp.fc1.weight.dtype == dtype
+    with torch.no_grad():
+        tokens = half.vision_model.embeddings(batch["pixel_values"])
+        # What the layers add to stays in float32.
+        assert tokens.dtype == torch.float32
+        assert half.vision_model.temporal_encoder(tokens.flatten(0, 2)).dtype == torch.float32
+        expected = model.vision_model.embeddings(batch["pixel_values"])
+        torch.testing.assert_close(tokens.float(), expected, atol=0.1, rtol=0.1)
+        output = half(**batch)
+    # Half precision does not tell the prompts of two labels apart.
+    assert output.logits_per_image.dtype == output.text_embeds.dtype == torch.float32
+    torch.testing.assert_close(output.text_embeds.float(), model(**batch).text_embeds, atol=0.05, rtol=0.1)
+    assert output.logits_per_image.isfinite().all()
+
+
+def test_half_precision_finds_the_nearest_row_where_it_holds_two_as_equal(model):
+    torch.manual_seed(0)
+    quantizer = copy.deepcopy(model.vision_model.quantizer)
+    base = torch.eye(quantizer.codebook.shape[-1])[:4]
+    quantizer.codebook = base.repeat_interleave(2, 0) + 2**-9 * torch.randn(8, base.shape[-1])
+    tokens = base.repeat(1000, 1) + 0.1 * torch.randn(4000, base.shape[-1])
+    _, expected = quantizer(tokens, torch.float32)
+    _, ids = quantizer(tokens, torch.bfloat16)
+    assert torch.equal(ids, expected)
+
+
+@pytest.mark.parametrize("rows", [1, 16, 24, 31, 64])
+def test_the_nearest_row_is_found_wherever_it_stands(model, rows):
+    torch.manual_seed(0)
+    quantizer = copy.deepcopy(model.vision_model.quantizer)
+    quantizer.codebook = torch.randn(rows, 12)
+    tokens = torch.randn(500, 12)
+    expected = torch.cosine_similarity(tokens[:, None], quantizer.codebook, dim=-1).argmax(-1)
+    assert len(expected.unique()) == rows
+    for dtype in (torch.float32, torch.bfloat16):
+        assert torch.equal(quantizer(tokens, dtype)[1], expected)
+
+
+def test_linears_are_those_of_torch(monkeypatch):
+    """Without a fast product, and with it for rows of any number of axes."""
+    monkeypatch.setattr("medct.modeling_medct._WIDE", 1)
+    linear = MedCTLinear(5, 7)
+    rows = torch.randn(2, 3, 5, requires_grad=True)
+    for convolves in (False, True):
+        monkeypatch.setattr("medct.modeling_medct._CONVOLVES_ON_CPU", convolves)
+        for each in (rows, rows[0], rows[:, 0], rows[0, 0], rows.transpose(0, 1)):
+            expected = torch.nn.functional.linear(each, linear.weight, linear.bias)
+            torch.testing.assert_close(linear(each), expected)
+        torch.testing.assert_close(
+            torch.autograd.grad(linear(rows).square().sum(), (rows, linear.weight, linear.bias)),
+            torch.autograd.grad(
+                torch.nn.functional.linear(rows, linear.weight, linear.bias).square().sum(),
+                (rows, linear.weight, linear.bias),
+            ),
+        )
+
+
+def test_the_encoders_may_differ_in_precision(converted, model, batch):
+    mixed = MedCTModel.from_pretrained(converted).eval()
+    mixed.vision_model.to(torch.bfloat16)
+    with torch.no_grad():
+        output = mixed(**batch)
+        assert torch.equal(output.text_embeds, model(**batch).text_embeds)
+    assert output.image_embeds.isfinite().all()
+
+
+def test_long_volumes_are_encoded_in_chunks_without_a_difference(model, batch, monkeypatch):
+    with torch.enable_grad():
+        whole = model(**batch)
+    before = batch["pixel_values"].clone()
+    monkeypatch.setattr("medct.modeling_medct._CPU_CHUNK_BYTES", 1)
+    for size in (3, 1):
+        with torch.inference_mode():
+            pieces = model(**batch | {"pixel_values": batch["pixel_values"][:size]})
+        torch.testing.assert_close(pieces.image_embeds, whole.image_embeds[:size])
+    assert torch.equal(batch["pixel_values"], before)
+
+
+def test_memory_that_is_used_again_keeps_hidden_states(model, batch):
+    encode, pixels = model.double().vision_model, batch["pixel_values"].double()
+    expected = encode(pixels, output_hidden_states=True).hidden_states
+    with torch.no_grad():
+        seen = encode(pixels, output_hidden_states=True).hidden_states
+    assert len(seen) == len(expected)
+    for got, wanted in zip(seen, expected, strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+def test_patches_lose_nothing_to_half_precision_before_they_are_scaled(model):
+    """10 HU of texture in soft tissue: a bfloat16 voxel would hold one of three values."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = 0.5 + 0.01 * torch.rand(1, 1, *model.config.vision_config.image_size, generator=generator)
+    with torch.no_grad():
+        expected = model.vision_model.embeddings(pixels)
+        half = copy.deepcopy(model.vision_model.embeddings).bfloat16()(pixels).float()
+    assert (half - expected).norm() < 0.01 * expected.norm()
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_vision_model_compiles_as_one_graph(model, batch, grad):
+    vision = model.vision_model
+    compiled = torch.compile(vision, fullgraph=True, backend="aot_eager")
+    with torch.set_grad_enabled(grad):
+        expected = vision(batch["pixel_values"])
+        for _ in range(2):
+            got = compiled(batch["pixel_values"])
+            torch.testing.assert_close(got.pooler_output, expected.pooler_output)
+            assert torch.equal(got.codebook_ids, expected.codebook_ids)
+
+
+def test_device_map_places_the_model(converted, model, batch):
+    placed = MedCTModel.from_pretrained(converted, device_map={"": "cpu"}).eval()
+    with torch.no_grad():
+        assert torch.equal(placed(**batch).logits_per_image, model(**batch).logits_per_image)
+
+
+def test_autocast_and_plain_precision_do_not_share_a_position_bias(model, batch):
+    with torch.no_grad():
+        expected = model(**batch).logits_per_image
+        model.vision_model.position_bias._kept = None
+        with torch.autocast("cpu", torch.bfloat16):
+            model(**batch)
+        torch.testing.assert_close(model(**batch).logits_per_image, expected)
+
+
+def test_every_buffer_comes_back_from_disk(model, converted):
+    """Buffers that no checkpoint holds are uninitialised memory after loading, unless somebody fills them."""
+    built = MedCTModel(model.config)
+    fresh = dict(built.named_buffers())
+    loaded = dict(model.named_buffers())
+    assert fresh.keys() == loaded.keys()
+    saved = set(model.state_dict())
+    for name, buffer in loaded.items():
+        if name not in saved:
+            assert torch.equal(buffer, fresh[name]), name
+    again = MedCTModel.from_pretrained(converted)
+    for name, buffer in again.named_buffers():
+        assert torch.equal(buffer, loaded[name]), name
+
+
+def test_fresh_weights_are_sound(model, batch):
+    torch.manual_seed(0)
+    fresh = MedCTModel(model.config).eval()
+    with torch.no_grad():
+        output = fresh(**batch)
+    assert output.logits_per_image.isfinite().all()
+    assert fresh.logit_scale.weight.shape == (1,)
+    assert fresh.logit_scale.weight.item() == model.config.logit_scale_init_value
+    assert fresh.vision_model.quantizer.codebook.std() > 0.5
+
+
+def test_hidden_states_and_attentions(model, batch):
+    model.set_attn_implementation("eager")
+    output = model.vision_model(batch["pixel_values"], output_hidden_states=True, output_attentions=True)
+    config = model.config.vision_config
+    t, h, w = config.grid_size
+    assert len(output.attentions) == config.num_hidden_layers
+    assert output.attentions[0].shape == (3 * t, config.num_attention_heads, h * w, h * w)
+    assert output.hidden_states[0].shape == (3 * t, h * w, config.hidden_size)
+    assert output.last_hidden_state.shape == (3, t * h * w, config.hidden_size)
+    assert output.codebook_ids.shape == (3, t * h * w)
+
+
+def test_vision_model_loads_from_the_whole(converted, model, batch):
+    vision = MedCTVisionModel.from_pretrained(converted).eval()
+    with torch.no_grad():
+        expected = model.vision_model(batch["pixel_values"]).pooler_output
+        assert torch.equal(vision(batch["pixel_values"]).pooler_output, expected)
+
+
+def test_another_text_encoder(model, batch):
+    text_config = DistilBertConfig(vocab_size=60, dim=16, n_layers=1, n_heads=2, hidden_dim=32)
+    config = MedCTConfig(text_config=text_config, vision_config=model.config.vision_config, projection_dim=10)
+    other = MedCTModel(MedCTConfig.from_dict(config.to_dict())).eval()
+    assert type(other.text_model).__name__ == "DistilBertModel"
+    assert other(**batch).logits_per_image.shape == (3, 3)
+
+
+def test_classifier_learns_and_ignores_the_text_half(converted, model, batch):
+    classifier = MedCTForImageClassification.from_pretrained(converted).eval()
+    assert torch.equal(classifier.visual_projection.weight, model.visual_projection.weight)
+    labels = torch.zeros(3, 18)
+    output = classifier(batch["pixel_values"], labels=labels)
+    assert output.logits.shape == (3, 18)
+    embeds = model.get_image_features(batch["pixel_values"]).pooler_output
+    expected = classifier.classifier(embeds.relu())
+    torch.testing.assert_close(output.logits, expected)
+    plain = torch.nn.functional.binary_cross_entropy_with_logits(expected, labels)
+    torch.testing.assert_close(output.loss, plain)
+    classifier.config.classifier_pos_weight = [2.0] * 18
+    ones = torch.ones(3, 18)
+    weighted = classifier(batch["pixel_values"], labels=ones).loss
+    torch.testing.assert_close(weighted, 2 * torch.nn.functional.binary_cross_entropy_with_logits(expected, ones))
+
+
+def test_lora_at_the_published_sizes_stays_within_the_papers_number():
+    with torch.device("meta"):
+        model = MedCTModel(MedCTConfig(text_config=BertConfig()))
+        adapted = add_lora(model)
+    trainable, total = adapted.get_nb_trainable_parameters()
+    print(f"trainable {trainable:,} of {total:,} parameters, {100 * trainable / total:.2f} %")
+    assert trainable == 1_572_864
+    assert trainable <= 1_670_000

@@ -1,0 +1,213 @@
+"""Scans in, findings out; with and without the package, adapters and operating points."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from adapter_files import RESULTS, save_adapter
+from transformers import pipeline
+
+from medct import AdapterMismatchError, MedCTModel, VolumeError, ZeroShotCTClassificationPipeline
+from medct.publishing.push import push_adapter, push_model
+
+# One letter is one word of the small tokenizer.
+LABELS = ["a", "b", "c"]
+TEMPLATES = [("{label} is present .", "{label} is not present ."), ("{label}", "not {label}")]
+
+
+@pytest.fixture
+def scans(nifti):
+    random = np.random.default_rng(0)
+    return [
+        str(nifti(random.integers(-1000, 1000, (9, 12, 5)).astype(np.int16), name=f"{index}.nii.gz"))
+        for index in range(3)
+    ]
+
+
+@pytest.fixture
+def pipe(model, processor) -> ZeroShotCTClassificationPipeline:
+    return ZeroShotCTClassificationPipeline(model=model, processor=processor, device="cpu")
+
+
+@pytest.fixture
+def adapter(converted, tmp_path):
+    """Folder of an adapter that changes the scores, with an operating point for "Lung nodule"."""
+    return save_adapter(converted, tmp_path / "adapter", results=RESULTS | {"thresholds": {"Lung nodule": 0.5}})
+
+
+def by_label(results):
+    return {result["label"]: result for result in results}
+
+
+def test_scores_are_those_of_the_model(pipe, model, processor, scans):
+    (prompts,) = model.config.label_prompts(LABELS)
+    inputs = processor(images=scans[0], text=prompts, return_tensors="pt")
+    with torch.no_grad():
+        logits = model(**inputs).logits_per_image[0].double()
+    results = pipe(scans[0], candidate_labels=LABELS)
+    assert [result["score"] for result in results] == sorted((r["score"] for r in results), reverse=True)
+    for index, label in enumerate(LABELS):
+        margin = logits[2 * index] - logits[2 * index + 1]
+        result = by_label(results)[label]
+        assert result == {"label": label, "score": result["score"], "logits_margin": result["logits_margin"]}
+        assert result["logits_margin"] == pytest.approx(margin.item(), abs=1e-5)
+        assert result["score"] == pytest.approx(1 / (1 + np.exp(-margin.item())), abs=1e-6)
+
+
+def test_the_models_own_findings_are_the_default(pipe, model, scans):
+    assert set(by_label(pipe(scans[0]))) == set(model.config.label_names)
+    assert len(pipe(scans[0])) == 18
+
+
+def test_templates_are_averaged(pipe, scans):
+    each = [by_label(pipe(scans[0], candidate_labels=LABELS, prompt_templates=[pair])) for pair in TEMPLATES]
+    both = by_label(pipe(scans[0], candidate_labels=LABELS, prompt_templates=TEMPLATES))
+    assert each[0] != each[1]
+    for label in LABELS:
+        for key in ("score", "logits_margin"):
+            assert both[label][key] == pytest.approx((each[0][label][key] + each[1][label][key]) / 2, abs=1e-6)
+
+
+def test_lists_batches_generators_and_series(pipe, scans):
+    single = [pipe(scan, candidate_labels=LABELS) for scan in scans]
+    assert pipe([], candidate_labels=LABELS) == []
+    for batch_size in (1, 2):
+        many = pipe(scans, candidate_labels=LABELS, batch_size=batch_size)
+        lazy = pipe((scan for scan in scans), candidate_labels=LABELS, batch_size=batch_size)
+        assert not isinstance(lazy, list)
+        for results in (many, list(lazy)):
+            for found, expected in zip(results, single, strict=True):
+                for label in LABELS:
+                    assert by_label(found)[label]["score"] == pytest.approx(
+                        by_label(expected)[label]["score"], abs=1e-5
+                    )
+    with pytest.raises(VolumeError, match="DICOM"):  # a tuple is one series
+        pipe((scans[0], scans[1]))
+
+
+def test_arrays_take_a_spacing(pipe):
+    array = np.random.default_rng(0).integers(-1000, 1000, (5, 9, 12)).astype(np.int16)
+    assert pipe(array, spacing_mm=(4.0, 2.0, 3.0), candidate_labels=LABELS)
+    with pytest.raises(VolumeError, match="without a geometry"):
+        pipe(array)
+
+
+def test_prompts_are_encoded_once_for_a_set_of_labels(pipe, model, scans):
+    calls = []
+    model.text_model.register_forward_hook(lambda *_: calls.append(1))
+    for _ in range(2):
+        pipe(scans)
+        pipe(scans[0])
+    assert len(calls) == 1
+    pipe(scans, candidate_labels=LABELS, prompt_templates=TEMPLATES)
+    assert len(calls) == 3
+    pipe(scans[0], candidate_labels=LABELS, prompt_templates=TEMPLATES)
+    assert len(calls) == 3
+
+
+def test_an_adapter_changes_scores_and_brings_operating_points(pipe, converted, processor, adapter, scans):
+    adapted = ZeroShotCTClassificationPipeline(
+        model=MedCTModel.from_pretrained(converted), processor=processor, device="cpu", adapter=str(adapter)
+    )
+    base, found = by_label(pipe(scans[0])), by_label(adapted(scans[0]))
+    assert found["Lung nodule"]["score"] != base["Lung nodule"]["score"]
+    assert found["Lung nodule"]["present"] == (found["Lung nodule"]["score"] >= 0.5)
+    assert "present" not in found["Emphysema"]
+    adapted.thresholds["Lung nodule"] = found["Lung nodule"]["score"]
+    assert by_label(adapted(scans[0]))["Lung nodule"]["present"] is True
+    # Chosen for other prompts, so without a meaning for these.
+    own = adapted(scans[0], candidate_labels=["Lung nodule"], prompt_templates=TEMPLATES)
+    assert "present" not in own[0]
+
+
+def test_a_disabled_adapter_takes_its_prompts_and_operating_points_along(pipe, converted, processor, adapter, scans):
+    base = pipe(scans[0])
+    pipe.model.load_adapter(str(adapter))
+    adapted = pipe(scans[0])
+    assert adapted != base
+    assert "present" in by_label(adapted)["Lung nodule"]
+    pipe.model.disable_adapters()
+    assert pipe(scans[0]) == base
+    pipe.model.enable_adapters()
+    assert pipe(scans[0]) == adapted
+
+
+def test_an_adapter_of_another_model_is_refused(model, processor, adapter):
+    with torch.no_grad():
+        model.visual_projection.weight.add_(1)
+    with pytest.raises(AdapterMismatchError, match="other weights"):
+        ZeroShotCTClassificationPipeline(model=model, processor=processor, device="cpu", adapter=str(adapter))
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"candidate_labels": []}, "list of findings"),
+        ({"candidate_labels": [3]}, "list of findings"),
+        ({"prompt_templates": "{label}"}, "list of pairs"),
+        ({"prompt_templates": [("{label}",)]}, "pair of sentences"),
+        ({"prompt_templates": [("yes", "no")]}, "pair of sentences"),
+    ],
+)
+def test_bad_prompts_are_refused(pipe, scans, options, reason):
+    with pytest.raises(ValueError, match=reason):
+        pipe(scans[0], **options)
+
+
+def test_unknown_arguments_are_refused(pipe, scans):
+    with pytest.raises(TypeError, match="candidate_label'"):
+        pipe(scans[0], candidate_label=["a"])
+
+
+def test_a_single_label_and_a_single_pair_need_no_list(pipe, scans):
+    assert pipe(scans[0], candidate_labels="a", prompt_templates=TEMPLATES[1]) == pipe(
+        scans[0], candidate_labels=["a"], prompt_templates=[TEMPLATES[1]]
+    )
+
+
+RUN = """
+import json, sys
+from transformers import pipeline
+commit, adapter_commit, folder, labels, *scans = sys.argv[1:]
+task, options = "zero-shot-ct-classification", {"trust_remote_code": True, "device": "cpu"}
+pipe = pipeline(task, model="org/base", revision=commit, **options)
+assert type(pipe).__module__.startswith("transformers_modules.org.base."), type(pipe)
+results = pipe(scans, candidate_labels=json.loads(labels), batch_size=2)
+pipe.save_pretrained(folder)
+pipe = pipeline(model=folder, **options)  # the task is in the configuration
+assert pipe(scans, candidate_labels=json.loads(labels), batch_size=2) == results
+adapter = {"adapter": "org/site-b", "adapter_revision": adapter_commit}
+adapted = pipeline(task, model="org/base", revision=commit, **adapter, **options)
+alone = pipeline(task, model="org/site-b", **options)
+assert alone(scans[0]) == adapted(scans[0])
+print(json.dumps([results, adapted(scans[0])]))
+"""
+
+
+def test_a_process_without_medct_runs_it_from_the_hub_and_from_a_folder(
+    hub, pipe, converted, adapter, processor, scans, tmp_path, monkeypatch
+):
+    hub.connect(monkeypatch)
+    commit = push_model(converted, "org/base").split("/")[-1]
+    url = push_adapter(adapter, "org/site-b", base="org/base", base_revision=commit)
+    arguments = (commit, url.split("/")[-1], tmp_path / "saved", json.dumps(LABELS), *scans)
+    run = hub.run(RUN, *arguments, home=tmp_path / "home", medct=False)
+    assert run.returncode == 0, run.stderr
+    found, with_adapter = json.loads(run.stdout.splitlines()[-1])
+    assert found == pipe(scans, candidate_labels=LABELS, batch_size=2)
+    assert with_adapter == ZeroShotCTClassificationPipeline(
+        model=MedCTModel.from_pretrained(converted), processor=processor, device="cpu", adapter=str(adapter)
+    )(scans[0])
+    assert "present" in by_label(with_adapter)["Lung nodule"]
+
+
+def test_the_library_builds_it_here_too(converted, scans):
+    pipe = pipeline(
+        "zero-shot-ct-classification",
+        model=str(converted),
+        pipeline_class=ZeroShotCTClassificationPipeline,
+        trust_remote_code=True,
+        device="cpu",
+    )
+    assert len(pipe(scans[0])) == 18

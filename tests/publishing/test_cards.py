@@ -1,0 +1,121 @@
+"""An adapter's page: its metadata as the Hub reads them, its sections, and nothing of this machine."""
+
+import json
+import re
+
+import pytest
+from adapter_files import RESULTS, save_adapter
+from huggingface_hub import ModelCard, ModelCardData
+
+from medct.publishing.cards import base_license, find_paths, render_card, without_paths, write_card
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+SECTIONS = (
+    "Results",
+    "How to use",
+    "Data",
+    "Prompts",
+    "Training",
+    "Hardware and energy",
+    "Intended use and limits",
+    "Licence",
+)
+
+
+@pytest.fixture(scope="module")
+def trained(converted, tmp_path_factory):
+    return save_adapter(converted, tmp_path_factory.mktemp("cards") / "run", results=RESULTS)
+
+
+@pytest.fixture(scope="module")
+def card(trained) -> ModelCard:
+    return ModelCard(
+        render_card(trained, repo_id="org/site-b", base="org/ct-clip", revision=COMMIT, license="cc-by-nc-sa-4.0")
+    )
+
+
+def test_metadata_are_what_the_hub_shows(card):
+    data = card.data
+    assert isinstance(data, ModelCardData)
+    assert data.library_name == "peft"
+    assert data.base_model == "org/ct-clip"
+    assert data.license == "cc-by-nc-sa-4.0"
+    assert {"medct", "synthetic"} <= set(data.tags)
+    scores = {result.metric_type: result for result in data.eval_results}
+    assert scores["roc_auc"].metric_value == 0.8612
+    assert "0.850 to 0.870" in scores["roc_auc"].metric_name
+    assert scores.keys() == {"roc_auc", "f1"}  # single labels are in the table
+    assert all("SYNTHETIC" in result.dataset_name for result in data.eval_results)
+    assert data.model_name == "site-b"
+
+
+def test_sections_hold_what_the_files_say(card):
+    assert re.findall(r"^## (.*)$", card.text, re.MULTILINE) == list(SECTIONS)
+    for text in (
+        "# site-b\n",
+        RESULTS["measured_on"],
+        RESULTS["table"],
+        "base 0.744 (0.730 to 0.760), adapted 0.861 (0.850 to 0.870), difference +0.117 (+0.100 to +0.130)",
+        "| Emphysema | 0.310 |",
+        "- {label} is present. / {label} is not present.",
+        "- LoRA rank 4\n- learning rate 0.003\n- seed 0\n- 1,250 steps",
+        "73,728 of 1,200,000 parameters trained",
+        "sha256-bf16:",
+        "2 minutes on cpu",
+        "SYNTHETIC data",
+    ):
+        assert text in card.text, text
+
+
+def test_remote_code_is_pinned(card):
+    assert f'base, revision = "org/ct-clip", "{COMMIT}"' in card.text
+    lines = [line for line in card.text.splitlines() if "trust_remote_code=True" in line]
+    assert lines
+    assert all("revision=revision" in line for line in lines)
+
+
+def test_no_path_of_this_machine_is_on_the_page(trained, converted):
+    text = render_card(trained)
+    assert find_paths(text) == []
+    assert str(converted) not in text
+    assert f"the MedCT model `{converted.name}`" in text
+
+
+def test_the_plot_is_shown_where_there_is_one(trained, card):
+    assert "roc.png" not in card.text
+    (trained / "roc.png").touch()
+    assert "![ROC curves](roc.png)" in render_card(trained)
+    (trained / "roc.png").unlink()
+
+
+def test_an_adapter_without_results_has_a_page_too(converted, tmp_path):
+    folder = save_adapter(converted, tmp_path / "bare")
+    (folder / "medct_adapter.json").unlink()
+    card = ModelCard(write_card(folder).read_text())
+    assert card.data.eval_results is None
+    assert "No scores are recorded." in card.text
+    assert "Not recorded." in card.text
+
+
+def test_each_key_of_the_results_may_be_missing(converted, tmp_path):
+    folder = save_adapter(converted, tmp_path / "run", results=RESULTS)
+    for key in RESULTS:
+        (folder / "results.json").write_text(json.dumps({name: RESULTS[name] for name in RESULTS if name != key}))
+        assert ModelCard(render_card(folder)).data.library_name == "peft"
+
+
+def test_the_licence_is_that_of_the_base(tmp_path):
+    base = tmp_path / "base"
+    base.mkdir()
+    assert base_license(str(base)) is None
+    (base / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    assert base_license(str(base)) == "apache-2.0"
+    (tmp_path / "ct-clip").mkdir()
+    assert base_license(str(tmp_path / "ct-clip")) == "cc-by-nc-sa-4.0"
+    assert base_license("nobody/nothing") is None  # offline here
+
+
+def test_paths_are_found_and_shortened():
+    assert find_paths("of /data/ward 3/x, and/or https://hf.co/a/b, org/name, 1/2, /") == ["/data/ward"]
+    assert find_paths(r"in C:\Users\me") == [r"C:\Users\me"]
+    assert without_paths({"a": ["scans of /mnt/x/site-b."], "b": 1}) == {"a": ["scans of site-b."], "b": 1}

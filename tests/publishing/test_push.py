@@ -1,0 +1,314 @@
+"""The way to the Hub and back: what is pushed, what is refused, and what an interrupted push leaves behind."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from adapter_files import RESULTS, save_adapter
+from hub_server import READER, WITHOUT_WAITS
+from huggingface_hub import ModelCard
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+
+from medct.publishing import push as hub_module
+from medct.publishing.cards import GENERATED, find_paths
+from medct.publishing.push import PushError, commit_of, main, push_adapter, push_model
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def base(converted, tmp_path) -> Path:
+    """A converted model of this test's own."""
+    return shutil.copytree(converted, tmp_path / "ct-clip")
+
+
+@pytest.fixture
+def adapter(base, tmp_path) -> Path:
+    return save_adapter(base, tmp_path / "run", results=RESULTS)
+
+
+@pytest.fixture
+def pushed_base(hub, base, monkeypatch) -> str:
+    """The base on the Hub; returns its commit."""
+    hub.connect(monkeypatch)
+    return push_model(base, "org/base").split("/")[-1]
+
+
+@pytest.fixture
+def waits(monkeypatch) -> list[float]:
+    """Waits are noted and left out."""
+    noted: list[float] = []
+    monkeypatch.setattr("time.sleep", noted.append)
+    return noted
+
+
+def refusal(*arguments: object) -> str:
+    with pytest.raises(SystemExit) as stop:
+        main([str(argument) for argument in arguments])
+    assert isinstance(stop.value.code, str)
+    return stop.value.code
+
+
+# the circle
+
+PULL = """
+import sys, torch
+from peft import AutoPeftModelForFeatureExtraction, PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoProcessor
+
+commit, adapter_commit, inputs, results = sys.argv[1:]
+code = {"trust_remote_code": True}
+batch = load_file(inputs)
+def base():
+    return AutoModel.from_pretrained("org/base", revision=commit, **code)
+
+@torch.no_grad()
+def logits(model):
+    return model.eval()(**batch).logits_per_image
+
+found = {"base": logits(base())}
+found["peft"] = logits(PeftModel.from_pretrained(base(), "org/site-b", revision=adapter_commit))
+model = base()
+model.load_adapter("org/site-b")
+found["transformers"] = logits(model)
+found["auto peft"] = logits(AutoPeftModelForFeatureExtraction.from_pretrained("org/site-b", **code))
+found["auto model"] = logits(AutoModel.from_pretrained("org/site-b", **code))
+assert type(model).__module__.startswith("transformers_modules.")
+AutoProcessor.from_pretrained("org/base", revision=commit, **code)
+
+def refused(load):
+    try:
+        load()
+    except (OSError, ValueError) as error:
+        print("refused:", error)
+
+model.visual_projection.weight.data += 1
+refused(lambda: model.load_adapter("org/site-b", "again"))
+refused(lambda: model.load_adapter("org/pickled", "pickled"))
+refused(lambda: AutoModel.from_pretrained("org/pickled", **code))
+save_file(found, results)
+"""
+
+
+def test_base_and_adapter_are_pushed_and_pulled_without_medct(hub, base, adapter, pushed_base, model, batch, tmp_path):
+    url = push_adapter(adapter, "org/site-b", base="org/base", base_revision=pushed_base)
+    with torch.no_grad():
+        expected = {"base": model(**batch).logits_per_image}
+        adapted = PeftModel.from_pretrained(model, adapter).eval()(**batch).logits_per_image
+    expected |= dict.fromkeys(("peft", "transformers", "auto peft", "auto model"), adapted)
+    save_file(batch, tmp_path / "inputs.safetensors")
+    results = tmp_path / "results.safetensors"
+    pickled = {"adapter_config.json": (adapter / "adapter_config.json").read_bytes(), "adapter_model.bin": b"pickle"}
+    code_and_config = {
+        name: content for name, content in hub.files("org/base").items() if name.endswith(("json", "py"))
+    }
+    hub.add_files("model", "org/pickled", pickled | {"pytorch_model.bin": b"pickle"} | code_and_config)
+    hub.cut_answer("GET .*base/resolve/.*safetensors", after_bytes=1000)
+    hub.fail("GET .*site-b/resolve/.*safetensors", status=429, retry_after=1)
+
+    arguments = (pushed_base, url.split("/")[-1], tmp_path / "inputs.safetensors", results)
+    run = hub.run(WITHOUT_WAITS + PULL, *arguments, home=tmp_path / "home", medct=False)
+    assert run.returncode == 0, run.stderr
+    found = load_file(results)
+    assert found.keys() == expected.keys()
+    for name in found:
+        assert torch.equal(found[name], expected[name]), name
+    assert not torch.allclose(found["base"], found["peft"])
+    assert f"Load its base, org/base at revision {pushed_base}." in run.stdout
+    assert run.stdout.count("refused:") == 3
+    assert "org/pickled has no adapter_model.safetensors" in run.stdout
+    assert hub.count("GET .*base/resolve/.*model.safetensors") == 2  # it broke once, and was fetched once for all
+    assert hub.count("GET .*bin") == 0
+
+
+# what is pushed
+
+
+def test_a_base_takes_its_code_and_card_along(hub, base, pushed_base):
+    (base / "train_config.json").write_text('{"data": "/wards/3/site-b"}')  # as a run that adapts all weights leaves it
+    push_model(base, "org/adapted")
+    assert json.loads(hub.files("org/adapted")["train_config.json"]) == {"data": "site-b"}
+    (base / "train_config.json").unlink()
+    files = hub.files("org/base")
+    assert files.keys() == {path.name for path in base.iterdir()} | {".gitattributes"}
+    card = ModelCard(files["README.md"].decode())
+    assert card.data.license == "cc-by-nc-sa-4.0"
+    assert 'revision = "org/base", "COMMIT"' in card.text
+    assert len(hub.repo("model", "org/base").commits) == 2  # the first one makes the repository
+
+
+def test_an_adapter_names_its_base_by_id_and_commit(hub, adapter, pushed_base):
+    (adapter / "studies.csv").write_text("patient-17")
+    (adapter / "roc.png").write_bytes(b"png")
+    before = {path: path.read_bytes() for path in adapter.iterdir()}
+    push_adapter(adapter, "org/site-b", base="org/base", base_revision="main")
+    files = hub.files("org/site-b")
+    config = json.loads(files["adapter_config.json"])
+    assert (config["base_model_name_or_path"], config["revision"]) == ("org/base", pushed_base)
+    memory = json.loads(files["medct_adapter.json"])["base"]
+    assert (memory["model"], memory["revision"]) == ("org/base", pushed_base)
+    card = ModelCard(files["README.md"].decode())
+    assert (card.data.base_model, card.data.license) == ("org/base", "cc-by-nc-sa-4.0")
+    assert card.data.eval_results
+    assert f'base, revision = "org/base", "{pushed_base}"' in card.text
+    assert 'load_adapter("org/site-b")' in card.text
+    assert files["roc.png"] == b"png"
+    assert "studies.csv" not in files
+    for name, content in files.items():
+        assert name.endswith((".safetensors", ".png")) or find_paths(content.decode()) == [], name
+    assert {path: path.read_bytes() for path in adapter.iterdir()} == before
+    assert len(hub.repo("model", "org/site-b").commits) == 2
+
+
+def test_a_commit_is_found_for_what_moves(hub, base, pushed_base):
+    assert commit_of("org/base") == commit_of("org/base", "main") == commit_of("org/base", pushed_base) == pushed_base
+    assert commit_of(str(base)) is None
+
+
+def test_own_edits_of_the_page_are_kept(hub, adapter, pushed_base):
+    page = "---\nlicense: mit\n---\n\nMy own words."
+    (adapter / "README.md").write_text(page)
+    push_adapter(adapter, "org/a", base="org/base", base_revision="main")
+    assert hub.files("org/a")["README.md"].decode() == page
+    (adapter / "README.md").write_text(f"old\n{GENERATED}\n")
+    push_adapter(adapter, "org/a", base="org/base", base_revision="main")
+    assert b"## Results" in hub.files("org/a")["README.md"]
+
+
+def test_the_phantom_base_can_be_pushed(hub, monkeypatch):
+    hub.connect(monkeypatch)
+    push_model(ROOT / "phantom_base", "org/phantoms", private=True)
+    assert hub.repo("model", "org/phantoms").private
+    assert b"class MedCTModel" in hub.files("org/phantoms")["modeling_medct.py"]  # its links are followed
+
+
+# what is refused
+
+
+def test_an_adapter_of_a_local_base_is_refused(hub, adapter, monkeypatch):
+    hub.connect(monkeypatch)
+    message = refusal("push", adapter, "org/a")
+    assert message.endswith(
+        "was trained on a folder of this machine (ct-clip), which nobody else can load: push that first (medct "
+        "push ct-clip ORG/BASE), then pass --base ORG/BASE --base_revision COMMIT."
+    )
+    assert hub.requests == []
+
+
+def test_a_base_without_a_commit_is_refused(hub, adapter, pushed_base):
+    assert "Pass --base_revision COMMIT." in refusal("push", adapter, "org/a", "--base", "org/base")
+    at = ("--base_revision", "v9")
+    assert "is not on the Hub at revision v9" in refusal("push", adapter, "org/a", "--base", "org/base", *at)
+
+
+def test_another_base_than_the_one_trained_on_is_refused(hub, adapter, base, pushed_base):
+    weights = load_file(base / "model.safetensors")
+    save_file({name: tensor + 1 for name, tensor in weights.items()}, base / "model.safetensors")
+    with pytest.raises(PushError, match="org/base holds other weights than ct-clip"):
+        push_adapter(adapter, "org/a", base="org/base", base_revision=pushed_base)
+
+
+def test_an_unknown_licence_is_not_guessed(hub, adapter, base, monkeypatch):
+    hub.connect(monkeypatch)
+    (base / "README.md").write_text("no metadata")
+    push_model(base, "org/base")
+    at = ("--base", "org/base", "--base_revision", "main")
+    assert "names no licence" in refusal("push", adapter, "org/a", *at)
+    main(["push", str(adapter), "org/a", *at, "--license", "apache-2.0"])
+    assert ModelCard(hub.files("org/a")["README.md"].decode()).data.license == "apache-2.0"
+
+
+@pytest.mark.parametrize("name", ["checkpoints/optimizer.bin", "adapter_model.pt"])
+def test_pickles_are_refused(hub, adapter, name):
+    (adapter / name).parent.mkdir(exist_ok=True)
+    (adapter / name).write_bytes(b"")
+    assert "pickles can hold code" in refusal("push", adapter, "org/a")
+
+
+def test_what_is_no_adapter_or_model_is_refused(base, adapter, tmp_path):
+    assert "no such folder" in refusal("push", tmp_path / "nowhere", "org/a")
+    assert "Leave out --base" in refusal("push", base, "org/a", "--base", "org/base")
+    (adapter / "adapter_model.safetensors").unlink()
+    assert "no adapter_model.safetensors" in refusal("push", adapter, "org/a")
+    (base / "modeling_medct.py").unlink()
+    assert "lacks its code (modeling_medct.py)" in refusal("push", base, "org/a")
+    (base / "model.safetensors").unlink()
+    assert "no safetensors" in refusal("push", base, "org/a")
+
+
+def test_a_path_of_this_machine_is_refused(hub, base):
+    (base / "README.md").write_text("see /home/me/notes")
+    assert "names a path of this machine (/home/me/notes)" in refusal("push", base, "org/a")
+
+
+def test_what_shall_be_private_does_not_become_public(hub, base, pushed_base):
+    assert "org/base is public already" in refusal("push", base, "org/base", "--private")
+
+
+def test_who_may_not_write_is_told_so(hub, base, monkeypatch):
+    for token, words in ((READER, "403"), ("hf_wrong", "401"), (None, "401")):
+        hub.connect(monkeypatch, token)
+        assert words in refusal("push", base, "org/a")
+    assert ("model", "org/a") not in hub.repos
+
+
+def test_a_bad_card_is_refused_in_the_hubs_words(hub, base, monkeypatch):
+    hub.connect(monkeypatch)
+    (base / "README.md").write_text("---\nlicense: my-own\n---\n")
+    message = refusal("push", base, "org/a")
+    assert '"license" must be one of' in message
+    assert "finish with" not in message
+
+
+def test_offline_is_said_once(base, capfd):
+    assert "offline mode is enabled" in refusal("push", base, "org/a")
+    assert capfd.readouterr().err == ""
+
+
+# what breaks on the way
+
+
+@pytest.mark.parametrize("request_line", ["POST .*repos/create", "POST .*commit/main", "POST .*preupload", "PUT /lfs"])
+@pytest.mark.parametrize("fault", ["error", "upload", "answer"])
+def test_passing_faults_are_overcome_in_one_commit(hub, base, monkeypatch, waits, request_line, fault):
+    hub.connect(monkeypatch)
+    if fault == "error":
+        hub.fail(request_line, status=503, times=2)
+    elif fault == "upload":
+        hub.cut_upload(request_line, after_bytes=10)
+    else:
+        hub.cut_answer(request_line)
+    push_model(base, "org/base")
+    assert hub.files("org/base").keys() >= {"model.safetensors", "config.json"}
+    assert len(hub.repo("model", "org/base").commits) == 2
+    assert waits
+
+
+def test_a_busy_hub_is_given_the_time_it_asks_for(hub, base, monkeypatch, waits, capsys):
+    hub.connect(monkeypatch)
+    hub.fail("POST .*commit/main", status=429, retry_after=42)
+    push_model(base, "org/base")
+    assert 42 in waits
+    assert "too many requests (429); trying again in 42 s" in capsys.readouterr().err
+    hub.fail("POST .*commit/main", status=429, retry_after=3600)
+    (base / "README.md").write_text("changed")
+    with pytest.raises(PushError, match="too many requests"):
+        push_model(base, "org/base")
+    assert 3600 not in waits
+
+
+def test_a_push_that_fails_leaves_the_folder_and_the_command(hub, adapter, pushed_base, waits):
+    before = {path.name: path.read_bytes() for path in adapter.iterdir()}
+    hub.fail("POST .*org/site-b/commit", status=500, times=hub_module.ATTEMPTS)
+    at = ("--base", "org/base", "--base_revision", pushed_base)
+    message = refusal("push", adapter, "org/site-b", "--private", *at)
+    command = message.split("finish with: medct ")[1]
+    assert f"{adapter} is whole" in message
+    assert {path.name: path.read_bytes() for path in adapter.iterdir()} == before
+    main(command.split())
+    assert "adapter_model.safetensors" in hub.files("org/site-b")
+    assert hub.repo("model", "org/site-b").private

@@ -1,0 +1,582 @@
+"""Training: the adapter that comes out, the base that stays, stopping and going on, and what ends a run."""
+
+import dataclasses
+import functools
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from accelerate import Accelerator
+from ct_rate_like import BROKEN, ct_rate_files, write_files
+from peft import AutoPeftModelForFeatureExtraction, PeftModel
+from safetensors.torch import load_file, save_file
+
+from medct import CT_CLIP_LABELS, MedCTModel, MedCTProcessor
+from medct import train as training
+from medct.data import DataError, StudyLoader, phantom_source
+from medct.data.phantoms import make_phantom
+from medct.evaluation.scoring import ScoredStudies, score_studies, tokenize_prompts
+from medct.publishing.push import push_model
+from medct.train import (
+    PHANTOM_BASE,
+    PREEMPTED_EXIT_CODE,
+    PreemptedError,
+    Trainer,
+    TrainingError,
+    TrainingSettings,
+    number_of_steps,
+    run,
+)
+from medct.training.lora import TARGETS, VARIANTS
+
+FILES = {
+    "README.md",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "calibration.png",
+    "history.jsonl",
+    "medct_adapter.json",
+    "results.json",
+    "roc.png",
+    "train_config.json",
+}
+_draw_once = functools.lru_cache(maxsize=None)(make_phantom)
+
+
+@pytest.fixture(autouse=True)
+def phantoms_are_drawn_once(monkeypatch):
+    """The same few patients serve most runs here."""
+    monkeypatch.setattr("medct.data.make_phantom", _draw_once)
+
+
+@pytest.fixture
+def settings(converted, tmp_path) -> TrainingSettings:
+    """A run of seconds on the small random model: 6 steps."""
+    return TrainingSettings(
+        model=str(converted),
+        output_dir=str(tmp_path / "run"),
+        rank=4,
+        batch_size=4,
+        phantom_train_patients=24,
+        phantom_tune_patients=12,
+        phantom_eval_patients=20,
+        bootstrap_resamples=20,
+        num_workers=0,
+        cpu=True,
+    )
+
+
+def adapter_bytes(folder: Path) -> bytes:
+    return (folder / "adapter_model.safetensors").read_bytes()
+
+
+def losses(folder: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "history.jsonl").read_text().splitlines()]
+
+
+def scores_of(model: MedCTModel, processor: MedCTProcessor, patients: int, site: str = "B") -> ScoredStudies:
+    source = phantom_source(site, range(patients), 0)
+    loader = StudyLoader(source, processor, CT_CLIP_LABELS, batch_size=8, with_text=False)
+    prompts = tokenize_prompts(model.config, processor)
+    return score_studies(model, loader, prompts, Accelerator(cpu=True), "score")
+
+
+@pytest.mark.parametrize("objective", ["both", "contrastive", "prompts"])
+def test_a_run_leaves_an_adapter_that_loads_with_equal_logits(
+    settings, objective, converted, processor, batch, tmp_path
+):
+    results = run(dataclasses.replace(settings, objective=objective))
+    folder = tmp_path / "run"
+    assert {path.name for path in folder.iterdir()} == FILES
+    assert not (tmp_path / "run.unfinished").exists()
+    weights = load_file(folder / "adapter_model.safetensors")
+    for encoder in ("vision_model", "text_model"):
+        updated = [tensor for name, tensor in weights.items() if encoder in name and "lora_B" in name]
+        assert updated
+        assert all(tensor.abs().max() > 0 for tensor in updated)
+
+    base = MedCTModel.from_pretrained(converted).eval()
+    with torch.no_grad():
+        untouched = base(**batch).logits_per_image
+        adapted = PeftModel.from_pretrained(base, folder).eval()(**batch).logits_per_image
+        auto = AutoPeftModelForFeatureExtraction.from_pretrained(folder, trust_remote_code=True).eval()
+        assert torch.equal(auto(**batch).logits_per_image, adapted)
+    assert not torch.equal(adapted, untouched)
+
+    scored = scores_of(auto.base_model.model, processor, settings.phantom_eval_patients)
+    written = json.loads((folder / "results.json").read_text())
+    assert written == json.loads(json.dumps(results))
+    aurocs = training.zero_shot_scores(scored.scores, scored.labels, CT_CLIP_LABELS)
+    for name in ("auroc", "auroc/Lung nodule"):
+        assert written["comparison"]["adapted"][name]["value"] == pytest.approx(aurocs[name], abs=1e-6)
+    assert written["steps"] == len(losses(folder)) == 6
+    assert written["synthetic"] is True
+    assert written["thresholds"].keys() <= set(CT_CLIP_LABELS)
+    assert json.loads((folder / "train_config.json").read_text())["objective"] == objective
+    assert "SYNTHETIC" in (folder / "README.md").read_text()
+    assert json.loads((folder / "adapter_config.json").read_text())["task_type"] == "FEATURE_EXTRACTION"
+
+
+@pytest.mark.parametrize("variant", sorted(VARIANTS.keys() - {"lora"}))
+def test_each_variant_is_saved_for_the_unaltered_base(settings, variant, converted, batch, tmp_path):
+    trainer = Trainer(dataclasses.replace(settings, adaptation=variant, max_steps=2))
+    trainer.run()
+    base = MedCTModel.from_pretrained(converted).eval()
+    with torch.no_grad():
+        adapted = PeftModel.from_pretrained(base, tmp_path / "run").eval()(**batch).logits_per_image
+        trained = trainer.base.eval()(**batch).logits_per_image
+    torch.testing.assert_close(adapted, trained, atol=1e-4, rtol=0)
+
+
+def test_a_trained_logit_scale_is_saved_with_the_adapter(settings, converted, tmp_path):
+    run(dataclasses.replace(settings, train_logit_scale=True))
+    loaded = PeftModel.from_pretrained(MedCTModel.from_pretrained(converted), tmp_path / "run")
+    scale = loaded.base_model.model.logit_scale
+    assert scale.modules_to_save["default"].weight != scale.original_module.weight
+
+
+@pytest.mark.parametrize("targets", sorted(TARGETS))
+def test_targets_say_whose_layers_are_trained(settings, targets, tmp_path):
+    run(dataclasses.replace(settings, targets=targets, max_steps=1))
+    names = load_file(tmp_path / "run" / "adapter_model.safetensors").keys()
+    assert any("vision_model" in name for name in names) == (targets != "text")
+    assert any("text_model" in name for name in names) == (targets != "vision")
+    assert any("visual_projection" in name for name in names) == (targets in ("both+projections", "all"))
+    for feed_forward in ("mlp.fc1", "intermediate.dense"):
+        assert any(feed_forward in name for name in names) == (targets == "all")
+
+
+def test_full_fine_tuning_saves_a_model(settings, converted, batch, tmp_path):
+    trainer = Trainer(dataclasses.replace(settings, adaptation="full", learning_rate=1e-4))
+    results = trainer.run()
+    assert results["trainable_parameters"] == results["total_parameters"]
+    model = MedCTModel.from_pretrained(tmp_path / "run").eval()
+    MedCTProcessor.from_pretrained(tmp_path / "run")
+    with torch.no_grad():
+        assert torch.equal(model(**batch).logits_per_image, trainer.base.eval()(**batch).logits_per_image)
+    codebooks = [each.vision_model.quantizer.codebook for each in (model, MedCTModel.from_pretrained(converted))]
+    assert torch.equal(*codebooks)
+
+
+def test_same_seed_same_numbers(settings, tmp_path):
+    first = run(settings)
+    second = run(dataclasses.replace(settings, output_dir=str(tmp_path / "again")))
+    for results in (first, second):
+        results.pop("seconds")
+    assert json.dumps(first) == json.dumps(second)
+    assert adapter_bytes(tmp_path / "run") == adapter_bytes(tmp_path / "again")
+    config = [(tmp_path / name / "adapter_config.json").read_text() for name in ("run", "again")]
+    assert config[0] == config[1]
+
+
+def test_gradient_checkpointing_trains_the_same_adapter(settings, tmp_path):
+    run(settings)
+    run(dataclasses.replace(settings, gradient_checkpointing=True, output_dir=str(tmp_path / "again")))
+    plain, checkpointed = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("run", "again"))
+    for name, tensor in plain.items():
+        torch.testing.assert_close(checkpointed[name], tensor, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_bfloat16_learns_what_float32_learns(settings, tmp_path):
+    """On the trained base: with random weights ever more tokens take other codebook rows after each step."""
+    model = MedCTModel.from_pretrained(PHANTOM_BASE)
+    model.config.text_config.hidden_dropout_prob = model.config.text_config.attention_probs_dropout_prob = 0.0
+    model.save_pretrained(tmp_path / "base")
+    MedCTProcessor.from_pretrained(PHANTOM_BASE).save_pretrained(tmp_path / "base")
+    settings = dataclasses.replace(settings, model=str(tmp_path / "base"), accumulation_steps=2)
+    run(settings)
+    launched = launch(*flags(settings, output_dir=tmp_path / "bf16"), cwd=tmp_path, precision="bf16")
+    assert launched.returncode == 0, launched.stderr
+    assert losses(tmp_path / "bf16") == pytest.approx(losses(tmp_path / "run"), abs=0.02)
+    assert losses(tmp_path / "bf16") != losses(tmp_path / "run")
+    weights = load_file(tmp_path / "bf16/adapter_model.safetensors").values()
+    assert {tensor.dtype for tensor in weights} == {torch.float32}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
+def test_a_compiled_encoder_trains_the_same_adapter(settings, tmp_path):
+    run(settings)
+    run(dataclasses.replace(settings, compile=True, output_dir=str(tmp_path / "again")))
+    plain, compiled = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("run", "again"))
+    for name, tensor in plain.items():
+        torch.testing.assert_close(compiled[name], tensor, atol=1e-4, rtol=1e-3)
+
+
+def test_a_changed_base_stops_the_run_and_nothing_is_saved(settings, monkeypatch, tmp_path):
+    def careless(self, model):
+        self.base.vision_model.quantizer.codebook[0, 0] += 1
+
+    monkeypatch.setattr(Trainer, "_train", careless)
+    with pytest.raises(TrainingError, match="base changed"):
+        run(settings)
+    assert not (tmp_path / "run").exists()
+
+
+def at_the_end_of_step(monkeypatch, step: int, action) -> None:
+    """Let something happen, once."""
+    whole_step = Trainer._step
+
+    def interrupted(self, model, state, batches, prompts):
+        figures = whole_step(self, model, state, batches, prompts)
+        if state.step == step:
+            monkeypatch.setattr(Trainer, "_step", whole_step)
+            action()
+        return figures
+
+    monkeypatch.setattr(Trainer, "_step", interrupted)
+
+
+class PowerCutError(BaseException):
+    """Nothing handles it."""
+
+
+def cut_power() -> None:
+    raise PowerCutError
+
+
+def terminate() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("step, variant", [(1, "lora"), (4, "pissa"), (5, "lora")])
+def test_a_resumed_run_equals_one_that_never_stopped(settings, step, variant, monkeypatch, tmp_path):
+    """Before the first checkpoint and in the second of two epochs, with dropout and with scores in between."""
+    settings = dataclasses.replace(
+        settings, adaptation=variant, epochs=2, phantom_train_patients=12, dropout=0.1, objective="both",
+        checkpoint_steps=2, eval_steps=3,
+    )  # fmt: skip
+    run(settings)
+    stopped = dataclasses.replace(settings, output_dir=str(tmp_path / "stopped"))
+    at_the_end_of_step(monkeypatch, step, cut_power)
+    with pytest.raises(PowerCutError):
+        run(stopped)
+    assert not (tmp_path / "stopped").exists()
+    torch.rand(7)  # whatever the random state is by then
+    run(dataclasses.replace(stopped, resume=True, num_workers=1))
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "run")
+    assert adapter_bytes(tmp_path / "stopped") == adapter_bytes(tmp_path / "run")
+    results = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("run", "stopped")]
+    assert results[0]["comparison"] == results[1]["comparison"]
+
+
+def flags(settings: TrainingSettings, **changes) -> list[str]:
+    values = dataclasses.asdict(dataclasses.replace(settings, **changes))
+    return [part for name, value in values.items() if value is not None for part in (f"--{name}", str(value))]
+
+
+def test_sigterm_saves_and_has_an_exit_code_of_its_own(settings, monkeypatch, tmp_path, capsys):
+    run(settings)
+    arguments = flags(settings, output_dir=tmp_path / "stopped")
+    at_the_end_of_step(monkeypatch, 3, terminate)
+    with pytest.raises(SystemExit) as stop:
+        training.main(arguments)
+    assert stop.value.code == PREEMPTED_EXIT_CODE
+    assert "after step 3 of 6" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "stopped.unfinished/checkpoints").iterdir()] == ["step-00000003"]
+    training.main([*arguments, "--resume", "True"])
+    assert adapter_bytes(tmp_path / "stopped") == adapter_bytes(tmp_path / "run")
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_resume_begins_where_there_is_nothing_to_go_on_with(settings, tmp_path):
+    run(dataclasses.replace(settings, resume=True))
+    assert len(losses(tmp_path / "run")) == 6
+
+
+def test_a_run_is_not_gone_on_with_by_accident_or_with_other_settings(settings, monkeypatch):
+    at_the_end_of_step(monkeypatch, 3, terminate)
+    with pytest.raises(PreemptedError):
+        run(settings)
+    with pytest.raises(TrainingError, match="Pass --resume True"):
+        run(settings)
+    with pytest.raises(training.CheckpointError, match="rank = 4, not 8"):
+        run(dataclasses.replace(settings, resume=True, rank=8))
+
+
+def test_a_full_disk_costs_no_finished_adapter(settings, monkeypatch, tmp_path):
+    """Checkpoints are passed by with a warning, and what is kept in reserve is enough for the end."""
+    reserve = tmp_path / "run.unfinished" / ".reserve"
+    save, was_released = training.save_weights, []
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    def save_after_release(*arguments):
+        was_released.append(not reserve.exists())
+        return save(*arguments)
+
+    def reserved_bytes() -> None:
+        was_released.append(reserve.stat().st_size > 2**22)
+
+    monkeypatch.setattr("medct.training.checkpoints.save_file", full)
+    monkeypatch.setattr(training, "save_weights", save_after_release)
+    at_the_end_of_step(monkeypatch, 2, reserved_bytes)
+    with pytest.warns(UserWarning, match=r"no checkpoint was written .*No space left"):
+        run(settings)
+    assert was_released == [True, True]
+    assert {path.name for path in (tmp_path / "run").iterdir()} == FILES
+    assert sum(path.stat().st_size for path in (tmp_path / "run").iterdir()) < 2**22
+
+
+def test_only_the_last_checkpoints_are_kept(settings, monkeypatch, tmp_path):
+    at_the_end_of_step(monkeypatch, 6, cut_power)
+    with pytest.raises(PowerCutError):
+        run(dataclasses.replace(settings, checkpoint_steps=1, keep_checkpoints=2))
+    kept = sorted(path.name for path in (tmp_path / "run.unfinished/checkpoints").iterdir())
+    assert kept == ["step-00000004", "step-00000005"]
+
+
+@pytest.fixture
+def ct_rate(tmp_path) -> Path:
+    """CT-RATE in small, with its known faults."""
+    return write_files(tmp_path / "ct_rate", ct_rate_files())
+
+
+def test_bad_studies_are_listed_beside_the_adapter(settings, ct_rate, tmp_path):
+    settings = dataclasses.replace(settings, data=str(ct_rate), batch_size=2)
+    results = run(settings)
+    listed = [json.loads(line) for line in (tmp_path / "run/bad_samples.jsonl").read_text().splitlines()]
+    assert {line["id"].removesuffix(".nii.gz") for line in listed} == set(BROKEN)
+    assert all(line["reason"] for line in listed)
+    assert results["synthetic"] is False
+    assert "SYNTHETIC" not in (tmp_path / "run/README.md").read_text()
+    with pytest.raises(DataError, match=r"(train_6|valid_3)_a_1.nii.gz cannot be used"):
+        run(dataclasses.replace(settings, on_bad_sample="raise", output_dir=str(tmp_path / "again")))
+
+
+def test_number_of_steps(settings):
+    source = phantom_source("A", range(50), 0)
+    assert number_of_steps(source, dataclasses.replace(settings, batch_size=8, epochs=3), processes=2) == 9
+    assert number_of_steps(source, dataclasses.replace(settings, accumulation_steps=2), processes=2) == 3
+    assert number_of_steps(source, dataclasses.replace(settings, max_steps=2), processes=1) == 2
+    with pytest.raises(TrainingError, match="50 training studies do not fill one step of 64"):
+        number_of_steps(source, dataclasses.replace(settings, batch_size=64), processes=1)
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"rank": 0}, "--rank is 0"),
+        ({"push_to_hub": True}, "--hub_model_id"),
+        ({"push_to_hub": True, "hub_model_id": "org/site-b"}, "--hub_base"),
+        ({"resume": True, "output_dir": None}, "--output_dir"),
+        ({"fsdp2": True, "adaptation": "pissa"}, "from a sharded model"),
+        ({"train_logit_scale": True, "adaptation": "pissa"}, "with a logit scale"),
+    ],
+)
+def test_settings_that_cannot_be_meant_are_refused(settings, changes, said):
+    with pytest.raises(TrainingError, match=said):
+        run(dataclasses.replace(settings, **changes))
+
+
+def test_held_out_studies_that_cannot_be_scored_are_refused_before_training(settings):
+    with pytest.raises(TrainingError, match="1 SYNTHETIC phantoms of site B"):
+        run(dataclasses.replace(settings, phantom_eval_patients=1))
+
+
+def test_processes_that_do_not_meet_are_refused(settings, monkeypatch):
+    accelerator = Accelerator(cpu=True)
+    monkeypatch.setattr(training, "Accelerator", lambda **_: accelerator)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(TrainingError, match="each is alone"):
+        run(settings)
+
+
+def test_every_flag_is_explained(capsys):
+    assert all(field.metadata.get("help") for field in dataclasses.fields(TrainingSettings))
+    with pytest.raises(SystemExit) as stop:
+        training.main(["--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    for field in dataclasses.fields(TrainingSettings):
+        assert f"--{field.name}" in shown
+
+
+def test_bad_input_ends_in_one_line(converted, tmp_path):
+    for arguments, said in (
+        (["--model", str(converted), "--data", "nowhere"], "nowhere"),
+        (["--model", "nowhere"], "nowhere: no model ("),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            training.main([*arguments, "--output_dir", str(tmp_path / "run"), "--cpu", "True"])
+        assert str(stop.value.code).startswith(f"error: {said}")
+        assert "\n" not in str(stop.value.code)
+    assert not list(tmp_path.glob("*run*"))
+
+
+TRAIN = """
+import sys
+from medct.train import main
+main(sys.argv[1:])
+"""
+PULL_AND_RUN = """
+import sys, torch
+from peft import AutoPeftModelForFeatureExtraction
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel
+inputs, commit, results = sys.argv[1:]
+base = AutoModel.from_pretrained("org/base", revision=commit, trust_remote_code=True)
+base.load_adapter("org/site-b")
+auto = AutoPeftModelForFeatureExtraction.from_pretrained("org/site-b", trust_remote_code=True)
+with torch.no_grad():
+    logits = [model.eval()(**load_file(inputs)).logits_per_image for model in (base, auto)]
+save_file({"base": logits[0], "auto": logits[1]}, results)
+"""
+
+
+def test_trained_pushed_and_pulled(hub, settings, converted, batch, monkeypatch, tmp_path):
+    """The circle: a new process without `medct` has the logits of the adapter that training left."""
+    hub.connect(monkeypatch)
+    commit = push_model(converted, "org/base").split("/")[-1]
+    pushing = {"push_to_hub": True, "hub_model_id": "org/site-b", "max_steps": 2}
+    trained = hub.run(TRAIN, *flags(settings, model="org/base", **pushing), home=tmp_path / "trainer")
+    assert trained.returncode == 0, trained.stderr
+    described = json.loads(hub.files("org/site-b")["adapter_config.json"])
+    assert (described["base_model_name_or_path"], described["revision"]) == ("org/base", commit)
+    assert str(tmp_path).encode() not in b"".join(hub.files("org/site-b").values())
+
+    save_file(batch, tmp_path / "inputs")
+    arguments = (tmp_path / "inputs", commit, tmp_path / "results")
+    pulled = hub.run(PULL_AND_RUN, *arguments, home=tmp_path / "user", medct=False)
+    assert pulled.returncode == 0, pulled.stderr
+    model = PeftModel.from_pretrained(MedCTModel.from_pretrained(converted), tmp_path / "run").eval()
+    with torch.no_grad():
+        expected = model(**batch).logits_per_image
+    found = load_file(tmp_path / "results")
+    assert torch.equal(found["base"], expected)
+    assert torch.equal(found["auto"], expected)
+
+
+def test_a_failed_push_leaves_the_finished_adapter(hub, settings, converted, monkeypatch, tmp_path):
+    hub.connect(monkeypatch)
+    push_model(converted, "org/base")
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    hub.fail("POST .*/commit/", 503, times=100)
+    pushing = {"push_to_hub": True, "hub_model_id": "org/site-b", "hub_base": "org/base", "max_steps": 1}
+    with pytest.raises(SystemExit, match=r"push .*run org/site-b"):
+        training.main(flags(settings, hub_base_revision="main", **pushing))
+    assert {path.name for path in (tmp_path / "run").iterdir()} == FILES
+
+
+def launch_command(*arguments: object, processes: int = 1, precision: str = "no") -> list[str]:
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes), "--quiet"]
+    command += ["--cpu"] if processes == 1 else ["--multi_gpu", "--main_process_port", "0"]
+    command += ["--num_machines", "1", "--mixed_precision", precision, "--dynamo_backend", "no"]
+    return [*command, str(training.__file__), *map(str, arguments)]
+
+
+def launch(*arguments: object, cwd: Path, **options) -> subprocess.CompletedProcess:
+    command = launch_command(*arguments, **options)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False, env=environment)
+
+
+def test_launched_run(settings, tmp_path):
+    run = launch(*flags(settings, num_workers=1, max_steps=2, report_to="tensorboard"), cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert "trainable parameters: " in run.stdout
+    assert "| **mean** |" in run.stdout
+    assert "train: 100%" in run.stderr
+    assert "Warning" not in run.stderr
+    assert (tmp_path / "run/adapter_model.safetensors").is_file()
+    assert list((tmp_path / "run/logs").rglob("events.out.tfevents.*"))
+
+
+@pytest.fixture
+def without_dropout(converted, tmp_path) -> Path:
+    """The small model; the random numbers of dropout would depend on how studies are divided."""
+    model = MedCTModel.from_pretrained(converted)
+    model.config.text_config.hidden_dropout_prob = model.config.text_config.attention_probs_dropout_prob = 0.0
+    folder = tmp_path / "without_dropout"
+    model.save_pretrained(folder)
+    MedCTProcessor.from_pretrained(converted).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("fsdp2", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["whole", "fsdp2"])
+def test_two_processes_have_the_losses_of_one(settings, fsdp2, without_dropout, tmp_path):
+    """With the gradients of two micro-batches in each; studies that do not divide evenly are scored, too."""
+    settings = dataclasses.replace(settings, model=str(without_dropout), objective="both", phantom_eval_patients=19)
+    one, two = tmp_path / "one", tmp_path / "two"
+    run(dataclasses.replace(settings, output_dir=str(one)))
+    changes = {"output_dir": two, "batch_size": 1, "accumulation_steps": 2, "fsdp2": fsdp2}
+    launched = launch(*flags(settings, **changes), cwd=tmp_path, processes=2)
+    assert launched.returncode == 0, launched.stderr
+    assert losses(two) == pytest.approx(losses(one), abs=1e-5)
+    mine, theirs = (json.loads((folder / "results.json").read_text()) for folder in (one, two))
+    assert theirs["processes"] == 2
+    assert theirs["comparison"]["scans"] == 19
+    for metric, interval in mine["comparison"]["base"].items():
+        assert theirs["comparison"]["base"][metric] == pytest.approx(interval, abs=1e-6)
+
+
+@pytest.mark.slow
+def test_a_killed_run_always_resumes_to_the_same_bytes(settings, tmp_path):
+    """Killed at random moments, from the first import on; what is left is little enough to be reached in the end."""
+    settings = dataclasses.replace(settings, epochs=4, checkpoint_steps=1, dropout=0.1)
+    script = [sys.executable, training.__file__]
+    started = time.monotonic()
+    subprocess.run([*script, *flags(settings)], check=True, capture_output=True)
+    whole_seconds = time.monotonic() - started
+    command = [*script, *flags(settings, output_dir=tmp_path / "killed", resume=True)]
+    moments, kills = random.Random(0), 0
+    while kills < 8 and not (tmp_path / "killed").exists():
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            process.wait(timeout=moments.uniform(0.2, 0.7) * whole_seconds)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            kills += 1
+    if not (tmp_path / "killed").exists():
+        subprocess.run(command, check=True, capture_output=True)
+    assert kills >= 2
+    assert adapter_bytes(tmp_path / "killed") == adapter_bytes(tmp_path / "run")
+    assert losses(tmp_path / "killed") == losses(tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_killed_sharded_run_resumes_to_the_same_bytes(settings, tmp_path):
+    settings = dataclasses.replace(settings, batch_size=1, checkpoint_steps=1, dropout=0.1, fsdp2=True, max_steps=6)
+    whole = launch(*flags(settings), cwd=tmp_path, processes=2)
+    assert whole.returncode == 0, whole.stderr
+    command = launch_command(*flags(settings, output_dir=tmp_path / "killed", resume=True), processes=2)
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = psutil.Popen(command, **quiet)
+    while not list(tmp_path.glob("killed.unfinished/checkpoints/step-*")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    for each in [process, *process.children(recursive=True)]:
+        each.kill()
+    process.wait()
+    assert not (tmp_path / "killed").exists()
+    subprocess.run(command, check=True, **quiet)
+    assert adapter_bytes(tmp_path / "killed") == adapter_bytes(tmp_path / "run")
+    assert losses(tmp_path / "killed") == losses(tmp_path / "run")
+
+
+def test_the_phantom_base_knows_site_a():
+    """Fewer patients than the figures in README are measured on, so that the test takes seconds."""
+    model, processor = MedCTModel.from_pretrained(PHANTOM_BASE), MedCTProcessor.from_pretrained(PHANTOM_BASE)
+    scored = scores_of(model, processor, patients=100, site="A")
+    assert training.zero_shot_scores(scored.scores, scored.labels, CT_CLIP_LABELS)["auroc"] > 0.75
+
+
+@pytest.mark.slow
+def test_default_run_lifts_the_base_by_the_papers_difference(tmp_path):
+    run = launch("--output_dir", "run", cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    results = json.loads((tmp_path / "run/results.json").read_text())
+    assert results["comparison"]["base"]["auroc"]["value"] > 0.60
+    assert results["comparison"]["difference"]["auroc"]["value"] >= 0.076

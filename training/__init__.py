@@ -1,0 +1,1 @@
+"""Adapting a model: settings, what is trained, losses, and stopping and resuming."""

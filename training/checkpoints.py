@@ -1,0 +1,253 @@
+"""Checkpoints of a run: what training needs to go on as if it had never stopped.
+
+A checkpoint is a folder `step-00000100` that appears whole or not at all. Every process writes its own part, so what is
+sharded stays sharded: `rank-0.safetensors` holds trainable parameters, optimizer moments and random states,
+`rank-0.json` the schedule and the position in the stream. Nothing is pickled.
+"""
+
+import base64
+import dataclasses
+import json
+import random
+import shutil
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor
+
+from medct.common.files import flush_to_disk
+from medct.training.lora import local_part
+from medct.training.objectives import sum_over_processes
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that this run cannot go on from; the message says why and what to do."""
+
+
+class Stateful(Protocol):
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass
+class TrainingState:
+    """Everything that changes from step to step.
+
+    Args:
+        parameters: Trainable ones, by name.
+        optimizer: Over exactly those, in that order.
+        schedule: Of the learning rate.
+        loader: Of this process; its state is the position in the stream.
+        step: Optimizer steps done.
+    """
+
+    parameters: dict[str, torch.nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    schedule: Stateful
+    loader: Stateful
+    step: int = 0
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """This process's part of parameters and moments, and its random states."""
+        tensors = {f"parameter/{name}": local_part(parameter) for name, parameter in self.parameters.items()}
+        moments = self.optimizer.state_dict()["state"]
+        for index, name in enumerate(self.parameters):
+            for key, moment in moments.get(index, {}).items():
+                tensors[f"optimizer/{name}/{key}"] = local_part(moment)
+        tensors["random/torch"] = torch.get_rng_state()
+        if torch.cuda.is_available():
+            tensors["random/cuda"] = torch.cuda.get_rng_state()
+        # a copy each, as safetensors refuses tensors that share memory
+        return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+
+    def values(self) -> dict[str, Any]:
+        """What is not a tensor."""
+        return {
+            "step": self.step,
+            "param_groups": self.optimizer.state_dict()["param_groups"],
+            "schedule": self.schedule.state_dict(),
+            "loader": self.loader.state_dict(),
+            "random": {"python": random.getstate(), "numpy": np.random.get_state()},
+        }
+
+    @torch.no_grad()
+    def restore(self, tensors: Mapping[str, torch.Tensor], values: Mapping[str, Any]) -> None:
+        """Become what `tensors` and `values` were taken from."""
+        for name, parameter in self.parameters.items():
+            local_part(parameter).copy_(tensors[f"parameter/{name}"])
+        moments: dict[int, dict[str, torch.Tensor]] = {}
+        for index, (name, parameter) in enumerate(self.parameters.items()):
+            prefix = f"optimizer/{name}/"
+            found = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+            if found:
+                moments[index] = {key: _shaped_like(parameter, tensor) for key, tensor in found.items()}
+        self.optimizer.load_state_dict({"state": moments, "param_groups": values["param_groups"]})
+        self.schedule.load_state_dict(values["schedule"])
+        self.loader.load_state_dict(values["loader"])
+        self.step = values["step"]
+        random.setstate(values["random"]["python"])
+        np.random.set_state(values["random"]["numpy"])
+        torch.set_rng_state(tensors["random/torch"])
+        if "random/cuda" in tensors and torch.cuda.is_available():
+            torch.cuda.set_rng_state(tensors["random/cuda"])
+
+
+class Checkpoints:
+    """The last checkpoints of a run in a folder that all processes see.
+
+    Args:
+        folder: Where they lie.
+        keep: How many of the newest stay.
+        accelerator: Whose processes write together.
+        settings: Of the run; one with other settings is not gone on with.
+    """
+
+    def __init__(self, folder: Path, keep: int, accelerator: Accelerator, settings: Mapping[str, Any]):
+        self.folder = folder
+        self.keep = keep
+        self.accelerator = accelerator
+        self.settings = dict(settings)
+
+    def newest(self) -> Path | None:
+        """The checkpoint with the most steps."""
+        return max(self.folder.glob("step-*"), default=None)
+
+    def save(self, state: TrainingState) -> bool:
+        """Write a checkpoint; on a full disk or the like warn, keep the older ones, and return False."""
+        aside = self.folder / f".step-{state.step:08d}.partial"
+        final = self.folder / f"step-{state.step:08d}"
+        if final.exists():
+            return True
+        failure = self._attempt(lambda: self._make_aside(aside))
+        failure = failure or self._attempt(lambda: self._write_part(aside, state))
+        if failure:
+            if self.accelerator.is_main_process:
+                shutil.rmtree(aside, ignore_errors=True)
+                warnings.warn(f"{final}: no checkpoint was written ({failure}); training goes on.", stacklevel=2)
+            return False
+        if self.accelerator.is_main_process:
+            aside.rename(final)
+            flush_to_disk(self.folder)
+            for old in sorted(self.folder.glob("step-*"))[: -self.keep]:
+                shutil.rmtree(old)
+        self.accelerator.wait_for_everyone()
+        return True
+
+    def load(self, state: TrainingState) -> bool:
+        """Bring a state to where the newest checkpoint was taken; False if there is none.
+
+        Raises:
+            CheckpointError: If it is of other settings or of another number of processes.
+        """
+        newest = self.newest()
+        if newest is None:
+            return False
+        written = json.loads((newest / "settings.json").read_text())
+        mine = {**self.settings, "processes": self.accelerator.num_processes}
+        for name in sorted(written.keys() | mine.keys()):
+            if written.get(name) != mine.get(name):
+                raise CheckpointError(
+                    f"{newest} is of a run with {name} = {written.get(name)}, not {mine.get(name)}. "
+                    "Resume with the same settings, or choose another --output_dir."
+                )
+        part = f"rank-{self.accelerator.process_index}"
+        state.restore(load_file(newest / f"{part}.safetensors"), decode((newest / f"{part}.json").read_text()))
+        return True
+
+    def _attempt(self, action: Any) -> str | None:
+        """What went wrong in any process, so that all of them take the same way."""
+        reason = None
+        try:
+            action()
+        except OSError as error:
+            reason = str(error)
+        failures = sum_over_processes(torch.tensor(float(reason is not None), device=self.accelerator.device))
+        return (reason or "another process could not write") if failures else None
+
+    def _make_aside(self, aside: Path) -> None:
+        if self.accelerator.is_main_process:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+            settings = {**self.settings, "processes": self.accelerator.num_processes}
+            (aside / "settings.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+    def _write_part(self, aside: Path, state: TrainingState) -> None:
+        part = aside / f"rank-{self.accelerator.process_index}"
+        try:
+            save_file(state.tensors(), part.with_suffix(".safetensors"))
+        except Exception as error:  # safetensors wraps what the system reports in an exception of its own
+            raise OSError(str(error)) from error
+        part.with_suffix(".json").write_text(encode(state.values()))
+        for path in (*aside.glob(f"{part.name}.*"), aside):
+            flush_to_disk(path)
+
+
+def _shaped_like(parameter: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
+    """A process's part of a moment, sharded as its parameter is; counters are whole everywhere."""
+    if not isinstance(parameter, DTensor) or local.dim() == 0:
+        return local
+    return DTensor.from_local(
+        local.to(parameter.device),
+        parameter.device_mesh,
+        parameter.placements,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
+
+
+# JSON has neither tuples, bytes, arrays nor keys that are no strings; each is written as {TAG: ...}.
+def _to_json(value: Any) -> Any:
+    match value:
+        case torch.Tensor():
+            return {"$tensor": [str(value.dtype).removeprefix("torch."), value.tolist()]}
+        case np.ndarray():
+            return {"$array": [str(value.dtype), value.tolist()]}
+        case np.generic():
+            return value.item()
+        case bytes():
+            return {"$bytes": base64.b64encode(value).decode()}
+        case tuple():
+            return {"$tuple": [_to_json(item) for item in value]}
+        case list():
+            return [_to_json(item) for item in value]
+        case dict():
+            return {"$dict": [[_to_json(key), _to_json(item)] for key, item in value.items()]}
+        case _ if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            return _to_json(dataclasses.asdict(value))
+    return value
+
+
+def _from_json(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_from_json(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    ((tag, content),) = value.items()
+    match tag:
+        case "$tensor":
+            return torch.tensor(content[1], dtype=getattr(torch, content[0]))
+        case "$array":
+            return np.array(content[1], dtype=content[0])
+        case "$bytes":
+            return base64.b64decode(content)
+        case "$tuple":
+            return tuple(_from_json(item) for item in content)
+    return {_from_json(key): _from_json(item) for key, item in content}
+
+
+def encode(value: Any) -> str:
+    """Nested dicts, lists, tuples, bytes, arrays and tensors as JSON."""
+    return json.dumps(_to_json(value))
+
+
+def decode(text: str) -> Any:
+    """What `encode` was given."""
+    return _from_json(json.loads(text))

@@ -1,0 +1,166 @@
+"""What is trained: low-rank matrices beside chosen Linears of the base, or, to compare, the base itself."""
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Literal
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+
+from medct.modeling_medct import MedCTModel
+
+# The attention Linears under the names that BERT and the other encoders of transformers give them.
+_VISION = r"vision_model\..*\.(q|k|v|out)_proj"
+_TEXT = r"text_model\..*(\.(query|key|value|attention\.output\.dense)|\.(q|k|v|o|out)_proj|\.(q|k|v|out)_lin)"
+_PROJECTIONS = r"(visual|text)_projection"
+_FEED_FORWARD = r"vision_model\..*\.mlp\.fc[12]|text_model\..*\.((intermediate|output)\.dense|fc[12]|lin[12]|wi|wo)"
+TARGETS = {
+    "both": f"{_VISION}|{_TEXT}",
+    "vision": _VISION,
+    "text": _TEXT,
+    "both+projections": f"{_VISION}|{_TEXT}|{_PROJECTIONS}",
+    "all": f"{_VISION}|{_TEXT}|{_PROJECTIONS}|{_FEED_FORWARD}",
+}
+Target = Literal["both", "vision", "text", "both+projections", "all"]
+# PEFT's name of each variant.
+VARIANTS: dict[str, dict] = {
+    "lora": {},
+    "dora": {"use_dora": True},
+    "rslora": {"use_rslora": True},
+    "pissa": {"init_lora_weights": "pissa"},
+}
+Variant = Literal["lora", "dora", "rslora", "pissa"]
+Adaptation = Literal["lora", "dora", "rslora", "pissa", "full"]
+_PISSA_START = "pissa_start"
+
+
+def add_lora(
+    model: MedCTModel,
+    *,
+    variant: Variant = "lora",
+    targets: Target = "both",
+    rank: int = 16,
+    alpha: int = 32,
+    dropout: float = 0.0,
+    train_logit_scale: bool = False,
+    revision: str | None = None,
+) -> PeftModel:
+    """Freeze the base and put trainable low-rank matrices beside some of its Linears.
+
+    Args:
+        model: The base; its modules are wrapped in place.
+        variant: See `VARIANTS`. "pissa" starts from the largest singular vectors and takes them out of the weights in
+            memory; what is saved is an ordinary adapter of twice the rank for the base as it was.
+        targets: See `TARGETS`.
+        rank: Of the matrices.
+        alpha: The update is multiplied by `alpha / rank` ("rslora": by `alpha / sqrt(rank)`).
+        dropout: Before the matrices, in [0, 1).
+        train_logit_scale: Whether the scale of the logits is trained, and saved with the adapter.
+        revision: Commit of the base, to be noted in the adapter.
+    """
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        # A regular expression, because PEFT writes a list of names in random order.
+        target_modules=TARGETS[targets],
+        modules_to_save=["logit_scale"] if train_logit_scale else None,
+        # Without it `AutoPeftModel...` cannot load the adapter, as the base's class is no class of transformers.
+        task_type="FEATURE_EXTRACTION",
+        revision=revision,
+        **VARIANTS[variant],
+    )
+    return get_peft_model(model, config)
+
+
+def unlock(model: MedCTModel) -> MedCTModel:
+    """Make every parameter trainable. The codebook is none: it never moves."""
+    return model.requires_grad_(True)
+
+
+def core(model: PeftModel | MedCTModel) -> MedCTModel:
+    """The MedCT model inside, with whatever adapters it holds."""
+    return model.base_model.model if isinstance(model, PeftModel) else model
+
+
+def trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """Trainable parameters by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """What this process holds of a tensor; all of it if it is not sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor on the CPU, put together from all processes if it is sharded; all of them must call it."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu().contiguous()
+
+
+def frozen_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and tensors of everything in a model with adapters that must not change: frozen parameters and buffers."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if not tensor.requires_grad:
+            yield name, tensor
+
+
+def digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """SHA-256 over the names and bytes of tensors; of sharded ones, over this process's part."""
+    total = hashlib.sha256()
+    for name, tensor in sorted(tensors, key=lambda item: item[0]):
+        total.update(name.encode())
+        total.update(local_part(tensor).detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()
+
+
+def note_start(model: PeftModel, folder: Path) -> None:
+    """Keep what a "pissa" adapter began as; its weights for the unaltered base are computed from it."""
+    if model.peft_config["default"].init_lora_weights == "pissa":
+        model.peft_config["default"].init_lora_weights = True  # else PEFT would decompose again on loading
+        model.save_pretrained(folder / _PISSA_START)
+        model.peft_config["default"].init_lora_weights = "pissa"
+
+
+def weights_to_save(model: PeftModel | MedCTModel) -> dict[str, torch.Tensor]:
+    """The tensors of the adapter, or of the whole model if it has none, on the CPU; all processes must call it."""
+    is_saved = (lambda name: "lora_" in name or "modules_to_save" in name) if isinstance(model, PeftModel) else bool
+    return {name: whole(tensor) for name, tensor in model.state_dict().items() if is_saved(name)}
+
+
+def save_weights(
+    model: PeftModel | MedCTModel, tensors: dict[str, torch.Tensor], folder: Path, start: Path | None = None
+) -> None:
+    """Write an adapter for the unaltered base, or a whole model.
+
+    Args:
+        model: Trained.
+        tensors: From `weights_to_save`.
+        folder: To write to.
+        start: Folder that `note_start` was given.
+    """
+    if start is not None and (start / _PISSA_START).is_dir():
+        model.save_pretrained(folder, path_initial_model_for_weight_conversion=str(start / _PISSA_START))
+    else:
+        model.save_pretrained(folder, state_dict=tensors)
+
+
+def shard(model: PeftModel | MedCTModel) -> None:
+    """Shard a model over all processes, in place (FSDP2): each holds a part of every tensor.
+
+    Gradients are summed over processes in the backward pass, as the losses are shares of one loss.
+    """
+    inner = core(model)
+    layers = [module for module in inner.modules() if type(module).__name__ in (inner._no_split_modules or ())]
+    for module in (*layers, inner):
+        fully_shard(module)
+    for module in inner.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo cannot scale while it sums
+    # FSDP2 gathers weights in `forward`; training calls the encoders by themselves.
+    for method in ("get_image_features", "get_text_features", "get_logits"):
+        register_fsdp_forward_method(inner, method)
