@@ -18,9 +18,10 @@ test: $(VENV)/installed  ## everything but what takes minutes
 test-slow: $(VENV)/installed  ## what takes minutes or gigabytes
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
-style: $(VENV)/installed-dev  ## format, and fix what can be fixed
+style: $(VENV)/installed-dev  ## format, fix what can be fixed, and renew the code in phantom_base/
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+	cp *_medct.py phantom_base/
 
 check: $(VENV)/installed-dev  ## lint, format and types, changing nothing
 	$(BIN)/ruff check .

@@ -11,9 +11,7 @@ Unusual, and kept because the published weights were trained so:
 Source: specification of CT-CLIP, sections 2 to 4.
 """
 
-import functools
 import inspect
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -32,17 +30,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .adapters_medct import check_fit
 from .configuration_medct import MedCTConfig, MedCTVisionConfig
-
-# Bytes of the widest intermediate results (gated feed-forward, similarity to the codebook) held at a time, whatever
-# the size of the volume. On CPUs 16 MiB: they stay in the last cache, and in memory that the allocator hands
-# out again; larger blocks are new pages from the system each time, which costs as much as the products themselves.
-_CPU_CHUNK_BYTES = 2**24
-_CHUNK_BYTES = 2**28
-_CODEBOOK_PARTS = 16
-# From this width on layers take ways that are faster, and round otherwise. The size of the batch has no part in it, so
-# that a model never mixes both.
-_WIDE = 256
-_CONVOLVES_ON_CPU = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX")
+from .kernels_medct import add, linear, linear_aligned, nearest, split_rows, times_gelu
 
 
 @dataclass
@@ -135,38 +123,11 @@ def eager_attention_forward(
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
-def _add(stream: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
-    """Their sum, in the memory of the stream where no gradient needs what it held."""
-    return stream + update if torch.is_grad_enabled() else stream.add_(update)
-
-
-def _split_rows(rows: torch.Tensor, width: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    """Cut `(rows, ...)` such that results of `width` elements a row stay within the chunk size of the device."""
-    chunk_bytes = _CPU_CHUNK_BYTES if rows.device.type == "cpu" else _CHUNK_BYTES
-    return rows.split(max(1, chunk_bytes // (width * dtype.itemsize)))
-
-
-def _linear(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """`F.linear`; on x86 as a convolution of size 1, where that is faster.
-
-    oneDNN makes the same product up to 1.3 times as fast in float32 as the library behind `F.linear` does on processors
-    of AMD, and 1.1 times in bfloat16 if the results are wider than the rows.
-    """
-    is_faster = rows.dtype == torch.float32 or (rows.dtype == torch.bfloat16 and len(weight) > weight.shape[1])
-    is_faster = is_faster and min(weight.shape) >= _WIDE
-    if not (_CONVOLVES_ON_CPU and is_faster and rows.dtype == weight.dtype and rows.device.type == "cpu"):
-        return F.linear(rows, weight, bias)
-    # (..., d) -> (1, d, n, 1) with channels last: the same memory
-    columns = rows.reshape(1, -1, 1, rows.shape[-1]).permute(0, 3, 1, 2)
-    product = F.conv2d(columns, weight[..., None, None], bias)
-    return product.permute(0, 2, 3, 1).reshape(*rows.shape[:-1], -1)
-
-
 class MedCTLinear(nn.Linear):
     """A Linear that is fast on CPUs, too."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return _linear(hidden_states, self.weight, self.bias)
+        return linear(hidden_states, self.weight, self.bias)
 
 
 class MedCTLayerNorm(nn.LayerNorm):
@@ -206,7 +167,7 @@ class MedCTPatchEmbeddings(nn.Module):
         blocks = pixel_values.reshape(-1, pz, h, py, w, px).permute(0, 2, 4, 1, 3, 5)
         # Copies of blocks are as large as the volume, so they are made slab by slab.
         tokens = torch.cat(
-            [self._embed(slabs) for slabs in _split_rows(blocks, h * w * self.patch_norm.weight.numel(), torch.float32)]
+            [self._embed(slabs) for slabs in split_rows(blocks, h * w * self.patch_norm.weight.numel(), torch.float32)]
         )
         return tokens.unflatten(0, (-1, t))
 
@@ -330,14 +291,10 @@ class MedCTAttention(nn.Module):
 
 
 class MedCTAlignedLinear(MedCTLinear):
-    """A Linear whose rows of results begin at multiples of 16 elements.
-
-    The width of the gated feed-forward is odd, and matrix products take 1.5 times as long to write such rows.
-    """
+    """A Linear for results of any width; that of the gated feed-forward is odd."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        padding = -self.out_features % 16
-        return _linear(hidden_states, F.pad(self.weight, (0, 0, 0, padding)))[..., : self.out_features]
+        return linear_aligned(hidden_states, self.weight)
 
 
 class MedCTMLP(nn.Module):
@@ -350,9 +307,7 @@ class MedCTMLP(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         value, gate = self.fc1(hidden_states).chunk(2, dim=-1)
-        if gate.shape[-1] >= _WIDE:
-            gate = gate.contiguous()  # gelu takes three times as long on half of each row
-        return self.fc2(value * F.gelu(gate))
+        return self.fc2(times_gelu(value, gate))
 
 
 class MedCTLayer(GradientCheckpointingLayer):
@@ -372,11 +327,11 @@ class MedCTLayer(GradientCheckpointingLayer):
         return self.self_attn.q_scale.dtype
 
     def forward(self, hidden_states: torch.Tensor, position_bias: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
-        stream = _add(self.position_generator(hidden_states).to(hidden_states.dtype), hidden_states)
+        stream = add(self.position_generator(hidden_states).to(hidden_states.dtype), hidden_states)
         # Gradients need all that a chunk would hand on, and "eager" is there to show the attention as a whole.
         if torch.is_grad_enabled() or self.self_attn.config._attn_implementation == "eager":
             return self._within_sequences(stream, position_bias, **kwargs)
-        for chunk in _split_rows(stream, stream.shape[1] * self.mlp.fc1.out_features, self.dtype):
+        for chunk in split_rows(stream, stream.shape[1] * self.mlp.fc1.out_features, self.dtype):
             self._within_sequences(chunk, position_bias, **kwargs)
         return stream
 
@@ -385,8 +340,8 @@ class MedCTLayer(GradientCheckpointingLayer):
         attended, _ = self.self_attn(
             self.layer_norm1(stream).to(self.dtype), stream.to(self.dtype), position_bias=position_bias, **kwargs
         )
-        stream = _add(stream, attended)
-        return _add(stream, self.mlp(self.layer_norm2(stream).to(self.dtype)))
+        stream = add(stream, attended)
+        return add(stream, self.mlp(self.layer_norm2(stream).to(self.dtype)))
 
 
 class MedCTEncoder(nn.Module):
@@ -403,36 +358,6 @@ class MedCTEncoder(nn.Module):
         for layer in self.layers:
             hidden_states = layer(hidden_states, position_bias, **kwargs)
         return self.norm(hidden_states)
-
-
-def _most_similar(tokens: torch.Tensor, codes: torch.Tensor, k: int) -> torch.Tensor:
-    """`(tokens, k)`, the rows of `codes` with the greatest products with each token, the greatest first.
-
-    Of the products with some parts of the codes the greatest are found place by place, at the speed of memory. The `k`
-    best lie in the `k` best of these places, so the search for where they stand, which is slow, is short.
-    """
-    parts = codes.chunk(math.gcd(len(codes), _CODEBOOK_PARTS))
-    similarities = [_linear(tokens, part) for part in parts]
-    places = functools.reduce(torch.maximum, similarities).topk(min(k, len(parts[0]))).indices
-    candidates = torch.stack([similarity.gather(-1, places) for similarity in similarities], dim=-1)
-    best = candidates.flatten(-2).topk(k).indices  # place * parts + part
-    return best % len(parts) * len(parts[0]) + places.gather(-1, best // len(parts))
-
-
-def _nearest(tokens: torch.Tensor, codes: torch.Tensor, coarse_codes: torch.Tensor) -> torch.Tensor:
-    """`(tokens,)`, the row of `codes` with the greatest product with each token.
-
-    Args:
-        tokens: `(tokens, d)`.
-        codes: `(codes, d)`, in float32 or better.
-        coarse_codes: The same in the precision of the large product, which finds the candidates.
-    """
-    if torch.finfo(coarse_codes.dtype).bits > 16:
-        return _most_similar(tokens.to(coarse_codes.dtype), coarse_codes, 1).squeeze(-1)
-    # Half precision often holds the best two as equal, so they are compared again.
-    first_two = _most_similar(tokens.to(coarse_codes.dtype), coarse_codes, min(2, len(codes)))
-    exact = (codes[first_two] * tokens[:, None]).sum(dim=-1)
-    return first_two.gather(-1, exact.argmax(dim=-1, keepdim=True)).squeeze(-1)
 
 
 class MedCTQuantizer(nn.Module):
@@ -456,8 +381,8 @@ class MedCTQuantizer(nn.Module):
             codes = F.normalize(self.codebook.to(torch.promote_types(self.codebook.dtype, torch.float32)), dim=-1)
             coarse_codes = codes.to(dtype)
             # Tokens need no normalising: their length does not change which row is nearest.
-            chunks = _split_rows(hidden_states.reshape(-1, hidden_states.shape[-1]), len(codes), dtype)
-            ids = torch.cat([_nearest(chunk, codes, coarse_codes) for chunk in chunks]).view(hidden_states.shape[:-1])
+            chunks = split_rows(hidden_states.reshape(-1, hidden_states.shape[-1]), len(codes), dtype)
+            ids = torch.cat([nearest(chunk, codes, coarse_codes) for chunk in chunks]).view(hidden_states.shape[:-1])
         quantized = F.embedding(ids, self.codebook)
         if hidden_states.requires_grad:
             # The difference is exactly zero: the value is still the row itself, the gradient that of the token.

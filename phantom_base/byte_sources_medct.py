@@ -1,1 +1,304 @@
-../byte_sources_medct.py
+"""Where bytes come from: paths, folders, zip archives, bytes, file objects and fsspec addresses, all behind one class.
+
+Limits stand here, so that no source is read for ever or into more memory than it honestly needs: special files are not
+opened, links that turn in a circle are not followed, and archives that inflate beyond all reason are refused.
+"""
+
+import functools
+import gzip
+import io
+import os
+import re
+import stat
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from .volume_medct import VolumeError
+
+try:
+    import fsspec
+except ImportError:
+    fsspec = None
+try:  # inflates about twice as fast
+    from isal import igzip as fast_gzip
+except ImportError:
+    fast_gzip = gzip
+
+MAX_FILES = 20_000
+"""Files of one folder or archive."""
+MAX_BYTES = 2**33
+"""Bytes of one source held at once, 8 GiB."""
+MAX_INFLATION = 200
+"""Bytes from one compressed byte; a chest CT gives 2 to 10."""
+MODEST_BYTES = 2**28
+"""What may be inflated whatever the ratio: 256 MiB, since constant test volumes inflate a thousandfold."""
+
+GZIP_MAGIC = b"\x1f\x8b"
+_MAX_DEFLATE_RATIO = 1032
+_CHUNK_BYTES = 2**24
+_MAX_REST_BYTES = 2**26
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]+(::[a-z0-9]+)*://")
+# Left behind by operating systems; `._*` even carry the suffix of the file they belong to.
+_NOT_SCANS = (".DS_Store", "Thumbs.db", "desktop.ini")
+
+
+@dataclass(frozen=True)
+class ByteSource:
+    """Bytes that can be opened again and again.
+
+    Args:
+        name: What to call them in messages.
+        open: Gives a seekable binary file.
+        size: How many.
+    """
+
+    name: str
+    open: Callable[[], BinaryIO]
+    size: int
+
+    def head(self, count: int) -> bytes:
+        """The first bytes, fewer if there are fewer."""
+        with self.open() as file:
+            return file.read(count)
+
+
+def too_inflated(inflated: int, packed: int) -> bool:
+    """Whether so many bytes from so few are no honest compression."""
+    return inflated > MODEST_BYTES and inflated > MAX_INFLATION * max(packed, 1)
+
+
+def of_bytes(data: bytes, name: str) -> ByteSource:
+    return ByteSource(name, lambda: io.BytesIO(data), len(data))
+
+
+def of_file_object(file: Any, name: str) -> ByteSource:
+    """All that is left to read of a binary file object."""
+    try:
+        data = file.read(MAX_BYTES + 1)
+    except Exception as error:  # any, of a file object that the caller made
+        raise VolumeError(name, f"it cannot be read ({type(error).__name__})", "Check the file object") from error
+    if not isinstance(data, bytes):
+        raise VolumeError(name, "it is opened as text", 'Open it with mode "rb"')
+    if len(data) > MAX_BYTES:
+        raise VolumeError(name, f"it holds more than {MAX_BYTES} bytes", "Pass a single scan")
+    return of_bytes(data, name)
+
+
+def is_address(source: Any) -> bool:
+    """Whether a string is an address such as `hf://` or `https://` rather than a path."""
+    return isinstance(source, str) and bool(_ADDRESS.match(source))
+
+
+def of_address(address: str) -> list[ByteSource]:
+    """The file at an fsspec address, or all files below it."""
+    if fsspec is None:
+        raise VolumeError(address, "addresses need fsspec", "Install it, pip install fsspec, or pass a local path")
+    try:
+        file_system, path = fsspec.url_to_fs(address)
+        if file_system.protocol in ("file", ("file", "local")):
+            return of_path(Path(path))
+        names = [path]
+        if file_system.info(path)["type"] == "directory":
+            names = [name for name in sorted(file_system.find(path)) if _may_be_scan(name)]
+        _check_count(address, len(names))
+        return [_of_remote(file_system, name, name if len(names) > 1 else address) for name in names]
+    except VolumeError:
+        raise
+    except Exception as error:  # each file system has its own
+        kind = str(error) if isinstance(error, ImportError) else type(error).__name__
+        raise VolumeError(
+            address, f"the address cannot be opened ({kind})", "Check it, or download the scan and pass its path"
+        ) from error
+
+
+def _of_remote(file_system: Any, path: str, name: str) -> ByteSource:
+    size = file_system.info(path).get("size") or 0
+    if size > MAX_BYTES:
+        raise VolumeError(name, f"it holds {size} bytes", "Download the scan and pass its path")
+
+    @functools.cache  # fetched once, however often it is opened
+    def fetch() -> bytes:
+        try:
+            with file_system.open(path, "rb") as file:
+                return of_file_object(file, name).open().read()
+        except VolumeError:
+            raise
+        except Exception as error:  # as above
+            raise VolumeError(
+                name, f"it cannot be fetched ({type(error).__name__})", "Download the scan and pass its path"
+            ) from error
+
+    return ByteSource(name, lambda: io.BytesIO(fetch()), size or len(fetch()))
+
+
+def of_path(path: Path) -> list[ByteSource]:
+    """A file, or all files below a folder."""
+    if not path.is_dir():
+        return [_of_file(path)]
+    files = [_of_file(file, in_folder=True) for file in _walk(path)]
+    return [file for file in files if file is not None]
+
+
+def _of_file(path: Path, in_folder: bool = False) -> ByteSource | None:
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            # Reading a pipe or a device may never end.
+            if in_folder:
+                return None
+            raise VolumeError(str(path), "it is no regular file", "Pass a file or a folder")
+        with path.open("rb"):
+            pass
+    except OSError as error:
+        raise VolumeError(str(path), f"it cannot be read ({error.strerror})", "Check the path") from error
+    except ValueError as error:  # a null character
+        raise VolumeError(repr(str(path)), f"it is no path ({error})", "Check the path") from error
+    return ByteSource(str(path), lambda: path.open("rb"), status.st_size)
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """Files below a folder in order of their names; each folder once, however links lead to it."""
+    seen, count = set(), 0
+
+    def refuse(error: OSError) -> None:
+        raise VolumeError(str(folder), f"a folder cannot be read ({error.strerror})", "Check its permissions")
+
+    for parent, folders, files in os.walk(folder, followlinks=True, onerror=refuse):
+        status = Path(parent).stat()
+        if (status.st_dev, status.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders.sort()
+        for name in sorted(files):
+            if _may_be_scan(name):
+                count += 1
+                _check_count(str(folder), count)
+                yield Path(parent, name)
+
+
+def of_zip(archive: ByteSource) -> list[ByteSource]:
+    """The members of a zip archive."""
+    damaged = "Copy or download the archive again"
+    try:
+        file = zipfile.ZipFile(archive.open())
+        members = [info for info in file.infolist() if not info.is_dir() and _may_be_scan(info.filename)]
+    except Exception as error:  # zipfile raises struct's, its own and codecs' on damaged directories
+        raise VolumeError(archive.name, f"the zip archive is damaged ({type(error).__name__})", damaged) from error
+    _check_count(archive.name, len(members))
+    if any(info.flag_bits & 1 for info in members):
+        raise VolumeError(archive.name, "the zip archive is encrypted", "Unpack it and pass the folder")
+    inflated = sum(info.file_size for info in members)
+    if inflated > MAX_BYTES or too_inflated(inflated, archive.size):
+        raise VolumeError(
+            archive.name,
+            f"the zip archive of {archive.size} bytes would unpack to {inflated} bytes",
+            "Unpack it and pass the folder, if that is right",
+        )
+    return [_of_member(archive.name, file, info) for info in members]
+
+
+def _of_member(archive: str, file: zipfile.ZipFile, info: zipfile.ZipInfo) -> ByteSource:
+    name = f"{archive}/{info.filename}"
+
+    def open_member() -> BinaryIO:
+        try:
+            # Never more than the directory says, which was checked; reaching the end verifies the checksum.
+            return io.BytesIO(file.read(info))
+        except Exception as error:  # as above, and those of each decompressor
+            raise VolumeError(
+                name, f"the zip member is damaged ({type(error).__name__})", "Copy or download the archive again"
+            ) from error
+
+    return ByteSource(name, open_member, info.file_size)
+
+
+def open_inflated(file: BinaryIO) -> BinaryIO:
+    """The file itself, or what its gzip stream holds: by content, since files are often misnamed."""
+    is_gzip = file.read(2) == GZIP_MAGIC
+    file.seek(0)
+    return fast_gzip.GzipFile(fileobj=file, mode="rb") if is_gzip else file
+
+
+def inflated_head(source: ByteSource, count: int) -> bytes:
+    """The first bytes of what a source holds once it is inflated; none if that fails."""
+    with source.open() as file:
+        try:
+            return open_inflated(file).read(count)
+        except Exception:  # the reader proper says what is wrong
+            return b""
+
+
+def check_promise(source: ByteSource, promised: int, compressed: bool) -> None:
+    """Refuse, before any memory is asked for, a header that promises more than its file can hold."""
+    most = source.size * _MAX_DEFLATE_RATIO if compressed else source.size
+    if promised > most or (compressed and too_inflated(promised, source.size)):
+        raise VolumeError(
+            source.name,
+            f"its voxels cannot be read (the header promises {promised} bytes, the file has {source.size})",
+            "Copy or download the file again",
+        )
+
+
+def read_array(source: ByteSource, stream: BinaryIO, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Exactly one array in Fortran order, straight into its memory, then the end of the stream.
+
+    Args:
+        source: For messages.
+        stream: Stands at the first voxel. Reading it to its end is what verifies a checksum.
+        shape: Of the array.
+        dtype: As stored.
+
+    Returns:
+        The array, in the machine's byte order.
+    """
+    try:
+        array = np.empty(shape, dtype, order="F")
+        unread = memoryview(array.reshape(-1, order="F").view(np.uint8))
+        while len(unread):
+            count = stream.readinto(unread[:_CHUNK_BYTES])
+            if not count:
+                raise VolumeError(
+                    source.name,
+                    f"its voxels cannot be read ({len(unread)} of {array.nbytes} bytes are missing)",
+                    "Copy or download the file again",
+                )
+            unread = unread[count:]
+        rest = 0
+        while chunk := stream.read(2**20):
+            rest += len(chunk)
+            if rest > _MAX_REST_BYTES:
+                raise VolumeError(
+                    source.name, f"more than {_MAX_REST_BYTES} bytes follow its voxels", "Check how it was written"
+                )
+    except VolumeError:
+        raise
+    except MemoryError as error:
+        raise VolumeError(
+            source.name, f"there is no memory for shape {shape} of type {dtype}", "Crop the scan"
+        ) from error
+    except Exception as error:  # gzip, isal, zlib and bz2 each raise their own
+        raise VolumeError(
+            source.name, f"the {_stream_kind(stream)} stream is damaged ({error})", "Copy or download the file again"
+        ) from error
+    return array if array.dtype.isnative else array.byteswap(inplace=True).view(array.dtype.newbyteorder("="))
+
+
+def _stream_kind(stream: BinaryIO) -> str:
+    kinds = {"GzipFile": "gzip", "IGzipFile": "gzip", "BZ2File": "bzip2", "ZlibFile": "zlib"}
+    return kinds.get(type(stream).__name__, "byte")
+
+
+def _may_be_scan(name: str) -> bool:
+    base = name.replace("\\", "/").rsplit("/", 1)[-1]
+    return not base.startswith("._") and base not in _NOT_SCANS
+
+
+def _check_count(name: str, count: int) -> None:
+    if count > MAX_FILES:
+        raise VolumeError(name, f"it holds more than {MAX_FILES} files", "Pass the folder of one series")

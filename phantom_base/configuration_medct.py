@@ -1,1 +1,253 @@
-../configuration_medct.py
+"""Configuration of MedCT: what a checkpoint is, and what its voxels and labels mean.
+
+Everything that must travel with the weights stands here and nowhere else: sizes, patching, the HU window, spacing and
+orientation of the input, label names and prompt templates. The image processor takes its defaults from this file.
+
+Axes are `(z, y, x)` of the tensor throughout. What they mean in the patient is said once, by
+`MedCTVisionConfig.orientation`: the direction in which each index grows. The published weights expect "SLP": z towards
+superior, y towards the patient's left, x towards posterior. (So y and x are not image rows and columns.)
+
+Source: specification of CT-CLIP, sections 1, 2 and 4.
+"""
+
+import copy
+import math
+from collections.abc import Sequence
+
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec, strict
+
+CT_CLIP_LABELS = (
+    "Medical material",
+    "Arterial wall calcification",
+    "Cardiomegaly",
+    "Pericardial effusion",
+    "Coronary artery wall calcification",
+    "Hiatal hernia",
+    "Lymphadenopathy",
+    "Emphysema",
+    "Atelectasis",
+    "Lung nodule",
+    "Lung opacity",
+    "Pulmonary fibrotic sequela",
+    "Pleural effusion",
+    "Mosaic attenuation pattern",
+    "Peribronchial thickening",
+    "Consolidation",
+    "Bronchiectasis",
+    "Interlobular septal thickening",
+)
+"""The 18 findings of CT-RATE, in the order of its label csv."""
+
+CUSTOM_PIPELINES = {
+    "zero-shot-ct-classification": {
+        "impl": "pipeline_medct.ZeroShotCTClassificationPipeline",
+        "pt": ["AutoModel"],
+        "type": "multimodal",
+    }
+}
+"""What `transformers.pipeline` must know to build our pipeline from a folder or the Hub."""
+
+# Each patient axis by the two letters that may name its direction.
+_PATIENT_AXES = ("LR", "AP", "IS")
+
+
+def is_orientation(code: str) -> bool:
+    """Whether three letters name each patient axis once, such as "SLP" or "RAS"."""
+    return len(code) == 3 and all(sum(letter in axis for letter in code) == 1 for axis in _PATIENT_AXES)
+
+
+@strict
+class MedCTVisionConfig(PreTrainedConfig):
+    """Sizes of the vision encoder and the meaning of its voxels. The defaults are those of the published CT-CLIP.
+
+    Args:
+        image_size: Voxels of the input, `(z, y, x)`.
+        patch_size: Voxels of one patch, `(z, y, x)`; divides `image_size`.
+        hidden_size: Width of the token stream.
+        num_attention_heads: Heads of each attention.
+        head_dim: Width of a head; `num_attention_heads * head_dim` need not equal `hidden_size`.
+        num_spatial_layers: Layers that attend within one z position.
+        num_temporal_layers: Layers that attend along z ("time" in the video model that CT-CLIP descends from).
+        codebook_size: Rows of the codebook.
+        attention_scale: Factor on the product of normalised queries and keys, before the softmax.
+        layer_norm_eps: Epsilon of every LayerNorm of the vision encoder.
+        position_bias_negative_slope: Slope of the LeakyReLUs in the network that makes the position bias.
+        initializer_range: Standard deviation of fresh weights.
+        hu_min: Lower end of the window, HU.
+        hu_max: Upper end of the window, HU.
+        hu_per_unit: HU that make 1.0 in `pixel_values`.
+        target_spacing_mm: Spacing that volumes are resampled to, `(z, y, x)`, mm.
+        orientation: Direction in which the z, y and x index grow, one letter each of R/L, A/P, S/I.
+
+    Raises:
+        ValueError: If values contradict each other; the message holds both.
+    """
+
+    model_type = "medct_vision_model"
+    base_config_key = "vision_config"
+
+    image_size: list[int] | tuple[int, ...] = (240, 480, 480)
+    patch_size: list[int] | tuple[int, ...] = (10, 20, 20)
+    hidden_size: int = 512
+    num_attention_heads: int = 8
+    head_dim: int = 32
+    num_spatial_layers: int = 4
+    num_temporal_layers: int = 4
+    codebook_size: int = 8192
+    attention_scale: float | int = 8.0
+    layer_norm_eps: float = 1e-5
+    position_bias_negative_slope: float = 0.1
+    initializer_range: float = 0.02
+    hu_min: float | int = -1000
+    hu_max: float | int = 1000
+    hu_per_unit: float | int = 1000
+    target_spacing_mm: list[float | int] | tuple[float | int, ...] = (1.5, 0.75, 0.75)
+    orientation: str = "SLP"
+
+    @property
+    def num_hidden_layers(self) -> int:
+        return self.num_spatial_layers + self.num_temporal_layers
+
+    @property
+    def grid_size(self) -> tuple[int, int, int]:
+        """Tokens along `(z, y, x)`."""
+        z, y, x = (size // patch for size, patch in zip(self.image_size, self.patch_size, strict=True))
+        return z, y, x
+
+    @property
+    def patch_voxels(self) -> int:
+        """Voxels of one patch."""
+        return math.prod(self.patch_size)
+
+    @property
+    def attention_size(self) -> int:
+        """Width of all heads together."""
+        return self.num_attention_heads * self.head_dim
+
+    @property
+    def intermediate_size(self) -> int:
+        """Width of the gated feed-forward: floor(4 * 2/3 * hidden_size), so that three matrices cost as much as two."""
+        return 8 * self.hidden_size // 3
+
+    @property
+    def pooled_size(self) -> int:
+        """Width of the pooled volume: one z-averaged token for each place `(y, x)`, laid end to end."""
+        return self.grid_size[1] * self.grid_size[2] * self.hidden_size
+
+    @property
+    def pad_value(self) -> float:
+        """What `pixel_values` hold outside the scan: the lower end of the window."""
+        return self.hu_min / self.hu_per_unit
+
+    def validate_architecture(self):
+        """Refuse impossible values; called by `@strict` after construction."""
+        for name in ("image_size", "patch_size", "target_spacing_mm"):
+            values = getattr(self, name)
+            if len(values) != 3 or not all(value > 0 for value in values):
+                raise ValueError(f"`{name}` must be three positive numbers (z, y, x), not {tuple(values)}.")
+        for size, patch, axis in zip(self.image_size, self.patch_size, "zyx", strict=True):
+            if size % patch:
+                raise ValueError(f"`image_size` {size} along {axis} is not a multiple of `patch_size` {patch}.")
+        for name in ("hidden_size", "num_attention_heads", "head_dim", "codebook_size", "hu_per_unit"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"`{name}` must be positive, not {getattr(self, name)}.")
+        if self.hu_min >= self.hu_max:
+            raise ValueError(f"`hu_min` {self.hu_min} HU must lie below `hu_max` {self.hu_max} HU.")
+        if not is_orientation(self.orientation):
+            raise ValueError(
+                f'`orientation` must name each patient axis once, such as "SLP" (z to superior, y to left, x to '
+                f'posterior), not "{self.orientation}".'
+            )
+
+
+def _check_templates(templates: Sequence[Sequence[str]]) -> None:
+    for template in templates:
+        if isinstance(template, str) or len(template) != 2 or not all("{label}" in sentence for sentence in template):
+            shown = template if isinstance(template, str) else tuple(template)
+            raise ValueError(
+                f"Each of `prompt_templates` is a pair of sentences (present, not present) that hold "
+                f'"{{label}}", not {shown!r}.'
+            )
+
+
+@strict
+class MedCTConfig(PreTrainedConfig):
+    """A vision encoder, a text encoder, their common space, and what the model is asked.
+
+    Args:
+        text_config: Configuration of any transformers encoder (a dict needs its `model_type`; BERT by default).
+        vision_config: Configuration of the vision encoder.
+        projection_dim: Width of the common space.
+        logit_scale_init_value: Logarithm of the scale of fresh logits.
+        prompt_templates: Pairs of sentences, present and not present, with `{label}` where the label's name goes.
+            Several pairs are averaged.
+        classifier_dropout: Dropout before the head of `MedCTForImageClassification`.
+        classifier_pos_weight: Weight of the positive cases in that head's loss, one number a label; 1 if `None`.
+        custom_pipelines: Tasks of `transformers.pipeline` and the code shipped for them; `CUSTOM_PIPELINES` by default.
+        id2label: Names of the labels by their index; CT-CLIP's 18 findings by default.
+    """
+
+    model_type = "medct"
+    sub_configs_defaults = {
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="bert"),
+        "vision_config": SubConfigSpec(config_class=MedCTVisionConfig),
+    }
+
+    text_config: dict | PreTrainedConfig | None = None
+    vision_config: dict | PreTrainedConfig | None = None
+    projection_dim: int = 512
+    logit_scale_init_value: float | int = 1.0
+    prompt_templates: list[list[str]] | list[tuple[str, ...]] | tuple[tuple[str, ...], ...] = (
+        ("{label} is present.", "{label} is not present."),
+    )
+    classifier_dropout: float = 0.3
+    classifier_pos_weight: list[float] | None = None
+    custom_pipelines: dict | None = None
+
+    def __post_init__(self, **kwargs):
+        if self.custom_pipelines is None:
+            self.custom_pipelines = copy.deepcopy(CUSTOM_PIPELINES)
+        if self.id2label is None and kwargs.get("num_labels") in (None, len(CT_CLIP_LABELS)):
+            self.id2label = dict(enumerate(CT_CLIP_LABELS))
+            self.label2id = {label: index for index, label in enumerate(CT_CLIP_LABELS)}
+        super().__post_init__(**kwargs)
+
+    @property
+    def label_names(self) -> list[str]:
+        """Names of the labels in the order of their index."""
+        return [label for _, label in sorted((self.id2label or {}).items())]
+
+    def label_prompts(
+        self, labels: Sequence[str] | None = None, templates: Sequence[Sequence[str]] | None = None
+    ) -> list[list[str]]:
+        """The sentences that ask for each label, one list a template.
+
+        Args:
+            labels: Names to ask for; the configuration's own by default.
+            templates: Pairs of sentences as in `prompt_templates`; those by default.
+
+        Returns:
+            For each template `2 * len(labels)` sentences: present and not present of the first label, of the second ...
+
+        Raises:
+            ValueError: If a template is no pair of sentences that hold "{label}".
+        """
+        labels = self.label_names if labels is None else labels
+        templates = self.prompt_templates if templates is None else templates
+        _check_templates(templates)
+        return [
+            [sentence.replace("{label}", label) for label in labels for sentence in template] for template in templates
+        ]
+
+    def validate_architecture(self):
+        """Refuse impossible values; called by `@strict` after construction."""
+        if self.projection_dim <= 0:
+            raise ValueError(f"`projection_dim` must be positive, not {self.projection_dim}.")
+        _check_templates(self.prompt_templates)
+        weights = self.classifier_pos_weight
+        if weights is not None and len(weights) != self.num_labels:
+            raise ValueError(f"`classifier_pos_weight` has {len(weights)} numbers for {self.num_labels} labels.")
+
+
+__all__ = ["CT_CLIP_LABELS", "MedCTConfig", "MedCTVisionConfig"]

@@ -1,1 +1,210 @@
-../volume_io_medct.py
+"""Any CT source to Hounsfield units and an affine: the one public reader.
+
+What a source is, is decided by its content, not by its name. Files of one format are read in `nifti_io_medct`,
+`dicom_io_medct` and `itk_formats_medct`; the rules for values and geometry stand in `volume_medct`.
+
+Source: specification of CT-CLIP, section 1, step 1; NIfTI-1 and DICOM standards.
+"""
+
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .byte_sources_medct import (
+    GZIP_MAGIC,
+    ByteSource,
+    inflated_head,
+    is_address,
+    of_address,
+    of_bytes,
+    of_file_object,
+    of_path,
+    of_zip,
+)
+from .configuration_medct import MedCTVisionConfig
+from .dicom_io_medct import is_dicom, read_dicom
+from .itk_formats_medct import is_metaimage, is_nrrd, read_metaimage, read_nrrd
+from .nifti_io_medct import is_nifti, read_nibabel_image, read_nifti
+from .volume_medct import (
+    CTVolume,
+    VolumeError,
+    VolumeWarning,
+    affine_from_spacing,
+    axis_order,
+    check_affine,
+    check_straight,
+    check_values,
+    check_voxels,
+    is_straight,
+    rescale_to_hu,
+    straighten,
+)
+
+_HEAD_BYTES = 600
+_KNOWN = "NIfTI (.nii, .nii.gz), DICOM, NRRD or MetaImage (.mha, .mhd)"
+
+
+def read_volume(
+    source: Any,
+    *,
+    spacing_mm: Sequence[float] | None = None,
+    orientation: str = MedCTVisionConfig.orientation,
+    affine: np.ndarray | None = None,
+    rescale_slope: float | None = None,
+    rescale_intercept: float | None = None,
+    series: int | str | None = None,
+    resample_irregular: bool = False,
+) -> CTVolume:
+    """Read one CT volume.
+
+    Args:
+        source: Path of a NIfTI, NRRD or MetaImage file, of a DICOM folder, zip archive or multi-frame file; list of
+            DICOM files; `hf://` or other fsspec address of any of these; their bytes, or a binary file object; what a
+            column of `datasets.Nifti()` holds, decoded or not; nibabel image; `CTVolume`; array or tensor `(i, j, k)`.
+        spacing_mm: Of an array whose axes run as `orientation` says: one number an axis, mm.
+        orientation: Direction in which the indices of an array with `spacing_mm` grow.
+        affine: `(4, 4)`, voxel indices to RAS+ mm: of an array, or instead of a file's own.
+        rescale_slope: HU of one stored unit, for stored values that are not HU yet.
+        rescale_intercept: HU of the stored value 0, likewise.
+        series: Which of several DICOM series: its number in the list that the refusal shows, or its SeriesInstanceUID.
+        resample_irregular: Resample tilted, oblique and unevenly spaced scans to a straight grid instead of refusing.
+
+    Returns:
+        The volume, in HU by the rules of `volume_medct`. Its notes are issued as warnings (`VolumeWarning`) too.
+
+    Raises:
+        VolumeError: If the source is no single finite 3-D volume in HU with a certain geometry.
+    """
+    rescale = (rescale_slope, rescale_intercept)
+    volume = _load(source, spacing_mm, orientation, affine, rescale, series, resample_irregular)
+    check_affine(volume.source, volume.affine)
+    known = volume.notes if isinstance(source, CTVolume) else ()
+    volume = replace(volume, notes=tuple(dict.fromkeys((*volume.notes, *check_values(volume)))))
+    if resample_irregular and not is_straight(volume.affine):
+        volume = straighten(volume)
+    check_straight(volume.source, volume.affine)
+    for note in volume.notes:
+        if note not in known:
+            warnings.warn(f"{volume.source}: {note}.", VolumeWarning, stacklevel=2)
+    return volume
+
+
+def _load(source: Any, spacing_mm, orientation: str, affine, rescale, series, resample_irregular: bool) -> CTVolume:
+    """The volume in HU, before any judgement of its values and geometry."""
+    is_rescaled = rescale != (None, None)
+    if isinstance(source, torch.Tensor):
+        source = source.detach().cpu().numpy()
+    if isinstance(source, np.ndarray):
+        source = _of_array(source, spacing_mm, orientation, affine)
+    if isinstance(source, CTVolume):
+        return _rescaled(source, rescale)
+    if hasattr(source, "dataobj") and hasattr(source, "affine"):
+        return _rescaled(read_nibabel_image(source, affine, is_rescaled), rescale)
+    files, name, path = _files_of(source)
+    if is_rescaled:
+        _refuse_rescale_of_fixed(name, rescale)
+    kind, files = _kind_of(files)
+    if kind == "dicom":
+        return _placed(read_dicom(files, name, series, rescale, resample_irregular), affine)
+    if kind == "nifti":
+        return _rescaled(read_nifti(files[0], affine, is_rescaled), rescale)
+    read = read_nrrd if kind == "nrrd" else read_metaimage
+    return _rescaled(_placed(read(files[0], path), affine), rescale)
+
+
+def _of_array(array: np.ndarray, spacing_mm, orientation: str, affine) -> CTVolume:
+    name = f"array {array.shape}"
+    if affine is None and spacing_mm is None:
+        raise VolumeError(name, "it comes without a geometry", "Pass `spacing_mm=(z, y, x)` or `affine=`")
+    if affine is None:
+        spacing_mm = np.asarray(spacing_mm, float)
+        if spacing_mm.shape != (3,) or not (np.isfinite(spacing_mm) & (spacing_mm > 0)).all():
+            raise VolumeError(
+                name,
+                f"its spacing is {spacing_mm.tolist()} mm",
+                "Pass three positive numbers, one an array axis",
+            )
+        affine = affine_from_spacing(spacing_mm.tolist(), orientation)
+    return _placed(CTVolume(array, np.eye(4), name), affine)
+
+
+def _placed(volume: CTVolume, affine) -> CTVolume:
+    return volume if affine is None else replace(volume, affine=np.asarray(affine, float))
+
+
+def _rescaled(volume: CTVolume, rescale: tuple[float | None, float | None]) -> CTVolume:
+    """Stored values to HU by what the caller knows: a slope of 1 and an intercept of 0 where only one is given."""
+    check_voxels(volume.source, volume.array.shape, volume.array.dtype)
+    slope, intercept = (
+        default if given is None else float(given) for given, default in zip(rescale, (1, 0), strict=True)
+    )
+    return replace(volume, array=rescale_to_hu(volume.array, slope, intercept))
+
+
+def _refuse_rescale_of_fixed(name: str, rescale: tuple[float | None, float | None]) -> None:
+    """CT-RATE's second version lies in folders such as `train_fixed`, and its values are HU already."""
+    if rescale not in ((1, 0), (1, None), (None, 0)) and any(part.endswith("_fixed") for part in Path(name).parts):
+        raise VolumeError(
+            name,
+            "it is of CT-RATE's second version (`_fixed`), whose values are HU already",
+            "Leave out `rescale_slope` and `rescale_intercept`, or HU would be computed twice",
+        )
+
+
+def _files_of(source: Any) -> tuple[list[ByteSource], str, Path | None]:
+    """The files that a source stands for, what to call them together, and the path if it is a single local one."""
+    if isinstance(source, dict) and {"bytes", "path"} & set(source):  # an undecoded `datasets.Nifti()`
+        if source.get("bytes") is None:
+            source = source.get("path")
+        else:
+            name = Path(source.get("path") or "bytes").name
+            return [of_bytes(bytes(source["bytes"]), name)], name, None
+    if isinstance(source, bytes | bytearray | memoryview):
+        return [of_bytes(bytes(source), "bytes")], "bytes", None
+    if is_address(source):
+        return of_address(source), source, None
+    if isinstance(source, str | os.PathLike):
+        return of_path(Path(source)), str(source), Path(source)
+    if isinstance(source, list | tuple) and source:
+        files = [file for one in source for file in _files_of(one)[0]]
+        return files, f"list of {len(files)} files", None
+    if hasattr(source, "read"):
+        name = Path(str(getattr(source, "name", "") or "file object")).name
+        return [of_file_object(source, name)], name, None
+    raise VolumeError(type(source).__name__, "it is no CT source", f"Pass a {_KNOWN} path, an array or an image")
+
+
+def _kind_of(files: list[ByteSource]) -> tuple[str, list[ByteSource]]:
+    """What format files have: one file by its content, and several are DICOM."""
+    if len(files) == 1 and files[0].head(4) == b"PK\x03\x04":
+        files = of_zip(files[0])
+    if len(files) != 1:
+        return "dicom", files
+    head = files[0].head(_HEAD_BYTES)
+    if is_dicom(head):
+        return "dicom", files
+    if is_nrrd(head):
+        return "nrrd", files
+    if is_metaimage(head):
+        return "metaimage", files
+    # A gzip stream without any readable beginning is left to the NIfTI reader, which says how it is damaged.
+    if is_nifti(inflated_head(files[0], 4)) or (head[:2] == GZIP_MAGIC and not inflated_head(files[0], 4)):
+        return "nifti", files
+    raise VolumeError(files[0].name, "it is no NIfTI file, nor DICOM, NRRD or MetaImage", f"Pass a {_KNOWN} file")
+
+
+__all__ = [
+    "CTVolume",
+    "VolumeError",
+    "VolumeWarning",
+    "affine_from_spacing",
+    "axis_order",
+    "read_volume",
+    "rescale_to_hu",
+]

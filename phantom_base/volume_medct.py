@@ -1,1 +1,311 @@
-../volume_medct.py
+"""What a CT volume is: Hounsfield units and an affine, the rules both obey, and the error of what breaks them.
+
+Rules for values, in one place. Stored values become HU exactly once (`slope * stored + intercept`), and then
+- refused: NaN or infinite values; values that all lie within -1..1 (scaled for some network, or a mask);
+- remarked on (`VolumeWarning`, `CTVolume.notes`): all values within 0..255 (a picture already windowed, or labels); no
+  air, that is nothing below -500 HU (another modality, another unit, or a scan not rescaled).
+A volume of one single value is not judged, since nothing can be told from it.
+
+Rules for space. An affine is finite and not singular, and its spacings are positive. Refused unless the caller asks for
+a straight grid: axes that are not perpendicular (gantry tilt), and axes that lie more than `MAX_OBLIQUE_DEGREES` off
+the patient's, because the model has only seen scans along the patient's axes.
+
+Axes: arrays are `(i, j, k)` with an affine from voxel indices to patient millimetres, RAS+, as NIfTI has it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+MAX_OBLIQUE_DEGREES = 10.0
+"""How far an array axis may lie off the patient axis that it stands for."""
+MAX_VOXELS = 2**31
+"""More than any scanner makes (1024 x 1024 x 2048); a header that promises more is damaged or hostile."""
+
+AIR_HU = -1000
+_NO_AIR_HU = -500
+_MAX_SHEAR = 1e-3
+# What the letters of an orientation mean in the world space of an affine, RAS+: (axis, direction).
+_RAS_DIRECTIONS = {"R": (0, 1), "L": (0, -1), "A": (1, 1), "P": (1, -1), "S": (2, 1), "I": (2, -1)}
+# Spacings come from float32 headers: 0.7 mm arrives as 0.69999999 and would lose a voxel to the floor of resampling.
+_SPACING_DECIMALS = 6
+
+
+class VolumeError(ValueError):
+    """A source that is no usable CT volume: what it is, why it is refused, and what to do.
+
+    Args:
+        source: The file or array, as the caller knows it; never anything from a header.
+        reason: Why it is refused.
+        remedy: What the caller can do.
+    """
+
+    def __init__(self, source: str, reason: str = "", remedy: str = ""):
+        text = f"{source}: {reason}. {remedy}."
+        if not reason:
+            # Pickle, and torch for an error of a loader process, rebuild an error from its text alone; the last line of
+            # a traceback's text is the message.
+            text = source.strip().splitlines()[-1].split("VolumeError: ")[-1]
+        super().__init__(" ".join(text.split()))
+        self.source, self.reason, self.remedy = source, reason, remedy
+
+
+class VolumeWarning(UserWarning):
+    """A volume was read, and something about it deserves a look."""
+
+
+@dataclass(frozen=True)
+class CTVolume:
+    """A CT volume in Hounsfield units and where it lies.
+
+    Args:
+        array: `(i, j, k)`, HU, any real dtype.
+        affine: `(4, 4)`, from voxel indices to patient millimetres, RAS+ (as NIfTI has it).
+        source: What to call it in messages.
+        notes: What was remarked on while reading, one sentence each.
+    """
+
+    array: np.ndarray
+    affine: np.ndarray
+    source: str = "volume"
+    notes: tuple[str, ...] = ()
+
+    @property
+    def spacing_mm(self) -> tuple[float, float, float]:
+        """Distance of neighbours along each array axis, mm."""
+        i, j, k = np.linalg.norm(self.affine[:3, :3], axis=0).round(_SPACING_DECIMALS)
+        return float(i), float(j), float(k)
+
+
+def affine_from_spacing(spacing_mm: Sequence[float], orientation: str) -> np.ndarray:
+    """The affine of an axis-aligned array whose first voxel is the origin.
+
+    Args:
+        spacing_mm: One number an array axis, mm.
+        orientation: Direction in which each index grows, such as "SLP".
+
+    Returns:
+        `(4, 4)`, voxel indices to RAS+ mm.
+    """
+    affine = np.diag([0.0, 0.0, 0.0, 1.0])
+    for column, (letter, spacing) in enumerate(zip(orientation, spacing_mm, strict=True)):
+        axis, direction = _RAS_DIRECTIONS[letter]
+        affine[axis, column] = direction * spacing
+    return affine
+
+
+def axis_order(affine: np.ndarray, orientation: str) -> tuple[list[int], list[int]]:
+    """Which array axis lies along each axis of an orientation, and whether it runs against it.
+
+    Args:
+        affine: `(4, 4)`, voxel indices to RAS+ mm.
+        orientation: Such as "SLP".
+
+    Returns:
+        For each letter the array axis, and 1 or -1. Axes need not be aligned: each goes to the patient axis it is
+        closest to, taken together (no patient axis is used twice).
+    """
+    cosines = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
+    # The rotation closest to the cosines assigns axes even where one array axis lies between two patient axes.
+    left, _, right = np.linalg.svd(cosines)
+    remaining = np.abs(left @ right)
+    patient_to_array = {}
+    for _ in range(3):
+        patient_axis, array_axis = np.unravel_index(np.argmax(remaining), remaining.shape)
+        patient_to_array[int(patient_axis)] = int(array_axis)
+        remaining[patient_axis, :] = remaining[:, array_axis] = -1
+    axes = [patient_to_array[_RAS_DIRECTIONS[letter][0]] for letter in orientation]
+    signs = [
+        int(np.sign(cosines[_RAS_DIRECTIONS[letter][0], axis])) * _RAS_DIRECTIONS[letter][1]
+        for letter, axis in zip(orientation, axes, strict=True)
+    ]
+    return axes, signs
+
+
+def rescale_to_hu(array: np.ndarray, slope: float, intercept: float) -> np.ndarray:
+    """Stored values to Hounsfield units: `slope * stored + intercept`.
+
+    Returns:
+        The array itself if that changes nothing; int16 where a whole intercept is added to whole numbers and all fits
+        (as for most scans, at half the memory); else float32.
+    """
+    if slope == 1 and intercept == 0:
+        return array
+    if slope == 1 and float(intercept).is_integer() and array.dtype.kind in "iu" and array.size:
+        lowest, highest = int(array.min()) + int(intercept), int(array.max()) + int(intercept)
+        if np.iinfo(np.int16).min <= lowest and highest <= np.iinfo(np.int16).max:
+            hu = np.empty_like(array, np.int16)
+            # Both wrap around in the same way, so what overflows on the way comes back.
+            np.copyto(hu, array, casting="unsafe")
+            hu += np.array(int(intercept)).astype(np.int16)
+            return hu
+    hu = np.empty_like(array, np.float32)
+    np.multiply(array, np.float32(slope), out=hu, casting="unsafe")
+    hu += np.float32(intercept)
+    return hu
+
+
+def refuse_second_rescale(source: str, slope: float, intercept: float) -> None:
+    """Refuse to rescale by the caller's figures what a header has rescaled, since HU would be computed twice."""
+    raise VolumeError(
+        source,
+        f"its header already rescales (slope {slope}, intercept {intercept})",
+        "Leave out `rescale_slope` and `rescale_intercept`, or HU would be computed twice",
+    )
+
+
+def check_voxels(source: str, shape: Sequence[int], dtype: np.dtype) -> None:
+    """Refuse what is no single 3-D volume of numbers; asks no memory, so that it can go before reading."""
+    if len(shape) != 3 or 0 in shape:
+        raise VolumeError(source, f"it has shape {tuple(shape)}", "Pass one volume with three axes, one at a time")
+    if dtype.kind not in "iuf":
+        raise VolumeError(source, f"its values are of type {dtype}", "Pass whole or real numbers")
+    if np.prod(shape, dtype=float) > MAX_VOXELS:
+        raise VolumeError(
+            source,
+            f"its header promises {np.prod(shape, dtype=float):.2g} voxels, more than the limit of {MAX_VOXELS:.2g}",
+            "Check the file, or crop the scan",
+        )
+
+
+def check_values(volume: CTVolume) -> tuple[str, ...]:
+    """Judge values that should be HU by the rules at the top of this file.
+
+    Returns:
+        The remarks, one sentence each.
+    """
+    array = volume.array
+    # min and max carry a NaN or an infinity through, and need no second array.
+    lowest, highest = array.min(), array.max()
+    if not (np.isfinite(lowest) and np.isfinite(highest)):
+        count = sum(int(np.count_nonzero(~np.isfinite(array[..., k]))) for k in range(array.shape[-1]))
+        raise VolumeError(
+            volume.source,
+            f"{count} of its {array.size} voxels are NaN or infinite",
+            f"Replace them, by {AIR_HU} HU where there is air",
+        )
+    if lowest == highest:
+        return ()
+    if lowest >= -1 and highest <= 1:
+        raise VolumeError(
+            volume.source,
+            f"its values lie within {lowest:g}..{highest:g}, which no scan in HU does",
+            "Pass the scan before it was scaled, or `rescale_slope=` and `rescale_intercept=` that give HU",
+        )
+    if lowest >= 0 and highest <= 255:
+        return (f"its values lie within {lowest:g}..{highest:g}: a windowed picture or labels rather than HU",)
+    if lowest > _NO_AIR_HU:
+        return (f"it holds no air (its lowest value is {lowest:g}): perhaps not rescaled, or no CT",)
+    return ()
+
+
+def check_affine(source: str, affine: np.ndarray) -> None:
+    """Refuse an affine that places no volume."""
+    with np.errstate(all="ignore"):
+        sound = (
+            affine.shape == (4, 4)
+            and np.isfinite(affine).all()
+            and np.array_equal(affine[3], (0, 0, 0, 1))
+            and 1e-9 < abs(np.linalg.det(affine[:3, :3])) < 1e9
+            and np.abs(affine).max() < 1e6
+        )
+    if not sound:
+        raise VolumeError(source, "its affine is singular", "Correct the header, or pass `affine=`")
+
+
+def shear_of(affine: np.ndarray) -> float:
+    """How far the array axes are from perpendicular: the largest cosine between two of them."""
+    cosines = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
+    return float(np.abs(cosines.T @ cosines - np.eye(3)).max())
+
+
+def obliqueness_of(affine: np.ndarray) -> float:
+    """Largest angle between an array axis and the patient axis that it stands for, degrees."""
+    axes, _ = axis_order(affine, "RAS")
+    cosines = np.abs(affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0))
+    along = min(cosines[patient_axis, array_axis] for patient_axis, array_axis in enumerate(axes))
+    return float(np.degrees(np.arccos(np.clip(along, 0, 1))))
+
+
+def is_straight(affine: np.ndarray) -> bool:
+    """Whether the array axes are perpendicular and lie along the patient's within the tolerances."""
+    return shear_of(affine) <= _MAX_SHEAR and obliqueness_of(affine) <= MAX_OBLIQUE_DEGREES
+
+
+def check_straight(source: str, affine: np.ndarray) -> None:
+    """Refuse tilted, sheared and oblique grids."""
+    remedy = "Pass `resample_irregular=True` to have it resampled to a straight grid"
+    if shear_of(affine) > _MAX_SHEAR:
+        tilt = np.degrees(np.arcsin(min(1.0, shear_of(affine))))
+        raise VolumeError(
+            source, f"its axes are not perpendicular (sheared by {tilt:.1f} degrees, as by gantry tilt)", remedy
+        )
+    if obliqueness_of(affine) > MAX_OBLIQUE_DEGREES:
+        raise VolumeError(
+            source,
+            f"its axes lie {obliqueness_of(affine):.1f} degrees off the patient's "
+            f"(tolerance {MAX_OBLIQUE_DEGREES:g} degrees)",
+            remedy,
+        )
+
+
+def straighten(volume: CTVolume) -> CTVolume:
+    """Resample a tilted, sheared or oblique volume to a grid along the patient's axes, air outside of it.
+
+    Spacing stays that of the array axis which lies closest (of slices: their perpendicular distance). Interpolation is
+    trilinear, slice by slice of the result, so that memory stays at the input, the result and a few slices.
+    """
+    matrix = volume.affine[:3, :3]
+    axes, _ = axis_order(volume.affine, "RAS")
+    # Rows of the inverse are perpendicular to the other two axes; their lengths are one over the distance of planes.
+    planes_mm = 1 / np.linalg.norm(np.linalg.inv(matrix), axis=1)
+    spacing_mm = planes_mm[axes]
+    shape = np.array(volume.array.shape)
+    corners = np.array(np.meshgrid(*[(0, n - 1) for n in shape], indexing="ij")).reshape(3, -1)
+    corners_mm = matrix @ corners + volume.affine[:3, 3:]
+    first_mm = corners_mm.min(axis=1)
+    lengths = np.floor((corners_mm.max(axis=1) - first_mm) / spacing_mm + 1e-6).astype(np.int64) + 1
+    if np.prod(lengths, dtype=float) > max(8 * volume.array.size, 10**6):
+        raise VolumeError(
+            volume.source,
+            f"a straight grid around it would have shape {tuple(lengths.tolist())}",
+            "Check its geometry, or crop the scan",
+        )
+    affine = np.diag([*spacing_mm, 1.0])
+    affine[:3, 3] = first_mm
+    to_input = np.linalg.inv(volume.affine) @ affine
+    # Fortran order, like the readers': the last axis is the slowest.
+    result = np.empty(lengths, volume.array.dtype if volume.array.dtype.kind == "f" else np.int16, order="F")
+    plane = to_input[:3, :2] @ np.indices(lengths[:2]).reshape(2, -1)  # (3, i*j)
+    for k in range(lengths[2]):
+        values = _trilinear(volume.array, plane + (to_input[:3, 2] * k + to_input[:3, 3])[:, None])
+        if result.dtype.kind != "f":
+            values = values.round().clip(-32768, 32767)
+        result[..., k] = values.reshape(lengths[:2])
+    note = f"resampled from a grid {_irregularity(volume.affine)} to a straight one of {tuple(lengths.tolist())} voxels"
+    return replace(volume, array=result, affine=affine, notes=(*volume.notes, note))
+
+
+def _irregularity(affine: np.ndarray) -> str:
+    if shear_of(affine) > _MAX_SHEAR:
+        return f"sheared by {np.degrees(np.arcsin(min(1.0, shear_of(affine)))):.1f} degrees"
+    return f"{obliqueness_of(affine):.1f} degrees off the patient's axes"
+
+
+def _trilinear(array: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """Values at fractional voxel positions `(3, n)`; air where they lie outside."""
+    shape = np.array(array.shape)[:, None]
+    inside = ((points >= -1e-3) & (points <= shape - 1 + 1e-3)).all(axis=0)
+    points = points[:, inside].clip(0, shape - 1)
+    lower = np.minimum(points.astype(np.int64), np.maximum(shape - 2, 0))
+    upper = np.minimum(lower + 1, shape - 1)
+    weight = (points - lower).astype(np.float32)
+    found = np.zeros(points.shape[1], np.float32)
+    for corner in np.ndindex(2, 2, 2):
+        index = tuple(np.where(c, u, low) for c, u, low in zip(corner, upper, lower, strict=True))
+        share = np.prod([w if c else 1 - w for c, w in zip(corner, weight, strict=True)], axis=0)
+        found += share * array[index]
+    values = np.full(inside.shape, AIR_HU, np.float32)
+    values[inside] = found
+    return values

@@ -243,13 +243,6 @@ def score(model: MedCTModel, processor: MedCTProcessor, site: str) -> dict[str, 
     return zero_shot_scores(scored.scores, scored.labels, model.config.label_names)
 
 
-def link_code(folder: Path) -> None:
-    """Replace the copies of the package's code by links: the folder is a Hub repository, the code stands once."""
-    for copy in folder.glob("*.py"):
-        copy.unlink()
-        copy.symlink_to(Path("..") / copy.name)
-
-
 def make(output: Path) -> dict[str, Any]:
     """Train, score and save; returns the scores of both sites."""
     set_seed(SEED)
@@ -264,7 +257,6 @@ def make(output: Path) -> dict[str, Any]:
         scores = {site: score(model, processor, site) for site in SITES}
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
-        link_code(folder)
         (folder / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
         (folder / "README.md").write_text(CARD.format(**{f"auroc_{site}": s["auroc"] for site, s in scores.items()}))
     return scores

@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,21 +16,8 @@ from safetensors.torch import load_file, save_file
 from medct import MedCTModel
 
 ROOT = Path(__file__).resolve().parents[2]
-SHIPPED = (
-    "adapters_medct.py",
-    "byte_sources_medct.py",
-    "configuration_medct.py",
-    "dicom_io_medct.py",
-    "dicom_pixels_medct.py",
-    "image_processing_medct.py",
-    "itk_formats_medct.py",
-    "modeling_medct.py",
-    "nifti_io_medct.py",
-    "pipeline_medct.py",
-    "processing_medct.py",
-    "volume_io_medct.py",
-    "volume_medct.py",
-)
+NOT_SHIPPED = {"__init__.py", "train.py"}
+SHIPPED = sorted(path.name for path in ROOT.glob("*.py") if path.name not in NOT_SHIPPED)
 ALLOWED = {"torch", "numpy", "transformers"} | set(sys.stdlib_module_names)
 
 WITHOUT_MEDCT = """
@@ -59,6 +47,13 @@ def run_without_medct(code: str, *arguments: object, home: Path) -> subprocess.C
     environment = os.environ | {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", WITHOUT_MEDCT + code, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, cwd=home, env=environment, check=False)
+
+
+def test_the_suffix_says_what_ships():
+    assert all(name.endswith("_medct.py") for name in SHIPPED)
+    assert len(SHIPPED) == 14
+    elsewhere = [path for path in ROOT.glob("*/**/*_medct.py") if "phantom_base" not in path.parts]
+    assert [path for path in elsewhere if not {"tests", ".venv", "build"} & set(path.relative_to(ROOT).parts)] == []
 
 
 def test_a_saved_folder_works_without_medct(model, processor, batch, nifti, tmp_path):
@@ -93,10 +88,12 @@ for source, target in ((folder, first), (first, second)):
 
 
 def test_the_phantom_base_is_a_hub_repository(tmp_path):
-    """Its code files are links, so that the code stands once; a copy of the folder holds the code itself."""
-    folder = ROOT / "phantom_base"
+    """Its code files are copies, which `make style` renews."""
+    folder = tmp_path / "copied"
+    shutil.copytree(ROOT / "phantom_base", folder, symlinks=True)
     assert {path.name for path in folder.glob("*.py")} == set(SHIPPED)
-    assert all((ROOT / path.name).samefile(path) for path in folder.glob("*.py"))
+    assert all((ROOT / path.name).read_bytes() == path.read_bytes() for path in folder.glob("*.py"))
+    assert not any(path.is_symlink() for path in folder.iterdir())
     code = """
 import sys
 from transformers import AutoModel, AutoProcessor

@@ -297,11 +297,11 @@ def test_the_nearest_row_is_found_wherever_it_stands(model, rows):
 
 def test_linears_are_those_of_torch(monkeypatch):
     """Without a fast product, and with it for rows of any number of axes."""
-    monkeypatch.setattr("medct.modeling_medct._WIDE", 1)
+    monkeypatch.setattr("medct.kernels_medct.WIDE", 1)
     linear = MedCTLinear(5, 7)
     rows = torch.randn(2, 3, 5, requires_grad=True)
     for convolves in (False, True):
-        monkeypatch.setattr("medct.modeling_medct._CONVOLVES_ON_CPU", convolves)
+        monkeypatch.setattr("medct.kernels_medct.CONVOLVES_ON_CPU", convolves)
         for each in (rows, rows[0], rows[:, 0], rows[0, 0], rows.transpose(0, 1)):
             expected = torch.nn.functional.linear(each, linear.weight, linear.bias)
             torch.testing.assert_close(linear(each), expected)
@@ -327,7 +327,7 @@ def test_long_volumes_are_encoded_in_chunks_without_a_difference(model, batch, m
     with torch.enable_grad():
         whole = model(**batch)
     before = batch["pixel_values"].clone()
-    monkeypatch.setattr("medct.modeling_medct._CPU_CHUNK_BYTES", 1)
+    monkeypatch.setattr("medct.kernels_medct.CPU_CHUNK_BYTES", 1)
     for size in (3, 1):
         with torch.inference_mode():
             pieces = model(**batch | {"pixel_values": batch["pixel_values"][:size]})

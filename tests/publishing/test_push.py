@@ -183,7 +183,7 @@ def test_the_phantom_base_can_be_pushed(hub, monkeypatch):
     hub.connect(monkeypatch)
     push_model(ROOT / "phantom_base", "org/phantoms", private=True)
     assert hub.repo("model", "org/phantoms").private
-    assert b"class MedCTModel" in hub.files("org/phantoms")["modeling_medct.py"]  # its links are followed
+    assert b"class MedCTModel" in hub.files("org/phantoms")["modeling_medct.py"]
 
 
 # what is refused
