@@ -4,6 +4,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelFor
 
 from .adapters_medct import AdapterMismatchError, check_fit
 from .configuration_medct import CT_CLIP_LABELS, MedCTConfig, MedCTVisionConfig
+from .errors_medct import MedCTError
 from .image_processing_medct import MedCTImageProcessor, VolumeGeometry
 from .modeling_medct import MedCTForImageClassification, MedCTModel, MedCTVisionModel, zero_shot_probabilities
 from .pipeline_medct import ZeroShotCTClassificationPipeline
@@ -34,6 +35,7 @@ __all__ = [
     "AdapterMismatchError",
     "CTVolume",
     "MedCTConfig",
+    "MedCTError",
     "MedCTForImageClassification",
     "MedCTImageProcessor",
     "MedCTModel",

@@ -16,6 +16,8 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
 
+from .errors_medct import MedCTError
+
 DESCRIPTION_FILE = "medct_adapter.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
@@ -30,7 +32,7 @@ _CHUNK_ELEMENTS = 2**22
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
-class AdapterMismatchError(ValueError):
+class AdapterMismatchError(MedCTError, ValueError):
     """An adapter that does not belong to this model; the message says why and what to do."""
 
 

@@ -40,6 +40,7 @@ from medct.adapters_medct import describe_adapter, fingerprint
 from medct.common.files import Reserve, refuse_taken, whole_file, whole_folder
 from medct.common.host import keep_freed_memory
 from medct.data import PHANTOMS, DataError, Source, StudyLoader, open_source, phantom_source, to_device
+from medct.errors_medct import MedCTError
 from medct.evaluation.metrics import choose_thresholds, compare, zero_shot_scores
 from medct.evaluation.plots import calibration_plot, roc_plot
 from medct.evaluation.report import results_table
@@ -166,7 +167,7 @@ class TrainingSettings:
 Settings = TypeVar("Settings", bound=TrainingSettings)
 
 
-class TrainingError(RuntimeError):
+class TrainingError(MedCTError, RuntimeError):
     """A run that cannot go on; the message says why and what to do."""
 
 

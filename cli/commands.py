@@ -28,6 +28,7 @@ from medct.configuration_medct import MedCTConfig
 from medct.data import open_source
 from medct.data.loader import StudyLoader, report_id
 from medct.data.prepared import first_line
+from medct.errors_medct import MedCTError
 from medct.evaluation.metrics import with_intervals
 from medct.evaluation.report import MEANS
 from medct.evaluation.scoring import score_studies, tokenize_prompts
@@ -44,7 +45,7 @@ _PATIENCE = timedelta(days=7)
 _SUFFIXES = {".csv": "csv", ".json": "json", ".jsonl": "json"}
 
 
-class CommandError(ValueError):
+class CommandError(MedCTError, ValueError):
     """A command that cannot be carried out; the message says why and what to do."""
 
 

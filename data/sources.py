@@ -22,12 +22,13 @@ from typing import Any
 import numpy as np
 from datasets import IterableDataset
 
+from medct.errors_medct import MedCTError
 from medct.volume_io_medct import CTVolume, read_volume
 
 Row = dict[str, Any]
 
 
-class DataError(ValueError):
+class DataError(MedCTError, ValueError):
     """A source that does not hold what it should; the message says what and what to do."""
 
 

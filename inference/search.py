@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 
 from medct.common.files import whole_file
 from medct.data import REPORT_COLUMNS
+from medct.errors_medct import MedCTError
 from medct.inference.row_files import KEY
 
 try:
@@ -30,7 +31,7 @@ _NAME_COLUMNS = ("file_name", "VolumeName")
 _METADATA_KEY = b"medct"
 
 
-class SearchError(ValueError):
+class SearchError(MedCTError, ValueError):
     """An index or a csv of reports that cannot be used; the message says why and what to do."""
 
 

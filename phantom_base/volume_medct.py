@@ -18,6 +18,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from .errors_medct import MedCTError
+
 MAX_OBLIQUE_DEGREES = 10.0
 """How far an array axis may lie off the patient axis that it stands for."""
 MAX_VOXELS = 2**31
@@ -32,7 +34,7 @@ _RAS_DIRECTIONS = {"R": (0, 1), "L": (0, -1), "A": (1, 1), "P": (1, -1), "S": (2
 _SPACING_DECIMALS = 6
 
 
-class VolumeError(ValueError):
+class VolumeError(MedCTError, ValueError):
     """A source that is no usable CT volume: what it is, why it is refused, and what to do.
 
     Args:

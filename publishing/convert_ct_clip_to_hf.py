@@ -23,6 +23,7 @@ from transformers import BertTokenizer
 
 from medct import MedCTConfig, MedCTForImageClassification, MedCTImageProcessor, MedCTModel, MedCTProcessor
 from medct.common.files import whole_folder
+from medct.errors_medct import MedCTError
 
 MODEL_CARD = Path(__file__).parents[1] / "model_card.md"
 CLASSFINE_PREFIX = "trained_model."
@@ -77,7 +78,7 @@ _DROPPED = (
 _NOT_IN_CLASSIFIER = re.compile(r"(text_model|text_projection|logit_scale)\.")
 
 
-class ConversionError(ValueError):
+class ConversionError(MedCTError, ValueError):
     """A checkpoint that is not what it should be; the message says what and what to do."""
 
 

@@ -29,6 +29,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import parse_ratelimit_headers
 
 from medct.adapters_medct import CONFIG_FILE, DESCRIPTION_FILE, WEIGHTS_FILE
+from medct.errors_medct import MedCTError
 from medct.publishing.cards import (
     GENERATED,
     PLACEHOLDER_REPO,
@@ -60,7 +61,7 @@ Answer = TypeVar("Answer")
 Files = dict[str, Path | bytes]
 
 
-class PushError(RuntimeError):
+class PushError(MedCTError, RuntimeError):
     """A push that was refused or failed; the message says why and what to do."""
 
 

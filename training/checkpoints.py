@@ -23,11 +23,12 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 
 from medct.common.files import flush_to_disk
+from medct.errors_medct import MedCTError
 from medct.training.lora import local_part
 from medct.training.objectives import sum_over_processes
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(MedCTError, RuntimeError):
     """A checkpoint that this run cannot go on from; the message says why and what to do."""
 
 
