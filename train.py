@@ -13,17 +13,11 @@ import dataclasses
 import json
 import math
 import os
-import resource
-import shutil
 import signal
-import sys
 import time
-import warnings
-from argparse import RawDescriptionHelpFormatter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,172 +26,35 @@ from accelerate.utils import ProjectConfiguration, set_seed
 from huggingface_hub.errors import HfHubHTTPError
 from peft import PeftModel
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModel, AutoProcessor, HfArgumentParser, get_cosine_schedule_with_warmup
-from transformers.utils import logging
+from transformers import AutoConfig, AutoModel, AutoProcessor, get_cosine_schedule_with_warmup
 
-from medct import MedCTConfig, MedCTModel, MedCTProcessor, VolumeError
+from medct import MedCTConfig, MedCTModel, MedCTProcessor
 from medct.adapters_medct import describe_adapter, fingerprint
-from medct.common.files import Reserve, refuse_taken, whole_file, whole_folder
-from medct.common.host import keep_freed_memory
-from medct.data import PHANTOMS, DataError, Source, StudyLoader, open_source, phantom_source, to_device
-from medct.errors_medct import MedCTError
+from medct.common.distributed import shard, sum_gradients, sum_over_processes
+from medct.common.errors import StoppedError, one_line_errors
+from medct.common.host import device_name, keep_freed_memory, peak_memory_bytes, quiet_libraries
+from medct.data import Source, StudyLoader, open_source, to_device
 from medct.evaluation.metrics import choose_thresholds, compare, zero_shot_scores
 from medct.evaluation.plots import calibration_plot, roc_plot
 from medct.evaluation.report import results_table
-from medct.evaluation.scoring import ScoredStudies, score_studies, texts_to, tokenize_prompts
-from medct.publishing.cards import is_hub_id, write_card
-from medct.publishing.convert_ct_clip_to_hf import ConversionError
-from medct.publishing.push import PushError, commit_of, push_adapter, push_model
-from medct.training.checkpoints import CheckpointError, Checkpoints, TrainingState, decode, encode
+from medct.evaluation.scoring import ScoredStudies, Texts, score_studies, texts_to, tokenize_prompts
+from medct.publishing.cards import write_card
+from medct.publishing.push import commit_of, push_adapter, push_model
+from medct.training.checkpoints import Checkpoints, TrainingState
 from medct.training.lora import (
-    Adaptation,
-    Target,
     add_lora,
     core,
     digest,
     frozen_tensors,
     note_start,
     save_weights,
-    shard,
     unlock,
     weights_to_save,
 )
 from medct.training.lora import trainable as trainable_parameters
-from medct.training.objectives import Objective, StepLoss, Texts, sum_gradients, sum_over_processes
-
-PHANTOM_BASE = Path(__file__).with_name("phantom_base")
-# Of sysexits.h, "temporary failure, try again": stopped by SIGTERM, and `--resume True` goes on.
-PREEMPTED_EXIT_CODE = 75
-
-
-def setting(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
-
-
-@dataclass
-class TrainingSettings:
-    """Everything about a run that does not travel with the weights; saved as `train_config.json`."""
-
-    model: str = setting(
-        str(PHANTOM_BASE), "Base model: Hub id or folder. Default: the phantom base of this repository."
-    )
-    revision: str | None = setting(None, "Commit of the base on the Hub. Pin it: the repository's code is run.")
-
-    data: str = setting(
-        PHANTOMS,
-        "Studies: a folder in CT-RATE's layout or with metadata.csv, prepared shards, hf://datasets/..., or "
-        '"phantoms": synthetic studies drawn on the fly.',
-    )
-    data_revision: str | None = setting(None, "Commit of a data set on the Hub.")
-    reconstructions: Literal["one", "all"] = setting(
-        "one", "Of a CT-RATE scan in an epoch: one of its reconstructions, another in each epoch, or all."
-    )
-    num_workers: int = setting(
-        1, "Processes that load data, for each training process; 0 loads in the training process."
-    )
-    on_bad_sample: Literal["skip", "raise"] = setting(
-        "skip", "What to do with a study that cannot be read; those skipped are listed in bad_samples.jsonl."
-    )
-    max_bad_share: float = setting(0.05, "Stop if a greater share of the studies cannot be read.")
-    phantom_site: Literal["A", "B"] = setting("B", "Which synthetic hospital to adapt to.")
-    phantom_train_patients: int = setting(2000, "Synthetic patients to train on.")
-    phantom_tune_patients: int = setting(100, "Synthetic patients to choose thresholds on.")
-    phantom_eval_patients: int = setting(300, "Synthetic patients to score on; others than those above.")
-
-    objective: Objective = setting(
-        "prompts", "Learn from the labels through their prompts, from the reports by contrast, or from both."
-    )
-    report_weight: float = setting(0.5, "Share of the reports in the loss of `both`; the labels have the rest.")
-    adaptation: Adaptation = setting(
-        "lora", "Kind of adapter; `full` trains every weight and saves a whole model, to compare with."
-    )
-    targets: Target = setting(
-        "both",
-        "What gets an adapter: attention of both encoders or of one; with projections; or all Linears of layers.",
-    )
-    rank: int = setting(16, "Rank of the LoRA matrices.")
-    alpha: int = setting(32, "Scale of the LoRA matrices; the update is multiplied by alpha / rank.")
-    dropout: float = setting(0.0, "Dropout before the LoRA matrices.")
-    train_logit_scale: bool = setting(False, "Train the scale of the logits as well, and save it with the adapter.")
-
-    learning_rate: float = setting(
-        3e-3,
-        "Highest; it rises over the first tenth and falls as a cosine. Suits the phantoms; begin lower with CT-CLIP.",
-    )
-    weight_decay: float = setting(0.01, "Weight decay of what is trained.")
-    batch_size: int = setting(8, "Studies that one process has in memory at once.")
-    accumulation_steps: int = setting(
-        1, "Such batches in an optimizer step. Reports are contrasted across all of them, in the memory of one."
-    )
-    epochs: int = setting(1, "Passes over the training studies.")
-    max_steps: int | None = setting(None, "Stop after so many steps, however many epochs are left.")
-    max_grad_norm: float = setting(1.0, "Gradients are scaled down to this length.")
-    gradient_checkpointing: bool = setting(False, "Recompute activations instead of keeping them: less memory.")
-    compile: bool = setting(False, "Compile the vision encoder with torch.compile.")
-    fsdp2: bool = setting(False, "Shard the model over the processes (FSDP2); also by accelerate's --use_fsdp.")
-
-    eval_steps: int | None = setting(None, "Score the tuning patients every so many steps while training.")
-    max_tune_studies: int | None = setting(500, "Studies to choose thresholds on and to watch training with.")
-    max_eval_studies: int | None = setting(None, "Score on so many held-out studies instead of all.")
-    bootstrap_resamples: int = setting(1000, "Resamples of the patients for the intervals.")
-
-    output_dir: str | None = setting(None, "Folder to make. Default: runs/ and the time.")
-    resume: bool = setting(
-        False, "Go on from the newest checkpoint of --output_dir, or begin if there is none; fits a requeued job."
-    )
-    checkpoint_steps: int = setting(100, "Steps from one checkpoint to the next.")
-    keep_checkpoints: int = setting(2, "How many of the newest checkpoints stay.")
-    report_to: Literal["none", "tensorboard", "trackio"] = setting("none", "Tracker to log to, offline.")
-    push_to_hub: bool = setting(False, "Push the finished folder to the Hub.")
-    hub_model_id: str | None = setting(None, "Where to push: ORG/NAME.")
-    hub_private: bool = setting(False, "Make that repository private.")
-    hub_base: str | None = setting(None, "Where the base is on the Hub, if --model is a folder.")
-    hub_base_revision: str | None = setting(None, "Its commit there.")
-
-    seed: int = setting(0, "Of the initialisation, the order of studies and the phantoms. Same seed, same numbers.")
-    cpu: bool = setting(False, "Stay on the CPU even if there is a GPU.")
-
-    def fixed(self) -> dict[str, Any]:
-        """The settings that a resumed run must share with the one it goes on from."""
-        free = {"output_dir", "resume", "checkpoint_steps", "keep_checkpoints", "report_to", "num_workers"}
-        free |= {name for name in dataclasses.asdict(self) if name.startswith(("hub_", "push_"))}
-        return {name: value for name, value in dataclasses.asdict(self).items() if name not in free}
-
-
-Settings = TypeVar("Settings", bound=TrainingSettings)
-
-
-class TrainingError(MedCTError, RuntimeError):
-    """A run that cannot go on; the message says why and what to do."""
-
-
-class PreemptedError(RuntimeError):
-    """Stopped by SIGTERM, with a checkpoint written."""
-
-
-def check(settings: TrainingSettings) -> None:
-    """Refuse settings that cannot be meant.
-
-    Raises:
-        TrainingError: With the setting and what it must be.
-    """
-    for name in ("rank", "batch_size", "accumulation_steps", "epochs", "checkpoint_steps", "keep_checkpoints"):
-        if getattr(settings, name) < 1:
-            raise TrainingError(f"--{name} is {getattr(settings, name)}. Pass 1 or more.")
-    if settings.push_to_hub and not settings.hub_model_id:
-        raise TrainingError("--push_to_hub needs --hub_model_id ORG/NAME.")
-    is_named = settings.adaptation == "full" or is_hub_id(settings.hub_base or settings.model)
-    if settings.push_to_hub and not is_named:
-        raise TrainingError(
-            "An adapter on the Hub names its base there, and --model is a folder. Push that with `medct push`, and "
-            "pass --hub_base ORG/NAME --hub_base_revision COMMIT."
-        )
-    if settings.resume and not settings.output_dir:
-        raise TrainingError("--resume needs the --output_dir of the run to go on with.")
-    if settings.fsdp2 and settings.adaptation == "pissa":
-        raise TrainingError("--adaptation pissa cannot be saved from a sharded model. Leave out --fsdp2.")
-    if settings.train_logit_scale and settings.adaptation == "pissa":
-        raise TrainingError("--adaptation pissa cannot be saved with a logit scale. Leave out --train_logit_scale.")
+from medct.training.objectives import StepLoss
+from medct.training.run_folder import RunFolder
+from medct.training.settings import TrainingError, TrainingSettings, check, parse_settings
 
 
 def make_accelerator(settings: TrainingSettings, work: Path) -> Accelerator:
@@ -251,17 +108,6 @@ def commit_of_base(settings: TrainingSettings) -> str | None:
 
 def load_sources(settings: TrainingSettings, config: MedCTConfig) -> dict[str, Source]:
     """Studies to train on, to tune on and, as "valid", to score on; no patient is in two of them."""
-    if settings.data == PHANTOMS:
-        sizes = {
-            "valid": settings.phantom_eval_patients,
-            "train": settings.phantom_train_patients,
-            "tune": settings.phantom_tune_patients,
-        }
-        sources, start = {}, 0
-        for split, size in sizes.items():
-            sources[split] = phantom_source(settings.phantom_site, range(start, start + size), settings.seed)
-            start += size
-        return sources
     limits = {"train": None, "tune": settings.max_tune_studies, "valid": settings.max_eval_studies}
     return {
         split: open_source(
@@ -272,6 +118,7 @@ def load_sources(settings: TrainingSettings, config: MedCTConfig) -> dict[str, S
             limit=limit,
             revision=settings.data_revision,
             need_reports=settings.objective != "prompts" and split == "train",
+            phantoms=settings.phantoms,
         )
         for split, limit in limits.items()
     }
@@ -294,20 +141,6 @@ def number_of_steps(source: Source, settings: TrainingSettings, processes: int) 
     return steps if settings.max_steps is None else min(steps, settings.max_steps)
 
 
-def memory_bytes(device: torch.device) -> int:
-    """The most memory that this process has used: of its GPU, else of the machine."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def device_name(device: torch.device) -> str:
-    """What a reader would call it."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{os.cpu_count()} CPU cores"
-
-
 def endless(loader: StudyLoader) -> Iterator[dict[str, Any]]:
     """Batches of one epoch after the other."""
     while True:
@@ -327,32 +160,6 @@ def operating_points(thresholds: np.ndarray, names: list[str]) -> dict[str, floa
     return {name: float(each) for name, each in zip(names, thresholds, strict=True) if not math.isnan(each)}
 
 
-class History:
-    """Figures of each step as JSON lines; what lies beyond the step that a run goes on from is dropped.
-
-    Args:
-        path: Of the file.
-        step: That the run goes on from.
-    """
-
-    def __init__(self, path: Path, step: int):
-        kept = []
-        if path.exists():
-            kept = [line for line in path.read_text().splitlines() if line.endswith("}")]
-            kept = [line for line in kept if json.loads(line)["step"] <= step]
-        with whole_file(path) as aside:
-            aside.write_text("".join(f"{line}\n" for line in kept))
-        self.path = path
-
-    def add(self, step: int, figures: dict[str, float]) -> None:
-        """Append a line; a full disk costs the line, not the run."""
-        try:
-            with self.path.open("a") as file:
-                file.write(json.dumps({"step": step, **figures}) + "\n")
-        except OSError as error:
-            warnings.warn(f"{self.path}: step {step} is not noted ({error}); training goes on.", stacklevel=2)
-
-
 class Trainer:
     """One run, from base to folder.
 
@@ -367,14 +174,9 @@ class Trainer:
         check(settings)
         self.settings = settings
         self.started = time.monotonic()
-        self.output = Path(settings.output_dir or time.strftime("runs/%Y-%m-%d_%H-%M-%S"))
-        self.work = self.output.with_name(self.output.name + ".unfinished")
-        refuse_taken(self.output)
-        if not settings.resume and self.work.exists() and any(self.work.iterdir()):
-            raise TrainingError(
-                f"{self.work} is of a run that was not finished. Pass --resume True to go on with it, or remove it."
-            )
-        self.accelerator = make_accelerator(settings, self.work)
+        self.folder = RunFolder(settings.output_dir, settings.resume)
+        self.accelerator = make_accelerator(settings, self.folder.work)
+        self.is_sharded = settings.fsdp2 or self.accelerator.is_fsdp2
         set_seed(settings.seed)
         self.base, self.processor = load_base(settings)
         self.revision = commit_of_base(settings)
@@ -383,7 +185,7 @@ class Trainer:
         self.sources = load_sources(settings, self.config)
         self.steps = number_of_steps(self.sources["train"], settings, self.accelerator.num_processes)
         self.prompts = tokenize_prompts(self.config, self.processor)
-        self.work.mkdir(parents=True, exist_ok=True)
+        self.folder.work.mkdir(parents=True, exist_ok=True)
         self.is_preempted = False
 
     def run(self) -> dict[str, Any]:
@@ -392,14 +194,14 @@ class Trainer:
         before = {split: self.score_base(split) for split in ("tune", "valid")}
         self._check_labels(before["valid"])
         model = self._attach()
-        reserve = self._reserve()
+        if self.accelerator.is_main_process:
+            # Adapter, plots and tables.
+            self.folder.reserve(8 * self.counts["trainable_parameters"] + 2**23)
         with self._noting_sigterm():
             self._train(model)
         self._check_base(model)
         after = {split: self._score(core(model), split, "adapted") for split in ("tune", "valid")}
         results = self._results(before, after, model)
-        if self.accelerator.is_main_process and reserve is not None:
-            reserve.release()
         self._save(model, results, before["valid"], after["valid"])
         return results
 
@@ -427,7 +229,7 @@ class Trainer:
             num_workers=self.settings.num_workers,
             on_bad_sample=self.settings.on_bad_sample,
             max_bad_share=self.settings.max_bad_share,
-            bad_samples_file=self.work / "bad_samples.jsonl",
+            bad_samples_file=self.folder.bad_samples,
             **options,
         )
 
@@ -436,15 +238,15 @@ class Trainer:
         return score_studies(model, loader, self.prompts, self.accelerator, f"score {what}, {split}")
 
     def score_base(self, split: str) -> ScoredStudies:
-        """From the run that is gone on with, if it came so far."""
-        path = self.work / f"base_{split}.json"
-        if not path.exists():
-            scored = self._score(self.base, split, "base")
-            if self.accelerator.is_main_process:
-                with whole_file(path) as aside:
-                    aside.write_text(encode(scored))
-            self.accelerator.wait_for_everyone()
-        return ScoredStudies(**decode(path.read_text()))
+        """From the run that is resumed, if it came so far."""
+        name = f"base_{split}"
+        if (known := self.folder.remembered(name)) is not None:
+            return ScoredStudies(**known)
+        scored = self._score(self.base, split, "base")
+        if self.accelerator.is_main_process:
+            self.folder.remember(name, scored)
+        self.accelerator.wait_for_everyone()
+        return scored
 
     def _check_labels(self, scored: ScoredStudies) -> None:
         """Refuse, before any training, held-out studies that no score can be computed on."""
@@ -470,7 +272,7 @@ class Trainer:
                 revision=self.revision,
             )
             if self.accelerator.is_main_process:
-                note_start(model, self.work)
+                note_start(model, self.folder.work)
         parameters = trainable_parameters(model).values()
         self.counts = {
             "trainable_parameters": sum(parameter.numel() for parameter in parameters),
@@ -485,16 +287,10 @@ class Trainer:
             core(model).activation_checkpointing_enable()
         if settings.compile:
             core(model).vision_model.compile()
-        if settings.fsdp2 or self.accelerator.is_fsdp2:
-            shard(model)
+        if self.is_sharded:
+            shard(core(model))
         self.frozen = digest(frozen_tensors(model))
         return model
-
-    def _reserve(self) -> Reserve | None:
-        """Room on the disk for what is saved at the end: adapter, plots and tables."""
-        if not self.accelerator.is_main_process:
-            return None
-        return Reserve(self.work / ".reserve", 8 * self.counts["trainable_parameters"] + 2**23)
 
     def _train(self, model: PeftModel | MedCTModel) -> None:
         """Train to the last step, from the newest checkpoint if there is one."""
@@ -509,13 +305,13 @@ class Trainer:
         loader = self.loader("train", with_text=settings.objective != "prompts", seed=settings.seed, drop_last=True)
         state = TrainingState(parameters, optimizer, schedule, loader)
         checkpoints = Checkpoints(
-            self.work / "checkpoints", settings.keep_checkpoints, accelerator, settings.fixed() | {"steps": self.steps}
+            self.folder.checkpoints, settings.keep_checkpoints, accelerator, settings.fixed() | {"steps": self.steps}
         )
         if checkpoints.load(state):
             accelerator.print(f"resumed after step {state.step} of {self.steps}")
-        history = History(self.work / "history.jsonl", state.step) if accelerator.is_main_process else None
+        history = self.folder.history(state.step) if accelerator.is_main_process else None
         accelerator.init_trackers("medct", config=settings.fixed())
-        prompts = texts_to(self.prompts[0], accelerator.device)
+        prompts = [texts_to(texts, accelerator.device) for texts in self.prompts]
         batches = endless(loader)
         bar = tqdm(
             total=self.steps, initial=state.step, desc="train", unit="step", disable=not accelerator.is_main_process
@@ -535,9 +331,9 @@ class Trainer:
             accelerator.log(figures, step=state.step)
             if self._must_stop():
                 checkpoints.save(state)
-                raise PreemptedError(
+                raise StoppedError(
                     f"stopped by SIGTERM after step {state.step} of {self.steps}. The same command with "
-                    f"--output_dir {self.output} --resume True goes on."
+                    f"--output_dir {self.folder.final} --resume True resumes it."
                 )
             if state.step % settings.checkpoint_steps == 0 or state.step == self.steps:
                 checkpoints.save(state)
@@ -550,7 +346,7 @@ class Trainer:
         model: PeftModel | MedCTModel,
         state: TrainingState,
         batches: Iterator[dict[str, Any]],
-        prompts: Texts,
+        prompts: list[Texts],
     ) -> dict[str, float]:
         """One optimizer step, over the micro-batches of all processes."""
         settings, accelerator = self.settings, self.accelerator
@@ -564,7 +360,7 @@ class Trainer:
         if not math.isfinite(loss):
             raise TrainingError(f"The loss became {loss} in step {state.step + 1}. Lower --learning_rate.")
         parameters = list(state.parameters.values())
-        if not (settings.fsdp2 or accelerator.is_fsdp2):
+        if not self.is_sharded:
             sum_gradients(parameters)
         torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
         learning_rate = state.schedule.get_last_lr()[0]
@@ -577,7 +373,7 @@ class Trainer:
             "loss": loss,
             "learning_rate": learning_rate,
             "volumes_per_second": studies / (time.perf_counter() - started),
-            "memory_gib": memory_bytes(accelerator.device) / 2**30,
+            "memory_gib": peak_memory_bytes(accelerator.device) / 2**30,
         }
 
     def _watch(self, model: PeftModel | MedCTModel, step: int) -> dict[str, float]:
@@ -622,7 +418,7 @@ class Trainer:
         )
         held_out = self.sources["valid"].description
         measured_on = f"Zero-shot on {comparison['scans']} held-out studies: {held_out}."
-        is_synthetic = "SYNTHETIC" in held_out  # so do phantoms say, prepared ones as well
+        is_synthetic = self.sources["valid"].is_synthetic
         if is_synthetic:
             measured_on += " These are SYNTHETIC drawings: no patients, and no clinical meaning."
         return {
@@ -651,8 +447,8 @@ class Trainer:
         if not self.accelerator.is_main_process:
             return
         note = self.sources["valid"].description
-        with whole_folder(self.output) as folder:
-            save_weights(model, tensors, folder, self.work)
+        with self.folder.complete() as folder:
+            save_weights(model, tensors, folder, self.folder.work)
             if self.settings.adaptation == "full":
                 self.processor.save_pretrained(folder)
             else:
@@ -669,15 +465,11 @@ class Trainer:
             models = {"base": before.scores, "adapted": after.scores}
             roc_plot(models, before.labels, self.config.label_names, note).savefig(folder / "roc.png")
             calibration_plot(models, before.labels, note).savefig(folder / "calibration.png")
-            for name in ("history.jsonl", "bad_samples.jsonl", "logs"):
-                if (self.work / name).exists():
-                    shutil.move(self.work / name, folder / name)
             if self.settings.adaptation == "full":
                 (folder / "README.md").write_text(f"# MedCT\n\n{results['measured_on']}\n\n{results['table']}\n")
             else:
                 write_card(folder)
-        shutil.rmtree(self.work)
-        print(f"\n{results['table']}\n\n{results['measured_on']}\nSaved: {self.output}")
+        print(f"\n{results['table']}\n\n{results['measured_on']}\nSaved: {self.folder.final}")
         if self.settings.push_to_hub:
             print(f"Pushed: {self._push()}")
 
@@ -685,9 +477,9 @@ class Trainer:
         """To the Hub; returns the commit's address. The folder stays whatever happens."""
         settings = self.settings
         if settings.adaptation == "full":
-            return push_model(self.output, settings.hub_model_id, private=settings.hub_private)
+            return push_model(self.folder.final, settings.hub_model_id, private=settings.hub_private)
         return push_adapter(
-            self.output,
+            self.folder.final,
             settings.hub_model_id,
             private=settings.hub_private,
             base=settings.hub_base,
@@ -704,32 +496,10 @@ def run(settings: TrainingSettings) -> dict[str, Any]:
         trainer.accelerator.state.destroy_process_group()
 
 
-@contextlib.contextmanager
-def one_line_errors() -> Iterator[None]:
-    """For a command: what a user can mend ends the process with one sentence, and libraries stay quiet."""
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    # PEFT still reads a name that transformers has given up.
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
-    try:
-        yield
-    except PreemptedError as error:
-        print(error, file=sys.stderr)
-        sys.exit(PREEMPTED_EXIT_CODE)
-    except (CheckpointError, ConversionError, DataError, PushError, TrainingError, VolumeError, OSError) as error:
-        sys.exit(f"error: {error}")
-
-
-def parse_settings(kind: type[Settings], description: str | None, arguments: list[str] | None) -> Settings:
-    """Settings from the command line."""
-    parser = HfArgumentParser(kind, description=description, formatter_class=RawDescriptionHelpFormatter)
-    (settings,) = parser.parse_args_into_dataclasses(arguments)
-    return settings
-
-
 def main(arguments: list[str] | None = None) -> None:
     settings = parse_settings(TrainingSettings, __doc__, arguments)
     keep_freed_memory()
+    quiet_libraries()
     with one_line_errors():
         run(settings)
 

@@ -21,7 +21,8 @@ from medct.common.files import whole_file
 from medct.data import StudyLoader, phantom_source
 from medct.evaluation.metrics import zero_shot_scores
 from medct.evaluation.scoring import score_studies
-from medct.train import Trainer, TrainingSettings
+from medct.train import Trainer
+from medct.training.settings import TrainingSettings
 
 STEPS = 150
 PATIENTS = (25, 100, 400)

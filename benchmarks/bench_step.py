@@ -51,7 +51,7 @@ def measure(case: str, repeats: int) -> dict[str, Any]:
     optimizer = torch.optim.AdamW(parameter for parameter in adapted.parameters() if parameter.requires_grad)
 
     def step() -> None:
-        StepLoss("prompts").backward(core(adapted), [{"pixel_values": volumes, "labels": labels}], texts)
+        StepLoss("prompts").backward(core(adapted), [{"pixel_values": volumes, "labels": labels}], [texts])
         optimizer.step()
         optimizer.zero_grad()
 

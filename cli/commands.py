@@ -23,11 +23,11 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModel, AutoProcessor
 
 from medct.byte_sources_medct import is_address
+from medct.common.errors import first_line
 from medct.common.files import whole_file, whole_folder
 from medct.configuration_medct import MedCTConfig
 from medct.data import open_source
 from medct.data.loader import StudyLoader, report_id
-from medct.data.prepared import first_line
 from medct.errors_medct import MedCTError
 from medct.evaluation.metrics import with_intervals
 from medct.evaluation.report import MEANS

@@ -1,7 +1,18 @@
-"""How a process of this package holds the memory of its host."""
+"""The machine that a process of this package runs on: its memory, its name, and how loud its libraries are."""
 
 import ctypes
+import os
 import platform
+import sys
+import warnings
+
+import torch
+from transformers.utils import logging
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 # Of glibc's malloc.h.
 _M_TRIM_THRESHOLD = -1
@@ -18,3 +29,28 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(_M_MMAP_MAX, 0)
         libc.mallopt(_M_TRIM_THRESHOLD, -1)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory that this process has used: of its GPU, else of the machine; 0 where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if resource is None:
+        return 0
+    unit_bytes = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit_bytes
+
+
+def device_name(device: torch.device) -> str:
+    """What a reader would call it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{os.cpu_count()} CPU cores"
+
+
+def quiet_libraries() -> None:
+    """Let libraries speak of errors only, as a command's own lines say the rest."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    # PEFT still reads a name that transformers has given up.
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")

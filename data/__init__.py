@@ -22,13 +22,39 @@ from medct.data.loader import StudyLoader, report_id, to_device
 from medct.data.own_data import metadata_files, metadata_source, parquet_source
 from medct.data.phantoms import make_phantom
 from medct.data.prepared import MANIFEST, prepared_source
-from medct.data.sources import DataError, Deferred, Row, Skipped, Source, read_study
+from medct.data.sources import DataError, Deferred, Row, Skipped, Source, first_of, read_study
 from medct.data.tables import TUNE_SHARE, Selection
 
 PHANTOMS = "phantoms"
 """An address that needs no data."""
-PHANTOM_SITE = "B"
-PHANTOM_PATIENTS = {"valid": range(300), "train": range(300, 2300), "tune": range(2300, 2400)}
+
+
+@dataclass(frozen=True)
+class PhantomCohort:
+    """SYNTHETIC patients by number, each in one split.
+
+    Args:
+        site: Which synthetic hospital, see `phantoms.SITES`.
+        train_patients: To train on.
+        tune_patients: To choose thresholds on.
+        eval_patients: To score on.
+        seed: Of the whole cohort.
+    """
+
+    site: Literal["A", "B"] = "B"
+    train_patients: int = 2000
+    tune_patients: int = 100
+    eval_patients: int = 300
+    seed: int = 0
+
+    def patients(self, split: str) -> range:
+        """Numbers of the patients of "train", "tune" or "valid"."""
+        start = 0
+        for name, size in (("valid", self.eval_patients), ("train", self.train_patients), ("tune", self.tune_patients)):
+            if name == split:
+                return range(start, start + size)
+            start += size
+        raise DataError(f"There is no split {split!r}.")
 
 
 def open_source(
@@ -43,13 +69,14 @@ def open_source(
     need_reports: bool = False,
     revision: str | None = None,
     token: str | None = None,
+    phantoms: PhantomCohort = PhantomCohort(),
 ) -> Source:
     """A split of labelled studies, wherever they lie.
 
     Args:
         address: Local folder or `hf://datasets/ORG/NAME`: in CT-RATE's layout, with a `metadata.csv`, of prepared
             shards, or of Parquet with a `Nifti()` column; or one Parquet file. What it is, is seen by what it holds.
-            "phantoms": SYNTHETIC studies, those of `train.py` by default.
+            "phantoms": SYNTHETIC studies.
         split: "train", "tune" or "valid". No patient stands in two of them; thresholds are chosen on "tune", so that
             "valid" stays unseen.
         config: Of the model: its labels are read.
@@ -62,6 +89,7 @@ def open_source(
         need_reports: Leave out studies whose report says nothing; they serve where only labels are learned.
         revision: Branch, tag or commit of a repository.
         token: For the Hub, instead of the one that is logged in.
+        phantoms: Which studies "phantoms" stands for.
 
     Raises:
         DataError: If it holds no such thing, or not what the model needs.
@@ -69,7 +97,7 @@ def open_source(
     share = TUNE_SHARE if tune_share is None else tune_share
     selection = Selection(split, reconstructions, share, limit, need_reports)
     if address == PHANTOMS:
-        return _phantom_split(config, selection)
+        return _phantom_split(config, selection, phantoms)
     if address.endswith(".parquet"):
         return parquet_source(address, config, selection, revision, token)
     folder = open_folder(address, revision, token)
@@ -91,12 +119,13 @@ def open_source(
     return parquet_source(address, config, selection, revision, token)
 
 
-def _phantom_split(config: MedCTConfig, selection: Selection) -> Source:
-    """A split of the phantoms that have an address."""
+def _phantom_split(config: MedCTConfig, selection: Selection, cohort: PhantomCohort) -> Source:
+    """A split of a cohort of phantoms."""
     if list(config.label_names) != list(CT_CLIP_LABELS):
         raise DataError(f"{PHANTOMS}: drawn with CT-CLIP's 18 labels. Pass a model that has them.")
-    patients = PHANTOM_PATIENTS[selection.split][: selection.limit]
-    return phantom_source(PHANTOM_SITE, patients, seed=0)
+    patients = cohort.patients(selection.split)
+    chosen = first_of([_phantom_name(cohort.site, patient) for patient in patients], selection.limit)
+    return phantom_source(cohort.site, [patients[index] for index in chosen], cohort.seed)
 
 
 def phantom_source(site: str, patients: Sequence[int], seed: int) -> Source:
@@ -107,8 +136,18 @@ def phantom_source(site: str, patients: Sequence[int], seed: int) -> Source:
         patients: Their numbers; sources of disjoint numbers share no patient.
         seed: Of the whole cohort.
     """
-    description = f"{len(patients)} SYNTHETIC phantoms of site {site}"
-    return Source([(patient,) for patient in patients], _DrawPhantom(site, seed), CT_CLIP_LABELS, description)
+    return Source(
+        [(patient,) for patient in patients],
+        _DrawPhantom(site, seed),
+        CT_CLIP_LABELS,
+        f"{len(patients)} SYNTHETIC phantoms of site {site}",
+        names=[_phantom_name(site, patient) for patient in patients],
+        is_synthetic=True,
+    )
+
+
+def _phantom_name(site: str, patient: int) -> str:
+    return f"phantom_{site.lower()}_{patient}"
 
 
 @dataclass(frozen=True)
@@ -120,7 +159,7 @@ class _DrawPhantom:
         study = make_phantom(patient, self.site, self.seed)
         return {
             "id": study["VolumeName"],
-            "patient": f"phantom_{self.site.lower()}_{patient}",
+            "patient": _phantom_name(self.site, patient),
             "report": " ".join(study[column] for column in REPORT_COLUMNS),
             "labels": [float(study[name]) for name in CT_CLIP_LABELS],
             "volume": study["volume"],
@@ -132,6 +171,7 @@ __all__ = [
     "PHANTOMS",
     "DataError",
     "Deferred",
+    "PhantomCohort",
     "Row",
     "Skipped",
     "Source",

@@ -25,11 +25,11 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from medct import MedCTConfig, MedCTImageProcessor, MedCTProcessor, VolumeWarning
+from medct.common.errors import first_line
 from medct.common.files import whole_file
 from medct.data import open_source
 from medct.data.loader import LoadStudy, to_device
 from medct.data.prepare import load_config
-from medct.data.prepared import first_line
 from medct.data.sources import DataError, Row, Skipped, Source
 from medct.volume_medct import affine_from_spacing, axis_order
 

@@ -24,13 +24,12 @@ from pyarrow import parquet
 
 from medct.configuration_medct import MedCTConfig
 from medct.data.folders import HUB_ADDRESS, Folder
-from medct.data.sources import DataError, Deferred, Source
+from medct.data.sources import DataError, Deferred, Source, hash_share
 from medct.data.tables import (
     Selection,
     Sieve,
     belongs,
     check_labels,
-    hash_share,
     join_text,
     merge_doubles,
     read_csv,

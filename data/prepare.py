@@ -31,9 +31,10 @@ from pyarrow import parquet
 from tqdm import tqdm
 
 from medct import MedCTConfig, MedCTImageProcessor, VolumeError, VolumeWarning
+from medct.common.errors import first_line
 from medct.common.files import whole_file
 from medct.data import open_source
-from medct.data.prepared import FEATURES, FORMAT, MANIFEST, first_line, grid_settings, nifti_header, shard_name
+from medct.data.prepared import FEATURES, FORMAT, MANIFEST, grid_settings, nifti_header, shard_name
 from medct.data.sources import DataError, Source, read_study, too_many_bad
 from medct.data.tables import TUNE_SHARE
 
@@ -140,14 +141,14 @@ class Shard:
         name: Without suffix.
         split: Which it belongs to.
         source: Of the studies.
-        keys: Number of the scan, and the source's key, of each study.
+        keys: Name of the scan, and the source's key, of each study.
     """
 
     folder: Path
     name: str
     split: str
     source: Source
-    keys: Sequence[tuple[int, int]]
+    keys: Sequence[tuple[str, int]]
 
     @property
     def path(self) -> Path:
@@ -169,7 +170,7 @@ class Shard:
         """Make the file and its record; returns `id` and `reason` of what was skipped."""
         skipped: list[dict[str, str]] = []
         remarks: list[dict[str, str]] = []
-        scans: list[int] = []
+        scans: list[str] = []
         without_report: list[int] = []
         with (
             whole_file(self.path) as aside,
@@ -202,7 +203,7 @@ class Shard:
         with self.path.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         file = {"path": f"data/{self.path.name}", "num_bytes": self.path.stat().st_size, "sha256": sha256}
-        # Rows of one scan's reconstructions have the same number; rows without a report are counted from 0.
+        # Rows of one scan's reconstructions have its name; rows without a report are counted from 0.
         file |= {"num_studies": len(scans), "scans": scans, "without_report": without_report}
         _write_json(self.record_path, {"file": file, "skipped": skipped, "remarks": remarks})
         return skipped
@@ -228,7 +229,7 @@ def _write_json(path: Path, content: Any) -> None:
 def shards_of(folder: Path, split: str, source: Source, settings: dict[str, Any]) -> list[Shard]:
     """All files to be of a split, in order."""
     last = 1 if settings["reconstructions"] == "one" else None
-    keys = [(scan, key) for scan, group in enumerate(source.groups) for key in group[:last]]
+    keys = [(name, key) for name, group in zip(source.names, source.groups, strict=True) for key in group[:last]]
     size = settings["studies_per_shard"]
     count = math.ceil(len(keys) / size)
     return [
@@ -278,6 +279,7 @@ def finish(
         left_out = [{"id": study.id, "reason": study.reason} for study in source.skipped]
         splits[split] = {
             "description": source.description,
+            "synthetic": source.is_synthetic,
             "num_studies": sum(record["file"]["num_studies"] for record in records),
             "files": [record["file"] for record in records],
             "skipped": left_out + [study for record in records for study in record["skipped"]],

@@ -38,11 +38,12 @@ from datasets import Features, List, Nifti, Value
 from pyarrow import parquet
 
 from medct.byte_sources_medct import is_address
+from medct.common.errors import first_line
 from medct.configuration_medct import MedCTConfig
-from medct.data.sources import DataError, Deferred, Row, Skipped, Source
+from medct.data.sources import DataError, Deferred, Row, Skipped, Source, first_of
 from medct.volume_medct import VolumeError
 
-FORMAT = 1
+FORMAT = 2
 """To be raised when shards are written in another way, or preprocessing gives other voxels."""
 MANIFEST = "manifest.json"
 FEATURES = Features(
@@ -133,11 +134,6 @@ def decode_nifti(data: pa.Buffer, shape: tuple[int, int, int], name: str) -> tor
     # By way of Arrow, because torch warns of every buffer that is not to be written to.
     voxels = pa.Array.from_buffers(pa.int16(), count, [None, data.slice(_NIFTI_HEADER_BYTES)])
     return torch.from_dlpack(voxels).view(shape)
-
-
-def first_line(error: BaseException) -> str:
-    """What an error of a library says, without what follows."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _persist(address: str, fetch: Callable[[], Any]) -> Any:
@@ -361,9 +357,8 @@ def prepared_source(
     if not is_address(address):
         _check_files(paths, found["files"])
     groups = _groups(found["files"], reconstructions, need_reports)
-    if limit is not None:
-        chosen = np.random.default_rng(0).permutation(len(groups))[:limit]
-        groups = [groups[index] for index in sorted(chosen)]
+    scans = [scan for file in found["files"] for scan in file["scans"]]
+    groups = [groups[index] for index in first_of([scans[rows[0]] for rows in groups], limit)]
     starts = itertools.accumulate((len(file["scans"]) for file in found["files"]), initial=0)
     read = _ReadRow(
         paths, tuple(starts)[:-1], tuple(manifest["settings"]["image_size"]), len(config.label_names), options
@@ -374,6 +369,8 @@ def prepared_source(
         tuple(config.label_names),
         f"{len(groups)} prepared studies of {found['description']}",
         tuple(Skipped(**study) for study in found["skipped"]),
+        [scans[rows[0]] for rows in groups],
+        found["synthetic"],
     )
 
 

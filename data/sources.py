@@ -14,6 +14,7 @@ A row is what one study is before its volume is read:
 """
 
 import contextlib
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -49,6 +50,27 @@ def too_many_bad(num_bad: int, num_seen: int, max_share: float) -> bool:
     return num_bad > max_share * max(num_seen, FEWEST_JUDGED)
 
 
+def hash_share(name: str, purpose: str) -> float:
+    """A number in [0, 1) that depends on a name alone: the same everywhere, for ever, and another for each purpose."""
+    digest = hashlib.blake2b(f"{purpose}:{name}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64
+
+
+def first_of(names: Sequence[str], limit: int | None) -> list[int]:
+    """Which of the named studies come first in a fixed pseudo-random order that depends on their names alone.
+
+    Args:
+        names: Of the studies or scans.
+        limit: How many; all of them if `None`.
+
+    Returns:
+        Their indices, ascending.
+    """
+    if limit is None or limit >= len(names):
+        return list(range(len(names)))
+    return sorted(sorted(range(len(names)), key=lambda index: hash_share(names[index], "limit"))[:limit])
+
+
 class Deferred(ABC):
     """A volume that is fetched only when it is read, so that a failure concerns this study alone."""
 
@@ -67,6 +89,8 @@ class Source:
         label_names: What `labels` of a row stand for.
         description: "300 studies of ...", for people.
         skipped: Studies left out before any volume is read.
+        names: Of the groups, by which a `limit` chooses; their numbers where nothing is given.
+        is_synthetic: Whether these are drawings, of nobody.
     """
 
     groups: Sequence[Sequence[int]]
@@ -74,6 +98,12 @@ class Source:
     label_names: tuple[str, ...]
     description: str
     skipped: tuple[Skipped, ...] = ()
+    names: Sequence[str] = ()
+    is_synthetic: bool = False
+
+    def __post_init__(self):
+        if not self.names:
+            object.__setattr__(self, "names", [str(index) for index in range(len(self.groups))])
 
     @property
     def num_studies(self) -> int:

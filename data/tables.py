@@ -5,7 +5,6 @@ folder, or whatever its `volume_of` understands), one column a label, and where 
 `scan`. It may have `rescale_slope`, `rescale_intercept` and the spacings `i_mm`, `j_mm`, `k_mm`.
 """
 
-import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from medct.data.sources import DataError, Row, Skipped, Source
+from medct.data.sources import DataError, Row, Skipped, Source, first_of, hash_share
 from medct.volume_io_medct import affine_from_spacing
 
 SPLITS = ("train", "tune", "valid")
@@ -57,12 +56,6 @@ class Selection:
             raise DataError(f"`tune_share` must lie in [0, 1), not {self.tune_share}.")
         if self.limit is not None and self.limit < 1:
             raise DataError(f"`limit` must be 1 or more, not {self.limit}.")
-
-
-def hash_share(name: str, purpose: str) -> float:
-    """A number in [0, 1) that depends on a name alone: the same everywhere, for ever, and another for each purpose."""
-    digest = hashlib.blake2b(f"{purpose}:{name}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") / 2**64
 
 
 def belongs(patients: pd.Series, split: str, tune_share: float) -> pd.Series:
@@ -228,13 +221,13 @@ def table_source(
     if not groups:
         reasons = "; ".join(sorted({study.reason for study in sieve.skipped})) or "its tables are empty"
         raise DataError(f"{where}: no study of the {selection.split} split is left ({reasons}). Check its tables.")
-    if selection.limit is not None and selection.limit < len(groups):
-        names = table["scan"] if by_scan else table["id"]
-        groups = sorted(sorted(groups, key=lambda rows: hash_share(names[rows[0]], "limit"))[: selection.limit])
-        kept = sorted(row for rows in groups for row in rows)
-        number = {row: index for index, row in enumerate(kept)}
-        table = table.iloc[kept].reset_index(drop=True)
-        groups = [tuple(number[row] for row in rows) for rows in groups]
+    scan_or_id = table["scan" if by_scan else "id"]
+    groups = [groups[index] for index in first_of([scan_or_id[rows[0]] for rows in groups], selection.limit)]
+    kept = sorted(row for rows in groups for row in rows)
+    number = {row: index for index, row in enumerate(kept)}
+    names = [scan_or_id[rows[0]] for rows in groups]
+    table = table.iloc[kept].reset_index(drop=True)
+    groups = [tuple(number[row] for row in rows) for rows in groups]
     description = f"{len(groups)} {selection.split} studies of {where}"
     rows = TableRows(pa.Table.from_pandas(table, preserve_index=False), tuple(label_names), volume_of)
-    return Source(groups, rows, tuple(label_names), description, tuple(sieve.skipped))
+    return Source(groups, rows, tuple(label_names), description, tuple(sieve.skipped), names)

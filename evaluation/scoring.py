@@ -11,11 +11,14 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
+from medct.common.distributed import sum_over_processes
 from medct.configuration_medct import MedCTConfig
 from medct.data import StudyLoader, to_device
 from medct.modeling_medct import MedCTModel, zero_shot_probabilities
 from medct.processing_medct import MedCTProcessor
-from medct.training.objectives import Texts, sum_over_processes
+
+Texts = dict[str, torch.Tensor]
+"""`input_ids` and `attention_mask`, `(texts, tokens)` each."""
 
 
 @dataclass(frozen=True)

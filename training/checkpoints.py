@@ -22,10 +22,9 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 
+from medct.common.distributed import local_part, sum_over_processes
 from medct.common.files import flush_to_disk
 from medct.errors_medct import MedCTError
-from medct.training.lora import local_part
-from medct.training.objectives import sum_over_processes
 
 
 class CheckpointError(MedCTError, RuntimeError):

@@ -7,9 +7,8 @@ from typing import Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
 
+from medct.common.distributed import local_part, whole
 from medct.modeling_medct import MedCTModel
 
 # The attention Linears under the names that BERT and the other encoders of transformers give them.
@@ -91,16 +90,6 @@ def trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def local_part(tensor: torch.Tensor) -> torch.Tensor:
-    """What this process holds of a tensor; all of it if it is not sharded."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor on the CPU, put together from all processes if it is sharded; all of them must call it."""
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu().contiguous()
-
-
 def frozen_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Names and tensors of everything in a model with adapters that must not change: frozen parameters and buffers."""
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
@@ -146,21 +135,3 @@ def save_weights(
         model.save_pretrained(folder, path_initial_model_for_weight_conversion=str(start / _PISSA_START))
     else:
         model.save_pretrained(folder, state_dict=tensors)
-
-
-def shard(model: PeftModel | MedCTModel) -> None:
-    """Shard a model over all processes, in place (FSDP2): each holds a part of every tensor.
-
-    Gradients are summed over processes in the backward pass, as the losses are shares of one loss.
-    """
-    inner = core(model)
-    layers = [module for module in inner.modules() if type(module).__name__ in (inner._no_split_modules or ())]
-    for module in (*layers, inner):
-        fully_shard(module)
-    for module in inner.modules():
-        if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)  # gloo cannot scale while it sums
-    # FSDP2 gathers weights in `forward`; training calls the encoders by themselves.
-    for method in ("get_image_features", "get_text_features", "get_logits"):
-        register_fsdp_forward_method(inner, method)

@@ -3,67 +3,26 @@
 Unusual here:
 - Each process computes its own share of a loss (its rows, divided by the numbers of all processes), so losses and
   gradients are summed over processes, never averaged, and a step of two processes equals one of a single process.
-- The sum is taken by `sum_gradients`, not by a DistributedDataParallel wrapper: a step has several backward passes, and
-  the gradients of an adapter are megabytes. Under FSDP2 the backward passes do it themselves.
+- `common.distributed.sum_gradients` takes the sum, not a DistributedDataParallel wrapper: a step has several backward
+  passes, and the gradients of an adapter are megabytes. Under FSDP2 the backward passes do it themselves.
 - Contrast over many micro-batches recomputes each of them in the backward pass (gradient caching), so memory is that of
   one micro-batch and the negatives are those of all.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from medct.common.distributed import gather_rows, process_rank, sum_over_processes
+from medct.evaluation.scoring import Texts
 from medct.modeling_medct import MedCTModel
 
-Texts = dict[str, torch.Tensor]
 Objective = Literal["prompts", "contrastive", "both"]
-
-
-class _GatherRows(torch.autograd.Function):
-    """Rows of all processes, in the order of ranks; each process's gradient reaches the rows it owns."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor) -> torch.Tensor:
-        gathered = rows.new_empty((dist.get_world_size() * rows.shape[0], *rows.shape[1:]))
-        dist.all_gather_single(gathered, rows.contiguous())
-        return gathered
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
-        gradient = gradient.contiguous().clone()
-        dist.all_reduce(gradient)
-        return gradient.chunk(dist.get_world_size())[dist.get_rank()]
-
-
-def _is_distributed() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def gather_rows(rows: torch.Tensor) -> torch.Tensor:
-    """`(rows, ...)` of each process to `(processes * rows, ...)`, with gradients; as it is in a single process."""
-    return _GatherRows.apply(rows) if _is_distributed() else rows
-
-
-def sum_over_processes(value: torch.Tensor) -> torch.Tensor:
-    """Sum a tensor over all processes; without gradients."""
-    value = value.detach().clone()
-    if _is_distributed():
-        dist.all_reduce(value)
-    return value
-
-
-def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
-    """Add up the gradients of all processes, in place."""
-    if _is_distributed():
-        waiting = [dist.all_reduce(each.grad, async_op=True) for each in parameters if each.grad is not None]
-        for handle in waiting:
-            handle.wait()
 
 
 def label_loss(logits_per_image: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -97,7 +56,7 @@ def report_loss(
     """
     all_images, all_texts, all_ids = gather_rows(image_embeds), gather_rows(text_embeds), gather_rows(report_ids)
     batch = len(report_ids)
-    own = torch.arange(batch, device=report_ids.device) + (dist.get_rank() * batch if _is_distributed() else 0)
+    own = torch.arange(batch, device=report_ids.device) + (process_rank() * batch)
     same_report = report_ids[:, None] == all_ids[None, :]
     same_report[torch.arange(batch), own] = False
     per_image = get_logits(image_embeds, all_texts).masked_fill(same_report, -torch.inf)
@@ -128,22 +87,25 @@ class StepLoss:
     def uses_labels(self) -> bool:
         return self.objective != "contrastive"
 
-    def backward(self, model: MedCTModel, micro_batches: Sequence[dict[str, Any]], prompts: Texts) -> torch.Tensor:
+    def backward(
+        self, model: MedCTModel, micro_batches: Sequence[dict[str, Any]], prompts: Sequence[Texts]
+    ) -> torch.Tensor:
         """Add the gradients of this process's share to the parameters.
 
         Args:
             model: Without wrapper; its encoders may hold adapters.
             micro_batches: Of this process; as many, and as long, in every process. `pixel_values`, `labels`,
                 `report_ids` and the reports' `input_ids` and `attention_mask`.
-            prompts: The sentences of all labels; encoded once, whatever the number of micro-batches.
+            prompts: The sentences of all labels, one batch a template; encoded once, whatever the number of
+                micro-batches. The loss is the mean over templates, as the score is.
 
         Returns:
             `()`, the loss over all processes, without gradient.
         """
         with self.autocast():
-            embeds = _encode_texts(model, prompts) if self.uses_labels else None
+            embeds = [_encode_texts(model, texts) for texts in prompts] if self.uses_labels else []
         # The prompts' graph is walked once, after all micro-batches have added to their gradient.
-        prompt_embeds = None if embeds is None else embeds.detach().requires_grad_(embeds.requires_grad)
+        prompt_embeds = [each.detach().requires_grad_(each.requires_grad) for each in embeds]
         known = sum_over_processes(sum((~batch["labels"].isnan()).sum() for batch in micro_batches)).clamp(min=1)
         # Reports are contrasted across micro-batches; label losses of studies are independent of each other.
         groups = [list(micro_batches)] if self.uses_reports else [[batch] for batch in micro_batches]
@@ -153,12 +115,13 @@ class StepLoss:
                 loss = self._share(model, group, prompt_embeds, known)
             loss.backward()
             total += loss.detach()
-        if prompt_embeds is not None and prompt_embeds.grad is not None:
-            embeds.backward(prompt_embeds.grad)
+        for each, gathered in zip(embeds, prompt_embeds, strict=True):
+            if gathered.grad is not None:
+                each.backward(gathered.grad)
         return sum_over_processes(total)
 
     def _share(
-        self, model: MedCTModel, group: list[dict], prompt_embeds: torch.Tensor | None, known: torch.Tensor
+        self, model: MedCTModel, group: list[dict], prompt_embeds: list[torch.Tensor], known: torch.Tensor
     ) -> torch.Tensor:
         images = torch.cat([_encode(_encode_images, model, batch["pixel_values"], len(group)) for batch in group])
         loss = images.new_zeros(())
@@ -167,10 +130,11 @@ class StepLoss:
             texts = torch.cat([_encode(_encode_texts, model, _reports(batch), len(group)) for batch in group])
             report_ids = torch.cat([batch["report_ids"] for batch in group])
             loss = loss + weight * report_loss(images, texts, report_ids, model.get_logits)
-        if prompt_embeds is not None:
+        if prompt_embeds:
             weight = 1 - weight if self.uses_reports else 1.0
             labels = torch.cat([batch["labels"] for batch in group])
-            loss = loss + weight * label_loss(model.get_logits(images, prompt_embeds), labels) / known
+            of_templates = [label_loss(model.get_logits(images, texts), labels) for texts in prompt_embeds]
+            loss = loss + weight * (sum(of_templates) / len(of_templates)) / known
         return loss
 
 

@@ -13,9 +13,10 @@ from ct_clip_reference import SIZES
 from torch.nn import functional as F
 
 from medct import MedCTModel
-from medct.train import PHANTOM_BASE
-from medct.training.lora import add_lora, core, shard, trainable, weights_to_save
-from medct.training.objectives import StepLoss, label_loss, report_loss, sum_gradients
+from medct.common.distributed import shard, sum_gradients
+from medct.training.lora import add_lora, core, trainable, weights_to_save
+from medct.training.objectives import StepLoss, label_loss, report_loss
+from medct.training.settings import PHANTOM_BASE
 
 STUDIES = 8
 
@@ -71,7 +72,7 @@ def with_lora(model: MedCTModel) -> torch.nn.Module:
 def step(
     model: torch.nn.Module, objective: str, micro_batches: list, prompts: dict
 ) -> tuple[float, dict[str, torch.Tensor]]:
-    loss = StepLoss(objective).backward(core(model), micro_batches, prompts)
+    loss = StepLoss(objective).backward(core(model), micro_batches, [prompts])
     gradients = {name: parameter.grad.clone() for name, parameter in trainable(model).items()}
     model.zero_grad()
     return loss.item(), gradients
@@ -206,6 +207,21 @@ def test_a_large_batch_of_reports_needs_the_memory_of_a_small_one():
     assert peak_mib(16, 4) - small < 0.1 * (peak_mib(1, 16) - small)
 
 
+def test_all_templates_are_learned_from(quiet_model, studies, prompts):
+    """As all of them are scored: the loss and its gradients are means over templates."""
+    model = with_lora(quiet_model)
+    other = {name: part.flip(0) for name, part in prompts.items()}  # "absent" and "present" change places
+    losses, gradients = [], []
+    for templates in ([prompts], [other], [prompts, other]):
+        losses.append(StepLoss("prompts").backward(core(model), [studies], templates))
+        gradients.append({name: parameter.grad.clone() for name, parameter in trainable(model).items()})
+        model.zero_grad()
+    torch.testing.assert_close(losses[2], (losses[0] + losses[1]) / 2)
+    assert losses[0] != losses[1]
+    for name, gradient in gradients[2].items():
+        torch.testing.assert_close(gradient, (gradients[0][name] + gradients[1][name]) / 2, atol=1e-5, rtol=0)
+
+
 def test_prompts_are_encoded_once_a_step(quiet_model, studies, prompts, monkeypatch):
     model = with_lora(quiet_model)
     encoded = []
@@ -224,10 +240,10 @@ def _in_one_of_two(rank: int, folder: str, model: MedCTModel, studies: dict, pro
     results = {}
     model = with_lora(model)
     if sharded:
-        shard(model)
+        shard(core(model))
     for objective in ("both", "contrastive", "prompts"):
         halves = [part(studies, slice(4 * rank, 4 * rank + 2)), part(studies, slice(4 * rank + 2, 4 * rank + 4))]
-        loss = StepLoss(objective).backward(core(model), halves, prompts)
+        loss = StepLoss(objective).backward(core(model), halves, [prompts])
         if not sharded:
             sum_gradients(trainable(model).values())
         gradients = {name: _full(parameter.grad) for name, parameter in trainable(model).items()}

@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -22,21 +23,15 @@ from safetensors.torch import load_file, save_file
 
 from medct import CT_CLIP_LABELS, MedCTModel, MedCTProcessor
 from medct import train as training
+from medct.common.errors import FAILED, STOPPED, StoppedError
 from medct.data import DataError, StudyLoader, phantom_source
 from medct.data.phantoms import make_phantom
 from medct.evaluation.scoring import ScoredStudies, score_studies, tokenize_prompts
 from medct.publishing.push import push_model
-from medct.train import (
-    PHANTOM_BASE,
-    PREEMPTED_EXIT_CODE,
-    PreemptedError,
-    Trainer,
-    TrainingError,
-    TrainingSettings,
-    number_of_steps,
-    run,
-)
+from medct.train import Trainer, number_of_steps, run
+from medct.training.checkpoints import CheckpointError
 from medct.training.lora import TARGETS, VARIANTS
+from medct.training.settings import PHANTOM_BASE, TrainingError, TrainingSettings
 
 FILES = {
     "README.md",
@@ -281,7 +276,7 @@ def test_sigterm_saves_and_has_an_exit_code_of_its_own(settings, monkeypatch, tm
     at_the_end_of_step(monkeypatch, 3, terminate)
     with pytest.raises(SystemExit) as stop:
         training.main(arguments)
-    assert stop.value.code == PREEMPTED_EXIT_CODE
+    assert stop.value.code == STOPPED
     assert "after step 3 of 6" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "stopped.unfinished/checkpoints").iterdir()] == ["step-00000003"]
     training.main([*arguments, "--resume", "True"])
@@ -294,13 +289,13 @@ def test_resume_begins_where_there_is_nothing_to_go_on_with(settings, tmp_path):
     assert len(losses(tmp_path / "run")) == 6
 
 
-def test_a_run_is_not_gone_on_with_by_accident_or_with_other_settings(settings, monkeypatch):
+def test_a_run_is_not_resumed_by_accident_or_with_other_settings(settings, monkeypatch):
     at_the_end_of_step(monkeypatch, 3, terminate)
-    with pytest.raises(PreemptedError):
+    with pytest.raises(StoppedError):
         run(settings)
     with pytest.raises(TrainingError, match="Pass --resume True"):
         run(settings)
-    with pytest.raises(training.CheckpointError, match="rank = 4, not 8"):
+    with pytest.raises(CheckpointError, match="rank = 4, not 8"):
         run(dataclasses.replace(settings, resume=True, rank=8))
 
 
@@ -403,15 +398,16 @@ def test_every_flag_is_explained(capsys):
         assert f"--{field.name}" in shown
 
 
-def test_bad_input_ends_in_one_line(converted, tmp_path):
+def test_bad_input_ends_in_one_line(converted, tmp_path, capsys):
     for arguments, said in (
         (["--model", str(converted), "--data", "nowhere"], "nowhere"),
         (["--model", "nowhere"], "nowhere: no model ("),
     ):
         with pytest.raises(SystemExit) as stop:
             training.main([*arguments, "--output_dir", str(tmp_path / "run"), "--cpu", "True"])
-        assert str(stop.value.code).startswith(f"error: {said}")
-        assert "\n" not in str(stop.value.code)
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"error: {said}")
+        assert stop.value.code == FAILED
     assert not list(tmp_path.glob("*run*"))
 
 
@@ -458,14 +454,15 @@ def test_trained_pushed_and_pulled(hub, settings, converted, batch, monkeypatch,
     assert torch.equal(found["auto"], expected)
 
 
-def test_a_failed_push_leaves_the_finished_adapter(hub, settings, converted, monkeypatch, tmp_path):
+def test_a_failed_push_leaves_the_finished_adapter(hub, settings, converted, monkeypatch, tmp_path, capsys):
     hub.connect(monkeypatch)
     push_model(converted, "org/base")
     monkeypatch.setattr("time.sleep", lambda _: None)
     hub.fail("POST .*/commit/", 503, times=100)
     pushing = {"push_to_hub": True, "hub_model_id": "org/site-b", "hub_base": "org/base", "max_steps": 1}
-    with pytest.raises(SystemExit, match=r"push .*run org/site-b"):
+    with pytest.raises(SystemExit, match=str(FAILED)):
         training.main(flags(settings, hub_base_revision="main", **pushing))
+    assert re.search(r"medct push .*run org/site-b", capsys.readouterr().err)
     assert {path.name for path in (tmp_path / "run").iterdir()} == FILES
 
 

@@ -1,0 +1,76 @@
+"""What processes of a run do together: rows gathered, sums taken, a model sharded.
+
+Losses and gradients are summed over processes, never averaged, because each process computes its own share of one loss.
+"""
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch.distributed import _functional_collectives as collectives
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+
+def process_rank() -> int:
+    """Number of this process among those of the run, from 0."""
+    return dist.get_rank() if _is_distributed() else 0
+
+
+def _is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def gather_rows(rows: torch.Tensor) -> torch.Tensor:
+    """`(rows, ...)` of each process to `(processes * rows, ...)`, in the order of ranks and with gradients."""
+    if not _is_distributed():
+        return rows
+    # The public `all_gather` carries no gradients, and `torch.distributed.nn`, which did, refers to this one.
+    return collectives.wait_tensor(collectives.all_gather_single(rows.contiguous(), 0, dist.group.WORLD))
+
+
+def sum_over_processes(value: torch.Tensor) -> torch.Tensor:
+    """Sum a tensor over all processes; without gradients."""
+    value = value.detach().clone()
+    if _is_distributed():
+        dist.all_reduce(value)
+    return value
+
+
+def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Add up the gradients of all processes, in place."""
+    if _is_distributed():
+        waiting = [dist.all_reduce(each.grad, async_op=True) for each in parameters if each.grad is not None]
+        for handle in waiting:
+            handle.wait()
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """What this process holds of a tensor; all of it if it is not sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor on the CPU, put together from all processes if it is sharded; all of them must call it."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu().contiguous()
+
+
+def shard(model: PreTrainedModel) -> None:
+    """Shard a model over all processes, in place (FSDP2): each holds a part of every tensor.
+
+    Gradients are summed over processes in the backward pass, as the losses are shares of one loss.
+
+    Args:
+        model: `MedCTModel`, with or without adapters.
+    """
+    layers = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
+    for module in (*layers, model):
+        fully_shard(module)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo cannot scale while it sums
+    # FSDP2 gathers weights in `forward`; training calls the encoders by themselves.
+    for method in ("get_image_features", "get_text_features", "get_logits"):
+        register_fsdp_forward_method(model, method)

@@ -1,0 +1,113 @@
+"""Where a run writes: a working folder until it is complete, then the folder that its user asked for."""
+
+import contextlib
+import json
+import shutil
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from medct.common.files import Reserve, refuse_taken, whole_file, whole_folder
+from medct.training.checkpoints import decode, encode
+from medct.training.settings import TrainingError
+
+# What the finished folder takes over from the working one.
+_KEPT = ("history.jsonl", "bad_samples.jsonl", "logs")
+
+
+class RunFolder:
+    """The folders of one run.
+
+    Args:
+        output_dir: The final one; `runs/` and the time by default.
+        resume: Whether a run that was not finished there is resumed.
+
+    Attributes:
+        final: Appears when the run is complete.
+        work: Beside it, with `.unfinished`: checkpoints, and what the final folder takes over.
+
+    Raises:
+        TrainingError: If an unfinished run lies there and is not to be resumed.
+        FileExistsError: If the final folder holds something.
+    """
+
+    def __init__(self, output_dir: str | None, resume: bool):
+        self.final = Path(output_dir or time.strftime("runs/%Y-%m-%d_%H-%M-%S"))
+        self.work = self.final.with_name(self.final.name + ".unfinished")
+        self._reserve: Reserve | None = None
+        refuse_taken(self.final)
+        if not resume and self.work.exists() and any(self.work.iterdir()):
+            raise TrainingError(
+                f"{self.work} holds a run that was not finished. Pass --resume True to resume it, or remove the folder."
+            )
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.work / "checkpoints"
+
+    @property
+    def bad_samples(self) -> Path:
+        """JSON lines, of all processes; see `StudyLoader`."""
+        return self.work / "bad_samples.jsonl"
+
+    def history(self, step: int) -> "History":
+        """The figures of each step up to `step`, to be added to."""
+        return History(self.work / "history.jsonl", step)
+
+    def remembered(self, name: str) -> Any | None:
+        """What `remember` was given before the run was stopped; `None` if it was not."""
+        path = self.work / f"{name}.json"
+        return decode(path.read_text()) if path.exists() else None
+
+    def remember(self, name: str, value: Any) -> None:
+        """Keep a result until the run is complete; see `checkpoints.encode` for what it may be."""
+        with whole_file(self.work / f"{name}.json") as aside:
+            aside.write_text(encode(value))
+
+    def reserve(self, size_bytes: int) -> None:
+        """Keep room on the disk for the final folder: hours of training must not end with a full disk.
+
+        Raises:
+            OSError: If there is not that much.
+        """
+        self._reserve = Reserve(self.work / ".reserve", size_bytes)
+
+    @contextlib.contextmanager
+    def complete(self) -> Iterator[Path]:
+        """A folder to write results to, which becomes the final one; the working folder is gone afterwards."""
+        if self._reserve is not None:
+            self._reserve.release()
+        with whole_folder(self.final) as folder:
+            yield folder
+            for name in _KEPT:
+                if (self.work / name).exists():
+                    shutil.move(self.work / name, folder / name)
+        shutil.rmtree(self.work)
+
+
+class History:
+    """Figures of each step as JSON lines; what lies beyond the step that a run is resumed from is dropped.
+
+    Args:
+        path: Of the file.
+        step: That the run is resumed from.
+    """
+
+    def __init__(self, path: Path, step: int):
+        kept = []
+        if path.exists():
+            kept = [line for line in path.read_text().splitlines() if line.endswith("}")]
+            kept = [line for line in kept if json.loads(line)["step"] <= step]
+        with whole_file(path) as aside:
+            aside.write_text("".join(f"{line}\n" for line in kept))
+        self.path = path
+
+    def add(self, step: int, figures: dict[str, float]) -> None:
+        """Append a line; a full disk costs the line, not the run."""
+        try:
+            with self.path.open("a") as file:
+                file.write(json.dumps({"step": step, **figures}) + "\n")
+        except OSError as error:
+            warnings.warn(f"{self.path}: step {step} is not noted ({error}); training goes on.", stacklevel=2)
