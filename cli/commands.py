@@ -23,7 +23,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModel, AutoProcessor
 
 from medct.byte_sources_medct import is_address
-from medct.common.errors import first_line
+from medct.common.errors import OK, SOME_FAILED, first_line
 from medct.common.files import whole_file, whole_folder
 from medct.configuration_medct import MedCTConfig
 from medct.data import open_source
@@ -38,7 +38,6 @@ from medct.inference.studies import FailedStudy, ReadStudy, Study, find_studies,
 from medct.pipeline_medct import ZeroShotCTClassificationPipeline
 from medct.volume_io_medct import read_volume
 
-OK, SOME_FAILED, USAGE = 0, 1, 2
 MODEL_VARIABLE = "MEDCT_MODEL"
 # Processes of a launch wait for the slowest one at the end of a night.
 _PATIENCE = timedelta(days=7)

@@ -3,7 +3,8 @@
 import pytest
 
 from medct import MedCTConfig
-from medct.data import PHANTOMS, DataError, open_source, overview, prepare
+from medct.cli import main
+from medct.data import PHANTOMS, DataError, open_source
 from medct.data.prepared import read_manifest
 from medct.train import load_sources
 from medct.training.settings import TrainingSettings
@@ -29,10 +30,10 @@ def test_phantoms_have_the_labels_that_they_are_drawn_with():
 
 def test_commands_are_tried_without_data(converted, tmp_path, capsys):
     sheet = tmp_path / "sheet.png"
-    overview.main([PHANTOMS, "--model", str(converted), "--limit", "3", "--samples", "2", "--sheet", str(sheet)])
+    main(["overview", PHANTOMS, "--model", str(converted), "--limit", "3", "--samples", "2", "--sheet", str(sheet)])
     assert "3 SYNTHETIC phantoms of site B" in capsys.readouterr().out
     assert sheet.is_file()
-    prepare.main([PHANTOMS, str(tmp_path / "shards"), "--model", str(converted), "--limit", "2"])
+    main(["prepare", PHANTOMS, str(tmp_path / "shards"), "--model", str(converted), "--limit", "2"])
     splits = read_manifest(str(tmp_path / "shards"))["splits"]
     assert {split: found["num_studies"] for split, found in splits.items()} == dict.fromkeys(SPLITS, 2)
     assert all("SYNTHETIC" in found["description"] for found in splits.values())

@@ -11,6 +11,7 @@ from ct_rate_like import ct_rate_files, write_files
 from PIL import Image
 
 from medct import CT_CLIP_LABELS, MedCTConfig
+from medct.cli import main
 from medct.data import overview, phantom_source
 from medct.data.sources import Skipped, Source
 from medct.image_processing_medct import MedCTImageProcessor
@@ -124,20 +125,19 @@ def test_the_sheet_shows_studies_and_says_which_cannot_be_read(config, tmp_path)
 def test_the_command_counts_and_draws(tmp_path, converted, capsys):
     ct_rate = write_files(tmp_path / "ct_rate", ct_rate_files())
     sheet = tmp_path / "sheet.png"
-    overview.main([str(ct_rate), "--model", str(converted), "--sheet", str(sheet), "--split", "valid"])
+    main(["overview", str(ct_rate), "--model", str(converted), "--sheet", str(sheet), "--split", "valid"])
     told = capsys.readouterr().out
     assert "3 studies, 4 volumes, 3 patients" in told
     assert "tokens" in told
     assert f"{sheet}: 3 samples, 1 of them unreadable" in told
     assert Image.open(sheet).format == "PNG"
     sheet.unlink()
-    overview.main([str(ct_rate), "--split", "valid", "--samples", "0", "--json", "--sheet", str(sheet)])
+    main(["overview", str(ct_rate), "--split", "valid", "--samples", "0", "--json", "--sheet", str(sheet)])
     assert list(json.loads(capsys.readouterr().out)["labels"]) == list(CT_CLIP_LABELS)
     assert not sheet.exists()
 
 
 @pytest.mark.parametrize("arguments", [["nowhere"], ["SOURCE", "--model", "nowhere"]])
-def test_bad_input_ends_in_one_sentence(arguments, tmp_path):
-    with pytest.raises(SystemExit, match=r"^error: nowhere: ") as caught:
-        overview.main([str(tmp_path) if argument == "SOURCE" else argument for argument in arguments])
-    assert "\n" not in str(caught.value)
+def test_bad_input_ends_in_one_sentence(arguments, tmp_path, refused):
+    arguments = [tmp_path if argument == "SOURCE" else argument for argument in arguments]
+    assert refused("overview", *arguments).startswith("nowhere: ")
