@@ -165,7 +165,7 @@ def push_shards(folder: Path, repo_id: str) -> str:
             repo_id=repo_id,
             repo_type="dataset",
             folder_path=folder,
-            allow_patterns=SHARD_FILES,
+            allow_patterns=list(SHARD_FILES),
             commit_message="Prepared shards",
         )
     except (HfHubHTTPError, OSError, ValueError) as error:
