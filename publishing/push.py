@@ -11,7 +11,6 @@ import hashlib
 import json
 import shlex
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,6 +28,7 @@ from huggingface_hub.utils import parse_ratelimit_headers
 
 from medct.adapters_medct import CONFIG_FILE, DESCRIPTION_FILE, WEIGHTS_FILE
 from medct.common.errors import first_line
+from medct.common.retry import keep_trying
 from medct.errors_medct import MedCTError
 from medct.publishing.cards import (
     GENERATED,
@@ -54,7 +54,8 @@ TEXT_SUFFIXES = {".jinja", ".json", ".md", ".py", ".txt"}
 # Stands in the empty form that PEFT saves as README.md.
 PEFT_FORM = "[More Information Needed]"
 
-ATTEMPTS = 4
+WAITS_S = (1, 2, 4)
+"""Before each further attempt."""
 LONGEST_WAIT_S = 300
 PASSING_STATUS = {408, 429, 500, 502, 503, 504}
 
@@ -268,24 +269,19 @@ class _Job:
         Raises:
             PushError: If it cannot be done, or was tried often enough; it names the command that finishes the push.
         """
-        wait_s = 1.0
-        for attempt in range(1, ATTEMPTS + 1):
-            try:
-                return act()
-            except PushError:
-                raise
-            # LFS uploads wrap their errors in RuntimeError; ValueError is the client's word for a bad card or name.
-            except (OSError, RuntimeError, ValueError, httpx2.HTTPError) as error:
-                asked_s = _passing(error)
-                if asked_s is None or attempt == ATTEMPTS:
-                    # The Hub's word on a bad card or name: the same command would meet it again.
-                    remedy = "" if _is_worded(error) else f" {self.folder} is whole; finish with: {self.command}"
-                    raise PushError(f"Pushing to {self.repo_id} failed: {_reason(error)}.{remedy}") from error
-                wait_s = max(wait_s, asked_s)
-                print(f"{_reason(error)}; trying again in {wait_s:g} s", file=sys.stderr)
-                time.sleep(wait_s)
-                wait_s *= 2
-        raise AssertionError("unreachable")
+
+        def tell(error: Exception, wait_s: float) -> None:
+            print(f"{_reason(error)}; trying again in {wait_s:g} s", file=sys.stderr)
+
+        try:
+            return keep_trying(act, _passing, WAITS_S, tell)
+        except PushError:
+            raise
+        # LFS uploads wrap their errors in RuntimeError; ValueError is the client's word for a bad card or name.
+        except (OSError, RuntimeError, ValueError, httpx2.HTTPError) as error:
+            # The Hub's word on a bad card or name: the same command would meet it again.
+            remedy = "" if _is_worded(error) else f" {self.folder} is whole; finish with: {self.command}"
+            raise PushError(f"Pushing to {self.repo_id} failed: {_reason(error)}.{remedy}") from error
 
 
 def _chain(error: BaseException) -> list[BaseException]:
@@ -302,6 +298,8 @@ def _response(error: BaseException) -> httpx2.Response | None:
 
 def _passing(error: Exception) -> float | None:
     """Seconds that the Hub asks to wait, 0 if it does not say; `None` if trying again cannot help."""
+    if isinstance(error, PushError):
+        return None
     response = _response(error)
     if response is not None:
         if response.status_code not in PASSING_STATUS:

@@ -297,7 +297,7 @@ def test_a_busy_hub_is_given_the_time_it_asks_for(hub, base, monkeypatch, waits,
 
 def test_a_push_that_fails_leaves_the_folder_and_the_command(hub, adapter, pushed_base, waits, refused):
     before = {path.name: path.read_bytes() for path in adapter.iterdir()}
-    hub.fail("POST .*org/site-b/commit", status=500, times=hub_module.ATTEMPTS)
+    hub.fail("POST .*org/site-b/commit", status=500, times=len(hub_module.WAITS_S) + 1)
     at = ("--base", "org/base", "--base_revision", pushed_base)
     message = refused("push", adapter, "org/site-b", "--private", *at)
     command = message.split("finish with: medct ")[1]
