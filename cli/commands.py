@@ -32,8 +32,7 @@ from medct.errors_medct import MedCTError
 from medct.evaluation.metrics import with_intervals
 from medct.evaluation.report import MEANS
 from medct.evaluation.scoring import score_studies, tokenize_prompts
-from medct.inference.bulk import Reading, process, process_to_file
-from medct.inference.row_files import KEY, Csv, JsonLines, read_rows
+from medct.inference.bulk import KEY, Csv, JsonLines, Reading, process, process_to_file, read_rows
 from medct.inference.studies import FailedStudy, ReadStudy, Study, find_studies, read_study
 from medct.pipeline_medct import ZeroShotCTClassificationPipeline
 from medct.volume_io_medct import read_volume
@@ -119,7 +118,10 @@ def prompts_of(args: argparse.Namespace) -> dict[str, Any]:
         prompts["candidate_labels"] = list(dict.fromkeys(args.labels))
     if args.templates:
         prompts["prompt_templates"] = [tuple(template.split("|")) for template in args.templates]
-        MedCTConfig().label_prompts([], prompts["prompt_templates"])  # refuses what is no pair
+        try:
+            MedCTConfig().label_prompts([], prompts["prompt_templates"])
+        except ValueError as error:
+            raise CommandError(f"--templates: {error}") from error
     return prompts
 
 
@@ -339,9 +341,12 @@ def evaluate(args: argparse.Namespace) -> int:
         return OK
     thresholds = np.array([pipe.thresholds.get(name, np.nan) for name in config.label_names])
     has_thresholds = bool(np.isfinite(thresholds).any())
-    results = with_intervals(
-        scored.scores, scored.labels, scored.patients, config.label_names, thresholds if has_thresholds else None
-    )
+    try:
+        results = with_intervals(
+            scored.scores, scored.labels, scored.patients, config.label_names, thresholds if has_thresholds else None
+        )
+    except ValueError as error:
+        raise CommandError(f"{source.description}: {error}") from error
     about = {"measured_on": source.description, "split": args.split, "skipped": len(source.skipped)}
     results = {**about, **model_settings(args), **results}
     print(evaluation_table(results, config.label_names))

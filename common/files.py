@@ -87,7 +87,11 @@ class Reserve:
     def __init__(self, path: str | os.PathLike, size_bytes: int):
         self.path = Path(path)
         with self.path.open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, size_bytes)
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size_bytes)
+            else:  # macOS, Windows: only what is written is there
+                for _ in range(0, size_bytes, 2**20):
+                    file.write(bytes(2**20))
 
     def release(self) -> None:
         """Give the space back to whoever writes next."""

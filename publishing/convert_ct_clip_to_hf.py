@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from transformers import BertTokenizer
 
+from medct.common.errors import first_line
 from medct.common.files import whole_folder
 from medct.configuration_medct import MedCTConfig
 from medct.errors_medct import MedCTError
@@ -235,6 +236,15 @@ def load_tokenizer(id_or_folder: str, config: MedCTConfig) -> BertTokenizer:
     return tokenizer
 
 
+def _read_sizes(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ConversionError(
+            f"{path}: not a JSON file ({first_line(error)}). Pass one with the model's sizes."
+        ) from error
+
+
 def convert(checkpoint: Path, output: Path, tokenizer: str, sizes: Path | None = None) -> dict[str, list[str]]:
     """Convert a checkpoint into a folder in the form of a Hub repository.
 
@@ -253,7 +263,7 @@ def convert(checkpoint: Path, output: Path, tokenizer: str, sizes: Path | None =
     """
     with whole_folder(output) as folder:
         mapped, dropped = map_keys(load_state_dict(checkpoint))
-        config = published_config(mapped) if sizes is None else config_from_sizes(json.loads(sizes.read_text()))
+        config = published_config(mapped) if sizes is None else config_from_sizes(_read_sizes(sizes))
         processor = MedCTProcessor(
             MedCTImageProcessor.from_config(config.vision_config), load_tokenizer(tokenizer, config)
         )
