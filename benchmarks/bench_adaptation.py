@@ -81,10 +81,10 @@ class BaseScores:
             self.on_a = on_site_a(trainer.base, trainer)
             for split in ("tune", "valid"):
                 trainer.score_base(split)
-            for path in trainer.work.glob("base_*.json"):
+            for path in trainer.folder.work.glob("base_*.json"):
                 shutil.copy(path, self.folder)
         for path in self.folder.iterdir():
-            shutil.copy(path, trainer.work)
+            shutil.copy(path, trainer.folder.work)
 
 
 def figures_of(settings: TrainingSettings, base: BaseScores) -> dict[str, Any]:
@@ -100,7 +100,7 @@ def figures_of(settings: TrainingSettings, base: BaseScores) -> dict[str, Any]:
         "a": on_site_a(trainer.base, trainer),
         "tune": results["tune_auroc"]["adapted"],
         "trainable_share": results["trainable_parameters"] / results["total_parameters"],
-        "bytes": (trainer.output / weights).stat().st_size,
+        "bytes": (trainer.folder.final / weights).stat().st_size,
     }
 
 
