@@ -84,9 +84,9 @@ def read_dicom(
         slices = [one for file in _choose_series(found, source, series) for one in _slices_of(*file, rescale)]
         _check_alike(slices)
         slices, notes = _order(slices, source, resample_irregular)
-        hu = decode(slices, source)
+        hu, padding_notes = decode(slices, source)
     hu, affine, more = _to_grid(hu, slices, source)
-    notes = [*_left_out_notes(left_out), *notes, *more]
+    notes = [*_left_out_notes(left_out), *notes, *padding_notes, *more]
     return CTVolume(hu.T, affine, source, tuple(notes))  # (k, row, column) -> (column, row, k)
 
 
