@@ -21,8 +21,9 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from .byte_sources_medct import ByteSource, too_inflated
-from .dicom_pixels_medct import AGAIN, DEFLATED, PixelLayout, Slice, decode, hu_of, layout_of, name_of, quiet_pydicom
-from .volume_medct import CTVolume, VolumeError, check_affine, refuse_second_rescale
+from .dicom_geometry_medct import check_alike, order, to_grid
+from .dicom_pixels_medct import AGAIN, DEFLATED, PixelLayout, Slice, decode, layout_of, name_of, quiet_pydicom
+from .volume_medct import CTVolume, VolumeError, refuse_second_rescale
 
 try:
     import pydicom
@@ -38,15 +39,7 @@ _DICOMDIR_CLASS = "1.2.840.10008.1.3.10"
 _DICOMDIR = "table of contents of a disc (DICOMDIR)"
 _RESCALE_TYPES = ("HU", "HU_MOD", "US", "OD", "MGML", "PCT", "Z_EFF", "ED", "EDW")
 _MODALITIES = ("CT", "MR", "PT", "NM", "US", "CR", "DX", "MG", "XA", "SC", "OT", "SEG", "RTSTRUCT", "RTDOSE", "SR")
-_GAP_TOLERANCE = 0.02
-"""Share of the usual slice step by which one may differ."""
-_POSITION_DIGITS_MM = 2e-3
-"""How exactly headers write positions."""
-_MAX_LEAN_DEGREES = 0.1
-_MAX_GAP_STEPS = 5
-"""Usual steps that interpolation bridges when the caller asks for it."""
 _ALL_FILES = "Pass all files of the series together: a folder, or a list of them (in a list, for a processor)"
-_STRAIGHT = "Pass `resample_irregular=True` to have the slices interpolated"
 
 
 _CTFile = tuple[ByteSource, Any, int | None]
@@ -82,10 +75,12 @@ def read_dicom(
     with quiet_pydicom():
         found, left_out = _collect(files, source)
         slices = [one for file in _choose_series(found, source, series) for one in _slices_of(*file, rescale)]
-        _check_alike(slices)
-        slices, notes = _order(slices, source, resample_irregular)
+        check_alike(slices)
+        slices, notes = order(slices, source, resample_irregular)
         hu, padding_notes = decode(slices, source)
-    hu, affine, more = _to_grid(hu, slices, source)
+    hu, affine, more = to_grid(hu, slices, source)
+    if not any(one.has_modality for one in slices):
+        more.append("its headers name no modality: taken for CT by their SOP class")
     notes = [*_left_out_notes(left_out), *notes, *padding_notes, *more]
     return CTVolume(hu.T, affine, source, tuple(notes))  # (k, row, column) -> (column, row, k)
 
@@ -301,170 +296,6 @@ def _number(header: Any, attribute: str) -> int:
         return int(header.get(attribute) or 0)
     except Exception:  # as above
         return 0
-
-
-def _check_alike(slices: list[Slice]) -> None:
-    """Refuse slices that are not all of one size, spacing and direction."""
-    first = slices[0]
-    for one in slices:
-        (rows, columns), others = one.pixels.shape, first.pixels.shape
-        if (rows, columns) != others:
-            reason = f"it is {rows} x {columns}, others are {others[0]} x {others[1]}"
-        elif np.abs(one.spacing_mm - first.spacing_mm).max() > 1e-4 * first.spacing_mm.min():
-            reason = f"its PixelSpacing {one.spacing_mm.tolist()} differs from {first.spacing_mm.tolist()} of others"
-        elif np.abs(one.orientation - first.orientation).max() > 1e-4:
-            turned, usual = one.orientation.round(4).tolist(), first.orientation.round(4).tolist()
-            reason = f"its orientation {turned} differs from {usual} of others"
-        else:
-            continue
-        raise VolumeError(one.name, reason, "Pass the files of one stack of slices")
-    row, column = first.orientation[:3], first.orientation[3:]
-    if max(abs(np.linalg.norm(row) - 1), abs(np.linalg.norm(column) - 1), abs(row @ column)) > 1e-3:
-        raise VolumeError(first.name, "its ImageOrientationPatient is no pair of perpendicular unit vectors", AGAIN)
-
-
-def _normal(slices: Sequence[Slice]) -> np.ndarray:
-    return np.cross(slices[0].orientation[:3], slices[0].orientation[3:])
-
-
-def _along(slices: Sequence[Slice]) -> np.ndarray:
-    """Positions along the normal, mm."""
-    return np.array([one.position_mm for one in slices]) @ _normal(slices)
-
-
-def _order(slices: list[Slice], source: str, resample_irregular: bool) -> tuple[list[Slice], list[str]]:
-    """Slices by position, after the checks of their positions."""
-    slices = [slices[k] for k in np.argsort(_along(slices), kind="stable")]
-    slices, notes = _without_repeats(slices, source, resample_irregular)
-    if len(slices) < 2:
-        raise VolumeError(
-            source,
-            "it holds one slice, which is no volume",
-            "Pass all files of the series together: a folder or a list",
-        )
-    along = _along(slices)
-    gaps = np.diff(along)
-    step = float(np.median(gaps))
-    uneven = np.flatnonzero(np.abs(gaps - step) > _GAP_TOLERANCE * step)
-    if len(uneven):
-        figures = ", ".join(f"{gaps[k]:.3f} mm between {along[k]:.2f} and {along[k + 1]:.2f}" for k in uneven[:5])
-        reason = f"its slice steps are uneven (usually {step:.3f} mm, but {figures})"
-        if not resample_irregular:
-            raise VolumeError(source, f"{reason}: slices are missing or of two stacks", _STRAIGHT)
-        if gaps.max() > _MAX_GAP_STEPS * step:
-            raise VolumeError(source, reason, "Find the missing slices: the gap is too wide to interpolate")
-    _check_line(slices, source, along, step, resample_irregular)
-    return slices, notes
-
-
-def _without_repeats(slices: list[Slice], source: str, resample_irregular: bool) -> tuple[list[Slice], list[str]]:
-    """Refuse positions that occur more than once, or keep one slice of each if all its pixels are the same."""
-    along = _along(slices)
-    repeats = np.flatnonzero(np.diff(along) < 1e-3)
-    if not len(repeats):
-        return slices, []
-    k = int(repeats[0])
-    reason = (
-        f"{len(repeats)} slice positions occur more than once, such as {along[k]:.3f} mm in "
-        f"{slices[k].name} and {slices[k + 1].name}"
-    )
-    if not resample_irregular:
-        raise VolumeError(source, reason, "Pass the files of one phase of one series")
-    kept = [slices[0]]
-    for before, one, repeated in zip(slices, slices[1:], np.diff(along) < 1e-3, strict=False):
-        if not repeated:
-            kept.append(one)
-        elif not np.array_equal(hu_of(before, {}), hu_of(one, {})):
-            raise VolumeError(source, f"{reason}, with different pixels", "Pass the files of one phase of one series")
-    return kept, [f"{len(repeats)} repeated slices with the same pixels were left out"]
-
-
-def _check_line(slices: list[Slice], source: str, along: np.ndarray, step: float, resample_irregular: bool) -> None:
-    """Refuse stacks whose slices lie beside each other, or lean."""
-    origins = np.array([one.position_mm for one in slices])
-    share = (along - along[0]) / (along[-1] - along[0])
-    off_line = np.linalg.norm(origins - (origins[0] + share[:, None] * (origins[-1] - origins[0])), axis=1)
-    if off_line.max() > 0.1 * step + 0.01:
-        k = int(off_line.argmax())
-        raise VolumeError(
-            source,
-            f"its slices do not lie on a line ({slices[k].name} is {off_line[k]:.2f} mm beside it)",
-            "Pass the files of one stack of slices",
-        )
-    sideways, lean = _lean(slices)
-    if not resample_irregular and _is_leaning(slices):
-        raise VolumeError(
-            source,
-            f"its slices are stacked {lean:.1f} degrees off their normal (gantry tilt or a sheared stack, "
-            f"{np.linalg.norm(sideways):.1f} mm from end to end)",
-            "Pass `resample_irregular=True` to have it resampled to a straight grid",
-        )
-
-
-def _lean(slices: list[Slice]) -> tuple[np.ndarray, float]:
-    """How far ordered slices slide sideways from the first to the last, mm, and the angle of that, degrees."""
-    whole, normal = slices[-1].position_mm - slices[0].position_mm, _normal(slices)
-    sideways = whole - (whole @ normal) * normal
-    return sideways, float(np.degrees(np.arctan2(np.linalg.norm(sideways), whole @ normal)))
-
-
-def _is_leaning(slices: list[Slice]) -> bool:
-    """Whether a stack leans; under a pixel over the whole of it no voxel is misplaced."""
-    sideways, lean = _lean(slices)
-    return bool(np.linalg.norm(sideways) > slices[0].spacing_mm.min() and lean > _MAX_LEAN_DEGREES)
-
-
-def _to_grid(hu: np.ndarray, slices: list[Slice], source: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """HU on even steps, and the affine of `(column, row, k)` to RAS+ mm; uneven steps are interpolated."""
-    notes, along = [], _along(slices)
-    gaps = np.diff(along)
-    step = float(np.median(gaps))
-    count = len(slices)
-    if (np.abs(gaps - step) > _GAP_TOLERANCE * step).any():
-        count = round((along[-1] - along[0]) / step) + 1
-        hu = _on_even_steps(hu, along, count)
-        notes.append(
-            f"slices with steps of {gaps.min():.3f} to {gaps.max():.3f} mm were interpolated to {count} even ones"
-        )
-    first, whole = slices[0].position_mm, slices[-1].position_mm - slices[0].position_mm
-    if not _is_leaning(slices):
-        # What it slides all the same is shared between both ends.
-        sideways, _ = _lean(slices)
-        first, whole = first + sideways / 2, whole - sideways
-    length = float(np.linalg.norm(whole))
-    orientation, spacing = slices[0].orientation, slices[0].spacing_mm
-    affine = np.eye(4)
-    affine[:3, 0] = orientation[:3] * spacing[1]
-    affine[:3, 1] = orientation[3:] * spacing[0]
-    affine[:3, 2] = whole / length * _exact_step(slices, length, count)
-    affine[:3, 3] = first
-    affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine  # LPS -> RAS
-    check_affine(source, affine)
-    if not any(one.has_modality for one in slices):
-        notes.append("its headers name no modality: taken for CT by their SOP class")
-    return hu, affine, notes
-
-
-def _exact_step(slices: list[Slice], length_mm: float, count: int) -> float:
-    """Step of slices over a length, mm: as written, or round, where positions of a few digits cannot tell them apart.
-
-    Else steps of 5 mm would come back as 4.999999 from positions.
-    """
-    measured = length_mm / (count - 1)
-    for step in (*slices[0].written_steps_mm, round(measured, 3)):
-        if abs(step - measured) * (count - 1) < _POSITION_DIGITS_MM:
-            return step
-    return measured
-
-
-def _on_even_steps(hu: np.ndarray, along: np.ndarray, count: int) -> np.ndarray:
-    even = np.empty((count, *hu.shape[1:]), hu.dtype)
-    for k, position in enumerate(np.linspace(along[0], along[-1], count)):
-        lower = min(int(np.searchsorted(along, position, side="right")) - 1, len(along) - 2)
-        weight = np.float32((position - along[lower]) / (along[lower + 1] - along[lower]))
-        values = hu[lower] * (1 - weight) + hu[lower + 1] * weight
-        even[k] = values.round() if hu.dtype == np.int16 else values
-    return even
 
 
 def _left_out_notes(left_out: Counter) -> list[str]:

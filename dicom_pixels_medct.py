@@ -184,7 +184,7 @@ def decode(slices: list[Slice], source: str) -> tuple[np.ndarray, list[str]]:
 
 
 def _fits_int16(lowest: float, highest: float) -> bool:
-    return -(2**15) <= lowest and highest < 2**15
+    return lowest >= -(2**15) and highest < 2**15
 
 
 def _clear_padding(hu: np.ndarray, slices: list[Slice]) -> list[str]:

@@ -36,9 +36,9 @@ from .volume_medct import (
     VolumeError,
     VolumeWarning,
     affine_from_spacing,
+    as_straight,
     axis_order,
     check_affine,
-    check_straight,
     check_values,
     check_voxels,
     is_straight,
@@ -84,11 +84,12 @@ def read_volume(
     rescale = (rescale_slope, rescale_intercept)
     volume = _load(source, spacing_mm, orientation, affine, rescale, series, resample_irregular)
     check_affine(volume.source, volume.affine)
+    check_voxels(volume.source, volume.array.shape, volume.array.dtype)
     known = volume.notes if isinstance(source, CTVolume) else ()
     volume = replace(volume, notes=tuple(dict.fromkeys((*volume.notes, *check_values(volume)))))
-    if resample_irregular and not is_straight(volume.affine):
+    if resample_irregular and not is_straight(volume.affine, volume.array.shape):
         volume = straighten(volume)
-    check_straight(volume.source, volume.affine)
+    volume = as_straight(volume)
     for note in volume.notes:
         if note not in known:
             warnings.warn(f"{volume.source}: {note}.", VolumeWarning, stacklevel=2)
