@@ -17,6 +17,7 @@ import numpy as np
 from .dicom_pixels_medct import AGAIN, Slice, hu_of
 from .volume_medct import MAX_VOXELS_OFF, REMARKED_VOXELS_OFF, VolumeError, check_affine, remark_on_offset
 
+_USUAL_PIXELS = 512
 _SAME_POSITION_MM = 1e-3
 _POSITION_DIGITS_MM = 2e-3
 """How exactly headers write positions, unless the positions themselves show that they are coarser."""
@@ -35,7 +36,7 @@ def check_alike(slices: list[Slice]) -> None:
     first = slices[0]
     for one in slices:
         (rows, columns), others = one.pixels.shape, first.pixels.shape
-        half = (np.array((columns, rows)) - 1) / 2
+        half = np.maximum((columns, rows), _USUAL_PIXELS) / 2
         if (rows, columns) != others:
             reason = f"it is {rows} x {columns}, others are {others[0]} x {others[1]}"
         elif (np.abs(one.spacing_mm - first.spacing_mm) / first.spacing_mm * half[::-1]).max() >= MAX_VOXELS_OFF:

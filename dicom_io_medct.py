@@ -1,29 +1,35 @@
 """DICOM: one CT series out of files in any order, or one Enhanced multi-frame file.
 
 Unusual:
-- A damaged file is never left out, since that would turn it into a missing slice. What is left out (other kinds of
-  image, localizers, files that are no DICOM) is counted in the notes.
+- A damaged file is never left out, since that would turn it into a missing slice; nor is one that lies in the place of a
+  slice (empty, zeros, a pointer, without the mark of DICOM). What is left out (other kinds of image, localizers, files
+  that never were DICOM) is counted in the notes.
 - Slices are ordered and spaced by their positions along their common normal; instance numbers, slice thickness and file
   names are not asked. Positions must be even and lie on a line, or the series is refused with the figures.
 - Rescale slope and intercept must both be there, slice by slice (or be given by the caller), because a default of 1 and
-  0 would make air of 0 HU.
+  0 would make air of 0 HU. RescaleType US is that of values without a unit, and what GDCM and ITK write into every CT
+  that had none: of single-frame CT images it is taken for HU if they show air.
 - No message holds text from a header but terms of the standard's own lists: other fields, and pydicom's own messages,
   may hold names, dates and identifiers.
 
 Source: DICOM PS3.3 (C.7.6.2, C.7.6.16, C.8.2, C.11.1), PS3.5.
 """
 
+import re
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from pathlib import PurePath
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from .byte_sources_medct import ByteSource, too_inflated
+from .byte_sources_medct import ByteSource, base_name, too_inflated
 from .dicom_geometry_medct import check_alike, order, to_grid
 from .dicom_pixels_medct import AGAIN, DEFLATED, PixelLayout, Slice, decode, layout_of, name_of, quiet_pydicom
-from .volume_medct import CTVolume, VolumeError, refuse_second_rescale
+from .dicom_stacks_medct import stacks_of, told_by
+from .no_scans_medct import STANDS_FOR_A_FILE, what_is
+from .volume_medct import AIR_HU, CTVolume, VolumeError, refuse_second_rescale
 
 try:
     import pydicom
@@ -37,9 +43,18 @@ _CT_CLASSES = (
 )
 _DICOMDIR_CLASS = "1.2.840.10008.1.3.10"
 _DICOMDIR = "table of contents of a disc (DICOMDIR)"
+_HU = ("HU", "HU_MOD")
 _RESCALE_TYPES = ("HU", "HU_MOD", "US", "OD", "MGML", "PCT", "Z_EFF", "ED", "EDW")
 _MODALITIES = ("CT", "MR", "PT", "NM", "US", "CR", "DX", "MG", "XA", "SC", "OT", "SEG", "RTSTRUCT", "RTDOSE", "SR")
-_ALL_FILES = "Pass all files of the series together: a folder, or a list of them (in a list, for a processor)"
+_SUFFIXES = (".dcm", ".dicom", ".dic", ".ima")
+"""Of files that stand for a DICOM file whatever they hold."""
+_HEAD_BYTES = 600
+_FIRST_GROUPS = (b"\x02\x00", b"\x08\x00")
+_DECIMALS = (0x00200032, 0x00200037, 0x00280030, 0x00281052, 0x00281053, 0x00180050, 0x00180088)
+"""Position, orientation, spacing, intercept, slope, thickness and step."""
+_AIR_HU_RANGE = (-1100, -900)
+_LEAST_AIR = 0.01
+"""Share of voxels in that range which shows that values without a unit are HU; of a chest it is far more."""
 
 
 _CTFile = tuple[ByteSource, Any, int | None]
@@ -47,7 +62,18 @@ _CTFile = tuple[ByteSource, Any, int | None]
 
 
 def is_dicom(head: bytes) -> bool:
-    return head[128:132] == b"DICM"
+    """Whether a file begins as DICOM: with the mark, or with a data set that was stored without one."""
+    return head[128:132] == b"DICM" or _is_bare(head)
+
+
+def _is_bare(head: bytes) -> bool:
+    """Whether the first bytes are an element of the first groups of a data set, with a plausible length."""
+    if len(head) < 12 or head[:2] not in _FIRST_GROUPS or head[3] > 0x20:
+        return False
+    if head[4:6].isalpha() and head[4:6].isupper():
+        return int.from_bytes(head[6:8], "little") <= 128
+    length = int.from_bytes(head[4:8], "little")
+    return 0 < length <= 128 and length % 2 == 0
 
 
 def read_dicom(
@@ -74,14 +100,16 @@ def read_dicom(
         raise VolumeError(source, "DICOM needs pydicom and decoders", "Install them: pip install medct[dicom]")
     with quiet_pydicom():
         found, left_out = _collect(files, source)
-        slices = [one for file in _choose_series(found, source, series) for one in _slices_of(*file, rescale)]
+        slices = _choose(found, source, series, rescale)
         check_alike(slices)
         slices, notes = order(slices, source, resample_irregular)
-        hu, padding_notes = decode(slices, source)
+        hu, more_notes = decode(slices, source)
+        if not all(one.is_hu for one in slices):
+            more_notes += _check_air(hu, source)
     hu, affine, more = to_grid(hu, slices, source)
     if not any(one.has_modality for one in slices):
         more.append("its headers name no modality: taken for CT by their SOP class")
-    notes = [*_left_out_notes(left_out), *notes, *padding_notes, *more]
+    notes = [*_left_out_notes(left_out), *notes, *more_notes, *more]
     return CTVolume(hu.T, affine, source, tuple(notes))  # (k, row, column) -> (column, row, k)
 
 
@@ -89,10 +117,11 @@ def _collect(files: Sequence[ByteSource], source: str) -> tuple[list[_CTFile], C
     """All CT images among files, and how many files of other kinds there are."""
     found: list[_CTFile] = []
     left_out: Counter = Counter()
+    others: list[ByteSource] = []
     for file in files:
         with file.open() as stream:
-            if not is_dicom(stream.read(132)):
-                left_out["no DICOM file"] += 1
+            if not is_dicom(stream.read(_HEAD_BYTES)):
+                others.append(file)
                 continue
             header, pixel_offset = _read_header(file, stream)
         reason = _why_no_slice(file, header)
@@ -100,6 +129,10 @@ def _collect(files: Sequence[ByteSource], source: str) -> tuple[list[_CTFile], C
             found.append((file, header, pixel_offset))
         else:
             left_out[reason] += 1
+    names = {_place_and_suffix(file) for file, _, _ in found}
+    for file in others:
+        _check_other(file, names)
+        left_out["no DICOM file"] += 1
     if not found:
         kinds = ", ".join(f"{count} x {kind}" for kind, count in left_out.most_common(5)) or "it is empty"
         raise VolumeError(source, f"it holds no CT slices ({kinds})", "Pass the files of a CT series")
@@ -107,12 +140,27 @@ def _collect(files: Sequence[ByteSource], source: str) -> tuple[list[_CTFile], C
     return found, left_out
 
 
+def _place_and_suffix(file: ByteSource) -> tuple[str, str]:
+    base = base_name(file.name)
+    return file.name.removesuffix(base), PurePath(base).suffix.lower()
+
+
+def _check_other(file: ByteSource, names: set[tuple[str, str]]) -> None:
+    """Refuse what is no DICOM file and lies in the place of one, which its name or its emptiness shows."""
+    what, remedy = what_is(file) or (None, AGAIN)
+    name = _place_and_suffix(file)
+    is_alike = name in names and (what is None or remedy in STANDS_FOR_A_FILE)
+    if is_alike or name[1] in _SUFFIXES or (not names and remedy in STANDS_FOR_A_FILE):
+        lacks = "it is damaged: it lacks the mark of a DICOM file"
+        raise VolumeError(file.name, lacks if what is None else f"it is no DICOM file, but {what}", remedy)
+
+
 def _read_header(file: ByteSource, stream: BinaryIO) -> tuple[Any, int | None]:
     """Everything before the pixels, and at which byte those begin in the file (not if it is deflated)."""
     try:
         is_deflated = _check_deflated(file, stream)
         stream.seek(0)
-        header = pydicom.dcmread(stream, stop_before_pixels=True)
+        header = pydicom.dcmread(stream, stop_before_pixels=True, force=True)  # where there is no mark
         return header, None if is_deflated else stream.tell()
     except VolumeError:
         raise
@@ -126,7 +174,7 @@ def _check_deflated(file: ByteSource, stream: BinaryIO) -> bool:
     head = stream.read(2**12)
     # The first element of the file meta information, in 12 bytes behind the mark, is the length of what follows it.
     start = 144 + int.from_bytes(head[140:144], "little")
-    if DEFLATED.encode() not in head[:start]:
+    if head[128:132] != b"DICM" or DEFLATED.encode() not in head[:start]:
         return False
     stream.seek(start)
     inflater, count = zlib.decompressobj(-zlib.MAX_WBITS), 0
@@ -224,40 +272,67 @@ def _slice(
         scale = [value("PixelValueTransformationSequence", part) for part in ("RescaleSlope", "RescaleIntercept")]
         unit = str(value("PixelValueTransformationSequence", "RescaleType") or "HU").strip().upper()
         has_modality = bool(header.get("Modality"))
-        slope, intercept = _rescale(name, scale, rescale)
+        slope, intercept = _rescale(name, scale, rescale, unit, is_single=frame is None)
+        is_hu = unit in _HU or None not in rescale
+        told = told_by(header, own)
     except VolumeError:
         raise
     except Exception as error:  # as above
+        if _has_decimal_comma(header):
+            raise VolumeError(name, "its numbers are written with decimal commas", "Export it with points") from None
         raise VolumeError(name, f"it is a damaged DICOM file ({type(error).__name__})", AGAIN) from None
-    if unit not in ("HU", "HU_MOD"):
-        unit = unit if unit in _RESCALE_TYPES else "of another unit"
-        raise VolumeError(name, f"its RescaleType is {unit}, not HU", "Pass the CT series, not a map computed from it")
     if not (spacing > 0).all():
         raise VolumeError(name, f"its spacing is {tuple(spacing.tolist())} mm", AGAIN)
-    return Slice(file, frame, has_modality, pixels, position, orientation, spacing, steps, slope, intercept)
+    return Slice(
+        file, frame, has_modality, pixels, position, orientation, spacing, steps, slope, intercept, is_hu, told
+    )
 
 
-def _rescale(name: str, found: list[Any], given: tuple[float | None, float | None]) -> tuple[float, float]:
-    """Slope and intercept, of the header or of the caller, and never of both."""
-    if None not in found and "" not in found:
-        slope, intercept = float(found[0]), float(found[1])
-        if given != (None, None):
-            refuse_second_rescale(name, slope, intercept)
-    elif None in given:
+def _rescale(
+    name: str, found: list[Any], given: tuple[float | None, float | None], unit: str, is_single: bool
+) -> tuple[float, float]:
+    """Slope and intercept, of the header or of the caller, and never of both where those of the header give HU."""
+    is_known = None not in found and "" not in found
+    if None not in given and not (is_known and unit in _HU):
+        slope, intercept = float(given[0]), float(given[1])
+    elif unit not in _HU and not (unit == "US" and is_single):
+        raise _no_hu(name, unit if unit in _RESCALE_TYPES else "of another unit")
+    elif not is_known:
         raise VolumeError(
             name,
             "RescaleSlope or RescaleIntercept is missing, so HU are not known",
             "Pass both `rescale_slope=` and `rescale_intercept=` if you know them",
         )
     else:
-        slope, intercept = float(given[0]), float(given[1])
+        slope, intercept = float(found[0]), float(found[1])
+        if given != (None, None):
+            refuse_second_rescale(name, slope, intercept)
     if not (np.isfinite([slope, intercept]).all() and slope != 0 and max(abs(slope), abs(intercept)) < 1e6):
         raise VolumeError(name, f"its rescale slope is {slope:g} and its intercept {intercept:g}", AGAIN)
     return slope, intercept
 
 
-def _choose_series(files: list[_CTFile], source: str, series: int | str | None) -> list[_CTFile]:
-    """The files of one series; the list of a refusal counts their slices, largest series first."""
+def _no_hu(name: str, unit: str, why: str = "") -> VolumeError:
+    return VolumeError(
+        name,
+        f"its RescaleType is {unit}, not HU{why}",
+        "Pass the CT series, not a map computed from it, or both `rescale_slope=` and `rescale_intercept=` to HU",
+    )
+
+
+def _check_air(hu: np.ndarray, source: str) -> list[str]:
+    """A remark on values without a unit that show air as HU do; others are refused."""
+    lowest, highest = _AIR_HU_RANGE
+    share = np.count_nonzero((hu >= lowest) & (hu <= highest)) / hu.size
+    if share < _LEAST_AIR:
+        raise _no_hu(source, "US", f", and it shows no air near {AIR_HU} HU")
+    return [f"its RescaleType is US, as GDCM and ITK write: taken for HU, since {share:.0%} of it is air"]
+
+
+def _choose(
+    files: list[_CTFile], source: str, series: int | str | None, rescale: tuple[float | None, float | None]
+) -> list[Slice]:
+    """The slices of one scan; the list of a refusal counts those of all, largest series first."""
     groups: dict[str, list[_CTFile]] = defaultdict(list)
     for file, header, pixel_offset in files:
         try:
@@ -265,20 +340,57 @@ def _choose_series(files: list[_CTFile], source: str, series: int | str | None) 
         except Exception as error:  # as above
             raise VolumeError(file.name, f"it is a damaged DICOM file ({type(error).__name__})", AGAIN) from None
         groups[uid].append((file, header, pixel_offset))
-    ordered = sorted(groups.items(), key=lambda group: (-_count(group[1]), group[0]))
-    if series is None and len(ordered) == 1:
-        return files
-    listed = "; ".join(f"{number}: {_describe(group)}" for number, (_, group) in enumerate(ordered, 1))
-    if series is None:
-        raise VolumeError(
-            source, f"it holds {len(ordered)} CT series ({listed})", "Pass `series=` with the number of one, or its UID"
-        )
-    if isinstance(series, str) and series in groups:
-        return groups[series]
+    ordered = [group for _, group in sorted(groups.items(), key=lambda group: (-_count(group[1]), group[0]))]
+    by_uid = isinstance(series, str) and series in groups
+    if by_uid or (series is None and len(ordered) == 1):
+        slices = _slices(groups[series] if by_uid else ordered[0], rescale)
+        if len(stacks_of(slices)[0]) == 1:
+            return slices
+    entries = [entry for group in ordered for entry in _entries(group, rescale)]
+    listed = "; ".join(f"{number}: {text}" for number, (text, _, _) in enumerate(entries, 1))
+    if series is None or by_uid:
+        is_split = any(stack is not None for _, _, stack in entries)
+        what = "scans, of which some lie in each other" if is_split else "CT series"
+        remedy = "Pass `series=` with the number of one" + ("" if is_split else ", or its UID")
+        raise VolumeError(source, f"it holds {len(entries)} {what} ({listed})", remedy)
     number = int(series) if isinstance(series, int | np.integer) or str(series).isdecimal() else 0
-    if not 1 <= number <= len(ordered):
+    if not 1 <= number <= len(entries):
         raise VolumeError(source, f"it holds no such series ({listed})", "Pass `series=` with one of these numbers")
-    return ordered[number - 1][1]
+    _, group, stack = entries[number - 1]
+    return _slices(group, rescale) if stack is None else stack
+
+
+def _slices(group: list[_CTFile], rescale: tuple[float | None, float | None]) -> list[Slice]:
+    return [one for file in group for one in _slices_of(*file, rescale)]
+
+
+def _entries(
+    group: list[_CTFile], rescale: tuple[float | None, float | None]
+) -> list[tuple[str, list[_CTFile], list[Slice] | None]]:
+    """The scans of one series for a list: what to call each, its files, and its slices if those are only some."""
+    try:
+        stacks, names = stacks_of(_slices(group, rescale))
+    except VolumeError:  # told when it is chosen
+        return [(_describe(group), group, None)]
+    if len(stacks) == 1:
+        return [(_describe(group), group, None)]
+    return [
+        (f"{len(stack)} slices of {' x '.join(map(str, stack[0].pixels.shape))} pixels, by {names}", group, stack)
+        for stack in stacks
+    ]
+
+
+def _has_decimal_comma(item: Any) -> bool:
+    """Whether a number of a data set is written with a comma, which pydicom refuses."""
+    for tag in item.keys():  # noqa: SIM118 - values would be converted
+        element = item.get_item(tag)
+        if element.VR == "SQ":
+            found = any(map(_has_decimal_comma, item[tag].value))
+        else:
+            found = tag in _DECIMALS and isinstance(element.value, bytes) and re.search(rb"\d,\d", element.value)
+        if found:
+            return True
+    return False
 
 
 def _count(group: list[_CTFile]) -> int:

@@ -99,6 +99,10 @@ class Slice:
     written_steps_mm: tuple[float, ...]
     slope: float
     intercept: float
+    is_hu: bool
+    """Whether the header says that its slope and intercept give HU, or the caller does."""
+    told: tuple[Any, ...]
+    """What may tell it from slices of another scan; see `dicom_stacks_medct`."""
 
     @property
     def name(self) -> str:

@@ -7,9 +7,9 @@ Rules for values, in one place. Stored values become HU exactly once (`slope * s
 A volume of one single value is not judged, since nothing can be told from it.
 
 Rules for space, the same for all formats. An affine is finite and not singular, its spacings are positive, and no axis
-has only one voxel. Grids are taken for straight and even; an error of a header is judged by how far that puts voxels off
-their place, anywhere in the scan: less than `MAX_VOXELS_OFF` is read, with a remark from `REMARKED_VOXELS_OFF` on, and
-more is refused unless the caller asks for a straight grid (gantry tilt, shear). So are axes that lie more than
+has only one voxel. Grids are taken for straight and even; an error of a header is judged by how far that puts voxels
+off their place, anywhere in the scan: less than `MAX_VOXELS_OFF` is read, with a remark from `REMARKED_VOXELS_OFF` on,
+and more is refused unless the caller asks for a straight grid (gantry tilt, shear). So are axes that lie more than
 `MAX_OBLIQUE_DEGREES` off the patient's, because the model has only seen scans along the patient's axes.
 
 Axes: arrays are `(i, j, k)` with an affine from voxel indices to patient millimetres, RAS+, as NIfTI has it.
