@@ -153,10 +153,10 @@ def of_path(path: Path) -> list[ByteSource]:
 def find_beside(path: Path, names: Collection[str]) -> ByteSource | None:
     """The file beside another one that has one of some names; never one of another folder."""
     try:
-        beside = [name for name in os.listdir(path.parent) if _same_name(name, names)]
+        beside = [file for file in path.parent.iterdir() if _same_name(file.name, names)]
     except OSError:
         return None
-    return _of_file(path.parent / beside[0]) if beside else None
+    return _of_file(beside[0]) if beside else None
 
 
 def find_among(files: Iterable[ByteSource], names: Collection[str]) -> ByteSource | None:

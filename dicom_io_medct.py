@@ -1,8 +1,8 @@
 """DICOM: one CT series out of files in any order, or one Enhanced multi-frame file.
 
 Unusual:
-- A damaged file is never left out, since that would turn it into a missing slice; nor is one that lies in the place of a
-  slice (empty, zeros, a pointer, without the mark of DICOM). What is left out (other kinds of image, localizers, files
+- A damaged file is never left out, since that would turn it into a missing slice; nor is one that lies in the place of
+  a slice (empty, zeros, a pointer, without the mark of DICOM). What is left out (other kinds of image, localizers, files
   that never were DICOM) is counted in the notes.
 - Slices are ordered and spaced by their positions along their common normal; instance numbers, slice thickness and file
   names are not asked. Positions must be even and lie on a line, or the series is refused with the figures.

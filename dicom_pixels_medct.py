@@ -1,8 +1,8 @@
 """One slice of a CT series in DICOM: what is known of it, and its pixels as HU.
 
 Unusual:
-- Uncompressed pixels are read straight from the file. Whether they are that is seen from their own element, because file
-  meta information often names another transfer syntax; what is not certain goes to pydicom.
+- Uncompressed pixels are read straight from the file. Whether they are that is seen from their own element, because
+  file meta information often names another transfer syntax; what is not certain goes to pydicom.
 - For compressed ones the decoder is named, because pydicom would try one after the other until one "decodes" a damaged
   stream.
 - Bits outside of BitsStored, which may hold overlays, are dropped here whatever decoded the pixels.
@@ -152,7 +152,7 @@ def layout_of(header: Any, offset: int | None) -> PixelLayout:
 
 
 def _padding_of(header: Any, bits: int, is_signed: bool) -> tuple[int, int] | None:
-    """Lowest and highest padding as pixels hold it: modulo 2^bits, for that of signed ones is often written unsigned."""
+    """Lowest and highest padding as pixels hold it, modulo 2^bits: that of signed ones is often written unsigned."""
     written = [header.get(name) for name in ("PixelPaddingValue", "PixelPaddingRangeLimit")]
     if written[0] is None or written[0] == "":
         return None
@@ -263,9 +263,9 @@ def _used_bits(words: np.ndarray, pixels: PixelLayout) -> np.ndarray:
 
 
 def _scaled(stored: np.ndarray, slope: float, intercept: float) -> np.ndarray:
-    if slope == 1 and intercept.is_integer():
-        if _fits_int16(int(stored.min()) + int(intercept), int(stored.max()) + int(intercept)):
-            return (stored.astype(np.int32) + int(intercept)).astype(np.int16)
+    is_whole = slope == 1 and intercept.is_integer()
+    if is_whole and _fits_int16(int(stored.min()) + int(intercept), int(stored.max()) + int(intercept)):
+        return (stored.astype(np.int32) + int(intercept)).astype(np.int16)
     return stored.astype(np.float32) * np.float32(slope) + np.float32(intercept)
 
 

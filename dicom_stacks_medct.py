@@ -72,7 +72,7 @@ def _raw(items: list[Any], tag: int) -> Iterator[Hashable]:
 
 
 def stacks_of(slices: list[Slice]) -> tuple[list[list[Slice]], str]:
-    """Scans over the same positions, largest first, and the names of what tells them apart; one if there is only one."""
+    """Scans over the same positions, largest first, and the names of what tells them apart; often only one."""
     if any(np.abs(one.orientation - slices[0].orientation).max() > 0.01 for one in slices):
         return [slices], ""  # which is refused for it
     normal = np.cross(slices[0].orientation[:3], slices[0].orientation[3:])
