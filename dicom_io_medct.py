@@ -2,8 +2,8 @@
 
 Unusual:
 - A damaged file is never left out, since that would turn it into a missing slice; nor is one that lies in the place of
-  a slice (empty, zeros, a pointer, without the mark of DICOM). What is left out (other kinds of image, localizers, files
-  that never were DICOM) is counted in the notes.
+  a slice (empty, zeros, a pointer, without the mark of DICOM). What is left out (other kinds of image, localizers, and
+  files that never were DICOM) is counted in the notes.
 - Slices are ordered and spaced by their positions along their common normal; instance numbers, slice thickness and file
   names are not asked. Positions must be even and lie on a line, or the series is refused with the figures.
 - Rescale slope and intercept must both be there, slice by slice (or be given by the caller), because a default of 1 and
@@ -49,6 +49,7 @@ _MODALITIES = ("CT", "MR", "PT", "NM", "US", "CR", "DX", "MG", "XA", "SC", "OT",
 _SUFFIXES = (".dcm", ".dicom", ".dic", ".ima")
 """Of files that stand for a DICOM file whatever they hold."""
 _HEAD_BYTES = 600
+_LONG_HEAD_BYTES = 2**12
 _FIRST_GROUPS = (b"\x02\x00", b"\x08\x00")
 _DECIMALS = (0x00200032, 0x00200037, 0x00280030, 0x00281052, 0x00281053, 0x00180050, 0x00180088)
 """Position, orientation, spacing, intercept, slope, thickness and step."""
@@ -165,13 +166,26 @@ def _read_header(file: ByteSource, stream: BinaryIO) -> tuple[Any, int | None]:
     except VolumeError:
         raise
     except Exception as error:  # pydicom raises many kinds; their texts hold values of the header
+        if _has_no_character_set(file.head(_LONG_HEAD_BYTES)):
+            reason = "its SpecificCharacterSet is no name of one but control characters"
+            raise VolumeError(file.name, reason, "Export it with a character set, or without") from None
         raise VolumeError(file.name, f"it is a damaged DICOM file ({type(error).__name__})", AGAIN) from None
+
+
+def _has_no_character_set(head: bytes) -> bool:
+    """Whether control characters stand where a data set should name its character set."""
+    at = head.find(b"\x08\x00\x05\x00")
+    length = int.from_bytes(
+        head[at + 6 : at + 8] if head[at + 4 : at + 6] == b"CS" else head[at + 4 : at + 8], "little"
+    )
+    value = head[at + 8 : at + 8 + length].rstrip(b"\0 ")
+    return at >= 0 and any(letter < ord(" ") for letter in value)
 
 
 def _check_deflated(file: ByteSource, stream: BinaryIO) -> bool:
     """Whether a data set is deflated; refuses a bomb before pydicom inflates it in one piece."""
     stream.seek(0)
-    head = stream.read(2**12)
+    head = stream.read(_LONG_HEAD_BYTES)
     # The first element of the file meta information, in 12 bytes behind the mark, is the length of what follows it.
     start = 144 + int.from_bytes(head[140:144], "little")
     if head[128:132] != b"DICM" or DEFLATED.encode() not in head[:start]:
@@ -201,6 +215,8 @@ def _why_no_slice(file: ByteSource, header: Any) -> str | None:
     if kind not in _CT_CLASSES:
         uid = pydicom.uid.UID(kind)
         return uid.name if uid.name != kind else "unknown kind of DICOM file"
+    if "Rows" not in header or "Columns" not in header:
+        raise VolumeError(file.name, "it is a damaged DICOM file (without the size of its image)", AGAIN)
     if modality != "CT":
         return f"modality {modality}" if modality in _MODALITIES else "modality other than CT"
     return "localizer" if "LOCALIZER" in image_types else None
@@ -381,13 +397,13 @@ def _entries(
 
 
 def _has_decimal_comma(item: Any) -> bool:
-    """Whether a number of a data set is written with a comma, which pydicom refuses."""
+    """Whether a number of a data set is written with a comma."""
     for tag in item.keys():  # noqa: SIM118 - values would be converted
         element = item.get_item(tag)
         if element.VR == "SQ":
             found = any(map(_has_decimal_comma, item[tag].value))
         else:
-            found = tag in _DECIMALS and isinstance(element.value, bytes) and re.search(rb"\d,\d", element.value)
+            found = tag in _DECIMALS and re.search(r"\d,\d", str(element.value))
         if found:
             return True
     return False

@@ -103,7 +103,7 @@ def find_studies(paths: Iterable[str | os.PathLike]) -> list[Study]:
 def _studies_below(folder: Path) -> Iterator[Study]:
     seen = set()
     scans: dict[Path, _DicomFolder] = {}
-    discs: list[Path] = []
+    discs = [above for above in folder.absolute().parents if (above / "DICOMDIR").is_file()]
     for parent, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(parent)
         if real in seen:  # a link that leads back
@@ -117,7 +117,8 @@ def _studies_below(folder: Path) -> Iterator[Study]:
         volumes = [path for path in files if path.name.lower().endswith(_VOLUME_SUFFIXES)]
         others = [path for path in files if path not in set(volumes)]
         if any(map(_is_dicom_file, others)):
-            disc = next((disc for disc in discs if disc in (Path(parent), *Path(parent).parents)), None)
+            places = {Path(parent), *Path(parent).parents, *Path(parent).absolute().parents}
+            disc = next((disc for disc in discs if disc in places), None)
             series = set() if disc is None else {(disc, _series_of(path)) for path in others} - {(disc, None)}
             scans[Path(parent)] = _DicomFolder(others, not volumes and not folders, series)
         yield from (Study(str(path), str(path)) for path in volumes)
@@ -136,9 +137,13 @@ class _DicomFolder:
 def _joined(folders: dict[Path, _DicomFolder]) -> Iterator[Study]:
     """A study of each folder, and one of those that share a series."""
     groups: list[list[Path]] = []
+    group_of: dict[tuple[Path, str], list[Path]] = {}
     for path, folder in folders.items():
-        same = [group for group in groups if any(folders[one].series & folder.series for one in group)]
-        groups = [group for group in groups if group not in same] + [[*(one for group in same for one in group), path]]
+        same = {id(group_of[one]): group_of[one] for one in folder.series if one in group_of}.values()
+        for group in same:
+            groups.remove(group)
+        groups.append([*(one for group in same for one in group), path])
+        group_of |= {one: groups[-1] for member in groups[-1] for one in folders[member].series}
     taken: set[str] = set()
     for paths in groups:
         common = str(paths[0]) if len(paths) == 1 else os.path.commonpath(paths)
