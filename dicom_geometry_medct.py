@@ -146,10 +146,15 @@ def _check_gaps(slices: list[Slice], source: str, resample_irregular: bool) -> N
 
 def _is_uneven(slices: list[Slice]) -> bool:
     """Whether slices are missing, or one lies half a step or more off its place."""
-    gaps = np.sort(np.diff(_places(slices)[:, 2]))
-    usual, extent = gaps[(len(gaps) - 1) // 2], gaps.sum()
-    fits = any(abs(step * len(gaps) - extent) < 0.5 * step for step in slices[0].written_steps_mm)
-    return bool(gaps[-1] >= _MISSING_STEPS * usual and not fits) or _unevenness(slices) >= MAX_VOXELS_OFF
+    gaps = np.diff(_places(slices)[:, 2])
+    fits = any(abs(step * len(gaps) - gaps.sum()) < 0.5 * step for step in slices[0].written_steps_mm)
+    is_missing = gaps.max() >= _MISSING_STEPS * _usual(gaps) and not fits
+    return bool(is_missing) or _unevenness(slices) >= MAX_VOXELS_OFF
+
+
+def _usual(gaps: np.ndarray) -> float:
+    """The middle gap, of two the smaller: of three slices one may be missing."""
+    return float(np.sort(gaps)[(len(gaps) - 1) // 2])
 
 
 def _unevenness(slices: list[Slice]) -> float:
@@ -224,7 +229,7 @@ def to_grid(hu: np.ndarray, slices: list[Slice], source: str) -> tuple[np.ndarra
     start = np.median(_residues(slices)[0])
     if _is_uneven(slices):
         # The mean step, a gap of missing slices being several.
-        count, start = int(np.maximum(np.rint(gaps / np.median(gaps)), 1).sum()) + 1, 0.0
+        count, start = int(np.maximum(np.rint(gaps / _usual(gaps)), 1).sum()) + 1, 0.0
         hu = _on_even_steps(hu, along, count)
         notes.append(
             f"slices with steps of {gaps.min():.3f} to {gaps.max():.3f} mm were interpolated to {count} even ones"

@@ -203,7 +203,8 @@ def _why_no_slice(file: ByteSource, header: Any) -> str | None:
     """What a file is if it is no CT slice; none if it is one."""
     try:
         # The file meta information has it where a data set leaves it empty, as some anonymizers do.
-        kind = str(header.get("SOPClassUID") or header.file_meta.get("MediaStorageSOPClassUID") or "")
+        stored_as = str(header.file_meta.get("MediaStorageSOPClassUID") or "")
+        kind = str(header.get("SOPClassUID") or stored_as)
         modality, image_type = str(header.get("Modality") or "CT"), header.get("ImageType") or []
         image_types = [str(value).upper() for value in ([image_type] if isinstance(image_type, str) else image_type)]
     except Exception as error:  # as above
@@ -212,6 +213,8 @@ def _why_no_slice(file: ByteSource, header: Any) -> str | None:
         return _DICOMDIR
     if not kind or not len(header):
         raise VolumeError(file.name, "it is a damaged DICOM file (without a SOP class or any data)", AGAIN)
+    if kind not in _CT_CLASSES and stored_as in _CT_CLASSES:
+        raise VolumeError(file.name, "it is a damaged DICOM file (its SOP classes contradict each other)", AGAIN)
     if kind not in _CT_CLASSES:
         uid = pydicom.uid.UID(kind)
         return uid.name if uid.name != kind else "unknown kind of DICOM file"

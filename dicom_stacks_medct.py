@@ -32,7 +32,7 @@ TELLING = {
     0x00180060: "KVP",
     0x00180010: "ContrastBolusAgent",
     0x00181210: "ConvolutionKernel",
-    0x00189316: "CTReconstructionAlgorithm",
+    0x00189315: "ReconstructionAlgorithm",
     0x00181160: "FilterType",
     0x00181100: "ReconstructionDiameter",
     0x00180050: "SliceThickness",

@@ -200,7 +200,7 @@ def _nrrd_fields(source: ByteSource, file: BinaryIO) -> dict[str, str]:
         name, colon, value = line.partition(":")
         if colon and not line.startswith("#") and not value.startswith("="):
             fields[name.strip().lower()] = value.strip()
-        if name.lower() in ("data file", "datafile") and value.strip().upper().startswith("LIST"):
+        if name.lower() in ("data file", "datafile") and value.split()[:1] == ["LIST"]:
             break
     raise VolumeError(source.name, "its voxels are spread over a list of files", "Write it as one .nrrd file")
 

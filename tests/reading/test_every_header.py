@@ -1,6 +1,6 @@
-"""One volume under every key that MetaImage, NRRD and NIfTI headers document, compared with the libraries that write it.
+"""One volume under every key that MetaImage, NRRD and NIfTI headers document, compared with independent readers.
 
-Where SimpleITK gives something else, the case says so: `itk` is what it makes of it, "other" values or geometry.
+What SimpleITK ignores or cannot read stands in the tests "beyond ITK", with what is made of it here.
 """
 
 import bz2
