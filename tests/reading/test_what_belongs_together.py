@@ -1,4 +1,4 @@
-"""Folders, archives and discs: which files are one scan, which never were one, and what a message says of the others."""
+"""Folders, archives and discs: which files are one scan, which never were one, and what messages say of the others."""
 
 import gc
 import gzip
@@ -227,7 +227,7 @@ def test_archives_in_archives_are_named(tmp_path):
 
 def test_analyze_is_refused_for_its_orientation(tmp_path):
     nibabel.AnalyzeImage(np.ascontiguousarray(HU.T), AFFINE).to_filename(tmp_path / "scan.hdr")
-    with pytest.raises(VolumeError, match="Analyze 7.5 header, which does not say where right and left are"):
+    with pytest.raises(VolumeError, match=r"Analyze 7\.5 header, which does not say where right and left are"):
         read_volume(tmp_path / "scan.hdr")
     image = nibabel.load(tmp_path / "scan.hdr")
     with pytest.raises(VolumeError, match="right and left"):
