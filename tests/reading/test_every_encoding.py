@@ -185,21 +185,38 @@ def test_frames(syntax, signed, table, tmp_path):
 
 
 @pytest.mark.parametrize("high_bit", [11, 13, 15])
-@pytest.mark.parametrize("syntax", UNCOMPRESSED[:3])
-def test_pixels_in_higher_bits(high_bit, syntax, tmp_path):
-    """As the standard had it until 2014; pydicom takes the lowest bits all the same, so SimpleITK is the witness."""
-    stored = stored_values(12, signed=False)
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("syntax", (*UNCOMPRESSED[:3], RLELossless, JPEG2000Lossless))
+def test_pixels_in_higher_bits(high_bit, signed, syntax, tmp_path):
+    """Where the header says, as the standard had it until 2014, or in the lowest bits all the same."""
+    stored = stored_values(12, signed)
+    for shift in {0, high_bit - 11}:
+
+        def edit(ds, k, shift=shift):
+            order = ">" if syntax == ExplicitVRBigEndian else "<"
+            ds.add_new(0x7FE00010, "OW", ((stored[k] << shift) & 0xFFFF).astype(f"{order}u2").tobytes())
+            if syntax in UNCOMPRESSED:
+                ds.file_meta.TransferSyntaxUID = syntax
+            else:
+                scan_files.compress(syntax)(ds)
+            ds.BitsStored, ds.HighBit, ds.PixelRepresentation, ds.RescaleIntercept = 12, high_bit, int(signed), 0
+
+        folder = scan_files.write_series(tmp_path / str(shift), stored, edit)
+        assert np.array_equal(read_volume(folder).array, stored.T)
+        if shift == 0:  # elsewhere both take the lowest bits, which then hold noise
+            assert np.array_equal(read_by_pydicom(folder), stored)
+            assert np.array_equal(read_by_simpleitk(folder), stored)
+
+
+def test_pixels_in_neither_place_are_refused(tmp_path):
+    stored = stored_values(16, signed=False) | 1
 
     def edit(ds, k):
-        ds.file_meta.TransferSyntaxUID, ds.BitsStored, ds.HighBit, ds.RescaleIntercept = syntax, 12, high_bit, 0
-        order = ">" if syntax == ExplicitVRBigEndian else "<"
-        ds.add_new(0x7FE00010, "OW", (stored[k] << (high_bit - 11)).astype(f"{order}u2").tobytes())
+        scan_files.set_pixels(ds, stored[k])
+        ds.BitsStored, ds.HighBit = 12, 15
 
-    folder = scan_files.write_series(tmp_path, stored, edit)
-    assert np.array_equal(read_volume(folder).array, stored.T)
-    if syntax != ExplicitVRBigEndian:
-        seen = {SimpleITK.ReadImage(str(path)).GetPixelIDTypeAsString() for path in folder.iterdir()}
-        assert len(seen) == 1
+    with pytest.raises(VolumeError, match="do not lie where its HighBit says"):
+        read_volume(scan_files.write_series(tmp_path, stored, edit))
 
 
 def rename_syntax(path: Path, syntax: str | None) -> None:
