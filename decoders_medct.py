@@ -16,6 +16,8 @@ import faulthandler
 import importlib
 import importlib.util
 import io
+import logging
+import math
 import os
 import signal
 import struct
@@ -23,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -41,7 +44,8 @@ MEMORY_BYTES = 2**29
 """For a frame, beyond what the helper has when it is ready."""
 MEMORY_BYTES_PER_PIXEL = 16
 
-_REQUEST = struct.Struct("<16sIIBBdQQ")  # module, rows, columns, bits allocated and stored, seconds, memory, length
+# Module, transfer syntax of a file, frames, rows, columns, bits allocated and stored, seconds, bytes of memory, length.
+_REQUEST = struct.Struct("<16s64sIIIBBdQQ")
 _REPLY = struct.Struct("<BBBQ")  # outcome, bytes a pixel, whether signed, length
 _READY, _DONE, _DAMAGED, _REPORTED, _NO_MEMORY = range(5)
 _OUT_OF_TIME = 1
@@ -82,14 +86,17 @@ class _Helper:
         )
         self._is_ready = False
 
-    def decode(self, module: str, frame: bytes, shape: tuple[int, int], bits: tuple[int, int]) -> np.ndarray:
-        pixels = shape[0] * shape[1]
-        seconds, memory = SECONDS + pixels * SECONDS_PER_PIXEL, MEMORY_BYTES + pixels * MEMORY_BYTES_PER_PIXEL
+    def decode(
+        self, module: str, data: bytes, shape: tuple[int, int, int], bits: tuple[int, int], syntax: str
+    ) -> np.ndarray:
+        pixels = math.prod(shape)
+        seconds = SECONDS + pixels * SECONDS_PER_PIXEL
+        memory = MEMORY_BYTES + pixels * MEMORY_BYTES_PER_PIXEL + 2 * len(data)
         if not self._is_ready:
             self._read(_REPLY.size)
             self._is_ready = True
-        self._write(_REQUEST.pack(module.encode(), *shape, *bits, seconds, memory, len(frame)))
-        self._write(frame)
+        self._write(_REQUEST.pack(module.encode(), syntax.encode(), *shape, *bits, seconds, memory, len(data)))
+        self._write(data)
         outcome, item_size, is_signed, length = _REPLY.unpack(self._read(_REPLY.size))
         if outcome != _DONE:
             reasons = {_REPORTED: "the decoder reports damage", _NO_MEMORY: "decoding it takes too much memory"}
@@ -216,12 +223,35 @@ def decode_frame(module: str, frame: bytes, shape: tuple[int, int], bits: tuple[
     Raises:
         DecodeError: If it is damaged, ends the decoder, or takes too much time or memory.
     """
+    return _decode(module, frame, (1, *shape), bits)[0]
+
+
+def decode_file(file: bytes, syntax: str, shape: tuple[int, int, int]) -> np.ndarray:
+    """The pixels of an uncompressed DICOM file in any layout that pydicom reads.
+
+    Args:
+        file: All of it.
+        syntax: UID of the transfer syntax that it is in, whatever it says itself.
+        shape: `(frame, row, column)`, which must be what it holds.
+
+    Returns:
+        `shape`, integers; unused bits as they are.
+
+    Raises:
+        DecodeError: If it is damaged, or takes too much time or memory.
+    """
+    return _decode("pydicom", file, shape, (0, 0), syntax)
+
+
+def _decode(
+    module: str, data: bytes, shape: tuple[int, int, int], bits: tuple[int, int], syntax: str = ""
+) -> np.ndarray:
     reason = ""
     for _ in range(2):  # one that dies may have been somebody else's victim
         try:
             with _helpers.one() as helper:
                 try:
-                    return helper.decode(module, frame, shape, bits)
+                    return helper.decode(module, data, shape, bits, syntax)
                 except _DiedError:
                     reason = helper.why_dead()
                     raise
@@ -240,28 +270,29 @@ def decode_frame(module: str, frame: bytes, shape: tuple[int, int], bits: tuple[
 
 _Pixels = tuple[bytes, int, bool]
 """Their bytes, how many one takes, and whether it is signed."""
+_Bits = tuple[int, int]
 
 
 def _container_bytes(precision: int) -> int:
     return 1 if precision <= 8 else 2 if precision <= 16 else 4
 
 
-def _openjpeg(openjpeg, frame: bytes, shape: tuple[int, int], bits: tuple[int, int]) -> _Pixels:
+def _openjpeg(openjpeg, frame: bytes, shape: tuple[int, int, int], bits: _Bits, syntax: str) -> _Pixels:
     found = openjpeg.get_parameters(frame)
-    if (found["rows"], found["columns"], found["samples_per_pixel"]) != (*shape, 1):
+    if (found["rows"], found["columns"], found["samples_per_pixel"]) != (*shape[1:], 1):
         raise ValueError("another size")
     pixels = openjpeg.decode_pixel_data(frame, version=2)
     return pixels, _container_bytes(found["precision"]), bool(found["is_signed"])
 
 
-def _jpeg_ls(jpeg_ls, frame: bytes, shape: tuple[int, int], bits: tuple[int, int]) -> _Pixels:
+def _jpeg_ls(jpeg_ls, frame: bytes, shape: tuple[int, int, int], bits: _Bits, syntax: str) -> _Pixels:
     pixels, found = jpeg_ls.decode_pixel_data(frame)
-    if (found["height"], found["width"], found["components"]) != (*shape, 1):
+    if (found["height"], found["width"], found["components"]) != (*shape[1:], 1):
         raise ValueError("another size")
     return pixels, _container_bytes(found["bits_per_sample"]), False
 
 
-def _gdcm(gdcm, frame: bytes, shape: tuple[int, int], bits: tuple[int, int]) -> _Pixels:
+def _gdcm(gdcm, frame: bytes, shape: tuple[int, int, int], bits: _Bits, syntax: str) -> _Pixels:
     fragment = gdcm.Fragment()
     fragment.SetByteStringValue(bytes(frame))
     fragments = gdcm.SequenceOfFragments.New()
@@ -270,33 +301,38 @@ def _gdcm(gdcm, frame: bytes, shape: tuple[int, int], bits: tuple[int, int]) -> 
     element.SetValue(fragments.__ref__())
     image = gdcm.Image()
     image.SetNumberOfDimensions(2)
-    image.SetDimensions((shape[1], shape[0], 1))
+    image.SetDimensions((shape[2], shape[1], 1))
     image.SetDataElement(element)
     grey = gdcm.PhotometricInterpretation.GetPIType("MONOCHROME2")
     image.SetPhotometricInterpretation(gdcm.PhotometricInterpretation(grey))
-    syntax = gdcm.TransferSyntax.GetTSType("1.2.840.10008.1.2.4.57")
-    image.SetTransferSyntax(gdcm.TransferSyntax(syntax))
+    lossless = gdcm.TransferSyntax.GetTSType("1.2.840.10008.1.2.4.57")  # whichever JPEG it is
+    image.SetTransferSyntax(gdcm.TransferSyntax(lossless))
     image.SetPixelFormat(gdcm.PixelFormat(1, bits[0], bits[1], bits[1] - 1, 0))
     # Bytes come as text.
     return image.GetBuffer().encode("utf-8", "surrogateescape"), _container_bytes(bits[0]), False
 
 
-DECODERS = {"openjpeg": _openjpeg, "jpeg_ls": _jpeg_ls, "gdcm": _gdcm}
+def _pydicom(pydicom, file: bytes, shape: tuple[int, int, int], bits: _Bits, syntax: str) -> _Pixels:
+    data_set = pydicom.dcmread(io.BytesIO(file))
+    data_set.file_meta.TransferSyntaxUID = pydicom.uid.UID(syntax)
+    pixels = importlib.import_module("pydicom.pixels").pixel_array(data_set, correct_unused_bits=False)
+    if pixels.reshape(shape).dtype.kind not in "ui":
+        raise ValueError("no integers")
+    return pixels.astype(pixels.dtype.newbyteorder("<")).tobytes(), pixels.itemsize, pixels.dtype.kind == "i"
+
+
+DECODERS = {"openjpeg": _openjpeg, "jpeg_ls": _jpeg_ls, "gdcm": _gdcm, "pydicom": _pydicom}
+_AT_ONCE = ("openjpeg", "jpeg_ls", "gdcm")
+"""Imported before the first request; pydicom takes a second and is hardly ever needed."""
 
 
 def _limit_memory(count: int) -> None:
+    """So many bytes more than now, where the system knows how many those are."""
     if resource is not None:
-        _, most = resource.getrlimit(resource.RLIMIT_AS)
         with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_AS, (count, most))
-
-
-def _memory_bytes() -> int:
-    """Address space in use; 0 where that cannot be known."""
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    except (OSError, AttributeError):
-        return 0
+            used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            _, most = resource.getrlimit(resource.RLIMIT_AS)
+            resource.setrlimit(resource.RLIMIT_AS, (used + count, most))
 
 
 def _reply(replies: io.RawIOBase, outcome: int, pixels: _Pixels = (b"", 0, False)) -> None:
@@ -321,25 +357,25 @@ def _run() -> None:
     os.dup2(words.fileno(), 2)
     if resource is not None:
         resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
-    modules = {}
-    for name in DECODERS:
+    warnings.simplefilter("ignore")
+    logging.disable()
+    for name in _AT_ONCE:
         with contextlib.suppress(ImportError):
-            modules[name] = importlib.import_module(name)
-    base = _memory_bytes()
+            importlib.import_module(name)
     faulthandler.cancel_dump_traceback_later()
     _reply(replies, _READY)
     while len(header := requests.read(_REQUEST.size)) == _REQUEST.size:
-        name, rows, columns, allocated, stored, seconds, memory, length = _REQUEST.unpack(header)
-        frame = requests.read(length)
-        name = name.rstrip(b"\0").decode()
+        name, syntax, *shape, allocated, stored, seconds, memory, length = _REQUEST.unpack(header)
+        data = requests.read(length)
+        name, syntax = (text.rstrip(b"\0").decode() for text in (name, syntax))
+        module = importlib.import_module(name)
         words.seek(0)
         words.truncate()
         faulthandler.dump_traceback_later(seconds, exit=True, file=quiet)
-        if base:
-            _limit_memory(base + memory)
+        _limit_memory(memory)
         pixels, outcome = (b"", 0, False), _DAMAGED
         try:
-            pixels = DECODERS[name](modules[name], frame, (rows, columns), (allocated, stored))
+            pixels = DECODERS[name](module, data, tuple(shape), (allocated, stored), syntax)
             outcome = _REPORTED if os.fstat(2).st_size else _DONE
         except MemoryError:
             outcome = _NO_MEMORY
@@ -352,4 +388,4 @@ def _run() -> None:
 if __name__ == "__main__":
     _run()
 
-__all__ = ["DECODERS", "DecodeError", "decode_frame", "is_installed", "warm_up"]
+__all__ = ["DECODERS", "DecodeError", "decode_file", "decode_frame", "is_installed", "warm_up"]
