@@ -41,6 +41,7 @@ MODEST_BYTES = 2**28
 GZIP_MAGIC = b"\x1f\x8b"
 _MAX_DEFLATE_RATIO = 1032
 _CHUNK_BYTES = 2**24
+_SMALL_CHUNK_BYTES = 2**12
 _MAX_REST_BYTES = 2**26
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]+(::[a-z0-9]+)*://")
 # Left behind by operating systems; `._*` even carry the suffix of the file they belong to.
@@ -208,14 +209,26 @@ def _of_member(archive: str, file: zipfile.ZipFile, info: zipfile.ZipInfo) -> By
 
     def open_member() -> BinaryIO:
         try:
-            # Never more than the directory says, which was checked; reaching the end verifies the checksum.
-            return io.BytesIO(file.read(info))
+            return io.BytesIO(_read_member(file, info))
         except Exception as error:  # as above, and those of each decompressor
             raise VolumeError(
                 name, f"the zip member is damaged ({type(error).__name__})", "Copy or download the archive again"
             ) from error
 
     return ByteSource(name, open_member, info.file_size)
+
+
+def _read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
+    """Never more than the directory says, which was checked; reaching the end verifies the checksum."""
+    # Piece by piece, because all that a piece of packed bytes holds is unpacked at once, but for the usual method.
+    size = _CHUNK_BYTES if info.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) else _SMALL_CHUNK_BYTES
+    data = bytearray()
+    with archive.open(info) as member:
+        while piece := member.read(min(size, info.file_size + 1 - len(data))):
+            data += piece
+    if len(data) != info.file_size:
+        raise EOFError("cut short")
+    return bytes(data)
 
 
 def open_inflated(file: BinaryIO) -> BinaryIO:

@@ -8,6 +8,7 @@ even. What JPEG 2000 (no count, no checksum) and lossy JPEG hide inside their co
 Source: DICOM PS3.5 (A.4, G), ITU-T T.81 (B, H), T.87 (C), T.800 (A).
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -49,7 +50,7 @@ def frames_of(element: bytes, count: int, offsets: list[int] | None = None) -> l
     if len(offsets) == count:
         numbers = {start - starts[0]: number for number, start in enumerate(starts)}
         firsts = [numbers.get(offset, -1) for offset in offsets]
-        if firsts[0] != 0 or any(a >= b for a, b in zip(firsts, firsts[1:], strict=False)):
+        if firsts[0] != 0 or any(a >= b for a, b in itertools.pairwise(firsts)):
             raise StreamError("the table of frames does not fit the fragments")
     else:
         # A frame ends with the fragment that ends with the end of an image.
@@ -335,7 +336,7 @@ def decode_rle(stream: bytes, shape: tuple[int, int], bits_allocated: int) -> np
     if bits_allocated not in (8, 16, 32) or number != item_size:
         raise StreamError(f"the compressed pixels have {number} bytes each instead of {bits_allocated} bits")
     starts, others = [*starts[:number], len(stream)], starts[number:]
-    if starts[0] != 64 or any(others) or any(a >= b for a, b in zip(starts, starts[1:], strict=False)):
+    if starts[0] != 64 or any(others) or any(a >= b for a, b in itertools.pairwise(starts)):
         raise StreamError("the compressed pixels are damaged (segments)")
     if count > _MAX_RLE_RATIO * len(stream):
         raise StreamError("the compressed pixels are cut short or damaged")

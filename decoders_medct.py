@@ -1,4 +1,4 @@
-"""Compressed frames to pixels, in a process of its own: damaged streams make decoders written in C crash, hang and swell.
+"""Compressed frames to pixels, in a process of their own: damaged ones make decoders written in C crash, hang and swell.
 
 Unusual: this file is two programs. Imported, it is the side that asks. Run as a script, by `_Helper`, it is the side
 that decodes: it reads requests from its standard input, keeps to limits of time and memory, and ends when its input

@@ -42,6 +42,8 @@ _DECODERS = {
     "1.2.840.10008.1.2.4.203": ("jpeg 2000", "openjpeg"),
 }
 _MOST_HEADER_BYTES = 2**26
+_MOST_PIXELS = 2**26
+"""Of a frame: 8192 x 8192, since decoders ask memory for what is claimed."""
 _PIXELS, _PIXELS_BIG, _UNDEFINED = b"\xe0\x7f\x10\x00", b"\x7f\xe0\x00\x10", b"\xff\xff\xff\xff"
 
 
@@ -91,6 +93,8 @@ def decoded_pixels(file: ByteSource, frames: Frames, index: int, cache: dict[Byt
         VolumeError: If it is damaged, or its decoder is not installed.
     """
     try:
+        if frames.shape[0] * frames.shape[1] > _MOST_PIXELS:
+            raise StreamError(f"{frames.shape[0]} x {frames.shape[1]} are more than any scanner makes")
         if file not in cache:
             cache.clear()
             cache[file] = _frames_of(file, frames)

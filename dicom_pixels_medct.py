@@ -15,6 +15,7 @@ from .dicom_elements_medct import Elements
 from .dicom_frames_medct import AGAIN, DEFLATED, EXPLICIT_LITTLE, IMPLICIT_LITTLE, UNCOMPRESSED, Frames, decoded_pixels
 from .volume_medct import AIR_HU, MAX_VOXELS, VolumeError
 
+
 @dataclass(frozen=True)
 class PixelLayout:
     """How the pixels of a file are stored; one for all its frames."""

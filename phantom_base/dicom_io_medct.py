@@ -13,15 +13,18 @@ Unusual:
 Source: DICOM PS3.3 (C.7.6.2, C.7.6.16, C.8.2, C.11.1), PS3.5.
 """
 
-import zlib
+import io
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from .byte_sources_medct import ByteSource, too_inflated
-from .dicom_pixels_medct import AGAIN, DEFLATED, PixelLayout, Slice, decode, hu_of, layout_of, name_of, quiet_pydicom
+from .byte_sources_medct import ByteSource
+from .decoders_medct import warm_up
+from .dicom_elements_medct import Elements, read_data_set, read_meta
+from .dicom_frames_medct import AGAIN, DEFLATED, EXPLICIT_BIG, UNCOMPRESSED, inflated_header
+from .dicom_pixels_medct import PixelLayout, Slice, decode, hu_of, layout_of, name_of
 from .volume_medct import CTVolume, VolumeError, check_affine, refuse_second_rescale
 
 try:
@@ -49,7 +52,7 @@ _ALL_FILES = "Pass all files of the series together: a folder, or a list of them
 _STRAIGHT = "Pass `resample_irregular=True` to have the slices interpolated"
 
 
-_CTFile = tuple[ByteSource, Any, int | None]
+_CTFile = tuple[ByteSource, Elements, int]
 """A file of CT slices, its header, and where its pixels begin."""
 
 
@@ -79,12 +82,11 @@ def read_dicom(
     """
     if pydicom is None:
         raise VolumeError(source, "DICOM needs pydicom and decoders", "Install them: pip install medct[dicom]")
-    with quiet_pydicom():
-        found, left_out = _collect(files, source)
-        slices = [one for file in _choose_series(found, source, series) for one in _slices_of(*file, rescale)]
-        _check_alike(slices)
-        slices, notes = _order(slices, source, resample_irregular)
-        hu = decode(slices, source)
+    found, left_out = _collect(files, source)
+    slices = [one for file in _choose_series(found, source, series) for one in _slices_of(*file, rescale)]
+    _check_alike(slices)
+    slices, notes = _order(slices, source, resample_irregular)
+    hu = decode(slices, source)
     hu, affine, more = _to_grid(hu, slices, source)
     notes = [*_left_out_notes(left_out), *notes, *more]
     return CTVolume(hu.T, affine, source, tuple(notes))  # (k, row, column) -> (column, row, k)
@@ -112,34 +114,22 @@ def _collect(files: Sequence[ByteSource], source: str) -> tuple[list[_CTFile], C
     return found, left_out
 
 
-def _read_header(file: ByteSource, stream: BinaryIO) -> tuple[Any, int | None]:
-    """Everything before the pixels, and at which byte those begin in the file (not if it is deflated)."""
+def _read_header(file: ByteSource, stream: BinaryIO) -> tuple[Elements, int]:
+    """Everything before the pixels, and at which byte those begin, in the inflated data set if that is deflated."""
     try:
-        is_deflated = _check_deflated(file, stream)
-        stream.seek(0)
-        header = pydicom.dcmread(stream, stop_before_pixels=True)
-        return header, None if is_deflated else stream.tell()
+        meta = read_meta(stream)
+        syntax = str(meta.get("TransferSyntaxUID") or "")
+        if syntax == DEFLATED:
+            stream = io.BytesIO(inflated_header(file, stream))
+        header = read_data_set(stream, is_little=syntax != EXPLICIT_BIG)
+        header.file_meta = meta
+        if syntax not in UNCOMPRESSED:
+            warm_up()
+        return header, stream.tell()
     except VolumeError:
         raise
-    except Exception as error:  # pydicom raises many kinds; their texts hold values of the header
+    except Exception as error:  # of many kinds; their texts may hold values of the header
         raise VolumeError(file.name, f"it is a damaged DICOM file ({type(error).__name__})", AGAIN) from None
-
-
-def _check_deflated(file: ByteSource, stream: BinaryIO) -> bool:
-    """Whether a data set is deflated; refuses a bomb before pydicom inflates it in one piece."""
-    stream.seek(0)
-    head = stream.read(2**12)
-    # The first element of the file meta information, in 12 bytes behind the mark, is the length of what follows it.
-    start = 144 + int.from_bytes(head[140:144], "little")
-    if DEFLATED.encode() not in head[:start]:
-        return False
-    stream.seek(start)
-    inflater, count = zlib.decompressobj(-zlib.MAX_WBITS), 0
-    while not inflater.eof and (packed := inflater.unconsumed_tail or stream.read(2**16)):
-        count += len(inflater.decompress(packed, 2**20))
-        if too_inflated(count, file.size):
-            raise VolumeError(file.name, f"its {file.size} bytes would inflate to more than {count}", "Check the file")
-    return True
 
 
 def _why_no_slice(file: ByteSource, header: Any) -> str | None:
@@ -164,7 +154,7 @@ def _why_no_slice(file: ByteSource, header: Any) -> str | None:
 
 
 def _slices_of(
-    file: ByteSource, header: Any, pixel_offset: int | None, rescale: tuple[float | None, float | None]
+    file: ByteSource, header: Elements, pixel_offset: int, rescale: tuple[float | None, float | None]
 ) -> list[Slice]:
     """One slice, or those of a multi-frame file."""
     try:
