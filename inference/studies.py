@@ -4,6 +4,7 @@ A study is a NIfTI, NRRD, MetaImage or zip file, or all DICOM files of one folde
 """
 
 import os
+import stat
 import traceback
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -101,12 +102,21 @@ def _studies_below(folder: Path) -> Iterator[Study]:
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         files = [Path(parent, name) for name in sorted(names) if not name.startswith(".")]
+        files = [path for path in files if not _is_special(path)]
         volumes = [path for path in files if path.name.lower().endswith(_VOLUME_SUFFIXES)]
         others = [path for path in files if path not in set(volumes)]
         if any(map(_is_dicom_file, others)):
             alone = not volumes and not folders
             yield Study(parent, parent if alone else [str(path) for path in others])
         yield from (Study(str(path), str(path)) for path in volumes)
+
+
+def _is_special(path: Path) -> bool:
+    """Whether it is a pipe, a socket or a device, whose reading may never end."""
+    try:
+        return not stat.S_ISREG(path.stat().st_mode)
+    except OSError:
+        return False
 
 
 def _is_dicom_file(path: Path) -> bool:

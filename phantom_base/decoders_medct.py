@@ -1,4 +1,4 @@
-"""Compressed frames to pixels, in a process of its own: damaged streams make decoders written in C crash, hang and swell.
+"""Compressed frames to pixels, in another process, for damaged ones make decoders written in C crash, hang and swell.
 
 Unusual: this file is two programs. Imported, it is the side that asks. Run as a script, by `_Helper`, it is the side
 that decodes: it reads requests from its standard input, keeps to limits of time and memory, and ends when its input
@@ -12,6 +12,7 @@ report of damage.
 
 import atexit
 import contextlib
+import errno
 import faulthandler
 import importlib
 import importlib.util
@@ -73,15 +74,18 @@ class _Helper:
     """A process that decodes one frame after the other."""
 
     def __init__(self) -> None:
+        if not sys.executable or getattr(sys, "frozen", False):
+            raise OSError(errno.ENOEXEC, "there is no Python interpreter of its own")
         # The caller's paths, for packages that it found by them; -P keeps the names of this folder out.
         paths = os.pathsep.join(path for path in sys.path if path)
+        threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         self._process = subprocess.Popen(
             [sys.executable, "-P", __file__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             bufsize=0,
-            env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+            env={**os.environ, **threads, "PYTHONPATH": paths, "PYTHONWARNINGS": "ignore"},
             creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
         )
         self._is_ready = False
@@ -101,8 +105,9 @@ class _Helper:
         if outcome != _DONE:
             reasons = {_REPORTED: "the decoder reports damage", _NO_MEMORY: "decoding it takes too much memory"}
             raise DecodeError(reasons.get(outcome, "damaged"))
-        if item_size not in (1, 2, 4) or length != pixels * item_size:
-            raise DecodeError(f"{length} bytes of pixels came out instead of {pixels * 2}")
+        if item_size not in (1, 2, 4) or length != pixels * item_size:  # a helper that has lost its mind
+            self._process.kill()
+            raise _DiedError
         return np.frombuffer(self._read(length), f"<{'ui'[is_signed]}{item_size}").reshape(shape)
 
     def _write(self, data: bytes) -> None:
@@ -125,7 +130,11 @@ class _Helper:
 
     def why_dead(self) -> str:
         """What ended it, as far as its exit status tells."""
-        status = self._process.wait()
+        try:
+            status = self._process.wait(timeout=1)
+        except subprocess.TimeoutExpired:  # it has closed its end and lives on
+            self._process.kill()
+            status = self._process.wait()
         if not self._is_ready:
             return f"the process that decodes cannot be started (exit status {status})"
         return "decoding it takes too long" if status == _OUT_OF_TIME else "it ends the decoder"
@@ -368,6 +377,7 @@ def _run() -> None:
         name, syntax, *shape, allocated, stored, seconds, memory, length = _REQUEST.unpack(header)
         data = requests.read(length)
         name, syntax = (text.rstrip(b"\0").decode() for text in (name, syntax))
+        faulthandler.dump_traceback_later(START_SECONDS, exit=True, file=quiet)
         module = importlib.import_module(name)
         words.seek(0)
         words.truncate()
@@ -377,6 +387,8 @@ def _run() -> None:
         try:
             pixels = DECODERS[name](module, data, tuple(shape), (allocated, stored), syntax)
             outcome = _REPORTED if os.fstat(2).st_size else _DONE
+            if len(pixels[0]) != math.prod(shape) * pixels[1]:
+                outcome = _DAMAGED
         except MemoryError:
             outcome = _NO_MEMORY
         except Exception:  # decoders raise many kinds

@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 try:
-    from pydicom.datadict import dictionary_VR, tag_for_keyword
+    from pydicom import datadict
 except ImportError:  # said where a DICOM file is read
-    dictionary_VR = tag_for_keyword = None
+    datadict = None
 
 _UNDEFINED = 0xFFFFFFFF
 _ITEM, _ITEM_END, _SEQUENCE_END = 0xFFFEE000, 0xFFFEE00D, 0xFFFEE0DD
@@ -40,7 +40,7 @@ class Elements:
         return len(self._raw)
 
     def __contains__(self, keyword: str) -> bool:
-        return tag_for_keyword(keyword) in self._raw
+        return datadict.tag_for_keyword(keyword) in self._raw
 
     def __getattr__(self, keyword: str) -> Any:
         if keyword.startswith("_") or keyword not in self:
@@ -53,7 +53,7 @@ class Elements:
         Raises:
             ValueError: If it is no such value.
         """
-        tag = tag_for_keyword(keyword)
+        tag = datadict.tag_for_keyword(keyword)
         if tag not in self._raw:
             return default
         kind, value = self._raw[tag]
@@ -149,7 +149,7 @@ def _read_element(
 
 def _known_kind(tag: int) -> str:
     try:
-        return dictionary_VR(tag)
+        return datadict.dictionary_VR(tag)
     except KeyError:
         return "UN"
 

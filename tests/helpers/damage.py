@@ -1,7 +1,7 @@
 """Sound scans of every kind, and ways to damage them that know where lengths, offsets, counts and markers stand.
 
-    for kind, source in sources(folder).items():
-        damaged = source(np.random.default_rng(seed))  # bytes, or a list of the bytes of files
+for kind, source in sources(folder).items():
+    damaged = source(np.random.default_rng(seed))  # bytes, or a list of the bytes of files
 """
 
 import bz2
@@ -60,7 +60,8 @@ def nrrd_bytes(encoding: str = "raw") -> bytes:
     voxels = scan_files.make_hu((8, 9, 7))
     raw = voxels.tobytes(order="F")
     text = " ".join(map(str, voxels.flatten("F"))).encode()
-    return header.encode() + {"raw": raw, "gzip": gzip.compress(raw), "bzip2": bz2.compress(raw), "text": text}[encoding]
+    packed = {"raw": raw, "gzip": gzip.compress(raw), "bzip2": bz2.compress(raw), "text": text}
+    return header.encode() + packed[encoding]
 
 
 def meta_bytes(compressed: bool = False) -> bytes:
@@ -139,7 +140,8 @@ def any_bytes(raw: bytes, generator: Generator) -> bytes:
     match generator.integers(8):
         case 0 | 1:
             for _ in range(generator.integers(1, 5)):
-                data[int(generator.integers(reach))] = int(generator.choice([0, 1, 127, 128, 255, generator.integers(256)]))
+                value = generator.choice([0, 1, 127, 128, 255, generator.integers(256)])
+                data[int(generator.integers(reach))] = int(value)
         case 2:
             del data[start:]
         case 3:
