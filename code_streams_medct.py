@@ -212,20 +212,22 @@ def check_consumed(stream: Jpeg, pixels: np.ndarray) -> None:
     Raises:
         StreamError: If bits are left over or missing.
     """
-    if stream.kind != _LOSSLESS or stream.code_lengths is None or stream.restarts:
+    rows, columns = pixels.shape
+    # Predictions begin anew, and coded data with a whole byte, every so many rows.
+    step = stream.restarts // columns if stream.restarts else rows
+    if stream.kind != _LOSSLESS or stream.code_lengths is None or stream.restarts % columns:
         return
     values = (pixels >> stream.shift).astype(np.uint16)
-    difference = values - _predicted(values, stream)
-    bits = np.zeros(2**16, np.uint8)
     magnitude = np.abs(np.arange(2**16, dtype=np.uint16).view(np.int16).astype(np.int32))
     category = np.frexp(magnitude.astype(np.float32))[1]  # bit length
-    bits[:] = stream.code_lengths[category] + np.where(category == 16, 0, category)
-    consumed = int(bits[difference].sum(dtype=np.int64))
-    available = len(stream.coded) - stream.coded.count(b"\xff\x00")
-    if (consumed + 7) // 8 != available:
-        raise StreamError(
-            f"the compressed pixels are damaged ({available} bytes of them, {(consumed + 7) // 8} were needed)"
-        )
+    bits = (stream.code_lengths[category] + np.where(category == 16, 0, category)).astype(np.uint8)
+    needed = 0
+    for row in range(0, rows, step):
+        part = values[row : row + step]
+        needed += (int(bits[part - _predicted(part, stream)].sum(dtype=np.int64)) + 7) // 8
+    available = len(stream.coded) - stream.coded.count(b"\xff\x00") - 2 * ((rows - 1) // step)
+    if needed != available:
+        raise StreamError(f"the compressed pixels are damaged ({available} bytes of them, {needed} were needed)")
 
 
 def _predicted(values: np.ndarray, stream: Jpeg) -> np.ndarray:
@@ -235,19 +237,22 @@ def _predicted(values: np.ndarray, stream: Jpeg) -> np.ndarray:
     predicted[0, 1:] = values[0, :-1]
     predicted[1:, 0] = values[:-1, 0]
     left, above, corner = (part.astype(np.int32) for part in (values[1:, :-1], values[:-1, 1:], values[:-1, :-1]))
-    rule: Callable[[], np.ndarray] | None = {
-        1: lambda: left,
-        2: lambda: above,
-        3: lambda: corner,
-        4: lambda: left + above - corner,
-        5: lambda: left + ((above - corner) >> 1),
-        6: lambda: above + ((left - corner) >> 1),
-        7: lambda: (left + above) >> 1,
-    }.get(stream.predictor)
+    rule = _PREDICTORS.get(stream.predictor)
     if rule is None:
         raise StreamError("the compressed pixels are damaged (predictor)")
-    predicted[1:, 1:] = rule().astype(np.uint16)
+    predicted[1:, 1:] = rule(left, above, corner).astype(np.uint16)
     return predicted
+
+
+_PREDICTORS: dict[int, Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]] = {
+    1: lambda left, above, corner: left,
+    2: lambda left, above, corner: above,
+    3: lambda left, above, corner: corner,
+    4: lambda left, above, corner: left + above - corner,
+    5: lambda left, above, corner: left + ((above - corner) >> 1),
+    6: lambda left, above, corner: above + ((left - corner) >> 1),
+    7: lambda left, above, corner: (left + above) >> 1,
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

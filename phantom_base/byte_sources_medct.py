@@ -41,7 +41,6 @@ MODEST_BYTES = 2**28
 GZIP_MAGIC = b"\x1f\x8b"
 _MAX_DEFLATE_RATIO = 1032
 _CHUNK_BYTES = 2**24
-_SMALL_CHUNK_BYTES = 2**12
 _MAX_REST_BYTES = 2**26
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]+(::[a-z0-9]+)*://")
 # Left behind by operating systems; `._*` even carry the suffix of the file they belong to.
@@ -194,6 +193,11 @@ def of_zip(archive: ByteSource) -> list[ByteSource]:
     _check_count(archive.name, len(members))
     if any(info.flag_bits & 1 for info in members):
         raise VolumeError(archive.name, "the zip archive is encrypted", "Unpack it and pass the folder")
+    # Of the others Python unpacks all that a piece of bytes holds at once, gigabytes from a kilobyte.
+    if any(info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for info in members):
+        raise VolumeError(
+            archive.name, "the zip archive is packed in an unusual way, not deflated", "Unpack it and pass the folder"
+        )
     inflated = sum(info.file_size for info in members)
     if inflated > MAX_BYTES or too_inflated(inflated, archive.size):
         raise VolumeError(
@@ -220,11 +224,9 @@ def _of_member(archive: str, file: zipfile.ZipFile, info: zipfile.ZipInfo) -> By
 
 def _read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
     """Never more than the directory says, which was checked; reaching the end verifies the checksum."""
-    # Piece by piece, because all that a piece of packed bytes holds is unpacked at once, but for the usual method.
-    size = _CHUNK_BYTES if info.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) else _SMALL_CHUNK_BYTES
     data = bytearray()
     with archive.open(info) as member:
-        while piece := member.read(min(size, info.file_size + 1 - len(data))):
+        while piece := member.read(min(_CHUNK_BYTES, info.file_size + 1 - len(data))):
             data += piece
     if len(data) != info.file_size:
         raise EOFError("cut short")

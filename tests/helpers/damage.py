@@ -115,13 +115,12 @@ def series(folder: Path, edit: Callable | None = None) -> list[bytes]:
 
 
 def enhanced(folder: Path, edit: Callable | None = None) -> bytes:
-    folder.mkdir()
     return scan_files.write_enhanced(folder / "enhanced.dcm", scan_files.make_hu(SHAPE), edit).read_bytes()
 
 
-def zipped(files: list[bytes], method: int = zipfile.ZIP_DEFLATED) -> bytes:
+def zipped(files: list[bytes]) -> bytes:
     archive = io.BytesIO()
-    with zipfile.ZipFile(archive, "w", method) as file:
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
         for k, data in enumerate(files):
             file.writestr(f"{k}.dcm", data)
     return archive.getvalue()
@@ -335,40 +334,43 @@ def several(files: list[bytes], *ways: Callable, pack: Callable[[list[bytes]], b
     return make
 
 
-def sources(folder: Path) -> dict[str, Source]:
-    """For each kind of source, by its name, what makes a damaged one."""
-    coded = (any_bytes, dicom_elements, fragments, markers, markers)
-    slices = series(folder / "plain")
-    rle = (any_bytes, dicom_elements, fragments, run_lengths, run_lengths)
-    return {
-        "nifti": single(nifti_bytes(), any_bytes, nifti_fields),
-        "nifti-2": single(nifti_bytes(nibabel.Nifti2Image), any_bytes),
-        "nifti in gzip": single(nifti_bytes(), any_bytes, nifti_fields, pack=lambda data: gzip.compress(data, 1)),
-        "gzip": single(gzip.compress(nifti_bytes()), any_bytes),
-        "nrrd": single(nrrd_bytes(), any_bytes, words),
-        "nrrd gzip": single(nrrd_bytes("gzip"), any_bytes, words),
-        "nrrd bzip2": single(nrrd_bytes("bzip2"), any_bytes, words),
-        "nrrd text": single(nrrd_bytes("text"), any_bytes, words),
-        "metaimage": single(meta_bytes(), any_bytes, words),
-        "metaimage zlib": single(meta_bytes(compressed=True), any_bytes, words),
-        "dicom": several(slices, any_bytes, dicom_elements),
-        "dicom implicit": several(series(folder / "implicit", as_syntax(ImplicitVRLittleEndian)), any_bytes),
-        "dicom big-endian": several(series(folder / "big", as_syntax(ExplicitVRBigEndian)), any_bytes),
-        "dicom deflated": several(series(folder / "deflated", as_syntax(DeflatedExplicitVRLittleEndian)), any_bytes),
-        "rle": several(series(folder / "rle", compress(RLELossless)), *rle),
-        "jpeg 2000": several(series(folder / "j2k", compress(JPEG2000Lossless)), *coded),
-        "jpeg-ls": several(series(folder / "jls", compress(JPEGLSLossless)), *coded),
-        "jpeg lossless": several(series(folder / "jll", compress(JPEGLosslessSV1)), *coded),
-        "jpeg lossless, predictor 4": several(series(folder / "jll4", compress(JPEGLossless)), *coded),
-        "jpeg baseline": several(series(folder / "jpg", compress(JPEGBaseline8Bit)), *coded),
-        "enhanced": single(enhanced(folder / "enhanced"), any_bytes, dicom_elements),
-        "enhanced rle": single(enhanced(folder / "enhanced_rle", compress(RLELossless)), *rle),
-        "enhanced jpeg-ls": single(enhanced(folder / "enhanced_jls", compress(JPEGLSLossless)), *coded),
-        "enhanced jpeg lossless": single(enhanced(folder / "enhanced_jll", compress(JPEGLosslessSV1)), *coded),
-        "zip": single(zipped(slices), any_bytes, zip_fields),
-        "zip bzip2": single(zipped(slices, zipfile.ZIP_BZIP2), any_bytes, zip_fields),
-        "zip of damaged files": several(slices, any_bytes, dicom_elements, pack=zipped),
-    }
+def _coded(syntax: str, *ways: Callable) -> Callable[[Path], Source]:
+    return lambda folder: several(series(folder, compress(syntax)), any_bytes, dicom_elements, fragments, *ways)
+
+
+def _enhanced(syntax: str, *ways: Callable) -> Callable[[Path], Source]:
+    return lambda folder: single(enhanced(folder, compress(syntax)), any_bytes, dicom_elements, fragments, *ways)
+
+
+SOURCES: dict[str, Callable[[Path], Source]] = {
+    "nifti": lambda _: single(nifti_bytes(), any_bytes, nifti_fields),
+    "nifti-2": lambda _: single(nifti_bytes(nibabel.Nifti2Image), any_bytes),
+    "nifti in gzip": lambda _: single(nifti_bytes(), any_bytes, nifti_fields, pack=lambda raw: gzip.compress(raw, 1)),
+    "gzip": lambda _: single(gzip.compress(nifti_bytes()), any_bytes),
+    "nrrd": lambda _: single(nrrd_bytes(), any_bytes, words),
+    "nrrd gzip": lambda _: single(nrrd_bytes("gzip"), any_bytes, words),
+    "nrrd bzip2": lambda _: single(nrrd_bytes("bzip2"), any_bytes, words),
+    "nrrd text": lambda _: single(nrrd_bytes("text"), any_bytes, words),
+    "metaimage": lambda _: single(meta_bytes(), any_bytes, words),
+    "metaimage zlib": lambda _: single(meta_bytes(compressed=True), any_bytes, words),
+    "dicom": lambda folder: several(series(folder), any_bytes, dicom_elements),
+    "dicom implicit": lambda folder: several(series(folder, as_syntax(ImplicitVRLittleEndian)), any_bytes),
+    "dicom big-endian": lambda folder: several(series(folder, as_syntax(ExplicitVRBigEndian)), any_bytes),
+    "dicom deflated": lambda folder: several(series(folder, as_syntax(DeflatedExplicitVRLittleEndian)), any_bytes),
+    "rle": _coded(RLELossless, run_lengths, run_lengths),
+    "jpeg 2000": _coded(JPEG2000Lossless, markers, markers),
+    "jpeg-ls": _coded(JPEGLSLossless, markers, markers),
+    "jpeg lossless": _coded(JPEGLosslessSV1, markers, markers),
+    "jpeg lossless, predictor 4": _coded(JPEGLossless, markers, markers),
+    "jpeg baseline": _coded(JPEGBaseline8Bit, markers, markers),
+    "enhanced": lambda folder: single(enhanced(folder), any_bytes, dicom_elements),
+    "enhanced rle": _enhanced(RLELossless, run_lengths, run_lengths),
+    "enhanced jpeg-ls": _enhanced(JPEGLSLossless, markers, markers),
+    "enhanced jpeg lossless": _enhanced(JPEGLosslessSV1, markers, markers),
+    "zip": lambda folder: single(zipped(series(folder)), any_bytes, zip_fields),
+    "zip of damaged files": lambda folder: several(series(folder), any_bytes, dicom_elements, pack=zipped),
+}
+"""For each kind of source what makes, in a folder, what makes damaged ones."""
 
 
 def frames_of(ds: pydicom.Dataset) -> list[bytes]:

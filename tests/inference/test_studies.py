@@ -1,14 +1,18 @@
 """Folders to studies, and studies that are read ahead."""
 
+import contextlib
+import os
 import shutil
+import socket
 import threading
+from pathlib import Path
 
 import nibabel
 import numpy as np
 import pytest
 from scan_files import SECRET, make_hu, write_series
 
-from medct import MedCTImageProcessor
+from medct import MedCTImageProcessor, read_volume
 from medct.inference import studies
 from medct.inference.studies import FailedStudy, ReadStudy, Study, batched_reads, find_studies, read_ahead, read_study
 
@@ -121,3 +125,21 @@ def test_batches_are_full_and_failures_are_passed_on():
     bad = FailedStudy(Study("bad", None), "reason")
     found = list(batched_reads([good[0], bad, *good[1:]], 2))
     assert found == [bad, good[:2], good[2:4], good[4:]]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")
+def test_pipes_and_sockets_among_the_files_are_passed_by(tmp_path):
+    """Opening one would wait for ever for somebody to write."""
+    write_series(tmp_path / "study", make_hu((3, 8, 6)))
+    nibabel.save(nibabel.Nifti1Image(make_hu((4, 5, 3)), np.eye(4)), tmp_path / "scan.nii")
+    for folder in (tmp_path, tmp_path / "study"):
+        os.mkfifo(folder / "pipe")
+        os.mkfifo(folder / "pipe.nii.gz")
+        (folder / "device").symlink_to("/dev/zero")
+    end = socket.socket(socket.AF_UNIX)
+    with contextlib.chdir(tmp_path / "study"):  # names of sockets are short
+        end.bind("socket")
+    found = find_studies([tmp_path])
+    end.close()
+    assert {Path(study.id).name for study in found} == {"study", "scan.nii"}
+    assert read_volume(tmp_path / "study").array.shape == (6, 8, 3)

@@ -19,6 +19,7 @@ from medct.code_streams_medct import (
     decode_rle,
     frames_of,
 )
+from medct.decoders_medct import decode_frame
 
 SHAPE = (40, 36)
 SYNTAXES = (RLELossless, JPEG2000Lossless, JPEGLSLossless, JPEGLosslessSV1, JPEGBaseline8Bit)
@@ -127,10 +128,14 @@ def test_what_stands_late_in_a_stream_counts(stored):
 
 
 @pytest.mark.parametrize("predictor", range(1, 8))
-@pytest.mark.parametrize(("shift", "precision"), [(0, 16), (2, 16), (0, 12)])
-def test_the_bits_of_a_lossless_jpeg_come_out_even(predictor, shift, precision, stored):
+@pytest.mark.parametrize(
+    ("shift", "precision", "restart_rows"), [(0, 16, 0), (2, 16, 0), (0, 12, 0), (0, 16, 1), (0, 16, 12)]
+)
+def test_the_bits_of_a_lossless_jpeg_come_out_even(predictor, shift, precision, restart_rows, stored):
     stored = stored & (2**precision - 1)
-    stream = jpeg_lossless.encode(stored, predictor, shift, precision)
+    stream = jpeg_lossless.encode(stored, predictor, shift, precision, restart_rows)
+    decoded = decode_frame("gdcm", stream, SHAPE, (16, precision))
+    assert np.array_equal(decoded, stored >> shift << shift)  # as another decoder has it
     found = check_jpeg(stream, SHAPE)
     assert (found.predictor, found.shift, found.precision) == (predictor, shift, precision)
     check_consumed(found, stored >> shift << shift)
