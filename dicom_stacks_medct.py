@@ -9,11 +9,11 @@ Source: DICOM PS3.3 (C.7.6.1, C.7.6.2, C.8.2, C.7.6.16).
 
 import itertools
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Iterator
-from typing import Any
+from collections.abc import Hashable
 
 import numpy as np
 
+from .dicom_elements_medct import Elements
 from .dicom_pixels_medct import Slice
 
 TELLING = {
@@ -51,7 +51,7 @@ _LEAST_RUN = 3
 _SAME_POSITION_MM = 1e-3
 
 
-def told_by(header: Any, groups: Any) -> tuple[Hashable, ...]:
+def told_by(header: Elements, groups: Elements | None) -> tuple[bytes | None, ...]:
     """What a slice has of `TELLING`, then its instance number; as written, for comparison only.
 
     Args:
@@ -60,15 +60,13 @@ def told_by(header: Any, groups: Any) -> tuple[Hashable, ...]:
     """
     items = [header]
     if groups is not None:
-        items = [element.value[0] for element in groups if element.VR == "SQ" and element.value] + items
-    return tuple(next(_raw(items, tag), None) for tag in (*TELLING, _INSTANCE_NUMBER))
+        items = [found[0] for found in groups.sequences() if found] + items
+    return tuple(_written(items, tag) for tag in (*TELLING, _INSTANCE_NUMBER))
 
 
-def _raw(items: list[Any], tag: int) -> Iterator[Hashable]:
-    for item in items:
-        element = item.get_item(tag)
-        if element is not None and element.value not in (None, b"", ""):
-            yield element.value.strip() if isinstance(element.value, bytes) else str(element.value)
+def _written(items: list[Elements], tag: int) -> bytes | None:
+    values = (item.written(tag).strip(b" \0") for item in items)
+    return next((value for value in values if value), None)
 
 
 def stacks_of(slices: list[Slice]) -> tuple[list[list[Slice]], str]:
@@ -100,7 +98,7 @@ def _split(slices: list[Slice], labels: list[Hashable]) -> list[list[Slice]]:
     return [groups[label] for label in sorted(groups, key=lambda label: (-len(groups[label]), str(label)))]
 
 
-def _overlap(labels: list[Any], along: np.ndarray) -> bool:
+def _overlap(labels: list[Hashable], along: np.ndarray) -> bool:
     """Whether slices of one label lie among those of another; a single one does not tell."""
     counts = Counter(labels)
     if len(counts) == 1 or len(counts) > len(labels) // _LEAST_SLICES:
@@ -122,7 +120,7 @@ def _within(one: np.ndarray, other: np.ndarray) -> int:
     return int(np.count_nonzero(inside))
 
 
-def _runs(numbers: list[Any], along: np.ndarray) -> list[int] | None:
+def _runs(numbers: list[Hashable], along: np.ndarray) -> list[int] | None:
     """Through which run of instance numbers each slice came, if they run through distinct positions more than once."""
     try:
         numbers = [int(number) for number in numbers]
