@@ -45,8 +45,8 @@ MEMORY_BYTES = 2**29
 """For a frame, beyond what the helper has when it is ready."""
 MEMORY_BYTES_PER_PIXEL = 16
 
-# Module, rows, columns, bits allocated and stored, seconds, bytes of memory, length.
-_REQUEST = struct.Struct("<16sIIBBdQQ")
+# Module, rows, columns, bits allocated, seconds, bytes of memory, length.
+_REQUEST = struct.Struct("<16sIIBdQQ")
 _REPLY = struct.Struct("<BBBQ")  # outcome, bytes a pixel, whether signed, length
 _READY, _DONE, _DAMAGED, _REPORTED, _NO_MEMORY = range(5)
 _OUT_OF_TIME = 1
@@ -90,14 +90,14 @@ class _Helper:
         )
         self._is_ready = False
 
-    def decode(self, module: str, data: bytes, shape: tuple[int, int], bits: tuple[int, int]) -> np.ndarray:
+    def decode(self, module: str, data: bytes, shape: tuple[int, int], bits: int) -> np.ndarray:
         pixels = math.prod(shape)
         seconds = SECONDS + pixels * SECONDS_PER_PIXEL
         memory = MEMORY_BYTES + pixels * MEMORY_BYTES_PER_PIXEL + 2 * len(data)
         if not self._is_ready:
             self._read(_REPLY.size)
             self._is_ready = True
-        self._write(_REQUEST.pack(module.encode(), *shape, *bits, seconds, memory, len(data)))
+        self._write(_REQUEST.pack(module.encode(), *shape, bits, seconds, memory, len(data)))
         self._write(data)
         outcome, item_size, is_signed, length = _REPLY.unpack(self._read(_REPLY.size))
         if outcome != _DONE:
@@ -215,14 +215,14 @@ def warm_up() -> None:
         _helpers.warm_up()
 
 
-def decode_frame(module: str, frame: bytes, shape: tuple[int, int], bits: tuple[int, int]) -> np.ndarray:
+def decode_frame(module: str, frame: bytes, shape: tuple[int, int], bits: int) -> np.ndarray:
     """The pixels of one grey frame.
 
     Args:
         module: Which decoder, a key of `DECODERS`.
         frame: Its code stream.
         shape: `(row, column)`, which must be what the code stream holds.
-        bits: Allocated and stored, by the header.
+        bits: Allocated for a pixel, by the header.
 
     Returns:
         `shape`, integers as the code stream has them.
@@ -254,14 +254,13 @@ def decode_frame(module: str, frame: bytes, shape: tuple[int, int], bits: tuple[
 
 _Pixels = tuple[bytes, int, bool]
 """Their bytes, how many one takes, and whether it is signed."""
-_Bits = tuple[int, int]
 
 
 def _container_bytes(precision: int) -> int:
     return 1 if precision <= 8 else 2 if precision <= 16 else 4
 
 
-def _openjpeg(openjpeg, frame: bytes, shape: tuple[int, int], bits: _Bits) -> _Pixels:
+def _openjpeg(openjpeg, frame: bytes, shape: tuple[int, int], bits: int) -> _Pixels:
     found = openjpeg.get_parameters(frame)
     if (found["rows"], found["columns"], found["samples_per_pixel"]) != (*shape, 1):
         raise ValueError("another size")
@@ -269,14 +268,14 @@ def _openjpeg(openjpeg, frame: bytes, shape: tuple[int, int], bits: _Bits) -> _P
     return pixels, _container_bytes(found["precision"]), bool(found["is_signed"])
 
 
-def _jpeg_ls(jpeg_ls, frame: bytes, shape: tuple[int, int], bits: _Bits) -> _Pixels:
+def _jpeg_ls(jpeg_ls, frame: bytes, shape: tuple[int, int], bits: int) -> _Pixels:
     pixels, found = jpeg_ls.decode_pixel_data(frame)
     if (found["height"], found["width"], found["components"]) != (*shape, 1):
         raise ValueError("another size")
     return pixels, _container_bytes(found["bits_per_sample"]), False
 
 
-def _gdcm(gdcm, frame: bytes, shape: tuple[int, int], bits: _Bits) -> _Pixels:
+def _gdcm(gdcm, frame: bytes, shape: tuple[int, int], bits: int) -> _Pixels:
     fragment = gdcm.Fragment()
     fragment.SetByteStringValue(bytes(frame))
     fragments = gdcm.SequenceOfFragments.New()
@@ -291,9 +290,10 @@ def _gdcm(gdcm, frame: bytes, shape: tuple[int, int], bits: _Bits) -> _Pixels:
     image.SetPhotometricInterpretation(gdcm.PhotometricInterpretation(grey))
     lossless = gdcm.TransferSyntax.GetTSType("1.2.840.10008.1.2.4.57")  # whichever JPEG it is
     image.SetTransferSyntax(gdcm.TransferSyntax(lossless))
-    image.SetPixelFormat(gdcm.PixelFormat(1, bits[0], bits[1], bits[1] - 1, 0))
+    # All bits as stored: the unused ones of the header would be blanked, and are needed to count what was consumed.
+    image.SetPixelFormat(gdcm.PixelFormat(1, bits, bits, bits - 1, 0))
     # Bytes come as text.
-    return image.GetBuffer().encode("utf-8", "surrogateescape"), _container_bytes(bits[0]), False
+    return image.GetBuffer().encode("utf-8", "surrogateescape"), _container_bytes(bits), False
 
 
 DECODERS = {"openjpeg": _openjpeg, "jpeg_ls": _jpeg_ls, "gdcm": _gdcm}
@@ -338,7 +338,7 @@ def _run() -> None:
     faulthandler.cancel_dump_traceback_later()
     _reply(replies, _READY)
     while len(header := requests.read(_REQUEST.size)) == _REQUEST.size:
-        name, *shape, allocated, stored, seconds, memory, length = _REQUEST.unpack(header)
+        name, *shape, bits, seconds, memory, length = _REQUEST.unpack(header)
         data = requests.read(length)
         name = name.rstrip(b"\0").decode()
         faulthandler.dump_traceback_later(START_SECONDS, exit=True, file=quiet)
@@ -349,7 +349,7 @@ def _run() -> None:
         _limit_memory(memory)
         pixels, outcome = (b"", 0, False), _DAMAGED
         try:
-            pixels = DECODERS[name](module, data, tuple(shape), (allocated, stored))
+            pixels = DECODERS[name](module, data, tuple(shape), bits)
             outcome = _REPORTED if os.fstat(2).st_size else _DONE
             if len(pixels[0]) != math.prod(shape) * pixels[1]:
                 outcome = _DAMAGED

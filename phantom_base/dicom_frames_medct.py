@@ -190,7 +190,7 @@ def _decoded(file: ByteSource, frames: Frames, stream: bytes) -> np.ndarray:
         precision, stream = jpeg.precision, stream[: jpeg.end]
     else:
         precision = check_jpeg2000(stream, frames.shape)
-    pixels = decode_frame(decoder, stream, frames.shape, (frames.bits_allocated, frames.bits_stored))
+    pixels = decode_frame(decoder, stream, frames.shape, frames.bits_allocated)
     if jpeg is not None:
         check_consumed(jpeg, pixels)
     pixels = pixels.view(f"<{'ui'[frames.is_signed]}{pixels.itemsize}")

@@ -47,7 +47,7 @@ def fake(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(decoders_medct, "SECONDS", 1.0)
     monkeypatch.setattr(decoders_medct, "_helpers", decoders_medct._Helpers())
-    yield lambda word: int(decode_frame("openjpeg", word.encode(), SHAPE, (16, 16))[0, 0])
+    yield lambda word: int(decode_frame("openjpeg", word.encode(), SHAPE, 16)[0, 0])
     decoders_medct._helpers.close()
 
 
@@ -122,7 +122,7 @@ def test_no_helper_outlives_its_program(tmp_path):
 import os, sys
 sys.path[:0] = [{str(tmp_path)!r}, {str(Path(decoders_medct.__file__).parent)!r}]
 import decoders_medct as d
-d.decode_frame("openjpeg", b"decode", (2, 3), (16, 16))
+d.decode_frame("openjpeg", b"decode", (2, 3), 16)
 print(*[helper._process.pid for helper in d._helpers.all], flush=True)
 if sys.argv[1] == "killed":
     os.kill(os.getpid(), 9)
