@@ -71,14 +71,16 @@ def _written(items: list[Elements], tag: int) -> bytes | None:
 
 def stacks_of(slices: list[Slice]) -> tuple[list[list[Slice]], str]:
     """Scans over the same positions, largest first, and the names of what tells them apart; often only one."""
-    if any(np.abs(one.orientation - slices[0].orientation).max() > 0.01 for one in slices):
+    orientation = np.array([one.orientation for one in slices])
+    if np.ptp(orientation, axis=0).max() > 0.01:
         return [slices], ""  # which is refused for it
-    normal = np.cross(slices[0].orientation[:3], slices[0].orientation[3:])
-    along = np.array([one.position_mm @ normal for one in slices])
+    normal = np.cross(orientation[0, :3], orientation[0, 3:])
+    along = np.array([one.position_mm for one in slices]) @ normal
+    spacing_mm = np.array([one.spacing_mm for one in slices]).round(3).tolist()
     keys = [
         ("Rows and Columns", [one.pixels.shape for one in slices]),
-        ("PixelSpacing", [tuple(one.spacing_mm.round(3).tolist()) for one in slices]),
-        *((name, [one.told[k] for one in slices]) for k, name in enumerate(TELLING.values())),
+        ("PixelSpacing", list(map(tuple, spacing_mm))),
+        *zip((*TELLING.values(),), zip(*(one.told[:-1] for one in slices), strict=True), strict=True),
     ]
     telling = [(name, values) for name, values in keys if _overlap(values, along)]
     if telling:
