@@ -14,7 +14,7 @@ import numpy as np
 
 from .byte_sources_medct import ByteSource, too_inflated
 from .code_streams_medct import StreamError, check_consumed, check_jpeg, check_jpeg2000, decode_rle, frames_of
-from .decoders_medct import DecodeError, decode_file, decode_frame, is_installed
+from .decoders_medct import DecodeError, decode_file, decode_frame, is_installed, warm_up
 from .dicom_elements_medct import read_meta
 from .volume_medct import VolumeError
 
@@ -160,6 +160,12 @@ def _decoder(name: str, syntax: str) -> tuple[str, str]:
     return _DECODERS[syntax]
 
 
+def warm_up_for(syntax: str) -> None:
+    """Start what decodes a transfer syntax, if anything, while other headers are read."""
+    if syntax in _DECODERS:
+        warm_up()
+
+
 def inflated_header(file: ByteSource, stream: BinaryIO) -> bytes:
     """What of a deflated data set, at which a stream stands, may be needed to read all but its pixels."""
     return _inflate(file, stream, _MOST_HEADER_BYTES)
@@ -187,4 +193,4 @@ def _inflate(file: ByteSource, stream: BinaryIO, most: int) -> bytes:
     return b"".join(parts)
 
 
-__all__ = ["AGAIN", "DEFLATED", "Frames", "decoded_pixels", "inflated_header"]
+__all__ = ["AGAIN", "DEFLATED", "Frames", "decoded_pixels", "inflated_header", "warm_up_for"]

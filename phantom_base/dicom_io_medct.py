@@ -21,9 +21,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from .byte_sources_medct import ByteSource
-from .decoders_medct import warm_up
 from .dicom_elements_medct import Elements, read_data_set, read_meta
-from .dicom_frames_medct import AGAIN, DEFLATED, EXPLICIT_BIG, UNCOMPRESSED, inflated_header
+from .dicom_frames_medct import AGAIN, DEFLATED, EXPLICIT_BIG, inflated_header, warm_up_for
 from .dicom_pixels_medct import PixelLayout, Slice, decode, hu_of, layout_of, name_of
 from .volume_medct import CTVolume, VolumeError, check_affine, refuse_second_rescale
 
@@ -123,8 +122,7 @@ def _read_header(file: ByteSource, stream: BinaryIO) -> tuple[Elements, int]:
             stream = io.BytesIO(inflated_header(file, stream))
         header = read_data_set(stream, is_little=syntax != EXPLICIT_BIG)
         header.file_meta = meta
-        if syntax not in UNCOMPRESSED:
-            warm_up()
+        warm_up_for(syntax)
         return header, stream.tell()
     except VolumeError:
         raise
