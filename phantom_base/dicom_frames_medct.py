@@ -41,7 +41,7 @@ _DECODERS = {
     "1.2.840.10008.1.2.4.202": ("jpeg 2000", "openjpeg"),
     "1.2.840.10008.1.2.4.203": ("jpeg 2000", "openjpeg"),
 }
-_MOST_HEADER_BYTES = 2**26
+_MOST_HEADER_BYTES = 2**24
 _MOST_PIXELS = 2**26
 """Of a frame: 8192 x 8192, since decoders ask memory for what is claimed."""
 _PIXELS, _PIXELS_BIG, _UNDEFINED = b"\xe0\x7f\x10\x00", b"\x7f\xe0\x00\x10", b"\xff\xff\xff\xff"
