@@ -114,6 +114,8 @@ def _frames_of(file: ByteSource, frames: Frames) -> Any:
     if head[:4] not in (_PIXELS, _PIXELS_BIG):
         raise VolumeError(file.name, "it holds no pixels (cut short?)", AGAIN)
     if frames.syntax in UNCOMPRESSED:
+        if _UNDEFINED in (head[4:8], head[8:12]):
+            raise VolumeError(file.name, "its pixels are compressed, and its transfer syntax says they are not", AGAIN)
         syntax = EXPLICIT_LITTLE if frames.syntax == DEFLATED else frames.syntax
         return decode_file(data, syntax, (frames.count, *frames.shape))
     _decoder(file.name, frames.syntax)
@@ -136,7 +138,8 @@ def _decoded(file: ByteSource, frames: Frames, stream: bytes) -> np.ndarray:
         precision, stream = jpeg.precision, stream[: jpeg.end]
     else:
         precision = check_jpeg2000(stream, frames.shape)
-    pixels = decode_frame(decoder, stream, frames.shape, (frames.bits_allocated, frames.bits_stored))
+    # All bits as they are in the stream: gdcm would blank those above BitsStored, and they are counted.
+    pixels = decode_frame(decoder, stream, frames.shape, (frames.bits_allocated, frames.bits_allocated))
     if jpeg is not None:
         check_consumed(jpeg, pixels)
     pixels = pixels.view(f"<{'ui'[frames.is_signed]}{pixels.itemsize}")
