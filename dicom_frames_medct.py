@@ -16,7 +16,7 @@ import numpy as np
 
 from .byte_sources_medct import ByteSource, too_inflated
 from .code_streams_medct import StreamError, check_consumed, check_jpeg, check_jpeg2000, decode_rle, frames_of
-from .decoders_medct import DecodeError, decode_frame, is_installed
+from .decoders_medct import DecodeError, decode_frame, is_installed, warm_up
 from .dicom_elements_medct import INSTALL, name_of_uid, read_meta
 from .volume_medct import VolumeError
 
@@ -38,8 +38,7 @@ _DECODERS = {
     "1.2.840.10008.1.2.4.202": ("jpeg 2000", "openjpeg"),
     "1.2.840.10008.1.2.4.203": ("jpeg 2000", "openjpeg"),
 }
-_MOST_HEADER_BYTES = 2**26
-_PIECE_BYTES = 2**20
+_MOST_HEADER_BYTES = 2**24
 _MOST_PIXELS = 2**26
 """Of a frame: 8192 x 8192, since decoders ask memory for what is claimed."""
 _PIXELS, _PIXELS_BIG, _UNDEFINED_LENGTH = b"\xe0\x7f\x10\x00", b"\x7f\xe0\x00\x10", 0xFFFFFFFF
@@ -116,9 +115,12 @@ def _opened(file: ByteSource, frames: Frames, cache: dict[ByteSource, Any]) -> B
         return file.open()
     if file not in cache:
         cache.clear()
+        count = frames.offset + 12 + frames.num_bytes
+        if too_inflated(count, file.size):
+            raise VolumeError(file.name, f"its {file.size} bytes would inflate to {count}", "Check the file")
         with file.open() as stream:
             read_meta(stream)
-            cache[file] = _inflate(file, stream, frames.offset + 12 + frames.num_bytes)
+            cache[file] = _inflate(stream, count)
     return io.BytesIO(cache[file])
 
 
@@ -211,22 +213,31 @@ def _decoder(name: str, syntax: str) -> tuple[str, str]:
     return _DECODERS[syntax]
 
 
-def inflated_header(file: ByteSource, stream: BinaryIO) -> bytes:
+def warm_up_for(syntax: str) -> None:
+    """Start what decodes a transfer syntax, if anything, while other headers are read."""
+    if syntax in _DECODERS:
+        warm_up()
+
+
+def warm_up_for(syntax: str) -> None:
+    """Start what decodes a transfer syntax, if anything, while other headers are read."""
+    if syntax in _DECODERS:
+        warm_up()
+
+
+def inflated_header(stream: BinaryIO) -> bytes:
     """What of a deflated data set, at which a stream stands, may be needed to read all but its pixels."""
-    return _inflate(file, stream, _MOST_HEADER_BYTES)
+    return _inflate(stream, _MOST_HEADER_BYTES)
 
 
-def _inflate(file: ByteSource, stream: BinaryIO, most: int) -> bytes:
-    """A raw deflate stream, and no more of it than so many bytes, nor than an honest one makes."""
+def _inflate(stream: BinaryIO, most: int) -> bytes:
+    """A raw deflate stream, and no more of it than so many bytes."""
     inflater = zlib.decompressobj(-zlib.MAX_WBITS)
     parts, missing = [], most
     while missing > 0 and not inflater.eof and (packed := inflater.unconsumed_tail or stream.read(2**16)):
-        parts.append(inflater.decompress(packed, min(missing, _PIECE_BYTES)))
+        parts.append(inflater.decompress(packed, missing))
         missing -= len(parts[-1])
-        if too_inflated(most - missing, file.size):
-            reason = f"its {file.size} bytes would inflate to more than {most - missing}"
-            raise VolumeError(file.name, reason, "Check the file")
     return b"".join(parts)
 
 
-__all__ = ["AGAIN", "DEFLATED", "Frames", "inflated_header", "stored_pixels"]
+__all__ = ["AGAIN", "DEFLATED", "Frames", "inflated_header", "stored_pixels", "warm_up_for"]

@@ -25,9 +25,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from .byte_sources_medct import ByteSource, base_name, of_path
-from .decoders_medct import warm_up
 from .dicom_elements_medct import INSTALL, Elements, name_of_uid, read_data_set, read_meta
-from .dicom_frames_medct import AGAIN, DEFLATED, EXPLICIT_BIG, UNCOMPRESSED, inflated_header
+from .dicom_frames_medct import AGAIN, DEFLATED, EXPLICIT_BIG, inflated_header, warm_up_for
 from .dicom_geometry_medct import check_alike, order, to_grid
 from .dicom_pixels_medct import PixelLayout, Slice, decode, layout_of, name_of
 from .dicom_stacks_medct import stacks_of, told_by
@@ -163,11 +162,10 @@ def _read_header(file: ByteSource, stream: BinaryIO) -> tuple[Elements, int]:
         meta = read_meta(stream)
         syntax = str(meta.get("TransferSyntaxUID") or "")
         if syntax == DEFLATED:
-            stream = io.BytesIO(inflated_header(file, stream))
+            stream = io.BytesIO(inflated_header(stream))
         header = read_data_set(stream, syntax != EXPLICIT_BIG if syntax else None)
         header.file_meta = meta
-        if syntax and syntax not in UNCOMPRESSED:
-            warm_up()
+        warm_up_for(syntax)
         return header, stream.tell()
     except VolumeError:
         raise
