@@ -219,12 +219,6 @@ def warm_up_for(syntax: str) -> None:
         warm_up()
 
 
-def warm_up_for(syntax: str) -> None:
-    """Start what decodes a transfer syntax, if anything, while other headers are read."""
-    if syntax in _DECODERS:
-        warm_up()
-
-
 def inflated_header(stream: BinaryIO) -> bytes:
     """What of a deflated data set, at which a stream stands, may be needed to read all but its pixels."""
     return _inflate(stream, _MOST_HEADER_BYTES)
