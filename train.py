@@ -32,7 +32,9 @@ from medct import MedCTConfig, MedCTModel, MedCTProcessor
 from medct.adapters_medct import describe_adapter, fingerprint
 from medct.common.distributed import shard, sum_gradients, sum_over_processes
 from medct.common.errors import StoppedError, one_line_errors
+from medct.common.files import refuse_taken
 from medct.common.host import device_name, keep_freed_memory, peak_memory_bytes, quiet_libraries
+from medct.common.lock import only_run
 from medct.data import Source, StudyLoader, open_source, to_device
 from medct.evaluation.metrics import choose_thresholds, compare, zero_shot_scores
 from medct.evaluation.plots import calibration_plot, roc_plot
@@ -212,7 +214,11 @@ class Trainer:
         def note(*_: Any) -> None:
             self.is_preempted = True
 
-        before = signal.signal(signal.SIGTERM, note)
+        try:
+            before = signal.signal(signal.SIGTERM, note)
+        except (AttributeError, ValueError):  # a system without it, or a thread, which gets no signals
+            yield
+            return
         try:
             yield
         finally:
@@ -491,7 +497,9 @@ def run(settings: TrainingSettings) -> dict[str, Any]:
     """One whole run; see `Trainer`."""
     trainer = Trainer(settings)
     try:
-        return trainer.run()
+        with only_run(trainer.folder.final):
+            refuse_taken(trainer.folder.final)  # by a run that ended meanwhile
+            return trainer.run()
     finally:
         trainer.accelerator.state.destroy_process_group()
 

@@ -27,6 +27,7 @@ from transformers import PreTrainedTokenizerBase
 from medct import MedCTConfig, MedCTImageProcessor, MedCTProcessor, VolumeWarning
 from medct.common.errors import first_line
 from medct.common.files import whole_file
+from medct.common.lock import only_run
 from medct.data import open_source
 from medct.data.loader import LoadStudy, to_device
 from medct.data.prepare import load_config
@@ -268,7 +269,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     summary = summarize(source, tokenizer)
     summary["unreadable_samples"] = {}
     if args.samples:
-        unreadable = contact_sheet(source, config, args.sheet, args.samples, args.seed)
+        with only_run(args.sheet):
+            unreadable = contact_sheet(source, config, args.sheet, args.samples, args.seed)
         summary["unreadable_samples"] = {study.id: study.reason for study in unreadable}
     return summary
 

@@ -14,7 +14,7 @@ from typing import Any
 from accelerate import PartialState
 from tqdm import tqdm
 
-from medct.common.files import whole_file
+from medct.common.files import remove_leftovers, whole_file
 from medct.image_processing_medct import MedCTImageProcessor
 from medct.inference.row_files import KEY, Csv, RowFile, RowFormat, merge, part_path, part_paths, read_rows
 from medct.inference.studies import FailedStudy, ReadStudy, Study, batched_reads, read_ahead
@@ -140,15 +140,21 @@ def process_to_file(
 def _tidy_up(output: Path, rows_path: Path, failed_path: Path, format: RowFormat, settings: dict[str, Any]) -> None:
     """Before anything is read: refuse what does not belong together, merge what a launch that was cut off has left."""
     output.parent.mkdir(parents=True, exist_ok=True)
+    for path in (rows_path, failed_path, _settings_path(output)):
+        remove_leftovers(path)
     _keep_settings(output, rows_path, settings)
     merge(rows_path, format)
     merge(failed_path, _FAILED)
     failed_path.unlink()
 
 
+def _settings_path(output: Path) -> Path:
+    return output.with_name(f"{output.name}.settings.json")
+
+
 def _keep_settings(output: Path, rows_path: Path, settings: dict[str, Any]) -> None:
     """Write the settings beside the output, or compare with those it was begun with."""
-    path = output.with_name(f"{output.name}.settings.json")
+    path = _settings_path(output)
     settings = json.loads(json.dumps(settings))
     is_begun = bool(part_paths(rows_path)) or any(file.exists() and file.stat().st_size for file in (output, rows_path))
     if is_begun and path.exists():

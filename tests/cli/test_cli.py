@@ -324,7 +324,12 @@ def test_map(run, scans, tmp_path):
     assert "localises poorly" in out
     stems = ("a_debugging-aid", "b-c_debugging-aid")
     expected = sorted(f"{stem}{suffix}" for stem in stems for suffix in (".nii.gz", ".png"))
-    assert sorted(path.name for path in (tmp_path / "maps").iterdir()) == expected
+    assert sorted(path.name for path in (tmp_path / "maps").iterdir()) == [*expected, "findings.json"]
+    index = json.loads((tmp_path / "maps" / "findings.json").read_text())
+    assert [(found["label"], found["name"]) for found in index] == [
+        ("a", "a_debugging-aid"),
+        ("b c", "b-c_debugging-aid"),
+    ]
     scan, image = nibabel.load(scans / "0.nii.gz"), nibabel.load(tmp_path / "maps" / expected[0])
     assert image.shape == scan.shape
     np.testing.assert_allclose(image.affine, scan.affine)
