@@ -67,6 +67,14 @@ def _aside(final: Path) -> Path:
     return final.with_name(f".{final.name}.partial-{secrets.token_hex(4)}")
 
 
+def _name(error: BaseException, aside: Path, final: str | os.PathLike) -> None:
+    """Let what the system reports, of a full disk say, name the output that its user knows."""
+    if isinstance(error, OSError) and error.errno is not None:
+        name = str(error.filename or "")
+        if not name or name == str(aside) or name.startswith(f"{aside}{os.sep}"):
+            error.filename = str(final)
+
+
 @contextlib.contextmanager
 def whole_folder(path: str | os.PathLike) -> Iterator[Path]:
     """A folder that gets its name only when the block has ended without an error.
@@ -83,18 +91,19 @@ def whole_folder(path: str | os.PathLike) -> Iterator[Path]:
     refuse_taken(path)
     final = Path(path).absolute()
     aside = _aside(final)
-    aside.mkdir(parents=True)
     try:
+        aside.mkdir(parents=True)
         yield aside
-        for path in aside.rglob("*"):
-            if path.is_file():
-                as_umask_says(path)
-            flush_to_disk(path)
+        for each in aside.rglob("*"):
+            if each.is_file():
+                as_umask_says(each)
+            flush_to_disk(each)
         if final.is_dir() and os.name == "nt":
             final.rmdir()  # empty; elsewhere it is replaced
         aside.replace(final)  # an empty folder of that name is replaced
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(aside, ignore_errors=True)
+        _name(error, aside, path)
         raise
 
 
@@ -106,16 +115,18 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
         A path beside it to write to; the file is gone again if the block raises.
     """
     final = Path(path).absolute()
-    final.parent.mkdir(parents=True, exist_ok=True)
     aside = _aside(final)
     try:
+        final.parent.mkdir(parents=True, exist_ok=True)
         yield aside
         as_umask_says(aside)
         flush_to_disk(aside)
         aside.replace(final)
         flush_to_disk(final.parent)
-    except BaseException:
-        aside.unlink(missing_ok=True)
+    except BaseException as error:
+        with contextlib.suppress(OSError):  # it says less than what went wrong first
+            aside.unlink(missing_ok=True)
+        _name(error, aside, path)
         raise
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from medct.common import files
+from medct.common.errors import FAILED, _end_of
 from medct.common.files import Reserve, flush_to_disk, whole_file, whole_folder
 
 
@@ -162,3 +163,34 @@ def test_a_folder_that_cannot_be_opened_is_not_flushed(tmp_path, monkeypatch):
     flush_to_disk(tmp_path)
     with pytest.raises(PermissionError):
         flush_to_disk(tmp_path / "file")
+
+
+def fill_the_disk(path):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def open_nothing(path):
+    path.joinpath("no", "such").open("w")
+
+
+@pytest.mark.parametrize("fail", [fill_the_disk, open_nothing])
+@pytest.mark.parametrize("whole", [whole_file, whole_folder])
+def test_an_error_names_the_output(tmp_path, whole, fail):
+    with pytest.raises(OSError) as caught, whole(tmp_path / "out") as aside:
+        fail(aside)
+    assert _end_of(caught.value) == (FAILED, f"error: {tmp_path / 'out'}: {caught.value.strerror}.")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("whole", [whole_file, whole_folder])
+def test_an_output_where_nothing_can_be_written_is_named(tmp_path, whole):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError) as caught, whole(tmp_path / "file" / "below" / "out"):
+        pytest.fail("must not begin")
+    assert str(tmp_path / "file") in _end_of(caught.value)[1] and "partial" not in _end_of(caught.value)[1]
+
+
+def test_an_error_elsewhere_keeps_its_name(tmp_path):
+    with pytest.raises(FileNotFoundError) as caught, whole_file(tmp_path / "out"):
+        (tmp_path / "source").read_bytes()
+    assert caught.value.filename == str(tmp_path / "source")

@@ -477,3 +477,19 @@ def test_processes_are_started_where_there_is_no_fork(processor, monkeypatch):
     expected = ids_of(make_loader(processor))
     monkeypatch.setattr(multiprocessing, "get_context", lambda: multiprocessing.context.SpawnContext())
     assert ids_of(make_loader(processor, num_workers=2)) == expected
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_counts_of_a_pass_go_on_with_it(processor, num_workers):
+    """So that too many bad studies end a run however often it is stopped."""
+    source, settings = make_source(40, bad=[0, 1, 2, 3, 4, 30]), {"seed": None, "num_workers": num_workers}
+    before, state = first_of(make_loader(processor, source, **settings), 2)
+    assert (state["num_bad"], state["num_seen"]) == (5, 13)
+    again = make_loader(processor, source, **settings)
+    again.load_state_dict(state)
+    with pytest.raises(DataError, match="6 of 31 studies cannot be used"):
+        ids_of(again)
+    patient = make_loader(processor, source, max_bad_share=1.0, **settings)
+    patient.load_state_dict(state)
+    ids_of(patient, epochs=1)
+    assert (patient.num_bad, patient.num_seen) == (6, 40)

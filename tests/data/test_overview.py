@@ -11,6 +11,7 @@ from ct_rate_like import ct_rate_files, write_files
 from PIL import Image
 
 from medct import CT_CLIP_LABELS, MedCTConfig
+from medct.common.lock import only_run
 from medct.data import overview, phantom_source
 from medct.data.sources import Skipped, Source
 from medct.image_processing_medct import MedCTImageProcessor
@@ -141,3 +142,9 @@ def test_bad_input_ends_in_one_sentence(arguments, tmp_path):
     with pytest.raises(SystemExit, match=r"^error: nowhere: ") as caught:
         overview.main([str(tmp_path) if argument == "SOURCE" else argument for argument in arguments])
     assert "\n" not in str(caught.value)
+
+
+def test_a_sheet_that_another_run_draws_is_refused(tmp_path):
+    sheet = tmp_path / "sheet.png"
+    with only_run(sheet), pytest.raises(SystemExit, match=r"error: .*sheet\.png is being written by another run"):
+        overview.main(["phantoms", "--samples", "1", "--sheet", str(sheet)])

@@ -3,6 +3,7 @@
 import json
 import pickle
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -319,3 +320,44 @@ def test_peft_loads_what_transformers_loads(model, converted, adapter, batch):
 def test_an_adapter_that_cannot_be_had_is_not_called_unsafe(model, adapter, reason, tmp_path):
     with pytest.raises(OSError, match=f"no adapter .{reason}"):
         check_fit(model, adapter.format(tmp=tmp_path), local_files_only=True)
+
+
+# what is checked is what is loaded
+
+
+def test_the_revision_that_is_loaded_is_the_one_that_is_checked(model, adapter, monkeypatch):
+    asked = []
+
+    def fetch(folder, name, **hub):
+        asked.append((name, hub.get("revision")))
+        path = Path(folder, name)
+        return str(path) if path.exists() else None
+
+    monkeypatch.setattr("medct.adapters_medct.cached_file", fetch)
+    model.load_adapter(str(adapter), adapter_kwargs={"revision": "abc"})
+    files = {"adapter_config.json", "adapter_model.safetensors", "medct_adapter.json"}
+    assert set(asked) == {(name, "abc") for name in files}
+
+
+class Weights:
+    """Anything with a `state_dict`."""
+
+    def __init__(self, **tensors):
+        self.tensors = tensors
+
+    def state_dict(self):
+        return self.tensors
+
+
+def test_a_fingerprint_is_of_names_and_shapes_too():
+    values = torch.arange(6.0)
+    same = [fingerprint(Weights(a=values.view(2, 3))) for _ in range(2)]
+    others = [
+        fingerprint(Weights(b=values.view(2, 3))),
+        fingerprint(Weights(a=values.view(3, 2))),
+        fingerprint(Weights(a=values)),
+        fingerprint(Weights(a=values[:2], b=values[2:])),
+        fingerprint(Weights(a=values[:3], b=values[3:])),
+        fingerprint(Weights(a=values.flip(0).view(2, 3))),
+    ]
+    assert len({*same, *others}) == 1 + len(others)
