@@ -145,10 +145,10 @@ def check_fit(model: PreTrainedModel, adapter: str | Path, **hub: Any) -> dict[s
     | the adapter | then |
     | --- | --- |
     | has weights in another format than safetensors only | refused |
-    | lacks a tensor that its configuration asks for, has another one, or one of another shape | refused |
-    | has a number that is NaN or infinite | refused |
     | was trained on other weights | refused |
     | was trained with another window, spacing, size or orientation of `pixel_values` | refused |
+    | lacks a tensor that its configuration asks for, has another one, or one of another shape | refused |
+    | has a number that is NaN or infinite | refused |
     | was trained with other labels or prompts | warning |
     | has no `medct_adapter.json`, or the model is neither float32 nor bfloat16 | warning: nothing to compare |
 
@@ -174,21 +174,17 @@ def check_fit(model: PreTrainedModel, adapter: str | Path, **hub: Any) -> dict[s
             f"{adapter} has no {WEIGHTS_FILE}. Other formats can hold code and are not read: ask its author to save it "
             "with safetensors."
         )
+    description = read_description(adapter, **hub)
+    if description is not None:
+        _check_base(model, adapter, description["base"])
+        _check_preprocessing(model, adapter, description["preprocessing"])
     tensors = read_tensors(adapter, **hub)
     check_tensors(model, tensors, PeftConfig.from_pretrained(str(Path(config_file).parent)), str(adapter))
-    description = read_description(adapter, **hub)
     if description is None:
         warnings.warn(
             f"{adapter} has no {DESCRIPTION_FILE}: nobody can tell whether it was trained on this model.", stacklevel=3
         )
         return None
-    _check_base(model, adapter, description["base"])
-    ours = preprocessing(model)
-    for name, theirs in description["preprocessing"].items():
-        if ours.get(name) != theirs:
-            raise AdapterMismatchError(
-                f"{adapter} was trained with {name} {theirs}, this model has {ours.get(name)}. Load the adapter's base."
-            )
     for name in ("label_names", "prompt_templates"):
         if [*map(_plain, description[name])] != [*map(_plain, getattr(model.config, name))]:
             warnings.warn(
@@ -243,12 +239,16 @@ def check_tensors(
     """
     wanted = {_SAVED + name: shape for name, shape in _wanted(model, config).items()}
     remedy = "Save it again, or ask its author for all of it."
-    for names, what in ((wanted.keys() - tensors.keys(), "lacks"), (tensors.keys() - wanted.keys(), "has unasked")):
-        if names:
-            raise AdapterMismatchError(
-                f"{adapter} {what} {len(names)} tensors, such as {min(names)}; its configuration asks for "
-                f"{len(wanted)}. {remedy}"
-            )
+    if missing := wanted.keys() - tensors.keys():
+        raise AdapterMismatchError(
+            f"{adapter} lacks {len(missing)} of the {len(wanted)} tensors that its configuration asks for, such as "
+            f"{min(missing)}. {remedy}"
+        )
+    if others := tensors.keys() - wanted.keys():
+        raise AdapterMismatchError(
+            f"{adapter} has tensors that its configuration does not ask for ({len(others)}, such as {min(others)}). "
+            f"{remedy}"
+        )
     for name, tensor in sorted(tensors.items()):
         if tensor.shape != wanted[name]:
             raise AdapterMismatchError(
@@ -290,6 +290,15 @@ def _check_base(model: PreTrainedModel, adapter: str | Path, base: dict[str, Any
     raise AdapterMismatchError(
         f"{adapter} was trained on other weights than this model's. Load its base, {base['model']}{at}."
     )
+
+
+def _check_preprocessing(model: PreTrainedModel, adapter: str | Path, described: dict[str, Any]) -> None:
+    ours = preprocessing(model)
+    for name, theirs in described.items():
+        if ours.get(name) != theirs:
+            raise AdapterMismatchError(
+                f"{adapter} was trained with {name} {theirs}, this model has {ours.get(name)}. Load the adapter's base."
+            )
 
 
 def _plain(value: Any) -> Any:

@@ -483,7 +483,7 @@ def test_processes_are_started_where_there_is_no_fork(processor, monkeypatch):
 def test_counts_of_a_pass_go_on_with_it(processor, num_workers):
     """So that too many bad studies end a run however often it is stopped."""
     source, settings = make_source(40, bad=[0, 1, 2, 3, 4, 30]), {"seed": None, "num_workers": num_workers}
-    before, state = first_of(make_loader(processor, source, **settings), 2)
+    _, state = first_of(make_loader(processor, source, **settings), 2)
     assert (state["num_bad"], state["num_seen"]) == (5, 13)
     again = make_loader(processor, source, **settings)
     again.load_state_dict(state)

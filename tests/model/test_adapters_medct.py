@@ -153,16 +153,19 @@ def changed(value):
 
 
 DAMAGES = {
-    "empty": (lambda tensors: {}, "lacks 20 tensors"),
-    "one missing": (dropped(LORA_A), "lacks 1 tensors, such as .*query.lora_A"),
-    "no lora_A": (dropped("lora_A"), "lacks 10 tensors"),
-    "no lora_B": (dropped("lora_B"), "lacks 10 tensors"),
-    "other prefix": (lambda tensors: {f"x.{name}": tensor for name, tensor in tensors.items()}, "lacks 20 tensors"),
+    "empty": (lambda tensors: {}, "lacks 20 of the 20 tensors"),
+    "one missing": (dropped(LORA_A), "lacks 1 of the 20 tensors .* such as .*query.lora_A"),
+    "no lora_A": (dropped("lora_A"), "lacks 10 of the 20 tensors"),
+    "no lora_B": (dropped("lora_B"), "lacks 10 of the 20 tensors"),
+    "other prefix": (
+        lambda tensors: {f"x.{name}": tensor for name, tensor in tensors.items()},
+        "lacks 20 of the 20 tensors",
+    ),
     "no prefix": (
         lambda tensors: {name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()},
-        "lacks 20 tensors",
+        "lacks 20 of the 20 tensors",
     ),
-    "one more": (lambda tensors: {**tensors, OTHERS: torch.ones(4, 4)}, "has unasked 1 tensors, such as x.lora_A"),
+    "one more": (lambda tensors: {**tensors, OTHERS: torch.ones(4, 4)}, r"does not ask for \(1, such as x\.lora_A"),
     "other rank": (
         lambda tensors: {
             name: tensor[:2] if "lora_A" in name else tensor[:, :2].contiguous() for name, tensor in tensors.items()
