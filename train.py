@@ -96,6 +96,8 @@ def load_base(settings: TrainingSettings) -> tuple[MedCTModel, MedCTProcessor]:
         model = AutoModel.from_pretrained(settings.model, config=config, **options)
         return model, AutoProcessor.from_pretrained(settings.model, **options)
     except (OSError, ValueError) as error:
+        if getattr(error, "errno", None):  # the system's, of a home that is read-only, say
+            raise
         reason = str(error).strip().splitlines()[0]
         raise TrainingError(f"{settings.model}: no model ({reason}) Pass a Hub id or a folder.") from error
 

@@ -92,7 +92,8 @@ def load_pipeline(args: argparse.Namespace, device: torch.device) -> ZeroShotCTC
         model = AutoModel.from_pretrained(name, config=config, dtype=args.dtype, **options)
         processor = AutoProcessor.from_pretrained(name, **options)
     except (OSError, ValueError) as error:
-        if isinstance(error, CommandError):
+        # What the system says, of a home that is read-only, say, is no matter of the model.
+        if isinstance(error, CommandError) or getattr(error, "errno", None):
             raise
         raise CommandError(f"{name}: no model ({first_line(error)}) Pass a Hub id or a folder.") from error
     try:

@@ -4,6 +4,7 @@ Every process of a launch appends to a file of its own; the first one merges the
 and a line that was torn by a crash is dropped when the file is opened again.
 """
 
+import contextlib
 import csv
 import glob
 import io
@@ -100,7 +101,7 @@ class RowFile:
     """
 
     def __init__(self, path: Path, format: RowFormat):
-        self.format = format
+        self.path, self.format = path, format
         rows = read_rows(path, format)
         self.done = {row[KEY] for row in rows}
         if path.exists():
@@ -112,12 +113,17 @@ class RowFile:
             self._file.flush()
 
     def write(self, row: dict[str, Any]) -> None:
-        self._file.write(self.format.line(row))
-        self._file.flush()
+        try:
+            self._file.write(self.format.line(row))
+            self._file.flush()
+        except OSError as error:  # of a full disk, say, which names no file
+            error.filename = str(self.path)
+            raise
         self.done.add(row[KEY])
 
     def close(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # said by `write`; what is torn is dropped when the file is opened again
+            self._file.close()
 
 
 def part_path(path: Path, index: int) -> Path:

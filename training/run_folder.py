@@ -84,9 +84,12 @@ class RunFolder:
             self._reserve.release()
         with whole_folder(self.final) as folder:
             yield folder
-            for name in _KEPT:
-                if (self.work / name).exists():
-                    shutil.move(self.work / name, folder / name)
+            # Copied, as a run that is stopped here goes on with them.
+            for kept in (self.work / name for name in _KEPT):
+                if kept.is_dir():
+                    shutil.copytree(kept, folder / kept.name)
+                elif kept.exists():
+                    shutil.copyfile(kept, folder / kept.name)
         shutil.rmtree(self.work)
 
 
