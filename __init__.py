@@ -1,34 +1,31 @@
 """MedCT: CT-CLIP as a Hugging Face model, and LoRA adapters for it."""
 
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification, AutoProcessor
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from .adapters_medct import AdapterMismatchError, check_fit
-from .configuration_medct import CT_CLIP_LABELS, MedCTConfig, MedCTVisionConfig
-from .errors_medct import MedCTError
-from .image_processing_medct import MedCTImageProcessor, VolumeGeometry
-from .modeling_medct import MedCTForImageClassification, MedCTModel, MedCTVisionModel, zero_shot_probabilities
-from .pipeline_medct import ZeroShotCTClassificationPipeline
-from .processing_medct import MedCTProcessor
-from .volume_io_medct import CTVolume, VolumeError, VolumeWarning, read_volume
+__version__ = "0.2.0"
 
-# Auto classes find these in a process that has imported medct; `save_pretrained` ships the code to those that have not.
-AutoConfig.register(MedCTConfig.model_type, MedCTConfig)
-AutoConfig.register(MedCTVisionConfig.model_type, MedCTVisionConfig)
-AutoModel.register(MedCTConfig, MedCTModel)
-AutoModel.register(MedCTVisionConfig, MedCTVisionModel)
-AutoModelForImageClassification.register(MedCTConfig, MedCTForImageClassification)
-AutoImageProcessor.register(MedCTConfig, MedCTImageProcessor)
-AutoProcessor.register(MedCTConfig, MedCTProcessor)
-for _shipped, _auto_class in (
-    (MedCTConfig, "AutoConfig"),
-    (MedCTVisionConfig, "AutoConfig"),
-    (MedCTModel, "AutoModel"),
-    (MedCTVisionModel, "AutoModel"),
-    (MedCTForImageClassification, "AutoModelForImageClassification"),
-    (MedCTImageProcessor, "AutoImageProcessor"),
-    (MedCTProcessor, "AutoProcessor"),
-):
-    _shipped.register_for_auto_class(_auto_class)
+
+def _is_the_command() -> bool:
+    """Whether this is the process of `medct ...`. It reads its arguments before torch and transformers are imported,
+    which takes seconds, and then imports what it needs by itself.
+    """
+    return Path(sys.argv[0]).stem == "medct" or sys.orig_argv[1:3] == ["-m", "medct.cli"]
+
+
+if TYPE_CHECKING or not _is_the_command():
+    from .adapters_medct import AdapterMismatchError, check_fit
+    from .configuration_medct import CT_CLIP_LABELS, MedCTConfig, MedCTVisionConfig
+    from .errors_medct import MedCTError
+    from .image_processing_medct import MedCTImageProcessor, VolumeGeometry
+    from .modeling_medct import MedCTForImageClassification, MedCTModel, MedCTVisionModel, zero_shot_probabilities
+    from .pipeline_medct import ZeroShotCTClassificationPipeline
+    from .processing_medct import MedCTProcessor
+    from .publishing.registration import register
+    from .volume_io_medct import CTVolume, VolumeError, VolumeWarning, read_volume
+
+    register()
 
 __all__ = [
     "CT_CLIP_LABELS",

@@ -28,18 +28,20 @@ from peft import PeftModel
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModel, AutoProcessor, get_cosine_schedule_with_warmup
 
-from medct import MedCTConfig, MedCTModel, MedCTProcessor
 from medct.adapters_medct import describe_adapter, fingerprint
 from medct.common.distributed import shard, sum_gradients, sum_over_processes
 from medct.common.errors import StoppedError, one_line_errors
 from medct.common.files import refuse_taken
 from medct.common.host import device_name, keep_freed_memory, peak_memory_bytes, quiet_libraries
 from medct.common.lock import only_run
+from medct.configuration_medct import MedCTConfig
 from medct.data import Source, StudyLoader, open_source, to_device
 from medct.evaluation.metrics import choose_thresholds, compare, zero_shot_scores
 from medct.evaluation.plots import calibration_plot, roc_plot
 from medct.evaluation.report import results_table
 from medct.evaluation.scoring import ScoredStudies, Texts, score_studies, texts_to, tokenize_prompts
+from medct.modeling_medct import MedCTModel
+from medct.processing_medct import MedCTProcessor
 from medct.publishing.cards import write_card
 from medct.publishing.push import commit_of, push_adapter, push_model
 from medct.training.checkpoints import Checkpoints, TrainingState
@@ -506,8 +508,8 @@ def run(settings: TrainingSettings) -> dict[str, Any]:
         trainer.accelerator.state.destroy_process_group()
 
 
-def main(arguments: list[str] | None = None) -> None:
-    settings = parse_settings(TrainingSettings, __doc__, arguments)
+def main(arguments: list[str] | None = None, prog: str | None = None) -> None:
+    settings = parse_settings(TrainingSettings, __doc__, arguments, prog)
     keep_freed_memory()
     quiet_libraries()
     with one_line_errors():

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModel, AutoProcessor
 
 from medct.byte_sources_medct import is_address
-from medct.common.errors import first_line
+from medct.common.errors import OK, SOME_FAILED, first_line
 from medct.common.files import whole_file, whole_folder
 from medct.common.lock import only_run
 from medct.configuration_medct import MedCTConfig
@@ -32,13 +32,11 @@ from medct.errors_medct import MedCTError
 from medct.evaluation.metrics import with_intervals
 from medct.evaluation.report import MEANS
 from medct.evaluation.scoring import score_studies, tokenize_prompts
-from medct.inference.bulk import Reading, process, process_to_file
-from medct.inference.row_files import KEY, Csv, JsonLines, read_rows
+from medct.inference.bulk import KEY, Csv, JsonLines, Reading, process, process_to_file, read_rows
 from medct.inference.studies import FailedStudy, ReadStudy, Study, find_studies, read_study
 from medct.pipeline_medct import ZeroShotCTClassificationPipeline
 from medct.volume_io_medct import read_volume
 
-OK, SOME_FAILED, USAGE = 0, 1, 2
 MODEL_VARIABLE = "MEDCT_MODEL"
 # Processes of a launch wait for the slowest one at the end of a night.
 _PATIENCE = timedelta(days=7)
@@ -121,7 +119,10 @@ def prompts_of(args: argparse.Namespace) -> dict[str, Any]:
         prompts["candidate_labels"] = list(dict.fromkeys(args.labels))
     if args.templates:
         prompts["prompt_templates"] = [tuple(template.split("|")) for template in args.templates]
-        MedCTConfig().label_prompts([], prompts["prompt_templates"])  # refuses what is no pair
+        try:
+            MedCTConfig().label_prompts([], prompts["prompt_templates"])
+        except ValueError as error:
+            raise CommandError(f"--templates: {error}") from error
     return prompts
 
 
@@ -353,9 +354,12 @@ def evaluate(args: argparse.Namespace) -> int:
         return OK
     thresholds = np.array([pipe.thresholds.get(name, np.nan) for name in config.label_names])
     has_thresholds = bool(np.isfinite(thresholds).any())
-    results = with_intervals(
-        scored.scores, scored.labels, scored.patients, config.label_names, thresholds if has_thresholds else None
-    )
+    try:
+        results = with_intervals(
+            scored.scores, scored.labels, scored.patients, config.label_names, thresholds if has_thresholds else None
+        )
+    except ValueError as error:
+        raise CommandError(f"{source.description}: {error}") from error
     about = {"measured_on": source.description, "split": args.split, "skipped": len(source.skipped)}
     results = {**about, **model_settings(args), **results}
     print(evaluation_table(results, config.label_names))

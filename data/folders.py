@@ -5,7 +5,6 @@ held in memory while it is read. Both are tried again after network faults, and 
 """
 
 import contextlib
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +23,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
 
 from medct.byte_sources_medct import is_address
+from medct.common.retry import keep_trying
 from medct.data.sources import DataError, Deferred
 from medct.volume_io_medct import VolumeError
 
@@ -153,16 +153,14 @@ class HubFolder:
 
     def _download(self, name: str) -> str:
         """A file in the Hub client's cache. The client overcomes all faults but an answer 5xx where the file begins."""
-        for retry in range(MAX_RETRIES + 1):
-            try:
-                return hf_hub_download(
-                    self.repo_id, name, repo_type="dataset", revision=self.revision, token=self.token
-                )
-            except HfHubHTTPError as error:
-                if error.response.status_code < 500 or retry == MAX_RETRIES:
-                    raise
-                time.sleep(min(2**retry, MAX_WAIT_S))
-        raise AssertionError
+
+        def download() -> str:
+            return hf_hub_download(self.repo_id, name, repo_type="dataset", revision=self.revision, token=self.token)
+
+        def passes(error: Exception) -> float | None:
+            return 0 if isinstance(error, HfHubHTTPError) and error.response.status_code >= 500 else None
+
+        return keep_trying(download, passes, [min(2**retry, MAX_WAIT_S) for retry in range(MAX_RETRIES)])
 
     def volume(self, path: str) -> HubFile:
         """What `read_study` takes."""

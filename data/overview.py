@@ -7,11 +7,7 @@ Takes any source that training takes. Samples are drawn by a seed; each is shown
 with the patient's right on the left of the picture.
 """
 
-import argparse
-import json
-import sys
 import textwrap
-import warnings
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,14 +20,11 @@ from matplotlib.figure import Figure, SubFigure
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from medct import MedCTConfig, MedCTImageProcessor, MedCTProcessor, VolumeWarning
-from medct.common.errors import first_line
 from medct.common.files import whole_file
-from medct.common.lock import only_run
-from medct.data import open_source
+from medct.configuration_medct import MedCTConfig
 from medct.data.loader import LoadStudy, to_device
-from medct.data.prepare import load_config
-from medct.data.sources import DataError, Row, Skipped, Source
+from medct.data.sources import Row, Skipped, Source
+from medct.image_processing_medct import MedCTImageProcessor
 from medct.volume_medct import affine_from_spacing, axis_order
 
 # Rows of a picture run towards the feet or the back, columns towards the back or the patient's left.
@@ -241,76 +234,3 @@ def _draw_study(
         for x, letter, side in ((0.02, first, "left"), (0.98, last, "right")):
             axis.text(x, 0.5, letter, transform=axis.transAxes, color="gold", fontsize=7, ha=side, va="center")
         axis.text(0.02, 0.98, view, transform=axis.transAxes, color="gold", fontsize=6, va="top")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Command
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    """The command; returns the summary."""
-    config, tokenizer = MedCTConfig(), None
-    if args.model is not None:
-        config = load_config(args.model, args.model_revision)
-        try:
-            tokenizer = MedCTProcessor.from_pretrained(args.model, revision=args.model_revision).tokenizer
-        except (OSError, ValueError) as error:
-            raise DataError(f"{args.model}: no processor ({first_line(error)}) Pass a MedCT model.") from error
-    source = open_source(
-        args.source,
-        args.split,
-        config,
-        reconstructions=args.reconstructions,
-        limit=args.limit,
-        version=args.version,
-        revision=args.revision,
-    )
-    summary = summarize(source, tokenizer)
-    summary["unreadable_samples"] = {}
-    if args.samples:
-        with only_run(args.sheet):
-            unreadable = contact_sheet(source, config, args.sheet, args.samples, args.seed)
-        summary["unreadable_samples"] = {study.id: study.reason for study in unreadable}
-    return summary
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", help='what to look at: any address that training takes, also "phantoms"')
-    parser.add_argument("--split", choices=["train", "tune", "valid"], default="train", help="default: train")
-    parser.add_argument("--model", metavar="ID_OR_DIR", help="whose grid, labels and tokens (default: CT-CLIP's)")
-    parser.add_argument("--model_revision", metavar="COMMIT", help="commit of the model on the Hub")
-    parser.add_argument("--revision", metavar="COMMIT", help="commit of the source on the Hub")
-    parser.add_argument("--limit", type=int, metavar="N", help="only N studies, always the same ones")
-    parser.add_argument(
-        "--reconstructions",
-        choices=["one", "all"],
-        default="one",
-        help="of a CT-RATE scan that was reconstructed more than once (default: one)",
-    )
-    parser.add_argument("--version", type=int, choices=[1, 2], default=2, help="of CT-RATE (default: 2)")
-    parser.add_argument("--samples", type=int, default=8, metavar="N", help="studies to draw; 0: none (default: 8)")
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of samples (default: 0)")
-    parser.add_argument(
-        "--sheet", type=Path, default=Path("overview.png"), metavar="FILE", help="PNG to write (default: overview.png)"
-    )
-    parser.add_argument("--json", action="store_true", help="print the counts as JSON")
-    return parser.parse_args(argv)
-
-
-def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
-    warnings.simplefilter("ignore", VolumeWarning)  # a note for each file would drown the counts
-    try:
-        summary = run(args)
-    except (ValueError, OSError) as error:  # ours, and the file system's: each says what and where
-        sys.exit(f"error: {error}")
-    print(json.dumps(summary, indent=2) if args.json else as_text(summary))
-    if args.samples and not args.json:
-        bad = len(summary["unreadable_samples"])
-        print(f"\n{args.sheet}: {min(args.samples, summary['num_studies'])} samples, {bad} of them unreadable")
-
-
-if __name__ == "__main__":
-    main()

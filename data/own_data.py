@@ -98,7 +98,7 @@ def choose_split(table: pd.DataFrame, selection: Selection, where: str) -> tuple
 
 
 def tidy(table: pd.DataFrame, config: MedCTConfig, where: str) -> pd.DataFrame:
-    """A table of studies as `study_tables` describes it, from one that has `id`, `volume` and columns as text."""
+    """A table of studies as `data.tables` describes it, from one that has `id`, `volume` and columns as text."""
     parts = [table[column] for column in REPORT_COLUMNS if column in table]
     reports = [join_text(*part) for part in zip(*parts, strict=True)] if parts else [""] * len(table)
     table = check_labels(table, config.label_names, where)

@@ -10,14 +10,10 @@ start it again. Which study goes into which file depends on the source alone, ne
 `manifest.json` is written when the last file is there, by whichever process finds that.
 """
 
-import argparse
 import contextlib
 import hashlib
 import json
 import math
-import os
-import sys
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,19 +22,18 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from huggingface_hub import DatasetCard, DatasetCardData, HfApi
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub import DatasetCard, DatasetCardData
 from pyarrow import parquet
 from tqdm import tqdm
 
-from medct import MedCTConfig, MedCTImageProcessor, VolumeError, VolumeWarning
 from medct.common.errors import first_line
 from medct.common.files import remove_leftovers, whole_file
 from medct.common.lock import LockedError, only_run
-from medct.data import open_source
+from medct.configuration_medct import MedCTConfig
 from medct.data.prepared import FEATURES, FORMAT, MANIFEST, grid_settings, nifti_header, shard_name
 from medct.data.sources import DataError, Source, read_study, too_many_bad
-from medct.data.tables import TUNE_SHARE
+from medct.image_processing_medct import MedCTImageProcessor
+from medct.volume_io_medct import VolumeError
 
 SCHEMA = FEATURES.arrow_schema
 LICENCE_NOTE = (
@@ -343,35 +338,6 @@ def card(manifest: dict[str, Any]) -> str:
     return str(rendered)
 
 
-def push(folder: Path, repo_id: str) -> str:
-    """Upload a finished folder to a private Hub dataset, going on where an earlier upload stopped; returns its address.
-
-    Raises:
-        DataError: If the dataset is public, or the Hub refuses.
-    """
-    api = HfApi()
-    try:
-        api.create_repo(repo_id, repo_type="dataset", private=True, exist_ok=True)
-        if not api.repo_info(repo_id, repo_type="dataset").private:
-            raise DataError(
-                f"{repo_id} is public, and patients' scans are not. Make it private, or choose another name."
-            )
-        api.upload_folder(
-            repo_id=repo_id,
-            repo_type="dataset",
-            folder_path=folder,
-            allow_patterns=["README.md", MANIFEST, "data/*.parquet"],
-            commit_message="Prepared shards",
-        )
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(
-            f"{repo_id}: not uploaded ({first_line(error)}). Check the name and `hf auth login`, then start again."
-        ) from error
-    return f"hf://datasets/{repo_id}"
-
-
 def prepare(
     sources: dict[str, Source],
     config: MedCTConfig,
@@ -431,87 +397,6 @@ def _is_wanted(shard: Shard, retry_skipped: bool) -> bool:
     return record is None or (retry_skipped and bool(record["skipped"]))
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", help='what to prepare: any address that training takes, also "phantoms"')
-    parser.add_argument("output", type=Path, help="folder to make, or to go on with; all processes share it")
-    parser.add_argument(
-        "--model", metavar="ID_OR_DIR", help="whose grid, window and labels to use (default: CT-CLIP's)"
-    )
-    parser.add_argument("--model_revision", metavar="COMMIT", help="commit of the model on the Hub")
-    parser.add_argument("--revision", metavar="COMMIT", help="commit of the source on the Hub")
-    parser.add_argument(
-        "--splits", nargs="+", default=["train", "tune", "valid"], choices=["train", "tune", "valid"],
-        help="which to prepare (default: all three)",
-    )  # fmt: skip
-    parser.add_argument("--limit", type=int, metavar="N", help="only N studies of each split, always the same ones")
-    parser.add_argument(
-        "--reconstructions", choices=["one", "all"], default="one",
-        help="of a CT-RATE scan that was reconstructed more than once (default: one)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--tune_share", type=float, default=TUNE_SHARE, metavar="SHARE",
-        help=f"share of the training patients that become the split `tune` (default: {TUNE_SHARE})",
-    )  # fmt: skip
-    parser.add_argument("--version", type=int, choices=[1, 2], default=2, help="of CT-RATE (default: 2)")
-    parser.add_argument(
-        "--studies_per_shard", type=int, default=12, metavar="N",
-        help="studies of a file at the most (default: 12, about 0.4 GB at CT-CLIP's sizes)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--rank", type=int, default=int(os.environ.get("RANK", 0)), metavar="I",
-        help="number of this process, from 0 (default: RANK, which torchrun and accelerate set)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--world_size", type=int, default=int(os.environ.get("WORLD_SIZE", 1)), metavar="N",
-        help="number of processes on all machines (default: WORLD_SIZE)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--retry_skipped", action="store_true", help="make files again in which unreadable studies were skipped"
-    )
-    parser.add_argument(
-        "--max_skipped_share", type=float, default=0.05, metavar="SHARE",
-        help="stop if a greater share of the studies cannot be read (default: 0.05)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--push_to_hub",
-        metavar="ORG/NAME",
-        help="upload the finished folder to this Hub dataset, which is made private",
-    )
-    args = parser.parse_args(argv)
-    if args.studies_per_shard < 1 or not 0 <= args.rank < args.world_size:
-        parser.error("--studies_per_shard must be 1 or more, and --rank from 0 to --world_size - 1")
-    return args
-
-
-def run(args: argparse.Namespace) -> str:
-    """The command; returns what to tell."""
-    config = MedCTConfig() if args.model is None else load_config(args.model, args.model_revision)
-    choices = {name: getattr(args, name) for name in ("limit", "tune_share", "version", "revision")}
-    # All reconstructions of a scan are in its group, whichever of them are prepared.
-    sources = {split: open_source(args.source, split, config, **choices) for split in args.splits}
-    settings = {"source": args.source, **choices}
-    settings |= {name: getattr(args, name) for name in ("reconstructions", "studies_per_shard")}
-    manifest = prepare(
-        sources,
-        config,
-        args.output,
-        settings,
-        args.rank,
-        args.world_size,
-        args.retry_skipped,
-        args.max_skipped_share,
-    )
-    if manifest is None:
-        return f"Done here; other processes still make theirs. {args.output} is complete when it has a {MANIFEST}."
-    counts = [f"{found['num_studies']} {split}" for split, found in manifest["splits"].items()]
-    skipped = sum(len(found["skipped"]) for found in manifest["splits"].values())
-    told = f"{args.output}: {', '.join(counts)} studies, {skipped} skipped, see {MANIFEST}."
-    if args.push_to_hub:
-        told += f" Uploaded to {push(args.output, args.push_to_hub)}."
-    return told
-
-
 def load_config(model: str, revision: str | None) -> MedCTConfig:
     """The configuration of a model on the Hub or in a folder.
 
@@ -525,18 +410,3 @@ def load_config(model: str, revision: str | None) -> MedCTConfig:
         return MedCTConfig.from_dict(values)
     except OSError as error:
         raise DataError(f"{model}: no model ({first_line(error)}) Pass a Hub id or a folder.") from error
-
-
-def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
-    # They are in the manifest, beside the study that they belong to.
-    warnings.simplefilter("ignore", VolumeWarning)
-    try:
-        told = run(args)
-    except (ValueError, OSError) as error:  # ours, and the file system's: each says what and where
-        sys.exit(f"error: {error}")
-    print(told)
-
-
-if __name__ == "__main__":
-    main()

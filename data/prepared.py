@@ -23,7 +23,6 @@ import itertools
 import json
 import math
 import struct
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +38,7 @@ from pyarrow import parquet
 
 from medct.byte_sources_medct import is_address
 from medct.common.errors import first_line
+from medct.common.retry import keep_trying
 from medct.configuration_medct import MedCTConfig
 from medct.data.sources import DataError, Deferred, Row, Skipped, Source, first_of
 from medct.volume_medct import VolumeError
@@ -138,16 +138,13 @@ def decode_nifti(data: pa.Buffer, shape: tuple[int, int, int], name: str) -> tor
 
 def _persist(address: str, fetch: Callable[[], Any]) -> Any:
     """Fetch, and again after a fault of the network; local files and damaged bytes say the same a second time."""
-    for wait_s in _WAITS_S if is_address(address) else ():
-        try:
-            return fetch()
-        except (VolumeError, FileNotFoundError):
-            raise
-        except Exception as error:  # of each file system its own
-            if "integrity" in str(error):
-                raise
-            time.sleep(wait_s)
-    return fetch()
+
+    def passes(error: Exception) -> float | None:
+        # Each file system raises errors of its own; "integrity" is Arrow's word for a wrong checksum.
+        is_final = isinstance(error, VolumeError | FileNotFoundError) or "integrity" in str(error)
+        return None if is_final else 0
+
+    return keep_trying(fetch, passes, _WAITS_S if is_address(address) else ())
 
 
 @dataclass

@@ -89,7 +89,7 @@ class Source:
         label_names: What `labels` of a row stand for.
         description: "300 studies of ...", for people.
         skipped: Studies left out before any volume is read.
-        names: Of the groups, by which a `limit` chooses; their numbers where nothing is given.
+        names: Of the groups' scans, by which a `limit` chooses; their numbers where nothing is given.
         is_synthetic: Whether these are drawings, of nobody.
     """
 

@@ -22,7 +22,7 @@ def results_table(comparison: dict[str, Any], names: Sequence[str]) -> str:
     """Two models side by side: AUROC of each label, then means over labels, all with intervals.
 
     Args:
-        comparison: From `metrics_medct.compare`.
+        comparison: From `metrics.compare`.
         names: Of the labels, in the order to show.
 
     Returns:

@@ -1,23 +1,177 @@
 """One command over thousands of studies: resumed where it stopped, spread over the processes of a launch.
 
-Beside the output file lie `NAME.settings.json`, what its rows were made with, and `NAME.failed.csv`, the studies that
-could not be read and why; these are tried again by the next run.
+A row is a line on disk before the next one is made, and one that was torn by a crash is dropped when the file is opened
+again. Every process of a launch appends to a file of its own; the first one merges them when all are done. Beside the
+output file lie `NAME.settings.json`, what its rows were made with, and `NAME.failed.csv`, the studies that could not be
+read and why; these are tried again by the next run.
 """
 
+import contextlib
+import csv
+import glob
+import io
 import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from accelerate import PartialState
 from tqdm import tqdm
 
 from medct.common.files import remove_leftovers, whole_file
+from medct.errors_medct import MedCTError
 from medct.image_processing_medct import MedCTImageProcessor
-from medct.inference.row_files import KEY, Csv, RowFile, RowFormat, merge, part_path, part_paths, read_rows
 from medct.inference.studies import FailedStudy, ReadStudy, Study, batched_reads, read_ahead
+
+KEY = "study"
+
+
+class OutputError(MedCTError, ValueError):
+    """A file that this run would have to add to and cannot; the message says why and what to do."""
+
+
+class RowFormat(Protocol):
+    """How rows become lines; each holds its study under `KEY`."""
+
+    def header(self) -> str: ...
+    def line(self, row: dict[str, Any]) -> str: ...
+    def rows(self, lines: list[str]) -> list[dict[str, Any]]: ...
+
+
+class JsonLines:
+    """One object a line."""
+
+    def header(self) -> str:
+        return ""
+
+    def line(self, row: dict[str, Any]) -> str:
+        return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+
+    def rows(self, lines: list[str]) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in lines]
+
+
+class Csv:
+    """Comma-separated values; a value never holds a line break.
+
+    Args:
+        columns: Their names, `KEY` first.
+    """
+
+    def __init__(self, columns: Sequence[str]):
+        self.columns = list(columns)
+
+    def header(self) -> str:
+        return self._line(self.columns)
+
+    def line(self, row: dict[str, Any]) -> str:
+        return self._line([row.get(column, "") for column in self.columns])
+
+    def rows(self, lines: list[str]) -> list[dict[str, Any]]:
+        return list(csv.DictReader(lines, fieldnames=self.columns))
+
+    def _line(self, values: Sequence[Any]) -> str:
+        line = io.StringIO()
+        csv.writer(line, lineterminator="\n").writerow([" ".join(str(value).splitlines()) for value in values])
+        return line.getvalue()
+
+
+def read_rows(path: Path, format: RowFormat) -> list[dict[str, Any]]:
+    """The rows of a file, without a last line that was torn; none if there is no file.
+
+    Raises:
+        OutputError: If the file holds something else than such rows.
+    """
+    if not path.exists():
+        return []
+    text = path.read_bytes().decode("utf-8", "surrogateescape")  # a name of a file may be any bytes
+    lines = [line + "\n" for line in text.split("\n")[:-1]]
+    header = format.header()
+    taken = f"{path} exists and holds other rows than this run would write. Choose another --output, or remove it."
+    if header:
+        if lines and lines[0] != header:
+            raise OutputError(taken)
+        lines = lines[1:]
+    try:
+        rows = format.rows(lines)
+    except ValueError as error:
+        raise OutputError(taken) from error
+    if not all(isinstance(row, dict) and row.get(KEY) for row in rows):
+        raise OutputError(taken)
+    return rows
+
+
+class RowFile:
+    """Appends rows to a file, each on disk before the next one is made.
+
+    Args:
+        path: File to make or add to; a torn last line is cut off.
+        format: Of its lines.
+
+    Raises:
+        OutputError: If the file holds something else.
+    """
+
+    def __init__(self, path: Path, format: RowFormat):
+        self.path, self.format = path, format
+        rows = read_rows(path, format)
+        self.done = {row[KEY] for row in rows}
+        if path.exists():
+            with path.open("rb+") as file:
+                file.truncate(file.read().rfind(b"\n") + 1)
+        self._file = path.open("a", encoding="utf-8", errors="surrogateescape", newline="")
+        if not path.stat().st_size:
+            self._file.write(format.header())
+            self._file.flush()
+
+    def write(self, row: dict[str, Any]) -> None:
+        try:
+            self._file.write(self.format.line(row))
+            self._file.flush()
+        except OSError as error:  # of a full disk, say, which names no file
+            error.filename = str(self.path)
+            raise
+        self.done.add(row[KEY])
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # said by `write`; what is torn is dropped when the file is opened again
+            self._file.close()
+
+
+def part_path(path: Path, index: int) -> Path:
+    """Where process `index` of a launch writes."""
+    return path.with_name(f"{path.name}.part-{index:04d}")
+
+
+def part_paths(path: Path) -> list[Path]:
+    """What the processes of a launch have written and nobody has merged yet."""
+    return sorted(path.parent.glob(f"{glob.escape(path.name)}.part-[0-9][0-9][0-9][0-9]"))
+
+
+def merge(path: Path, format: RowFormat, order: Iterable[str] = ()) -> int:
+    """Put the rows of a file and of its parts into the file, each study once, and remove the parts.
+
+    Args:
+        path: The file; need not exist.
+        format: Of all of them.
+        order: Studies in the order their rows shall have; rows of others go before them, in the order they have.
+
+    Returns:
+        How many rows there are.
+    """
+    parts = part_paths(path)
+    rows = {row[KEY]: row for file in (path, *parts) for row in read_rows(file, format)}
+    place = {study: index for index, study in enumerate(order)}
+    ordered = sorted(rows.values(), key=lambda row: place.get(row[KEY], -1))
+    with whole_file(path) as aside, aside.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+        file.write(format.header())
+        file.writelines(map(format.line, ordered))
+    for part in parts:
+        part.unlink()
+    return len(rows)
+
 
 _FAILED = Csv([KEY, "reason"])
 
@@ -93,9 +247,9 @@ def process_to_file(
         studies: All of them, those already in the output too.
         reading: How.
         rows_of: See `process`.
-        output: File of the rows; one that exists is gone on with. Its name is that of the files beside it, too.
+        output: File of the rows; one that exists is added to. Its name is that of the files beside it, too.
         format: Of the rows.
-        settings: What decides about the rows. A run with others does not go on with the file.
+        settings: What decides about the rows. A run with others does not add to the file.
         state: Of the launch.
         done: Studies that need no row although there is none of them yet.
         rows_path: Where the rows go if not into `output`, because that is made of them later.
@@ -104,7 +258,7 @@ def process_to_file(
         In the main process, how many studies could not be read in all processes; 0 in the others.
 
     Raises:
-        ValueError: If the output holds rows made with other settings, or something else.
+        OutputError: If the output holds rows made with other settings, or something else.
     """
     failed_path = output.with_name(f"{output.name}.failed.csv")
     rows_path = rows_path or output
@@ -161,12 +315,12 @@ def _keep_settings(output: Path, rows_path: Path, settings: dict[str, Any]) -> N
         before = json.loads(path.read_text())
         for name in sorted({*before, *settings}):
             if before.get(name) != settings.get(name):
-                raise ValueError(
+                raise OutputError(
                     f"{output} was begun with {name} {before.get(name)!r}, not {settings.get(name)!r}. Choose another "
                     "--output, or remove it."
                 )
     elif is_begun:
-        raise ValueError(
+        raise OutputError(
             f"{output} exists, and {path.name} is missing, so nobody knows how it was made. Choose another --output, "
             "or remove it."
         )

@@ -15,20 +15,20 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 
+from medct.common.errors import first_line
 from medct.common.files import whole_file
-from medct.data import REPORT_COLUMNS
+from medct.data.ct_rate import REPORT_COLUMNS
+from medct.data.tables import join_text
 from medct.errors_medct import MedCTError
-from medct.inference.row_files import KEY
-
-try:
-    import faiss
-except ImportError:
-    faiss = None
+from medct.inference.bulk import KEY
 
 RECALL_AT = (5, 10, 50, 100)
 _NAME_COLUMNS = ("file_name", "VolumeName")
 _METADATA_KEY = b"medct"
+# Their similarities to 50,000 studies take 0.2 GB.
+_QUERIES_AT_ONCE = 1024
 
 
 class SearchError(MedCTError, ValueError):
@@ -73,15 +73,18 @@ class Embeddings:
 
 
 def read_reports(path: Path) -> dict[str, str]:
-    """Reports by the name of their file.
+    """Reports by the name of their file, without those that say nothing ("Not given.").
 
     Args:
         path: csv with a column `file_name` or `VolumeName`, and `report` or CT-RATE's two.
 
     Raises:
-        SearchError: If columns are missing.
+        SearchError: If it cannot be read, or columns are missing.
     """
-    table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    try:
+        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    except ValueError as error:  # pandas' parser errors and wrong encodings
+        raise SearchError(f"{path}: not a csv file ({first_line(error)}). Save it as csv in UTF-8.") from error
     name = next((column for column in _NAME_COLUMNS if column in table), None)
     columns = ["report"] if "report" in table else [column for column in REPORT_COLUMNS if column in table]
     if name is None or not columns:
@@ -89,7 +92,7 @@ def read_reports(path: Path) -> dict[str, str]:
             f"{path}: it has the columns {', '.join(table.columns)}. Name one {' or '.join(_NAME_COLUMNS)}, and one "
             f"report, or {' and '.join(REPORT_COLUMNS)}."
         )
-    reports = table[columns].agg(" ".join, axis=1).str.strip()
+    reports = [join_text(*parts) for parts in table[columns].itertuples(index=False)]
     return {study: report for study, report in zip(table[name], reports, strict=True) if report}
 
 
@@ -136,7 +139,8 @@ def read_embeddings(path: Path) -> Embeddings:
     except (pa.ArrowException, KeyError, ValueError) as error:
         raise SearchError(f"{path}: no file of embeddings. Make one with `medct embed`.") from error
     count = table.num_rows
-    image_embeds = table["image_embeds"].combine_chunks().flatten().to_numpy().reshape(count, -1)
+    # A copy, because Arrow's memory is not to be written to, and torch warns of such arrays.
+    image_embeds = table["image_embeds"].combine_chunks().flatten().to_numpy().reshape(count, -1).copy()
     text_embeds = np.full_like(image_embeds, np.nan)
     texts = table["text_embeds"].combine_chunks()
     has_text = texts.is_valid().to_numpy(zero_copy_only=False)
@@ -155,15 +159,12 @@ def nearest(vectors: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarra
 
     Returns:
         Their cosine similarity and their index, `(queries, k)` each, the most similar first.
-
-    Raises:
-        SearchError: If faiss is not installed.
     """
-    if faiss is None:
-        raise SearchError("Searching needs faiss. Install it: pip install medct[search].")
-    index = faiss.IndexFlatIP(vectors.shape[1])
-    index.add(np.ascontiguousarray(vectors, np.float32))
-    return index.search(np.ascontiguousarray(queries, np.float32), min(k, len(vectors)))
+    found = [
+        (some @ torch.as_tensor(vectors).t()).topk(min(k, len(vectors)))
+        for some in torch.as_tensor(queries).split(_QUERIES_AT_ONCE)
+    ]
+    return torch.cat([part.values for part in found]).numpy(), torch.cat([part.indices for part in found]).numpy()
 
 
 def recall(embeddings: Embeddings, at: Sequence[int] = RECALL_AT) -> dict[str, Any]:

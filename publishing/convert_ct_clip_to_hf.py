@@ -8,11 +8,9 @@ reason; an unknown or missing key ends the conversion. The folder appears under 
 Source: specification of CT-CLIP, section 5.
 """
 
-import argparse
 import json
 import re
 import shutil
-import sys
 import zipfile
 from collections import defaultdict
 from pathlib import Path
@@ -21,9 +19,13 @@ from typing import Any
 import torch
 from transformers import BertTokenizer
 
-from medct import MedCTConfig, MedCTForImageClassification, MedCTImageProcessor, MedCTModel, MedCTProcessor
+from medct.common.errors import first_line
 from medct.common.files import whole_folder
+from medct.configuration_medct import MedCTConfig
 from medct.errors_medct import MedCTError
+from medct.image_processing_medct import MedCTImageProcessor
+from medct.modeling_medct import MedCTForImageClassification, MedCTModel
+from medct.processing_medct import MedCTProcessor
 
 MODEL_CARD = Path(__file__).parents[1] / "model_card.md"
 CLASSFINE_PREFIX = "trained_model."
@@ -234,6 +236,15 @@ def load_tokenizer(id_or_folder: str, config: MedCTConfig) -> BertTokenizer:
     return tokenizer
 
 
+def _read_sizes(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ConversionError(
+            f"{path}: not a JSON file ({first_line(error)}). Pass one with the model's sizes."
+        ) from error
+
+
 def convert(checkpoint: Path, output: Path, tokenizer: str, sizes: Path | None = None) -> dict[str, list[str]]:
     """Convert a checkpoint into a folder in the form of a Hub repository.
 
@@ -252,7 +263,7 @@ def convert(checkpoint: Path, output: Path, tokenizer: str, sizes: Path | None =
     """
     with whole_folder(output) as folder:
         mapped, dropped = map_keys(load_state_dict(checkpoint))
-        config = published_config(mapped) if sizes is None else config_from_sizes(json.loads(sizes.read_text()))
+        config = published_config(mapped) if sizes is None else config_from_sizes(_read_sizes(sizes))
         processor = MedCTProcessor(
             MedCTImageProcessor.from_config(config.vision_config), load_tokenizer(tokenizer, config)
         )
@@ -260,36 +271,3 @@ def convert(checkpoint: Path, output: Path, tokenizer: str, sizes: Path | None =
         processor.save_pretrained(folder)
         shutil.copyfile(MODEL_CARD, folder / "README.md")
     return dropped
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path, help="CT-CLIP, VocabFine or ClassFine checkpoint (.pt)")
-    parser.add_argument("output", type=Path, help="folder to make, in the form of a Hub model repository")
-    parser.add_argument(
-        "--tokenizer",
-        required=True,
-        metavar="ID_OR_DIR",
-        help="Hub id of the text encoder's tokenizer (published: microsoft/BiomedVLP-CXR-BERT-specialized), or a "
-        "folder with vocab.txt",
-    )
-    parser.add_argument(
-        "--sizes", type=Path, metavar="FILE", help="JSON with the sizes of the model, if it is not the published one"
-    )
-    return parser.parse_args(argv)
-
-
-def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
-    try:
-        dropped = convert(args.checkpoint, args.output, args.tokenizer, args.sizes)
-    except (ValueError, OSError) as error:  # ours, json's and the file system's: each says what and where
-        sys.exit(f"error: {error}")
-    for reason, keys in dropped.items():
-        print(f"dropped {len(keys):4d}: {reason}")
-        print("".join(f"    {key}\n" for key in keys), end="")
-    print(f"Wrote {args.output}. Load it with AutoModel.from_pretrained({str(args.output)!r}, trust_remote_code=True).")
-
-
-if __name__ == "__main__":
-    main()

@@ -7,12 +7,10 @@ What goes up is looked through first: no pickles, no path of this machine, only 
 itself is never changed, so a push that failed can be run again.
 """
 
-import argparse
 import hashlib
 import json
 import shlex
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,6 +27,8 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import parse_ratelimit_headers
 
 from medct.adapters_medct import CONFIG_FILE, DESCRIPTION_FILE, WEIGHTS_FILE
+from medct.common.errors import first_line
+from medct.common.retry import keep_trying
 from medct.errors_medct import MedCTError
 from medct.publishing.cards import (
     GENERATED,
@@ -49,11 +49,13 @@ RUN_FILES = ("results.json", "train_config.json")
 # Whatever else lies in a folder, such as lists of studies, stays at home.
 ADAPTER_FILES = (WEIGHTS_FILE, CONFIG_FILE, DESCRIPTION_FILE, "README.md", *RUN_FILES, "*.png")
 MODEL_FILES = ("*.safetensors", "*.json", "*.py", "*.txt", "*.jinja", "README.md", "LICENSE", "*.png")
+SHARD_FILES = ("README.md", "manifest.json", "data/*.parquet")
 TEXT_SUFFIXES = {".jinja", ".json", ".md", ".py", ".txt"}
 # Stands in the empty form that PEFT saves as README.md.
 PEFT_FORM = "[More Information Needed]"
 
-ATTEMPTS = 4
+WAITS_S = (1, 2, 4)
+"""Before each further attempt."""
 LONGEST_WAIT_S = 300
 PASSING_STATUS = {408, 429, 500, 502, 503, 504}
 
@@ -147,6 +149,35 @@ def push_model(folder: str | Path, repo_id: str, *, private: bool = False, token
     return _Job(folder, repo_id, private, token, {}).push(files, "Add model")
 
 
+def push_shards(folder: Path, repo_id: str) -> str:
+    """Upload a finished folder to a private Hub dataset, resuming where an earlier upload stopped; returns its address.
+
+    Raises:
+        PushError: If the dataset is public, or the Hub refuses.
+    """
+    api = HfApi()
+    try:
+        api.create_repo(repo_id, repo_type="dataset", private=True, exist_ok=True)
+        if not api.repo_info(repo_id, repo_type="dataset").private:
+            raise PushError(
+                f"{repo_id} is public, and patients' scans are not. Make it private, or choose another name."
+            )
+        api.upload_folder(
+            repo_id=repo_id,
+            repo_type="dataset",
+            folder_path=folder,
+            allow_patterns=list(SHARD_FILES),
+            commit_message="Prepared shards",
+        )
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        if isinstance(error, PushError):
+            raise
+        raise PushError(
+            f"{repo_id}: not uploaded ({first_line(error)}). Check the name and `hf auth login`, then start again."
+        ) from error
+    return f"hf://datasets/{repo_id}"
+
+
 def _published_base(api: HfApi, folder: Path, base: str | None, revision: str | None) -> tuple[str, str]:
     """Id and commit of an adapter's base on the Hub."""
     recorded, recorded_revision = recorded_base(folder)
@@ -238,24 +269,19 @@ class _Job:
         Raises:
             PushError: If it cannot be done, or was tried often enough; it names the command that finishes the push.
         """
-        wait_s = 1.0
-        for attempt in range(1, ATTEMPTS + 1):
-            try:
-                return act()
-            except PushError:
-                raise
-            # LFS uploads wrap their errors in RuntimeError; ValueError is the client's word for a bad card or name.
-            except (OSError, RuntimeError, ValueError, httpx2.HTTPError) as error:
-                asked_s = _passing(error)
-                if asked_s is None or attempt == ATTEMPTS:
-                    # The Hub's word on a bad card or name: the same command would meet it again.
-                    remedy = "" if _is_worded(error) else f" {self.folder} is whole; finish with: {self.command}"
-                    raise PushError(f"Pushing to {self.repo_id} failed: {_reason(error)}.{remedy}") from error
-                wait_s = max(wait_s, asked_s)
-                print(f"{_reason(error)}; trying again in {wait_s:g} s", file=sys.stderr)
-                time.sleep(wait_s)
-                wait_s *= 2
-        raise AssertionError("unreachable")
+
+        def tell(error: Exception, wait_s: float) -> None:
+            print(f"{_reason(error)}; trying again in {wait_s:g} s", file=sys.stderr)
+
+        try:
+            return keep_trying(act, _passing, WAITS_S, tell)
+        except PushError:
+            raise
+        # LFS uploads wrap their errors in RuntimeError; ValueError is the client's word for a bad card or name.
+        except (OSError, RuntimeError, ValueError, httpx2.HTTPError) as error:
+            # The Hub's word on a bad card or name: the same command would meet it again.
+            remedy = "" if _is_worded(error) else f" {self.folder} is whole; finish with: {self.command}"
+            raise PushError(f"Pushing to {self.repo_id} failed: {_reason(error)}.{remedy}") from error
 
 
 def _chain(error: BaseException) -> list[BaseException]:
@@ -272,6 +298,8 @@ def _response(error: BaseException) -> httpx2.Response | None:
 
 def _passing(error: Exception) -> float | None:
     """Seconds that the Hub asks to wait, 0 if it does not say; `None` if trying again cannot help."""
+    if isinstance(error, PushError):
+        return None
     response = _response(error)
     if response is not None:
         if response.status_code not in PASSING_STATUS:
@@ -340,40 +368,3 @@ def left_out(folder: Path) -> list[str]:
     """Files of a folder that a push leaves at home."""
     pushed = _chosen(folder, ADAPTER_FILES if (folder / CONFIG_FILE).is_file() else MODEL_FILES)
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path not in pushed)
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    push = parser.add_subparsers(required=True).add_parser("push", help="put a folder on the Hub")
-    push.add_argument("folder", type=Path, metavar="FOLDER", help="an adapter or a converted model; not changed")
-    push.add_argument("repo_id", metavar="ORG/NAME", help="repository on the Hub; made if it does not exist")
-    push.add_argument("--private", action="store_true", help="nobody else may see it")
-    push.add_argument(
-        "--base", metavar="ORG/NAME", help="of an adapter that was trained on a folder: that base's repository"
-    )
-    push.add_argument(
-        "--base_revision", metavar="COMMIT", help="commit, tag or branch of the base; the adapter names the commit"
-    )
-    push.add_argument("--license", metavar="IDENTIFIER", help="of an adapter whose base's card names no licence")
-    return parser.parse_args(argv)
-
-
-def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
-    about = {"base": args.base, "base_revision": args.base_revision, "license": args.license}
-    try:
-        if (args.folder / CONFIG_FILE).is_file():
-            url = push_adapter(args.folder, args.repo_id, private=args.private, **about)
-        elif any(about.values()):
-            raise PushError(f"{args.folder} is no adapter, so it has no base to name. Leave out --base and its like.")
-        else:
-            url = push_model(args.folder, args.repo_id, private=args.private)
-    except PushError as error:
-        sys.exit(f"error: {error}")
-    for name in left_out(args.folder):
-        print(f"not pushed: {name}")
-    print(url)
-
-
-if __name__ == "__main__":
-    main()

@@ -19,6 +19,8 @@ import torch
 from hub_server import HubServer
 
 from medct import MedCTModel, MedCTProcessor
+from medct.cli import main
+from medct.common.errors import FAILED
 from medct.publishing.convert_ct_clip_to_hf import convert
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -103,6 +105,21 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"{SHARED} is not at hand")
     return SHARED
+
+
+@pytest.fixture
+def refused(capfd):
+    """`refused("prepare", ...)`: what a command that could not do it says, in its one line on stderr."""
+
+    def refused(*arguments: object) -> str:
+        with pytest.raises(SystemExit) as stop:
+            main([str(argument) for argument in arguments])
+        assert stop.value.code == FAILED
+        line = capfd.readouterr().err.splitlines()[-1]
+        assert line.startswith("error: ")
+        return line.removeprefix("error: ")
+
+    return refused
 
 
 @pytest.fixture

@@ -12,7 +12,6 @@ import argparse
 import itertools
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +24,17 @@ from tqdm import tqdm
 from transformers import BertTokenizer, get_cosine_schedule_with_warmup
 from transformers.utils import logging
 
-from medct import MedCTConfig, MedCTImageProcessor, MedCTModel, MedCTProcessor
+from medct.common.errors import one_line_errors
 from medct.common.files import whole_folder
+from medct.configuration_medct import MedCTConfig
 from medct.data import Source, StudyLoader, phantom_source
 from medct.data.phantoms import SITES, report_sentences
 from medct.evaluation.metrics import zero_shot_scores
 from medct.evaluation.scoring import score_studies, tokenize_prompts
-from medct.modeling_medct import MedCTQuantizer, contrastive_loss
+from medct.image_processing_medct import MedCTImageProcessor
+from medct.modeling_medct import MedCTModel, MedCTQuantizer, contrastive_loss
+from medct.processing_medct import MedCTProcessor
+from medct.publishing.registration import register
 
 SEED = 0
 # Nobody is seen twice, and the first patients are held out.
@@ -267,10 +270,9 @@ def main() -> None:
     parser.add_argument("output", type=Path, help="folder to make, in the form of a Hub model repository")
     args = parser.parse_args()
     logging.disable_progress_bar()
-    try:
+    register()  # the folder holds the code of its model
+    with one_line_errors():
         scores = make(args.output)
-    except OSError as error:
-        sys.exit(f"error: {error}")
     print({site: round(s["auroc"], 3) for site, s in scores.items()})
 
 

@@ -94,8 +94,8 @@ def reproduce(settings: PaperSettings) -> dict[str, Any]:
     return results
 
 
-def main(arguments: list[str] | None = None) -> None:
-    settings = parse_settings(PaperSettings, __doc__, arguments)
+def main(arguments: list[str] | None = None, prog: str | None = None) -> None:
+    settings = parse_settings(PaperSettings, __doc__, arguments, prog)
     keep_freed_memory()
     quiet_libraries()
     with one_line_errors():

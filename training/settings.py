@@ -151,8 +151,12 @@ def check(settings: TrainingSettings) -> None:
 Settings = TypeVar("Settings", bound=TrainingSettings)
 
 
-def parse_settings(kind: type[Settings], description: str | None, arguments: list[str] | None) -> Settings:
+def parse_settings(
+    kind: type[Settings], description: str | None, arguments: list[str] | None, prog: str | None = None
+) -> Settings:
     """Settings from the command line."""
-    parser = HfArgumentParser(kind, description=description, formatter_class=RawDescriptionHelpFormatter)
-    (settings,) = parser.parse_args_into_dataclasses(arguments)
+    parser = HfArgumentParser(kind, prog=prog, description=description, formatter_class=RawDescriptionHelpFormatter)
+    settings, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     return settings

@@ -3,7 +3,8 @@
 import pytest
 
 from medct import MedCTConfig
-from medct.data import PHANTOMS, DataError, open_source, overview, prepare
+from medct.cli import main
+from medct.data import PHANTOMS, DataError, open_source
 from medct.data.prepared import read_manifest
 from medct.train import load_sources
 from medct.training.settings import TrainingSettings
@@ -22,6 +23,12 @@ def test_phantoms_are_those_of_a_default_run():
     assert set(few[0]) < set(few[1]) and len(few[1]) == 5
 
 
+def test_limits_hold_for_phantoms():
+    sources = load_sources(TrainingSettings(max_tune_studies=5, max_eval_studies=7), CONFIG)
+    assert [sources[split].num_studies for split in ("tune", "valid")] == [5, 7]
+    assert set(sources["tune"].groups) < set(open_source(PHANTOMS, "tune", CONFIG).groups)
+
+
 def test_phantoms_have_the_labels_that_they_are_drawn_with():
     with pytest.raises(DataError, match=r"phantoms: drawn with CT-CLIP's 18 labels. Pass a model that has them"):
         open_source(PHANTOMS, "train", MedCTConfig(id2label={0: "nodule"}, label2id={"nodule": 0}))
@@ -29,10 +36,10 @@ def test_phantoms_have_the_labels_that_they_are_drawn_with():
 
 def test_commands_are_tried_without_data(converted, tmp_path, capsys):
     sheet = tmp_path / "sheet.png"
-    overview.main([PHANTOMS, "--model", str(converted), "--limit", "3", "--samples", "2", "--sheet", str(sheet)])
+    main(["overview", PHANTOMS, "--model", str(converted), "--limit", "3", "--samples", "2", "--sheet", str(sheet)])
     assert "3 SYNTHETIC phantoms of site B" in capsys.readouterr().out
     assert sheet.is_file()
-    prepare.main([PHANTOMS, str(tmp_path / "shards"), "--model", str(converted), "--limit", "2"])
+    main(["prepare", PHANTOMS, str(tmp_path / "shards"), "--model", str(converted), "--limit", "2"])
     splits = read_manifest(str(tmp_path / "shards"))["splits"]
     assert {split: found["num_studies"] for split, found in splits.items()} == dict.fromkeys(SPLITS, 2)
     assert all("SYNTHETIC" in found["description"] for found in splits.values())

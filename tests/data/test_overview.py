@@ -11,6 +11,7 @@ from ct_rate_like import ct_rate_files, write_files
 from PIL import Image
 
 from medct import CT_CLIP_LABELS, MedCTConfig
+from medct.cli import main
 from medct.common.lock import only_run
 from medct.data import overview, phantom_source
 from medct.data.sources import Skipped, Source
@@ -125,26 +126,26 @@ def test_the_sheet_shows_studies_and_says_which_cannot_be_read(config, tmp_path)
 def test_the_command_counts_and_draws(tmp_path, converted, capsys):
     ct_rate = write_files(tmp_path / "ct_rate", ct_rate_files())
     sheet = tmp_path / "sheet.png"
-    overview.main([str(ct_rate), "--model", str(converted), "--sheet", str(sheet), "--split", "valid"])
+    main(["overview", str(ct_rate), "--model", str(converted), "--sheet", str(sheet), "--split", "valid"])
     told = capsys.readouterr().out
     assert "3 studies, 4 volumes, 3 patients" in told
     assert "tokens" in told
     assert f"{sheet}: 3 samples, 1 of them unreadable" in told
     assert Image.open(sheet).format == "PNG"
     sheet.unlink()
-    overview.main([str(ct_rate), "--split", "valid", "--samples", "0", "--json", "--sheet", str(sheet)])
+    main(["overview", str(ct_rate), "--split", "valid", "--samples", "0", "--json", "--sheet", str(sheet)])
     assert list(json.loads(capsys.readouterr().out)["labels"]) == list(CT_CLIP_LABELS)
     assert not sheet.exists()
 
 
 @pytest.mark.parametrize("arguments", [["nowhere"], ["SOURCE", "--model", "nowhere"]])
-def test_bad_input_ends_in_one_sentence(arguments, tmp_path):
-    with pytest.raises(SystemExit, match=r"^error: nowhere: ") as caught:
-        overview.main([str(tmp_path) if argument == "SOURCE" else argument for argument in arguments])
-    assert "\n" not in str(caught.value)
+def test_bad_input_ends_in_one_sentence(arguments, tmp_path, refused):
+    arguments = [tmp_path if argument == "SOURCE" else argument for argument in arguments]
+    assert refused("overview", *arguments).startswith("nowhere: ")
 
 
-def test_a_sheet_that_another_run_draws_is_refused(tmp_path):
+def test_a_sheet_that_another_run_draws_is_refused(tmp_path, refused):
     sheet = tmp_path / "sheet.png"
-    with only_run(sheet), pytest.raises(SystemExit, match=r"error: .*sheet\.png is being written by another run"):
-        overview.main(["phantoms", "--samples", "1", "--sheet", str(sheet)])
+    with only_run(sheet):
+        said = refused("overview", "phantoms", "--samples", "1", "--sheet", sheet)
+    assert said.startswith(f"{sheet} is being written by another run")

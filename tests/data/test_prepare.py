@@ -1,24 +1,29 @@
 """Prepared shards: written whole, the same however the work is divided, and read back as what went in."""
 
+import dataclasses
 import hashlib
 import json
 import shutil
 import warnings
 from collections import Counter
+from pathlib import Path
 
 import nibabel
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pytest
 import torch
 from ct_rate_like import ct_rate_files, write_files
 from datasets import load_dataset
-from huggingface_hub import HfFileSystem
 from pyarrow import parquet
 
 from medct import CTVolume, MedCTConfig, MedCTImageProcessor, VolumeError, read_volume
+from medct.cli import main
 from medct.common.lock import LockedError, only_run
-from medct.data import StudyLoader, open_source, phantom_source, prepare
+from medct.configuration_medct import CT_CLIP_LABELS
+from medct.data import PhantomCohort, StudyLoader, open_source, phantom_source, prepare
+from medct.data.ct_rate import METADATA_COLUMNS
 from medct.data.prepared import decode_nifti, nifti_header, prepared_source, read_manifest
 from medct.data.sources import DataError, Skipped, Source, read_study
 
@@ -426,7 +431,7 @@ def small_model(tmp_path_factory, config):
 
 def test_the_command_prepares_ct_rate(ct_rate, small_model, tmp_path, config, capsys):
     command = [str(ct_rate), str(tmp_path), "--model", str(small_model), "--max_skipped_share", "1"]
-    prepare.main([*command, "--reconstructions", "all", "--tune_share", "0.4"])
+    main(["prepare", *command, "--reconstructions", "all", "--tune_share", "0.4"])
     assert "skipped, see manifest.json" in capsys.readouterr().out
     manifest = read_manifest(str(tmp_path))
     skipped = {study["id"]: study["reason"] for study in manifest["splits"]["valid"]["skipped"]}
@@ -468,124 +473,66 @@ def test_the_command_prepares_ct_rate(ct_rate, small_model, tmp_path, config, ca
     [
         (["nowhere", "OUT"], "nowhere"),
         (["SOURCE", "OUT", "--model", "nowhere"], "nowhere: no model"),
-        (["OUT", "OUT"], "error: "),
+        (["OUT", "OUT"], "no "),
     ],
 )
-def test_bad_input_ends_in_one_sentence(arguments, message, ct_rate, tmp_path):
+def test_bad_input_ends_in_one_sentence(arguments, message, ct_rate, tmp_path, refused):
     places = {"SOURCE": str(ct_rate), "OUT": str(tmp_path)}
-    with pytest.raises(SystemExit, match=message) as caught:
-        prepare.main([places.get(argument, argument) for argument in arguments])
-    assert str(caught.value).startswith("error: ")
-    assert "\n" not in str(caught.value)
+    assert message in refused("prepare", *(places.get(argument, argument) for argument in arguments))
 
 
-def test_prepared_shards_are_not_prepared_again(folder, tmp_path, small_model):
-    command = [str(folder), str(tmp_path / "out"), "--model", str(small_model), "--splits", "train"]
-    with pytest.raises(SystemExit, match="The source is prepared already"):
-        prepare.main(command)
+@pytest.mark.parametrize("reconstructions", ["one", "all"])
+def test_a_limit_takes_the_same_scans_from_a_source_and_from_its_shards(reconstructions, small_model, config, tmp_path):
+    volumes = tmp_path / "volumes"
+    volumes.mkdir()
+    rows = []
+    for scan in range(6):
+        for reconstruction in (1, 2):
+            name = f"train_{scan}_a_{reconstruction}.nii.gz"
+            array = np.random.default_rng(scan).integers(-1000, 1000, (9, 12, 5)).astype(np.int16)
+            nibabel.save(nibabel.Nifti1Image(array, np.diag([-3.0, -2, 4, 1])), volumes / name)
+            rows.append(
+                {"VolumeName": name, "Findings_EN": "x", "Impressions_EN": "y", **dict.fromkeys(CT_CLIP_LABELS, 0)}
+            )
+    pd.DataFrame(rows).to_csv(volumes / "train_all.csv", index=False)
+    known = dict(zip(METADATA_COLUMNS, (1, 0, "[3.0, 2.0]", 4.0), strict=True))
+    metadata = [{"VolumeName": row["VolumeName"], **known} for row in rows]
+    pd.DataFrame(metadata).to_csv(volumes / "train_metadata.csv", index=False)
+    main(["prepare", str(volumes), str(tmp_path / "shards"), "--model", str(small_model), "--splits", "train",
+          "--tune_share", "0", "--reconstructions", reconstructions])  # fmt: skip
+
+    def chosen(address: Path, limit: int) -> set[str]:
+        source = open_source(str(address), "train", config, tune_share=0, reconstructions=reconstructions, limit=limit)
+        return {row["id"].rsplit("_", 1)[0] for row in source.stream()}
+
+    for limit in (2, 3, 5):
+        assert chosen(volumes, limit) == chosen(tmp_path / "shards", limit)
+    assert len({frozenset(chosen(volumes, limit)) for limit in (2, 3, 5)}) == 3
 
 
-@pytest.mark.parametrize("flags", [["--rank", "2", "--world_size", "2"], ["--studies_per_shard", "0"]])
-def test_impossible_flags_are_refused(flags, capsys):
-    with pytest.raises(SystemExit):
-        prepare.parse_args(["source", "output", *flags])
-    assert "must be 1 or more, and --rank from 0 to" in capsys.readouterr().err
+def test_whether_studies_are_synthetic_is_a_field(small_model, config, tmp_path):
+    """Not read from a description, and kept by the shards."""
+    cohort = PhantomCohort(train_patients=4, tune_patients=2, eval_patients=2)
+    source = open_source("phantoms", "train", config, limit=2, phantoms=cohort)
+    prepare.prepare({"train": source}, config, tmp_path / "shards", SETTINGS)
+    shards = open_source(str(tmp_path / "shards"), "train", config)
+    assert source.is_synthetic and shards.is_synthetic
+    assert list(shards.names) == list(source.names)
+    plain = dataclasses.replace(source, is_synthetic=False)
+    prepare.prepare({"train": plain}, config, tmp_path / "plain", SETTINGS)
+    assert not open_source(str(tmp_path / "plain"), "train", config).is_synthetic
 
 
-def test_rank_and_world_size_come_from_the_launcher(monkeypatch):
-    monkeypatch.setenv("RANK", "3")
-    monkeypatch.setenv("WORLD_SIZE", "5")
-    args = prepare.parse_args(["source", "output"])
-    assert (args.rank, args.world_size) == (3, 5)
+def test_prepared_shards_are_not_prepared_again(folder, tmp_path, small_model, refused):
+    command = ["prepare", folder, tmp_path / "out", "--model", small_model, "--splits", "train"]
+    assert "The source is prepared already" in refused(*command)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The Hub
-# ---------------------------------------------------------------------------------------------------------------------
-
-LOAD_FROM_THE_HUB = """
-import numpy as np
-from datasets import load_dataset
-for row in load_dataset("org/scans", split="valid", streaming=True):
-    print(row["id"], np.asanyarray(row["volume"].dataobj).astype(int).sum())
-"""
-
-
-def test_a_private_dataset_on_the_hub_streams_back(hub, folder, config, tmp_path, monkeypatch):
-    hub.connect(monkeypatch)
-    assert prepare.push(folder, "org/scans") == "hf://datasets/org/scans"
-    assert hub.repo("dataset", "org/scans").private
-    files = hub.files("org/scans", "dataset")
-    assert {name for name in files if not name.startswith((".", "data/"))} == {"README.md", "manifest.json"}
-    assert len([name for name in files if name.startswith("data/")]) == 4
-    rows = prepared_source(str(folder), "valid", config).stream(epoch=0, seed=0)
-    sums = [f"{row['id']} {int(opened(row).long().sum())}" for row in rows]
-    HfFileSystem.clear_instance_cache()
-    rows = open_source("hf://datasets/org/scans", "valid", config, revision="main").stream(epoch=0, seed=0)
-    assert [f"{row['id']} {int(opened(row).long().sum())}" for row in rows] == sums
-    bare = hub.run(LOAD_FROM_THE_HUB, home=tmp_path, medct=False)
-    assert sorted(bare.stdout.splitlines()) == sorted(sums), bare.stderr
-
-
-@pytest.fixture
-def on_the_hub(hub, folder, monkeypatch, tmp_path):
-    """The shards as `hf://datasets/org/scans`, and waits that take no time."""
-    hub.connect(monkeypatch)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("time.sleep", lambda seconds: None)
-    prepare.push(folder, "org/scans")
-    HfFileSystem.clear_instance_cache()
-    return hub
-
-
-def test_faults_while_shards_stream_are_overcome_up_to_a_limit(on_the_hub, config, processor, tmp_path):
-    processor.image_processor = MedCTImageProcessor.from_config(config.vision_config)
-    on_the_hub.fail("GET .*manifest.json", 503, times=2)
-    on_the_hub.cut_answer("GET .*manifest.json", after_bytes=20)
-    on_the_hub.fail("GET /api/.*/revision/", 500)
-    source = open_source("hf://datasets/org/scans", "train", config)
-    loader = StudyLoader(
-        source, processor, config.label_names, batch_size=2, with_text=False, bad_samples_file=tmp_path / "bad.jsonl"
-    )
-    first = "GET .*train-00000-of-00003.parquet"
-    for status in (429, 503):
-        on_the_hub.fail(first, status)
-    for request in (first, "GET .*train-00001-of-00003.parquet"):
-        on_the_hub.cut_answer(request)
-        on_the_hub.cut_answer(request, after_bytes=100)
-    on_the_hub.fail("GET /api/.*/tree/.*/data", 500)  # which the client does not try again by itself
-    everyone = [row["id"] for row in source.stream()]
-    assert [name for batch in loader for name in batch["ids"]] == everyone
-    assert loader.num_bad == 0
-    assert not any(fault.times for fault in on_the_hub.faults)
-
-    last = "GET .*train-00002-of-00003.parquet"
-    on_the_hub.cut_answer(last, after_bytes=100, times=1000)
-    before = on_the_hub.count(last)
-    assert [name for batch in loader for name in batch["ids"]] == everyone[:6]
-    assert loader.num_bad == 1
-    assert "train-00002-of-00003.parquet, row 0: it cannot be read" in (tmp_path / "bad.jsonl").read_text()
-    assert on_the_hub.count(last) - before == 2 * 3 * 6  # its row and its volume, three attempts of six requests
-
-
-def test_shards_that_change_while_they_stream_stay_what_they_were(on_the_hub, config):
-    rows = open_source("hf://datasets/org/scans", "train", config).stream()
-    on_the_hub.add_file("dataset", "org/scans", "data/train-00000-of-00003.parquet", b"other")
-    assert all(opened(row).any() for row in rows)
-
-
-def test_a_hub_that_does_not_answer_is_said(on_the_hub, config):
-    on_the_hub.fail(".*/api/datasets/.*", 503, times=1000)
-    with pytest.raises(DataError, match=r"manifest.json cannot be read \(HfHubHTTPError\). Check the network, or pass"):
-        open_source("hf://datasets/org/scans", "train", config)
-
-
-def test_a_public_dataset_is_refused(hub, folder, monkeypatch):
-    hub.create("dataset", "org/open")
-    hub.connect(monkeypatch)
-    with pytest.raises(DataError, match="org/open is public, and patients' scans are not"):
-        prepare.push(folder, "org/open")
-    assert not any(name.startswith("data/") for name in hub.files("org/open", "dataset"))
+def test_impossible_flags_are_refused(refused, capfd):
+    assert "Ranks count from 0" in refused("prepare", "source", "output", "--rank", "2", "--world_size", "2")
+    with pytest.raises(SystemExit, match="2"):
+        main(["prepare", "source", "output", "--studies_per_shard", "0"])
+    assert "not a whole number of at least 1" in capfd.readouterr().err
 
 
 # two at once, and what a kill leaves

@@ -4,8 +4,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from medct.inference import search
-from medct.inference.row_files import KEY
+from medct.inference.bulk import KEY
 from medct.inference.search import (
     SearchError,
     nearest,
@@ -110,10 +109,17 @@ def test_ks_beyond_the_studies_are_left_out(tmp_path):
     assert list(recall(read_embeddings(tmp_path / "index.parquet"))["chance"]) == [5, 10]
 
 
-def test_without_faiss_the_extra_is_named(embeddings, monkeypatch):
-    monkeypatch.setattr(search, "faiss", None)
-    with pytest.raises(SearchError, match=r"pip install medct\[search\]"):
-        nearest(embeddings.image_embeds, embeddings.image_embeds, 1)
+def test_reports_that_say_nothing_are_none(tmp_path):
+    """As in training: otherwise all such studies would share a report and count as right answers for it."""
+    path = tmp_path / "reports.csv"
+    path.write_text(
+        "VolumeName,Findings_EN,Impressions_EN\n"
+        "a.nii.gz,Not given.,Not given.\nb.nii.gz,Not given.,Clear lungs.\nc.nii.gz,,\n"
+    )
+    assert read_reports(path) == {"b.nii.gz": "Clear lungs."}
+    path.write_text('file_name,report\na,"unclosed\n')
+    with pytest.raises(SearchError, match="not a csv file"):
+        read_reports(path)
 
 
 def test_what_is_no_index_is_said(tmp_path):

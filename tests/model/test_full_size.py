@@ -49,7 +49,7 @@ def peak_bytes(*command: object, cwd: Path) -> int:
 def test_full_size_checkpoint_converts_and_scores_a_real_scan(shared, tokenizer_folder, tmp_path):
     torch.save(reference.random_checkpoint(reference.PUBLISHED_SIZES), tmp_path / "CT-CLIP.pt")
     size = (tmp_path / "CT-CLIP.pt").stat().st_size
-    convert = ("-m", "medct.publishing.convert_ct_clip_to_hf", "CT-CLIP.pt", "model", "--tokenizer", tokenizer_folder)
+    convert = ("-m", "medct.cli", "convert", "CT-CLIP.pt", "model", "--tokenizer", tokenizer_folder)
     converting = peak_bytes(*convert, cwd=tmp_path)
     print(f"conversion of {size / GIGABYTE:.2f} GB: {converting / GIGABYTE:.2f} GB, {converting / size:.2f} x its size")
     assert converting < 3 * size

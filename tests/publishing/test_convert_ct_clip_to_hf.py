@@ -1,8 +1,6 @@
 """Conversion: every key accounted for, and nothing left behind when it fails."""
 
 import json
-import subprocess
-import sys
 
 import ct_clip_reference as reference
 import pytest
@@ -10,7 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from medct import MedCTConfig, MedCTForImageClassification, MedCTModel, MedCTProcessor
-from medct.publishing.convert_ct_clip_to_hf import ConversionError, convert, main, map_keys
+from medct.cli import main
+from medct.publishing.convert_ct_clip_to_hf import ConversionError, convert, map_keys
 
 PUBLISHED_PARAMETERS = 438_148_761
 
@@ -151,24 +150,25 @@ def test_existing_output_is_not_touched(checkpoint, tokenizer_folder, sizes_file
     assert (tmp_path / "mine.txt").read_text() == "keep"
 
 
-def test_command_line_says_what_is_wrong_in_one_line(tmp_path, tokenizer_folder):
-    command = [
-        sys.executable,
-        "-m",
-        "medct.publishing.convert_ct_clip_to_hf",
-        "nowhere.pt",
-        "out",
-        "--tokenizer",
-        str(tokenizer_folder),
-    ]
-    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert run.returncode == 1
-    assert run.stderr.strip() == "error: nowhere.pt: no such file. Pass a CT-CLIP checkpoint (.pt)."
+def test_command_line_says_what_is_wrong_in_one_line(tmp_path, tokenizer_folder, refused, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    said = refused("convert", "nowhere.pt", "out", "--tokenizer", tokenizer_folder)
+    assert said == "nowhere.pt: no such file. Pass a CT-CLIP checkpoint (.pt)."
     assert not list(tmp_path.iterdir())
 
 
 def test_command_line_lists_what_was_dropped(checkpoint, tokenizer_folder, sizes_file, tmp_path, capsys):
-    main([str(checkpoint), str(tmp_path / "out"), "--tokenizer", str(tokenizer_folder), "--sizes", str(sizes_file)])
+    main(
+        [
+            "convert",
+            str(checkpoint),
+            str(tmp_path / "out"),
+            "--tokenizer",
+            str(tokenizer_folder),
+            "--sizes",
+            str(sizes_file),
+        ]
+    )
     printed = capsys.readouterr().out
     assert "to_visual_latent_extra.weight" in printed
     assert "trust_remote_code=True" in printed

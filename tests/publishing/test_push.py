@@ -12,9 +12,10 @@ from huggingface_hub import ModelCard
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
+from medct.cli import main
 from medct.publishing import push as hub_module
 from medct.publishing.cards import GENERATED, find_paths
-from medct.publishing.push import PushError, commit_of, main, push_adapter, push_model
+from medct.publishing.push import PushError, commit_of, push_adapter, push_model
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -43,13 +44,6 @@ def waits(monkeypatch) -> list[float]:
     noted: list[float] = []
     monkeypatch.setattr("time.sleep", noted.append)
     return noted
-
-
-def refusal(*arguments: object) -> str:
-    with pytest.raises(SystemExit) as stop:
-        main([str(argument) for argument in arguments])
-    assert isinstance(stop.value.code, str)
-    return stop.value.code
 
 
 # the circle
@@ -189,9 +183,9 @@ def test_the_phantom_base_can_be_pushed(hub, monkeypatch):
 # what is refused
 
 
-def test_an_adapter_of_a_local_base_is_refused(hub, adapter, monkeypatch):
+def test_an_adapter_of_a_local_base_is_refused(hub, adapter, monkeypatch, refused):
     hub.connect(monkeypatch)
-    message = refusal("push", adapter, "org/a")
+    message = refused("push", adapter, "org/a")
     assert message.endswith(
         "was trained on a folder of this machine (ct-clip), which nobody else can load: push that first (medct "
         "push ct-clip ORG/BASE), then pass --base ORG/BASE --base_revision COMMIT."
@@ -199,10 +193,10 @@ def test_an_adapter_of_a_local_base_is_refused(hub, adapter, monkeypatch):
     assert hub.requests == []
 
 
-def test_a_base_without_a_commit_is_refused(hub, adapter, pushed_base):
-    assert "Pass --base_revision COMMIT." in refusal("push", adapter, "org/a", "--base", "org/base")
+def test_a_base_without_a_commit_is_refused(hub, adapter, pushed_base, refused):
+    assert "Pass --base_revision COMMIT." in refused("push", adapter, "org/a", "--base", "org/base")
     at = ("--base_revision", "v9")
-    assert "is not on the Hub at revision v9" in refusal("push", adapter, "org/a", "--base", "org/base", *at)
+    assert "is not on the Hub at revision v9" in refused("push", adapter, "org/a", "--base", "org/base", *at)
 
 
 def test_another_base_than_the_one_trained_on_is_refused(hub, adapter, base, pushed_base):
@@ -212,60 +206,60 @@ def test_another_base_than_the_one_trained_on_is_refused(hub, adapter, base, pus
         push_adapter(adapter, "org/a", base="org/base", base_revision=pushed_base)
 
 
-def test_an_unknown_licence_is_not_guessed(hub, adapter, base, monkeypatch):
+def test_an_unknown_licence_is_not_guessed(hub, adapter, base, monkeypatch, refused):
     hub.connect(monkeypatch)
     (base / "README.md").write_text("no metadata")
     push_model(base, "org/base")
     at = ("--base", "org/base", "--base_revision", "main")
-    assert "names no licence" in refusal("push", adapter, "org/a", *at)
+    assert "names no licence" in refused("push", adapter, "org/a", *at)
     main(["push", str(adapter), "org/a", *at, "--license", "apache-2.0"])
     assert ModelCard(hub.files("org/a")["README.md"].decode()).data.license == "apache-2.0"
 
 
 @pytest.mark.parametrize("name", ["checkpoints/optimizer.bin", "adapter_model.pt"])
-def test_pickles_are_refused(hub, adapter, name):
+def test_pickles_are_refused(hub, adapter, name, refused):
     (adapter / name).parent.mkdir(exist_ok=True)
     (adapter / name).write_bytes(b"")
-    assert "pickles can hold code" in refusal("push", adapter, "org/a")
+    assert "pickles can hold code" in refused("push", adapter, "org/a")
 
 
-def test_what_is_no_adapter_or_model_is_refused(base, adapter, tmp_path):
-    assert "no such folder" in refusal("push", tmp_path / "nowhere", "org/a")
-    assert "Leave out --base" in refusal("push", base, "org/a", "--base", "org/base")
+def test_what_is_no_adapter_or_model_is_refused(base, adapter, tmp_path, refused):
+    assert "no such folder" in refused("push", tmp_path / "nowhere", "org/a")
+    assert "Leave out --base" in refused("push", base, "org/a", "--base", "org/base")
     (adapter / "adapter_model.safetensors").unlink()
-    assert "no adapter_model.safetensors" in refusal("push", adapter, "org/a")
+    assert "no adapter_model.safetensors" in refused("push", adapter, "org/a")
     (base / "modeling_medct.py").unlink()
-    assert "lacks its code (modeling_medct.py)" in refusal("push", base, "org/a")
+    assert "lacks its code (modeling_medct.py)" in refused("push", base, "org/a")
     (base / "model.safetensors").unlink()
-    assert "no safetensors" in refusal("push", base, "org/a")
+    assert "no safetensors" in refused("push", base, "org/a")
 
 
-def test_a_path_of_this_machine_is_refused(hub, base):
+def test_a_path_of_this_machine_is_refused(hub, base, refused):
     (base / "README.md").write_text("see /home/me/notes")
-    assert "names a path of this machine (/home/me/notes)" in refusal("push", base, "org/a")
+    assert "names a path of this machine (/home/me/notes)" in refused("push", base, "org/a")
 
 
-def test_what_shall_be_private_does_not_become_public(hub, base, pushed_base):
-    assert "org/base is public already" in refusal("push", base, "org/base", "--private")
+def test_what_shall_be_private_does_not_become_public(hub, base, pushed_base, refused):
+    assert "org/base is public already" in refused("push", base, "org/base", "--private")
 
 
-def test_who_may_not_write_is_told_so(hub, base, monkeypatch):
+def test_who_may_not_write_is_told_so(hub, base, monkeypatch, refused):
     for token, words in ((READER, "403"), ("hf_wrong", "401"), (None, "401")):
         hub.connect(monkeypatch, token)
-        assert words in refusal("push", base, "org/a")
+        assert words in refused("push", base, "org/a")
     assert ("model", "org/a") not in hub.repos
 
 
-def test_a_bad_card_is_refused_in_the_hubs_words(hub, base, monkeypatch):
+def test_a_bad_card_is_refused_in_the_hubs_words(hub, base, monkeypatch, refused):
     hub.connect(monkeypatch)
     (base / "README.md").write_text("---\nlicense: my-own\n---\n")
-    message = refusal("push", base, "org/a")
+    message = refused("push", base, "org/a")
     assert '"license" must be one of' in message
     assert "finish with" not in message
 
 
-def test_offline_is_said_once(base, capfd):
-    assert "offline mode is enabled" in refusal("push", base, "org/a")
+def test_offline_is_said_once(base, capfd, refused):
+    assert "offline mode is enabled" in refused("push", base, "org/a")
     assert capfd.readouterr().err == ""
 
 
@@ -301,11 +295,11 @@ def test_a_busy_hub_is_given_the_time_it_asks_for(hub, base, monkeypatch, waits,
     assert 3600 not in waits
 
 
-def test_a_push_that_fails_leaves_the_folder_and_the_command(hub, adapter, pushed_base, waits):
+def test_a_push_that_fails_leaves_the_folder_and_the_command(hub, adapter, pushed_base, waits, refused):
     before = {path.name: path.read_bytes() for path in adapter.iterdir()}
-    hub.fail("POST .*org/site-b/commit", status=500, times=hub_module.ATTEMPTS)
+    hub.fail("POST .*org/site-b/commit", status=500, times=len(hub_module.WAITS_S) + 1)
     at = ("--base", "org/base", "--base_revision", pushed_base)
-    message = refusal("push", adapter, "org/site-b", "--private", *at)
+    message = refused("push", adapter, "org/site-b", "--private", *at)
     command = message.split("finish with: medct ")[1]
     assert f"{adapter} is whole" in message
     assert {path.name: path.read_bytes() for path in adapter.iterdir()} == before

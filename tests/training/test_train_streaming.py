@@ -10,7 +10,7 @@ from ct_rate_like import BROKEN, ct_rate_files, volume_path
 from huggingface_hub import HfFileSystem
 
 from medct import train as training
-from medct.data import prepare
+from medct.cli import main
 
 REPO = "org/ct-rate-like"
 ADDRESS = f"hf://datasets/{REPO}"
@@ -67,8 +67,18 @@ def test_prepared_shards_are_trained_on_from_the_hub(hub, converted, tmp_path, m
     hub.connect(monkeypatch)
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     HfFileSystem.clear_instance_cache()
-    prepare.main(
-        ["phantoms", str(tmp_path / "shards"), "--model", str(converted), "--limit", "8", "--push_to_hub", "org/shards"]
+    main(
+        [
+            "prepare",
+            "phantoms",
+            str(tmp_path / "shards"),
+            "--model",
+            str(converted),
+            "--limit",
+            "8",
+            "--push_to_hub",
+            "org/shards",
+        ]
     )
     for split in ("train", "valid"):
         hub.fail(f"GET .*{split}-00000", 503)

@@ -3,7 +3,7 @@
 import pytest
 
 from medct.common.errors import FAILED, _end_of
-from medct.inference.row_files import KEY, Csv, JsonLines, RowFile, merge, part_path, part_paths, read_rows
+from medct.inference.bulk import KEY, Csv, JsonLines, RowFile, merge, part_path, part_paths, read_rows
 
 CSV = Csv([KEY, "score", "notes"])
 ROWS = [{KEY: name, "score": "0.5", "notes": 'a, "b"'} for name in ("x/1.nii", "x/2, new.nii", "x/\udcff.nii")]

@@ -1,0 +1,71 @@
+"""What `medct overview` and `medct prepare` do. Each takes the parsed arguments and returns the exit status."""
+
+import argparse
+import json
+from typing import Any
+
+from medct.common.errors import OK, first_line
+from medct.common.lock import only_run
+from medct.configuration_medct import MedCTConfig
+from medct.data import Source, open_source
+from medct.data.overview import as_text, contact_sheet, summarize
+from medct.data.prepare import load_config, prepare
+from medct.data.prepared import MANIFEST
+from medct.data.sources import DataError
+from medct.data.tables import TUNE_SHARE
+from medct.processing_medct import MedCTProcessor
+from medct.publishing.push import push_shards
+
+
+def show_overview(args: argparse.Namespace) -> int:
+    config, tokenizer = _config_of(args), None
+    if args.model is not None:
+        try:
+            tokenizer = MedCTProcessor.from_pretrained(args.model, revision=args.model_revision).tokenizer
+        except (OSError, ValueError) as error:
+            raise DataError(f"{args.model}: no processor ({first_line(error)}) Pass a MedCT model.") from error
+    source = _open(args, args.split, config, reconstructions=args.reconstructions)
+    summary = summarize(source, tokenizer)
+    summary["unreadable_samples"] = {}
+    if args.samples:
+        with only_run(args.sheet):
+            unreadable = contact_sheet(source, config, args.sheet, args.samples, args.seed)
+        summary["unreadable_samples"] = {study.id: study.reason for study in unreadable}
+    print(json.dumps(summary, indent=2) if args.json else as_text(summary))
+    if args.samples and not args.json:
+        bad = len(summary["unreadable_samples"])
+        print(f"\n{args.sheet}: {min(args.samples, summary['num_studies'])} samples, {bad} of them unreadable")
+    return OK
+
+
+def prepare_shards(args: argparse.Namespace) -> int:
+    if args.rank >= args.world_size:
+        raise DataError(f"--rank is {args.rank}, with --world_size {args.world_size}. Ranks count from 0.")
+    config = _config_of(args)
+    tune_share = TUNE_SHARE if args.tune_share is None else args.tune_share
+    # All reconstructions of a scan are in its group, whichever of them are prepared.
+    sources = {split: _open(args, split, config, tune_share=tune_share) for split in args.splits}
+    settings = {"source": args.source, "tune_share": tune_share}
+    names = ("limit", "version", "revision", "reconstructions", "studies_per_shard")
+    settings |= {name: getattr(args, name) for name in names}
+    work = (args.rank, args.world_size, args.retry_skipped, args.max_skipped_share)
+    manifest = prepare(sources, config, args.output, settings, *work)
+    if manifest is None:
+        print(f"Done here; other processes are still at work. {args.output} is complete when it has a {MANIFEST}.")
+        return OK
+    counts = [f"{found['num_studies']} {split}" for split, found in manifest["splits"].items()]
+    skipped = sum(len(found["skipped"]) for found in manifest["splits"].values())
+    print(f"{args.output}: {', '.join(counts)} studies, {skipped} skipped, see {MANIFEST}.")
+    if args.push_to_hub:
+        print(f"Uploaded: {push_shards(args.output, args.push_to_hub)}")
+    return OK
+
+
+def _config_of(args: argparse.Namespace) -> MedCTConfig:
+    return MedCTConfig() if args.model is None else load_config(args.model, args.model_revision)
+
+
+def _open(args: argparse.Namespace, split: str, config: MedCTConfig, **options: Any) -> Source:
+    return open_source(
+        args.source, split, config, limit=args.limit, version=args.version, revision=args.revision, **options
+    )

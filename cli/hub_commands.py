@@ -1,0 +1,31 @@
+"""What `medct convert` and `medct push` do. Each takes the parsed arguments and returns the exit status."""
+
+import argparse
+
+from medct.adapters_medct import CONFIG_FILE
+from medct.common.errors import OK
+from medct.publishing.convert_ct_clip_to_hf import convert
+from medct.publishing.push import PushError, left_out, push_adapter, push_model
+
+
+def convert_checkpoint(args: argparse.Namespace) -> int:
+    dropped = convert(args.checkpoint, args.output, args.tokenizer, args.sizes)
+    for reason, keys in dropped.items():
+        print(f"dropped {len(keys):4d}: {reason}")
+        print("".join(f"    {key}\n" for key in keys), end="")
+    print(f"Wrote {args.output}. Load it with AutoModel.from_pretrained({str(args.output)!r}, trust_remote_code=True).")
+    return OK
+
+
+def push_folder(args: argparse.Namespace) -> int:
+    about = {"base": args.base, "base_revision": args.base_revision, "license": args.license}
+    if (args.folder / CONFIG_FILE).is_file():
+        url = push_adapter(args.folder, args.repo_id, private=args.private, **about)
+    elif any(about.values()):
+        raise PushError(f"{args.folder} is not an adapter, so it has no base to name. Leave out --base and its like.")
+    else:
+        url = push_model(args.folder, args.repo_id, private=args.private)
+    for name in left_out(args.folder):
+        print(f"not pushed: {name}")
+    print(url)
+    return OK

@@ -1,0 +1,29 @@
+"""MedCT's classes in transformers' Auto classes."""
+
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification, AutoProcessor
+
+from medct.configuration_medct import MedCTConfig, MedCTVisionConfig
+from medct.image_processing_medct import MedCTImageProcessor
+from medct.modeling_medct import MedCTForImageClassification, MedCTModel, MedCTVisionModel
+from medct.processing_medct import MedCTProcessor
+
+
+def register() -> None:
+    """Let the Auto classes of this process find MedCT's, and let `save_pretrained` ship their code."""
+    AutoConfig.register(MedCTConfig.model_type, MedCTConfig, exist_ok=True)
+    AutoConfig.register(MedCTVisionConfig.model_type, MedCTVisionConfig, exist_ok=True)
+    AutoModel.register(MedCTConfig, MedCTModel, exist_ok=True)
+    AutoModel.register(MedCTVisionConfig, MedCTVisionModel, exist_ok=True)
+    AutoModelForImageClassification.register(MedCTConfig, MedCTForImageClassification, exist_ok=True)
+    AutoImageProcessor.register(MedCTConfig, MedCTImageProcessor, exist_ok=True)
+    AutoProcessor.register(MedCTConfig, MedCTProcessor, exist_ok=True)
+    for shipped, auto_class in (
+        (MedCTConfig, "AutoConfig"),
+        (MedCTVisionConfig, "AutoConfig"),
+        (MedCTModel, "AutoModel"),
+        (MedCTVisionModel, "AutoModel"),
+        (MedCTForImageClassification, "AutoModelForImageClassification"),
+        (MedCTImageProcessor, "AutoImageProcessor"),
+        (MedCTProcessor, "AutoProcessor"),
+    ):
+        shipped.register_for_auto_class(auto_class)

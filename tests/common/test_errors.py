@@ -1,0 +1,65 @@
+"""A command ends in one line and an exit status that says what kind of end it is."""
+
+import errno
+import os
+
+import pytest
+import torch
+
+from medct import MedCTError
+from medct.common.errors import BROKEN_PIPE, FAILED, INTERRUPTED, STOPPED, StoppedError, first_line, one_line_errors
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (MedCTError("x.csv: no such file. Check the path."), FAILED, "error: x.csv: no such file. Check the path."),
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "out"), FAILED, "error: out: No space left on device."),
+        (OSError("the Hub cannot be reached"), FAILED, "error: the Hub cannot be reached"),
+        (torch.OutOfMemoryError("CUDA"), FAILED, "error: the accelerator's memory is full. Lower --batch_size, or"),
+        (StoppedError("stopped after step 3."), STOPPED, "stopped after step 3."),
+        (KeyboardInterrupt(), INTERRUPTED, "stopped; a command with --output resumes from here when it is run again."),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_a_user_can_mend_is_said_as_it_is(error, status, line, capsys, monkeypatch):
+    monkeypatch.delenv("MEDCT_DEBUG", raising=False)
+    with pytest.raises(SystemExit) as stop, one_line_errors():
+        raise error
+    assert stop.value.code == status
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith(line)
+
+
+def test_a_fault_also_says_where_it_came_from(capsys, monkeypatch):
+    monkeypatch.delenv("MEDCT_DEBUG", raising=False)
+    with pytest.raises(SystemExit) as stop, one_line_errors():
+        raise ValueError("wrong\nsecond line")
+    assert stop.value.code == FAILED
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith("error: ValueError: wrong (test_errors.py, line ")
+    assert "MEDCT_DEBUG=1" in said
+
+
+def test_the_traceback_is_shown_on_request(capsys, monkeypatch):
+    monkeypatch.setenv("MEDCT_DEBUG", "1")
+    with pytest.raises(SystemExit), one_line_errors():
+        raise ValueError("wrong")
+    said = capsys.readouterr().err
+    assert "Traceback" in said and 'raise ValueError("wrong")' in said
+
+
+def test_a_reader_that_has_enough_is_no_error(capfd):
+    kept = os.dup(1)
+    try:
+        with pytest.raises(SystemExit) as stop, one_line_errors():
+            raise BrokenPipeError
+    finally:
+        os.dup2(kept, 1)
+    assert stop.value.code == BROKEN_PIPE
+    assert capfd.readouterr().err == ""
+
+
+def test_the_first_line_of_an_error_without_words_is_its_kind():
+    assert first_line(ValueError("\na\nb")) == "a"
+    assert first_line(KeyError()) == "KeyError"

@@ -1,0 +1,111 @@
+"""What README and docs/ show can be run: every block tagged `bash` or `python`, in the order of its page.
+
+Blocks tagged `sh` or `py` need the Hub, GPUs, a network or minutes and are only shown.
+"""
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pandas as pd
+import pytest
+from adapter_files import RESULTS, save_adapter
+from scan_files import make_hu, write_series
+
+import medct
+from medct import CT_CLIP_LABELS
+from medct import train as training
+from medct.cli import main
+from medct.data.phantoms import make_phantom
+
+ROOT = Path(medct.__file__).parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+MOST_WORDS = {"README.md": 900}
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\((?!https?:)([^)#]+)")
+
+
+def blocks(page: Path) -> list[tuple[str, str]]:
+    """Language and text of each fenced block."""
+    return BLOCK.findall(page.read_text())
+
+
+def save_phantom(path: Path, study: dict) -> None:
+    nibabel.save(nibabel.Nifti1Image(np.asarray(study["volume"]), study["affine"]), path)
+
+
+@pytest.fixture(scope="module")
+def cast(tmp_path_factory) -> Path:
+    """The folders and files that the pages speak of."""
+    folder = tmp_path_factory.mktemp("cast")
+    shutil.copytree(ROOT / "phantom_base", folder / "ct-clip")
+    save_adapter(folder / "ct-clip", folder / "runs/site-b", results=RESULTS)
+    phantoms = [make_phantom(patient, "B", 0) for patient in range(14)]
+    save_phantom(folder / "scan.nii.gz", phantoms[0])
+    write_series(folder / "series", make_hu((6, 16, 12)))
+    (folder / "studies").mkdir()
+    (folder / "my-studies").mkdir()
+    rows = []
+    for number, study in enumerate(phantoms):
+        path = folder / ("studies" if number < 2 else "my-studies") / study["VolumeName"]
+        save_phantom(path, study)
+        split = "valid" if number < 6 else "tune" if number < 8 else "train"
+        labels = {name: study[name] for name in CT_CLIP_LABELS}
+        rows.append({"file_name": path.name, "report": study["Findings_EN"], "split": split, **labels})
+    pd.DataFrame(rows[:2]).to_csv(folder / "reports.csv", index=False)
+    pd.DataFrame(rows[2:]).to_csv(folder / "my-studies/metadata.csv", index=False)
+    return folder
+
+
+def run_command(words: list[str]) -> None:
+    """A line of a shell block, in this process."""
+    match words:
+        case ["medct", *arguments]:
+            try:
+                status = main(arguments)
+            except SystemExit as stop:
+                status = stop.code
+            assert status == 0, shlex.join(words)
+        case ["accelerate", "launch", "train.py", *arguments]:
+            training.main([*arguments, "--cpu", "--num_workers", "0"])
+        case _:
+            raise AssertionError(f"Nothing here runs {shlex.join(words)}: tag the block `sh`.")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_what_a_page_shows_runs(page, cast, tmp_path, monkeypatch, capsys):
+    found = [(language, text) for language, text in blocks(page) if language in ("bash", "python")]
+    if not found:
+        pytest.skip("only shows what needs the Hub, GPUs or minutes")
+    shutil.copytree(cast, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    if any("--output_dir runs/site-b" in text for _, text in found):
+        shutil.rmtree("runs")
+    names: dict = {}
+    for language, text in found:
+        if language == "python":
+            exec(compile(text, page.name, "exec"), names)
+            continue
+        for line in text.replace("\\\n", " ").splitlines():
+            if words := shlex.split(line, comments=True):
+                run_command(words)
+
+
+def test_every_block_says_whether_it_is_run():
+    tags = {language for page in PAGES for language, _ in blocks(page)}
+    assert tags == {"bash", "python", "sh", "py"}
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"], ids=lambda page: page.stem)
+def test_links_lead_somewhere(page):
+    for target in LINK.findall(page.read_text()):
+        assert (page.parent / target).exists(), target
+    assert len(page.read_text().split()) <= MOST_WORDS.get(page.name, 3000)
+
+
+def test_readme_names_every_page():
+    named = {Path(target).name for target in LINK.findall((ROOT / "README.md").read_text())}
+    assert {page.name for page in PAGES[1:]} <= named
