@@ -31,7 +31,9 @@ from transformers import AutoConfig, AutoModel, AutoProcessor, get_cosine_schedu
 from medct.adapters_medct import describe_adapter, fingerprint
 from medct.common.distributed import shard, sum_gradients, sum_over_processes
 from medct.common.errors import StoppedError, one_line_errors
+from medct.common.files import refuse_taken
 from medct.common.host import device_name, keep_freed_memory, peak_memory_bytes, quiet_libraries
+from medct.common.lock import only_run
 from medct.configuration_medct import MedCTConfig
 from medct.data import Source, StudyLoader, open_source, to_device
 from medct.evaluation.metrics import choose_thresholds, compare, zero_shot_scores
@@ -96,6 +98,8 @@ def load_base(settings: TrainingSettings) -> tuple[MedCTModel, MedCTProcessor]:
         model = AutoModel.from_pretrained(settings.model, config=config, **options)
         return model, AutoProcessor.from_pretrained(settings.model, **options)
     except (OSError, ValueError) as error:
+        if getattr(error, "errno", None):  # the system's, of a home that is read-only, say
+            raise
         reason = str(error).strip().splitlines()[0]
         raise TrainingError(f"{settings.model}: no model ({reason}) Pass a Hub id or a folder.") from error
 
@@ -214,7 +218,11 @@ class Trainer:
         def note(*_: Any) -> None:
             self.is_preempted = True
 
-        before = signal.signal(signal.SIGTERM, note)
+        try:
+            before = signal.signal(signal.SIGTERM, note)
+        except (AttributeError, ValueError):  # a system without it, or a thread, which gets no signals
+            yield
+            return
         try:
             yield
         finally:
@@ -493,7 +501,9 @@ def run(settings: TrainingSettings) -> dict[str, Any]:
     """One whole run; see `Trainer`."""
     trainer = Trainer(settings)
     try:
-        return trainer.run()
+        with only_run(trainer.folder.final):
+            refuse_taken(trainer.folder.final)  # by a run that ended meanwhile
+            return trainer.run()
     finally:
         trainer.accelerator.state.destroy_process_group()
 

@@ -7,7 +7,6 @@ import argparse
 import functools
 import json
 import os
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
@@ -25,6 +24,7 @@ from transformers import AutoConfig, AutoModel, AutoProcessor
 from medct.byte_sources_medct import is_address
 from medct.common.errors import OK, SOME_FAILED, first_line
 from medct.common.files import whole_file, whole_folder
+from medct.common.lock import only_run
 from medct.configuration_medct import MedCTConfig
 from medct.data import open_source
 from medct.data.loader import StudyLoader, report_id
@@ -90,7 +90,8 @@ def load_pipeline(args: argparse.Namespace, device: torch.device) -> ZeroShotCTC
         model = AutoModel.from_pretrained(name, config=config, dtype=args.dtype, **options)
         processor = AutoProcessor.from_pretrained(name, **options)
     except (OSError, ValueError) as error:
-        if isinstance(error, CommandError):
+        # What the system says, of a home that is read-only, say, is no matter of the model.
+        if isinstance(error, CommandError) or getattr(error, "errno", None):
             raise
         raise CommandError(f"{name}: no model ({first_line(error)}) Pass a Hub id or a folder.") from error
     try:
@@ -145,6 +146,13 @@ def ends(failed: int, studies: int, output: Path | None) -> int:
 
 
 def predict(args: argparse.Namespace) -> int:
+    if args.output is None:
+        return _predict(args)
+    with only_run(args.output):
+        return _predict(args)
+
+
+def _predict(args: argparse.Namespace) -> int:
     format = args.format or ("table" if args.output is None else _SUFFIXES.get(args.output.suffix))
     if args.output is not None and format not in ("csv", "json"):
         raise CommandError(f"{args.output}: rows are written as .csv or .jsonl. Name it so, or pass --format csv|json.")
@@ -203,6 +211,11 @@ def prediction_table(row: dict[str, Any]) -> str:
 
 
 def embed(args: argparse.Namespace) -> int:
+    with only_run(args.output):
+        return _embed(args)
+
+
+def _embed(args: argparse.Namespace) -> int:
     from medct.inference import search
 
     studies = find_studies(args.scans)
@@ -405,13 +418,18 @@ def map_scan(args: argparse.Namespace) -> int:
     maps = localization.map_findings(pipe, pixel_values, prompts["candidate_labels"], prompts.get("prompt_templates"))
     patch_size = pipe.model.config.vision_config.patch_size
     geometry = image_processor.geometry(volume)
+    names = localization.file_names([finding.label for finding in maps])
     with whole_folder(args.output) as folder:
-        for finding in maps:
+        for finding, name in zip(maps, names, strict=True):
             values = localization.to_scan(finding.patches, patch_size, geometry, volume.array.shape)
-            name = re.sub(r"[^a-z0-9]+", "-", finding.label.lower()).strip("-") + "_debugging-aid"
             localization.save_nifti(folder / f"{name}.nii.gz", values, volume.affine)
             localization.save_png(folder / f"{name}.png", finding, values, volume)
             numbers = f"{finding.score:.3f}  {finding.logits_margin:+6.2f}"
             print(f"{numbers}  {finding.label}: {args.output / name}.nii.gz, .png")
+        index = [
+            {"label": finding.label, "score": finding.score, "logits_margin": finding.logits_margin, "name": name}
+            for finding, name in zip(maps, names, strict=True)
+        ]
+        (folder / "findings.json").write_text(json.dumps(index, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     print(f"{localization.CAVEAT}.")
     return OK

@@ -5,6 +5,7 @@ import json
 from typing import Any
 
 from medct.common.errors import OK, first_line
+from medct.common.lock import only_run
 from medct.configuration_medct import MedCTConfig
 from medct.data import Source, open_source
 from medct.data.overview import as_text, contact_sheet, summarize
@@ -27,7 +28,8 @@ def show_overview(args: argparse.Namespace) -> int:
     summary = summarize(source, tokenizer)
     summary["unreadable_samples"] = {}
     if args.samples:
-        unreadable = contact_sheet(source, config, args.sheet, args.samples, args.seed)
+        with only_run(args.sheet):
+            unreadable = contact_sheet(source, config, args.sheet, args.samples, args.seed)
         summary["unreadable_samples"] = {study.id: study.reason for study in unreadable}
     print(json.dumps(summary, indent=2) if args.json else as_text(summary))
     if args.samples and not args.json:

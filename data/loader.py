@@ -1,8 +1,8 @@
 """Studies of a source to batches of the model's inputs.
 
 Unusual: workers read and preprocess single studies, and batches are made in the main process, so that they stay full
-although bad studies are passed by. Studies come in the order of `Source.keys` whatever the number of workers, because
-`datasets` deals them out in turn and torch collects them in turn; so a position is all the state there is.
+although bad studies are passed by. Studies come in the order of `Source.keys` whatever the number of workers; so a
+position is all the state there is.
 """
 
 import hashlib
@@ -15,10 +15,10 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 
 from medct.configuration_medct import MedCTConfig
 from medct.data.sources import DataError, Deferred, Row, Skipped, Source, read_study, too_many_bad
+from medct.data.workers import load_in_processes
 from medct.image_processing_medct import MedCTImageProcessor
 from medct.processing_medct import MedCTProcessor
 from medct.volume_io_medct import VolumeError
@@ -171,18 +171,13 @@ class StudyLoader:
     def _studies(self) -> Iterator[Row | Skipped]:
         """What is left of this process's studies, in their order."""
         keys = self.source.keys(self.epoch, self.seed)[self.rank :: self.world_size][self._position :]
+        load = LoadStudy(self.processor.image_processor)
         workers = min(self.num_workers, len(keys))
-        loader = DataLoader(
-            self.source.stream_keys(keys),  # type: ignore[arg-type]
-            batch_size=None,
-            collate_fn=LoadStudy(self.processor.image_processor),  # type: ignore[arg-type]
-            num_workers=workers,
-            # Together the workers are about one batch ahead.
-            prefetch_factor=max(2, math.ceil(self.batch_size / workers)) if workers else None,
-            # Its own, since torch draws a number for each pass: a run that goes on would draw one more.
-            generator=torch.Generator(),
-        )
-        yield from loader
+        if not workers:
+            return (load(self.source.read(key)) for key in keys)
+        # Together they are about one batch ahead.
+        ahead = workers * max(2, math.ceil(self.batch_size / workers))
+        return load_in_processes(keys, self.source.read, load, workers, ahead)
 
     def _pass_by(self, bad: Skipped) -> None:
         """Count and list a study that could not be read, or end the run."""

@@ -10,10 +10,11 @@ start it again. Which study goes into which file depends on the source alone, ne
 `manifest.json` is written when the last file is there, by whichever process finds that.
 """
 
+import contextlib
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,8 @@ from pyarrow import parquet
 from tqdm import tqdm
 
 from medct.common.errors import first_line
-from medct.common.files import whole_file
+from medct.common.files import remove_leftovers, whole_file
+from medct.common.lock import LockedError, only_run
 from medct.configuration_medct import MedCTConfig
 from medct.data.prepared import FEATURES, FORMAT, MANIFEST, grid_settings, nifti_header, shard_name
 from medct.data.sources import DataError, Source, read_study, too_many_bad
@@ -161,6 +163,17 @@ class Shard:
         record = json.loads(self.record_path.read_text())
         return record if self.path.stat().st_size == record["file"]["num_bytes"] else None
 
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep other runs from the shard, and clear away what one that was killed has left of it.
+
+        Raises:
+            LockedError: If another run is making it.
+        """
+        with only_run(self.path, each_process=True):
+            remove_leftovers(self.record_path)
+            yield
+
     def write(self, prepare: Preparer, bar: tqdm) -> list[dict[str, str]]:
         """Make the file and its record; returns `id` and `reason` of what was skipped."""
         skipped: list[dict[str, str]] = []
@@ -281,12 +294,25 @@ def finish(
             "remarks": [study for record in records for study in record["remarks"]],
         }
     manifest = {"format": FORMAT, "licence_note": LICENCE_NOTE, "settings": settings, "splits": splits}
-    for left in (folder / "data").glob(".*.partial-*"):  # of processes that were killed
-        left.unlink(missing_ok=True)
-    with whole_file(folder / "README.md") as aside:
-        aside.write_text(card(manifest))
-    _write_json(folder / MANIFEST, manifest)
+    # Several processes may find at once that all is there, and one writes.
+    with contextlib.suppress(LockedError), only_run(folder / MANIFEST, each_process=True):
+        _tidy_up(folder, [shard for of_split in shards.values() for shard in of_split])
+        with whole_file(folder / "README.md") as aside:
+            aside.write_text(card(manifest))
+        _write_json(folder / MANIFEST, manifest)
     return manifest
+
+
+def _tidy_up(folder: Path, shards: list[Shard]) -> None:
+    """Remove what processes that were killed have left, but of shards that are being made again."""
+    for path in (folder / "README.md", folder / "records" / "settings.json"):
+        remove_leftovers(path)
+    named = {left.name.split(".partial-")[0] for left in (folder / "data").glob(".*.partial-*")}
+    named |= {left.name.split(".partial-")[0] for left in (folder / "records").glob(".*.partial-*")}
+    for shard in shards:
+        if not named.isdisjoint((f".{shard.path.name}", f".{shard.record_path.name}")):
+            with contextlib.suppress(LockedError), shard.alone():
+                pass
 
 
 def card(manifest: dict[str, Any]) -> str:
@@ -353,7 +379,8 @@ def prepare(
     ) as bar:
         num_skipped = 0
         for shard in mine:
-            skipped = shard.write(preparer, bar)
+            with shard.alone():
+                skipped = shard.write(preparer, bar)
             num_skipped += len(skipped)
             bar.set_postfix(skipped=num_skipped)
             if too_many_bad(num_skipped, bar.n, max_skipped_share):

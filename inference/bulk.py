@@ -6,6 +6,7 @@ output file lie `NAME.settings.json`, what its rows were made with, and `NAME.fa
 read and why; these are tried again by the next run.
 """
 
+import contextlib
 import csv
 import glob
 import io
@@ -19,7 +20,7 @@ from typing import Any, Protocol
 from accelerate import PartialState
 from tqdm import tqdm
 
-from medct.common.files import whole_file
+from medct.common.files import remove_leftovers, whole_file
 from medct.errors_medct import MedCTError
 from medct.image_processing_medct import MedCTImageProcessor
 from medct.inference.studies import FailedStudy, ReadStudy, Study, batched_reads, read_ahead
@@ -114,7 +115,7 @@ class RowFile:
     """
 
     def __init__(self, path: Path, format: RowFormat):
-        self.format = format
+        self.path, self.format = path, format
         rows = read_rows(path, format)
         self.done = {row[KEY] for row in rows}
         if path.exists():
@@ -126,12 +127,17 @@ class RowFile:
             self._file.flush()
 
     def write(self, row: dict[str, Any]) -> None:
-        self._file.write(self.format.line(row))
-        self._file.flush()
+        try:
+            self._file.write(self.format.line(row))
+            self._file.flush()
+        except OSError as error:  # of a full disk, say, which names no file
+            error.filename = str(self.path)
+            raise
         self.done.add(row[KEY])
 
     def close(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # said by `write`; what is torn is dropped when the file is opened again
+            self._file.close()
 
 
 def part_path(path: Path, index: int) -> Path:
@@ -288,15 +294,21 @@ def process_to_file(
 def _tidy_up(output: Path, rows_path: Path, failed_path: Path, format: RowFormat, settings: dict[str, Any]) -> None:
     """Before anything is read: refuse what does not belong together, merge what a launch that was cut off has left."""
     output.parent.mkdir(parents=True, exist_ok=True)
+    for path in (rows_path, failed_path, _settings_path(output)):
+        remove_leftovers(path)
     _keep_settings(output, rows_path, settings)
     merge(rows_path, format)
     merge(failed_path, _FAILED)
     failed_path.unlink()
 
 
+def _settings_path(output: Path) -> Path:
+    return output.with_name(f"{output.name}.settings.json")
+
+
 def _keep_settings(output: Path, rows_path: Path, settings: dict[str, Any]) -> None:
     """Write the settings beside the output, or compare with those it was begun with."""
-    path = output.with_name(f"{output.name}.settings.json")
+    path = _settings_path(output)
     settings = json.loads(json.dumps(settings))
     is_begun = bool(part_paths(rows_path)) or any(file.exists() and file.stat().st_size for file in (output, rows_path))
     if is_begun and path.exists():

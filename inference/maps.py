@@ -9,6 +9,10 @@ along z, laid end to end and multiplied by a matrix. So each token's part of the
 to the margin itself. What it leaves out: a token has seen the whole scan through attention before it is pooled.
 """
 
+import hashlib
+import re
+import unicodedata
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +34,8 @@ _AXIAL = "SPL"
 _WINDOW_HU = (-1000, 400)
 # Least distance of two slices in a picture; the published model's patches are 15 mm thick.
 _APART_MM = 15
+_LONGEST_NAME_BYTES = 180
+"""File systems take 255 of the whole name."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +129,24 @@ def to_scan(
         values = AxisPlan(lower, (lower + 1).clamp(max=last), positions - lower).apply(values, axis)
         values = values * is_inside.view([-1 if dim == axis else 1 for dim in range(3)])
     return values.numpy()
+
+
+def file_names(labels: Sequence[str]) -> list[str]:
+    """A name for the files of each label, without suffix: telling, and its own on every file system.
+
+    Letters and digits of any script stay, lower-case, and all else becomes "-". What several labels have in common so,
+    or a file system could take for the same, is told apart by the first digits of the label's SHA-256.
+    """
+    plain = [unicodedata.normalize("NFC", re.sub(r"[\W_]+", "-", label.casefold()).strip("-")) for label in labels]
+    # Some take letters for the same that differ in width or in how an accent is put.
+    alike = Counter(unicodedata.normalize("NFKD", name) for name in plain)
+    names = []
+    for label, name in zip(labels, plain, strict=True):
+        is_own = name and len(name.encode()) <= _LONGEST_NAME_BYTES and alike[unicodedata.normalize("NFKD", name)] == 1
+        short = name.encode()[:_LONGEST_NAME_BYTES].decode(errors="ignore")
+        digest = hashlib.sha256(label.encode()).hexdigest()[:8]
+        names.append((name if is_own else f"{short}-{digest}".strip("-")) + "_debugging-aid")
+    return names
 
 
 def save_nifti(path: Path, values: np.ndarray, affine: np.ndarray) -> None:

@@ -5,10 +5,12 @@ the labels, prompts and operating points. `MedCTModel.load_adapter`, and with it
 adapter, asks `check_fit`. PEFT's own loaders know nothing of it; call it before them.
 """
 
+import copy
 import hashlib
 import json
 import re
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,13 @@ from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
 
 from .errors_medct import MedCTError
+
+try:  # transformers needs the one, and adapters the other
+    from peft import PeftConfig, get_peft_model_state_dict, inject_adapter_in_model
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+except ImportError:
+    PeftConfig = None
 
 DESCRIPTION_FILE = "medct_adapter.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -28,6 +37,8 @@ _PREPROCESSING = ("image_size", "hu_min", "hu_max", "hu_per_unit", "target_spaci
 _WRAPPED = re.compile(r"(.+?)\.(?:base_layer|original_module)\.(.+)")
 # Rounding to bfloat16 is the same from float32 and from bfloat16 itself, and from no other type.
 _COMPARABLE = (torch.float32, torch.bfloat16)
+# What PEFT writes before every name, and looks for when it loads.
+_SAVED = "base_model.model."
 _CHUNK_ELEMENTS = 2**22
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
@@ -136,6 +147,8 @@ def check_fit(model: PreTrainedModel, adapter: str | Path, **hub: Any) -> dict[s
     | has weights in another format than safetensors only | refused |
     | was trained on other weights | refused |
     | was trained with another window, spacing, size or orientation of `pixel_values` | refused |
+    | lacks a tensor that its configuration asks for, has another one, or one of another shape | refused |
+    | has a number that is NaN or infinite | refused |
     | was trained with other labels or prompts | warning |
     | has no `medct_adapter.json`, or the model is neither float32 nor bfloat16 | warning: nothing to compare |
 
@@ -153,7 +166,7 @@ def check_fit(model: PreTrainedModel, adapter: str | Path, **hub: Any) -> dict[s
     """
     try:
         # Every adapter has this file: if even it cannot be had, there is no adapter there, or no way to the Hub.
-        _file(adapter, CONFIG_FILE, hub, is_optional=False)
+        config_file = _file(adapter, CONFIG_FILE, hub, is_optional=False)
     except OSError as error:
         raise OSError(f"{adapter}: no adapter ({str(error).splitlines()[0]}) Pass a Hub id or a folder.") from error
     if _file(adapter, WEIGHTS_FILE, hub) is None:
@@ -162,18 +175,16 @@ def check_fit(model: PreTrainedModel, adapter: str | Path, **hub: Any) -> dict[s
             "with safetensors."
         )
     description = read_description(adapter, **hub)
+    if description is not None:
+        _check_base(model, adapter, description["base"])
+        _check_preprocessing(model, adapter, description["preprocessing"])
+    tensors = read_tensors(adapter, **hub)
+    check_tensors(model, tensors, PeftConfig.from_pretrained(str(Path(config_file).parent)), str(adapter))
     if description is None:
         warnings.warn(
             f"{adapter} has no {DESCRIPTION_FILE}: nobody can tell whether it was trained on this model.", stacklevel=3
         )
         return None
-    _check_base(model, adapter, description["base"])
-    ours = preprocessing(model)
-    for name, theirs in description["preprocessing"].items():
-        if ours.get(name) != theirs:
-            raise AdapterMismatchError(
-                f"{adapter} was trained with {name} {theirs}, this model has {ours.get(name)}. Load the adapter's base."
-            )
     for name in ("label_names", "prompt_templates"):
         if [*map(_plain, description[name])] != [*map(_plain, getattr(model.config, name))]:
             warnings.warn(
@@ -182,6 +193,86 @@ def check_fit(model: PreTrainedModel, adapter: str | Path, **hub: Any) -> dict[s
                 stacklevel=3,
             )
     return description
+
+
+def read_tensors(adapter: str | Path, **hub: Any) -> dict[str, torch.Tensor]:
+    """The weights of an adapter, by the names that PEFT writes.
+
+    Args:
+        adapter: Hub id or folder.
+        hub: As for `check_fit`.
+
+    Raises:
+        AdapterMismatchError: If PEFT is not installed, or the file is damaged.
+    """
+    if PeftConfig is None:
+        raise AdapterMismatchError(f"{adapter} is an adapter, and those need PEFT. Install it: pip install peft.")
+    try:
+        return load_file(_file(adapter, WEIGHTS_FILE, hub, is_optional=False))
+    except SafetensorError as error:
+        raise AdapterMismatchError(f"{adapter}: {WEIGHTS_FILE} is damaged. Copy or download it again.") from error
+
+
+def loadable_tensors(adapter: str | Path, **hub: Any) -> dict[str, torch.Tensor]:
+    """`read_tensors` by the names that transformers looks for: it passes over DoRA's as PEFT writes them."""
+    return {
+        f"{name}.weight" if name.endswith("lora_magnitude_vector") else name: tensor
+        for name, tensor in read_tensors(adapter, **hub).items()
+    }
+
+
+def check_tensors(
+    model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], config: "PeftConfig", adapter: str
+) -> None:
+    """Refuse tensors that are not exactly those which an adapter of this configuration has on this model.
+
+    Loaders pass over what they do not know and leave what they do not find as it was drawn, with a warning at best.
+
+    Args:
+        model: MedCT model, with or without other adapters.
+        tensors: By the names that PEFT writes.
+        config: Of the adapter.
+        adapter: Its name, for messages.
+
+    Raises:
+        AdapterMismatchError: If one is missing, is not asked for, has another shape, or is NaN or infinite somewhere.
+    """
+    wanted = {_SAVED + name: shape for name, shape in _wanted(model, config).items()}
+    remedy = "Save it again, or ask its author for all of it."
+    if missing := wanted.keys() - tensors.keys():
+        raise AdapterMismatchError(
+            f"{adapter} lacks {len(missing)} of the {len(wanted)} tensors that its configuration asks for, such as "
+            f"{min(missing)}. {remedy}"
+        )
+    if others := tensors.keys() - wanted.keys():
+        raise AdapterMismatchError(
+            f"{adapter} has tensors that its configuration does not ask for ({len(others)}, such as {min(others)}). "
+            f"{remedy}"
+        )
+    for name, tensor in sorted(tensors.items()):
+        if tensor.shape != wanted[name]:
+            raise AdapterMismatchError(
+                f"{adapter} has {name} with shape {tuple(tensor.shape)}, not {tuple(wanted[name])}. {remedy}"
+            )
+        if not torch.isfinite(tensor).all():
+            raise AdapterMismatchError(f"{adapter} has NaN or infinity in {name}. {remedy}")
+
+
+def _wanted(model: PreTrainedModel, config: "PeftConfig") -> dict[str, torch.Size]:
+    """Shapes of the tensors that an adapter has on a model, by name: of one that is put on an empty copy."""
+    model, config = _without_peft(model), copy.deepcopy(config)
+    if hasattr(config, "init_lora_weights"):
+        config.init_lora_weights = True  # other ways look at the weights, and here are none
+    with torch.device("meta"):
+        skeleton = type(model)(copy.deepcopy(model.config))
+    try:
+        inject_adapter_in_model(config, skeleton, "wanted")
+    except ValueError as error:  # of PEFT: the targets are not in this model
+        raise AdapterMismatchError(
+            f"The adapter's configuration fits no module of this model ({str(error).splitlines()[0]}). Load its base."
+        ) from error
+    found = get_peft_model_state_dict(skeleton, adapter_name="wanted")
+    return {name: tensor.shape for name, tensor in found.items()}
 
 
 def _check_base(model: PreTrainedModel, adapter: str | Path, base: dict[str, Any]) -> None:
@@ -199,6 +290,15 @@ def _check_base(model: PreTrainedModel, adapter: str | Path, base: dict[str, Any
     raise AdapterMismatchError(
         f"{adapter} was trained on other weights than this model's. Load its base, {base['model']}{at}."
     )
+
+
+def _check_preprocessing(model: PreTrainedModel, adapter: str | Path, described: dict[str, Any]) -> None:
+    ours = preprocessing(model)
+    for name, theirs in described.items():
+        if ours.get(name) != theirs:
+            raise AdapterMismatchError(
+                f"{adapter} was trained with {name} {theirs}, this model has {ours.get(name)}. Load the adapter's base."
+            )
 
 
 def _plain(value: Any) -> Any:

@@ -28,7 +28,7 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple, maybe_autocast, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .adapters_medct import check_fit
+from .adapters_medct import AdapterMismatchError, check_fit, loadable_tensors
 from .configuration_medct import MedCTConfig, MedCTVisionConfig
 from .kernels_medct import add, linear, linear_aligned, nearest, split_rows, times_gelu
 
@@ -455,15 +455,24 @@ class MedCTPreTrainedModel(PreTrainedModel):
         What the adapter remembers is kept in `adapter_descriptions`, by its name.
 
         Raises:
-            AdapterMismatchError: If the adapter was trained on another model or another preprocessing.
+            AdapterMismatchError: If the adapter was trained on another model or another preprocessing, or is not whole.
         """
         description = None
         if peft_model_id is not None:
             load_config, adapter_kwargs = kwargs.get("load_config"), kwargs.get("adapter_kwargs") or {}
             downloads = kwargs if load_config is None else load_config.download_kwargs
-            description = check_fit(self, peft_model_id, **{**downloads, **adapter_kwargs})
+            hub = {**downloads, **adapter_kwargs}
+            description = check_fit(self, peft_model_id, **hub)
+            if len(args) < 2:  # the second is `adapter_state_dict`
+                kwargs.setdefault("adapter_state_dict", loadable_tensors(peft_model_id, **hub))
         loaded = super().load_adapter(peft_model_id, adapter_name, *args, **kwargs)
-        self.adapter_descriptions = {**self.adapter_descriptions, adapter_name or "default": description or {}}
+        name = adapter_name or "default"
+        # transformers counts the base's tensors as missing where the adapter's name stands in theirs.
+        missing = {key for key in loaded.missing_keys if name in key.split(".")}
+        if astray := missing | loaded.unexpected_keys:
+            self.delete_adapter(name)
+            raise AdapterMismatchError(f"{len(astray)} tensors of the adapter were not loaded, such as {min(astray)}.")
+        self.adapter_descriptions = {**self.adapter_descriptions, name: description or {}}
         return loaded
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from medct.common.files import Reserve, refuse_taken, whole_file, whole_folder
+from medct.common.lock import only_run
 from medct.training.checkpoints import decode, encode
 from medct.training.settings import TrainingError
 
@@ -30,6 +31,7 @@ class RunFolder:
 
     Raises:
         TrainingError: If an unfinished run lies there and is not to be resumed.
+        LockedError: If another run is writing there.
         FileExistsError: If the final folder holds something.
     """
 
@@ -37,7 +39,8 @@ class RunFolder:
         self.final = Path(output_dir or time.strftime("runs/%Y-%m-%d_%H-%M-%S"))
         self.work = self.final.with_name(self.final.name + ".unfinished")
         self._reserve: Reserve | None = None
-        refuse_taken(self.final)
+        with only_run(self.final):  # else the remedies below would break the run that has it
+            refuse_taken(self.final)
         if not resume and self.work.exists() and any(self.work.iterdir()):
             raise TrainingError(
                 f"{self.work} holds a run that was not finished. Pass --resume True to resume it, or remove the folder."
@@ -81,9 +84,12 @@ class RunFolder:
             self._reserve.release()
         with whole_folder(self.final) as folder:
             yield folder
-            for name in _KEPT:
-                if (self.work / name).exists():
-                    shutil.move(self.work / name, folder / name)
+            # Copied, as a run that is stopped here goes on with them.
+            for kept in (self.work / name for name in _KEPT):
+                if kept.is_dir():
+                    shutil.copytree(kept, folder / kept.name)
+                elif kept.exists():
+                    shutil.copyfile(kept, folder / kept.name)
         shutil.rmtree(self.work)
 
 

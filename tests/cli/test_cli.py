@@ -20,6 +20,7 @@ import medct
 from medct import CT_CLIP_LABELS, MedCTModel, ZeroShotCTClassificationPipeline
 from medct.cli import commands, main
 from medct.cli.arguments import RUNS, make_parser
+from medct.common.lock import only_run
 from medct.data import phantom_source
 from medct.inference.search import read_embeddings
 from medct.inference.studies import find_studies
@@ -327,7 +328,12 @@ def test_map(run, scans, tmp_path):
     assert "localises poorly" in out
     stems = ("a_debugging-aid", "b-c_debugging-aid")
     expected = sorted(f"{stem}{suffix}" for stem in stems for suffix in (".nii.gz", ".png"))
-    assert sorted(path.name for path in (tmp_path / "maps").iterdir()) == expected
+    assert sorted(path.name for path in (tmp_path / "maps").iterdir()) == [*expected, "findings.json"]
+    index = json.loads((tmp_path / "maps" / "findings.json").read_text())
+    assert [(found["label"], found["name"]) for found in index] == [
+        ("a", "a_debugging-aid"),
+        ("b c", "b-c_debugging-aid"),
+    ]
     scan, image = nibabel.load(scans / "0.nii.gz"), nibabel.load(tmp_path / "maps" / expected[0])
     assert image.shape == scan.shape
     np.testing.assert_allclose(image.affine, scan.affine)
@@ -426,3 +432,23 @@ def test_a_folder_of_real_scans(run, shared, tmp_path):
     assert "MR Image Storage" in reasons["13_not_ct_or_not_hu/sts_002_mr_t1"]
     assert "Positron" in reasons["13_not_ct_or_not_hu/sts_002_pet"]
     assert "16.5 degrees" in reasons["13_not_ct_or_not_hu/CT_pitch.nii.gz"]
+
+
+@pytest.mark.parametrize("command", ["predict", "embed"])
+def test_an_output_that_another_run_writes_is_refused_at_once(run, scans, tmp_path, command, monkeypatch):
+    monkeypatch.setattr(commands, "load_pipeline", lambda *_: pytest.fail("nothing is loaded for it"))
+    output = tmp_path / "out.csv"
+    with only_run(output):
+        status, _, err = run(command, scans, "--output", output)
+    assert status == 2
+    assert err.startswith(f"error: {output} is being written by another run (process {os.getpid()} of ")
+    assert len(err.splitlines()) == 1
+
+
+def test_what_a_killed_run_left_is_cleared_away(run, scans, tmp_path):
+    output = tmp_path / "out.csv"
+    for name in ("out.csv", "out.csv.failed.csv", "out.csv.settings.json"):
+        (tmp_path / f".{name}.partial-0a1b").touch()
+    (tmp_path / ".out.csv.lock").touch()
+    assert run("predict", scans / "0.nii.gz", "--output", output)[0] == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.csv", "out.csv.settings.json", "scans"]

@@ -1,8 +1,10 @@
 """CT-RATE in small, from disk and over HTTP: each known fault is met as the module's first lines say."""
 
 import math
+from collections import Counter
 
 import numpy as np
+import pandas as pd
 import pytest
 from ct_rate_like import BROKEN, NO_CHEST, OUTSIDE_HU, UNUSABLE, ct_rate_files, hu_of, volume_path, volumes, write_files
 
@@ -260,3 +262,25 @@ def test_settings_out_of_range(ct_rate):
         open_source(str(ct_rate), "test", CONFIG)
     with pytest.raises(DataError, match="no such folder"):
         open_source(str(ct_rate / "nowhere"), "train", CONFIG)
+
+
+def test_no_scan_of_a_patient_stands_in_another_split(tmp_path):
+    """Of forty patients with three scans each, some would be torn apart if scans were dealt out."""
+    names = [f"train_{patient}_{scan}_1.nii.gz" for patient in range(40) for scan in "abc"]
+    labels = pd.DataFrame({"VolumeName": names} | dict.fromkeys(CT_CLIP_LABELS, "0"))
+    reports = pd.DataFrame({"VolumeName": names, "Findings_EN": "Clear.", "Impressions_EN": "Nothing."})
+    files = {f"dataset/train_fixed/{name}": b"" for name in names}
+    files["dataset/multi_abnormality_labels/train_predicted_labels.csv"] = labels.to_csv(index=False).encode()
+    files["dataset/radiology_text_reports/train_reports.csv"] = reports.to_csv(index=False).encode()
+    files = {
+        path if "train_fixed" not in path else volume_path(path.rsplit("/", 1)[1].removesuffix(".nii.gz"), 2): content
+        for path, content in files.items()
+    }
+    write_files(tmp_path, files)
+    patients = {
+        split: [row["patient"] for row in open_source(str(tmp_path), split, CONFIG, tune_share=0.4).stream()]
+        for split in ("train", "tune")
+    }
+    assert len(patients["train"]) + len(patients["tune"]) == 120
+    assert not set(patients["train"]) & set(patients["tune"])
+    assert all(count == 3 for split in patients.values() for count in Counter(split).values())

@@ -1,11 +1,18 @@
 """Batches stay full, every study comes once, and a run that goes on gets the batch that would have come."""
 
+import contextlib
 import gc
 import itertools
 import json
+import multiprocessing
+import os
 import pickle
+import re
+import signal
 import time
 import weakref
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -15,11 +22,12 @@ from datasets import IterableDataset
 from datasets.distributed import split_dataset_by_node
 from torch.utils.data import DataLoader
 
-from medct import CT_CLIP_LABELS, MedCTConfig
+from medct import CT_CLIP_LABELS, MedCTConfig, VolumeError
 from medct.data import DataError, Source, StudyLoader, phantom_source, report_id, to_device
 from medct.data.loader import LoadStudy
-from medct.data.sources import too_many_bad
+from medct.data.sources import Deferred, too_many_bad
 from medct.data.tables import Selection, Sieve, table_source
+from medct.data.workers import load_in_processes
 
 NAMES = ("one", "two")
 AFFINE = np.diag([-2.0, -2.0, 3.0, 1.0])
@@ -328,3 +336,160 @@ def test_phantoms_are_drawn_when_they_are_asked_for(processor):
     (batch,) = loader
     assert batch["pixel_values"].shape == (2, 1, 8, 12, 8)
     assert batch["labels"].shape == (2, 18)
+
+
+# loader processes that die
+
+
+class Deadly(Rows):
+    """Rows of tiny arrays; some end the process that makes them, or loads them, with a status or a signal."""
+
+    def __init__(self, reading=(), loading=(), code=3):
+        super().__init__()
+        self.reading, self.loading, self.code = reading, loading, code
+
+    def __call__(self, key):
+        if key in self.reading:
+            os._exit(self.code)
+        row = super().__call__(key)
+        return {**row, "volume": DeadlyVolume(row["volume"], self.code)} if key in self.loading else row
+
+
+@dataclass(frozen=True)
+class DeadlyVolume(Deferred):
+    volume: np.ndarray
+    code: int
+
+    @contextlib.contextmanager
+    def open(self):
+        if self.code < 0:
+            os.kill(os.getpid(), -self.code)
+        os._exit(self.code)
+        yield self.volume
+
+
+class UnpicklableError(Exception):
+    def __init__(self, one, two):
+        super().__init__(f"{one} and {two}")
+
+
+ENDS = {
+    -signal.SIGKILL: r"was killed by SIGKILL \(perhaps the machine's memory was full\)",
+    -signal.SIGSEGV: "was killed by SIGSEGV",
+    -signal.SIGBUS: r"was killed by SIGBUS \(perhaps shared memory, /dev/shm, was full\)",
+    3: "ended with status 3",
+}
+
+
+@pytest.mark.parametrize("code", ENDS)
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_a_loader_process_that_dies_costs_its_study_alone(processor, tmp_path, num_workers, code):
+    deadly = [0, 7, 8, 19, 22]
+    source = Source([(key,) for key in range(23)], Deadly(loading=deadly, code=code), NAMES, "23 tiny studies")
+    loader = make_loader(
+        processor,
+        source,
+        seed=None,
+        num_workers=num_workers,
+        max_bad_share=0.5,
+        bad_samples_file=tmp_path / "bad.jsonl",
+    )
+    started = time.monotonic()
+    assert all_of(loader) == [f"study-{key}" for key in range(23) if key not in deadly]
+    assert time.monotonic() - started < 10
+    assert (loader.num_bad, loader.num_seen) == (5, 23)
+    lines = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text().splitlines()]
+    assert [line["id"] for line in lines] == [f"study-{key}" for key in deadly]
+    assert all(re.search(f"its loader process {ENDS[code]}$", line["reason"]) for line in lines)
+
+
+def test_a_process_that_dies_ends_a_strict_run_with_its_study(processor):
+    source = Source([(key,) for key in range(9)], Deadly(loading=[4], code=-signal.SIGKILL), NAMES, "9 tiny studies")
+    loader = make_loader(processor, source, seed=None, num_workers=2, on_bad_sample="raise")
+    with pytest.raises(DataError, match=r"^study-4 cannot be used: its loader process was killed by SIGKILL"):
+        ids_of(loader)
+    assert not multiprocessing.active_children()
+
+
+def test_processes_that_all_die_end_the_run(processor):
+    source = Source([(key,) for key in range(40)], Deadly(reading=range(40)), NAMES, "40 tiny studies")
+    with pytest.raises(DataError, match=r"6 of 6 studies .*; the last: study \d+: its loader process ended"):
+        ids_of(make_loader(processor, source, num_workers=2))
+
+
+@pytest.mark.parametrize("moment", [1, 2, 4])
+def test_processes_that_are_killed_while_nobody_looks_are_replaced(processor, moment):
+    """What they had ready goes with them, and is loaded again."""
+    loader = make_loader(processor, num_workers=2, seed=None, max_bad_share=1.0)
+    batches = iter(loader)
+    got = [next(batches)["ids"] for _ in range(moment)]
+    time.sleep(0.1 * (moment % 2))
+    for child in multiprocessing.active_children():
+        os.kill(child.pid, signal.SIGKILL)
+    got += [batch["ids"] for batch in batches]
+    names = list(itertools.chain.from_iterable(got))
+    assert len(names) + loader.num_bad == 23 and loader.num_bad <= 2
+    assert names == sorted(set(names), key=lambda name: int(name.split("-")[1]))
+
+
+@pytest.mark.parametrize("error", [VolumeError("a", "b", "c"), OSError(5, "gone", "x"), UnpicklableError(1, 2)])
+def test_what_reading_a_row_raises_is_raised_here(processor, error):
+    def read(key):
+        raise error
+
+    source = Source([(key,) for key in range(4)], read, NAMES, "4 tiny studies")
+    with pytest.raises((type(error), RuntimeError), match=str(error).replace("[", r"\[")):
+        ids_of(make_loader(processor, source, num_workers=1))
+
+
+def _load_for_ever(told):
+    studies = load_in_processes(range(9), Rows(), dict, 3, 6)
+    next(studies)
+    told.send([child.pid for child in multiprocessing.active_children()])
+    time.sleep(60)
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks for processes there")
+def test_loader_processes_end_with_the_run():
+    """Also when it is killed, and none of them is told."""
+    hears, tells = multiprocessing.Pipe()
+    run = multiprocessing.Process(target=_load_for_ever, args=(tells,))
+    run.start()
+    pids = hears.recv()
+    run.kill()
+    run.join()
+    assert len(pids) == 3
+    patience = time.monotonic() + 20
+    while any(map(_is_running, pids)) and time.monotonic() < patience:
+        time.sleep(0.1)
+    assert not any(map(_is_running, pids))
+
+
+def _is_running(pid):
+    try:
+        return ") Z " not in Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+
+
+@pytest.mark.slow
+def test_processes_are_started_where_there_is_no_fork(processor, monkeypatch):
+    expected = ids_of(make_loader(processor))
+    monkeypatch.setattr(multiprocessing, "get_context", lambda: multiprocessing.context.SpawnContext())
+    assert ids_of(make_loader(processor, num_workers=2)) == expected
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_counts_of_a_pass_go_on_with_it(processor, num_workers):
+    """So that too many bad studies end a run however often it is stopped."""
+    source, settings = make_source(40, bad=[0, 1, 2, 3, 4, 30]), {"seed": None, "num_workers": num_workers}
+    _, state = first_of(make_loader(processor, source, **settings), 2)
+    assert (state["num_bad"], state["num_seen"]) == (5, 13)
+    again = make_loader(processor, source, **settings)
+    again.load_state_dict(state)
+    with pytest.raises(DataError, match="6 of 31 studies cannot be used"):
+        ids_of(again)
+    patient = make_loader(processor, source, max_bad_share=1.0, **settings)
+    patient.load_state_dict(state)
+    ids_of(patient, epochs=1)
+    assert (patient.num_bad, patient.num_seen) == (6, 40)

@@ -12,6 +12,7 @@ from PIL import Image
 
 from medct import CT_CLIP_LABELS, MedCTConfig
 from medct.cli import main
+from medct.common.lock import only_run
 from medct.data import overview, phantom_source
 from medct.data.sources import Skipped, Source
 from medct.image_processing_medct import MedCTImageProcessor
@@ -141,3 +142,10 @@ def test_the_command_counts_and_draws(tmp_path, converted, capsys):
 def test_bad_input_ends_in_one_sentence(arguments, tmp_path, refused):
     arguments = [tmp_path if argument == "SOURCE" else argument for argument in arguments]
     assert refused("overview", *arguments).startswith("nowhere: ")
+
+
+def test_a_sheet_that_another_run_draws_is_refused(tmp_path, refused):
+    sheet = tmp_path / "sheet.png"
+    with only_run(sheet):
+        said = refused("overview", "phantoms", "--samples", "1", "--sheet", sheet)
+    assert said.startswith(f"{sheet} is being written by another run")

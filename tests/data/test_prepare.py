@@ -20,6 +20,7 @@ from pyarrow import parquet
 
 from medct import CTVolume, MedCTConfig, MedCTImageProcessor, VolumeError, read_volume
 from medct.cli import main
+from medct.common.lock import LockedError, only_run
 from medct.configuration_medct import CT_CLIP_LABELS
 from medct.data import PhantomCohort, StudyLoader, open_source, phantom_source, prepare
 from medct.data.ct_rate import METADATA_COLUMNS
@@ -532,3 +533,57 @@ def test_impossible_flags_are_refused(refused, capfd):
     with pytest.raises(SystemExit, match="2"):
         main(["prepare", "source", "output", "--studies_per_shard", "0"])
     assert "not a whole number of at least 1" in capfd.readouterr().err
+
+
+# two at once, and what a kill leaves
+
+
+def test_a_shard_that_another_run_makes_is_refused(tmp_path, config, sources):
+    path = prepare.shards_of(tmp_path, "train", sources["train"], SETTINGS)[0].path
+    with only_run(path), pytest.raises(LockedError, match=rf"{path.name} is being written by another run \(process"):
+        prepare.prepare(sources, config, tmp_path, SETTINGS)
+
+
+def test_what_a_killed_run_left_is_cleared_away(folder, tmp_path, config, sources):
+    """Whichever file it was writing; those of a shard that another process is writing again stay."""
+    shards = prepare.shards_of(folder, "train", sources["train"], SETTINGS)
+    shutil.copytree(folder, tmp_path / "out")
+    places = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
+    for place in places:
+        (tmp_path / "out" / place.with_name(f".{place.name}.partial-0a1b")).touch()
+    (tmp_path / "out" / "data" / f".{shards[0].path.name}.lock").touch()
+    held = tmp_path / "out" / "data" / shards[1].path.name
+    (tmp_path / "out" / "manifest.json").unlink()
+    with only_run(held):
+        left = held.with_name(f".{held.name}.partial-0a1b")
+        left.touch()
+        prepare.prepare(sources, config, tmp_path / "out", SETTINGS)
+        hidden = set((tmp_path / "out").rglob(".*"))
+        assert {path.name.split(".")[1] for path in hidden} == {shards[1].name}
+    prepare.prepare(sources, config, tmp_path / "out", SETTINGS)
+    assert not list((tmp_path / "out").rglob(".*"))
+    assert contents(tmp_path / "out") == contents(folder)
+
+
+def test_processes_that_finish_at_once_do_not_disturb_each_other(folder, tmp_path, config, sources):
+    shutil.copytree(folder, tmp_path / "out")
+    with only_run(tmp_path / "out" / "manifest.json"):
+        (tmp_path / "out" / ".manifest.json.partial-0a1b").touch()
+        assert prepare.prepare(sources, config, tmp_path / "out", SETTINGS) is not None
+        assert (tmp_path / "out" / ".manifest.json.partial-0a1b").exists()
+
+
+@pytest.mark.parametrize("below", ["", "/some/folder"])
+def test_a_revision_is_that_of_everything_that_is_read(folder, config, monkeypatch, below):
+    asked = []
+
+    def note(address, options):
+        asked.append(address)
+        return json.loads((folder / "manifest.json").read_text())
+
+    monkeypatch.setattr("medct.data.prepared.read_manifest", note)
+    address = f"hf://datasets/org/scans{below}"
+    source = prepared_source(address, "train", config, revision="abc")
+    assert asked == [f"hf://datasets/org/scans@abc{below}"]
+    assert all(path.startswith(f"hf://datasets/org/scans@abc{below}/data/") for path in source.read.paths)
+    assert prepared_source(address, "train", config).read.paths[0].startswith(f"{address}/data/")

@@ -2,6 +2,7 @@
 
 import pytest
 
+from medct.common.errors import FAILED, _end_of
 from medct.inference.bulk import KEY, Csv, JsonLines, RowFile, merge, part_path, part_paths, read_rows
 
 CSV = Csv([KEY, "score", "notes"])
@@ -80,3 +81,21 @@ def test_parts_are_merged_in_order_and_once(tmp_path, format):
 def test_merging_nothing_makes_an_empty_file(tmp_path):
     assert merge(tmp_path / "rows", CSV) == 0
     assert (tmp_path / "rows").read_text() == CSV.header()
+
+
+def test_a_full_disk_is_told_with_the_file_and_costs_the_row(tmp_path, format):
+    resource = pytest.importorskip("resource")
+    path = tmp_path / "rows"
+    write(path, format, ROWS[:2])
+    file, before = RowFile(path, format), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 5, before[1]))
+    try:
+        with pytest.raises(OSError) as caught:
+            file.write(ROWS[2])
+        file.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert _end_of(caught.value) == (FAILED, f"error: {path}: {caught.value.strerror}.")
+    assert read_rows(path, format) == ROWS[:2]
+    write(path, format, ROWS[2:])
+    assert read_rows(path, format) == ROWS

@@ -3,11 +3,13 @@
 import json
 import pickle
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 from adapter_files import save_adapter
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 from medct import AdapterMismatchError, MedCTModel, check_fit
@@ -131,6 +133,114 @@ def test_auto_model_checks_an_adapter_too(adapter, batch, model, edited):
         AutoModel.from_pretrained(edited(base={"model": "a/b", "revision": None, "fingerprint": "sha256-bf16:0"}))
 
 
+# an adapter is its tensors, all of them
+
+LORA_A, OTHERS = "base_model.model.text_model.encoder.layer.0.attention.self.query.lora_A.weight", "x.lora_A.weight"
+
+
+def dropped(*parts):
+    return lambda tensors: {name: tensor for name, tensor in tensors.items() if not any(part in name for part in parts)}
+
+
+def changed(value):
+    """One number of one tensor."""
+
+    def edit(tensors):
+        tensors[LORA_A].view(-1)[3] = value
+        return tensors
+
+    return edit
+
+
+DAMAGES = {
+    "empty": (lambda tensors: {}, "lacks 20 of the 20 tensors"),
+    "one missing": (dropped(LORA_A), "lacks 1 of the 20 tensors .* such as .*query.lora_A"),
+    "no lora_A": (dropped("lora_A"), "lacks 10 of the 20 tensors"),
+    "no lora_B": (dropped("lora_B"), "lacks 10 of the 20 tensors"),
+    "other prefix": (
+        lambda tensors: {f"x.{name}": tensor for name, tensor in tensors.items()},
+        "lacks 20 of the 20 tensors",
+    ),
+    "no prefix": (
+        lambda tensors: {name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()},
+        "lacks 20 of the 20 tensors",
+    ),
+    "one more": (lambda tensors: {**tensors, OTHERS: torch.ones(4, 4)}, r"does not ask for \(1, such as x\.lora_A"),
+    "other rank": (
+        lambda tensors: {
+            name: tensor[:2] if "lora_A" in name else tensor[:, :2].contiguous() for name, tensor in tensors.items()
+        },
+        r"with shape \(2, \d+\), not \(4, ",
+    ),
+    "transposed": (lambda tensors: {**tensors, LORA_A: tensors[LORA_A].T.contiguous()}, r"lora_A.weight with shape"),
+    "NaN": (changed(float("nan")), "NaN or infinity in .*query.lora_A"),
+    "infinity": (changed(float("-inf")), "NaN or infinity in"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_an_adapter_that_is_not_whole_is_refused(model, converted, edited, damage, batch):
+    edit, said = DAMAGES[damage]
+    folder = edited()
+    save_file(edit(load_file(folder / "adapter_model.safetensors")), folder / "adapter_model.safetensors")
+    plain = logits(model, batch)
+    for load in (check_fit, lambda model, folder: model.load_adapter(str(folder))):
+        with pytest.raises(AdapterMismatchError, match=said):
+            load(model, folder)
+    assert torch.equal(logits(model, batch), plain) and not model._hf_peft_config_loaded
+    with pytest.raises(AdapterMismatchError, match=said):
+        AutoModel.from_pretrained(folder)
+
+
+def test_a_torn_file_is_refused(model, edited):
+    path = edited() / "adapter_model.safetensors"
+    whole = path.read_bytes()
+    for length in (0, 7, 300, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(AdapterMismatchError, match=r"is damaged\. Copy or download it again"):
+            check_fit(model, path.parent)
+
+
+def test_a_configuration_for_other_modules_is_refused(model, edited):
+    path = edited() / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"target_modules": ["nothing_of_this_name"]}))
+    with pytest.raises(AdapterMismatchError, match="fits no module of this model"):
+        check_fit(model, path.parent)
+
+
+def test_tensors_in_memory_are_loaded_all_or_not_at_all(model, adapter, batch):
+    plain = logits(model, batch)
+    tensors = {
+        name: tensor for name, tensor in load_file(adapter / "adapter_model.safetensors").items() if "query" in name
+    }
+    config = PeftConfig.from_pretrained(adapter)
+    with pytest.raises(AdapterMismatchError, match="tensors of the adapter were not loaded"):
+        model.load_adapter(peft_config=config, adapter_state_dict=tensors)
+    assert torch.equal(logits(model, batch), plain)
+
+
+VARIANTS = {
+    "lora": {},
+    "dora": {"use_dora": True},
+    "rslora": {"use_rslora": True},
+    "whole modules": {"modules_to_save": ["logit_scale", "visual_projection"]},
+    "bias": {"bias": "lora_only"},
+    "embeddings": {"target_modules": r".*word_embeddings|.*q_proj"},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_tensor_of_an_adapter_counts(model, converted, variant, batch, tmp_path):
+    """By transformers' loaders as by PEFT's; each tensor was changed from what a fresh adapter has."""
+    folder = save_adapter(converted, tmp_path / "adapter", **VARIANTS[variant])
+    tensors = {name: tensor * 1.5 for name, tensor in load_file(folder / "adapter_model.safetensors").items()}
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    expected = logits(PeftModel.from_pretrained(MedCTModel.from_pretrained(converted), folder), batch)
+    assert torch.equal(logits(AutoModel.from_pretrained(folder), batch), expected)
+    model.load_adapter(str(folder))
+    assert torch.equal(logits(model, batch), expected)
+
+
 class Bomb:
     """A pickle of it writes a file when it is loaded."""
 
@@ -213,3 +323,44 @@ def test_peft_loads_what_transformers_loads(model, converted, adapter, batch):
 def test_an_adapter_that_cannot_be_had_is_not_called_unsafe(model, adapter, reason, tmp_path):
     with pytest.raises(OSError, match=f"no adapter .{reason}"):
         check_fit(model, adapter.format(tmp=tmp_path), local_files_only=True)
+
+
+# what is checked is what is loaded
+
+
+def test_the_revision_that_is_loaded_is_the_one_that_is_checked(model, adapter, monkeypatch):
+    asked = []
+
+    def fetch(folder, name, **hub):
+        asked.append((name, hub.get("revision")))
+        path = Path(folder, name)
+        return str(path) if path.exists() else None
+
+    monkeypatch.setattr("medct.adapters_medct.cached_file", fetch)
+    model.load_adapter(str(adapter), adapter_kwargs={"revision": "abc"})
+    files = {"adapter_config.json", "adapter_model.safetensors", "medct_adapter.json"}
+    assert set(asked) == {(name, "abc") for name in files}
+
+
+class Weights:
+    """Anything with a `state_dict`."""
+
+    def __init__(self, **tensors):
+        self.tensors = tensors
+
+    def state_dict(self):
+        return self.tensors
+
+
+def test_a_fingerprint_is_of_names_and_shapes_too():
+    values = torch.arange(6.0)
+    same = [fingerprint(Weights(a=values.view(2, 3))) for _ in range(2)]
+    others = [
+        fingerprint(Weights(b=values.view(2, 3))),
+        fingerprint(Weights(a=values.view(3, 2))),
+        fingerprint(Weights(a=values)),
+        fingerprint(Weights(a=values[:2], b=values[2:])),
+        fingerprint(Weights(a=values[:3], b=values[3:])),
+        fingerprint(Weights(a=values.flip(0).view(2, 3))),
+    ]
+    assert len({*same, *others}) == 1 + len(others)

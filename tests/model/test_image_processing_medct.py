@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from medct import CTVolume, MedCTConfig, MedCTImageProcessor, read_volume
 from medct.image_processing_medct import (
+    AxisPlan,
     clip_hu,
     crop_window,
     pad_to_size,
@@ -265,3 +266,14 @@ def test_real_scan_in_two_orientations(shared):
     for flipped in ((0,), (1,), (2,), (1, 2)):
         mirrored = torch.stack([first.flatten(), second.flip(flipped).flatten()])
         assert torch.corrcoef(mirrored)[0, 1] < 0.9
+
+
+@pytest.mark.parametrize(("length", "resampled"), [(4, 8), (5, 13), (9, 4), (7, 6), (1, 3), (2, 11)])
+def test_resampling_is_torchs_linear_interpolation_to_the_ends(length, resampled):
+    """Beyond the first and the last centre the value there goes on, and is not extrapolated."""
+    values = torch.rand(length, 2, 2, generator=torch.Generator().manual_seed(0)) * 2000 - 1000
+    plan = AxisPlan.make(length, resampled, (0, resampled))
+    lines = values.permute(1, 2, 0)  # (2, 2, length)
+    expected = torch.nn.functional.interpolate(lines, resampled, mode="linear", align_corners=False).permute(2, 0, 1)
+    torch.testing.assert_close(plan.apply(values, 0), expected, rtol=0, atol=1e-3)  # HU, of a thousand
+    assert plan.weight.min() >= 0 and plan.weight.max() <= 1

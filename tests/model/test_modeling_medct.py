@@ -460,3 +460,35 @@ def test_lora_at_the_published_sizes_stays_within_the_papers_number():
     print(f"trainable {trainable:,} of {total:,} parameters, {100 * trainable / total:.2f} %")
     assert trainable == 1_572_864
     assert trainable <= 1_670_000
+
+
+def test_logits_are_never_rounded_by_autocast(model):
+    """Of embeddings in float32: bfloat16 has 8 bits, and scores of findings lie closer together."""
+    generator = torch.Generator().manual_seed(0)
+    images, texts = torch.rand(4, 16, generator=generator), torch.rand(5, 16, generator=generator)
+    expected = model.get_logits(images, texts)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model.get_logits(images, texts)
+    assert logits.dtype == torch.float32
+    assert torch.equal(logits, expected)
+
+
+def test_the_classifiers_dropout_is_the_configurations(converted, batch):
+    classifier = MedCTForImageClassification.from_pretrained(converted, classifier_dropout=0.5)
+    with torch.no_grad():
+        torch.manual_seed(0)
+        drawn = [classifier.train()(batch["pixel_values"]).logits for _ in range(2)]
+        assert not torch.equal(*drawn)
+        still = [classifier.eval()(batch["pixel_values"]).logits for _ in range(2)]
+        assert torch.equal(*still)
+
+
+def test_token_types_reach_the_text_encoder(model, batch):
+    with torch.no_grad():
+        plain = model(**batch).logits_per_image
+        types = torch.zeros_like(batch["input_ids"])
+        assert torch.equal(model(**batch, token_type_ids=types).logits_per_image, plain)
+        types[0] = 1
+        typed = model(**batch, token_type_ids=types)
+        assert not torch.allclose(typed.logits_per_image[:, 0], plain[:, 0])
+        assert torch.equal(typed.logits_per_image[:, 1:], plain[:, 1:])

@@ -119,3 +119,14 @@ def test_paths_are_found_and_shortened():
     assert find_paths("of /data/ward 3/x, and/or https://hf.co/a/b, org/name, 1/2, /") == ["/data/ward"]
     assert find_paths(r"in C:\Users\me") == [r"C:\Users\me"]
     assert without_paths({"a": ["scans of /mnt/x/site-b."], "b": 1}) == {"a": ["scans of site-b."], "b": 1}
+
+
+def test_the_page_tells_the_bases_licence(trained, tmp_path, card):
+    assert card.data.license == "cc-by-nc-sa-4.0"
+    assert "## Licence\n\ncc-by-nc-sa-4.0, as the base that it was derived from." in card.content
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    found = ModelCard(render_card(trained, base=str(base)))
+    assert found.data.license == "apache-2.0"
+    assert "apache-2.0, as the base that it was derived from." in found.content

@@ -306,3 +306,16 @@ def test_a_push_that_fails_leaves_the_folder_and_the_command(hub, adapter, pushe
     main(command.split())
     assert "adapter_model.safetensors" in hub.files("org/site-b")
     assert hub.repo("model", "org/site-b").private
+
+
+def test_what_stays_at_home_is_told(hub, base, monkeypatch, capsys):
+    hub.connect(monkeypatch)
+    for name in ("studies.csv", "notes/patients.txt", "checkpoint.log"):
+        (base / name).parent.mkdir(exist_ok=True)
+        (base / name).write_text("mine")
+    capsys.readouterr()
+    main(["push", str(base), "org/base"])
+    *told, url = capsys.readouterr().out.splitlines()
+    assert told == [f"not pushed: {name}" for name in ("checkpoint.log", "notes/patients.txt", "studies.csv")]
+    assert url.startswith("http")
+    assert not {"studies.csv", "notes/patients.txt", "checkpoint.log"} & set(hub.files("org/base"))

@@ -276,3 +276,14 @@ def test_two_processes_equal_one(sharded, quiet_model, studies, prompts, tmp_pat
     weights = weights_to_save(model)
     assert results["weights"].keys() == weights.keys()
     assert all(torch.equal(results["weights"][name], tensor) for name, tensor in weights.items())
+
+
+@pytest.mark.parametrize("objective", ["prompts", "both"])
+def test_a_batch_of_unknown_labels_alone_has_no_loss_from_them(quiet_model, studies, prompts, objective):
+    unknown = {**studies, "labels": torch.full_like(studies["labels"], torch.nan)}
+    model = add_lora(quiet_model, rank=2)
+    loss = StepLoss(objective).backward(core(model), [part(unknown, slice(0, 4))], [prompts])
+    assert loss.isfinite()
+    assert loss == 0 or objective == "both"
+    gradients = [parameter.grad for parameter in trainable(model).values() if parameter.grad is not None]
+    assert all(gradient.isfinite().all() for gradient in gradients)

@@ -1,5 +1,6 @@
 """Training: the adapter that comes out, the base that stays, stopping and going on, and what ends a run."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -24,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from medct import CT_CLIP_LABELS, MedCTModel, MedCTProcessor
 from medct import train as training
 from medct.common.errors import FAILED, STOPPED, StoppedError
+from medct.common.lock import LockedError, only_run
 from medct.data import DataError, StudyLoader, phantom_source
 from medct.data.phantoms import make_phantom
 from medct.evaluation.scoring import ScoredStudies, score_studies, tokenize_prompts
@@ -282,6 +284,41 @@ def test_sigterm_saves_and_has_an_exit_code_of_its_own(settings, monkeypatch, tm
     training.main([*arguments, "--resume", "True"])
     assert adapter_bytes(tmp_path / "stopped") == adapter_bytes(tmp_path / "run")
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_an_output_that_another_run_writes_is_refused(settings, monkeypatch, tmp_path):
+    """Whether that one is to be resumed or not, and also if it begins while this one loads the base."""
+    settings = dataclasses.replace(settings, resume=True)
+    for resume in (False, True):
+        with only_run(tmp_path / "run"), pytest.raises(LockedError, match="is being written by another run"):
+            run(dataclasses.replace(settings, resume=resume))
+    with contextlib.ExitStack() as stack:
+        trainer = Trainer(settings)
+        monkeypatch.setattr(training, "Trainer", lambda _: trainer)
+        stack.enter_context(only_run(tmp_path / "run"))
+        with pytest.raises(LockedError, match="is being written by another run"):
+            run(settings)
+
+
+def test_a_run_needs_nothing_that_other_systems_lack(settings, monkeypatch, tmp_path):
+    """As on macOS and Windows: no reserve of the system's own, no report of memory, no signals, no processes forked."""
+    monkeypatch.delattr(os, "posix_fallocate")
+    monkeypatch.setattr("medct.common.host.resource", None)
+
+    def refuse(*_):
+        raise ValueError("signal only works in main thread of the main interpreter")
+
+    monkeypatch.setattr(signal, "signal", refuse)
+    run(settings)
+    assert {path.name for path in (tmp_path / "run").iterdir()} == FILES
+
+
+def test_files_have_the_permissions_that_the_umask_says(settings, tmp_path):
+    umask = os.umask(0)
+    os.umask(umask)
+    run(dataclasses.replace(settings, max_steps=1))
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "run").iterdir()}
+    assert modes == dict.fromkeys(FILES, 0o666 & ~umask)
 
 
 def test_resume_begins_where_there_is_nothing_to_go_on_with(settings, tmp_path):
