@@ -168,12 +168,12 @@ class MedCTPatchEmbeddings(nn.Module):
         # Copies of blocks are as large as the volume, so they are made slab by slab.
         slabs = split_rows(blocks, h * w * pz * py * px, torch.float32)
         tokens = torch.cat([self._embed(slab, dtype) for slab in slabs])
-        return tokens.unflatten(0, (-1, t))
+        return tokens.unflatten(1, (h, w)).unflatten(0, (-1, t))
 
     def _embed(self, blocks: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """`(slabs, y, x, *patch_size)` voxels to `(slabs, y, x, hidden_size)` tokens."""
+        """`(slabs, y, x, *patch_size)` voxels to `(slabs, y * x, hidden_size)` tokens."""
         # Neighbours differ by few HU: half precision would round most of that away before the norm scales it up.
-        scaled = self.patch_norm(blocks.flatten(-3))
+        scaled = self.patch_norm(blocks.flatten(-3)).flatten(1, 2)
         return self.norm(apply_linear(self.projection, scaled.to(dtype)))
 
 
@@ -407,7 +407,7 @@ class MedCTPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = False
     _supports_attention_backend = True
     # Its network is tiny, has inputs of two numbers, and decides about every attention.
-    _keep_in_fp32_modules = ["position_bias"]
+    _keep_in_fp32_modules = ["position_bias", "vision_model.position_bias"]
     # Losses are means over a batch; without this the library's `Trainer` takes them for sums over tokens.
     accepts_loss_kwargs = False
     # Tasks of `transformers.pipeline` that a saved folder offers, and how the names of weights begin that are drawn at
@@ -512,9 +512,8 @@ class MedCTVisionModel(MedCTPreTrainedModel):
     @property
     def precision(self) -> torch.dtype:
         """That of the products, taken from a scale of activations; weights of Linears may be quantized."""
-        return next(
-            (layer.dtype for layer in (*self.spatial_encoder.layers, *self.temporal_encoder.layers)), self.dtype
-        )
+        layers = (*self.spatial_encoder.layers, *self.temporal_encoder.layers)
+        return layers[0].dtype if layers else torch.float32
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
