@@ -78,6 +78,21 @@ def adapter_tensors(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
     return {key: tensor.detach().cpu() for key, tensor in named if name in key.split(".") and not tensor.is_meta}
 
 
+def refuse_adapter_without_values(model: PreTrainedModel, name: str) -> None:
+    """Take an adapter out again if the library could not put its values beside offloaded layers.
+
+    Raises:
+        AdapterMismatchError: If it is so.
+    """
+    own = [tensor for key, tensor in model.named_parameters() if name in key.split(".")]
+    if any(tensor.is_meta for tensor in own):
+        model.delete_adapter(name)
+        raise AdapterMismatchError(
+            "The adapter belongs beside layers that are offloaded, where its weights cannot be loaded. Merge it into "
+            "the model before (`PeftModel.merge_and_unload`, `save_pretrained`), or offload other layers."
+        )
+
+
 def fingerprint(model: PreTrainedModel) -> str | None:
     """A name for the weights of a model, the same on every machine.
 

@@ -25,7 +25,12 @@ class ProcessorMismatchError(MedCTError, ValueError):
 
 
 def refuse_other_weights(
-    name: str, model_class: type, config: PreTrainedConfig, loading_info: dict[str, Any], may_lack: str = ""
+    name: str,
+    model_class: type,
+    config: PreTrainedConfig,
+    loading_info: dict[str, Any],
+    may_lack: tuple[str, ...] = (),
+    may_hold: tuple[str, ...] = (),
 ) -> None:
     """Refuse a checkpoint that has not the very weights of a class.
 
@@ -34,17 +39,16 @@ def refuse_other_weights(
         model_class: What was asked for.
         config: Of the checkpoint.
         loading_info: As `from_pretrained(output_loading_info=True)` gives it.
-        may_lack: Beginning of names of weights that are drawn at random where a checkpoint has none; "" for none.
+        may_lack: How names of weights begin that are drawn at random where a checkpoint has none.
+        may_hold: How names of weights begin that may lie unused in a checkpoint.
 
     Raises:
         CheckpointMismatchError: If weights are missing, or are there that the class does not have.
     """
     # Those that were set aside because the user asked for other sizes are no surprise.
     reset = {each[0] if isinstance(each, tuple) else each for each in loading_info.get("mismatched_keys", ())}
-    missing = sorted(
-        key for key in set(loading_info["missing_keys"]) - reset if not (may_lack and key.startswith(may_lack))
-    )
-    unexpected = sorted(loading_info["unexpected_keys"])
+    missing = sorted(key for key in set(loading_info["missing_keys"]) - reset if not key.startswith(may_lack))
+    unexpected = sorted(key for key in loading_info["unexpected_keys"] if not key.startswith(may_hold))
     if not missing and not unexpected:
         return
     said = f"it lacks {_named(missing)}" if missing else f"it has {_named(unexpected)}, which that class has not"

@@ -28,7 +28,7 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple, maybe_autocast, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .adapters_medct import adapter_tensors, check_fit
+from .adapters_medct import adapter_tensors, check_fit, refuse_adapter_without_values
 from .checks_medct import refuse_other_weights
 from .configuration_medct import CLASSIFIER_TASK, CODE, CUSTOM_PIPELINES, ZERO_SHOT_TASK, MedCTConfig, MedCTVisionConfig
 from .kernels_medct import add, apply_linear, nearest, split_rows, times_gelu
@@ -410,10 +410,11 @@ class MedCTPreTrainedModel(PreTrainedModel):
     _keep_in_fp32_modules = ["position_bias", "vision_model.position_bias"]
     # Losses are means over a batch; without this the library's `Trainer` takes them for sums over tokens.
     accepts_loss_kwargs = False
-    # Tasks of `transformers.pipeline` that a saved folder offers, and how the names of weights begin that are drawn at
-    # random where a checkpoint has none.
+    # Tasks of `transformers.pipeline` that a saved folder offers.
     _tasks: tuple[str, ...] = ()
-    _may_lack = ""
+    # How the names of weights begin that are drawn at random where a checkpoint has none, or that may lie unused in it.
+    _may_lack: tuple[str, ...] = ()
+    _may_hold: tuple[str, ...] = ()
     _described: dict[str, tuple[Snapshot, dict]] = {}
     _can_record_outputs = {"hidden_states": MedCTLayer, "attentions": MedCTAttention}
 
@@ -440,7 +441,7 @@ class MedCTPreTrainedModel(PreTrainedModel):
         """
         options = {"use_safetensors": use_safetensors, "output_loading_info": True}
         model, loading_info = super().from_pretrained(name, *args, **options, **kwargs)
-        refuse_other_weights(name, cls, model.config, loading_info, cls._may_lack)
+        refuse_other_weights(name, cls, model.config, loading_info, cls._may_lack, cls._may_hold)
         return (model, loading_info) if output_loading_info else model
 
     def save_pretrained(self, *args, **kwargs):
@@ -469,6 +470,7 @@ class MedCTPreTrainedModel(PreTrainedModel):
             description = check_fit(self, peft_model_id, **{**downloads, **adapter_kwargs})
         loaded = super().load_adapter(peft_model_id, adapter_name, *args, **kwargs)
         name = adapter_name or "default"
+        refuse_adapter_without_values(self, name)
         self._described = {**self._described, name: (Snapshot(adapter_tensors(self, name)), description or {})}
         return loaded
 
@@ -489,13 +491,8 @@ class MedCTVisionModel(MedCTPreTrainedModel):
     config: MedCTVisionConfig
     base_model_prefix = "vision_model"
     input_modalities = ("image",)
-    _keys_to_ignore_on_load_unexpected = [
-        r"^text_model\.",
-        r"^text_projection\.",
-        r"^visual_projection\.",
-        r"^logit_scale\.",
-        r"^classifier\.",
-    ]
+    # Not `_keys_to_ignore_on_load_unexpected`: the whole model would take over what its part ignores.
+    _may_hold = ("text_model.", "text_projection.", "visual_projection.", "logit_scale.", "classifier.")
 
     def __init__(self, config: MedCTVisionConfig):
         super().__init__(config)
@@ -680,7 +677,7 @@ class MedCTForImageClassification(MedCTPreTrainedModel):
 
     input_modalities = ("image",)
     _tasks = (CLASSIFIER_TASK,)
-    _may_lack = "classifier."
+    _may_lack = ("classifier.",)
     _keys_to_ignore_on_load_unexpected = [r"^text_model\.", r"^text_projection\.", r"^logit_scale\."]
 
     def __init__(self, config: MedCTConfig):

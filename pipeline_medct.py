@@ -37,7 +37,7 @@ class CTPipeline(Pipeline):
             adapter is not its own.
     """
 
-    _load_processor = True
+    _load_processor = None  # by the library where it can tell, else here
     _load_image_processor = False
     _load_feature_extractor = False
     _load_tokenizer = False
@@ -229,7 +229,8 @@ def _processor_of(model: PreTrainedModel) -> MedCTProcessor:
         revision = getattr(model.config, "_commit_hash", None)
         return MedCTProcessor.from_pretrained(model.name_or_path, revision=revision)
     except (OSError, ValueError, TypeError) as error:
-        raise ValueError("A pipeline needs the model's processor: pass `processor=`.") from error
+        said = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ValueError(f"A pipeline needs the model's processor ({said}): pass `processor=`.") from error
 
 
 def _checked_labels(labels: Any) -> list[str]:
