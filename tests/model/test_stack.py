@@ -33,19 +33,6 @@ from medct.configuration_medct import CLASSIFIER_TASK, ZERO_SHOT_TASK
 VISION = r"vision_model\..*\.(q|v)_proj"
 
 
-@pytest.fixture(scope="module")
-def classifier_folder(converted, tmp_path_factory):
-    """A classifier with a head that tells scans apart, and its processor."""
-    folder = tmp_path_factory.mktemp("classifier") / "model"
-    torch.manual_seed(0)
-    model = MedCTForImageClassification.from_pretrained(converted)
-    nn.init.normal_(model.classifier.weight)
-    model.save_pretrained(folder)
-    for name in ("processor_config.json", "tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(converted / name, folder)
-    return folder
-
-
 @pytest.fixture
 def scan(processor) -> np.ndarray:
     shape = processor.image_processor.image_size
