@@ -73,4 +73,5 @@ def shard(model: PreTrainedModel) -> None:
             module.set_force_sum_reduction_for_comms(True)  # gloo cannot scale while it sums
     # FSDP2 gathers weights in `forward`; training calls the encoders by themselves.
     for method in ("get_image_features", "get_text_features", "get_logits"):
-        register_fsdp_forward_method(model, method)
+        if hasattr(model, method):
+            register_fsdp_forward_method(model, method)

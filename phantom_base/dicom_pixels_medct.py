@@ -75,11 +75,6 @@ class PixelLayout:
     """Where their element begins in the file; none if that is deflated."""
 
     @property
-    def is_aligned(self) -> bool:
-        """Whether the bits in use are the lowest ones, as all scanners of today have it."""
-        return self.high_bit == self.bits_stored - 1
-
-    @property
     def bytes(self) -> int:
         """Of all frames, uncompressed."""
         return self.frames * (self.shape[0] * self.shape[1] * self.bits_allocated // 8)
@@ -234,7 +229,7 @@ def hu_of(one: Slice, data_sets: dict[ByteSource, Any]) -> np.ndarray:
         words = _plain_pixels(one)
         if words is None:
             words = _decoded_pixels(one, data_sets)
-        stored = _used_bits(words, one.pixels)
+        stored = _used_bits(words, one)
     except VolumeError:
         raise
     except Exception as error:  # decoders raise many kinds; as above for their texts
@@ -251,14 +246,19 @@ def hu_of(one: Slice, data_sets: dict[ByteSource, Any]) -> np.ndarray:
     return hu
 
 
-def _used_bits(words: np.ndarray, pixels: PixelLayout) -> np.ndarray:
+def _used_bits(words: np.ndarray, one: Slice) -> np.ndarray:
     """Stored values of pixels: the bits in use, with their sign; the same array if all are."""
     width = 8 * words.dtype.itemsize
     # Of a compressed pixel that is narrower than the header says, all bits are in use.
-    high_bit, bits = min(pixels.high_bit, width - 1), min(pixels.bits_stored, width)
-    if (high_bit, bits) == (width - 1, width):
+    high_bit, bits = min(one.pixels.high_bit, width - 1), min(one.pixels.bits_stored, width)
+    if bits == width:
         return words
     # Some scanners keep overlays in the unused bits; shifting up and down drops them and restores the sign.
+    lowest = (words << (width - bits)) >> (width - bits)
+    if high_bit == bits - 1 or np.array_equal(lowest, words):  # a HighBit of 15 is often wrong
+        return lowest
+    if (words & ((1 << (high_bit + 1 - bits)) - 1)).any():
+        raise VolumeError(one.name, "its pixels do not lie where its HighBit says", AGAIN)
     return (words << (width - 1 - high_bit)) >> (width - bits)
 
 
@@ -325,8 +325,6 @@ def _decoded_pixels(one: Slice, data_sets: dict[ByteSource, Any]) -> np.ndarray:
         raise VolumeError(one.name, "its pixels are compressed, and its transfer syntax says they are not", AGAIN)
     else:
         _check_length(one, len(data_set.PixelData))
-    if syntax not in _UNCOMPRESSED and not one.pixels.is_aligned:
-        raise VolumeError(one.name, "its compressed pixels are not in the lowest bits", "Export it uncompressed")
     return np.asarray(pydicom.pixels.pixel_array(data_set, index=one.frame or 0, **options))
 
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 from hub_server import HubServer
 
-from medct import MedCTModel, MedCTProcessor
+from medct import MedCTForImageClassification, MedCTModel, MedCTProcessor
 from medct.cli import main
 from medct.common.errors import FAILED
 from medct.publishing.convert_ct_clip_to_hf import convert
@@ -58,6 +58,18 @@ def converted(tmp_path_factory, checkpoint, sizes_file, tokenizer_folder) -> Pat
     """The small checkpoint as a Hub folder."""
     folder = tmp_path_factory.mktemp("converted") / "model"
     convert(checkpoint, folder, str(tokenizer_folder), sizes_file)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def classifier_folder(converted, tmp_path_factory) -> Path:
+    """A classifier with a head that tells scans apart, and its processor."""
+    folder = tmp_path_factory.mktemp("classifier") / "model"
+    torch.manual_seed(0)
+    model = MedCTForImageClassification.from_pretrained(converted)
+    torch.nn.init.normal_(model.classifier.weight)
+    model.save_pretrained(folder)
+    MedCTProcessor.from_pretrained(converted).save_pretrained(folder)
     return folder
 
 

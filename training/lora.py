@@ -9,7 +9,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from medct.common.distributed import local_part, whole
-from medct.modeling_medct import MedCTModel
+from medct.evaluation.scoring import is_classifier
+from medct.modeling_medct import MedCTForImageClassification, MedCTModel
 
 # The attention Linears under the names that BERT and the other encoders of transformers give them.
 _VISION = r"vision_model\..*\.(q|k|v|out)_proj"
@@ -37,7 +38,7 @@ _PISSA_START = "pissa_start"
 
 
 def add_lora(
-    model: MedCTModel,
+    model: MedCTModel | MedCTForImageClassification,
     *,
     variant: Variant = "lora",
     targets: Target = "both",
@@ -50,7 +51,8 @@ def add_lora(
     """Freeze the base and put trainable low-rank matrices beside some of its Linears.
 
     Args:
-        model: The base; its modules are wrapped in place.
+        model: The base; its modules are wrapped in place. The head of a classifier is trained whole, and saved with the
+            adapter.
         variant: See `VARIANTS`. "pissa" starts from the largest singular vectors and takes them out of the weights in
             memory; what is saved is an ordinary adapter of twice the rank for the base as it was.
         targets: See `TARGETS`.
@@ -60,13 +62,14 @@ def add_lora(
         train_logit_scale: Whether the scale of the logits is trained, and saved with the adapter.
         revision: Commit of the base, to be noted in the adapter.
     """
+    trained_whole = ["classifier"] if is_classifier(model) else ["logit_scale"] if train_logit_scale else None
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
         lora_dropout=dropout,
         # A regular expression, because PEFT writes a list of names in random order.
         target_modules=TARGETS[targets],
-        modules_to_save=["logit_scale"] if train_logit_scale else None,
+        modules_to_save=trained_whole,
         # Without it `AutoPeftModel...` cannot load the adapter, as the base's class is no class of transformers.
         task_type="FEATURE_EXTRACTION",
         revision=revision,

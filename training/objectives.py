@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from medct.common.distributed import gather_rows, process_rank, sum_over_processes
-from medct.evaluation.scoring import Texts
+from medct.evaluation.scoring import Texts, is_classifier
 from medct.modeling_medct import MedCTModel
 
 Objective = Literal["prompts", "contrastive", "both"]
@@ -123,6 +123,9 @@ class StepLoss:
     def _share(
         self, model: MedCTModel, group: list[dict], prompt_embeds: list[torch.Tensor], known: torch.Tensor
     ) -> torch.Tensor:
+        if is_classifier(model):  # its labels are all that it learns from
+            (batch,) = group
+            return model.label_loss(model(batch["pixel_values"]).logits.float(), batch["labels"], "sum") / known
         images = torch.cat([_encode(_encode_images, model, batch["pixel_values"], len(group)) for batch in group])
         loss = images.new_zeros(())
         weight = self.report_weight if self.objective == "both" else 1.0

@@ -148,6 +148,23 @@ def check(settings: TrainingSettings) -> None:
         raise TrainingError("--adaptation pissa cannot be saved with a logit scale. Leave out --train_logit_scale.")
 
 
+def refuse_for_classifier(settings: TrainingSettings) -> None:
+    """Refuse settings that need a text encoder, or an adapter without a head.
+
+    Raises:
+        TrainingError: With the setting and what it must be.
+    """
+    remedies = {
+        "objective": (settings.objective != "prompts", "It learns from labels alone: leave out --objective."),
+        "targets": (settings.targets not in ("both", "vision"), "It has no text encoder: pass --targets vision."),
+        "train_logit_scale": (settings.train_logit_scale, "It has no scale of logits: leave it out."),
+        "adaptation": (settings.adaptation == "pissa", "Pissa cannot be saved with a head: pass another."),
+    }
+    for name, (is_refused, remedy) in remedies.items():
+        if is_refused:
+            raise TrainingError(f"--{name} {getattr(settings, name)}: {settings.model} is a classifier. {remedy}")
+
+
 Settings = TypeVar("Settings", bound=TrainingSettings)
 
 

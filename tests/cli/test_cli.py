@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -17,7 +18,14 @@ from adapter_files import RESULTS, save_adapter
 from scan_files import make_hu, write_series
 
 import medct
-from medct import CT_CLIP_LABELS, MedCTModel, ZeroShotCTClassificationPipeline
+from medct import (
+    CT_CLIP_LABELS,
+    MedCTForImageClassification,
+    MedCTModel,
+    MedCTProcessor,
+    MedCTVisionModel,
+    ZeroShotCTClassificationPipeline,
+)
 from medct.cli import commands, main
 from medct.cli.arguments import RUNS, make_parser
 from medct.common.lock import only_run
@@ -369,6 +377,58 @@ def test_evaluate_reads_a_folder_and_passes_by_what_is_broken(run, scans, tmp_pa
     status, _, err = run("evaluate", "--data", tmp_path / "nowhere")
     assert status == 2
     assert err.startswith("error: ")
+
+
+def test_a_classifier_gives_its_findings(run, scans, classifier_folder, tmp_path, monkeypatch):
+    options = ["predict", scans / "0.nii.gz", scans / "1.nii.gz", "--batch_size", 2]
+    status, _, err = run(*options, "--output", tmp_path / "scores.csv", model=classifier_folder)
+    assert status == 0, err
+    classifier = MedCTForImageClassification.from_pretrained(classifier_folder).eval()
+    processor = MedCTProcessor.from_pretrained(classifier_folder)
+    for row in read_csv(tmp_path / "scores.csv"):
+        with torch.no_grad():
+            logits = classifier(**processor(images=row["study"], return_tensors="pt")).logits[0]
+        found = [float(row[label]) for label in classifier.config.label_names]
+        assert found == pytest.approx(logits.sigmoid().tolist(), abs=1e-5)
+    status, out, _ = run(*options, "--labels", "Emphysema", "--format", "json", model=classifier_folder)
+    assert [found["label"] for found in json.loads(out.splitlines()[0])["findings"]] == ["Emphysema"]
+    for wrong in (["--labels", "Rib fracture"], ["--templates", "{label}|no {label}"]):
+        status, _, err = run(*options, *wrong, model=classifier_folder)
+        assert status == 2
+        assert err.startswith("error: ")
+    for command in (
+        ["embed", "--output", tmp_path / "i.parquet"],
+        ["map", "--labels", "a", "--output", tmp_path / "m"],
+    ):
+        status, _, err = run(command[0], scans / "0.nii.gz", *command[1:], model=classifier_folder)
+        assert status == 2
+        assert "is a classifier" in err
+    monkeypatch.setattr(commands, "open_source", lambda *_, **__: phantom_source("A", range(6), 0))
+    data = ["--data", "anywhere", "--num_workers", 0, "--output", tmp_path / "scores.json"]
+    assert run("evaluate", *data, model=classifier_folder)[0] == 0
+    assert json.loads((tmp_path / "scores.json").read_text())["scans"] == 6
+
+
+@pytest.mark.parametrize("what", ["architectures", "processor", "weights"])
+def test_what_does_not_belong_together_is_refused(run, scans, converted, tmp_path, what):
+    folder = tmp_path / "model"
+    shutil.copytree(converted, folder)
+    if what == "weights":
+        MedCTVisionModel.from_pretrained(converted).save_pretrained(tmp_path / "vision")
+        shutil.copy(tmp_path / "vision/model.safetensors", folder)
+    else:
+        path = folder / ("config.json" if what == "architectures" else "processor_config.json")
+        content = json.loads(path.read_text())
+        if what == "architectures":
+            content["architectures"] = ["MedCTVisionModel"]
+        else:
+            content["image_processor"]["hu_min"] = -900
+        path.write_text(json.dumps(content))
+    status, out, err = run("predict", scans / "0.nii.gz", model=folder)
+    assert (status, out) == (2, "")
+    said = {"architectures": "saved as MedCTVisionModel", "processor": "hu_min -900", "weights": "lacks the"}
+    assert said[what] in err
+    assert err.count("\n") == 1
 
 
 LAUNCH = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0"]

@@ -51,7 +51,7 @@ def run_without_medct(code: str, *arguments: object, home: Path) -> subprocess.C
 
 def test_the_suffix_says_what_ships():
     assert all(name.endswith("_medct.py") for name in SHIPPED)
-    assert len(SHIPPED) == 15
+    assert {"configuration_medct.py", "modeling_medct.py", "volume_io_medct.py"} <= set(SHIPPED)
     elsewhere = [path for path in ROOT.glob("*/**/*_medct.py") if "phantom_base" not in path.parts]
     assert [path for path in elsewhere if not {"tests", ".venv", "build"} & set(path.relative_to(ROOT).parts)] == []
 

@@ -17,7 +17,7 @@ from medct import (
     MedCTVisionModel,
     zero_shot_probabilities,
 )
-from medct.modeling_medct import MedCTLinear
+from medct.kernels_medct import apply_linear
 from medct.publishing.convert_ct_clip_to_hf import build_model, config_from_sizes, map_keys
 from medct.training.lora import TARGETS, add_lora
 
@@ -215,18 +215,25 @@ def test_full_training_moves_the_encoder_but_never_the_codebook(model, batch):
     assert not torch.equal(projection, before)
 
 
-def test_position_bias_is_kept_until_its_weights_change(model):
-    bias = model.vision_model.position_bias
-    with torch.inference_mode():
-        first = bias()
-        assert bias() is first
-    assert not first.is_inference()
-    assert bias().requires_grad
-    bias.fc1.weight.data.mul_(1.5)  # an edit that leaves address and version as they were
-    with torch.no_grad():
-        changed = bias()
-        assert not torch.equal(changed, first)
-        torch.testing.assert_close(changed, bias._compute())
+def test_position_bias_is_that_of_the_weights_as_they_are(model, batch):
+    def embeds():
+        with torch.no_grad():
+            return model.get_image_features(batch["pixel_values"]).pooler_output
+
+    first = embeds()
+    model.vision_model.position_bias.fc1.weight.data.mul_(1.5)  # leaves address and version as they were
+    assert not torch.equal(embeds(), first)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        kept = model.vision_model.position_bias(torch.device("cpu"), torch.float32)
+    assert kept.dtype == torch.float32
+    # Adapters on the network, switched without a change of any weight.
+    before = embeds()
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=r".*position_bias\.fc\d", init_lora_weights=False))
+    changed = embeds()
+    assert not torch.equal(changed, before)
+    with adapted.disable_adapter():
+        assert torch.equal(embeds(), before)
+    assert torch.equal(embeds(), changed)
 
 
 def test_gradient_checkpointing_changes_no_gradient(model, batch):
@@ -295,23 +302,31 @@ def test_the_nearest_row_is_found_wherever_it_stands(model, rows):
         assert torch.equal(quantizer(tokens, dtype)[1], expected)
 
 
-def test_linears_are_those_of_torch(monkeypatch):
-    """Without a fast product, and with it for rows of any number of axes."""
+def test_every_linear_is_torchs_own(model):
+    """Quantisers replace modules of the very type."""
+    linears = [module for module in model.vision_model.modules() if isinstance(module, torch.nn.Linear)]
+    assert len(linears) == 1 + 3 + 6 * model.config.vision_config.num_hidden_layers
+    assert {type(module) for module in linears} == {torch.nn.Linear}
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("width", [7, 16])
+@pytest.mark.parametrize("convolves", [False, True])
+def test_fast_products_are_those_of_torch(monkeypatch, convolves, width, bias):
+    """Also for rows of any number of axes, and under an adapter."""
     monkeypatch.setattr("medct.kernels_medct.WIDE", 1)
-    linear = MedCTLinear(5, 7)
+    monkeypatch.setattr("medct.kernels_medct.CONVOLVES_ON_CPU", convolves)
+    linear = torch.nn.Linear(5, width, bias=bias)
+    adapted = get_peft_model(torch.nn.Sequential(copy.deepcopy(linear)), LoraConfig(target_modules=["0"]))
     rows = torch.randn(2, 3, 5, requires_grad=True)
-    for convolves in (False, True):
-        monkeypatch.setattr("medct.kernels_medct.CONVOLVES_ON_CPU", convolves)
-        for each in (rows, rows[0], rows[:, 0], rows[0, 0], rows.transpose(0, 1)):
-            expected = torch.nn.functional.linear(each, linear.weight, linear.bias)
-            torch.testing.assert_close(linear(each), expected)
-        torch.testing.assert_close(
-            torch.autograd.grad(linear(rows).square().sum(), (rows, linear.weight, linear.bias)),
-            torch.autograd.grad(
-                torch.nn.functional.linear(rows, linear.weight, linear.bias).square().sum(),
-                (rows, linear.weight, linear.bias),
-            ),
-        )
+    for each in (rows, rows[0], rows[:, 0], rows[0, 0], rows.transpose(0, 1)):
+        torch.testing.assert_close(apply_linear(linear, each), linear(each))
+        torch.testing.assert_close(apply_linear(adapted, each), linear(each))
+    inputs = (rows, *linear.parameters())
+    torch.testing.assert_close(
+        torch.autograd.grad(apply_linear(linear, rows).square().sum(), inputs),
+        torch.autograd.grad(linear(rows).square().sum(), inputs),
+    )
 
 
 def test_the_encoders_may_differ_in_precision(converted, model, batch):
@@ -371,15 +386,6 @@ def test_device_map_places_the_model(converted, model, batch):
     placed = MedCTModel.from_pretrained(converted, device_map={"": "cpu"}).eval()
     with torch.no_grad():
         assert torch.equal(placed(**batch).logits_per_image, model(**batch).logits_per_image)
-
-
-def test_autocast_and_plain_precision_do_not_share_a_position_bias(model, batch):
-    with torch.no_grad():
-        expected = model(**batch).logits_per_image
-        model.vision_model.position_bias._kept = None
-        with torch.autocast("cpu", torch.bfloat16):
-            model(**batch)
-        torch.testing.assert_close(model(**batch).logits_per_image, expected)
 
 
 def test_every_buffer_comes_back_from_disk(model, converted):

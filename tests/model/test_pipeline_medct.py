@@ -82,7 +82,7 @@ def test_lists_batches_generators_and_series(pipe, scans):
                     assert by_label(found)[label]["score"] == pytest.approx(
                         by_label(expected)[label]["score"], abs=1e-5
                     )
-    with pytest.raises(VolumeError, match="DICOM"):  # a tuple is one series
+    with pytest.raises(VolumeError, match="it holds 2 scans"):  # a tuple is one series
         pipe((scans[0], scans[1]))
 
 

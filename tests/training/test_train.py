@@ -21,8 +21,9 @@ from accelerate import Accelerator
 from ct_rate_like import BROKEN, ct_rate_files, write_files
 from peft import AutoPeftModelForFeatureExtraction, PeftModel
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageClassification
 
-from medct import CT_CLIP_LABELS, MedCTModel, MedCTProcessor
+from medct import CT_CLIP_LABELS, MedCTForImageClassification, MedCTModel, MedCTProcessor
 from medct import train as training
 from medct.common.errors import FAILED, STOPPED, StoppedError
 from medct.common.lock import LockedError, only_run
@@ -162,6 +163,33 @@ def test_full_fine_tuning_saves_a_model(settings, converted, batch, tmp_path):
         assert torch.equal(model(**batch).logits_per_image, trainer.base.eval()(**batch).logits_per_image)
     codebooks = [each.vision_model.quantizer.codebook for each in (model, MedCTModel.from_pretrained(converted))]
     assert torch.equal(*codebooks)
+
+
+def test_a_classifier_learns_and_its_adapter_brings_the_head(settings, classifier_folder, batch, tmp_path):
+    settings = dataclasses.replace(settings, model=str(classifier_folder))
+    trainer = Trainer(settings)
+    results = trainer.run()
+    assert results["measured_on"].startswith("With its head")
+    found = losses(tmp_path / "run")
+    assert found[-1] < found[0]
+    loaded = MedCTForImageClassification.from_pretrained(classifier_folder)
+    before = loaded.eval()(batch["pixel_values"]).logits
+    loaded.load_adapter(str(tmp_path / "run"))
+    after = loaded.eval()(batch["pixel_values"]).logits
+    assert torch.equal(after, trainer.base.eval()(batch["pixel_values"]).logits)
+    assert not torch.allclose(after, before)
+    head = "classifier.modules_to_save.default.weight"
+    assert not torch.equal(loaded.get_parameter(head), loaded.classifier.original_module.weight)
+    assert AutoModelForImageClassification.from_pretrained(tmp_path / "run").classifier is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("objective", "both"), ("targets", "text"), ("train_logit_scale", True), ("adaptation", "pissa")],
+)
+def test_what_a_classifier_cannot_learn_is_refused(settings, classifier_folder, name, value):
+    with pytest.raises(TrainingError, match=f"--{name} .* is a classifier"):
+        Trainer(dataclasses.replace(settings, model=str(classifier_folder), **{name: value}))
 
 
 def test_same_seed_same_numbers(settings, tmp_path):
