@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def flush_to_disk(path: str | os.PathLike) -> None:
-    """Wait until a file, or the names in a folder, would survive a loss of power."""
+    """Wait until a file, or the names in a folder, would survive a power failure."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -18,7 +18,7 @@ def flush_to_disk(path: str | os.PathLike) -> None:
 
 
 def refuse_taken(path: str | os.PathLike) -> None:
-    """Raise `FileExistsError` if a folder that is to be made holds something already."""
+    """Raise `FileExistsError` if a folder that is about to be created already holds something."""
     folder = Path(path)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{path} exists and is not empty. Choose another output folder, or remove it.")
@@ -26,16 +26,16 @@ def refuse_taken(path: str | os.PathLike) -> None:
 
 @contextlib.contextmanager
 def whole_folder(path: str | os.PathLike) -> Iterator[Path]:
-    """A folder that gets its name only when the block has ended without an error.
+    """A folder that gets its name only once the block has ended without an error.
 
     Args:
-        path: The folder's final name; must not exist, or be empty.
+        path: The folder's final name; it must not exist, or be empty.
 
     Yields:
-        A new folder beside it to write to; gone again if the block raises.
+        A new folder beside it to write to; removed if the block raises.
 
     Raises:
-        FileExistsError: If `path` holds something already.
+        FileExistsError: If `path` already holds something.
     """
     refuse_taken(path)
     final = Path(path).absolute()
@@ -54,14 +54,14 @@ def whole_folder(path: str | os.PathLike) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def whole_file(path: str | os.PathLike) -> Iterator[Path]:
-    """A file that gets its name, in place of an older one, only when the block has ended without an error.
+    """A file that gets its name, replacing an older one, only once the block has ended without an error.
 
     Yields:
-        A path beside it to write to; the file is gone again if the block raises.
+        A path beside it to write to; the file is removed if the block raises.
     """
     final = Path(path).absolute()
     final.parent.mkdir(parents=True, exist_ok=True)
-    # Not by the process alone: several machines may write to one folder.
+    # The process id alone would not do: several machines may write to one folder.
     aside = final.with_name(f".{final.name}.partial-{secrets.token_hex(4)}")
     try:
         yield aside
@@ -74,14 +74,14 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
 
 
 class Reserve:
-    """Disk space kept for what must still be written at the end of long work.
+    """Disk space reserved for what must be written at the end of a long job.
 
     Args:
-        path: A file of that size until `release`.
-        size_bytes: To keep.
+        path: File that occupies the space until `release`.
+        size_bytes: Space to reserve.
 
     Raises:
-        OSError: If there is not that much.
+        OSError: If there is not enough space.
     """
 
     def __init__(self, path: str | os.PathLike, size_bytes: int):
@@ -89,10 +89,10 @@ class Reserve:
         with self.path.open("wb") as file:
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(file.fileno(), 0, size_bytes)
-            else:  # macOS, Windows: only what is written is there
+            else:  # macOS, Windows: only written bytes occupy space
                 for _ in range(0, size_bytes, 2**20):
                     file.write(bytes(2**20))
 
     def release(self) -> None:
-        """Give the space back to whoever writes next."""
+        """Give the space back for the writes that follow."""
         self.path.unlink(missing_ok=True)
