@@ -1,4 +1,4 @@
-"""MedCT's classes in transformers' Auto classes."""
+"""Registers MedCT's classes with transformers' Auto classes."""
 
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification, AutoProcessor
 
@@ -9,7 +9,7 @@ from medct.processing_medct import MedCTProcessor
 
 
 def register() -> None:
-    """Let the Auto classes of this process find MedCT's, and let `save_pretrained` ship their code."""
+    """Let the Auto classes in this process find MedCT's classes, and let `save_pretrained` ship their code."""
     AutoConfig.register(MedCTConfig.model_type, MedCTConfig, exist_ok=True)
     AutoConfig.register(MedCTVisionConfig.model_type, MedCTVisionConfig, exist_ok=True)
     AutoModel.register(MedCTConfig, MedCTModel, exist_ok=True)
