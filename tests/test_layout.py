@@ -26,7 +26,7 @@ MAY_IMPORT = {
 }
 # The paper's experiment is a run with other settings, so it stands above `train.py`.
 ABOVE_TRAIN = {"training/reproduce_paper.py"}
-# Errors have one base, and the lowest folder ends commands by it.
+# Errors have one base class, which the lowest folder needs to end commands.
 EVERYWHERE = {"medct.errors_medct"}
 
 
@@ -62,13 +62,13 @@ def test_imports_run_downwards(path):
 
 @pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(ROOT)))
 def test_names_come_from_the_file_that_defines_them(path):
-    """`from medct import ...` would be empty in the process of the command, which imports what it needs."""
+    """`from medct import ...` would be empty in the command's process, which imports only what it needs."""
     public = set(medct.__all__)
     assert not {module.removeprefix("medct.") for module in imported(path)} & public
 
 
 def test_no_folder_hides_another_package():
-    """`python train.py` puts the root on the path of imports, before all that is installed."""
+    """`python train.py` puts the root on the import path, ahead of all that is installed."""
     names = [path.name.removesuffix(".py") for path in ROOT.iterdir() if path.is_dir() or path.suffix == ".py"]
     names = [name for name in names if name.isidentifier() and name not in ("__init__", "build", "tests")]
     code = "import importlib.util, sys\nprint([n for n in sys.argv[1:] if importlib.util.find_spec(n)])"
@@ -81,7 +81,7 @@ def test_no_folder_hides_another_package():
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["predict", "--help"], ["predict"]], ids=" ".join)
 def test_the_command_reads_its_arguments_before_it_imports(arguments):
-    """What takes seconds to import is not there when the arguments have been read."""
+    """What takes seconds to import has not been imported once the arguments are parsed."""
     code = """
 import sys
 sys.argv = ["medct", *sys.argv[1:]]
@@ -97,7 +97,7 @@ finally:
     assert found.returncode == (0 if arguments[-1].startswith("--") else 2)
 
 
-def test_the_version_is_said(capsys):
+def test_the_version_is_printed(capsys):
     with pytest.raises(SystemExit):
         make_parser("").parse_args(["--version"])
     assert capsys.readouterr().out == f"medct {medct.__version__}\n"

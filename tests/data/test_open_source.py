@@ -23,8 +23,10 @@ def test_phantoms_are_those_of_a_default_run():
     assert set(few[0]) < set(few[1]) and len(few[1]) == 5
 
 
-def test_phantoms_have_the_labels_that_they_are_drawn_with():
-    with pytest.raises(DataError, match=r"phantoms: drawn with CT-CLIP's 18 labels. Pass a model that has them"):
+def test_phantoms_need_the_labels_that_they_are_drawn_with():
+    with pytest.raises(
+        DataError, match=r"phantoms: these are drawn with CT-CLIP's 18 labels. Pass a model that has them"
+    ):
         open_source(PHANTOMS, "train", MedCTConfig(id2label={0: "nodule"}, label2id={"nodule": 0}))
 
 
