@@ -110,7 +110,7 @@ def test_a_run_stays_at_the_commit_that_it_started_with(ct_rate):
 
 def test_a_missing_volume_is_a_bad_sample_with_a_reason_in_one_line(ct_rate):
     missing = HubFile(REPO, "dataset/nowhere.nii.gz", "main")
-    with pytest.raises(VolumeError, match=r"hf://datasets/org/CT-RATE/dataset/nowhere.nii.gz: it is not there"):
+    with pytest.raises(VolumeError, match=r"hf://datasets/org/CT-RATE/dataset/nowhere.nii.gz: it does not exist"):
         read_study({"volume": missing}, "SLP")
     assert ct_rate.count("GET .*nowhere") == 1  # not a network fault
 

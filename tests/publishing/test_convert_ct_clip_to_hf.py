@@ -133,7 +133,7 @@ def test_code_in_a_checkpoint_is_not_run(tokenizer_folder, tmp_path):
 
 
 def test_missing_tokenizer_and_sizes(checkpoint, tokenizer_folder, sizes_file, tmp_path):
-    with pytest.raises(ConversionError, match="no tokenizer"):
+    with pytest.raises(ConversionError, match="not a tokenizer"):
         convert(checkpoint, tmp_path / "out", str(tmp_path / "nowhere"), sizes_file)
     sizes = json.loads(sizes_file.read_text())
     del sizes["heads"]

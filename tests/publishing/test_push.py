@@ -301,7 +301,7 @@ def test_a_push_that_fails_leaves_the_folder_and_the_command(hub, adapter, pushe
     at = ("--base", "org/base", "--base_revision", pushed_base)
     message = refused("push", adapter, "org/site-b", "--private", *at)
     command = message.split("finish with: medct ")[1]
-    assert f"{adapter} is whole" in message
+    assert f"{adapter} is intact" in message
     assert {path.name: path.read_bytes() for path in adapter.iterdir()} == before
     main(command.split())
     assert "adapter_model.safetensors" in hub.files("org/site-b")
