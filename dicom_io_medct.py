@@ -1,28 +1,35 @@
 """DICOM: one CT series out of files in any order, or one Enhanced multi-frame file.
 
 Unusual:
-- A damaged file is never left out, since that would turn it into a missing slice. What is left out (other kinds of
-  image, localizers, files that are no DICOM) is counted in the notes.
+- A damaged file is never left out, since that would turn it into a missing slice; nor is one that lies in the place of
+  a slice (empty, zeros, a pointer, without the mark of DICOM). What is left out (other kinds of image, localizers, and
+  files that never were DICOM) is counted in the notes.
 - Slices are ordered and spaced by their positions along their common normal; instance numbers, slice thickness and file
   names are not asked. Positions must be even and lie on a line, or the series is refused with the figures.
 - Rescale slope and intercept must both be there, slice by slice (or be given by the caller), because a default of 1 and
-  0 would make air of 0 HU.
+  0 would make air of 0 HU. RescaleType US is that of values without a unit, and what GDCM and ITK write into every CT
+  that had none: of single-frame CT images it is taken for HU if they show air.
 - No message holds text from a header but terms of the standard's own lists: other fields, and pydicom's own messages,
   may hold names, dates and identifiers.
 
 Source: DICOM PS3.3 (C.7.6.2, C.7.6.16, C.8.2, C.11.1), PS3.5.
 """
 
+import re
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from pathlib import PurePath
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from .byte_sources_medct import ByteSource, too_inflated
-from .dicom_pixels_medct import AGAIN, DEFLATED, PixelLayout, Slice, decode, hu_of, layout_of, name_of, quiet_pydicom
-from .volume_medct import CTVolume, VolumeError, check_affine, refuse_second_rescale
+from .byte_sources_medct import ByteSource, base_name, too_inflated
+from .dicom_geometry_medct import check_alike, order, to_grid
+from .dicom_pixels_medct import AGAIN, DEFLATED, PixelLayout, Slice, decode, layout_of, name_of, quiet_pydicom
+from .dicom_stacks_medct import stacks_of, told_by
+from .no_scans_medct import STANDS_FOR_A_FILE, what_is
+from .volume_medct import AIR_HU, CTVolume, VolumeError, refuse_second_rescale
 
 try:
     import pydicom
@@ -36,17 +43,19 @@ _CT_CLASSES = (
 )
 _DICOMDIR_CLASS = "1.2.840.10008.1.3.10"
 _DICOMDIR = "table of contents of a disc (DICOMDIR)"
+_HU = ("HU", "HU_MOD")
 _RESCALE_TYPES = ("HU", "HU_MOD", "US", "OD", "MGML", "PCT", "Z_EFF", "ED", "EDW")
 _MODALITIES = ("CT", "MR", "PT", "NM", "US", "CR", "DX", "MG", "XA", "SC", "OT", "SEG", "RTSTRUCT", "RTDOSE", "SR")
-_GAP_TOLERANCE = 0.02
-"""Share of the usual slice step by which one may differ."""
-_POSITION_DIGITS_MM = 2e-3
-"""How exactly headers write positions."""
-_MAX_LEAN_DEGREES = 0.1
-_MAX_GAP_STEPS = 5
-"""Usual steps that interpolation bridges when the caller asks for it."""
-_ALL_FILES = "Pass all files of the series together: a folder, or a list of them (in a list, for a processor)"
-_STRAIGHT = "Pass `resample_irregular=True` to have the slices interpolated"
+_SUFFIXES = (".dcm", ".dicom", ".dic", ".ima")
+"""Of files that stand for a DICOM file whatever they hold."""
+_HEAD_BYTES = 600
+_LONG_HEAD_BYTES = 2**12
+_FIRST_GROUPS = (b"\x02\x00", b"\x08\x00")
+_DECIMALS = (0x00200032, 0x00200037, 0x00280030, 0x00281052, 0x00281053, 0x00180050, 0x00180088)
+"""Position, orientation, spacing, intercept, slope, thickness and step."""
+_AIR_HU_RANGE = (-1100, -900)
+_LEAST_AIR = 0.01
+"""Share of voxels in that range which shows that values without a unit are HU; of a chest it is far more."""
 
 
 _CTFile = tuple[ByteSource, Any, int | None]
@@ -54,7 +63,18 @@ _CTFile = tuple[ByteSource, Any, int | None]
 
 
 def is_dicom(head: bytes) -> bool:
-    return head[128:132] == b"DICM"
+    """Whether a file begins as DICOM: with the mark, or with a data set that was stored without one."""
+    return head[128:132] == b"DICM" or _is_bare(head)
+
+
+def _is_bare(head: bytes) -> bool:
+    """Whether the first bytes are an element of the first groups of a data set, with a plausible length."""
+    if len(head) < 12 or head[:2] not in _FIRST_GROUPS or head[3] > 0x20:
+        return False
+    if head[4:6].isalpha() and head[4:6].isupper():
+        return int.from_bytes(head[6:8], "little") <= 128
+    length = int.from_bytes(head[4:8], "little")
+    return 0 < length <= 128 and length % 2 == 0
 
 
 def read_dicom(
@@ -81,12 +101,16 @@ def read_dicom(
         raise VolumeError(source, "DICOM needs pydicom and decoders", "Install them: pip install medct[dicom]")
     with quiet_pydicom():
         found, left_out = _collect(files, source)
-        slices = [one for file in _choose_series(found, source, series) for one in _slices_of(*file, rescale)]
-        _check_alike(slices)
-        slices, notes = _order(slices, source, resample_irregular)
-        hu = decode(slices, source)
-    hu, affine, more = _to_grid(hu, slices, source)
-    notes = [*_left_out_notes(left_out), *notes, *more]
+        slices = _choose(found, source, series, rescale)
+        check_alike(slices)
+        slices, notes = order(slices, source, resample_irregular)
+        hu, more_notes = decode(slices, source)
+        if not all(one.is_hu for one in slices):
+            more_notes += _check_air(hu, source)
+    hu, affine, more = to_grid(hu, slices, source)
+    if not any(one.has_modality for one in slices):
+        more.append("its headers name no modality: taken for CT by their SOP class")
+    notes = [*_left_out_notes(left_out), *notes, *more_notes, *more]
     return CTVolume(hu.T, affine, source, tuple(notes))  # (k, row, column) -> (column, row, k)
 
 
@@ -94,10 +118,11 @@ def _collect(files: Sequence[ByteSource], source: str) -> tuple[list[_CTFile], C
     """All CT images among files, and how many files of other kinds there are."""
     found: list[_CTFile] = []
     left_out: Counter = Counter()
+    others: list[ByteSource] = []
     for file in files:
         with file.open() as stream:
-            if not is_dicom(stream.read(132)):
-                left_out["no DICOM file"] += 1
+            if not is_dicom(stream.read(_HEAD_BYTES)):
+                others.append(file)
                 continue
             header, pixel_offset = _read_header(file, stream)
         reason = _why_no_slice(file, header)
@@ -105,6 +130,10 @@ def _collect(files: Sequence[ByteSource], source: str) -> tuple[list[_CTFile], C
             found.append((file, header, pixel_offset))
         else:
             left_out[reason] += 1
+    names = {_place_and_suffix(file) for file, _, _ in found}
+    for file in others:
+        _check_other(file, names)
+        left_out["no DICOM file"] += 1
     if not found:
         kinds = ", ".join(f"{count} x {kind}" for kind, count in left_out.most_common(5)) or "it is empty"
         raise VolumeError(source, f"it holds no CT slices ({kinds})", "Pass the files of a CT series")
@@ -112,26 +141,54 @@ def _collect(files: Sequence[ByteSource], source: str) -> tuple[list[_CTFile], C
     return found, left_out
 
 
+def _place_and_suffix(file: ByteSource) -> tuple[str, str]:
+    base = base_name(file.name)
+    return file.name.removesuffix(base), PurePath(base).suffix.lower()
+
+
+def _check_other(file: ByteSource, names: set[tuple[str, str]]) -> None:
+    """Refuse what is no DICOM file and lies in the place of one, which its name or its emptiness shows."""
+    what, remedy = what_is(file) or (None, AGAIN)
+    name = _place_and_suffix(file)
+    is_alike = name in names and (what is None or remedy in STANDS_FOR_A_FILE)
+    if is_alike or name[1] in _SUFFIXES or (not names and remedy in STANDS_FOR_A_FILE):
+        lacks = "it is damaged: it lacks the mark of a DICOM file"
+        raise VolumeError(file.name, lacks if what is None else f"it is no DICOM file, but {what}", remedy)
+
+
 def _read_header(file: ByteSource, stream: BinaryIO) -> tuple[Any, int | None]:
     """Everything before the pixels, and at which byte those begin in the file (not if it is deflated)."""
     try:
         is_deflated = _check_deflated(file, stream)
         stream.seek(0)
-        header = pydicom.dcmread(stream, stop_before_pixels=True)
+        header = pydicom.dcmread(stream, stop_before_pixels=True, force=True)  # where there is no mark
         return header, None if is_deflated else stream.tell()
     except VolumeError:
         raise
     except Exception as error:  # pydicom raises many kinds; their texts hold values of the header
+        if _has_no_character_set(file.head(_LONG_HEAD_BYTES)):
+            reason = "its SpecificCharacterSet is no name of one but control characters"
+            raise VolumeError(file.name, reason, "Export it with a character set, or without") from None
         raise VolumeError(file.name, f"it is a damaged DICOM file ({type(error).__name__})", AGAIN) from None
+
+
+def _has_no_character_set(head: bytes) -> bool:
+    """Whether control characters stand where a data set should name its character set."""
+    at = head.find(b"\x08\x00\x05\x00")
+    length = int.from_bytes(
+        head[at + 6 : at + 8] if head[at + 4 : at + 6] == b"CS" else head[at + 4 : at + 8], "little"
+    )
+    value = head[at + 8 : at + 8 + length].rstrip(b"\0 ")
+    return at >= 0 and any(letter < ord(" ") for letter in value)
 
 
 def _check_deflated(file: ByteSource, stream: BinaryIO) -> bool:
     """Whether a data set is deflated; refuses a bomb before pydicom inflates it in one piece."""
     stream.seek(0)
-    head = stream.read(2**12)
+    head = stream.read(_LONG_HEAD_BYTES)
     # The first element of the file meta information, in 12 bytes behind the mark, is the length of what follows it.
     start = 144 + int.from_bytes(head[140:144], "little")
-    if DEFLATED.encode() not in head[:start]:
+    if head[128:132] != b"DICM" or DEFLATED.encode() not in head[:start]:
         return False
     stream.seek(start)
     inflater, count = zlib.decompressobj(-zlib.MAX_WBITS), 0
@@ -146,7 +203,8 @@ def _why_no_slice(file: ByteSource, header: Any) -> str | None:
     """What a file is if it is no CT slice; none if it is one."""
     try:
         # The file meta information has it where a data set leaves it empty, as some anonymizers do.
-        kind = str(header.get("SOPClassUID") or header.file_meta.get("MediaStorageSOPClassUID") or "")
+        stored_as = str(header.file_meta.get("MediaStorageSOPClassUID") or "")
+        kind = str(header.get("SOPClassUID") or stored_as)
         modality, image_type = str(header.get("Modality") or "CT"), header.get("ImageType") or []
         image_types = [str(value).upper() for value in ([image_type] if isinstance(image_type, str) else image_type)]
     except Exception as error:  # as above
@@ -155,9 +213,13 @@ def _why_no_slice(file: ByteSource, header: Any) -> str | None:
         return _DICOMDIR
     if not kind or not len(header):
         raise VolumeError(file.name, "it is a damaged DICOM file (without a SOP class or any data)", AGAIN)
+    if kind not in _CT_CLASSES and stored_as in _CT_CLASSES:
+        raise VolumeError(file.name, "it is a damaged DICOM file (its SOP classes contradict each other)", AGAIN)
     if kind not in _CT_CLASSES:
         uid = pydicom.uid.UID(kind)
         return uid.name if uid.name != kind else "unknown kind of DICOM file"
+    if "Rows" not in header or "Columns" not in header:
+        raise VolumeError(file.name, "it is a damaged DICOM file (without the size of its image)", AGAIN)
     if modality != "CT":
         return f"modality {modality}" if modality in _MODALITIES else "modality other than CT"
     return "localizer" if "LOCALIZER" in image_types else None
@@ -229,40 +291,67 @@ def _slice(
         scale = [value("PixelValueTransformationSequence", part) for part in ("RescaleSlope", "RescaleIntercept")]
         unit = str(value("PixelValueTransformationSequence", "RescaleType") or "HU").strip().upper()
         has_modality = bool(header.get("Modality"))
-        slope, intercept = _rescale(name, scale, rescale)
+        slope, intercept = _rescale(name, scale, rescale, unit, is_single=frame is None)
+        is_hu = unit in _HU or None not in rescale
+        told = told_by(header, own)
     except VolumeError:
         raise
     except Exception as error:  # as above
+        if _has_decimal_comma(header):
+            raise VolumeError(name, "its numbers are written with decimal commas", "Export it with points") from None
         raise VolumeError(name, f"it is a damaged DICOM file ({type(error).__name__})", AGAIN) from None
-    if unit not in ("HU", "HU_MOD"):
-        unit = unit if unit in _RESCALE_TYPES else "of another unit"
-        raise VolumeError(name, f"its RescaleType is {unit}, not HU", "Pass the CT series, not a map computed from it")
     if not (spacing > 0).all():
         raise VolumeError(name, f"its spacing is {tuple(spacing.tolist())} mm", AGAIN)
-    return Slice(file, frame, has_modality, pixels, position, orientation, spacing, steps, slope, intercept)
+    return Slice(
+        file, frame, has_modality, pixels, position, orientation, spacing, steps, slope, intercept, is_hu, told
+    )
 
 
-def _rescale(name: str, found: list[Any], given: tuple[float | None, float | None]) -> tuple[float, float]:
-    """Slope and intercept, of the header or of the caller, and never of both."""
-    if None not in found and "" not in found:
-        slope, intercept = float(found[0]), float(found[1])
-        if given != (None, None):
-            refuse_second_rescale(name, slope, intercept)
-    elif None in given:
+def _rescale(
+    name: str, found: list[Any], given: tuple[float | None, float | None], unit: str, is_single: bool
+) -> tuple[float, float]:
+    """Slope and intercept, of the header or of the caller, and never of both where those of the header give HU."""
+    is_known = None not in found and "" not in found
+    if None not in given and not (is_known and unit in _HU):
+        slope, intercept = float(given[0]), float(given[1])
+    elif unit not in _HU and not (unit == "US" and is_single):
+        raise _no_hu(name, unit if unit in _RESCALE_TYPES else "of another unit")
+    elif not is_known:
         raise VolumeError(
             name,
             "RescaleSlope or RescaleIntercept is missing, so HU are not known",
             "Pass both `rescale_slope=` and `rescale_intercept=` if you know them",
         )
     else:
-        slope, intercept = float(given[0]), float(given[1])
+        slope, intercept = float(found[0]), float(found[1])
+        if given != (None, None):
+            refuse_second_rescale(name, slope, intercept)
     if not (np.isfinite([slope, intercept]).all() and slope != 0 and max(abs(slope), abs(intercept)) < 1e6):
         raise VolumeError(name, f"its rescale slope is {slope:g} and its intercept {intercept:g}", AGAIN)
     return slope, intercept
 
 
-def _choose_series(files: list[_CTFile], source: str, series: int | str | None) -> list[_CTFile]:
-    """The files of one series; the list of a refusal counts their slices, largest series first."""
+def _no_hu(name: str, unit: str, why: str = "") -> VolumeError:
+    return VolumeError(
+        name,
+        f"its RescaleType is {unit}, not HU{why}",
+        "Pass the CT series, not a map computed from it, or both `rescale_slope=` and `rescale_intercept=` to HU",
+    )
+
+
+def _check_air(hu: np.ndarray, source: str) -> list[str]:
+    """A remark on values without a unit that show air as HU do; others are refused."""
+    lowest, highest = _AIR_HU_RANGE
+    share = np.count_nonzero((hu >= lowest) & (hu <= highest)) / hu.size
+    if share < _LEAST_AIR:
+        raise _no_hu(source, "US", f", and it shows no air near {AIR_HU} HU")
+    return [f"its RescaleType is US, as GDCM and ITK write: taken for HU, since {share:.0%} of it is air"]
+
+
+def _choose(
+    files: list[_CTFile], source: str, series: int | str | None, rescale: tuple[float | None, float | None]
+) -> list[Slice]:
+    """The slices of one scan; the list of a refusal counts those of all, largest series first."""
     groups: dict[str, list[_CTFile]] = defaultdict(list)
     for file, header, pixel_offset in files:
         try:
@@ -270,20 +359,57 @@ def _choose_series(files: list[_CTFile], source: str, series: int | str | None) 
         except Exception as error:  # as above
             raise VolumeError(file.name, f"it is a damaged DICOM file ({type(error).__name__})", AGAIN) from None
         groups[uid].append((file, header, pixel_offset))
-    ordered = sorted(groups.items(), key=lambda group: (-_count(group[1]), group[0]))
-    if series is None and len(ordered) == 1:
-        return files
-    listed = "; ".join(f"{number}: {_describe(group)}" for number, (_, group) in enumerate(ordered, 1))
-    if series is None:
-        raise VolumeError(
-            source, f"it holds {len(ordered)} CT series ({listed})", "Pass `series=` with the number of one, or its UID"
-        )
-    if isinstance(series, str) and series in groups:
-        return groups[series]
+    ordered = [group for _, group in sorted(groups.items(), key=lambda group: (-_count(group[1]), group[0]))]
+    by_uid = isinstance(series, str) and series in groups
+    if by_uid or (series is None and len(ordered) == 1):
+        slices = _slices(groups[series] if by_uid else ordered[0], rescale)
+        if len(stacks_of(slices)[0]) == 1:
+            return slices
+    entries = [entry for group in ordered for entry in _entries(group, rescale)]
+    listed = "; ".join(f"{number}: {text}" for number, (text, _, _) in enumerate(entries, 1))
+    if series is None or by_uid:
+        is_split = any(stack is not None for _, _, stack in entries)
+        what = "scans, of which some lie in each other" if is_split else "CT series"
+        remedy = "Pass `series=` with the number of one" + ("" if is_split else ", or its UID")
+        raise VolumeError(source, f"it holds {len(entries)} {what} ({listed})", remedy)
     number = int(series) if isinstance(series, int | np.integer) or str(series).isdecimal() else 0
-    if not 1 <= number <= len(ordered):
+    if not 1 <= number <= len(entries):
         raise VolumeError(source, f"it holds no such series ({listed})", "Pass `series=` with one of these numbers")
-    return ordered[number - 1][1]
+    _, group, stack = entries[number - 1]
+    return _slices(group, rescale) if stack is None else stack
+
+
+def _slices(group: list[_CTFile], rescale: tuple[float | None, float | None]) -> list[Slice]:
+    return [one for file in group for one in _slices_of(*file, rescale)]
+
+
+def _entries(
+    group: list[_CTFile], rescale: tuple[float | None, float | None]
+) -> list[tuple[str, list[_CTFile], list[Slice] | None]]:
+    """The scans of one series for a list: what to call each, its files, and its slices if those are only some."""
+    try:
+        stacks, names = stacks_of(_slices(group, rescale))
+    except VolumeError:  # told when it is chosen
+        return [(_describe(group), group, None)]
+    if len(stacks) == 1:
+        return [(_describe(group), group, None)]
+    return [
+        (f"{len(stack)} slices of {' x '.join(map(str, stack[0].pixels.shape))} pixels, by {names}", group, stack)
+        for stack in stacks
+    ]
+
+
+def _has_decimal_comma(item: Any) -> bool:
+    """Whether a number of a data set is written with a comma."""
+    for tag in item.keys():  # noqa: SIM118 - values would be converted
+        element = item.get_item(tag)
+        if element.VR == "SQ":
+            found = any(map(_has_decimal_comma, item[tag].value))
+        else:
+            found = tag in _DECIMALS and re.search(r"\d,\d", str(element.value))
+        if found:
+            return True
+    return False
 
 
 def _count(group: list[_CTFile]) -> int:
@@ -301,170 +427,6 @@ def _number(header: Any, attribute: str) -> int:
         return int(header.get(attribute) or 0)
     except Exception:  # as above
         return 0
-
-
-def _check_alike(slices: list[Slice]) -> None:
-    """Refuse slices that are not all of one size, spacing and direction."""
-    first = slices[0]
-    for one in slices:
-        (rows, columns), others = one.pixels.shape, first.pixels.shape
-        if (rows, columns) != others:
-            reason = f"it is {rows} x {columns}, others are {others[0]} x {others[1]}"
-        elif np.abs(one.spacing_mm - first.spacing_mm).max() > 1e-4 * first.spacing_mm.min():
-            reason = f"its PixelSpacing {one.spacing_mm.tolist()} differs from {first.spacing_mm.tolist()} of others"
-        elif np.abs(one.orientation - first.orientation).max() > 1e-4:
-            turned, usual = one.orientation.round(4).tolist(), first.orientation.round(4).tolist()
-            reason = f"its orientation {turned} differs from {usual} of others"
-        else:
-            continue
-        raise VolumeError(one.name, reason, "Pass the files of one stack of slices")
-    row, column = first.orientation[:3], first.orientation[3:]
-    if max(abs(np.linalg.norm(row) - 1), abs(np.linalg.norm(column) - 1), abs(row @ column)) > 1e-3:
-        raise VolumeError(first.name, "its ImageOrientationPatient is no pair of perpendicular unit vectors", AGAIN)
-
-
-def _normal(slices: Sequence[Slice]) -> np.ndarray:
-    return np.cross(slices[0].orientation[:3], slices[0].orientation[3:])
-
-
-def _along(slices: Sequence[Slice]) -> np.ndarray:
-    """Positions along the normal, mm."""
-    return np.array([one.position_mm for one in slices]) @ _normal(slices)
-
-
-def _order(slices: list[Slice], source: str, resample_irregular: bool) -> tuple[list[Slice], list[str]]:
-    """Slices by position, after the checks of their positions."""
-    slices = [slices[k] for k in np.argsort(_along(slices), kind="stable")]
-    slices, notes = _without_repeats(slices, source, resample_irregular)
-    if len(slices) < 2:
-        raise VolumeError(
-            source,
-            "it holds one slice, which is no volume",
-            "Pass all files of the series together: a folder or a list",
-        )
-    along = _along(slices)
-    gaps = np.diff(along)
-    step = float(np.median(gaps))
-    uneven = np.flatnonzero(np.abs(gaps - step) > _GAP_TOLERANCE * step)
-    if len(uneven):
-        figures = ", ".join(f"{gaps[k]:.3f} mm between {along[k]:.2f} and {along[k + 1]:.2f}" for k in uneven[:5])
-        reason = f"its slice steps are uneven (usually {step:.3f} mm, but {figures})"
-        if not resample_irregular:
-            raise VolumeError(source, f"{reason}: slices are missing or of two stacks", _STRAIGHT)
-        if gaps.max() > _MAX_GAP_STEPS * step:
-            raise VolumeError(source, reason, "Find the missing slices: the gap is too wide to interpolate")
-    _check_line(slices, source, along, step, resample_irregular)
-    return slices, notes
-
-
-def _without_repeats(slices: list[Slice], source: str, resample_irregular: bool) -> tuple[list[Slice], list[str]]:
-    """Refuse positions that occur more than once, or keep one slice of each if all its pixels are the same."""
-    along = _along(slices)
-    repeats = np.flatnonzero(np.diff(along) < 1e-3)
-    if not len(repeats):
-        return slices, []
-    k = int(repeats[0])
-    reason = (
-        f"{len(repeats)} slice positions occur more than once, such as {along[k]:.3f} mm in "
-        f"{slices[k].name} and {slices[k + 1].name}"
-    )
-    if not resample_irregular:
-        raise VolumeError(source, reason, "Pass the files of one phase of one series")
-    kept = [slices[0]]
-    for before, one, repeated in zip(slices, slices[1:], np.diff(along) < 1e-3, strict=False):
-        if not repeated:
-            kept.append(one)
-        elif not np.array_equal(hu_of(before, {}), hu_of(one, {})):
-            raise VolumeError(source, f"{reason}, with different pixels", "Pass the files of one phase of one series")
-    return kept, [f"{len(repeats)} repeated slices with the same pixels were left out"]
-
-
-def _check_line(slices: list[Slice], source: str, along: np.ndarray, step: float, resample_irregular: bool) -> None:
-    """Refuse stacks whose slices lie beside each other, or lean."""
-    origins = np.array([one.position_mm for one in slices])
-    share = (along - along[0]) / (along[-1] - along[0])
-    off_line = np.linalg.norm(origins - (origins[0] + share[:, None] * (origins[-1] - origins[0])), axis=1)
-    if off_line.max() > 0.1 * step + 0.01:
-        k = int(off_line.argmax())
-        raise VolumeError(
-            source,
-            f"its slices do not lie on a line ({slices[k].name} is {off_line[k]:.2f} mm beside it)",
-            "Pass the files of one stack of slices",
-        )
-    sideways, lean = _lean(slices)
-    if not resample_irregular and _is_leaning(slices):
-        raise VolumeError(
-            source,
-            f"its slices are stacked {lean:.1f} degrees off their normal (gantry tilt or a sheared stack, "
-            f"{np.linalg.norm(sideways):.1f} mm from end to end)",
-            "Pass `resample_irregular=True` to have it resampled to a straight grid",
-        )
-
-
-def _lean(slices: list[Slice]) -> tuple[np.ndarray, float]:
-    """How far ordered slices slide sideways from the first to the last, mm, and the angle of that, degrees."""
-    whole, normal = slices[-1].position_mm - slices[0].position_mm, _normal(slices)
-    sideways = whole - (whole @ normal) * normal
-    return sideways, float(np.degrees(np.arctan2(np.linalg.norm(sideways), whole @ normal)))
-
-
-def _is_leaning(slices: list[Slice]) -> bool:
-    """Whether a stack leans; under a pixel over the whole of it no voxel is misplaced."""
-    sideways, lean = _lean(slices)
-    return bool(np.linalg.norm(sideways) > slices[0].spacing_mm.min() and lean > _MAX_LEAN_DEGREES)
-
-
-def _to_grid(hu: np.ndarray, slices: list[Slice], source: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """HU on even steps, and the affine of `(column, row, k)` to RAS+ mm; uneven steps are interpolated."""
-    notes, along = [], _along(slices)
-    gaps = np.diff(along)
-    step = float(np.median(gaps))
-    count = len(slices)
-    if (np.abs(gaps - step) > _GAP_TOLERANCE * step).any():
-        count = round((along[-1] - along[0]) / step) + 1
-        hu = _on_even_steps(hu, along, count)
-        notes.append(
-            f"slices with steps of {gaps.min():.3f} to {gaps.max():.3f} mm were interpolated to {count} even ones"
-        )
-    first, whole = slices[0].position_mm, slices[-1].position_mm - slices[0].position_mm
-    if not _is_leaning(slices):
-        # What it slides all the same is shared between both ends.
-        sideways, _ = _lean(slices)
-        first, whole = first + sideways / 2, whole - sideways
-    length = float(np.linalg.norm(whole))
-    orientation, spacing = slices[0].orientation, slices[0].spacing_mm
-    affine = np.eye(4)
-    affine[:3, 0] = orientation[:3] * spacing[1]
-    affine[:3, 1] = orientation[3:] * spacing[0]
-    affine[:3, 2] = whole / length * _exact_step(slices, length, count)
-    affine[:3, 3] = first
-    affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine  # LPS -> RAS
-    check_affine(source, affine)
-    if not any(one.has_modality for one in slices):
-        notes.append("its headers name no modality: taken for CT by their SOP class")
-    return hu, affine, notes
-
-
-def _exact_step(slices: list[Slice], length_mm: float, count: int) -> float:
-    """Step of slices over a length, mm: as written, or round, where positions of a few digits cannot tell them apart.
-
-    Else steps of 5 mm would come back as 4.999999 from positions.
-    """
-    measured = length_mm / (count - 1)
-    for step in (*slices[0].written_steps_mm, round(measured, 3)):
-        if abs(step - measured) * (count - 1) < _POSITION_DIGITS_MM:
-            return step
-    return measured
-
-
-def _on_even_steps(hu: np.ndarray, along: np.ndarray, count: int) -> np.ndarray:
-    even = np.empty((count, *hu.shape[1:]), hu.dtype)
-    for k, position in enumerate(np.linspace(along[0], along[-1], count)):
-        lower = min(int(np.searchsorted(along, position, side="right")) - 1, len(along) - 2)
-        weight = np.float32((position - along[lower]) / (along[lower + 1] - along[lower]))
-        values = hu[lower] * (1 - weight) + hu[lower + 1] * weight
-        even[k] = values.round() if hu.dtype == np.int16 else values
-    return even
 
 
 def _left_out_notes(left_out: Counter) -> list[str]:

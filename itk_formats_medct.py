@@ -1,22 +1,33 @@
 """NRRD and MetaImage, the two formats that ITK's family writes: a text header, then voxels in the same or another file.
 
-Both are read without a library: a header is a few lines, and the voxels are raw, gzip, bzip2 or zlib bytes. Detached
-voxels are read from the header's own folder only, since a name in a header must not open any file of the machine.
+Both are read without a library: a header is a few lines, and the voxels are text or raw, gzip, bzip2 or zlib bytes.
+Detached voxels are looked for among the files beside the header only, since a name in a header must not open any file
+of the machine. What a header says of units and of the scale of values is followed, also where ITK ignores it.
 
-Source: NRRD format definition (teem), MetaIO documentation (Kitware).
+Source: NRRD format definition (teem), MetaIO documentation and source (Kitware).
 """
 
 import bz2
+import contextlib
 import io
 import math
+import os
+import re
 import zlib
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from .byte_sources_medct import ByteSource, check_promise, fast_gzip, of_path, read_array
-from .volume_medct import CTVolume, VolumeError, affine_from_spacing, check_affine, check_voxels
+from .byte_sources_medct import ByteSource, Finder, check_promise, fast_gzip, read_array
+from .volume_medct import (
+    CTVolume,
+    VolumeError,
+    affine_from_spacing,
+    check_affine,
+    check_voxels,
+    refuse_second_rescale,
+    rescale_to_hu,
+)
 
 _MAX_HEADER_BYTES = 2**20
 _MAX_TEXT_BYTES = 2**26
@@ -31,7 +42,15 @@ _NRRD_TYPES = {
         "u2": ("ushort", "unsigned short", "unsigned short int", "uint16", "uint16_t"),
         "i4": ("int", "signed int", "int32", "int32_t"),
         "u4": ("uint", "unsigned int", "uint32", "uint32_t"),
-        "i8": ("longlong", "long long", "long long int", "signed long long", "int64", "int64_t"),
+        "i8": (
+            "longlong",
+            "long long",
+            "long long int",
+            "signed long long",
+            "signed long long int",
+            "int64",
+            "int64_t",
+        ),
         "u8": ("ulonglong", "unsigned long long", "unsigned long long int", "uint64", "uint64_t"),
         "f4": ("float",),
         "f8": ("double",),
@@ -59,14 +78,36 @@ _NRRD_SPACES = {
         f"{x}-{y}-{z}" for x in ("left", "right") for y in ("anterior", "posterior") for z in ("superior", "inferior")
     )
 }
+_TEXTS = ("text", "txt", "ascii")
 _NRRD_SPACES |= {letters.lower(): letters for letters in _NRRD_SPACES.values()}
 
 
+_META_KEYS = (
+    *("Comment", "ObjectType", "ObjectSubType", "TransformType", "NDims", "Name", "ID", "ParentID", "AcquisitionDate"),
+    *("CompressedData", "CompressedDataSize", "CompressionLevel", "BinaryData", "BinaryDataByteOrderMSB", "Color"),
+    *("ElementByteOrderMSB", "Position", "Offset", "Origin", "Orientation", "Rotation", "TransformMatrix"),
+    *("CenterOfRotation", "DistanceUnits", "AnatomicalOrientation", "ElementSpacing", "DimSize", "HeaderSize"),
+    *("Modality", "SequenceID", "ElementMin", "ElementMax", "ElementNumberOfChannels", "ElementSize", "ElementType"),
+    *("ElementToIntensityFunctionSlope", "ElementToIntensityFunctionOffset", "ElementDataFile"),
+)
+_META_MODALITIES = ("MET_MOD_CT", "MET_MOD_OTHER", "MET_MOD_UNKNOWN")
+_META_SEPARATOR = re.compile("[=:]")
+_UNITS_MM = {
+    **dict.fromkeys(("", "?", "mm", "millimeter", "millimetre", "millimeters", "millimetres"), 1.0),
+    **dict.fromkeys(("cm", "centimeter", "centimetre", "centimeters", "centimetres"), 10.0),
+    **dict.fromkeys(("m", "meter", "metre", "meters", "metres"), 1000.0),
+    **dict.fromkeys(("um", "\u00b5m", "micron", "microns", "micrometer", "micrometre"), 0.001),
+}
+_DECIMAL_COMMA = re.compile(r"\d,\d+(\s|$)")
+# In which a name may be written that a header gives in bytes.
+_NAME_ENCODINGS = ("utf-8", "cp1252", "gb18030", "shift_jis", "latin-1")
+
+
 class ZlibFile(io.RawIOBase):
-    """A zlib stream as a file, inflated as it is read."""
+    """A zlib or gzip stream as a file, inflated as it is read."""
 
     def __init__(self, file: BinaryIO):
-        self._file, self._inflater = file, zlib.decompressobj()
+        self._file, self._inflater = file, zlib.decompressobj(zlib.MAX_WBITS | 32)
 
     def readable(self) -> bool:
         return True
@@ -88,27 +129,57 @@ def is_nrrd(head: bytes) -> bool:
 
 
 def is_metaimage(head: bytes) -> bool:
-    first = head.split(b"\n", 1)[0].split(b"=")[0].strip()
-    return b"=" in head and first in (b"ObjectType", b"NDims", b"Comment") and b"\0" not in head.split(b"\n", 1)[0]
+    first = head.split(b"\n", 1)[0]
+    key = _META_SEPARATOR.split(first.decode("latin-1"), maxsplit=1)[0].strip()
+    return b"\0" not in first and key in _META_KEYS and key != first.decode("latin-1").strip()
 
 
-def read_nrrd(source: ByteSource, path: Path | None) -> CTVolume:
+def read_nrrd(source: ByteSource, find: Finder, rescale: bool = False) -> CTVolume:
     """One NRRD file; stored values are taken for HU, for the format has no rescale.
 
     Args:
         source: Its bytes.
-        path: Where it lies, if that is known, for voxels in a second file.
+        find: For voxels in a second file.
+        rescale: Whether the caller will compute HU.
     """
     with source.open() as file:
         fields = _nrrd_fields(source, file)
         shape, dtype, encoding = _nrrd_layout(source, fields)
-        affine = _nrrd_affine(source, fields)
+        affine, notes = _nrrd_affine(source, fields)
+        _check_quantized(source, fields, dtype, rescale)
         name = fields.get("data file", fields.get("datafile"))
-        if name is not None:
-            source = _detached(source, path, name)
-            with source.open() as voxels:
-                return CTVolume(_nrrd_voxels(source, voxels, fields, shape, dtype, encoding), affine, source.name)
-        return CTVolume(_nrrd_voxels(source, file, fields, shape, dtype, encoding), affine, source.name)
+        if name is None:
+            return CTVolume(_nrrd_voxels(source, file, fields, shape, dtype, encoding), affine, source.name, notes)
+        voxels = _detached(source, find, name)
+        with voxels.open() as file:
+            return CTVolume(_nrrd_voxels(voxels, file, fields, shape, dtype, encoding), affine, source.name, notes)
+
+
+def _check_quantized(source: ByteSource, fields: dict[str, str], dtype: np.dtype, rescale: bool) -> None:
+    """Refuse whole numbers that stand for others, unless the caller says how."""
+    known = [fields.get(name, fields.get(name.replace(" ", ""))) for name in ("old min", "old max")]
+    if None in known or rescale or dtype.kind == "f":
+        return
+    if [_number(source, value, "old min") for value in known] != [np.iinfo(dtype).min, np.iinfo(dtype).max]:
+        raise VolumeError(
+            source.name,
+            "its values were quantized (`old min` and `old max`)",
+            "Pass `rescale_slope=` and `rescale_intercept=` that give HU",
+        )
+
+
+def _number(source: ByteSource, text: str, field: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise _bad_numbers(source, field, text) from error
+
+
+def _bad_numbers(source: ByteSource, field: str, text: str) -> VolumeError:
+    """The error of a field that should hold numbers."""
+    if _DECIMAL_COMMA.search(text):
+        return VolumeError(source.name, f"its {field} is written with decimal commas", "Write it with points")
+    return VolumeError(source.name, f"its {field} holds no numbers as they should be", _AGAIN)
 
 
 def _lines(source: ByteSource, file: BinaryIO):
@@ -126,10 +197,10 @@ def _nrrd_fields(source: ByteSource, file: BinaryIO) -> dict[str, str]:
     for line in _lines(source, file):
         if not line:
             return fields
-        name, colon, value = line.partition(": ")
-        if colon and not line.startswith("#") and ":=" not in name:
+        name, colon, value = line.partition(":")
+        if colon and not line.startswith("#") and not value.startswith("="):
             fields[name.strip().lower()] = value.strip()
-        if name.lower() in ("data file", "datafile") and value.strip().upper().startswith("LIST"):
+        if name.lower() in ("data file", "datafile") and value.split()[:1] == ["LIST"]:
             break
     raise VolumeError(source.name, "its voxels are spread over a list of files", "Write it as one .nrrd file")
 
@@ -139,8 +210,13 @@ def _nrrd_layout(source: ByteSource, fields: dict[str, str]) -> tuple[tuple[int,
         shape = tuple(int(word) for word in fields["sizes"].split())
         dtype = np.dtype(_NRRD_TYPES[fields["type"].lower()])
         encoding = fields["encoding"].lower()
-        dtype = dtype.newbyteorder(">" if fields.get("endian", "little").lower() == "big" else "<")
+        if dtype.itemsize > 1 and encoding not in _TEXTS:
+            dtype = dtype.newbyteorder({"little": "<", "big": ">"}[fields["endian"].lower()])
     except (KeyError, ValueError) as error:
+        if isinstance(error, KeyError) and fields.get("endian", "").lower() not in ("little", "big"):
+            raise VolumeError(
+                source.name, "its NRRD header names no byte order (endian)", "Add `endian: little` or `endian: big`"
+            ) from error
         raise VolumeError(source.name, "its NRRD header lacks sizes, a known type or an encoding", _AGAIN) from error
     if min(shape, default=0) <= 0:
         raise VolumeError(source.name, f"it has shape {shape}", "Pass one volume with three axes, one at a time")
@@ -148,7 +224,7 @@ def _nrrd_layout(source: ByteSource, fields: dict[str, str]) -> tuple[tuple[int,
     return shape, dtype, encoding
 
 
-def _nrrd_affine(source: ByteSource, fields: dict[str, str]) -> np.ndarray:
+def _nrrd_affine(source: ByteSource, fields: dict[str, str]) -> tuple[np.ndarray, tuple[str, ...]]:
     space = _NRRD_SPACES.get(fields.get("space", "").lower())
     if space is None:
         raise VolumeError(
@@ -166,9 +242,19 @@ def _nrrd_affine(source: ByteSource, fields: dict[str, str]) -> np.ndarray:
         raise VolumeError(
             source.name, "its header gives no three `space directions`", "Write it with directions and origin"
         ) from error
-    affine = affine_from_spacing((1, 1, 1), space) @ affine
+    units = {unit.strip() for unit in fields.get("space units", "").split('"')} - {""}
+    unit_mm, notes = _unit(source, units.pop() if len(units) == 1 else "several" if units else "")
+    affine = np.diag([unit_mm, unit_mm, unit_mm, 1.0]) @ affine_from_spacing((1, 1, 1), space) @ affine
     check_affine(source.name, affine)
-    return affine
+    return affine, notes
+
+
+def _unit(source: ByteSource, unit: str) -> tuple[float, tuple[str, ...]]:
+    """Millimetres of a unit of length, and a remark if it is another one."""
+    unit_mm = _UNITS_MM.get(unit.strip().lower())
+    if unit_mm is None:
+        raise VolumeError(source.name, "its unit of length is not known", "Write it in mm")
+    return unit_mm, () if unit_mm == 1 else ("its unit was converted to mm",)
 
 
 def _vector(text: str) -> list[float]:
@@ -178,10 +264,10 @@ def _vector(text: str) -> list[float]:
 def _nrrd_voxels(
     source: ByteSource, file: BinaryIO, fields: dict[str, str], shape: tuple[int, ...], dtype: np.dtype, encoding: str
 ) -> np.ndarray:
-    if encoding in ("text", "txt", "ascii"):
-        return _text_voxels(source, file, shape, dtype)
     promised = math.prod(shape) * dtype.itemsize
-    check_promise(source, promised, compressed=encoding not in ("raw",))
+    is_text = encoding in (*_TEXTS, "hex")
+    if not is_text:
+        check_promise(source, promised, compressed=encoding not in ("raw",))
     try:
         line_skip = int(fields.get("line skip", fields.get("lineskip", "0")))
         byte_skip = int(fields.get("byte skip", fields.get("byteskip", "0")))
@@ -191,17 +277,38 @@ def _nrrd_voxels(
         pass
     if encoding == "raw" and byte_skip == -1:
         file.seek(source.size - promised)
-    elif encoding == "raw":
-        file.seek(max(byte_skip, 0), io.SEEK_CUR)
+        byte_skip = 0
     elif encoding in ("gzip", "gz"):
         file = fast_gzip.GzipFile(fileobj=file, mode="rb")
     elif encoding in ("bzip2", "bz2"):
         file = bz2.BZ2File(file)
-    else:
+    elif encoding != "raw" and not is_text:
         raise VolumeError(source.name, "its encoding is not known", "Write it raw or with gzip")
-    if encoding != "raw" and byte_skip:
-        raise VolumeError(source.name, "its header skips bytes of a compressed stream", "Write it anew")
-    return read_array(source, file, shape, dtype)
+    if byte_skip < 0:
+        raise VolumeError(source.name, f"its header skips {byte_skip} bytes", "Write it anew")
+    _skip_bytes(source, file, byte_skip)  # of what is inflated, as the format has it
+    if encoding == "hex":
+        return _hex_voxels(source, file, shape, dtype)
+    return _text_voxels(source, file, shape, dtype) if is_text else read_array(source, file, shape, dtype)
+
+
+def _skip_bytes(source: ByteSource, file: BinaryIO, count: int) -> None:
+    try:
+        while count > 0 and (skipped := len(file.read(min(count, 2**20)))):
+            count -= skipped
+    except Exception as error:  # gzip, isal and bz2 each raise their own
+        raise VolumeError(source.name, f"its compressed stream is damaged ({error})", _AGAIN) from error
+
+
+def _hex_voxels(source: ByteSource, file: BinaryIO, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    text = file.read(_MAX_TEXT_BYTES + 1)
+    try:
+        if len(text) > _MAX_TEXT_BYTES:
+            raise ValueError("too long")
+        values = np.frombuffer(bytes.fromhex(text.decode("ascii")), dtype).reshape(shape, order="F")
+    except ValueError as error:
+        raise VolumeError(source.name, "its voxels are no hex: its encoding is not known", "Write it raw") from error
+    return values.astype(dtype.newbyteorder("="))
 
 
 def _text_voxels(source: ByteSource, file: BinaryIO, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -217,28 +324,37 @@ def _text_voxels(source: ByteSource, file: BinaryIO, shape: tuple[int, ...], dty
         ) from error
 
 
-def read_metaimage(source: ByteSource, path: Path | None) -> CTVolume:
+def read_metaimage(source: ByteSource, find: Finder, rescale: bool = False) -> CTVolume:
     """One MetaImage file (`.mha`, or `.mhd` with its data beside it); stored values are taken for HU.
 
     Args:
         source: Its bytes.
-        path: Where it lies, if that is known.
+        find: For voxels in a second file.
+        rescale: Whether the caller will compute HU.
     """
     with source.open() as file:
         fields: dict[str, str] = {}
         for line in _lines(source, file):
-            name, _, value = line.partition("=")
-            fields[name.strip()] = value.strip()
+            name, *value = _META_SEPARATOR.split(line, maxsplit=1)
+            fields[name.strip()] = value[0].strip() if value else ""
             if name.strip() == "ElementDataFile":
                 break
         shape, dtype = _meta_layout(source, fields)
         affine, notes = _meta_affine(source, fields)
+        scale, more = _meta_scale(source, fields, rescale)
         name = fields["ElementDataFile"]
         if name.upper() == "LOCAL":
-            return CTVolume(_meta_voxels(source, file, fields, shape, dtype), affine, source.name, notes)
-        voxels = _detached(source, path, name)
-        with voxels.open() as file:
-            return CTVolume(_meta_voxels(voxels, file, fields, shape, dtype), affine, source.name, notes)
+            array = _meta_voxels(source, file, fields, shape, dtype)
+        else:
+            voxels = _detached(source, find, name)
+            with voxels.open() as file:
+                array = _meta_voxels(voxels, file, fields, shape, dtype, is_alone=True)
+    return CTVolume(rescale_to_hu(array, *scale), affine, source.name, (*notes, *more))
+
+
+def _is_true(fields: dict[str, str], *names: str, default: str = "False") -> bool:
+    """A truth value as MetaIO reads it, by its first letter."""
+    return next((fields[name] for name in names if name in fields), default)[:1] in ("T", "t", "1")
 
 
 def _meta_layout(source: ByteSource, fields: dict[str, str]) -> tuple[tuple[int, ...], np.dtype]:
@@ -246,18 +362,19 @@ def _meta_layout(source: ByteSource, fields: dict[str, str]) -> tuple[tuple[int,
         shape = tuple(int(word) for word in fields["DimSize"].split())
         channels = int(fields.get("ElementNumberOfChannels", "1"))
         dtype = np.dtype(_META_TYPES[fields["ElementType"].upper()])
-        big = fields.get("BinaryDataByteOrderMSB", fields.get("ElementByteOrderMSB", "False"))
     except (KeyError, ValueError) as error:
         raise VolumeError(source.name, "its MetaImage header lacks DimSize or a known ElementType", _AGAIN) from error
+    if fields.get("Modality", "MET_MOD_CT").upper() not in _META_MODALITIES:
+        raise VolumeError(source.name, "its Modality is not CT", "Pass a CT scan")
     if channels != 1 or min(shape, default=0) <= 0:
         raise VolumeError(
             source.name,
             f"it has shape {shape} and {channels} channels",
             "Pass one volume with three axes, one at a time",
         )
-    dtype = dtype.newbyteorder(">" if big.lower() == "true" else "<")
+    is_big = _is_true(fields, "BinaryDataByteOrderMSB", "ElementByteOrderMSB")
     check_voxels(source.name, shape, dtype)
-    return shape, dtype
+    return shape, dtype.newbyteorder(">" if is_big else "<")
 
 
 def _meta_affine(source: ByteSource, fields: dict[str, str]) -> tuple[np.ndarray, tuple[str, ...]]:
@@ -266,49 +383,91 @@ def _meta_affine(source: ByteSource, fields: dict[str, str]) -> tuple[np.ndarray
         raise VolumeError(source.name, "its header gives no ElementSpacing", "Write it with one, in mm")
     axes = fields.get("TransformMatrix") or fields.get("Rotation") or fields.get("Orientation")
     notes = () if axes else ("its header gives no TransformMatrix: axes taken towards L, P and S",)
-    try:
-        affine = np.eye(4)
-        affine[:3, :3] = np.array((axes or "1 0 0 0 1 0 0 0 1").split(), float).reshape(3, 3).T
-        affine[:3, :3] *= _positive(source, spacing)
-        offset = fields.get("Offset") or fields.get("Position") or fields.get("Origin") or "0 0 0"
-        affine[:3, 3] = np.array(offset.split(), float)
-    except VolumeError:
-        raise
-    except ValueError as error:
-        raise VolumeError(source.name, "its MetaImage header does not give three axes in mm", _AGAIN) from error
-    affine = _LPS_TO_RAS @ affine
+    offset = fields.get("Offset") or fields.get("Position") or fields.get("Origin") or "0 0 0"
+    affine = np.eye(4)
+    affine[:3, :3] = _numbers(source, "TransformMatrix", axes or "1 0 0 0 1 0 0 0 1", 9).reshape(3, 3).T
+    spacing_mm = _numbers(source, "ElementSpacing", spacing, 3)
+    if not (spacing_mm > 0).all():
+        raise VolumeError(source.name, f"its spacing is {tuple(spacing_mm.tolist())} mm", "Correct the header")
+    affine[:3, :3] *= spacing_mm
+    affine[:3, 3] = _numbers(source, "Offset", offset, 3)
+    unit_mm, more = _unit(source, fields.get("DistanceUnits", ""))
+    affine = np.diag([unit_mm, unit_mm, unit_mm, 1.0]) @ _LPS_TO_RAS @ affine
     check_affine(source.name, affine)
-    return affine, notes
+    return affine, (*notes, *more)
 
 
-def _positive(source: ByteSource, text: str) -> np.ndarray:
-    spacing = np.array(text.split(), float)
-    if not (spacing > 0).all():
-        raise VolumeError(source.name, f"its spacing is {tuple(spacing.tolist())} mm", "Correct the header")
-    return spacing
+def _numbers(source: ByteSource, field: str, text: str, count: int) -> np.ndarray:
+    try:
+        numbers = np.array(text.split(), float)
+    except ValueError as error:
+        raise _bad_numbers(source, field, text) from error
+    if numbers.shape != (count,):
+        raise VolumeError(source.name, f"its {field} is not that of three axes in mm", _AGAIN)
+    return numbers
+
+
+def _meta_scale(
+    source: ByteSource, fields: dict[str, str], rescale: bool
+) -> tuple[tuple[float, float], tuple[str, ...]]:
+    """Slope and intercept of a header, which ITK writes and does not apply."""
+    slope, intercept = (
+        _number(source, fields.get(f"ElementToIntensityFunction{part}", default), f"ElementToIntensityFunction{part}")
+        for part, default in (("Slope", "1"), ("Offset", "0"))
+    )
+    if (slope, intercept) == (1, 0):
+        return (1.0, 0.0), ()
+    if rescale:
+        refuse_second_rescale(source.name, slope, intercept)
+    return (slope, intercept), (f"its header's intensity function was applied ({slope:g} x stored + {intercept:g})",)
 
 
 def _meta_voxels(
-    source: ByteSource, file: BinaryIO, fields: dict[str, str], shape: tuple[int, ...], dtype: np.dtype
+    source: ByteSource,
+    file: BinaryIO,
+    fields: dict[str, str],
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    is_alone: bool = False,
 ) -> np.ndarray:
-    compressed = fields.get("CompressedData", "False").lower() == "true"
+    """Voxels from where a header stands, or from a file of their own."""
+    if not _is_true(fields, "BinaryData", default="True"):
+        return _text_voxels(source, file, shape, dtype)
+    compressed = _is_true(fields, "CompressedData")
     promised = math.prod(shape) * dtype.itemsize
     check_promise(source, promised, compressed)
-    if fields.get("HeaderSize") == "-1":
-        file.seek(source.size - promised)
+    try:
+        header_size = int(fields.get("HeaderSize", "0"))
+        stored = int(fields.get("CompressedDataSize", "0")) if compressed else promised
+    except ValueError as error:
+        raise VolumeError(source.name, "its MetaImage header is damaged", _AGAIN) from error
+    if header_size > 0:
+        file.seek(header_size)
+    elif header_size == -1 and 0 < stored <= source.size:
+        file.seek(source.size - stored)
+    elif is_alone and not compressed and source.size != promised:
+        raise VolumeError(
+            source.name,
+            f"it holds {source.size} bytes, and its header promises {promised} of voxels",
+            "Correct the header; HeaderSize = -1 takes the voxels from the end",
+        )
     return read_array(source, ZlibFile(file) if compressed else file, shape, dtype)
 
 
-def _detached(source: ByteSource, path: Path | None, name: str) -> ByteSource:
+def _detached(source: ByteSource, find: Finder, name: str) -> ByteSource:
     """The file of voxels that a header names, if it lies beside the header."""
     name = name.removeprefix("./")
-    if path is None or not name or "%" in name or Path(name).name != name or name.upper() == "LIST":
+    written = name.encode("latin-1")  # as `_lines` decoded it
+    names = {os.fsdecode(written)}
+    for encoding in _NAME_ENCODINGS:
+        with contextlib.suppress(UnicodeDecodeError):
+            names.add(written.decode(encoding))
+    if name and (voxels := find(names)) is not None:
+        return voxels
+    if not name or "/" in name or "\\" in name or name.upper().startswith("LIST") or re.search(r"%\d*d", name):
         raise VolumeError(
             source.name,
             "its voxels lie in other files",
             "Pass the path of the header with one file of voxels beside it",
         )
-    voxels = path.parent / name
-    if not voxels.is_file():
-        raise VolumeError(source.name, "the file of its voxels is not beside it", "Copy both files to one folder")
-    return of_path(voxels)[0]
+    raise VolumeError(source.name, "the file of its voxels is not beside it", "Copy both files to one folder")

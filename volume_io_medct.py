@@ -10,6 +10,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ import torch
 from .byte_sources_medct import (
     GZIP_MAGIC,
     ByteSource,
+    base_name,
+    find_among,
+    find_beside,
     inflated_head,
     is_address,
     of_address,
@@ -31,14 +35,15 @@ from .configuration_medct import MedCTVisionConfig
 from .dicom_io_medct import is_dicom, read_dicom
 from .itk_formats_medct import is_metaimage, is_nrrd, read_metaimage, read_nrrd
 from .nifti_io_medct import is_nifti, read_nibabel_image, read_nifti
+from .no_scans_medct import what_is
 from .volume_medct import (
     CTVolume,
     VolumeError,
     VolumeWarning,
     affine_from_spacing,
+    as_straight,
     axis_order,
     check_affine,
-    check_straight,
     check_values,
     check_voxels,
     is_straight,
@@ -84,11 +89,12 @@ def read_volume(
     rescale = (rescale_slope, rescale_intercept)
     volume = _load(source, spacing_mm, orientation, affine, rescale, series, resample_irregular)
     check_affine(volume.source, volume.affine)
+    check_voxels(volume.source, volume.array.shape, volume.array.dtype)
     known = volume.notes if isinstance(source, CTVolume) else ()
     volume = replace(volume, notes=tuple(dict.fromkeys((*volume.notes, *check_values(volume)))))
-    if resample_irregular and not is_straight(volume.affine):
+    if resample_irregular and not is_straight(volume.affine, volume.array.shape):
         volume = straighten(volume)
-    check_straight(volume.source, volume.affine)
+    volume = as_straight(volume)
     for note in volume.notes:
         if note not in known:
             warnings.warn(f"{volume.source}: {note}.", VolumeWarning, stacklevel=2)
@@ -109,13 +115,16 @@ def _load(source: Any, spacing_mm, orientation: str, affine, rescale, series, re
     files, name, path = _files_of(source)
     if is_rescaled:
         _refuse_rescale_of_fixed(name, rescale)
-    kind, files = _kind_of(files)
+    if len(files) == 1 and files[0].head(4) == b"PK\x03\x04":
+        files, path = of_zip(files[0]), None
+    kind, files, beside = _kind_of(files, name)
     if kind == "dicom":
         return _placed(read_dicom(files, name, series, rescale, resample_irregular), affine)
+    find = partial(find_among, beside) if path is None or beside else partial(find_beside, Path(files[0].name))
     if kind == "nifti":
-        return _rescaled(read_nifti(files[0], affine, is_rescaled), rescale)
+        return _rescaled(read_nifti(files[0], affine, is_rescaled, find), rescale)
     read = read_nrrd if kind == "nrrd" else read_metaimage
-    return _rescaled(_placed(read(files[0], path), affine), rescale)
+    return _rescaled(_placed(read(files[0], find, is_rescaled), affine), rescale)
 
 
 def _of_array(array: np.ndarray, spacing_mm, orientation: str, affine) -> CTVolume:
@@ -180,23 +189,49 @@ def _files_of(source: Any) -> tuple[list[ByteSource], str, Path | None]:
     raise VolumeError(type(source).__name__, "it is no CT source", f"Pass a {_KNOWN} path, an array or an image")
 
 
-def _kind_of(files: list[ByteSource]) -> tuple[str, list[ByteSource]]:
-    """What format files have: one file by its content, and several are DICOM."""
-    if len(files) == 1 and files[0].head(4) == b"PK\x03\x04":
-        files = of_zip(files[0])
-    if len(files) != 1:
-        return "dicom", files
-    head = files[0].head(_HEAD_BYTES)
+def _kind_of(files: list[ByteSource], source: str) -> tuple[str, list[ByteSource], list[ByteSource]]:
+    """What format files have, those of the scan, and what lies beside it.
+
+    Of several files they are DICOM if any of them is; else one of them is the scan, and the others are its voxels, or
+    what programs write beside a scan.
+    """
+    if len(files) == 1:
+        kind = _format_of(files[0])
+        if kind is None:
+            what, remedy = what_is(files[0]) or ("", f"Pass a {_KNOWN} file")
+            reason = "it is no NIfTI file, nor DICOM, NRRD or MetaImage" + (f", but {what}" if what else "")
+            raise VolumeError(files[0].name, reason, remedy)
+        return kind, files, []
+    scans = []
+    for file in files:
+        kind = _format_of(file)
+        if kind == "dicom":
+            return kind, files, []
+        if kind is not None:
+            scans.append((kind, file))
+    if len(scans) > 1:
+        names = ", ".join(base_name(file.name) for _, file in scans[:5])
+        raise VolumeError(source, f"it holds {len(scans)} scans ({names})", "Pass one of them")
+    if not scans:
+        return "dicom", files, []  # which says what it holds
+    kind, scan = scans[0]
+    folder = scan.name.removesuffix(base_name(scan.name))
+    return kind, [scan], [file for file in files if file.name.removesuffix(base_name(file.name)) == folder]
+
+
+def _format_of(file: ByteSource) -> str | None:
+    """The format of a file by its content; none if it is no scan."""
+    head = file.head(_HEAD_BYTES)
     if is_dicom(head):
-        return "dicom", files
+        return "dicom"
     if is_nrrd(head):
-        return "nrrd", files
+        return "nrrd"
     if is_metaimage(head):
-        return "metaimage", files
+        return "metaimage"
     # A gzip stream without any readable beginning is left to the NIfTI reader, which says how it is damaged.
-    if is_nifti(inflated_head(files[0], 4)) or (head[:2] == GZIP_MAGIC and not inflated_head(files[0], 4)):
-        return "nifti", files
-    raise VolumeError(files[0].name, "it is no NIfTI file, nor DICOM, NRRD or MetaImage", f"Pass a {_KNOWN} file")
+    is_gzip = head[:2] == GZIP_MAGIC
+    start = inflated_head(file, 4) if is_gzip else head
+    return "nifti" if is_nifti(start) or (is_gzip and not start) else None
 
 
 __all__ = [

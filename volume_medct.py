@@ -6,9 +6,11 @@ Rules for values, in one place. Stored values become HU exactly once (`slope * s
   air, that is nothing below -500 HU (another modality, another unit, or a scan not rescaled).
 A volume of one single value is not judged, since nothing can be told from it.
 
-Rules for space. An affine is finite and not singular, and its spacings are positive. Refused unless the caller asks for
-a straight grid: axes that are not perpendicular (gantry tilt), and axes that lie more than `MAX_OBLIQUE_DEGREES` off
-the patient's, because the model has only seen scans along the patient's axes.
+Rules for space, the same for all formats. An affine is finite and not singular, its spacings are positive, and no axis
+has only one voxel. Grids are taken for straight and even; an error of a header is judged by how far that puts voxels
+off their place, anywhere in the scan: less than `MAX_VOXELS_OFF` is read, with a remark from `REMARKED_VOXELS_OFF` on,
+and more is refused unless the caller asks for a straight grid (gantry tilt, shear). So are axes that lie more than
+`MAX_OBLIQUE_DEGREES` off the patient's, because the model has only seen scans along the patient's axes.
 
 Axes: arrays are `(i, j, k)` with an affine from voxel indices to patient millimetres, RAS+, as NIfTI has it.
 """
@@ -22,16 +24,19 @@ from .errors_medct import MedCTError
 
 MAX_OBLIQUE_DEGREES = 10.0
 """How far an array axis may lie off the patient axis that it stands for."""
+MAX_VOXELS_OFF = 0.5
+"""Voxels by which one may lie off its place on a straight and even grid."""
+REMARKED_VOXELS_OFF = 0.1
 MAX_VOXELS = 2**31
 """More than any scanner makes (1024 x 1024 x 2048); a header that promises more is damaged or hostile."""
 
+SPACING_DECIMALS = 6
+"""Of a spacing in mm, what is more than the noise of float32 and of short decimals: 0.7 mm arrives as 0.69999999."""
 AIR_HU = -1000
 _NO_AIR_HU = -500
-_MAX_SHEAR = 1e-3
+_USUAL_SHAPE = (512, 512, 512)
 # What the letters of an orientation mean in the world space of an affine, RAS+: (axis, direction).
 _RAS_DIRECTIONS = {"R": (0, 1), "L": (0, -1), "A": (1, 1), "P": (1, -1), "S": (2, 1), "I": (2, -1)}
-# Spacings come from float32 headers: 0.7 mm arrives as 0.69999999 and would lose a voxel to the floor of resampling.
-_SPACING_DECIMALS = 6
 
 
 class VolumeError(MedCTError, ValueError):
@@ -76,7 +81,7 @@ class CTVolume:
     @property
     def spacing_mm(self) -> tuple[float, float, float]:
         """Distance of neighbours along each array axis, mm."""
-        i, j, k = np.linalg.norm(self.affine[:3, :3], axis=0).round(_SPACING_DECIMALS)
+        i, j, k = np.linalg.norm(self.affine[:3, :3], axis=0).round(SPACING_DECIMALS)
         return float(i), float(j), float(k)
 
 
@@ -161,6 +166,8 @@ def check_voxels(source: str, shape: Sequence[int], dtype: np.dtype) -> None:
     """Refuse what is no single 3-D volume of numbers; asks no memory, so that it can go before reading."""
     if len(shape) != 3 or 0 in shape:
         raise VolumeError(source, f"it has shape {tuple(shape)}", "Pass one volume with three axes, one at a time")
+    if 1 in shape:
+        raise VolumeError(source, f"it is one slice (shape {tuple(shape)}), which is no volume", "Pass all slices")
     if dtype.kind not in "iuf":
         raise VolumeError(source, f"its values are of type {dtype}", "Pass whole or real numbers")
     if np.prod(shape, dtype=float) > MAX_VOXELS:
@@ -230,15 +237,49 @@ def obliqueness_of(affine: np.ndarray) -> float:
     return float(np.degrees(np.arccos(np.clip(along, 0, 1))))
 
 
-def is_straight(affine: np.ndarray) -> bool:
-    """Whether the array axes are perpendicular and lie along the patient's within the tolerances."""
-    return shear_of(affine) <= _MAX_SHEAR and obliqueness_of(affine) <= MAX_OBLIQUE_DEGREES
+def straight_affine(affine: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+    """The affine with perpendicular axes that has the centre of an array where another has it.
+
+    The first axis is kept, of the second what is perpendicular to it, and of the third, along which scans are stacked,
+    what is perpendicular to both.
+    """
+    directions, parts = np.linalg.qr(affine[:3, :3])
+    centre = (np.array(shape) - 1) / 2
+    straight = np.eye(4)
+    straight[:3, :3] = directions * np.diag(parts)
+    straight[:3, 3] = affine[:3, :3] @ centre + affine[:3, 3] - straight[:3, :3] @ centre
+    return straight
 
 
-def check_straight(source: str, affine: np.ndarray) -> None:
-    """Refuse tilted, sheared and oblique grids."""
+def voxels_off(affine: np.ndarray, shape: Sequence[int], other: np.ndarray) -> float:
+    """How far two affines put a voxel of an array apart at most, in voxels of the first along one of its axes."""
+    difference = np.linalg.inv(affine) @ (other - affine)
+    centre = (np.array(shape) - 1) / 2
+    at_centre = difference[:3, :3] @ centre + difference[:3, 3]
+    return float((np.abs(at_centre) + np.abs(difference[:3, :3]) @ centre).max())
+
+
+def remark_on_offset(what: str, off: float) -> list[str]:
+    """A remark if a grid that is taken for straight and even puts voxels off their place."""
+    if off <= REMARKED_VOXELS_OFF:
+        return []
+    return [f"{what} lie up to {off:.2f} voxels off the straight and even grid that is taken for theirs"]
+
+
+def _is_sheared(affine: np.ndarray, shape: Sequence[int]) -> bool:
+    return voxels_off(straight_affine(affine, shape), shape, affine) >= MAX_VOXELS_OFF
+
+
+def is_straight(affine: np.ndarray, shape: Sequence[int] = _USUAL_SHAPE) -> bool:
+    """Whether the axes of an array are perpendicular and lie along the patient's within the tolerances."""
+    return not _is_sheared(affine, shape) and obliqueness_of(affine) <= MAX_OBLIQUE_DEGREES
+
+
+def as_straight(volume: CTVolume) -> CTVolume:
+    """A volume whose axes are perpendicular but for a small error, without it; tilted and oblique ones are refused."""
+    source, affine, shape = volume.source, volume.affine, volume.array.shape
     remedy = "Pass `resample_irregular=True` to have it resampled to a straight grid"
-    if shear_of(affine) > _MAX_SHEAR:
+    if _is_sheared(affine, shape):
         tilt = np.degrees(np.arcsin(min(1.0, shear_of(affine))))
         raise VolumeError(
             source, f"its axes are not perpendicular (sheared by {tilt:.1f} degrees, as by gantry tilt)", remedy
@@ -250,6 +291,11 @@ def check_straight(source: str, affine: np.ndarray) -> None:
             f"(tolerance {MAX_OBLIQUE_DEGREES:g} degrees)",
             remedy,
         )
+    straight = straight_affine(affine, shape)
+    off = voxels_off(straight, shape, affine)
+    if off < 1e-6:
+        return volume
+    return replace(volume, affine=straight, notes=(*volume.notes, *remark_on_offset("its voxels", off)))
 
 
 def straighten(volume: CTVolume) -> CTVolume:
@@ -285,14 +331,14 @@ def straighten(volume: CTVolume) -> CTVolume:
         if result.dtype.kind != "f":
             values = values.round().clip(-32768, 32767)
         result[..., k] = values.reshape(lengths[:2])
-    note = f"resampled from a grid {_irregularity(volume.affine)} to a straight one of {tuple(lengths.tolist())} voxels"
+    note = f"resampled from a grid {_irregularity(volume)} to a straight one of {tuple(lengths.tolist())} voxels"
     return replace(volume, array=result, affine=affine, notes=(*volume.notes, note))
 
 
-def _irregularity(affine: np.ndarray) -> str:
-    if shear_of(affine) > _MAX_SHEAR:
-        return f"sheared by {np.degrees(np.arcsin(min(1.0, shear_of(affine)))):.1f} degrees"
-    return f"{obliqueness_of(affine):.1f} degrees off the patient's axes"
+def _irregularity(volume: CTVolume) -> str:
+    if _is_sheared(volume.affine, volume.array.shape):
+        return f"sheared by {np.degrees(np.arcsin(min(1.0, shear_of(volume.affine)))):.1f} degrees"
+    return f"{obliqueness_of(volume.affine):.1f} degrees off the patient's axes"
 
 
 def _trilinear(array: np.ndarray, points: np.ndarray) -> np.ndarray:

@@ -16,7 +16,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from medct import MedCTModel, data_medct
+from medct import MedCTModel
+from medct import data as medct_data
 from medct.common.files import whole_file
 from medct.data import StudyLoader, phantom_source
 from medct.evaluation.metrics import zero_shot_scores
@@ -94,10 +95,10 @@ class BaseScores:
             self.on_a = on_site_a(trainer.base, trainer)
             for split in ("tune", "valid"):
                 trainer.score_base(split)
-            for path in trainer.work.glob("base_*.json"):
+            for path in trainer.folder.work.glob("base_*.json"):
                 shutil.copy(path, self.folder)
         for path in self.folder.iterdir():
-            shutil.copy(path, trainer.work)
+            shutil.copy(path, trainer.folder.work)
 
 
 def figures_of(settings: TrainingSettings, base: BaseScores) -> dict[str, Any]:
@@ -121,7 +122,7 @@ def figures_of(settings: TrainingSettings, base: BaseScores) -> dict[str, Any]:
         "a": on_site_a(trainer.base, trainer),
         "tune": results["tune_auroc"]["adapted"],
         "trainable_share": results["trainable_parameters"] / results["total_parameters"],
-        "bytes": (trainer.output / weights).stat().st_size,
+        "bytes": (trainer.folder.final / weights).stat().st_size,
     }
 
 
@@ -191,7 +192,7 @@ def main() -> None:
         "--output", type=Path, default=Path(__file__).with_name("adaptation.md"), help="Table to write."
     )
     arguments = parser.parse_args()
-    data_medct.make_phantom = functools.lru_cache(maxsize=None)(data_medct.make_phantom)  # each is drawn once
+    medct_data.make_phantom = functools.lru_cache(maxsize=None)(medct_data.make_phantom)  # each is drawn once
     runs = Runs(arguments.output.with_suffix(".json"))
     rates = {adaptation: runs.best_learning_rate(adaptation) for adaptation in LEARNING_RATES}
     rows, full = [], {}

@@ -100,7 +100,7 @@ class Source:
         label_names: Meaning of a row's `labels`, in their order.
         description: "300 studies of ...", for people.
         skipped: Studies left out before any volume is read.
-        names: Names of the groups, by which a `limit` chooses; their indices by default.
+        names: Names of the groups' scans, by which a `limit` chooses; their indices by default.
         is_synthetic: Whether these are drawings and not patients.
     """
 

@@ -251,7 +251,7 @@ def table_source(
     if not groups:
         reasons = "; ".join(sorted({study.reason for study in sieve.skipped})) or "its tables are empty"
         raise DataError(f"{where}: no study of the {selection.split} split is left ({reasons}). Check its tables.")
-    scan_or_id = table["scan" if by_scan else "id"]
+    scan_or_id = table["scan" if "scan" in table else "id"]
     groups = [groups[index] for index in first_of([scan_or_id[rows[0]] for rows in groups], selection.limit)]
     kept = sorted(row for rows in groups for row in rows)
     number = {row: index for index, row in enumerate(kept)}

@@ -1,6 +1,7 @@
 """From folders of scans to studies, and from studies to the model's input: read ahead, and never stopped by a bad one.
 
-A study is a NIfTI, NRRD, MetaImage or zip file, or all DICOM files of one folder.
+A study is a NIfTI, NRRD, MetaImage or zip file, or all DICOM files of one folder. On a disc, which a table of contents
+(DICOMDIR, no study itself) shows, folders that hold parts of the same series are one study.
 """
 
 import os
@@ -17,11 +18,19 @@ import torch
 
 from medct.byte_sources_medct import is_address
 from medct.dicom_io_medct import is_dicom
+from medct.dicom_pixels_medct import quiet_pydicom
 from medct.image_processing_medct import MedCTImageProcessor
 from medct.volume_io_medct import VolumeError, read_volume
 
+try:
+    import pydicom
+except ImportError:
+    pydicom = None
+
 _VOLUME_SUFFIXES = (".nii", ".nii.gz", ".nrrd", ".nhdr", ".mha", ".mhd", ".zip")
 _DICOM_HEAD_BYTES = 600
+_DICOMDIR_CLASS = b"1.2.840.10008.1.3.10"
+_DICOMDIR = "dicomdir"
 
 
 @dataclass(frozen=True)
@@ -93,6 +102,8 @@ def find_studies(paths: Iterable[str | os.PathLike]) -> list[Study]:
 
 def _studies_below(folder: Path) -> Iterator[Study]:
     seen = set()
+    scans: dict[Path, _DicomFolder] = {}
+    discs = [above for above in folder.absolute().parents if (above / "DICOMDIR").is_file()]
     for parent, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(parent)
         if real in seen:  # a link that leads back
@@ -101,20 +112,70 @@ def _studies_below(folder: Path) -> Iterator[Study]:
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         files = [Path(parent, name) for name in sorted(names) if not name.startswith(".")]
+        if any(path.name.lower() == _DICOMDIR for path in files):
+            discs.append(Path(parent))
         volumes = [path for path in files if path.name.lower().endswith(_VOLUME_SUFFIXES)]
         others = [path for path in files if path not in set(volumes)]
         if any(map(_is_dicom_file, others)):
-            alone = not volumes and not folders
-            yield Study(parent, parent if alone else [str(path) for path in others])
+            places = {Path(parent), *Path(parent).parents, *Path(parent).absolute().parents}
+            disc = next((disc for disc in discs if disc in places), None)
+            series = set() if disc is None else {(disc, _series_of(path)) for path in others} - {(disc, None)}
+            scans[Path(parent)] = _DicomFolder(others, not volumes and not folders, series)
         yield from (Study(str(path), str(path)) for path in volumes)
+    yield from _joined(scans)
+
+
+@dataclass
+class _DicomFolder:
+    files: list[Path]
+    is_whole: bool
+    """Whether the folder holds nothing else, so that it can stand for its files."""
+    series: set[tuple[Path, str]]
+    """On a disc, where folders may be parts of series: the disc and the SeriesInstanceUID of each file."""
+
+
+def _joined(folders: dict[Path, _DicomFolder]) -> Iterator[Study]:
+    """A study of each folder, and one of those that share a series."""
+    groups: list[list[Path]] = []
+    group_of: dict[tuple[Path, str], list[Path]] = {}
+    for path, folder in folders.items():
+        same = {id(group_of[one]): group_of[one] for one in folder.series if one in group_of}.values()
+        for group in same:
+            groups.remove(group)
+        groups.append([*(one for group in same for one in group), path])
+        group_of |= {one: groups[-1] for member in groups[-1] for one in folders[member].series}
+    taken: set[str] = set()
+    for paths in groups:
+        common = str(paths[0]) if len(paths) == 1 else os.path.commonpath(paths)
+        name = str(paths[0]) if common in taken else common
+        taken.add(name)
+        if len(paths) == 1 and folders[paths[0]].is_whole:
+            yield Study(name, name)
+        else:
+            yield Study(name, [str(file) for path in paths for file in folders[path].files])
+
+
+def _series_of(path: Path) -> str | None:
+    """The SeriesInstanceUID of a DICOM file; none if it cannot be read, which reading it tells."""
+    if pydicom is None:
+        return None
+    try:
+        with quiet_pydicom():
+            header = pydicom.dcmread(path, specific_tags=["SeriesInstanceUID"], stop_before_pixels=True)
+        return str(header.get("SeriesInstanceUID") or "") or None
+    except Exception:  # pydicom raises many kinds
+        return None
 
 
 def _is_dicom_file(path: Path) -> bool:
+    if path.name.lower() == _DICOMDIR:
+        return False
     try:
         with path.open("rb") as file:
-            return is_dicom(file.read(_DICOM_HEAD_BYTES))
+            head = file.read(_DICOM_HEAD_BYTES)
     except OSError:
         return False
+    return is_dicom(head) and _DICOMDIR_CLASS + b"\0" not in head and _DICOMDIR_CLASS + b"\2" not in head
 
 
 def read_study(study: Study, image_processor: MedCTImageProcessor, **options: Any) -> ReadStudy | FailedStudy:

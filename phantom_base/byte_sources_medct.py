@@ -10,8 +10,10 @@ import io
 import os
 import re
 import stat
+import unicodedata
+import weakref
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -65,6 +67,10 @@ class ByteSource:
         """The first bytes, fewer if there are fewer."""
         with self.open() as file:
             return file.read(count)
+
+
+Finder = Callable[[Collection[str]], ByteSource | None]
+"""Gives the file beside another one that has one of some names."""
 
 
 def too_inflated(inflated: int, packed: int) -> bool:
@@ -144,6 +150,29 @@ def of_path(path: Path) -> list[ByteSource]:
     return [file for file in files if file is not None]
 
 
+def find_beside(path: Path, names: Collection[str]) -> ByteSource | None:
+    """The file beside another one that has one of some names; never one of another folder."""
+    try:
+        beside = [file for file in path.parent.iterdir() if _same_name(file.name, names)]
+    except OSError:
+        return None
+    return _of_file(beside[0]) if beside else None
+
+
+def find_among(files: Iterable[ByteSource], names: Collection[str]) -> ByteSource | None:
+    """The one of some files that has one of some names."""
+    return next((file for file in files if _same_name(base_name(file.name), names)), None)
+
+
+def _same_name(name: str, names: Collection[str]) -> bool:
+    """Whether a name is one of some, however its accents are composed."""
+    return unicodedata.normalize("NFC", name) in {unicodedata.normalize("NFC", one) for one in names}
+
+
+def base_name(name: str) -> str:
+    return name.replace("\\", "/").rsplit("/", 1)[-1]
+
+
 def _of_file(path: Path, in_folder: bool = False) -> ByteSource | None:
     try:
         status = path.stat()
@@ -185,10 +214,13 @@ def _walk(folder: Path) -> Iterator[Path]:
 def of_zip(archive: ByteSource) -> list[ByteSource]:
     """The members of a zip archive."""
     damaged = "Copy or download the archive again"
+    stream = archive.open()
     try:
-        file = zipfile.ZipFile(archive.open())
+        file = zipfile.ZipFile(stream)
+        weakref.finalize(file, stream.close)  # when the last member is gone
         members = [info for info in file.infolist() if not info.is_dir() and _may_be_scan(info.filename)]
     except Exception as error:  # zipfile raises struct's, its own and codecs' on damaged directories
+        stream.close()
         raise VolumeError(archive.name, f"the zip archive is damaged ({type(error).__name__})", damaged) from error
     _check_count(archive.name, len(members))
     if any(info.flag_bits & 1 for info in members):
@@ -295,7 +327,7 @@ def _stream_kind(stream: BinaryIO) -> str:
 
 
 def _may_be_scan(name: str) -> bool:
-    base = name.replace("\\", "/").rsplit("/", 1)[-1]
+    base = base_name(name)
     return not base.startswith("._") and base not in _NOT_SCANS
 
 

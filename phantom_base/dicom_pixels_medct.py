@@ -1,7 +1,14 @@
 """One slice of a CT series in DICOM: what is known of it, and its pixels as HU.
 
-Unusual: uncompressed pixels are read straight from the file. For compressed ones the decoder is named, because pydicom
-would try one after the other until one "decodes" a damaged stream.
+Unusual:
+- Uncompressed pixels are read straight from the file. Whether they are that is seen from their own element, because
+  file meta information often names another transfer syntax; what is not certain goes to pydicom.
+- For compressed ones the decoder is named, because pydicom would try one after the other until one "decodes" a damaged
+  stream.
+- Bits outside of BitsStored, which may hold overlays, are dropped here whatever decoded the pixels.
+- Padding (PixelPaddingValue, and all up to PixelPaddingRangeLimit) becomes air, wherever its value lies: everywhere if
+  that is no more than air, or if no other voxel of the scan comes within `_TISSUE_HU` of it. Else tissue has that value
+  too, and only what runs in from the edges of a slice with all four corners of it is padding.
 
 Source: DICOM PS3.3 (C.7.6.3, C.7.5.1.1.2), PS3.5 (A).
 """
@@ -28,6 +35,7 @@ except ImportError:
 AGAIN = "Copy or export the file again"
 DEFLATED = "1.2.840.10008.1.2.1.99"
 _IMPLICIT_LITTLE, _EXPLICIT_LITTLE = "1.2.840.10008.1.2", "1.2.840.10008.1.2.1"
+_EXPLICIT_BIG = "1.2.840.10008.1.2.2"
 # Decoders that refuse damaged streams, the first that is installed is used. For JPEG-LS gdcm goes first: pyjpegls is
 # faster, but works for seconds on a stream that is cut short before it refuses it.
 _DECODERS = {
@@ -43,7 +51,10 @@ _DECODERS = {
     "1.2.840.10008.1.2.4.202": ("pylibjpeg",),
     "1.2.840.10008.1.2.4.203": ("pylibjpeg",),
 }
-_UNCOMPRESSED = (_IMPLICIT_LITTLE, _EXPLICIT_LITTLE, "1.2.840.10008.1.2.2", DEFLATED)
+_UNCOMPRESSED = (_IMPLICIT_LITTLE, _EXPLICIT_LITTLE, _EXPLICIT_BIG, DEFLATED)
+_UNDEFINED_LENGTH = 0xFFFFFFFF
+_TISSUE_HU = 100
+"""How near other voxels must come to a padding value for it to be one that tissue has."""
 _JPEG_SIZE = re.compile(rb"\xff[\xc0-\xc3\xf7]..[\x02-\x10](....)", re.DOTALL)
 
 
@@ -52,14 +63,26 @@ class PixelLayout:
     """How the pixels of a file are stored; one for all its frames."""
 
     shape: tuple[int, int]
+    frames: int
     syntax: str
     bits_allocated: int
     bits_stored: int
     high_bit: int
     is_signed: bool
-    padding: int | None
+    padding: tuple[int, int] | None
+    """Lowest and highest stored value that is no part of the scan."""
     offset: int | None
     """Where their element begins in the file; none if that is deflated."""
+
+    @property
+    def is_aligned(self) -> bool:
+        """Whether the bits in use are the lowest ones, as all scanners of today have it."""
+        return self.high_bit == self.bits_stored - 1
+
+    @property
+    def bytes(self) -> int:
+        """Of all frames, uncompressed."""
+        return self.frames * (self.shape[0] * self.shape[1] * self.bits_allocated // 8)
 
 
 @dataclass(frozen=True)
@@ -76,10 +99,22 @@ class Slice:
     written_steps_mm: tuple[float, ...]
     slope: float
     intercept: float
+    is_hu: bool
+    """Whether the header says that its slope and intercept give HU, or the caller does."""
+    told: tuple[Any, ...]
+    """What may tell it from slices of another scan; see `dicom_stacks_medct`."""
 
     @property
     def name(self) -> str:
         return name_of(self.file, self.frame)
+
+    @property
+    def padding_hu(self) -> tuple[float, float] | None:
+        """Lowest and highest padding, HU."""
+        if self.pixels.padding is None:
+            return None
+        lowest, highest = sorted(_scaled(np.array(self.pixels.padding), self.slope, self.intercept).tolist())
+        return lowest, highest
 
 
 def name_of(file: ByteSource, frame: int | None) -> str:
@@ -100,22 +135,39 @@ def quiet_pydicom() -> Iterator[None]:
 
 
 def layout_of(header: Any, offset: int | None) -> PixelLayout:
-    bits_stored = int(header.get("BitsStored") or 16)
-    high_bit, padding = header.get("HighBit"), header.get("PixelPaddingValue")
+    bits_stored, bits_allocated = int(header.get("BitsStored") or 16), int(header.get("BitsAllocated") or 16)
+    high_bit, is_signed = header.get("HighBit"), int(header.get("PixelRepresentation") or 0) == 1
+    is_little = header.original_encoding[1] is not False
     return PixelLayout(
         shape=(int(header.Rows), int(header.Columns)),
-        syntax=str(header.file_meta.get("TransferSyntaxUID") or _IMPLICIT_LITTLE),
-        bits_allocated=int(header.get("BitsAllocated") or 16),
+        frames=int(header.get("NumberOfFrames") or 1),
+        syntax=str(header.file_meta.get("TransferSyntaxUID") or (_EXPLICIT_LITTLE if is_little else _EXPLICIT_BIG)),
+        bits_allocated=bits_allocated,
         bits_stored=bits_stored,
         high_bit=bits_stored - 1 if high_bit is None else int(high_bit),
-        is_signed=int(header.get("PixelRepresentation") or 0) == 1,
-        padding=None if padding is None or padding == "" else int(padding),
+        is_signed=is_signed,
+        padding=_padding_of(header, bits_allocated, is_signed),
         offset=offset,
     )
 
 
-def decode(slices: list[Slice], source: str) -> np.ndarray:
-    """HU of ordered slices, `(k, row, column)`: int16 if slopes are 1 and all values fit, else float32."""
+def _padding_of(header: Any, bits: int, is_signed: bool) -> tuple[int, int] | None:
+    """Lowest and highest padding as pixels hold it, modulo 2^bits: that of signed ones is often written unsigned."""
+    written = [header.get(name) for name in ("PixelPaddingValue", "PixelPaddingRangeLimit")]
+    if written[0] is None or written[0] == "":
+        return None
+    numbers = [_whole(value) % 2**bits for value in written if value is not None and value != ""]
+    numbers = [number - 2**bits if is_signed and number >= 2 ** (bits - 1) else number for number in numbers]
+    return min(numbers), max(numbers)
+
+
+def _whole(value: Any) -> int:
+    """A whole number, or the bytes of one whose kind pydicom does not know."""
+    return int.from_bytes(value, "little") if isinstance(value, bytes) else int(value)
+
+
+def decode(slices: list[Slice], source: str) -> tuple[np.ndarray, list[str]]:
+    """HU of ordered slices, `(k, row, column)`: int16 if slopes are 1 and all values fit, else float32; and remarks."""
     shape = (len(slices), *slices[0].pixels.shape)
     if np.prod(shape, dtype=float) > MAX_VOXELS:
         raise VolumeError(source, f"its headers promise shape {shape}", "Check the files, or crop the scan")
@@ -129,7 +181,42 @@ def decode(slices: list[Slice], source: str) -> np.ndarray:
         if hu.dtype == np.int16 and values.dtype != np.int16:
             hu = hu.astype(np.float32)
         hu[k] = values
-    return hu
+    notes = _clear_padding(hu, slices)
+    if whole and hu.dtype != np.int16 and _fits_int16(hu.min(), hu.max()):  # but for padding
+        hu = hu.astype(np.int16)
+    return hu, notes
+
+
+def _fits_int16(lowest: float, highest: float) -> bool:
+    return lowest >= -(2**15) and highest < 2**15
+
+
+def _clear_padding(hu: np.ndarray, slices: list[Slice]) -> list[str]:
+    """Air instead of padding that lies above it, in place, by the rule at the top of this file."""
+    ranges = [one.padding_hu for one in slices]
+    padded = [(hu[k], *found) for k, found in enumerate(ranges) if found is not None and found[1] > AIR_HU]
+    is_tissue = any(_is_used(*one) for one in padded)
+    for values, lowest, highest in padded:
+        outside = (values >= lowest) & (values <= highest)
+        values[_from_edges(outside) if is_tissue else outside] = AIR_HU
+    if not is_tissue:
+        return []
+    return ["tissue has the value of its padding: taken for padding only where it surrounds the scan"]
+
+
+def _is_used(hu: np.ndarray, lowest: float, highest: float) -> bool:
+    """Whether other voxels of a slice come near its padding."""
+    near = (hu >= lowest - _TISSUE_HU) & (hu <= highest + _TISSUE_HU)
+    return bool((near & ((hu < lowest) | (hu > highest))).any())
+
+
+def _from_edges(mask: np.ndarray) -> np.ndarray:
+    """What of a mask `(row, column)` runs in straight from an edge; nothing if a corner lacks."""
+    if not mask[[0, 0, -1, -1], [0, -1, 0, -1]].all():
+        return np.zeros_like(mask)
+    runs = np.logical_and.accumulate
+    found = runs(mask, axis=0) | runs(mask[::-1], axis=0)[::-1]
+    return found | runs(mask, axis=1) | runs(mask[:, ::-1], axis=1)[:, ::-1]
 
 
 def _check_pixel_bytes(one: Slice) -> None:
@@ -142,11 +229,12 @@ def _check_pixel_bytes(one: Slice) -> None:
 
 
 def hu_of(one: Slice, data_sets: dict[ByteSource, Any]) -> np.ndarray:
-    """HU of one slice, `(row, column)`: int16 if exact, else float32; padding outside the scan becomes air."""
+    """HU of one slice, `(row, column)`: int16 if exact, else float32; padding that is no more than air becomes air."""
     try:
-        stored = _plain_pixels(one)
-        if stored is None:
-            stored = _decoded_pixels(one, data_sets)
+        words = _plain_pixels(one)
+        if words is None:
+            words = _decoded_pixels(one, data_sets)
+        stored = _used_bits(words, one.pixels)
     except VolumeError:
         raise
     except Exception as error:  # decoders raise many kinds; as above for their texts
@@ -154,52 +242,67 @@ def hu_of(one: Slice, data_sets: dict[ByteSource, Any]) -> np.ndarray:
     if stored.shape != one.pixels.shape:
         raise VolumeError(one.name, f"its pixels have shape {stored.shape} instead of {one.pixels.shape}", AGAIN)
     hu = _scaled(stored, one.slope, one.intercept)
-    if one.pixels.padding is not None:
-        # Modulo 2^16, because a padding of signed pixels is often written as if it were unsigned.
-        outside = (stored.astype(np.int32) & 0xFFFF) == (one.pixels.padding & 0xFFFF)
-        if outside.any() and hu[outside].flat[0] < AIR_HU:
-            hu[outside] = AIR_HU
+    padding, padding_hu = one.pixels.padding, one.padding_hu
+    if padding_hu is not None and padding_hu[1] <= AIR_HU:
+        hu[(stored >= padding[0]) & (stored <= padding[1]) & (hu < AIR_HU)] = AIR_HU
+    if padding is not None and stored is not words:
+        # Some write the padding over the unused bits as well.
+        hu[(words == padding[0]) & (words != stored)] = AIR_HU
     return hu
 
 
+def _used_bits(words: np.ndarray, pixels: PixelLayout) -> np.ndarray:
+    """Stored values of pixels: the bits in use, with their sign; the same array if all are."""
+    width = 8 * words.dtype.itemsize
+    # Of a compressed pixel that is narrower than the header says, all bits are in use.
+    high_bit, bits = min(pixels.high_bit, width - 1), min(pixels.bits_stored, width)
+    if (high_bit, bits) == (width - 1, width):
+        return words
+    # Some scanners keep overlays in the unused bits; shifting up and down drops them and restores the sign.
+    return (words << (width - 1 - high_bit)) >> (width - bits)
+
+
 def _scaled(stored: np.ndarray, slope: float, intercept: float) -> np.ndarray:
-    if slope == 1 and intercept.is_integer():
-        lowest, highest = int(stored.min()) + int(intercept), int(stored.max()) + int(intercept)
-        if lowest >= -(2**15) and highest < 2**15:
-            return (stored.astype(np.int32) + int(intercept)).astype(np.int16)
+    is_whole = slope == 1 and intercept.is_integer()
+    if is_whole and _fits_int16(int(stored.min()) + int(intercept), int(stored.max()) + int(intercept)):
+        return (stored.astype(np.int32) + int(intercept)).astype(np.int16)
     return stored.astype(np.float32) * np.float32(slope) + np.float32(intercept)
 
 
 def _plain_pixels(one: Slice) -> np.ndarray | None:
-    """Pixels of 16 bits straight from the file, without pydicom reading it again; none where they lie otherwise."""
+    """Words of 16 bits straight from the file, without pydicom reading it again; none where they lie otherwise."""
     pixels = one.pixels
-    if (
-        pixels.offset is None
-        or pixels.syntax not in (_IMPLICIT_LITTLE, _EXPLICIT_LITTLE)
-        or pixels.bits_allocated != 16
-        or not 1 <= pixels.bits_stored <= 16
-        or pixels.high_bit != pixels.bits_stored - 1
-    ):
+    if pixels.offset is None or pixels.bits_allocated != 16 or not 1 <= pixels.bits_stored <= pixels.high_bit + 1 <= 16:
         return None
     rows, columns = pixels.shape
     count = rows * columns * 2
     with one.file.open() as stream:
         stream.seek(pixels.offset)
-        element = stream.read(8 if pixels.syntax == _IMPLICIT_LITTLE else 12)
-        is_known = pixels.syntax == _IMPLICIT_LITTLE or element[4:6] in (b"OW", b"OB")
-        if element[:4] != b"\xe0\x7f\x10\x00" or not is_known:
+        element = stream.read(12)
+        is_explicit = element[4:8] in (b"OW\0\0", b"OB\0\0")
+        length = int.from_bytes(element[8:12] if is_explicit else element[4:8], "little")
+        # An odd length is none: letters of a kind of value that is not known here.
+        if element[:4] != b"\xe0\x7f\x10\x00" or length == _UNDEFINED_LENGTH or length % 2:
             return None
-        length = int.from_bytes(element[-4:], "little")
-        if length < count * ((one.frame or 0) + 1):
-            raise VolumeError(one.name, f"it is cut short ({length} bytes of pixels)", AGAIN)
-        stream.seek(count * (one.frame or 0), 1)
+        if pixels.syntax not in _UNCOMPRESSED and length != pixels.bytes:
+            return None
+        _check_length(one, length)
+        stream.seek(pixels.offset + (12 if is_explicit else 8) + count * (one.frame or 0))
         data = stream.read(count)
     if len(data) != count:
         raise VolumeError(one.name, f"it is cut short ({len(data)} of {count} bytes of pixels)", AGAIN)
-    stored = np.frombuffer(data, "<i2" if pixels.is_signed else "<u2").reshape(rows, columns)
-    unused = 16 - pixels.bits_stored
-    # Some scanners keep overlays in the unused bits; shifting up and down drops them and restores the sign.
-    return stored if unused == 0 else (stored << unused) >> unused
+    return np.frombuffer(data, "<i2" if pixels.is_signed else "<u2").reshape(rows, columns)
+
+
+def _check_length(one: Slice, length: int) -> None:
+    """Refuse uncompressed pixels that are too few, or that hold whole frames more than the header says."""
+    expected = one.pixels.bytes
+    if length < expected:
+        raise VolumeError(one.name, f"it is cut short ({length} of {expected} bytes of pixels)", AGAIN)
+    if length >= expected + max(expected // one.pixels.frames, 2):
+        raise VolumeError(
+            one.name, f"its header promises {expected} bytes of pixels and it holds {length}", "Export the file again"
+        )
 
 
 def _decoded_pixels(one: Slice, data_sets: dict[ByteSource, Any]) -> np.ndarray:
@@ -213,10 +316,17 @@ def _decoded_pixels(one: Slice, data_sets: dict[ByteSource, Any]) -> np.ndarray:
     # Of a compressed file that is cut short, pydicom makes a data set without any elements.
     if "PixelData" not in data_set:
         raise VolumeError(one.name, "it holds no pixels (cut short?)", AGAIN)
-    syntax, options = one.pixels.syntax, {}
+    syntax, options = one.pixels.syntax, {"correct_unused_bits": False}
+    data_set.file_meta.TransferSyntaxUID = syntax
     if syntax not in _UNCOMPRESSED:
         options["decoding_plugin"] = _decoder(one.name, syntax)
         _check_code_stream(one, bytes(data_set.PixelData[: 2**12]))
+    elif data_set["PixelData"].is_undefined_length:
+        raise VolumeError(one.name, "its pixels are compressed, and its transfer syntax says they are not", AGAIN)
+    else:
+        _check_length(one, len(data_set.PixelData))
+    if syntax not in _UNCOMPRESSED and not one.pixels.is_aligned:
+        raise VolumeError(one.name, "its compressed pixels are not in the lowest bits", "Export it uncompressed")
     return np.asarray(pydicom.pixels.pixel_array(data_set, index=one.frame or 0, **options))
 
 

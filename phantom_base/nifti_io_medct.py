@@ -1,20 +1,31 @@
-"""NIfTI-1 and NIfTI-2, single files, plain or gzip.
+"""NIfTI-1 and NIfTI-2, single files and pairs, plain or gzip.
 
 Unusual: nibabel reads the header only. The voxels go from the inflated stream straight into the array, at half
 nibabel's time and memory, and to the end of the stream, because nibabel by itself never reads the gzip checksum. Where
-qform and sform disagree the sform is used, as nibabel does and other readers do not.
+qform and sform disagree the sform is used, as nibabel does and other readers do not. The qform is computed
+here, because nibabel refuses quaternions that rounding made longer than 1, and signs of the third axis but 1 and -1.
 
 Source: NIfTI-1 and NIfTI-2 standards.
 """
 
 import io
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-from .byte_sources_medct import ByteSource, check_promise, open_inflated, read_array
-from .volume_medct import CTVolume, VolumeError, check_affine, check_voxels, refuse_second_rescale, rescale_to_hu
+from .byte_sources_medct import ByteSource, Finder, base_name, check_promise, open_inflated, read_array
+from .volume_medct import (
+    REMARKED_VOXELS_OFF,
+    CTVolume,
+    VolumeError,
+    check_affine,
+    check_voxels,
+    refuse_second_rescale,
+    rescale_to_hu,
+    voxels_off,
+)
 
 try:
     import nibabel
@@ -23,6 +34,11 @@ except ImportError:
 
 _HEADER_BYTES = (348, 540)
 _MAX_OFFSET = 2**26
+_MAX_QUATERNION = 1.01
+"""Length of the vector of a quaternion, which is 1 at most but for rounding."""
+_UNITS_MM = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}
+"""By the code of the header: unknown, which is millimetres everywhere, metres, millimetres, microns."""
+_SPATIAL_UNIT = 0b111
 _NO_NIFTI = "Pass a .nii or .nii.gz file"
 
 
@@ -31,11 +47,12 @@ def is_nifti(head: bytes) -> bool:
     return len(head) >= 4 and any(int.from_bytes(head[:4], order) in _HEADER_BYTES for order in ("little", "big"))
 
 
-def read_nifti(source: ByteSource, affine: np.ndarray | None, rescale: bool) -> CTVolume:
+def read_nifti(source: ByteSource, affine: np.ndarray | None, rescale: bool, find: Finder) -> CTVolume:
     """One NIfTI file.
 
     Args:
         source: Its bytes.
+        find: For the voxels of a pair, which lie in a second file.
         affine: Instead of the header's.
         rescale: Whether the caller will compute HU.
 
@@ -46,16 +63,42 @@ def read_nifti(source: ByteSource, affine: np.ndarray | None, rescale: bool) -> 
         raise VolumeError(source.name, "NIfTI files need nibabel", "Install it: pip install nibabel")
     with source.open() as file:
         stream = open_inflated(file)
-        compressed = stream is not file
         header = _read_header(source, stream)
         shape, dtype, offset = _layout(source, header)
-        check_promise(source, math.prod(shape) * dtype.itemsize, compressed)
+        if not _is_pair(header):
+            check_promise(source, math.prod(shape) * dtype.itemsize, compressed=stream is not file)
         check_voxels(source.name, shape, dtype)
         scale = header_scale(source.name, header, rescale)
-        affine, notes = header_affine(source.name, header, affine)
-        _skip(source, stream, offset - int(header["sizeof_hdr"]))
-        array = read_array(source, stream, shape, dtype)
+        affine, notes = header_affine(source.name, header, affine, shape)
+        notes = (*notes, *_scale_remarks(header))
+        if not _is_pair(header):
+            array = _read_voxels(source, stream, file, offset - int(header["sizeof_hdr"]), shape, dtype)
+            return CTVolume(rescale_to_hu(array, *scale), affine, source.name, notes)
+    voxels = _voxels_of_pair(source, find)
+    with voxels.open() as file:
+        array = _read_voxels(voxels, open_inflated(file), file, offset, shape, dtype)
     return CTVolume(rescale_to_hu(array, *scale), affine, source.name, notes)
+
+
+def _read_voxels(
+    source: ByteSource, stream: Any, file: Any, skip: int, shape: tuple[int, ...], dtype: np.dtype
+) -> np.ndarray:
+    check_promise(source, math.prod(shape) * dtype.itemsize, compressed=stream is not file)
+    _skip(source, stream, skip)
+    return read_array(source, stream, shape, dtype)
+
+
+def _is_pair(header: Any) -> bool:
+    return bytes(header["magic"])[:2] == b"ni"
+
+
+def _voxels_of_pair(source: ByteSource, find: Finder) -> ByteSource:
+    """The .img of a .hdr."""
+    stem = base_name(source.name).removesuffix(".gz").rpartition(".")[0]
+    voxels = find([f"{stem}.{suffix}" for suffix in ("img", "img.gz", "IMG")])
+    if voxels is None:
+        raise VolumeError(source.name, "its voxels lie in a second file (.img)", "Copy both files to one folder")
+    return voxels
 
 
 def read_nibabel_image(image: Any, affine: np.ndarray | None, rescale: bool) -> CTVolume:
@@ -68,8 +111,11 @@ def read_nibabel_image(image: Any, affine: np.ndarray | None, rescale: bool) -> 
     if rescale and (slope, intercept) != (1, 0):
         refuse_second_rescale(source, slope, intercept)
     if affine is None and is_nifti_header:
-        _, notes = header_affine(source, header, None)
-        affine = _in_mm(header, image.affine)
+        _, notes = header_affine(source, header, None, shape)
+        unit_mm = _unit_mm(source, header)
+        affine = np.diag([unit_mm, unit_mm, unit_mm, 1.0]) @ np.asarray(image.affine, float)
+    elif affine is None and nibabel is not None and isinstance(image, nibabel.AnalyzeImage):
+        raise VolumeError(source, "Analyze 7.5 does not say where right and left are", "Pass `affine=`")
     else:
         affine, notes = image.affine if affine is None else affine, ()
     try:
@@ -96,8 +142,12 @@ def _read_header(source: ByteSource, stream: Any) -> Any:
         magic = bytes(header["magic"])[:2]
     except Exception as error:  # as above
         raise VolumeError(source.name, f"it is no NIfTI file ({error})", _NO_NIFTI) from error
-    if magic == b"ni":
-        raise VolumeError(source.name, "its voxels lie in a second file (.img)", "Pass `nibabel.load(path)`")
+    if magic not in (b"n+", b"ni"):
+        raise VolumeError(
+            source.name,
+            "it is an Analyze 7.5 header, which does not say where right and left are",
+            "Convert it to NIfTI, or pass `nibabel.load(path)` and `affine=`",
+        )
     return header
 
 
@@ -106,10 +156,11 @@ def _layout(source: ByteSource, header: Any) -> tuple[tuple[int, ...], np.dtype,
     try:
         shape = _drop_singletons(header.get_data_shape())
         dtype = header.get_data_dtype()
-        offset = int(header["vox_offset"]) or int(header["sizeof_hdr"]) + 4
+        first = 0 if _is_pair(header) else int(header["sizeof_hdr"])
+        offset = int(header["vox_offset"]) or (first and first + 4)
     except Exception as error:  # as above
         raise VolumeError(source.name, f"it is no NIfTI file ({error})", _NO_NIFTI) from error
-    if min(shape, default=0) <= 0 or not int(header["sizeof_hdr"]) <= offset <= _MAX_OFFSET:
+    if min(shape, default=0) <= 0 or not first <= offset <= _MAX_OFFSET:
         raise VolumeError(
             source.name,
             f"its header is damaged (shape {shape}, voxels from byte {offset})",
@@ -147,23 +198,42 @@ def header_scale(source: str, header: Any, rescale: bool) -> tuple[float, float]
     return slope, intercept
 
 
-def header_affine(source: str, header: Any, affine: np.ndarray | None) -> tuple[np.ndarray, tuple[str, ...]]:
+def _scale_remarks(header: Any) -> tuple[str, ...]:
+    slope, intercept = float(header["scl_slope"]), float(header["scl_inter"])
+    if slope == 0 and np.isfinite(intercept) and intercept != 0:
+        return (f"its scl_slope is 0, which stands for no scale: its scl_inter of {intercept:g} is not applied",)
+    return ()
+
+
+def header_affine(
+    source: str, header: Any, affine: np.ndarray | None, shape: tuple[int, ...]
+) -> tuple[np.ndarray, tuple[str, ...]]:
     """The affine in mm that a header gives, unless the caller has a better one, and remarks on it."""
     if affine is not None:
         return np.asarray(affine, float), ()
     with np.errstate(all="ignore"):
         try:
-            qform_code, sform_code = int(header["qform_code"]), int(header["sform_code"])
-            if qform_code == 0 and sform_code == 0:
+            has_qform, has_sform = int(header["qform_code"]) != 0, int(header["sform_code"]) != 0
+            if not has_qform and not has_sform:
                 raise VolumeError(source, "its header holds no orientation", "Pass the `affine=` of the scan")
             zooms = np.asarray(header["pixdim"][1:4], float)
-            if sform_code == 0 and not (zooms > 0).all():
+            if not has_sform and not (zooms > 0).all():
                 raise VolumeError(
                     source, f"its spacing is {tuple(zooms.tolist())} mm", "Correct the header, or pass `affine=`"
                 )
-            best = _in_mm(header, header.get_best_affine())
+            qform = _qform(header) if has_qform else None
+            best = np.asarray(header.get_sform(), float) if has_sform else qform
+            if best is None:
+                raise VolumeError(
+                    source, "its orientation cannot be read (the quaternion is longer than 1)", "Pass `affine=`"
+                )
+            unit_mm = _unit_mm(source, header)
+            best = np.diag([unit_mm, unit_mm, unit_mm, 1.0]) @ best
             check_affine(source, best)
-            return best, tuple(_remarks(header, qform_code, sform_code, zooms))
+            notes = [] if unit_mm == 1 else ["its unit was converted to mm"]
+            if has_sform:
+                notes += _remarks(best, has_qform, qform, zooms * unit_mm, unit_mm, shape)
+            return best, tuple(notes)
         except VolumeError:
             raise
         except Exception as error:  # as above
@@ -172,19 +242,52 @@ def header_affine(source: str, header: Any, affine: np.ndarray | None) -> tuple[
             ) from error
 
 
-def _in_mm(header: Any, affine: np.ndarray) -> np.ndarray:
-    unit_mm = {"meter": 1000.0, "micron": 0.001}.get(header.get_xyzt_units()[0], 1.0)
-    return np.diag([unit_mm, unit_mm, unit_mm, 1.0]) @ np.asarray(affine, float)
+def _unit_mm(source: str, header: Any) -> float:
+    unit_mm = _UNITS_MM.get(int(header["xyzt_units"]) & _SPATIAL_UNIT)
+    if unit_mm is None:
+        raise VolumeError(source, "its unit of length is not known (`xyzt_units`)", "Correct it, or pass `affine=`")
+    return unit_mm
 
 
-def _remarks(header: Any, qform_code: int, sform_code: int, zooms: np.ndarray):
-    if not sform_code:
-        return
-    sform = header.get_sform()
+def _qform(header: Any) -> np.ndarray | None:
+    """The affine of a header's quaternion, in its unit; none if that is no rotation."""
+    vector = np.array([float(header[f"quatern_{letter}"]) for letter in "bcd"])
+    length = np.linalg.norm(vector)
+    if not length <= _MAX_QUATERNION:
+        return None
+    if length > 1:
+        vector /= length
+    b, c, d = vector
+    a = np.sqrt(max(0.0, 1 - vector @ vector))
+    turn = np.array(
+        [
+            [a * a + b * b - c * c - d * d, 2 * (b * c - a * d), 2 * (b * d + a * c)],
+            [2 * (b * c + a * d), a * a + c * c - b * b - d * d, 2 * (c * d - a * b)],
+            [2 * (b * d - a * c), 2 * (c * d + a * b), a * a + d * d - b * b - c * c],
+        ]
+    )
+    # The standard knows 1 and -1; 0, which many write, and what is no number stand for 1.
+    third = -1.0 if float(header["pixdim"][0]) < 0 else 1.0
+    affine = np.eye(4)
+    affine[:3, :3] = turn * np.asarray(header["pixdim"][1:4], float) * (1, 1, third)
+    affine[:3, 3] = [float(header[f"qoffset_{letter}"]) for letter in "xyz"]
+    return affine
+
+
+def _remarks(
+    sform: np.ndarray,
+    has_qform: bool,
+    qform: np.ndarray | None,
+    zooms: np.ndarray,
+    unit_mm: float,
+    shape: tuple[int, ...],
+) -> Iterator[str]:
+    """What contradicts an sform, which is used; all but `qform` in mm."""
     lengths = np.linalg.norm(sform[:3, :3], axis=0)
     if not np.allclose(lengths, zooms, rtol=1e-2):
         yield "its pixdim disagrees with its sform, which is used"
-    if qform_code and (zooms > 0).all():
-        qform = header.get_qform()
-        if not np.allclose(qform, sform, atol=0.01 * np.abs(sform[:3, :3]).max() + 1e-3):
+    if has_qform and (zooms > 0).all():
+        if qform is not None:
+            qform = np.diag([unit_mm, unit_mm, unit_mm, 1.0]) @ qform
+        if qform is None or not voxels_off(sform, shape, qform) <= REMARKED_VOXELS_OFF:
             yield "its qform disagrees with its sform, which is used"

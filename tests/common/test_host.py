@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from medct.common import host as host_memory
+from medct.common import host
 
 PROGRAM = """
 import resource, runpy, sys
@@ -23,7 +23,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's allocator is told")
 def test_large_blocks_are_reused():
-    command = [sys.executable, "-c", PROGRAM, host_memory.__file__]
+    command = [sys.executable, "-c", PROGRAM, host.__file__]
     faults = {mode: int(subprocess.check_output([*command, mode])) for mode in ("keep", "hand back")}
     assert faults["keep"] < 100
     # 128 MiB in pages of 4 KiB, or fewer and larger ones.

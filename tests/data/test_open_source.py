@@ -23,6 +23,12 @@ def test_phantoms_are_those_of_a_default_run():
     assert set(few[0]) < set(few[1]) and len(few[1]) == 5
 
 
+def test_limits_hold_for_phantoms():
+    sources = load_sources(TrainingSettings(max_tune_studies=5, max_eval_studies=7), CONFIG)
+    assert [sources[split].num_studies for split in ("tune", "valid")] == [5, 7]
+    assert set(sources["tune"].groups) < set(open_source(PHANTOMS, "tune", CONFIG).groups)
+
+
 def test_phantoms_need_the_labels_that_they_are_drawn_with():
     with pytest.raises(
         DataError, match=r"phantoms: these are drawn with CT-CLIP's 18 labels. Pass a model that has them"

@@ -1,13 +1,16 @@
 """Prepared shards: written whole, the same however the work is divided, and read back as they went in."""
 
+import dataclasses
 import hashlib
 import json
 import shutil
 import warnings
 from collections import Counter
+from pathlib import Path
 
 import nibabel
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pytest
 import torch
@@ -17,7 +20,9 @@ from pyarrow import parquet
 
 from medct import CTVolume, MedCTConfig, MedCTImageProcessor, VolumeError, read_volume
 from medct.cli import main
-from medct.data import StudyLoader, open_source, phantom_source, prepare
+from medct.configuration_medct import CT_CLIP_LABELS
+from medct.data import PhantomCohort, StudyLoader, open_source, phantom_source, prepare
+from medct.data.ct_rate import METADATA_COLUMNS
 from medct.data.prepared import decode_nifti, nifti_header, prepared_source, read_manifest
 from medct.data.sources import DataError, Skipped, Source, read_study
 
@@ -475,6 +480,48 @@ def test_the_command_prepares_ct_rate(ct_rate, small_model, tmp_path, config, ca
 def test_bad_input_ends_in_one_sentence(arguments, message, ct_rate, tmp_path, refused):
     places = {"SOURCE": str(ct_rate), "OUT": str(tmp_path)}
     assert message in refused("prepare", *(places.get(argument, argument) for argument in arguments))
+
+
+@pytest.mark.parametrize("reconstructions", ["one", "all"])
+def test_a_limit_takes_the_same_scans_from_a_source_and_from_its_shards(reconstructions, small_model, config, tmp_path):
+    volumes = tmp_path / "volumes"
+    volumes.mkdir()
+    rows = []
+    for scan in range(6):
+        for reconstruction in (1, 2):
+            name = f"train_{scan}_a_{reconstruction}.nii.gz"
+            array = np.random.default_rng(scan).integers(-1000, 1000, (9, 12, 5)).astype(np.int16)
+            nibabel.save(nibabel.Nifti1Image(array, np.diag([-3.0, -2, 4, 1])), volumes / name)
+            rows.append(
+                {"VolumeName": name, "Findings_EN": "x", "Impressions_EN": "y", **dict.fromkeys(CT_CLIP_LABELS, 0)}
+            )
+    pd.DataFrame(rows).to_csv(volumes / "train_all.csv", index=False)
+    known = dict(zip(METADATA_COLUMNS, (1, 0, "[3.0, 2.0]", 4.0), strict=True))
+    metadata = [{"VolumeName": row["VolumeName"], **known} for row in rows]
+    pd.DataFrame(metadata).to_csv(volumes / "train_metadata.csv", index=False)
+    main(["prepare", str(volumes), str(tmp_path / "shards"), "--model", str(small_model), "--splits", "train",
+          "--tune_share", "0", "--reconstructions", reconstructions])  # fmt: skip
+
+    def chosen(address: Path, limit: int) -> set[str]:
+        source = open_source(str(address), "train", config, tune_share=0, reconstructions=reconstructions, limit=limit)
+        return {row["id"].rsplit("_", 1)[0] for row in source.stream()}
+
+    for limit in (2, 3, 5):
+        assert chosen(volumes, limit) == chosen(tmp_path / "shards", limit)
+    assert len({frozenset(chosen(volumes, limit)) for limit in (2, 3, 5)}) == 3
+
+
+def test_whether_studies_are_synthetic_is_a_field(small_model, config, tmp_path):
+    """Not read from a description, and kept by the shards."""
+    cohort = PhantomCohort(train_patients=4, tune_patients=2, eval_patients=2)
+    source = open_source("phantoms", "train", config, limit=2, phantoms=cohort)
+    prepare.prepare({"train": source}, config, tmp_path / "shards", SETTINGS)
+    shards = open_source(str(tmp_path / "shards"), "train", config)
+    assert source.is_synthetic and shards.is_synthetic
+    assert list(shards.names) == list(source.names)
+    plain = dataclasses.replace(source, is_synthetic=False)
+    prepare.prepare({"train": plain}, config, tmp_path / "plain", SETTINGS)
+    assert not open_source(str(tmp_path / "plain"), "train", config).is_synthetic
 
 
 def test_prepared_shards_are_not_prepared_again(folder, tmp_path, small_model, refused):

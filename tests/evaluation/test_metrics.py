@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy.special import expit
 from sklearn import metrics as sklearn_metrics
 
-from medct.evaluation import metrics as metrics_medct
+from medct.evaluation import metrics as metrics
 from medct.evaluation.metrics import (
     calibration_bins,
     choose_thresholds,
@@ -215,9 +215,9 @@ def test_resamples_equal_repeated_scans(monkeypatch):
     scores, labels, patients = study(patients=12)
     thresholds = np.array([0.5, 0.4, 0.7])
     models = [(scores, thresholds)]
-    monkeypatch.setattr(metrics_medct, "RESAMPLES_AT_ONCE", 7)  # 20 resamples in three blocks
-    (drawn,) = metrics_medct._resampled(models, labels, patients, NAMES, 20, 3)
-    weights = np.hstack(list(metrics_medct._draws(np.array(patients), 20, 3))).astype(int)
+    monkeypatch.setattr(metrics, "RESAMPLES_AT_ONCE", 7)  # 20 resamples in three blocks
+    (drawn,) = metrics._resampled(models, labels, patients, NAMES, 20, 3)
+    weights = np.hstack(list(metrics._draws(np.array(patients), 20, 3))).astype(int)
     assert weights.shape == (24, 21) and (weights[:, 0] == 1).all() and (weights.sum(axis=0) == 24).all()
     assert (weights[::2] == weights[1::2]).all()  # both scans of a patient
     for column in range(21):
@@ -295,7 +295,7 @@ def test_a_rare_label_is_left_out_of_resamples_that_lack_it():
     alone = with_intervals(scores[:, :2], labels[:, :2], patients, NAMES[:2], resamples=100)["scores"]
     all_three = with_intervals(scores, labels, patients, NAMES, resamples=100)["scores"]
     assert all_three["auroc/mass"] == alone["auroc/mass"]
-    (drawn,) = metrics_medct._resampled([(scores, None)], labels, patients, NAMES, 100, 0)
+    (drawn,) = metrics._resampled([(scores, None)], labels, patients, NAMES, 100, 0)
     lacking = np.isnan(drawn["auroc/effusion"])
     assert 20 < lacking.sum() < 55
     means = (drawn["auroc/nodule"] + drawn["auroc/mass"])[lacking] / 2
@@ -341,7 +341,7 @@ def coverage(patients_known: bool, studies: int = 200) -> dict[str, float]:
         return expit(present + habit + generator.normal(size=4 * patients) / 2)[:, None], present[:, None]
 
     truth = zero_shot_scores(*draw(100_000), ["nodule"])
-    held = dict.fromkeys(metrics_medct.RANK_METRICS, 0)
+    held = dict.fromkeys(metrics.RANK_METRICS, 0)
     for seed in range(studies):
         scores, labels = draw(60)
         patients = np.repeat(np.arange(60), 4) if patients_known else None
@@ -374,8 +374,8 @@ def test_bias_of_average_precision_is_corrected():
     for seed in range(100):
         scores, labels = draw(150)
         interval = with_intervals(scores, labels, None, names, resamples=200, seed=seed)["scores"]["average_precision"]
-        (drawn,) = metrics_medct._resampled([(scores, None)], labels, None, names, 200, seed)
-        low, high = np.quantile(drawn["average_precision"][1:], metrics_medct.INTERVAL)
+        (drawn,) = metrics._resampled([(scores, None)], labels, None, names, 200, seed)
+        low, high = np.quantile(drawn["average_precision"][1:], metrics.INTERVAL)
         moved += interval["low"] <= truth <= interval["high"]
         unmoved += low <= truth <= high
     assert unmoved < 70 and moved > 75, (unmoved, moved)
@@ -402,7 +402,7 @@ def test_loads_as_an_evaluate_module(tmp_path):
     thresholds = choose_thresholds(scores, labels)
     expected = zero_shot_scores(scores, labels, NAMES, thresholds)
     protocol = ct_clip_protocol(scores, labels, NAMES)
-    module = evaluate.load(metrics_medct.__file__, cache_dir=str(tmp_path))
+    module = evaluate.load(metrics.__file__, cache_dir=str(tmp_path))
     computed = module.compute(predictions=scores, references=labels, names=NAMES, thresholds=thresholds)
     assert {key: computed[key] for key in expected} == expected
     assert computed["ct_clip_protocol/weighted_f1"] == protocol["weighted_f1"]

@@ -6,9 +6,10 @@ import threading
 import nibabel
 import numpy as np
 import pytest
-from scan_files import SECRET, make_hu, write_series
+from pydicom.uid import MediaStorageDirectoryStorage
+from scan_files import SECRET, make_hu, new_slice, write_series
 
-from medct import MedCTImageProcessor
+from medct import MedCTImageProcessor, read_volume
 from medct.inference import studies
 from medct.inference.studies import FailedStudy, ReadStudy, Study, batched_reads, find_studies, read_ahead, read_study
 
@@ -121,3 +122,69 @@ def test_batches_are_full_and_failures_are_passed_on():
     bad = FailedStudy(Study("bad", None), "reason")
     found = list(batched_reads([good[0], bad, *good[1:]], 2))
     assert found == [bad, good[:2], good[2:4], good[4:]]
+
+
+def write_contents(folder):
+    """The table of contents of a disc."""
+    contents = new_slice(make_hu((1, 8, 8))[0], 0)
+    contents.SOPClassUID = contents.file_meta.MediaStorageSOPClassUID = MediaStorageDirectoryStorage
+    contents.save_as(folder / "DICOMDIR", enforce_file_format=True)
+
+
+def of_series(uid, only):
+    def edit(ds, k):
+        ds.SeriesInstanceUID = uid
+        return k in only
+
+    return edit
+
+
+def test_a_disc_with_one_series_over_several_folders(tmp_path, image_processor):
+    hu = make_hu((9, 8, 8))
+    for k in range(3):
+        write_series(tmp_path / f"disc/DICOM/S{k}", hu, of_series("1.2.7", range(3 * k, 3 * k + 3)))
+    write_contents(tmp_path / "disc")
+    for given in (tmp_path, tmp_path / "disc", tmp_path / "disc/DICOM"):
+        (study,) = find_studies([given])
+        assert study.id == str(tmp_path / "disc/DICOM")
+        assert np.array_equal(read_volume(study.source).array, hu.T)
+        assert isinstance(read_study(study, image_processor), ReadStudy)
+    assert [study.id for study in find_studies([tmp_path / "disc/DICOM/S1"])] == [str(tmp_path / "disc/DICOM/S1")]
+
+
+def test_a_disc_with_several_series(tmp_path, image_processor):
+    """Of which one has a folder of its own, and two share theirs with none and with each other."""
+    hu = make_hu((6, 8, 8))
+    disc = tmp_path / "disc"
+    disc.mkdir()
+    write_contents(disc)
+    write_series(disc / "A/1", hu, of_series("1.2.1", range(3)))
+    write_series(disc / "B/1", hu, of_series("1.2.1", range(3, 6)))
+    write_series(disc / "A/2", hu, of_series("1.2.2", range(3)))
+    write_series(disc / "B/2", hu, of_series("1.2.2", range(3, 6)))
+    write_series(disc / "C", hu, of_series("1.2.3", range(6)))
+    found = find_studies([tmp_path])
+    assert sorted(study.id.removeprefix(f"{tmp_path}/") for study in found) == ["disc", "disc/A/2", "disc/C"]
+    for study in found:
+        assert np.array_equal(read_volume(study.source).array, hu.T)
+
+
+def test_without_a_table_of_contents_each_folder_is_a_study(tmp_path):
+    hu = make_hu((6, 8, 8))
+    for name, only in (("a", range(3)), ("b", range(3, 6))):
+        write_series(tmp_path / name, hu, of_series("1.2.7", only))
+    assert [study.id for study in find_studies([tmp_path])] == [str(tmp_path / "a"), str(tmp_path / "b")]
+
+
+def test_a_table_of_contents_alone_is_no_study(tmp_path):
+    write_contents(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no studies in this folder"):
+        find_studies([tmp_path])
+
+
+def test_data_sets_without_a_mark_are_a_study(tmp_path, image_processor):
+    folder = write_series(tmp_path / "old", make_hu((3, 8, 8)))
+    for path in folder.iterdir():
+        path.write_bytes(path.read_bytes()[132:])
+    (study,) = find_studies([tmp_path])
+    assert isinstance(read_study(study, image_processor), ReadStudy)

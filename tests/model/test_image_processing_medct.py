@@ -8,9 +8,10 @@ import nibabel
 import numpy as np
 import pytest
 import torch
+from scan_files import at, make_hu, write_series
 from torch.nn import functional as F
 
-from medct import CTVolume, MedCTConfig, MedCTImageProcessor
+from medct import CTVolume, MedCTConfig, MedCTImageProcessor, read_volume
 from medct.image_processing_medct import (
     clip_hu,
     crop_window,
@@ -26,7 +27,7 @@ from medct.volume_io_medct import affine_from_spacing
 def by_the_letter(volume: np.ndarray, spacing_mm, target_spacing_mm, size) -> torch.Tensor:
     """The specification's steps 3 to 6 on `(z, y, x)` HU, whole volumes at a time."""
     x = torch.from_numpy(volume.astype(np.float32)).clamp(-1000, 1000)
-    shape = [int(n * s / t) for n, s, t in zip(x.shape, spacing_mm, target_spacing_mm, strict=True)]
+    shape = [int(n * (s / t)) for n, s, t in zip(x.shape, spacing_mm, target_spacing_mm, strict=True)]
     x = F.interpolate(x[None, None], size=shape, mode="trilinear", align_corners=False)[0, 0] / 1000
     for axis, (length, target) in enumerate(zip(shape, size, strict=True)):
         if length > target:
@@ -107,16 +108,43 @@ def test_clip_hu_keeps_the_type():
 @pytest.mark.parametrize(
     ("length", "spacing_mm", "target_mm", "expected"),
     [
-        (300, 0.7, 1.5, 140),
+        (300, 0.7, 1.5, 139),  # 139.99999999999997 of doubles
         (512, 0.75, 0.75, 512),
         (99, 3.0, 1.5, 198),
         (100, 1.0, 1.5, 66),
         (1, 0.5, 1.5, 1),
-        (79, 3.98734, 1.5, 210),
+        (79, 3.98734, 1.5, 209),
+        (79, 315 / 79, 1.5, 210),
+        (70, 0.6, 0.75, 55),
     ],
 )
 def test_resampled_length(length, spacing_mm, target_mm, expected):
     assert resampled_length(length, spacing_mm, target_mm) == expected
+
+
+def test_resampled_lengths_are_the_originals():
+    """Of every spacing that headers write, also with the noise of float32 or of a matrix of them."""
+    generator = np.random.default_rng(0)
+    spacings = [*np.arange(0.25, 6, 0.05).round(2), *generator.uniform(0.3, 6, 300).round(6)]
+    for spacing_mm, target_mm in itertools.product(map(float, spacings), (0.75, 1.5)):
+        for length in (*range(20, 700, 13), 300, 512):
+            expected = int(length * (spacing_mm / target_mm))
+            for noisy in (spacing_mm, float(np.float32(spacing_mm)), spacing_mm + 3e-7, spacing_mm - 3e-7):
+                assert resampled_length(length, noisy, target_mm) == max(1, expected)
+
+
+@pytest.mark.parametrize(("spacing_mm", "slices", "expected"), [(0.7, 300, 139), (0.6, 50, 20), (1.1, 150, 110)])
+def test_every_format_gives_the_original_number_of_slices(spacing_mm, slices, expected, tmp_path, nifti):
+    """As float32 in a NIfTI, as text in a DICOM, and as it is."""
+    assert int(slices * (spacing_mm / 1.5)) == expected
+    hu = make_hu((slices, 4, 5))
+    affine = np.diag([-0.7, -0.8, spacing_mm, 1])
+    folder = write_series(
+        tmp_path / "dicom", hu, lambda ds, k: setattr(ds, "ImagePositionPatient", at(0, 0, round(spacing_mm * k, 4)))
+    )
+    for volume in (CTVolume(hu.T, affine), read_volume(nifti(hu.T, affine)), read_volume(folder)):
+        array, spacing = reorient(volume, "SLP")
+        assert resampled_length(len(array), spacing[0], 1.5) == expected
 
 
 @pytest.mark.parametrize(

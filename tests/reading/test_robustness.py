@@ -34,7 +34,7 @@ quietly = pytest.mark.filterwarnings("ignore::medct.VolumeWarning")
 @given(
     values=hnp.arrays(
         st.sampled_from([np.int16, np.int32, np.uint8, np.uint16, np.float32, np.float64]),
-        hnp.array_shapes(min_dims=3, max_dims=3, min_side=1, max_side=9),
+        hnp.array_shapes(min_dims=3, max_dims=3, min_side=2, max_side=9),
         elements=st.integers(0, 255),
     ),
     spacing_mm=st.tuples(*[st.floats(0.2, 8.0)] * 3),
@@ -58,7 +58,7 @@ def test_any_volume_on_disk_is_that_volume_in_memory(values, spacing_mm, orienta
 @quietly
 @settings(deadline=None, max_examples=60)
 @given(
-    shape=st.tuples(*[st.integers(1, 40)] * 3),
+    shape=st.tuples(*[st.integers(2, 40)] * 3),
     spacing_mm=st.tuples(*[st.floats(0.3, 6.0)] * 3),
     orientation=st.sampled_from(ORIENTATIONS),
     positions=hnp.arrays(float, (5, 3), elements=st.floats(-20, 60)),

@@ -1,0 +1,291 @@
+"""Where the slices of a CT series lie: their order, the checks of their positions, and the grid they make.
+
+A header's error is judged by what it does to voxels. Slices whose grid puts every voxel less than `MAX_VOXELS_OFF` from
+its place are read, with a remark from `REMARKED_VOXELS_OFF` on; others are refused, or resampled for the caller. So it
+does not matter with how many digits positions were written, or whether a stack leans by less than a pixel.
+
+Unusual: a missing slice of a short stack puts no voxel of an even grid half a voxel off. So a gap of about two steps is
+refused too, unless the step that the headers write fits the whole stack.
+
+Source: DICOM PS3.3 (C.7.6.2).
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from .dicom_pixels_medct import AGAIN, Slice, hu_of
+from .volume_medct import MAX_VOXELS_OFF, REMARKED_VOXELS_OFF, VolumeError, check_affine, remark_on_offset
+
+_USUAL_PIXELS = 512
+_SAME_POSITION_MM = 1e-3
+_POSITION_DIGITS_MM = 2e-3
+"""How exactly headers write positions, unless the positions themselves show that they are coarser."""
+_UNIT_VECTOR_TOLERANCE = 1e-2
+_MISSING_STEPS = 1.75
+"""Usual steps from which on a gap is one of a missing slice."""
+_MAX_GAP_STEPS = 5
+"""Usual steps that interpolation bridges when the caller asks for it."""
+_LISTED_GAP = 0.02
+_ONE_STACK = "Pass the files of one stack of slices"
+_STRAIGHT = "Pass `resample_irregular=True` to have the slices interpolated"
+
+
+def check_alike(slices: list[Slice]) -> None:
+    """Refuse slices that are not all of one size, spacing and direction."""
+    first = slices[0]
+    for one in slices:
+        (rows, columns), others = one.pixels.shape, first.pixels.shape
+        half = np.maximum((columns, rows), _USUAL_PIXELS) / 2
+        if (rows, columns) != others:
+            reason = f"it is {rows} x {columns}, others are {others[0]} x {others[1]}"
+        elif (np.abs(one.spacing_mm - first.spacing_mm) / first.spacing_mm * half[::-1]).max() >= MAX_VOXELS_OFF:
+            reason = f"its PixelSpacing {one.spacing_mm.tolist()} differs from {first.spacing_mm.tolist()} of others"
+        elif _turned(one, first, half) >= MAX_VOXELS_OFF:
+            turned, usual = one.orientation.round(4).tolist(), first.orientation.round(4).tolist()
+            reason = f"its orientation {turned} differs from {usual} of others"
+        else:
+            continue
+        raise VolumeError(one.name, reason, _ONE_STACK)
+    row, column = first.orientation[:3], first.orientation[3:]
+    lengths = np.linalg.norm((row, column), axis=1)
+    if np.abs(lengths - 1).max() > _UNIT_VECTOR_TOLERANCE or abs(row @ column) > _UNIT_VECTOR_TOLERANCE:
+        raise VolumeError(first.name, "its ImageOrientationPatient is no pair of perpendicular unit vectors", AGAIN)
+
+
+def _turned(one: Slice, first: Slice, half: np.ndarray) -> float:
+    """How far the corners of a slice are from where another slice has them, pixels."""
+    difference = (one.orientation - first.orientation).reshape(2, 3) * one.spacing_mm[::-1, None] * half[:, None]
+    return float(np.abs(difference).sum(axis=0).max() / first.spacing_mm.min())
+
+
+def _axes(slices: Sequence[Slice]) -> np.ndarray:
+    """Unit vectors `(3, 3)`: along a row, along a column as far as it is perpendicular to that, and the normal."""
+    row, column = slices[0].orientation[:3], slices[0].orientation[3:]
+    row = row / np.linalg.norm(row)
+    column = column - (column @ row) * row
+    column = column / np.linalg.norm(column)
+    return np.array((row, column, np.cross(row, column)))
+
+
+def _places(slices: Sequence[Slice]) -> np.ndarray:
+    """Positions `(n, 3)` along those axes, mm."""
+    return np.array([one.position_mm for one in slices]) @ _axes(slices).T
+
+
+def order(slices: list[Slice], source: str, resample_irregular: bool) -> tuple[list[Slice], list[str]]:
+    """Slices by position, after the checks of their positions; and remarks."""
+    slices = [slices[k] for k in np.argsort(_places(slices)[:, 2], kind="stable")]
+    slices, notes = _without_repeats(slices, source, resample_irregular)
+    if len(slices) < 2:
+        raise VolumeError(
+            source,
+            "it holds one slice, which is no volume",
+            "Pass all files of the series together: a folder or a list",
+        )
+    _check_interleaved(slices, source)
+    if _is_uneven(slices):
+        _check_gaps(slices, source, resample_irregular)
+    _check_line(slices, source, resample_irregular)
+    if not (_is_uneven(slices) or _is_leaning(slices)):
+        notes += remark_on_offset("its slices", max(_unevenness(slices), _off_place(slices)))
+    return slices, notes
+
+
+def _without_repeats(slices: list[Slice], source: str, resample_irregular: bool) -> tuple[list[Slice], list[str]]:
+    """Refuse positions that occur more than once, or keep one slice of each if all its pixels are the same."""
+    along = _places(slices)[:, 2]
+    is_repeated = np.diff(along) < _SAME_POSITION_MM
+    repeats = np.flatnonzero(is_repeated)
+    if not len(repeats):
+        return slices, []
+    k = int(repeats[0])
+    reason = (
+        f"{len(repeats)} slice positions occur more than once, such as {along[k]:.3f} mm in "
+        f"{slices[k].name} and {slices[k + 1].name}"
+    )
+    if not resample_irregular:
+        raise VolumeError(source, reason, "Pass the files of one phase of one series")
+    kept = [slices[0]]
+    for before, one, repeated in zip(slices, slices[1:], is_repeated, strict=False):
+        if not repeated:
+            kept.append(one)
+        elif not np.array_equal(hu_of(before, {}), hu_of(one, {})):
+            raise VolumeError(source, f"{reason}, with different pixels", "Pass the files of one phase of one series")
+    return kept, [f"{len(repeats)} repeated slices with the same pixels were left out"]
+
+
+def _check_interleaved(slices: list[Slice], source: str) -> None:
+    """Refuse two stacks that lie in each other, which shows as two steps that take turns."""
+    along = _places(slices)[:, 2]
+    gaps = np.diff(along)
+    first, second = gaps[::2], gaps[1::2]
+    if len(gaps) < 5 or max(np.ptp(first), np.ptp(second)) > 0.1 * gaps.mean():
+        return
+    if abs(first.mean() - second.mean()) > max(2 * REMARKED_VOXELS_OFF * gaps.mean(), 1.01 * _last_digit_mm(along)):
+        raise VolumeError(
+            source,
+            f"steps of {first.mean():.3f} and {second.mean():.3f} mm take turns between its slices: two stacks lie in "
+            "each other",
+            _ONE_STACK,
+        )
+
+
+def _check_gaps(slices: list[Slice], source: str, resample_irregular: bool) -> None:
+    along = _places(slices)[:, 2]
+    gaps = np.diff(along)
+    step = float(np.median(gaps))
+    uneven = np.flatnonzero(np.abs(gaps - step) > _LISTED_GAP * step)
+    figures = ", ".join(f"{gaps[k]:.3f} mm between {along[k]:.2f} and {along[k + 1]:.2f}" for k in uneven[:5])
+    reason = f"its slice steps are uneven (usually {step:.3f} mm, but {figures})"
+    if not resample_irregular:
+        raise VolumeError(source, f"{reason}: slices are missing or of two stacks", _STRAIGHT)
+    if gaps.max() > _MAX_GAP_STEPS * step:
+        raise VolumeError(source, reason, "Find the missing slices: the gap is too wide to interpolate")
+
+
+def _is_uneven(slices: list[Slice]) -> bool:
+    """Whether slices are missing, or one lies half a step or more off its place."""
+    gaps = np.diff(_places(slices)[:, 2])
+    fits = any(abs(step * len(gaps) - gaps.sum()) < 0.5 * step for step in slices[0].written_steps_mm)
+    is_missing = gaps.max() >= _MISSING_STEPS * _usual(gaps) and not fits
+    return bool(is_missing) or _unevenness(slices) >= MAX_VOXELS_OFF
+
+
+def _usual(gaps: np.ndarray) -> float:
+    """The middle gap, of two the smaller: of three slices one may be missing."""
+    return float(np.sort(gaps)[(len(gaps) - 1) // 2])
+
+
+def _unevenness(slices: list[Slice]) -> float:
+    """How far a slice lies off its place on an even grid at most, steps."""
+    residues, step = _residues(slices)
+    return float(np.abs(residues - np.median(residues)).max() / step)
+
+
+def _residues(slices: list[Slice]) -> tuple[np.ndarray, float]:
+    """Distance of each slice from the even grid that begins at the first one, mm, and the step of that grid."""
+    along = _places(slices)[:, 2]
+    step = _exact_step(slices, along, len(slices))
+    return along - (along[0] + step * np.arange(len(along))), step
+
+
+def _check_line(slices: list[Slice], source: str, resample_irregular: bool) -> None:
+    """Refuse stacks whose slices lie beside each other, or lean."""
+    beside = _beside(slices)
+    off_mm = np.linalg.norm(beside, axis=1)
+    k = int(off_mm.argmax())
+    is_off = (np.abs(beside) / _pixel_mm(slices)).max() >= MAX_VOXELS_OFF
+    if is_off or (_off_place(slices) >= MAX_VOXELS_OFF and not _is_leaning(slices)):
+        raise VolumeError(
+            source,
+            f"its slices do not lie on a line ({slices[k].name} is {off_mm[k]:.2f} mm beside it)",
+            _ONE_STACK,
+        )
+    if not resample_irregular and _is_leaning(slices):
+        sideways, whole = _sideways(slices), np.ptp(_places(slices)[:, 2])
+        raise VolumeError(
+            source,
+            f"its slices are stacked {np.degrees(np.arctan2(np.linalg.norm(sideways), whole)):.1f} degrees off their "
+            f"normal (gantry tilt or a sheared stack, {np.linalg.norm(sideways):.1f} mm from end to end)",
+            "Pass `resample_irregular=True` to have it resampled to a straight grid",
+        )
+
+
+def _pixel_mm(slices: list[Slice]) -> np.ndarray:
+    """Distance of pixels within a row and within a column, mm."""
+    return slices[0].spacing_mm[::-1]
+
+
+def _sideways(slices: list[Slice]) -> np.ndarray:
+    """How far ordered slices slide along rows and columns from the first to the last, mm."""
+    places = _places(slices)
+    return places[-1, :2] - places[0, :2]
+
+
+def _beside(slices: list[Slice]) -> np.ndarray:
+    """How far each slice lies beside the line from the first to the last, along rows and columns, mm."""
+    places = _places(slices)
+    share = (places[:, 2] - places[0, 2]) / np.ptp(places[:, 2])
+    return places[:, :2] - places[0, :2] - share[:, None] * _sideways(slices)
+
+
+def _off_place(slices: list[Slice]) -> float:
+    """How far a slice lies sideways off the stack's upright middle line at most, pixels."""
+    places = _places(slices)
+    return float((np.abs(places[:, :2] - places[[0, -1], :2].mean(axis=0)) / _pixel_mm(slices)).max())
+
+
+def _is_leaning(slices: list[Slice]) -> bool:
+    """Whether a stack that is taken for upright has its ends off their place."""
+    return bool((np.abs(_sideways(slices)) / 2 / _pixel_mm(slices)).max() >= MAX_VOXELS_OFF)
+
+
+def to_grid(hu: np.ndarray, slices: list[Slice], source: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """HU on even steps, and the affine of `(column, row, k)` to RAS+ mm; uneven steps are interpolated."""
+    notes, places, count = [], _places(slices), len(slices)
+    along = places[:, 2]
+    gaps = np.diff(along)
+    start = np.median(_residues(slices)[0])
+    if _is_uneven(slices):
+        # The mean step, a gap of missing slices being several.
+        count, start = int(np.maximum(np.rint(gaps / _usual(gaps)), 1).sum()) + 1, 0.0
+        hu = _on_even_steps(hu, along, count)
+        notes.append(
+            f"slices with steps of {gaps.min():.3f} to {gaps.max():.3f} mm were interpolated to {count} even ones"
+        )
+    axes, (column_mm, row_mm) = _axes(slices), _pixel_mm(slices)
+    first, sideways = places[0] + (0, 0, start), _sideways(slices)
+    step = np.array((0, 0, _exact_step(slices, along, count)))
+    if _is_leaning(slices):
+        step[:2] = sideways / (count - 1)
+    else:
+        first[:2] += sideways / 2  # what it slides all the same is shared between both ends
+    affine = np.eye(4)
+    affine[:3, :3] = (axes.T @ np.diag((column_mm, row_mm, 0))) + np.outer(axes.T @ step, (0, 0, 1))
+    affine[:3, 3] = axes.T @ first
+    affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine  # LPS -> RAS
+    check_affine(source, affine)
+    return hu, affine, notes
+
+
+def _exact_step(slices: list[Slice], along: np.ndarray, count: int) -> float:
+    """Step of `count` slices, mm: as written, or round, where positions of a few digits cannot tell them apart.
+
+    Else steps of 5 mm would come back as 4.999999 from positions, and of 0.625 mm as 0.6256 from rounded ones.
+    """
+    measured = float(np.ptp(along)) / (count - 1)
+    is_even = np.ptp(np.diff(along)) < _POSITION_DIGITS_MM
+    noise_mm = _POSITION_DIGITS_MM if is_even else max(_POSITION_DIGITS_MM, _last_digit_mm(along))
+    for step in slices[0].written_steps_mm:
+        if abs(step - measured) * (count - 1) < noise_mm:
+            return _with_all_digits(step, count)
+    step = round(measured, 3)
+    return step if abs(step - measured) * (count - 1) < _POSITION_DIGITS_MM else measured
+
+
+def _with_all_digits(step: float, count: int) -> float:
+    """A step written with six digits, as C does, if it is that of whole millimetres over all slices: 3.98734 of 315/79.
+
+    The same scan as NIfTI has all digits, and should not get another number of voxels for it.
+    """
+    exact = round(step * count) / count
+    return exact if exact > 0 and float(f"{exact:.6g}") == step else step
+
+
+def _last_digit_mm(along: np.ndarray) -> float:
+    """The unit of the last decimal with which positions were written, mm."""
+    for digits in range(3):
+        if np.abs(along - along[0] - (along - along[0]).round(digits)).max() < 1e-6:
+            return 10.0**-digits
+    return 10.0**-3
+
+
+def _on_even_steps(hu: np.ndarray, along: np.ndarray, count: int) -> np.ndarray:
+    even = np.empty((count, *hu.shape[1:]), hu.dtype)
+    for k, position in enumerate(np.linspace(along[0], along[-1], count)):
+        lower = min(int(np.searchsorted(along, position, side="right")) - 1, len(along) - 2)
+        weight = np.float32((position - along[lower]) / (along[lower + 1] - along[lower]))
+        values = hu[lower] * (1 - weight) + hu[lower + 1] * weight
+        even[k] = values.round() if hu.dtype == np.int16 else values
+    return even

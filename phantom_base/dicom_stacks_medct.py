@@ -1,0 +1,146 @@
+"""Slices of one series that are several scans: reconstructions, acquisitions or phases over the same positions.
+
+Laid into each other they would make a volume with every other slice of another scan. They are told apart by attributes
+that differ between slices whose positions overlap (in slices beside each other the same attributes differ for good
+reasons), and where none does by instance numbers that run through the positions more than once.
+
+Source: DICOM PS3.3 (C.7.6.1, C.7.6.2, C.8.2, C.7.6.16).
+"""
+
+import itertools
+from collections import Counter, defaultdict
+from collections.abc import Hashable, Iterator
+from typing import Any
+
+import numpy as np
+
+from .dicom_pixels_medct import Slice
+
+TELLING = {
+    0x00200012: "AcquisitionNumber",
+    0x00080032: "AcquisitionTime",
+    0x0008002A: "AcquisitionDateTime",
+    0x00083010: "IrradiationEventUID",
+    0x00080017: "AcquisitionUID",
+    0x00209156: "FrameAcquisitionNumber",
+    0x00209056: "StackID",
+    0x00200100: "TemporalPositionIdentifier",
+    0x00209128: "TemporalPositionIndex",
+    0x00209241: "NominalPercentageOfCardiacPhase",
+    0x00209245: "NominalPercentageOfRespiratoryPhase",
+    0x00181060: "TriggerTime",
+    0x00180060: "KVP",
+    0x00180010: "ContrastBolusAgent",
+    0x00181210: "ConvolutionKernel",
+    0x00189315: "ReconstructionAlgorithm",
+    0x00181160: "FilterType",
+    0x00181100: "ReconstructionDiameter",
+    0x00180050: "SliceThickness",
+    0x00180022: "ScanOptions",
+    0x00080008: "ImageType",
+    0x00089007: "FrameType",
+    0x00200011: "SeriesNumber",
+    0x0008103E: "SeriesDescription",
+    0x0020000D: "StudyInstanceUID",
+    0x00200052: "FrameOfReferenceUID",
+}
+"""Attributes that tell scans apart. Times of making an image do not: its parts are computed side by side."""
+_INSTANCE_NUMBER = 0x00200013
+_LEAST_SLICES = 2
+_LEAST_RUN = 3
+_SAME_POSITION_MM = 1e-3
+
+
+def told_by(header: Any, groups: Any) -> tuple[Hashable, ...]:
+    """What a slice has of `TELLING`, then its instance number; as written, for comparison only.
+
+    Args:
+        header: Of the file.
+        groups: Functional groups of the frame, if the file holds several.
+    """
+    items = [header]
+    if groups is not None:
+        items = [element.value[0] for element in groups if element.VR == "SQ" and element.value] + items
+    return tuple(next(_raw(items, tag), None) for tag in (*TELLING, _INSTANCE_NUMBER))
+
+
+def _raw(items: list[Any], tag: int) -> Iterator[Hashable]:
+    for item in items:
+        element = item.get_item(tag)
+        if element is not None and element.value not in (None, b"", ""):
+            yield element.value.strip() if isinstance(element.value, bytes) else str(element.value)
+
+
+def stacks_of(slices: list[Slice]) -> tuple[list[list[Slice]], str]:
+    """Scans over the same positions, largest first, and the names of what tells them apart; often only one."""
+    if any(np.abs(one.orientation - slices[0].orientation).max() > 0.01 for one in slices):
+        return [slices], ""  # which is refused for it
+    normal = np.cross(slices[0].orientation[:3], slices[0].orientation[3:])
+    along = np.array([one.position_mm @ normal for one in slices])
+    keys = [
+        ("Rows and Columns", [one.pixels.shape for one in slices]),
+        ("PixelSpacing", [tuple(one.spacing_mm.round(3).tolist()) for one in slices]),
+        *((name, [one.told[k] for one in slices]) for k, name in enumerate(TELLING.values())),
+    ]
+    telling = [(name, values) for name, values in keys if _overlap(values, along)]
+    if telling:
+        labels = list(zip(*(values for _, values in telling), strict=True))
+        return _split(slices, labels), ", ".join(name for name, _ in telling)
+    labels = _runs([one.told[-1] for one in slices], along)
+    if labels is not None and _overlap(labels, along):
+        return _split(slices, labels), "InstanceNumber"
+    return [slices], ""
+
+
+def _split(slices: list[Slice], labels: list[Hashable]) -> list[list[Slice]]:
+    groups: dict[Hashable, list[Slice]] = defaultdict(list)
+    for one, label in zip(slices, labels, strict=True):
+        groups[label].append(one)
+    # Values as written sort well enough: what matters is that their order does not depend on that of the files.
+    return [groups[label] for label in sorted(groups, key=lambda label: (-len(groups[label]), str(label)))]
+
+
+def _overlap(labels: list[Any], along: np.ndarray) -> bool:
+    """Whether slices of one label lie among those of another; a single one does not tell."""
+    counts = Counter(labels)
+    if len(counts) == 1 or len(counts) > len(labels) // _LEAST_SLICES:
+        return False
+    places: dict[Hashable, list[float]] = defaultdict(list)
+    for label, position in zip(labels, along.tolist(), strict=True):
+        places[label].append(position)
+    groups = [np.array(found) for found in places.values() if len(found) >= _LEAST_SLICES]
+    for k, one in enumerate(groups):
+        for other in groups[k + 1 :]:
+            if min(_within(one, other), _within(other, one)) >= 1 and _within(one, other) + _within(other, one) > 2:
+                return True
+    return False
+
+
+def _within(one: np.ndarray, other: np.ndarray) -> int:
+    """How many slices lie between the first and the last of others."""
+    inside = (one >= other.min() - _SAME_POSITION_MM) & (one <= other.max() + _SAME_POSITION_MM)
+    return int(np.count_nonzero(inside))
+
+
+def _runs(numbers: list[Any], along: np.ndarray) -> list[int] | None:
+    """Through which run of instance numbers each slice came, if they run through distinct positions more than once."""
+    try:
+        numbers = [int(number) for number in numbers]
+    except (TypeError, ValueError):
+        return None
+    if np.diff(np.sort(along)).min(initial=np.inf) < _SAME_POSITION_MM:
+        return None
+    counts = Counter(numbers)
+    labels = np.zeros(len(numbers), int)
+    if len(set(counts.values())) == 1 and max(counts.values()) > 1:  # each run has numbers of its own
+        seen: Counter = Counter()
+        for k in np.argsort(along):
+            labels[k] = seen[numbers[k]]
+            seen[numbers[k]] += 1
+        return labels.tolist()
+    ordered, run, sign = np.argsort(numbers, kind="stable"), 0, 0
+    for before, k in itertools.pairwise(ordered):
+        step = int(np.sign(along[k] - along[before]))
+        run, sign = (run, step) if sign in (0, step) else (run + 1, 0)
+        labels[k] = run
+    return labels.tolist() if min(Counter(labels.tolist()).values()) >= _LEAST_RUN else None

@@ -1,0 +1,394 @@
+"""One volume under every key that MetaImage, NRRD and NIfTI headers document, compared with independent readers.
+
+What SimpleITK ignores or cannot read stands in the tests "beyond ITK", with what is made of it here.
+"""
+
+import bz2
+import gzip
+import itertools
+import zlib
+
+import nibabel
+import nrrd
+import numpy as np
+import pytest
+import SimpleITK
+from scan_files import make_hu
+
+from medct import VolumeError, VolumeWarning, read_volume
+
+pytestmark = pytest.mark.filterwarnings("ignore::medct.VolumeWarning", "ignore::UserWarning")
+ARRAY = make_hu((5, 6, 7))
+"""`(i, j, k)`; in the files i runs fastest."""
+SPACING_MM = (0.7, 0.8, 2.5)
+ORIGIN_MM = (-10.0, 20.0, 30.0)
+
+
+def body(dtype="<i2", array=ARRAY) -> bytes:
+    return np.asarray(array).astype(dtype).tobytes(order="F")
+
+
+def text(array=ARRAY) -> bytes:
+    return (" ".join(map(str, array.ravel(order="F"))) + "\n").encode()
+
+
+def assert_is(volume, array=ARRAY, spacing_mm=SPACING_MM, origin_mm=ORIGIN_MM) -> None:
+    assert np.array_equal(volume.array, array)
+    assert volume.array.dtype.isnative
+    assert volume.spacing_mm == pytest.approx(spacing_mm)
+    np.testing.assert_allclose(volume.affine[:3, 3] * (-1, -1, 1), origin_mm, atol=1e-6)
+
+
+def assert_as_simpleitk(path, volume) -> None:
+    image = SimpleITK.ReadImage(str(path))
+    assert np.array_equal(SimpleITK.GetArrayFromImage(image).T, volume.array)
+    for voxel in ((0, 0, 0), (4, 5, 6), (1, 3, 2)):
+        lps = (volume.affine @ [*voxel, 1])[:3] * (-1, -1, 1)
+        np.testing.assert_allclose(lps, image.TransformIndexToPhysicalPoint(voxel), atol=1e-6)
+
+
+META = {
+    "ObjectType": "Image",
+    "NDims": "3",
+    "BinaryData": "True",
+    "BinaryDataByteOrderMSB": "False",
+    "CompressedData": "False",
+    "TransformMatrix": "1 0 0 0 1 0 0 0 1",
+    "Offset": "-10 20 30",
+    "ElementSpacing": "0.7 0.8 2.5",
+    "DimSize": "5 6 7",
+    "ElementType": "MET_SHORT",
+    "ElementDataFile": "LOCAL",
+}
+
+
+def meta(folder, data: bytes, separator=" = ", end="\n", **changes):
+    fields = {
+        name: value for name, value in (META | changes).items() if value is not None and name != "ElementDataFile"
+    }
+    fields["ElementDataFile"] = changes.get("ElementDataFile", "LOCAL")
+    path = folder / "scan.mha"
+    path.write_bytes("".join(f"{name}{separator}{value}{end}" for name, value in fields.items()).encode() + data)
+    return path
+
+
+PACKED = zlib.compress(body())
+TRUE, FALSE = ("True", "true", "T", "1"), ("False", "false", "F", "0")
+META_KEYS = {
+    "plain": ({}, body()),
+    **{f"MSB {word}": ({"BinaryDataByteOrderMSB": word}, body(">i2")) for word in TRUE},
+    **{f"MSB {word}": ({"BinaryDataByteOrderMSB": word}, body("<i2")) for word in FALSE},
+    **{
+        f"element MSB {word}": ({"BinaryDataByteOrderMSB": None, "ElementByteOrderMSB": word}, body(">i2"))
+        for word in TRUE
+    },
+    **{f"compressed {word}": ({"CompressedData": word, "CompressedDataSize": len(PACKED)}, PACKED) for word in TRUE},
+    **{f"compressed {word}": ({"CompressedData": word}, body()) for word in FALSE},
+    **{f"spacing by {name}": ({"ElementSpacing": None, name: "0.7 0.8 2.5"}, body()) for name in ("ElementSize",)},
+    "size beside spacing": ({"ElementSize": "3 3 3"}, body()),
+    **{f"offset by {name}": ({"Offset": None, name: "-10 20 30"}, body()) for name in ("Position", "Origin")},
+    **{
+        f"axes by {name}": ({"TransformMatrix": None, name: "0 1 0 1 0 0 0 0 1"}, body())
+        for name in ("Rotation", "Orientation")
+    },
+    **{
+        f"{name}": ({name: value}, body())
+        for name, value in {
+            "CenterOfRotation": "9 9 9",
+            "AnatomicalOrientation": "LPI",
+            "Comment": "x = y",
+            "ObjectSubType": "x",
+            "Name": "a name",
+            "ID": "3",
+            "ParentID": "-1",
+            "Color": "1 0 0 1",
+            "Modality": "MET_MOD_CT",
+            "SequenceID": "1 2 3",
+            "ElementMin": "-1000",
+            "ElementMax": "5",
+            "ElementNumberOfChannels": "1",
+            "HeaderSize": "0",
+            "DistanceUnits": "mm",
+        }.items()
+    },
+    **{f"LOCAL as {word}": ({"ElementDataFile": word}, body()) for word in ("local", "Local")},
+}
+
+
+@pytest.mark.parametrize("case", META_KEYS)
+def test_metaimage_keys(case, tmp_path):
+    changes, data = META_KEYS[case]
+    path = meta(tmp_path, data, **changes)
+    volume = read_volume(path)
+    assert np.array_equal(volume.array, ARRAY)
+    assert_as_simpleitk(path, volume)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("MET_CHAR", "i1"),
+        ("MET_UCHAR", "u1"),
+        ("MET_SHORT", "i2"),
+        ("MET_USHORT", "u2"),
+        ("MET_INT", "i4"),
+        ("MET_UINT", "u4"),
+        ("MET_LONG", "i4"),
+        ("MET_ULONG", "u4"),
+        ("MET_LONG_LONG", "i8"),
+        ("MET_ULONG_LONG", "u8"),
+        ("MET_FLOAT", "f4"),
+        ("MET_DOUBLE", "f8"),
+    ],
+)
+@pytest.mark.parametrize("order", "<>")
+def test_metaimage_types(name, dtype, order, tmp_path):
+    array = (np.abs(ARRAY) if dtype[0] == "u" else ARRAY) // (16 if dtype[1] == "1" else 1)
+    path = meta(tmp_path, body(order + dtype, array), ElementType=name, BinaryDataByteOrderMSB=str(order == ">"))
+    volume = read_volume(path)
+    assert np.array_equal(volume.array, array)
+    assert_as_simpleitk(path, volume)
+
+
+@pytest.mark.parametrize("separator", [" = ", "=", ": ", ":"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("first", ["NDims", "ObjectType", "Comment", "Name", "BinaryData"])
+def test_metaimage_spellings(separator, end, first, tmp_path):
+    path = meta(tmp_path, body(), separator, end)
+    head = f"{first}{separator}{META.get(first, 'x')}{end}".encode()
+    path.write_bytes(head + path.read_bytes())
+    assert_is(read_volume(path))
+
+
+@pytest.mark.parametrize(
+    ("header_size", "data"),
+    [(None, body()), ("0", body()), ("8", b"01234567" + body()), ("-1", b"of any length" + body())],
+)
+def test_metaimage_voxels_of_their_own_file(header_size, data, tmp_path):
+    (tmp_path / "scan.raw").write_bytes(data)
+    path = meta(tmp_path, b"", HeaderSize=header_size, ElementDataFile="scan.raw")
+    assert_is(read_volume(path))
+    assert_as_simpleitk(path, read_volume(path))
+
+
+# What ITK ignores or cannot read, and what is made of it here.
+@pytest.mark.parametrize(
+    ("changes", "data", "array", "factor", "remark"),
+    [
+        ({"BinaryData": "False"}, text(), ARRAY, 1, None),
+        ({"BinaryData": "0"}, text(), ARRAY, 1, None),
+        ({"CompressedData": "True"}, gzip.compress(body()), ARRAY, 1, None),
+        ({"DistanceUnits": "cm"}, body(), ARRAY, 10, "converted to mm"),
+        ({"DistanceUnits": "um"}, body(), ARRAY, 0.001, "converted to mm"),
+        (
+            {"ElementToIntensityFunctionSlope": "2", "ElementToIntensityFunctionOffset": "-10"},
+            body(),
+            ARRAY * 2 - 10,
+            1,
+            "intensity function was applied",
+        ),
+    ],
+)
+def test_metaimage_beyond_itk(changes, data, array, factor, remark, tmp_path):
+    path = meta(tmp_path, data, **changes)
+    volume = read_volume(path)
+    assert_is(volume, array, np.array(SPACING_MM) * factor, np.array(ORIGIN_MM) * factor)
+    assert remark is None or remark in " ".join(volume.notes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"Modality": "MET_MOD_MR"}, "Modality is not CT"),
+        ({"DistanceUnits": "furlong"}, "unit of length"),
+        ({"ElementSpacing": "0,7 0,8 2,5"}, "ElementSpacing is written with decimal commas"),
+        ({"Offset": "1,5 2 3"}, "Offset is written with decimal commas"),
+        ({"ElementDataFile": "LIST"}, "lie in other files"),
+        ({"ElementDataFile": "s%02d.raw 0 6 1"}, "lie in other files"),
+        ({"ElementDataFile": "long.raw"}, "430 bytes, and its header promises 420"),
+        ({"HeaderSize": "x"}, "header is damaged"),
+    ],
+)
+def test_metaimage_refused(changes, reason, tmp_path):
+    (tmp_path / "long.raw").write_bytes(body() + bytes(10))
+    with pytest.raises(VolumeError, match=reason):
+        read_volume(meta(tmp_path, body(), **changes))
+
+
+def test_a_scale_of_the_header_and_of_the_caller(tmp_path):
+    path = meta(tmp_path, body(), ElementToIntensityFunctionSlope="2")
+    with pytest.raises(VolumeError, match="already rescales"):
+        read_volume(path, rescale_slope=1, rescale_intercept=0)
+
+
+NRRD = {
+    "type": "short",
+    "dimension": "3",
+    "space": "left-posterior-superior",
+    "sizes": "5 6 7",
+    "space directions": "(0.7,0,0) (0,0.8,0) (0,0,2.5)",
+    "endian": "little",
+    "encoding": "raw",
+    "space origin": "(-10,20,30)",
+}
+
+
+def write_nrrd(folder, data: bytes, version=5, separator=": ", **changes):
+    fields = {name: value for name, value in (NRRD | changes).items() if value is not None}
+    lines = [f"NRRD000{version}", *(f"{name}{separator}{value}" for name, value in fields.items()), "", ""]
+    path = folder / "scan.nrrd"
+    path.write_bytes("\n".join(lines).encode() + data)
+    return path
+
+
+NRRD_KEYS = {
+    "plain": ({}, body()),
+    "big": ({"endian": "big"}, body(">i2")),
+    "BIG": ({"endian": "BIG"}, body(">i2")),
+    **{name: ({"encoding": name}, gzip.compress(body())) for name in ("gzip", "gz", "GZIP")},
+    **{name: ({"encoding": name}, text()) for name in ("text", "txt", "ascii")},
+    "hex": ({"encoding": "hex"}, body().hex().encode()),
+    **{
+        name: ({name: value}, body())
+        for name, value in {
+            "content": "a: b",
+            "thicknesses": "nan nan 3",
+            "centerings": "cell cell cell",
+            "kinds": "domain domain domain",
+            "labels": '"x" "y" "z"',
+            "space units": '"mm" "mm" "mm"',
+            "measurement frame": "(1,0,0) (0,1,0) (0,0,1)",
+            "sample units": '"HU"',
+            "line skip": "0",
+            "byte skip": "0",
+        }.items()
+    },
+}
+
+
+@pytest.mark.parametrize("case", NRRD_KEYS)
+def test_nrrd_keys(case, tmp_path):
+    changes, data = NRRD_KEYS[case]
+    path = write_nrrd(tmp_path, data, **changes)
+    volume = read_volume(path)
+    assert_is(volume)
+    assert_as_simpleitk(path, volume)
+
+
+TYPES = {
+    "i1": ("signed char", "int8", "int8_t"),
+    "u1": ("uchar", "unsigned char", "uint8", "uint8_t"),
+    "i2": ("short", "short int", "signed short", "signed short int", "int16", "int16_t"),
+    "u2": ("ushort", "unsigned short", "unsigned short int", "uint16", "uint16_t"),
+    "i4": ("int", "signed int", "int32", "int32_t"),
+    "u4": ("uint", "unsigned int", "uint32", "uint32_t"),
+    "i8": ("longlong", "long long", "long long int", "signed long long", "signed long long int", "int64", "int64_t"),
+    "u8": ("ulonglong", "unsigned long long", "unsigned long long int", "uint64", "uint64_t"),
+    "f4": ("float",),
+    "f8": ("double",),
+}
+
+
+@pytest.mark.parametrize(("dtype", "name"), [(dtype, name) for dtype, names in TYPES.items() for name in names])
+def test_nrrd_types(dtype, name, tmp_path):
+    array = (np.abs(ARRAY) if dtype[0] == "u" else ARRAY) // (16 if dtype[1] == "1" else 1)
+    path = write_nrrd(tmp_path, body(">" + dtype, array), type=name, endian="big")
+    assert_is(read_volume(path), array)
+    assert np.array_equal(nrrd.read(str(path), index_order="F")[0], array)
+
+
+@pytest.mark.parametrize(
+    ("changes", "data", "factor"),
+    [
+        ({"encoding": "bzip2"}, bz2.compress(body()), 1),
+        ({"encoding": "bz2"}, bz2.compress(body()), 1),
+        ({"byte skip": "5"}, b"12345" + body(), 1),
+        ({"byteskip": "-1"}, b"of any length" + body(), 1),
+        ({"line skip": "2"}, b"one\ntwo\n" + body(), 1),
+        ({"lineskip": "1", "byteskip": "3"}, b"one\n123" + body(), 1),
+        ({"encoding": "gzip", "byte skip": "5"}, gzip.compress(b"12345" + body()), 1),
+        ({"space units": '"cm" "cm" "cm"'}, body(), 10),
+        ({"old min": "-32768", "old max": "32767"}, body(), 1),
+    ],
+)
+def test_nrrd_beyond_itk(changes, data, factor, tmp_path):
+    path = write_nrrd(tmp_path, data, **changes)
+    assert_is(read_volume(path), ARRAY, np.array(SPACING_MM) * factor, np.array(ORIGIN_MM) * factor)
+    if not {"old min", "space units"} & set(changes) and not {"encoding", "byte skip"} <= set(changes):
+        assert np.array_equal(nrrd.read(str(path), index_order="F")[0], ARRAY)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"endian": None}, "names no byte order"),
+        ({"endian": "middle"}, "names no byte order"),
+        ({"old min": "-1024", "old max": "3071"}, "were quantized"),
+        ({"oldmin": "-1024", "oldmax": "3071"}, "were quantized"),
+        ({"space units": '"mm" "mm" "cm"'}, "unit of length"),
+        ({"space": None, "space dimension": "3"}, "does not name the patient's axes"),
+        ({"space": "scanner-xyz"}, "does not name the patient's axes"),
+        ({"byte skip": "-2"}, "skips -2 bytes"),
+        ({"encoding": "hex"}, "its encoding is not known"),
+    ],
+)
+def test_nrrd_refused(changes, reason, tmp_path):
+    with pytest.raises(VolumeError, match=reason):
+        read_volume(write_nrrd(tmp_path, body(), **changes))
+
+
+@pytest.mark.parametrize("dtype", ["i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8", "f4", "f8"])
+@pytest.mark.parametrize("order", "<>")
+@pytest.mark.parametrize("suffix", ["nii", "nii.gz"])
+def test_nifti_types_and_scales(dtype, order, suffix, tmp_path):
+    array = (np.abs(ARRAY) if dtype[0] == "u" else ARRAY) // (16 if dtype[1] == "1" else 1)
+    for image_class, scale in itertools.product(
+        (nibabel.Nifti1Image, nibabel.Nifti2Image), [(1, 0), (1, -1024), (2, -8), (0.5, 3.25), (-1, 0)]
+    ):
+        header = image_class.header_class(endianness=order)
+        header.set_data_dtype(order + dtype)
+        image = image_class(array.astype(order + dtype), np.diag([-0.7, -0.8, 2.5, 1]), header)
+        image.header.set_slope_inter(*scale)
+        path = tmp_path / f"scan.{suffix}"
+        image.to_filename(path)
+        found, loaded = read_volume(path), nibabel.load(path)
+        np.testing.assert_allclose(found.array, loaded.get_fdata(), rtol=1e-6)
+        np.testing.assert_allclose(found.affine, loaded.affine)
+        assert np.array_equal(read_volume(loaded).array, found.array)
+
+
+@pytest.mark.parametrize(("unit", "factor"), [("meter", 1000), ("mm", 1), ("micron", 0.001), ("unknown", 1)])
+@pytest.mark.parametrize(("qform", "sform"), [(1, 1), (0, 1), (1, 0), (2, 4)])
+def test_nifti_units_and_forms(unit, factor, qform, sform, tmp_path):
+    affine = np.diag([-0.7 / factor, -0.8 / factor, 2.5 / factor, 1])
+    affine[:3, 3] = (np.array(ORIGIN_MM) * (-1, -1, 1)) / factor
+    image = nibabel.Nifti1Image(ARRAY, None)
+    image.set_qform(affine, qform)
+    image.set_sform(affine, sform)
+    image.header.set_xyzt_units(unit)
+    image.to_filename(tmp_path / "scan.nii")
+    volume = read_volume(tmp_path / "scan.nii")
+    assert_is(volume)
+    assert ("converted to mm" in " ".join(volume.notes)) == (factor != 1)
+    if unit != "unknown":
+        assert SimpleITK.ReadImage(str(tmp_path / "scan.nii")).GetSpacing() == pytest.approx(SPACING_MM)
+
+
+def test_a_slope_of_zero_is_none(tmp_path):
+    image = nibabel.Nifti1Image(ARRAY, np.diag([-0.7, -0.8, 2.5, 1]))
+    raw = bytearray(image.to_bytes())
+    raw[112:120] = np.array([0, -1024], "<f4").tobytes()
+    with pytest.warns(VolumeWarning, match="its scl_inter of -1024 is not applied"):
+        assert np.array_equal(read_volume(bytes(raw)).array, ARRAY)
+
+
+@pytest.mark.parametrize("image_class", [nibabel.Nifti1Pair, nibabel.Nifti2Pair])
+def test_nifti_pairs(image_class, tmp_path):
+    image_class(ARRAY, np.diag([-0.7, -0.8, 2.5, 1])).to_filename(tmp_path / "scan.hdr")
+    assert np.array_equal(read_volume(tmp_path / "scan.hdr").array, ARRAY)
+    assert np.array_equal(read_volume(tmp_path).array, ARRAY)
+    with pytest.raises(VolumeError, match=r"voxels without their header.* \.hdr"):
+        read_volume(tmp_path / "scan.img")
+    (tmp_path / "scan.img").unlink()
+    with pytest.raises(VolumeError, match=r"second file \(.img\)"):
+        read_volume(tmp_path / "scan.hdr")

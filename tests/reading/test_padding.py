@@ -1,0 +1,137 @@
+"""Padding of DICOM becomes air wherever its value lies, and tissue never does."""
+
+import numpy as np
+import pytest
+import scan_files
+from scan_files import write_series
+
+from medct import read_volume
+
+SHAPE = (3, 40, 48)
+Y, X = np.indices(SHAPE[1:])
+OUTSIDE = ((Y - 19.5) / 20) ** 2 + ((X - 23.5) / 24) ** 2 > 1
+"""Of a round field of view."""
+
+
+@pytest.fixture
+def hu() -> np.ndarray:
+    """Air with noise, lung and tissue of 20 to 60 HU, nothing at the corners."""
+    noise = np.random.default_rng(0).integers(-20, 21, SHAPE)
+    body = ((Y - 20) / 16) ** 2 + ((X - 22) / 18) ** 2 < 1
+    lung = ((Y - 18) / 8) ** 2 + ((X - 15) / 5) ** 2 < 1
+    return (np.where(lung, -830, np.where(body, 40, -1000)) + noise).astype(np.int16)
+
+
+def written(
+    hu, folder, padding, *, bits=16, signed=False, intercept=-1024, slope=1, vr=None, limit=None, where=OUTSIDE
+):
+    """A series with the padding's stored value where the mask says."""
+
+    def edit(ds, k):
+        stored = ((hu[k].astype(np.int64) - intercept) // slope) & 0xFFFF
+        stored[where] = padding & (2**bits - 1 if padding >= 0 else 0xFFFF)
+        scan_files.set_pixels(ds, stored, bits_stored=bits)
+        ds.PixelRepresentation, ds.RescaleIntercept, ds.RescaleSlope = int(signed), intercept, slope
+        kind = vr or ("SS" if signed else "US")
+        ds.add_new(0x00280120, kind, padding)
+        if limit is not None:
+            ds.add_new(0x00280121, kind, limit)
+
+    return write_series(folder, hu, edit)
+
+
+def with_air(hu: np.ndarray, where=OUTSIDE) -> np.ndarray:
+    hu = hu.copy()
+    hu[:, where] = -1000
+    return hu
+
+
+@pytest.mark.parametrize(
+    ("padding", "options"),
+    [
+        (0, {}),
+        (1, {}),
+        (2500, {}),  # 1476 HU, above all that is there
+        (4095, {"bits": 12}),
+        (4095, {}),
+        (32767, {"signed": True, "intercept": 0}),
+        (32767, {}),
+        (63536, {}),
+        (65535, {}),
+        (65535, {"slope": 2}),
+        (-2000, {"signed": True, "intercept": 0}),
+        (-2000, {"signed": True}),
+        (63536, {"signed": True, "intercept": 0, "vr": "US"}),
+        (-32768, {"signed": True, "intercept": 0}),
+        (-1, {"signed": True, "intercept": 1000, "slope": -1}),
+    ],
+)
+def test_padding_below_and_above_tissue(padding, options, hu, tmp_path):
+    if options.get("slope") == -1:
+        hu = -hu  # the scale turns it round: stored 1000 is air
+        padding, options = 3000, {"signed": True}
+        hu = -hu
+    folder = written(hu, tmp_path, padding, **options)
+    slope = options.get("slope", 1)
+    intercept = options.get("intercept", -1024)
+    expected = with_air((hu.astype(int) - intercept) // slope * slope + intercept)
+    volume = read_volume(folder)
+    assert np.array_equal(volume.array, expected.T)
+    assert volume.notes == ()
+    assert slope != 1 or volume.array.dtype == np.int16
+
+
+def test_padding_over_the_unused_bits(hu, tmp_path):
+    """-2000 as 16 bits in pixels of 12: what is left of it in 12 bits would be bone."""
+
+    def edit(ds, k):
+        stored = hu[k].astype(np.int32) + 1024
+        stored[OUTSIDE] = -2000
+        scan_files.set_pixels(ds, stored, bits_stored=12)
+        ds.PixelPaddingValue = 63536
+
+    assert np.array_equal(read_volume(write_series(tmp_path, hu, edit)).array, with_air(hu).T)
+
+
+@pytest.mark.parametrize(("value", "limit"), [(60000, 65535), (65535, 60000), (63000, 64000)])
+def test_a_range_of_padding(value, limit, hu, tmp_path):
+    folder = written(hu, tmp_path, 63536, limit=limit)
+    for path in folder.iterdir():
+        ds = scan_files.pydicom.dcmread(path)
+        ds.PixelPaddingValue = value
+        ds.save_as(path)
+    assert np.array_equal(read_volume(folder).array, with_air(hu).T)
+
+
+@pytest.mark.parametrize("padding_hu", [-830, 0, 20, 40, 60, 150])
+def test_tissue_of_the_padding_value_stays(padding_hu, hu, tmp_path):
+    """It is padding only where it surrounds the scan, or where there is none at all."""
+    hu[:, 18:22, 20:24] = padding_hu
+    assert np.array_equal(read_volume(written(hu, tmp_path / "a", padding_hu + 1024, where=[])).array, hu.T)
+    volume = read_volume(written(hu, tmp_path / "b", padding_hu + 1024))
+    assert np.array_equal(volume.array, with_air(hu).T)
+    assert "tissue has the value of its padding" in " ".join(volume.notes)
+
+
+@pytest.mark.parametrize(("distance", "stays"), [(1, True), (50, True), (99, True), (101, False), (500, False)])
+def test_how_near_tissue_must_come(distance, stays, hu, tmp_path):
+    """Voxels of the padding's value inside the body are metal, or holes: metal where other voxels come near."""
+    hole = np.s_[:, 25:28, 30:33]
+    padding_hu = int(hu.max()) + distance
+    hu[hole] = padding_hu
+    volume = read_volume(written(hu, tmp_path, padding_hu + 1024))
+    assert (volume.array.T[hole] == (padding_hu if stays else -1000)).all()
+    assert (volume.array.T[:, OUTSIDE] == -1000).all()
+
+
+def test_saturated_metal_is_no_padding(hu, tmp_path):
+    metal = np.s_[:, 25:28, 28:34]
+    hu[metal] = np.linspace(2500, 3071, 54).reshape(3, 3, 6)
+    volume = read_volume(written(hu, tmp_path, 4095, bits=12))
+    assert np.array_equal(volume.array, with_air(hu).T)
+
+
+def test_tissue_that_touches_the_edge(hu, tmp_path):
+    """A wide patient: padding needs all four corners."""
+    hu[:, :, :3] = 0
+    assert np.array_equal(read_volume(written(hu, tmp_path, 1024, where=[])).array, hu.T)

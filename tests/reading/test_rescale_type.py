@@ -1,0 +1,105 @@
+"""RescaleType US: what GDCM and ITK write into every CT, and what maps of other units have."""
+
+import numpy as np
+import pytest
+import SimpleITK
+from pydicom.uid import CTImageStorage
+from scan_files import make_hu, write_enhanced, write_series
+
+from medct import VolumeError, read_volume
+
+pytestmark = pytest.mark.filterwarnings("ignore::medct.VolumeWarning")
+HU = make_hu((6, 16, 12))
+
+
+def with_air(share: float, air: float = -1000) -> np.ndarray:
+    """Tissue, and so many voxels of air."""
+    hu = np.random.default_rng(0).integers(-100, 300, HU.shape).astype(np.int16)
+    hu.reshape(-1)[: round(share * hu.size)] = air
+    return hu
+
+
+def series(folder, hu, unit="US", slope=1, intercept=-1024):
+    def edit(ds, k):
+        ds.RescaleType, ds.RescaleSlope, ds.RescaleIntercept = unit, slope, intercept
+
+    return write_series(folder, hu, edit)
+
+
+@pytest.mark.parametrize(("share", "is_read"), [(0.6, True), (0.1, True), (0.02, True), (0.005, False), (0, False)])
+@pytest.mark.parametrize("unit", ["US", "us", "US "])
+def test_values_without_a_unit_are_hu_if_they_show_air(share, is_read, unit, tmp_path):
+    hu = with_air(share)
+    folder = series(tmp_path, hu, unit)
+    if is_read:
+        volume = read_volume(folder)
+        assert np.array_equal(volume.array, hu.T)
+        assert "RescaleType is US" in " ".join(volume.notes)
+    else:
+        with pytest.raises(VolumeError, match="RescaleType is US, not HU, and it shows no air"):
+            read_volume(folder)
+
+
+@pytest.mark.parametrize(
+    ("air", "is_read"), [(-1024, True), (-950, True), (-1090, True), (-850, False), (-1150, False), (0, False)]
+)
+def test_what_is_air(air, is_read, tmp_path):
+    folder = series(tmp_path, with_air(0.5, air) + 1024, intercept=-2048)
+    if is_read:
+        read_volume(folder)
+    else:
+        with pytest.raises(VolumeError, match="no air"):
+            read_volume(folder)
+
+
+@pytest.mark.parametrize("unit", ["US", "OD", "MGML", "Z_EFF", "anything"])
+@pytest.mark.parametrize(("slope", "intercept"), [(1, 0), (0.001, -5)])
+def test_the_callers_own_scale(unit, slope, intercept, tmp_path):
+    """Instead of a header's that gives another unit, and of both halves only."""
+    folder = series(tmp_path, with_air(0.5), unit, slope, intercept)
+    volume = read_volume(folder, rescale_slope=1, rescale_intercept=-1024)
+    assert np.array_equal(volume.array, with_air(0.5).T)
+    assert volume.notes == ()
+    if unit != "US":
+        for options in ({}, {"rescale_slope": 1}):
+            with pytest.raises(VolumeError, match=r"its RescaleType is .* not HU"):
+                read_volume(folder, **options)
+
+
+def test_hu_are_never_rescaled_again(tmp_path):
+    with pytest.raises(VolumeError, match="already rescales"):
+        read_volume(series(tmp_path, HU, "HU"), rescale_slope=1, rescale_intercept=0)
+
+
+def test_enhanced_files_stay_refused(tmp_path):
+    def edit(ds):
+        ds.SharedFunctionalGroupsSequence[0].PixelValueTransformationSequence[0].RescaleType = "US"
+
+    path = write_enhanced(tmp_path / "enhanced.dcm", with_air(0.5), edit)
+    with pytest.raises(VolumeError, match="frame 1: its RescaleType is US"):
+        read_volume(path)
+    volume = read_volume(path, rescale_slope=1, rescale_intercept=-1024)
+    assert np.array_equal(volume.array, with_air(0.5).T)
+
+
+def test_what_simpleitk_writes(tmp_path):
+    hu = with_air(0.4)
+    image = SimpleITK.GetImageFromArray(hu)
+    image.SetSpacing((0.7, 0.8, 2.5))
+    writer = SimpleITK.ImageFileWriter()
+    writer.KeepOriginalImageUIDOn()
+    for k in range(len(hu)):
+        slice_ = image[:, :, k]
+        position = "\\".join(map(str, image.TransformIndexToPhysicalPoint((0, 0, k))))
+        tags = {
+            "0008|0060": "CT",
+            "0008|0016": str(CTImageStorage),
+            "0020|000e": "2.25.9",
+            "0020|0037": "1\\0\\0\\0\\1\\0",
+            "0020|0032": position,
+        }
+        for tag, value in tags.items():
+            slice_.SetMetaData(tag, value)
+        writer.SetFileName(str(tmp_path / f"{k}.dcm"))
+        writer.Execute(slice_)
+    assert np.array_equal(read_volume(tmp_path).array, hu.T)

@@ -1,0 +1,136 @@
+"""Scans that lie in each other within one series: never interleaved, told apart by name, and to be chosen."""
+
+import numpy as np
+import pytest
+import scan_files
+from scan_files import SECRET, STEP_MM, at, make_hu, write_enhanced, write_series
+
+from medct import VolumeError, read_volume
+from medct.dicom_stacks_medct import TELLING
+
+COUNT = 6
+HU = make_hu((2 * COUNT, 16, 12))
+VALUES = {
+    "AcquisitionTime": ("120000", "120010"),
+    "AcquisitionDateTime": ("20200101120000", "20200101120010"),
+    "IrradiationEventUID": ("1.2.3.1", "1.2.3.2"),
+    "AcquisitionUID": ("1.2.3.1", "1.2.3.2"),
+    "ImageType": (["ORIGINAL", "PRIMARY", "AXIAL"], ["DERIVED", "PRIMARY", "MPR"]),
+    "FrameType": (["ORIGINAL", "PRIMARY"], ["DERIVED", "PRIMARY"]),
+    "StudyInstanceUID": ("1.2.3.1", "1.2.3.2"),
+    "FrameOfReferenceUID": ("1.2.3.1", "1.2.3.2"),
+}
+WORDS = ("ContrastBolusAgent", "ConvolutionKernel", "ReconstructionAlgorithm", "FilterType", "ScanOptions", "StackID")
+
+
+def two_scans(folder, shift, name=None, instance="on", edit=None, values=None):
+    """Scans of `COUNT` slices each, the second one shifted by so many steps."""
+    if values is None:
+        values = VALUES.get(name, ("A", "B") if name in WORDS or name == "SeriesDescription" else (1, 2))
+
+    def write(ds, k):
+        scan, slice_ = divmod(k, COUNT)
+        ds.ImagePositionPatient = at(0, 0, STEP_MM * (slice_ + shift * scan))
+        if name:
+            setattr(ds, name, values[scan])
+        if instance == "each":
+            ds.InstanceNumber = slice_ + 1
+        elif instance is None:
+            del ds.InstanceNumber
+        if edit:
+            edit(ds, k)
+
+    return write_series(folder, HU, write)
+
+
+def assert_two(folder, reason) -> None:
+    with pytest.raises(VolumeError, match=rf"2 scans.*1: 6 slices of 16 x 12 pixels, by {reason}") as refused:
+        read_volume(folder)
+    assert "`series=`" in refused.value.remedy
+    assert SECRET not in str(refused.value)
+    found = [read_volume(folder, series=number).array for number in (1, 2)]
+    assert {array.tobytes() for array in found} == {HU[:COUNT].T.tobytes(), HU[COUNT:].T.tobytes()}
+
+
+@pytest.mark.parametrize("name", TELLING.values())
+def test_every_attribute_that_tells(name, tmp_path):
+    assert_two(two_scans(tmp_path, 0.5, name, instance=None), name)
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.1, 0.3, 0.5, 0.99, 1.0, 2.5, 4.0])
+@pytest.mark.parametrize("name", ["AcquisitionNumber", "ConvolutionKernel", "TemporalPositionIdentifier"])
+def test_any_overlap(shift, name, tmp_path):
+    assert_two(two_scans(tmp_path, shift, name), name)
+
+
+@pytest.mark.parametrize("name", ["AcquisitionNumber", "AcquisitionTime", "SliceThickness"])
+def test_parts_beside_each_other_are_one_scan(name, tmp_path):
+    folder = two_scans(tmp_path, COUNT, name, instance="each")
+    assert np.array_equal(read_volume(folder).array, HU.T)
+
+
+def test_an_attribute_of_its_own_for_each_slice_does_not_tell(tmp_path):
+    def edit(ds, k):
+        ds.AcquisitionNumber, ds.AcquisitionTime = 1 + (k * 5) % 12, f"1200{(k * 7) % 12:02}"
+
+    assert np.array_equal(read_volume(write_series(tmp_path, HU, edit)).array, HU.T)
+
+
+@pytest.mark.parametrize("shift", [0.2, 0.5, 0.7, 2.5])
+@pytest.mark.parametrize("instance", ["on", "each"])
+def test_instance_numbers_that_run_twice(shift, instance, tmp_path):
+    assert_two(two_scans(tmp_path, shift, instance=instance), "InstanceNumber")
+
+
+def test_there_and_back(tmp_path):
+    """A table that shuttles: the second pass from the other end."""
+
+    def edit(ds, k):
+        if k >= COUNT:
+            ds.InstanceNumber = 2 * COUNT - (k - COUNT)
+
+    assert_two(two_scans(tmp_path, -0.5, edit=edit), "InstanceNumber")
+
+
+@pytest.mark.parametrize("shift", [0.1, 0.3, 0.4, 0.62])
+def test_steps_that_take_turns(shift, tmp_path):
+    with pytest.raises(VolumeError, match="take turns between its slices: two stacks"):
+        read_volume(two_scans(tmp_path, shift, instance=None))
+
+
+@pytest.mark.parametrize("numbers", [range(12), range(12, 0, -1), [5, 2, 9, 11, 1, 7, 3, 12, 4, 10, 6, 8], [7] * 12])
+def test_instance_numbers_that_tell_nothing(numbers, tmp_path):
+    folder = write_series(tmp_path, HU, lambda ds, k: setattr(ds, "InstanceNumber", numbers[k]))
+    assert np.array_equal(read_volume(folder).array, HU.T)
+
+
+def test_two_reconstructions_of_other_pixels(tmp_path):
+    def edit(ds, k):
+        if k >= COUNT:
+            ds.PixelSpacing = [0.4, 0.35]
+
+    assert_two(two_scans(tmp_path, 0.0, "ConvolutionKernel", edit=edit), "PixelSpacing, ConvolutionKernel")
+
+
+def test_scans_are_counted_with_other_series(tmp_path):
+    two_scans(tmp_path, 0.5, "AcquisitionNumber")
+    write_series(tmp_path, HU[:3], lambda ds, k: setattr(ds, "SeriesInstanceUID", "1.2.9"), prefix="other")
+    with pytest.raises(VolumeError, match="holds 3 scans, of which some lie in each other"):
+        read_volume(tmp_path)
+    assert read_volume(tmp_path, series=3).array.shape[2] == 3
+    assert read_volume(tmp_path, series="1.2.9").array.shape[2] == 3
+    assert np.array_equal(read_volume(tmp_path, series=1).array, HU[:COUNT].T)
+    with pytest.raises(VolumeError, match="holds 3 scans"):
+        read_volume(tmp_path, series="1.2.3")
+
+
+@pytest.mark.parametrize("name", ["TemporalPositionIndex", "StackID", "FrameAcquisitionNumber"])
+def test_frames_of_two_phases(name, tmp_path):
+    def edit(ds):
+        for k, frame in enumerate(ds.PerFrameFunctionalGroupsSequence):
+            phase, slice_ = divmod(k, COUNT)
+            frame.PlanePositionSequence[0].ImagePositionPatient = at(0, 0, STEP_MM * slice_)
+            value = str(phase) if name == "StackID" else phase + 1
+            frame.FrameContentSequence = [scan_files.item(**{name: value})]
+
+    assert_two(write_enhanced(tmp_path / "enhanced.dcm", HU, edit), name)
