@@ -56,7 +56,7 @@ def remove_leftovers(path: Path) -> None:
 
 
 def refuse_taken(path: str | os.PathLike) -> None:
-    """Raise `FileExistsError` if a folder that is to be made holds something already."""
+    """Raise `FileExistsError` if a folder that is about to be created already holds something."""
     folder = Path(path)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{path} exists and is not empty. Choose another output folder, or remove it.")
@@ -77,16 +77,16 @@ def _name(error: BaseException, aside: Path, final: str | os.PathLike) -> None:
 
 @contextlib.contextmanager
 def whole_folder(path: str | os.PathLike) -> Iterator[Path]:
-    """A folder that gets its name only when the block has ended without an error.
+    """A folder that gets its name only once the block has ended without an error.
 
     Args:
-        path: The folder's final name; must not exist, or be empty.
+        path: The folder's final name; it must not exist, or be empty.
 
     Yields:
-        A new folder beside it to write to; gone again if the block raises.
+        A new folder beside it to write to; removed if the block raises.
 
     Raises:
-        FileExistsError: If `path` holds something already.
+        FileExistsError: If `path` already holds something.
     """
     refuse_taken(path)
     final = Path(path).absolute()
@@ -109,10 +109,10 @@ def whole_folder(path: str | os.PathLike) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def whole_file(path: str | os.PathLike) -> Iterator[Path]:
-    """A file that gets its name, in place of an older one, only when the block has ended without an error.
+    """A file that gets its name, replacing an older one, only once the block has ended without an error.
 
     Yields:
-        A path beside it to write to; the file is gone again if the block raises.
+        A path beside it to write to; the file is removed if the block raises.
     """
     final = Path(path).absolute()
     aside = _aside(final)
@@ -131,14 +131,14 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
 
 
 class Reserve:
-    """Disk space kept for what must still be written at the end of long work.
+    """Disk space reserved for what must be written at the end of a long job.
 
     Args:
-        path: A file of that size until `release`.
-        size_bytes: To keep.
+        path: File that occupies the space until `release`.
+        size_bytes: Space to reserve.
 
     Raises:
-        OSError: If there is not that much.
+        OSError: If there is not enough space.
     """
 
     def __init__(self, path: str | os.PathLike, size_bytes: int):
@@ -151,7 +151,7 @@ class Reserve:
             raise
 
     def release(self) -> None:
-        """Give the space back to whoever writes next."""
+        """Give the space back for the writes that follow."""
         self.path.unlink(missing_ok=True)
 
 

@@ -29,7 +29,7 @@ class ScoredStudies:
         ids: `(studies,)`.
         patients: `(studies,)`.
         scores: `(studies, labels)`, in [0, 1]: "present" against "not present".
-        labels: `(studies, labels)`: 0, 1, or NaN where unknown.
+        labels: `(studies, labels)`, 0, 1 or NaN for unknown.
     """
 
     ids: list[str]
@@ -44,7 +44,12 @@ def is_classifier(model: torch.nn.Module) -> bool:
 
 
 def tokenize_prompts(config: MedCTConfig, processor: MedCTProcessor) -> list[Texts]:
-    """The sentences that ask for each label, one batch a template."""
+    """The sentences that ask for each label, as one batch per template.
+
+    Args:
+        config: The model's; it has the labels and templates.
+        processor: The model's.
+    """
     return [dict(processor(text=sentences, return_tensors="pt")) for sentences in config.label_prompts()]
 
 
@@ -54,7 +59,12 @@ def prompts_for(model: MedCTModel | MedCTForImageClassification, processor: MedC
 
 
 def texts_to(texts: Texts, device: torch.device) -> Texts:
-    """Texts on a device."""
+    """Move texts to a device.
+
+    Args:
+        texts: `(texts, tokens)` each.
+        device: Where to.
+    """
     return {name: part.to(device) for name, part in texts.items()}
 
 
@@ -69,11 +79,14 @@ def score_studies(
     """Score every study of a source; the prompts are encoded once for all of them.
 
     Args:
-        model: With or without adapters; in evaluation mode afterwards.
-        loader: Of this process.
+        model: With or without adapters; left in evaluation mode.
+        loader: This process's loader.
         prompts: From `prompts_for`; scores are averaged over templates.
-        accelerator: Whose processes share the work.
+        accelerator: Its processes share the work.
         what: Name for the progress bar.
+
+    Returns:
+        The studies of all processes, in every process.
     """
     model.eval()
     with accelerator.autocast():
@@ -107,9 +120,9 @@ def _scores(model: torch.nn.Module, pixel_values: torch.Tensor, templates: list[
 
 
 def _in_step(loader: Iterable[dict[str, Any]], accelerator: Accelerator) -> Iterator[tuple[dict[str, Any], bool]]:
-    """Batches, and whether they count: a process that has run out repeats its last one until all have.
+    """Batches, and whether they count: a process that has run out repeats its last batch until all have run out.
 
-    A sharded model waits in each forward pass for all processes.
+    In each forward pass, a sharded model waits for all processes.
     """
     batches, batch, is_own = iter(loader), None, True
     while True:

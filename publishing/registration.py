@@ -1,4 +1,4 @@
-"""MedCT's classes in transformers' Auto classes."""
+"""Registers MedCT's classes with transformers' Auto classes."""
 
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification, AutoProcessor
 from transformers.pipelines import PIPELINE_REGISTRY

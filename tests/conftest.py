@@ -3,7 +3,7 @@
 import os
 import tempfile
 
-# Before any library reads them: without these a missing file is looked for on the network for minutes.
+# Set before any library reads them: otherwise a missing file is looked for on the network for minutes.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="medct-tests-")
 
@@ -113,7 +113,7 @@ def nifti(tmp_path):
 
 @pytest.fixture
 def shared() -> Path:
-    """Recorded tensors and real scans, where they are at hand."""
+    """Recorded tensors and real scans, where they are available."""
     if not SHARED.is_dir():
         pytest.skip(f"{SHARED} is not at hand")
     return SHARED
@@ -121,7 +121,7 @@ def shared() -> Path:
 
 @pytest.fixture
 def refused(capfd):
-    """`refused("prepare", ...)`: what a command that could not do it says, in its one line on stderr."""
+    """`refused("prepare", ...)`: runs a command that must fail, and returns its one line on stderr."""
 
     def refused(*arguments: object) -> str:
         with pytest.raises(SystemExit) as stop:

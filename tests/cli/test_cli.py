@@ -1,4 +1,4 @@
-"""The command line: findings, files that a second run goes on with, embeddings, search, maps, exit status."""
+"""The command line: findings, files that a second run resumes, embeddings, search, maps, exit status."""
 
 import csv
 import json
@@ -61,7 +61,7 @@ def run(converted, capfd):
     def run(command: str, *arguments: object, model: object = converted) -> tuple[int, str, str]:
         options = ["--cpu"] if command != "recall" else []
         options += ["--model", str(model)] if model and command != "recall" else []
-        capfd.readouterr()  # what fixtures said
+        capfd.readouterr()  # output of the fixtures
         try:
             status = main([command, *map(str, arguments), *options])
         except SystemExit as stop:
@@ -118,7 +118,7 @@ def test_json_lines(run, scans, pipe):
     assert len(re.findall(r"failed: .*(bad\.nii\.gz|mask\.nii): ", err)) == 2
 
 
-def test_a_file_has_a_row_a_study_and_the_bad_ones_beside_it(run, scans, pipe, tmp_path):
+def test_a_file_has_a_row_per_study_and_the_bad_ones_beside_it(run, scans, pipe, tmp_path):
     output = tmp_path / "out/scores.csv"
     status, out, err = run("predict", scans, "--output", output, "--batch_size", 3, "--num_workers", 2)
     assert (status, out) == (1, "")
@@ -151,10 +151,10 @@ def test_a_second_run_does_what_is_left(run, scans, tmp_path, monkeypatch):
     )
     status, _, err = run("predict", scans, "--output", output)
     assert status == 1
-    assert "1 of 6 studies are in" in err
+    assert "1 of 6 studies are already in" in err
     assert sum(asked) == 3
     assert output.read_bytes() == whole
-    # Bad studies are tried again, and forgotten when they are good.
+    # Bad studies are retried, and no longer listed once they can be read.
     (scans / "bad.nii.gz").write_bytes((scans / "0.nii.gz").read_bytes())
     (scans / "mask.nii").unlink()
     status, _, _ = run("predict", scans, "--output", output)
@@ -163,17 +163,17 @@ def test_a_second_run_does_what_is_left(run, scans, tmp_path, monkeypatch):
     assert not (tmp_path / "scores.csv.failed.csv").exists()
 
 
-def test_a_file_of_another_run_is_not_gone_on_with(run, scans, tmp_path):
+def test_a_file_of_another_run_is_not_added_to(run, scans, tmp_path):
     output = tmp_path / "scores.jsonl"
     assert run("predict", scans / "0.nii.gz", "--output", output)[0] == 0
     before = output.read_bytes()
     status, _, err = run("predict", scans, "--output", output, "--labels", "a")
     assert status == 2
-    assert "was begun with labels" in err
+    assert "was started with labels" in err
     (tmp_path / "scores.jsonl.settings.json").unlink()
     status, _, err = run("predict", scans, "--output", output)
     assert status == 2
-    assert "nobody knows how it was made" in err
+    assert "it is not known how it was made" in err
     assert output.read_bytes() == before
 
 
@@ -213,7 +213,7 @@ def test_an_adapter_of_another_model_is_refused(run, scans, adapter):
     assert err.startswith(f"error: {adapter} was trained on other weights than this model's. Load its base, ")
 
 
-def test_the_model_may_stand_in_the_environment(run, scans, converted, monkeypatch):
+def test_the_model_may_be_set_in_the_environment(run, scans, converted, monkeypatch):
     monkeypatch.delenv(commands.MODEL_VARIABLE, raising=False)
     status, _, err = run("predict", scans / "0.nii.gz", model=None)
     assert status == 2
@@ -232,7 +232,7 @@ def test_the_model_may_stand_in_the_environment(run, scans, converted, monkeypat
         (["{scans}", "--adapter", "{tmp}"], "no adapter"),
     ],
 )
-def test_what_cannot_be_done_is_said_in_a_sentence(run, scans, tmp_path, arguments, reason):
+def test_what_cannot_be_done_is_reported_in_a_sentence(run, scans, tmp_path, arguments, reason):
     status, out, err = run("predict", *(argument.format(scans=scans, tmp=tmp_path) for argument in arguments))
     assert (status, out) == (2, "")
     assert err.startswith("error: ")
@@ -240,7 +240,7 @@ def test_what_cannot_be_done_is_said_in_a_sentence(run, scans, tmp_path, argumen
     assert len(err.strip().splitlines()) == 1
 
 
-def test_a_folder_that_is_no_model_is_said(run, scans, tmp_path):
+def test_a_folder_that_is_not_a_model_is_refused(run, scans, tmp_path):
     status, _, err = run("predict", scans, model=tmp_path)
     assert status == 2
     assert "no model (" in err
@@ -293,7 +293,7 @@ def test_embed_search_and_recall(run, scans, pipe, tmp_path):
     # A second run adds what is new: studies, and the report of one that was embedded without.
     status, _, err = run("embed", scans, "--reports", reports, "--output", index)
     assert status == 1
-    assert "1 of 6 studies are in" in err
+    assert "1 of 6 studies are already in" in err
     embeddings = read_embeddings(index)
     assert [Path(study).name for study in embeddings.ids] == GOOD
     assert embeddings.has_report.tolist() == [True, True, False, True]
@@ -363,7 +363,7 @@ def test_evaluate(run, tmp_path, monkeypatch):
     assert f"{results['scores']['auroc']['value']:.3f}" in out
 
 
-def test_evaluate_reads_a_folder_and_passes_by_what_is_broken(run, scans, tmp_path):
+def test_evaluate_reads_a_folder_and_skips_what_is_broken(run, scans, tmp_path):
     header = ",".join(["file_name", "split", *CT_CLIP_LABELS])
     rows = [f"{name},valid,{','.join([str(index % 2)] * 18)}" for index, name in enumerate([*GOOD, "bad.nii.gz"])]
     (scans / "metadata.csv").write_text("\n".join([header, *rows]) + "\n")
@@ -463,7 +463,7 @@ def test_two_processes_share_the_studies(run, scans, converted, tmp_path):
 
 
 def test_a_folder_of_real_scans(run, shared, tmp_path):
-    """Everything at hand, good and bad; what is bad is listed with the reason that `read_volume` gives."""
+    """All available scans, good and bad; what is bad is listed with the reason that `read_volume` gives."""
     realdata = shared / "realdata"
     if not realdata.is_dir():
         pytest.skip("the real scans are not at hand")

@@ -20,7 +20,7 @@ def test_appears_when_complete(tmp_path):
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["out"]
 
 
-def test_an_empty_folder_is_taken(tmp_path):
+def test_an_empty_folder_is_replaced(tmp_path):
     (tmp_path / "out").mkdir()
     with whole_folder(tmp_path / "out") as folder:
         (folder / "file").touch()
@@ -28,14 +28,14 @@ def test_an_empty_folder_is_taken(tmp_path):
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_nothing_is_left_of_a_failure(tmp_path, error):
+def test_a_failure_leaves_nothing_behind(tmp_path, error):
     with pytest.raises(error), whole_folder(tmp_path / "out") as folder:
         (folder / "file").touch()
         raise error
     assert not list(tmp_path.iterdir())
 
 
-def test_what_is_there_is_kept(tmp_path):
+def test_existing_output_is_kept(tmp_path):
     (tmp_path / "file").write_text("mine")
     for taken in (tmp_path, tmp_path / "file"):
         with pytest.raises(FileExistsError, match="not empty"), whole_folder(taken):

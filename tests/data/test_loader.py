@@ -1,4 +1,4 @@
-"""Batches stay full, every study comes once, and a run that goes on gets the batch that would have come."""
+"""Batches stay full, every study comes once, and a resumed run gets the batch that would have come."""
 
 import contextlib
 import gc
@@ -34,7 +34,7 @@ AFFINE = np.diag([-2.0, -2.0, 3.0, 1.0])
 
 
 class Rows:
-    """Rows of tiny arrays; some hold what is no volume."""
+    """Rows of tiny arrays; some hold something other than a volume."""
 
     def __init__(self, bad=(), prepared=False):
         self.bad, self.prepared = set(bad), prepared
@@ -58,7 +58,7 @@ def make_loader(processor, source=None, **settings):
 
 
 def ids_of(loader, epochs=2):
-    """Ids of each batch of some epochs."""
+    """Ids in each batch of some epochs."""
     batches = []
     while loader.epoch < epochs:
         batches += [batch["ids"] for batch in loader]
@@ -66,12 +66,12 @@ def ids_of(loader, epochs=2):
 
 
 def all_of(loader, epochs=1):
-    """Ids of some epochs in their order."""
+    """Ids of some epochs, in order."""
     return list(itertools.chain.from_iterable(ids_of(loader, epochs)))
 
 
 def first_of(loader, count):
-    """The first batches, over the ends of epochs, and the state after them."""
+    """The first batches, across the ends of epochs, and the state after them."""
     batches = []
     while True:
         for batch in loader:
@@ -122,7 +122,7 @@ def test_ranks_and_workers_see_each_study_once(processor, num_workers):
 
 @pytest.mark.parametrize("workers", [(0, 0), (2, 2), (2, 0), (0, 1)])
 @pytest.mark.parametrize("count", [1, 4, 6, 8])
-def test_a_run_goes_on_with_the_batch_that_would_have_come(processor, workers, count):
+def test_a_resumed_run_gets_the_batch_that_would_have_come(processor, workers, count):
     source = make_source(23, bad=[3, 11])
     settings = {"max_bad_share": 0.2, "drop_last": True}
     expected = make_loader(processor, source, **settings)
@@ -135,7 +135,7 @@ def test_a_run_goes_on_with_the_batch_that_would_have_come(processor, workers, c
     assert again.state_dict() == expected.state_dict()
 
 
-def test_a_pass_that_was_left_begins_anew(processor):
+def test_an_abandoned_pass_starts_again(processor):
     loader = make_loader(processor)
     first = next(iter(loader))["ids"]
     assert loader.epoch == 0
@@ -149,7 +149,7 @@ def test_the_state_of_another_run_is_refused(processor):
         make_loader(processor, seed=2),
         make_loader(processor, world_size=2),
     ):
-        with pytest.raises(DataError, match="Go on with the same data and settings"):
+        with pytest.raises(DataError, match="Resume with the same data and settings"):
             other.load_state_dict(state)
 
 
@@ -162,7 +162,7 @@ def test_loading_draws_no_global_random_numbers(processor):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_bad_studies_are_passed_by_and_listed(processor, tmp_path, num_workers):
+def test_bad_studies_are_skipped_and_listed(processor, tmp_path, num_workers):
     listed = tmp_path / "bad.jsonl"
     source = make_source(40, bad=[7, 8])
     loader = make_loader(processor, source, bad_samples_file=listed, num_workers=num_workers, max_bad_share=0.1)
@@ -185,7 +185,7 @@ def test_too_many_bad_studies_end_the_run(processor, num_workers):
     loader = make_loader(processor, make_source(40, bad=range(0, 40, 4)), num_workers=num_workers)
     with pytest.raises(DataError, match=r"6 of \d+ studies cannot be used, more than the allowed share of 0.05; the l"):
         ids_of(loader)
-    few = make_loader(processor, make_source(36, bad=range(5)))  # of so few, a share says little
+    few = make_loader(processor, make_source(36, bad=range(5)))  # of so few studies, a share says little
     assert [len(part) for part in (all_of(few, 3), all_of(few, 6))] == [3 * 31] * 2
     assert (few.num_bad, few.num_seen) == (5, 36)  # of the last pass: the same studies come again in each
     strict = make_loader(processor, make_source(36, bad=[1]), max_bad_share=0)
@@ -193,14 +193,14 @@ def test_too_many_bad_studies_end_the_run(processor, num_workers):
         ids_of(strict)
 
 
-def test_a_share_is_judged_of_a_hundred_studies_or_more():
+def test_a_share_is_judged_over_a_hundred_studies_or_more():
     assert not too_many_bad(5, 10, 0.05) and too_many_bad(6, 10, 0.05)
     assert not too_many_bad(50, 1000, 0.05) and too_many_bad(51, 1000, 0.05)
     assert not too_many_bad(1000, 1000, 1.0)
 
 
 def test_a_bad_study_is_listed_once_however_often_it_is_met(processor, tmp_path):
-    """In three epochs, by two processes between which studies change, and after the run went on."""
+    """In three epochs, by two processes between which studies change, and after the run was resumed."""
     source, settings = make_source(40, bad=[7, 8]), {"bad_samples_file": tmp_path / "bad.jsonl"}
     for rank in range(2):
         loader = make_loader(processor, source, rank=rank, world_size=2, **settings)
@@ -213,7 +213,7 @@ def test_a_bad_study_is_listed_once_however_often_it_is_met(processor, tmp_path)
 
 
 class NotedRows(Rows):
-    """Leaves a file for each row that is read."""
+    """Writes a file for each row that is read."""
 
     def __init__(self, folder):
         super().__init__()
@@ -224,7 +224,7 @@ class NotedRows(Rows):
         return super().__call__(key)
 
 
-def test_single_volumes_are_gone_while_their_batch_is_used(processor, monkeypatch):
+def test_single_volumes_are_freed_while_their_batch_is_used(processor, monkeypatch):
     volumes, load = [], LoadStudy.__call__
 
     def noted(self, row):
@@ -241,12 +241,12 @@ def test_single_volumes_are_gone_while_their_batch_is_used(processor, monkeypatc
 
 
 @pytest.mark.parametrize(("num_workers", "ahead"), [(0, 0), (1, 4), (2, 4)])
-def test_no_more_is_read_ahead_than_is_said(processor, tmp_path, num_workers, ahead):
+def test_no_more_is_read_ahead_than_documented(processor, tmp_path, num_workers, ahead):
     source = Source([(key,) for key in range(60)], NotedRows(tmp_path), NAMES, "60 tiny studies")
     batches = iter(make_loader(processor, source, num_workers=num_workers))
     for count in (1, 2):
         next(batches)
-        time.sleep(0.3)  # the workers do what they may
+        time.sleep(0.3)  # the workers read all they may
         assert len(list(tmp_path.iterdir())) <= 4 * count + ahead
 
 
@@ -301,10 +301,10 @@ def test_a_source_is_a_stream_of_datasets():
 
 
 def test_memory_does_not_grow_with_the_source():
-    """Twenty-five times as many studies: the tables are larger, and nothing gathers while they stream."""
+    """With 25 times as many studies, the tables are larger, but nothing accumulates while they stream."""
 
     def objects_while_streaming(count):
-        """How many, and how many more after 150 rows."""
+        """Number of objects, and how many more there are after 150 rows."""
         columns = {"report": "Clear.", "volume": "scan.nii.gz", "one": 1.0}
         names = [f"{number:05d}" for number in range(count)]
         sieve = Sieve(pd.DataFrame({"id": names, "patient": names, **columns}))
@@ -320,11 +320,11 @@ def test_memory_does_not_grow_with_the_source():
     objects_while_streaming(199)  # what libraries keep from their first use
     few, many = objects_while_streaming(200), objects_while_streaming(5000)
     assert few[1] < 50 and many[1] < 50
-    # `datasets` keeps a dictionary and a list for each shard; no row, no text and no volume.
+    # `datasets` keeps a dictionary and a list for each shard, but no row, text or volume.
     assert many[0] - few[0] < 3 * 5000
 
 
-def test_phantoms_are_drawn_when_they_are_asked_for(processor):
+def test_phantoms_are_drawn_on_demand(processor):
     source = phantom_source("B", range(10**5), seed=0)
     assert source.num_studies == 10**5
     assert source.description == "100000 SYNTHETIC phantoms of site B"

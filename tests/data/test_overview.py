@@ -28,7 +28,7 @@ def config() -> MedCTConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Unreadable:
-    """A volume that is there as soon as it is looked at: opening it fails."""
+    """Rows whose volumes do not exist: opening one fails."""
 
     def __call__(self, key: int) -> dict:
         labels = [float(key % 2), math.nan, 0.0] if key else [0.0, 0.0, 0.0]
@@ -62,7 +62,7 @@ def test_tokens_are_the_models(processor):
     tokenizer = processor.tokenizer
     tokenizer.model_max_length = 14
     reports = overview.summarize(source(), tokenizer)["reports"]
-    # Letters are words of this tokenizer's vocabulary, and a start and an end come with each report.
+    # Letters are words of this tokenizer's vocabulary, and each report has a start and an end token.
     lengths = [len(tokenizer(text)["input_ids"]) for text in ("one two three", "one two three four five")]
     assert (reports["tokens"]["min"], reports["tokens"]["max"]) == tuple(lengths)
     assert reports["cut"] == sum(length > 14 for length in [lengths[0], *lengths])
@@ -80,7 +80,7 @@ def test_a_source_without_labels_and_reports_is_counted():
 
 @pytest.mark.parametrize("orientation", ["SLP", "RAS", "PIR"])
 def test_pictures_stand_upright(orientation):
-    """Bright blocks towards the head, the front and the patient's left are found where a radiologist looks."""
+    """Bright blocks towards the head, the front and the patient's left appear where a radiologist looks for them."""
     # Indices grow towards the right, the front and the head.
     hu = np.full((21, 23, 25), -1000, np.int16)
     hu[:, :, 20:] = 100  # head
@@ -98,7 +98,7 @@ def test_pictures_stand_upright(orientation):
         assert picture[15, 15] == picture[26, 15] == -1
 
 
-def test_pixels_have_the_shape_of_their_millimetres(config):
+def test_pixels_have_their_shape_in_millimetres(config):
     values = torch.zeros(16, 24, 20)
     pictures = overview.middle_slices(values, config)
     assert [picture.shape for picture, _ in pictures] == [(20, 24), (16, 24), (16, 20)]

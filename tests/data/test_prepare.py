@@ -1,4 +1,4 @@
-"""Prepared shards: written whole, the same however the work is divided, and read back as what went in."""
+"""Prepared shards: written whole, the same however the work is divided, and read back as they went in."""
 
 import dataclasses
 import hashlib
@@ -33,7 +33,7 @@ SPACING_MM = (20.0, 15.0, 20.0)
 
 @pytest.fixture(scope="module")
 def config() -> MedCTConfig:
-    """The published model on a coarse grid of three different lengths."""
+    """The published model on a coarse grid with three different lengths."""
     vision = {"image_size": [16, 24, 20], "patch_size": [4, 4, 4], "target_spacing_mm": SPACING_MM}
     return MedCTConfig(vision_config=vision)
 
@@ -67,7 +67,7 @@ def opened(row) -> torch.Tensor:
 
 
 def stored(config, row) -> torch.Tensor:
-    """A row's volume by a shard's own rounding, HU."""
+    """A row's volume, rounded as in a shard, HU."""
     processor = MedCTImageProcessor.from_config(config.vision_config)
     return processor.process_volume(read_study(row, processor.orientation)).mul(processor.hu_per_unit)
 
@@ -86,7 +86,7 @@ def test_what_is_read_back_is_within_half_an_hu(folder, config, sources):
             assert difference.abs().max() <= 0.5 + 1e-3  # the float32 of `pixel_values` has steps of 6e-5 HU
 
 
-def test_a_real_scan_is_read_back_with_its_place(shared, tmp_path):
+def test_a_real_scan_is_read_back_in_its_place(shared, tmp_path):
     scan = shared / "realdata/07_cip_chest_64/ct-64.nii.gz"
     if not scan.is_file():
         pytest.skip("no real scan at hand")
@@ -135,7 +135,7 @@ def test_any_division_gives_the_same_files(folder, tmp_path, config, sources):
     assert contents(tmp_path) == contents(folder)
 
 
-def test_a_stopped_run_goes_on(folder, tmp_path, config, sources, monkeypatch):
+def test_a_stopped_run_is_resumed(folder, tmp_path, config, sources, monkeypatch):
     written = []
     write_table = parquet.ParquetWriter.write_table
 
@@ -150,7 +150,7 @@ def test_a_stopped_run_goes_on(folder, tmp_path, config, sources, monkeypatch):
         prepare.prepare(sources, config, tmp_path, SETTINGS)
     assert [path.name for path in (tmp_path / "data").iterdir()] == ["train-00000-of-00003.parquet"]
     prepare.prepare(sources, config, tmp_path, SETTINGS)
-    assert written[5] == written[3]  # the second file from its beginning, and the first not again
+    assert written[5] == written[3]  # the second file from its start, and the first not again
     assert len(written) == 5 + 6
     assert contents(tmp_path) == contents(folder)
     prepare.prepare(sources, config, tmp_path, SETTINGS)
@@ -159,12 +159,14 @@ def test_a_stopped_run_goes_on(folder, tmp_path, config, sources, monkeypatch):
 
 def test_other_settings_are_refused(folder, config, sources):
     before = contents(folder)
-    with pytest.raises(DataError, match=r"begun with `studies_per_shard` 3, not 4. Go on with the same settings, or"):
+    with pytest.raises(
+        DataError, match=r"started with `studies_per_shard` 3, not 4. Resume with the same settings, or"
+    ):
         prepare.prepare(sources, config, folder, {**SETTINGS, "studies_per_shard": 4})
-    with pytest.raises(DataError, match=r'begun with `num_studies` {"train": 7, "valid": 2}, not {"train": 7'):
+    with pytest.raises(DataError, match=r'started with `num_studies` {"train": 7, "valid": 2}, not {"train": 7'):
         prepare.prepare({**sources, "valid": phantoms(7, 8)}, config, folder, SETTINGS)
     other = MedCTConfig(vision_config={**config.vision_config.to_dict(), "hu_min": -1200})
-    with pytest.raises(DataError, match=r"begun with `hu_min` -1000.0, not -1200.0"):
+    with pytest.raises(DataError, match=r"started with `hu_min` -1000.0, not -1200.0"):
         prepare.prepare(sources, other, folder, SETTINGS)
     assert contents(folder) == before
 
@@ -200,8 +202,8 @@ def test_shards_of_other_labels_are_refused(folder, config):
         prepared_source(folder, "train", MedCTConfig(vision_config=vision, id2label=dict(enumerate(names))))
 
 
-def test_what_is_no_finished_folder_is_refused(folder, tmp_path, config, sources):
-    with pytest.raises(DataError, match=r"no manifest.json, so no finished shards"):
+def test_what_is_not_a_finished_folder_is_refused(folder, tmp_path, config, sources):
+    with pytest.raises(DataError, match=r"no manifest.json, so the shards are unfinished"):
         prepared_source(tmp_path, "train", config)
     with pytest.raises(DataError, match="has the splits train, valid, not tune"):
         prepared_source(folder, "tune", config)
@@ -303,7 +305,7 @@ def test_no_flipped_bit_is_read_silently(folder, tmp_path, config):
                 found["refused"] += 1
                 continue
             found["unharmed"] += 1
-            # Where they cannot be read, neither can the volume, or the place stands for the name.
+            # Where they cannot be read, neither can the volume, or the location stands in for the name.
             if ".parquet, row" not in row["id"]:
                 assert [row[name] for name in ("id", "patient", "report", "labels")] == [
                     expected[name] for name in ("id", "patient", "report", "labels")
@@ -311,7 +313,7 @@ def test_no_flipped_bit_is_read_silently(folder, tmp_path, config):
     assert min(found["refused"], found["unharmed"]) > 100
 
 
-def test_a_damaged_footer_concerns_its_file_alone(folder, tmp_path, config, sources):
+def test_a_damaged_footer_affects_its_file_alone(folder, tmp_path, config, sources):
     prepare.prepare({"train": sources["train"]}, config, tmp_path / "out", SETTINGS)
     path = tmp_path / "out/data/train-00001-of-00003.parquet"
     path.write_bytes(path.read_bytes()[:-4] + b"0000")
@@ -367,13 +369,13 @@ def header_of(shape=(2, 3, 4)) -> bytearray:
 @pytest.mark.parametrize(
     ("position", "value", "message"),
     [
-        (0, b"\0\0\1\x5c", "no little-endian single-file NIfTI-1"),
-        (344, b"ni1\0", "no little-endian single-file NIfTI-1"),
+        (0, b"\0\0\1\x5c", "not a little-endian single-file NIfTI-1"),
+        (344, b"ni1\0", "not a little-endian single-file NIfTI-1"),
         (42, b"\5\0", r"has the axes \(5, 3, 2\), not \(4, 3, 2\)"),
         (40, b"\4\0", "has the axes"),
-        (70, b"\x10\0", "no int16 in HU"),
-        (112, np.float32(2).tobytes(), "no int16 in HU"),
-        (116, np.float32(-1024).tobytes(), "no int16 in HU"),
+        (70, b"\x10\0", "not int16 in HU"),
+        (112, np.float32(2).tobytes(), "not int16 in HU"),
+        (116, np.float32(-1024).tobytes(), "not int16 in HU"),
         (108, np.float32(348).tobytes(), "do not fit its header"),
     ],
 )
@@ -525,7 +527,7 @@ def test_whether_studies_are_synthetic_is_a_field(small_model, config, tmp_path)
 
 def test_prepared_shards_are_not_prepared_again(folder, tmp_path, small_model, refused):
     command = ["prepare", folder, tmp_path / "out", "--model", small_model, "--splits", "train"]
-    assert "The source is prepared already" in refused(*command)
+    assert "The source is already prepared" in refused(*command)
 
 
 def test_impossible_flags_are_refused(refused, capfd):

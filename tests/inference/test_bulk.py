@@ -1,4 +1,4 @@
-"""Rows stay written, torn lines are dropped, parts are merged."""
+"""Rows stay written, incomplete lines are dropped, parts are merged."""
 
 import pytest
 
@@ -21,7 +21,7 @@ def write(path, format, rows):
     file.close()
 
 
-def test_rows_come_back_and_a_second_run_goes_on(tmp_path, format):
+def test_rows_come_back_and_a_second_run_adds_to_them(tmp_path, format):
     path = tmp_path / "rows"
     write(path, format, ROWS[:2])
     file = RowFile(path, format)
@@ -31,7 +31,7 @@ def test_rows_come_back_and_a_second_run_goes_on(tmp_path, format):
     file.close()
 
 
-def test_a_torn_line_is_dropped(tmp_path, format):
+def test_an_incomplete_line_is_dropped(tmp_path, format):
     path = tmp_path / "rows"
     write(path, format, ROWS)
     whole = path.read_bytes()
@@ -44,7 +44,7 @@ def test_a_torn_line_is_dropped(tmp_path, format):
     assert path.read_bytes() == whole
 
 
-def test_a_torn_header_is_written_again(tmp_path):
+def test_an_incomplete_header_is_rewritten(tmp_path):
     path = tmp_path / "rows"
     path.write_text(CSV.header()[:4])
     write(path, CSV, ROWS)
@@ -60,7 +60,7 @@ def test_a_line_break_in_a_value_makes_no_second_line(tmp_path):
 def test_files_of_others_are_left_alone(tmp_path, format, content):
     path = tmp_path / "rows"
     path.write_text(content)
-    with pytest.raises(ValueError, match="other rows than this run would write"):
+    with pytest.raises(ValueError, match="rows that this run would not write"):
         RowFile(path, format)
     assert path.read_text() == content
 

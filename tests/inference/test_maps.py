@@ -40,7 +40,7 @@ def test_patches_add_up_to_the_margin(pipe, batch, templates):
 
 
 @torch.no_grad()
-def test_a_patch_is_what_its_slice_of_the_projection_makes_of_it(pipe, model, batch):
+def test_a_patch_is_its_token_through_its_slice_of_the_projection(pipe, model, batch):
     volume = batch["pixel_values"][:1]
     (finding,) = map_findings(pipe, volume, ["a"])
     outputs = model.vision_model(pixel_values=volume)

@@ -1,4 +1,4 @@
-"""Adapters: what they remember, which models take them, and several of them on one base."""
+"""Adapters: what they record, which models accept them, and several of them on one base."""
 
 import json
 import pickle
@@ -28,7 +28,7 @@ def other_adapter(converted, tmp_path_factory):
 
 @pytest.fixture
 def edited(adapter, tmp_path):
-    """`edited(key=value)`: a copy of the adapter that remembers something else."""
+    """`edited(key=value)`: a copy of the adapter that records something else."""
 
     def edit(**changes):
         folder = tmp_path / "edited"
@@ -50,7 +50,7 @@ def logits(model, batch) -> torch.Tensor:
 # fingerprints
 
 
-def test_fingerprint_is_of_the_base_alone(model, adapter):
+def test_fingerprint_depends_on_the_base_alone(model, adapter):
     before = fingerprint(model)
     names = base_tensors(model).keys()
     peft = PeftModel.from_pretrained(model, adapter)
@@ -72,7 +72,7 @@ def test_fingerprint_is_the_same_in_bfloat16(model):
 
 
 @pytest.mark.parametrize("name", ["logit_scale.weight", "vision_model.quantizer.codebook"])
-def test_fingerprint_sees_one_changed_number(model, name):
+def test_fingerprint_detects_one_changed_number(model, name):
     before = fingerprint(model)
     model.state_dict()[name].view(-1)[0] += 0.1
     assert fingerprint(model) != before
@@ -88,7 +88,7 @@ def test_an_adapter_fits_its_base(model, adapter, other_adapter):
     model.load_adapter(str(adapter))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        check_fit(model, other_adapter)  # the first one does not disturb
+        check_fit(model, other_adapter)  # the first one does not interfere
 
 
 def test_other_weights_are_refused(model, adapter):
@@ -112,12 +112,12 @@ def test_other_preprocessing_is_refused(model, adapter, edited):
 
 
 @pytest.mark.parametrize("name, value", [("label_names", ["Mass"]), ("prompt_templates", [["{label}", "no {label}"]])])
-def test_other_labels_or_prompts_are_warned_of(model, edited, name, value):
+def test_other_labels_or_prompts_are_warned_about(model, edited, name, value):
     with pytest.warns(UserWarning, match=f"other {name}"):
         check_fit(model, edited(**{name: value}))
 
 
-def test_what_cannot_be_compared_is_warned_of(model, adapter, edited):
+def test_what_cannot_be_compared_is_warned_about(model, adapter, edited):
     foreign = edited()
     (foreign / "medct_adapter.json").unlink()
     with pytest.warns(UserWarning, match="nobody can tell"):
@@ -242,7 +242,7 @@ def test_every_tensor_of_an_adapter_counts(model, converted, variant, batch, tmp
 
 
 class Bomb:
-    """A pickle of it writes a file when it is loaded."""
+    """Its pickle writes a file when loaded."""
 
     def __init__(self, path):
         self.path = path
@@ -288,7 +288,7 @@ def test_adapters_are_switched_on_one_base(model, converted, adapter, other_adap
     assert model.vision_model.embeddings.projection.weight is weight
 
 
-def test_adapters_are_weighed_and_combined(model, adapter, other_adapter, batch):
+def test_adapters_are_weighted_and_combined(model, adapter, other_adapter, batch):
     peft = PeftModel.from_pretrained(model, adapter, adapter_name="a")
     peft.load_adapter(other_adapter, adapter_name="b")
     alone = logits(peft, batch)
@@ -320,7 +320,7 @@ def test_peft_loads_what_transformers_loads(model, converted, adapter, batch):
 
 
 @pytest.mark.parametrize(("adapter", "reason"), [("org/nowhere", "We couldn't connect"), ("{tmp}", ".*config.json")])
-def test_an_adapter_that_cannot_be_had_is_not_called_unsafe(model, adapter, reason, tmp_path):
+def test_an_unavailable_adapter_is_not_called_unsafe(model, adapter, reason, tmp_path):
     with pytest.raises(OSError, match=f"no adapter .{reason}"):
         check_fit(model, adapter.format(tmp=tmp_path), local_files_only=True)
 

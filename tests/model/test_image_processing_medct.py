@@ -1,4 +1,4 @@
-"""Preprocessing against the recorded original, the specification and itself."""
+"""Preprocessing compared with the recorded original, the specification and itself."""
 
 import itertools
 import json
@@ -165,13 +165,13 @@ def test_scale_hu_divides():
     assert scale_hu(torch.tensor([-1000.0, 250.0]), 1000).tolist() == [-1.0, 0.25]
 
 
-def test_pad_to_size_puts_the_odd_voxel_behind():
+def test_pad_to_size_puts_the_odd_voxel_at_the_end():
     padded = pad_to_size(torch.ones(1, 1, 2), (2, 1, 5), value=-1.0)
     assert padded[0, 0].tolist() == [-1, 1, 1, -1, -1]
     assert padded[1, 0].tolist() == [-1] * 5
 
 
-@pytest.mark.filterwarnings("ignore::medct.VolumeWarning")  # the values are no scan
+@pytest.mark.filterwarnings("ignore::medct.VolumeWarning")  # these values are not a scan
 @pytest.mark.parametrize("dtype", ["<i2", ">i2", "u1", "u2", "i4", "f4", "f8"])
 def test_any_dtype(dtype):
     volume = np.random.default_rng(0).integers(0, 255, (4, 4, 4)).astype(dtype)
@@ -202,7 +202,7 @@ def test_belongs_to_a_configuration(tmp_path):
 @pytest.mark.parametrize("orientation", ["SLP", "RAS", "LPI", "AIL"])
 @pytest.mark.parametrize("shape", [(30, 31, 29), (9, 8, 70)])
 def test_geometry_leads_to_the_voxel_and_back(orientation, shape):
-    """One bright voxel is found where the geometry says, in the crop as in the padding."""
+    """One bright voxel is found where the geometry says, whether cropped or padded."""
     size = (16, 24, 20)
     affine = affine_from_spacing((1.0, 0.7, 1.4), orientation)
     affine[:3, 3] = 12, -40, 300
@@ -221,10 +221,10 @@ def test_geometry_leads_to_the_voxel_and_back(orientation, shape):
     assert np.array_equal(pickle.loads(pickle.dumps(geometry)).affine, affine)
 
 
-@pytest.mark.filterwarnings("ignore::medct.VolumeWarning")  # the field is no scan
+@pytest.mark.filterwarnings("ignore::medct.VolumeWarning")  # the field is not a scan
 @pytest.mark.parametrize("spacing_mm", [(3.0, 1.1, 0.9), (1.5, 0.75, 0.75), (0.9, 0.5, 0.4)])
 def test_geometry_is_that_of_the_values(spacing_mm):
-    """Of a field that is linear in patient millimetres, every value says where it comes from."""
+    """In a field that is linear in patient millimetres, every value says where it comes from."""
     shape, direction = (20, 30, 34), np.array([4.0, -3.0, 5.0])
     affine = affine_from_spacing(spacing_mm, "SRA")
     affine[:3, 3] = 3, -5, 7

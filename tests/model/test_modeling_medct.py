@@ -31,7 +31,7 @@ RECORDED_GRADIENTS = {
 
 
 def observe(model: MedCTModel, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What the model makes of a batch on the way and in the end, under the names of the recorded tensors."""
+    """What the model computes from a batch, on the way and in the end, under the names of the recorded tensors."""
     seen: dict[str, torch.Tensor] = {}
 
     def record(name, pick=lambda output: output):
@@ -80,7 +80,7 @@ def assert_as_recorded(model: MedCTModel, batch: dict[str, torch.Tensor], expect
 
 @pytest.fixture
 def threads():
-    """Sets their number, which decides how products are cut, for one test."""
+    """Sets the number of threads, which decides how products are split, for one test."""
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
@@ -101,7 +101,7 @@ def test_equals_the_original(shared, threads, attention, num_threads):
 
 
 def test_reference_equals_the_original(shared):
-    """What stands in for the recorded tensors where they are not at hand."""
+    """The stand-in for the recorded tensors where they are not available."""
     sizes = json.loads((shared / "golden/config.json").read_text())
     expected = load_file(shared / "golden/expected.safetensors")
     state = torch.load(shared / "golden/ct_clip.pt", weights_only=True)
@@ -279,7 +279,7 @@ def test_half_precision_stays_close(converted, model, batch, dtype):
     assert output.logits_per_image.isfinite().all()
 
 
-def test_half_precision_finds_the_nearest_row_where_it_holds_two_as_equal(model):
+def test_half_precision_finds_the_nearest_row_where_two_seem_equal(model):
     torch.manual_seed(0)
     quantizer = copy.deepcopy(model.vision_model.quantizer)
     base = torch.eye(quantizer.codebook.shape[-1])[:4]
@@ -291,7 +291,7 @@ def test_half_precision_finds_the_nearest_row_where_it_holds_two_as_equal(model)
 
 
 @pytest.mark.parametrize("rows", [1, 16, 24, 31, 64])
-def test_the_nearest_row_is_found_wherever_it_stands(model, rows):
+def test_the_nearest_row_is_found_wherever_it_is(model, rows):
     torch.manual_seed(0)
     quantizer = copy.deepcopy(model.vision_model.quantizer)
     quantizer.codebook = torch.randn(rows, 12)
@@ -350,7 +350,7 @@ def test_long_volumes_are_encoded_in_chunks_without_a_difference(model, batch, m
     assert torch.equal(batch["pixel_values"], before)
 
 
-def test_memory_that_is_used_again_keeps_hidden_states(model, batch):
+def test_reused_memory_keeps_hidden_states(model, batch):
     encode, pixels = model.double().vision_model, batch["pixel_values"].double()
     expected = encode(pixels, output_hidden_states=True).hidden_states
     with torch.no_grad():
@@ -389,7 +389,7 @@ def test_device_map_places_the_model(converted, model, batch):
 
 
 def test_every_buffer_comes_back_from_disk(model, converted):
-    """Buffers that no checkpoint holds are uninitialised memory after loading, unless somebody fills them."""
+    """Buffers that no checkpoint holds are uninitialised memory after loading, unless something fills them."""
     built = MedCTModel(model.config)
     fresh = dict(built.named_buffers())
     loaded = dict(model.named_buffers())
@@ -426,7 +426,7 @@ def test_hidden_states_and_attentions(model, batch):
     assert output.codebook_ids.shape == (3, t * h * w)
 
 
-def test_vision_model_loads_from_the_whole(converted, model, batch):
+def test_vision_model_loads_from_the_whole_model(converted, model, batch):
     vision = MedCTVisionModel.from_pretrained(converted).eval()
     with torch.no_grad():
         expected = model.vision_model(batch["pixel_values"]).pooler_output

@@ -1,4 +1,4 @@
-"""Training: the adapter that comes out, the base that stays, stopping and going on, and what ends a run."""
+"""Training: the adapter that comes out, the base that stays as it is, stopping and resuming, and what ends a run."""
 
 import contextlib
 import dataclasses
@@ -213,7 +213,7 @@ def test_gradient_checkpointing_trains_the_same_adapter(settings, tmp_path):
 
 @pytest.mark.slow
 def test_bfloat16_learns_what_float32_learns(settings, tmp_path):
-    """On the trained base: with random weights ever more tokens take other codebook rows after each step."""
+    """On the trained base: with random weights more and more tokens take other codebook rows with each step."""
     model = MedCTModel.from_pretrained(PHANTOM_BASE)
     model.config.text_config.hidden_dropout_prob = model.config.text_config.attention_probs_dropout_prob = 0.0
     model.save_pretrained(tmp_path / "base")
@@ -249,7 +249,7 @@ def test_a_changed_base_stops_the_run_and_nothing_is_saved(settings, monkeypatch
 
 
 def at_the_end_of_step(monkeypatch, step: int, action) -> None:
-    """Let something happen, once."""
+    """Do something at the end of a step, once."""
     whole_step = Trainer._step
 
     def interrupted(self, model, state, batches, prompts):
@@ -349,7 +349,7 @@ def test_files_have_the_permissions_that_the_umask_says(settings, tmp_path):
     assert modes == dict.fromkeys(FILES, 0o666 & ~umask)
 
 
-def test_resume_begins_where_there_is_nothing_to_go_on_with(settings, tmp_path):
+def test_resume_starts_where_there_is_nothing_to_resume(settings, tmp_path):
     run(dataclasses.replace(settings, resume=True))
     assert len(losses(tmp_path / "run")) == 6
 
@@ -365,7 +365,7 @@ def test_a_run_is_not_resumed_by_accident_or_with_other_settings(settings, monke
 
 
 def test_a_full_disk_costs_no_finished_adapter(settings, monkeypatch, tmp_path):
-    """Checkpoints are passed by with a warning, and what is kept in reserve is enough for the end."""
+    """Checkpoints are skipped with a warning, and the reserved space is enough for the end."""
     reserve = tmp_path / "run.unfinished" / ".reserve"
     save, was_released = training.save_weights, []
 
@@ -399,7 +399,7 @@ def test_only_the_last_checkpoints_are_kept(settings, monkeypatch, tmp_path):
 
 @pytest.fixture
 def ct_rate(tmp_path) -> Path:
-    """CT-RATE in small, with its known faults."""
+    """A miniature CT-RATE with its known faults."""
     return write_files(tmp_path / "ct_rate", ct_rate_files())
 
 
@@ -435,7 +435,7 @@ def test_number_of_steps(settings):
         ({"train_logit_scale": True, "adaptation": "pissa"}, "with a logit scale"),
     ],
 )
-def test_settings_that_cannot_be_meant_are_refused(settings, changes, said):
+def test_nonsensical_settings_are_refused(settings, changes, said):
     with pytest.raises(TrainingError, match=said):
         run(dataclasses.replace(settings, **changes))
 
@@ -497,7 +497,7 @@ save_file({"base": logits[0], "auto": logits[1]}, results)
 
 
 def test_trained_pushed_and_pulled(hub, settings, converted, batch, monkeypatch, tmp_path):
-    """The circle: a new process without `medct` has the logits of the adapter that training left."""
+    """There and back: a new process without `medct` has the logits of the trained adapter."""
     hub.connect(monkeypatch)
     commit = push_model(converted, "org/base").split("/")[-1]
     pushing = {"push_to_hub": True, "hub_model_id": "org/site-b", "max_steps": 2}
@@ -629,7 +629,7 @@ def test_a_killed_sharded_run_resumes_to_the_same_bytes(settings, tmp_path):
 
 
 def test_the_phantom_base_knows_site_a():
-    """Fewer patients than the figures in README are measured on, so that the test takes seconds."""
+    """With fewer patients than the README's figures, so that the test takes seconds."""
     model, processor = MedCTModel.from_pretrained(PHANTOM_BASE), MedCTProcessor.from_pretrained(PHANTOM_BASE)
     scored = scores_of(model, processor, patients=100, site="A")
     assert training.zero_shot_scores(scored.scores, scored.labels, CT_CLIP_LABELS)["auroc"] > 0.75
