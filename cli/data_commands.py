@@ -18,6 +18,13 @@ from medct.publishing.push import push_shards
 
 
 def show_overview(args: argparse.Namespace) -> int:
+    if not args.samples:
+        return _show_overview(args)
+    with only_run(args.sheet):
+        return _show_overview(args)
+
+
+def _show_overview(args: argparse.Namespace) -> int:
     config, tokenizer = _config_of(args), None
     if args.model is not None:
         try:
@@ -28,8 +35,7 @@ def show_overview(args: argparse.Namespace) -> int:
     summary = summarize(source, tokenizer)
     summary["unreadable_samples"] = {}
     if args.samples:
-        with only_run(args.sheet):
-            unreadable = contact_sheet(source, config, args.sheet, args.samples, args.seed)
+        unreadable = contact_sheet(source, config, args.sheet, args.samples, args.seed)
         summary["unreadable_samples"] = {study.id: study.reason for study in unreadable}
     print(json.dumps(summary, indent=2) if args.json else as_text(summary))
     if args.samples and not args.json:

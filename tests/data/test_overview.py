@@ -147,5 +147,5 @@ def test_bad_input_ends_in_one_sentence(arguments, tmp_path, refused):
 def test_a_sheet_that_another_run_draws_is_refused(tmp_path, refused):
     sheet = tmp_path / "sheet.png"
     with only_run(sheet):
-        said = refused("overview", "phantoms", "--samples", "1", "--sheet", sheet)
+        said = refused("overview", "phantoms", "--limit", "2", "--samples", "1", "--sheet", sheet)
     assert said.startswith(f"{sheet} is being written by another run")

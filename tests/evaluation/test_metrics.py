@@ -411,3 +411,13 @@ def test_loads_as_an_evaluate_module(tmp_path):
         module.add_batch(predictions=scores[rows].tolist(), references=labels[rows].tolist())
     assert module.compute(names=NAMES, thresholds=thresholds) == computed
     assert module.compute(predictions=scores, references=labels)["auroc/0"] == expected["auroc/nodule"]
+
+
+def test_a_model_that_is_worse_differs_by_less_than_nothing():
+    generator = np.random.default_rng(0)
+    labels = generator.integers(0, 2, (200, 2)).astype(float)
+    good = np.clip(0.5 + 0.4 * (labels - 0.5) + generator.normal(0, 0.1, labels.shape), 0, 1)
+    difference = compare(good, 1 - good, labels, None, ["a", "b"], resamples=50)["difference"]["auroc"]
+    assert -1 <= difference["low"] <= difference["value"] <= difference["high"] < -0.5
+    swapped = compare(1 - good, good, labels, None, ["a", "b"], resamples=50)["difference"]["auroc"]
+    assert swapped["value"] == pytest.approx(-difference["value"])
