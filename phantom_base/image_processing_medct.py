@@ -7,7 +7,9 @@ work. It goes slab by slab of the result, so that no float copy of the whole sca
 Source: specification of CT-CLIP, section 1.
 """
 
+import importlib
 import operator
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -222,6 +224,9 @@ class PicklesAnywhere:
     def __reduce_ex__(self, protocol):
         if not type(self).__module__.startswith("transformers_modules."):
             return super().__reduce_ex__(protocol)
+        # dill, which `datasets` pickles with, looks for modules in their packages, where the library has not put them.
+        package, _, name = type(self).__module__.rpartition(".")
+        setattr(importlib.import_module(package), name, sys.modules[type(self).__module__])
         reduced = (object.__new__, (type(self),), self.__dict__)
         # Parts are unpickled in their order: first the place of remote code, then the object.
         return operator.getitem, ((_AsReduced((init_hf_modules, ())), _AsReduced(reduced)), 1)

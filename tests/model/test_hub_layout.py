@@ -97,6 +97,11 @@ processor = AutoProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)
 assert type(processor).__module__.startswith("transformers_modules.")
 with open(sys.argv[2], "wb") as file:
     pickle.dump([processor, processor.image_processor], file)
+if __name__ == "__main__":
+    from datasets import Dataset
+    texts = Dataset.from_dict({"text": ["a", "b c"]})
+    tokens = texts.map(lambda rows: dict(processor(text=rows["text"])), batched=True, num_proc=2)
+    assert len(tokens["input_ids"]) == 2
 """
     read = """
 import pickle, sys
