@@ -225,6 +225,11 @@ def of_zip(archive: ByteSource) -> list[ByteSource]:
     _check_count(archive.name, len(members))
     if any(info.flag_bits & 1 for info in members):
         raise VolumeError(archive.name, "the zip archive is encrypted", "Unpack it and pass the folder")
+    # Of the others Python unpacks all that a piece of bytes holds at once, gigabytes from a kilobyte.
+    if any(info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for info in members):
+        raise VolumeError(
+            archive.name, "the zip archive is packed in an unusual way, not deflated", "Unpack it and pass the folder"
+        )
     inflated = sum(info.file_size for info in members)
     if inflated > MAX_BYTES or too_inflated(inflated, archive.size):
         raise VolumeError(
@@ -240,14 +245,24 @@ def _of_member(archive: str, file: zipfile.ZipFile, info: zipfile.ZipInfo) -> By
 
     def open_member() -> BinaryIO:
         try:
-            # Never more than the directory says, which was checked; reaching the end verifies the checksum.
-            return io.BytesIO(file.read(info))
+            return io.BytesIO(_read_member(file, info))
         except Exception as error:  # as above, and those of each decompressor
             raise VolumeError(
                 name, f"the zip member is damaged ({type(error).__name__})", "Copy or download the archive again"
             ) from error
 
     return ByteSource(name, open_member, info.file_size)
+
+
+def _read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
+    """Never more than the directory says, which was checked; reaching the end verifies the checksum."""
+    data = bytearray()
+    with archive.open(info) as member:
+        while piece := member.read(min(_CHUNK_BYTES, info.file_size + 1 - len(data))):
+            data += piece
+    if len(data) != info.file_size:
+        raise EOFError("cut short")
+    return bytes(data)
 
 
 def open_inflated(file: BinaryIO) -> BinaryIO:

@@ -10,10 +10,10 @@ Source: DICOM PS3.3 (C.7.6.1, C.7.6.2, C.8.2, C.7.6.16).
 import itertools
 from collections import Counter, defaultdict
 from collections.abc import Hashable
-from typing import Any
 
 import numpy as np
 
+from .dicom_elements_medct import Elements
 from .dicom_pixels_medct import Slice
 
 TELLING = {
@@ -46,13 +46,12 @@ TELLING = {
 }
 """Attributes that tell scans apart. Times of making an image do not: its parts are computed side by side."""
 _INSTANCE_NUMBER = 0x00200013
-_TAGS = {*TELLING, _INSTANCE_NUMBER}
 _LEAST_SLICES = 2
 _LEAST_RUN = 3
 _SAME_POSITION_MM = 1e-3
 
 
-def told_by(header: Any, groups: Any) -> tuple[Hashable, ...]:
+def told_by(header: Elements, groups: Elements | None) -> tuple[bytes | None, ...]:
     """What a slice has of `TELLING`, then its instance number; as written, for comparison only.
 
     Args:
@@ -61,14 +60,13 @@ def told_by(header: Any, groups: Any) -> tuple[Hashable, ...]:
     """
     items = [header]
     if groups is not None:
-        items = [element.value[0] for element in groups if element.VR == "SQ" and element.value] + items
-    found: dict[int, Hashable] = {}
-    for item in reversed(items):
-        for tag in item.keys() & _TAGS:  # far quicker than to ask for each
-            element = item.get_item(tag)
-            if element.value not in (None, b"", ""):
-                found[tag] = element.value.strip() if isinstance(element.value, bytes) else str(element.value)
-    return tuple(map(found.get, (*TELLING, _INSTANCE_NUMBER)))
+        items = [found[0] for found in groups.sequences() if found] + items
+    return tuple(_written(items, tag) for tag in (*TELLING, _INSTANCE_NUMBER))
+
+
+def _written(items: list[Elements], tag: int) -> bytes | None:
+    values = (item.written(tag).strip(b" \0") for item in items)
+    return next((value for value in values if value), None)
 
 
 def stacks_of(slices: list[Slice]) -> tuple[list[list[Slice]], str]:
@@ -102,7 +100,7 @@ def _split(slices: list[Slice], labels: list[Hashable]) -> list[list[Slice]]:
     return [groups[label] for label in sorted(groups, key=lambda label: (-len(groups[label]), str(label)))]
 
 
-def _overlap(labels: list[Any], along: np.ndarray) -> bool:
+def _overlap(labels: list[Hashable], along: np.ndarray) -> bool:
     """Whether slices of one label lie among those of another; a single one does not tell."""
     counts = Counter(labels)
     if len(counts) == 1 or len(counts) > len(labels) // _LEAST_SLICES:
@@ -124,7 +122,7 @@ def _within(one: np.ndarray, other: np.ndarray) -> int:
     return int(np.count_nonzero(inside))
 
 
-def _runs(numbers: list[Any], along: np.ndarray) -> list[int] | None:
+def _runs(numbers: list[Hashable], along: np.ndarray) -> list[int] | None:
     """Through which run of instance numbers each slice came, if they run through distinct positions more than once."""
     try:
         numbers = [int(number) for number in numbers]

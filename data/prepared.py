@@ -13,7 +13,7 @@ What is unusual:
     * Rows are found through the manifest, without first reading the footer of every file, and each is a shard of the
       stream: a full permutation without a buffer, exact resumption, and an even division among processes.
     * The volume of a row is read when it is first needed, so that looking at ids, labels and reports costs little, and
-      a damaged volume is one bad sample instead of the end of the stream.
+      a damaged row, in whichever column, is one bad sample instead of the end of the stream.
     * Arrow verifies the checksums of pages only on request; otherwise flipped bits read as wrong voxels.
 """
 
@@ -56,6 +56,8 @@ FEATURES = Features(
         "volume": Nifti(),
     }
 )
+_ROW = pa.schema([FEATURES.arrow_schema.field(name) for name in ("id", "patient", "report", "labels", "sha256")])
+"""All but the volume; the last for its checksum, so that no part of a row is read damaged."""
 _NIFTI_HEADER_BYTES = 352
 _INT16 = 4  # NIfTI's code
 _WAITS_S = (1, 2)
@@ -168,6 +170,8 @@ class PreparedVolume(Deferred):
     row: int
     shape: tuple[int, int, int]
     options: dict[str, Any] = field(default_factory=dict, repr=False)
+    refusal: VolumeError | None = None
+    """Why the rest of the row cannot be read, in which case neither is the volume."""
     _metadata: parquet.FileMetaData | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -213,8 +217,10 @@ class PreparedVolume(Deferred):
         """Yield `(z, y, x)`, int16, HU: the decompressed page itself, so do not write to it.
 
         Raises:
-            VolumeError: If the volume is damaged or not what it should be.
+            VolumeError: If the volume or anything else of the row is damaged or not what it should be.
         """
+        if self.refusal is not None:
+            raise self.refusal
         yield self.read(["volume.bytes"], self._decode)
 
     def _decode(self, table: pa.Table) -> torch.Tensor:
@@ -326,13 +332,17 @@ class _ReadRow:
         file = bisect.bisect_right(self.starts, number) - 1
         volume = PreparedVolume(self.paths[file], number - self.starts[file], self.shape, self.options)
         try:
-            row = volume.read(["id", "patient", "report", "labels"], self._to_dict)
-        except VolumeError:  # raised again when the volume is opened, where it affects this study alone
+            row = volume.read(_ROW.names, self._to_dict)
+        except VolumeError as error:  # raised when the volume is opened, where it affects this study alone
+            volume.refusal = error
             row = {"id": volume.name, "patient": "", "report": "", "labels": [math.nan] * self.num_labels}
         return {**row, "volume": volume, "prepared": True}
 
     def _to_dict(self, table: pa.Table) -> dict[str, Any]:
+        if not table.schema.equals(_ROW, check_metadata=False):  # what describes columns has no checksum
+            raise ValueError("other columns")
         (row,) = table.to_pylist()
+        del row["sha256"]
         if len(row["labels"]) != self.num_labels:
             raise ValueError(f"{len(row['labels'])} labels")
         return row

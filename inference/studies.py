@@ -5,6 +5,7 @@ A study is a NIfTI, NRRD, MetaImage or zip file, or all DICOM files of one folde
 """
 
 import os
+import stat
 import traceback
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,15 +18,9 @@ from typing import Any
 import torch
 
 from medct.byte_sources_medct import is_address
-from medct.dicom_io_medct import is_dicom
-from medct.dicom_pixels_medct import quiet_pydicom
+from medct.dicom_io_medct import is_dicom, series_of
 from medct.image_processing_medct import MedCTImageProcessor
 from medct.volume_io_medct import VolumeError, read_volume
-
-try:
-    import pydicom
-except ImportError:
-    pydicom = None
 
 _VOLUME_SUFFIXES = (".nii", ".nii.gz", ".nrrd", ".nhdr", ".mha", ".mhd", ".zip")
 _DICOM_HEAD_BYTES = 600
@@ -112,6 +107,7 @@ def _studies_below(folder: Path) -> Iterator[Study]:
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         files = [Path(parent, name) for name in sorted(names) if not name.startswith(".")]
+        files = [path for path in files if not _is_special(path)]
         if any(path.name.lower() == _DICOMDIR for path in files):
             discs.append(Path(parent))
         volumes = [path for path in files if path.name.lower().endswith(_VOLUME_SUFFIXES)]
@@ -119,7 +115,7 @@ def _studies_below(folder: Path) -> Iterator[Study]:
         if any(map(_is_dicom_file, others)):
             places = {Path(parent), *Path(parent).parents, *Path(parent).absolute().parents}
             disc = next((disc for disc in discs if disc in places), None)
-            series = set() if disc is None else {(disc, _series_of(path)) for path in others} - {(disc, None)}
+            series = set() if disc is None else {(disc, series_of(path)) for path in others} - {(disc, None)}
             scans[Path(parent)] = _DicomFolder(others, not volumes and not folders, series)
         yield from (Study(str(path), str(path)) for path in volumes)
     yield from _joined(scans)
@@ -155,16 +151,12 @@ def _joined(folders: dict[Path, _DicomFolder]) -> Iterator[Study]:
             yield Study(name, [str(file) for path in paths for file in folders[path].files])
 
 
-def _series_of(path: Path) -> str | None:
-    """The SeriesInstanceUID of a DICOM file; none if it cannot be read, which reading it tells."""
-    if pydicom is None:
-        return None
+def _is_special(path: Path) -> bool:
+    """Whether it is a pipe, a socket or a device, whose reading may never end."""
     try:
-        with quiet_pydicom():
-            header = pydicom.dcmread(path, specific_tags=["SeriesInstanceUID"], stop_before_pixels=True)
-        return str(header.get("SeriesInstanceUID") or "") or None
-    except Exception:  # pydicom raises many kinds
-        return None
+        return not stat.S_ISREG(path.stat().st_mode)
+    except OSError:
+        return False
 
 
 def _is_dicom_file(path: Path) -> bool:

@@ -9,24 +9,26 @@ Unusual:
 - Rescale slope and intercept must both be there, slice by slice (or be given by the caller), because a default of 1 and
   0 would make air of 0 HU. RescaleType US is that of values without a unit, and what GDCM and ITK write into every CT
   that had none: of single-frame CT images it is taken for HU if they show air.
-- No message holds text from a header but terms of the standard's own lists: other fields, and pydicom's own messages,
-  may hold names, dates and identifiers.
+- No message holds text from a header but terms of the standard's own lists: other fields may hold names, dates and
+  identifiers.
 
 Source: DICOM PS3.3 (C.7.6.2, C.7.6.16, C.8.2, C.11.1), PS3.5.
 """
 
+import io
 import re
-import zlib
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from .byte_sources_medct import ByteSource, base_name, too_inflated
+from .byte_sources_medct import ByteSource, base_name, of_path
+from .dicom_elements_medct import INSTALL, Elements, name_of_uid, read_data_set, read_meta
+from .dicom_frames_medct import AGAIN, DEFLATED, EXPLICIT_BIG, inflated_header, warm_up_for
 from .dicom_geometry_medct import check_alike, order, to_grid
-from .dicom_pixels_medct import AGAIN, DEFLATED, PixelLayout, Slice, decode, layout_of, name_of, quiet_pydicom
+from .dicom_pixels_medct import PixelLayout, Slice, decode, layout_of, name_of
 from .dicom_stacks_medct import stacks_of, told_by
 from .no_scans_medct import STANDS_FOR_A_FILE, what_is
 from .volume_medct import AIR_HU, CTVolume, VolumeError, refuse_second_rescale
@@ -49,7 +51,6 @@ _MODALITIES = ("CT", "MR", "PT", "NM", "US", "CR", "DX", "MG", "XA", "SC", "OT",
 _SUFFIXES = (".dcm", ".dicom", ".dic", ".ima")
 """Of files that stand for a DICOM file whatever they hold."""
 _HEAD_BYTES = 600
-_LONG_HEAD_BYTES = 2**12
 _FIRST_GROUPS = (b"\x02\x00", b"\x08\x00")
 _DECIMALS = (0x00200032, 0x00200037, 0x00280030, 0x00281052, 0x00281053, 0x00180050, 0x00180088)
 """Position, orientation, spacing, intercept, slope, thickness and step."""
@@ -58,7 +59,7 @@ _LEAST_AIR = 0.01
 """Share of voxels in that range which shows that values without a unit are HU; of a chest it is far more."""
 
 
-_CTFile = tuple[ByteSource, Any, int | None]
+_CTFile = tuple[ByteSource, Elements, int]
 """A file of CT slices, its header, and where its pixels begin."""
 
 
@@ -98,15 +99,14 @@ def read_dicom(
         The volume, int16 where slopes are 1 and all values fit.
     """
     if pydicom is None:
-        raise VolumeError(source, "DICOM needs pydicom and decoders", "Install them: pip install medct[dicom]")
-    with quiet_pydicom():
-        found, left_out = _collect(files, source)
-        slices = _choose(found, source, series, rescale)
-        check_alike(slices)
-        slices, notes = order(slices, source, resample_irregular)
-        hu, more_notes = decode(slices, source)
-        if not all(one.is_hu for one in slices):
-            more_notes += _check_air(hu, source)
+        raise VolumeError(source, "DICOM needs pydicom and decoders", f"Install them: {INSTALL}")
+    found, left_out = _collect(files, source)
+    slices = _choose(found, source, series, rescale)
+    check_alike(slices)
+    slices, notes = order(slices, source, resample_irregular)
+    hu, more_notes = decode(slices, source)
+    if not all(one.is_hu for one in slices):
+        more_notes += _check_air(hu, source)
     hu, affine, more = to_grid(hu, slices, source)
     if not any(one.has_modality for one in slices):
         more.append("its headers name no modality: taken for CT by their SOP class")
@@ -156,50 +156,36 @@ def _check_other(file: ByteSource, names: set[tuple[str, str]]) -> None:
         raise VolumeError(file.name, lacks if what is None else f"it is no DICOM file, but {what}", remedy)
 
 
-def _read_header(file: ByteSource, stream: BinaryIO) -> tuple[Any, int | None]:
-    """Everything before the pixels, and at which byte those begin in the file (not if it is deflated)."""
+def _read_header(file: ByteSource, stream: BinaryIO) -> tuple[Elements, int]:
+    """Everything before the pixels, and at which byte those begin, in the inflated data set if that is deflated."""
     try:
-        is_deflated = _check_deflated(file, stream)
-        stream.seek(0)
-        header = pydicom.dcmread(stream, stop_before_pixels=True, force=True)  # where there is no mark
-        return header, None if is_deflated else stream.tell()
+        meta = read_meta(stream)
+        syntax = str(meta.get("TransferSyntaxUID") or "")
+        if syntax == DEFLATED:
+            stream = io.BytesIO(inflated_header(stream))
+        header = read_data_set(stream, syntax != EXPLICIT_BIG if syntax else None)
+        header.file_meta = meta
+        warm_up_for(syntax)
+        return header, stream.tell()
     except VolumeError:
         raise
-    except Exception as error:  # pydicom raises many kinds; their texts hold values of the header
-        if _has_no_character_set(file.head(_LONG_HEAD_BYTES)):
-            reason = "its SpecificCharacterSet is no name of one but control characters"
-            raise VolumeError(file.name, reason, "Export it with a character set, or without") from None
+    except Exception as error:  # of many kinds; their texts may hold values of the header
         raise VolumeError(file.name, f"it is a damaged DICOM file ({type(error).__name__})", AGAIN) from None
 
 
-def _has_no_character_set(head: bytes) -> bool:
-    """Whether control characters stand where a data set should name its character set."""
-    at = head.find(b"\x08\x00\x05\x00")
-    length = int.from_bytes(
-        head[at + 6 : at + 8] if head[at + 4 : at + 6] == b"CS" else head[at + 4 : at + 8], "little"
-    )
-    value = head[at + 8 : at + 8 + length].rstrip(b"\0 ")
-    return at >= 0 and any(letter < ord(" ") for letter in value)
+def series_of(path: Path) -> str | None:
+    """The SeriesInstanceUID of a DICOM file; none if it has none or cannot be read, which reading it tells."""
+    if pydicom is None:
+        return None
+    try:
+        (file,) = of_path(path)
+        with file.open() as stream:
+            return str(_read_header(file, stream)[0].get("SeriesInstanceUID") or "") or None
+    except Exception:  # as above
+        return None
 
 
-def _check_deflated(file: ByteSource, stream: BinaryIO) -> bool:
-    """Whether a data set is deflated; refuses a bomb before pydicom inflates it in one piece."""
-    stream.seek(0)
-    head = stream.read(_LONG_HEAD_BYTES)
-    # The first element of the file meta information, in 12 bytes behind the mark, is the length of what follows it.
-    start = 144 + int.from_bytes(head[140:144], "little")
-    if head[128:132] != b"DICM" or DEFLATED.encode() not in head[:start]:
-        return False
-    stream.seek(start)
-    inflater, count = zlib.decompressobj(-zlib.MAX_WBITS), 0
-    while not inflater.eof and (packed := inflater.unconsumed_tail or stream.read(2**16)):
-        count += len(inflater.decompress(packed, 2**20))
-        if too_inflated(count, file.size):
-            raise VolumeError(file.name, f"its {file.size} bytes would inflate to more than {count}", "Check the file")
-    return True
-
-
-def _why_no_slice(file: ByteSource, header: Any) -> str | None:
+def _why_no_slice(file: ByteSource, header: Elements) -> str | None:
     """What a file is if it is no CT slice; none if it is one."""
     try:
         # The file meta information has it where a data set leaves it empty, as some anonymizers do.
@@ -216,8 +202,7 @@ def _why_no_slice(file: ByteSource, header: Any) -> str | None:
     if kind not in _CT_CLASSES and stored_as in _CT_CLASSES:
         raise VolumeError(file.name, "it is a damaged DICOM file (its SOP classes contradict each other)", AGAIN)
     if kind not in _CT_CLASSES:
-        uid = pydicom.uid.UID(kind)
-        return uid.name if uid.name != kind else "unknown kind of DICOM file"
+        return name_of_uid(kind) or "unknown kind of DICOM file"
     if "Rows" not in header or "Columns" not in header:
         raise VolumeError(file.name, "it is a damaged DICOM file (without the size of its image)", AGAIN)
     if modality != "CT":
@@ -226,7 +211,7 @@ def _why_no_slice(file: ByteSource, header: Any) -> str | None:
 
 
 def _slices_of(
-    file: ByteSource, header: Any, pixel_offset: int | None, rescale: tuple[float | None, float | None]
+    file: ByteSource, header: Elements, pixel_offset: int, rescale: tuple[float | None, float | None]
 ) -> list[Slice]:
     """One slice, or those of a multi-frame file."""
     try:
@@ -253,10 +238,10 @@ def _slices_of(
 
 def _slice(
     file: ByteSource,
-    header: Any,
+    header: Elements,
     frame: int | None,
-    own: Any,
-    shared: Any,
+    own: Elements | None,
+    shared: Elements | None,
     pixels: PixelLayout,
     rescale: tuple[float | None, float | None],
 ) -> Slice:
@@ -275,7 +260,7 @@ def _slice(
 
     def numbers(sequence: str, attribute: str, count: int) -> np.ndarray:
         found = value(sequence, attribute)
-        if found is None or found == "":
+        if found is None:
             raise VolumeError(name, f"it has no {attribute}", "Export the series with its geometry")
         array = np.array(found, dtype=float).reshape(-1)
         if array.shape != (count,) or not np.isfinite(array).all():
@@ -311,7 +296,7 @@ def _rescale(
     name: str, found: list[Any], given: tuple[float | None, float | None], unit: str, is_single: bool
 ) -> tuple[float, float]:
     """Slope and intercept, of the header or of the caller, and never of both where those of the header give HU."""
-    is_known = None not in found and "" not in found
+    is_known = None not in found
     if None not in given and not (is_known and unit in _HU):
         slope, intercept = float(given[0]), float(given[1])
     elif unit not in _HU and not (unit == "US" and is_single):
@@ -399,17 +384,14 @@ def _entries(
     ]
 
 
-def _has_decimal_comma(item: Any) -> bool:
+def _has_decimal_comma(item: Elements) -> bool:
     """Whether a number of a data set is written with a comma."""
-    for tag in item.keys():  # noqa: SIM118 - values would be converted
-        element = item.get_item(tag)
-        if element.VR == "SQ":
-            found = any(map(_has_decimal_comma, item[tag].value))
-        else:
-            found = tag in _DECIMALS and re.search(r"\d,\d", str(element.value))
-        if found:
-            return True
-    return False
+    if any(re.search(rb"\d,\d", item.written(tag)) for tag in _DECIMALS):
+        return True
+    try:
+        return any(_has_decimal_comma(part) for parts in item.sequences() for part in parts)
+    except (ValueError, EOFError):
+        return False
 
 
 def _count(group: list[_CTFile]) -> int:
@@ -421,7 +403,7 @@ def _describe(group: list[_CTFile]) -> str:
     return f"{_count(group)} slices of {_number(header, 'Rows')} x {_number(header, 'Columns')} pixels"
 
 
-def _number(header: Any, attribute: str) -> int:
+def _number(header: Elements, attribute: str) -> int:
     """A whole number of a header for a list of series; 0 if it is damaged, which the reading of that series tells."""
     try:
         return int(header.get(attribute) or 0)

@@ -1,11 +1,7 @@
 """One slice of a CT series in DICOM: what is known of it, and its pixels as HU.
 
 Unusual:
-- Uncompressed pixels are read straight from the file. Whether they are that is seen from their own element, because
-  file meta information often names another transfer syntax; what is not certain goes to pydicom.
-- For compressed ones the decoder is named, because pydicom would try one after the other until one "decodes" a damaged
-  stream.
-- Bits outside of BitsStored, which may hold overlays, are dropped here whatever decoded the pixels.
+- Bits outside of BitsStored, which may hold overlays, are dropped here, however pixels are stored.
 - Padding (PixelPaddingValue, and all up to PixelPaddingRangeLimit) becomes air, wherever its value lies: everywhere if
   that is no more than air, or if no other voxel of the scan comes within `_TISSUE_HU` of it. Else tissue has that value
   too, and only what runs in from the edges of a slice with all four corners of it is padding.
@@ -13,71 +9,27 @@ Unusual:
 Source: DICOM PS3.3 (C.7.6.3, C.7.5.1.1.2), PS3.5 (A).
 """
 
-import contextlib
-import logging
-import re
-import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from .byte_sources_medct import ByteSource
+from .dicom_elements_medct import Elements
+from .dicom_frames_medct import AGAIN, DEFLATED, EXPLICIT_BIG, EXPLICIT_LITTLE, UNCOMPRESSED, Frames, stored_pixels
 from .volume_medct import AIR_HU, MAX_VOXELS, VolumeError
 
-try:
-    import pydicom
-    import pydicom.pixels
-except ImportError:
-    pydicom = None
-
-AGAIN = "Copy or export the file again"
-DEFLATED = "1.2.840.10008.1.2.1.99"
-_IMPLICIT_LITTLE, _EXPLICIT_LITTLE = "1.2.840.10008.1.2", "1.2.840.10008.1.2.1"
-_EXPLICIT_BIG = "1.2.840.10008.1.2.2"
-# Decoders that refuse damaged streams, the first that is installed is used. For JPEG-LS gdcm goes first: pyjpegls is
-# faster, but works for seconds on a stream that is cut short before it refuses it.
-_DECODERS = {
-    "1.2.840.10008.1.2.5": ("pydicom",),
-    "1.2.840.10008.1.2.4.50": ("gdcm",),
-    "1.2.840.10008.1.2.4.57": ("gdcm",),
-    "1.2.840.10008.1.2.4.70": ("gdcm",),
-    "1.2.840.10008.1.2.4.80": ("gdcm", "pyjpegls"),
-    "1.2.840.10008.1.2.4.81": ("gdcm", "pyjpegls"),
-    "1.2.840.10008.1.2.4.90": ("pylibjpeg", "gdcm"),
-    "1.2.840.10008.1.2.4.91": ("pylibjpeg", "gdcm"),
-    "1.2.840.10008.1.2.4.201": ("pylibjpeg",),
-    "1.2.840.10008.1.2.4.202": ("pylibjpeg",),
-    "1.2.840.10008.1.2.4.203": ("pylibjpeg",),
-}
-_UNCOMPRESSED = (_IMPLICIT_LITTLE, _EXPLICIT_LITTLE, _EXPLICIT_BIG, DEFLATED)
-_UNDEFINED_LENGTH = 0xFFFFFFFF
 _TISSUE_HU = 100
 """How near other voxels must come to a padding value for it to be one that tissue has."""
-_JPEG_SIZE = re.compile(rb"\xff[\xc0-\xc3\xf7]..[\x02-\x10](....)", re.DOTALL)
 
 
 @dataclass(frozen=True)
-class PixelLayout:
-    """How the pixels of a file are stored; one for all its frames."""
+class PixelLayout(Frames):
+    """How the pixels of a file are stored, and which bits and values are of the scan; one for all its frames."""
 
-    shape: tuple[int, int]
-    frames: int
-    syntax: str
-    bits_allocated: int
-    bits_stored: int
     high_bit: int
-    is_signed: bool
     padding: tuple[int, int] | None
     """Lowest and highest stored value that is no part of the scan."""
-    offset: int | None
-    """Where their element begins in the file; none if that is deflated."""
-
-    @property
-    def bytes(self) -> int:
-        """Of all frames, uncompressed."""
-        return self.frames * (self.shape[0] * self.shape[1] * self.bits_allocated // 8)
 
 
 @dataclass(frozen=True)
@@ -116,48 +68,42 @@ def name_of(file: ByteSource, frame: int | None) -> str:
     return file.name if frame is None else f"{file.name} frame {frame + 1}"
 
 
-@contextlib.contextmanager
-def quiet_pydicom() -> Iterator[None]:
-    """Without pydicom's warnings and log lines, which hold values of the header."""
-    logger = logging.getLogger("pydicom")
-    was_disabled, logger.disabled = logger.disabled, True
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.disabled = was_disabled
+def layout_of(header: Elements, offset: int) -> PixelLayout:
+    """How pixels are stored whose element begins at an offset.
 
-
-def layout_of(header: Any, offset: int | None) -> PixelLayout:
+    Raises:
+        ValueError: If the header is damaged.
+    """
     bits_stored, bits_allocated = int(header.get("BitsStored") or 16), int(header.get("BitsAllocated") or 16)
     high_bit, is_signed = header.get("HighBit"), int(header.get("PixelRepresentation") or 0) == 1
-    is_little = header.original_encoding[1] is not False
+    _, is_little = header.original_encoding
     return PixelLayout(
+        syntax=str(header.file_meta.get("TransferSyntaxUID") or (EXPLICIT_LITTLE if is_little else EXPLICIT_BIG)),
         shape=(int(header.Rows), int(header.Columns)),
-        frames=int(header.get("NumberOfFrames") or 1),
-        syntax=str(header.file_meta.get("TransferSyntaxUID") or (_EXPLICIT_LITTLE if is_little else _EXPLICIT_BIG)),
+        count=int(header.get("NumberOfFrames") or 1),
         bits_allocated=bits_allocated,
         bits_stored=bits_stored,
-        high_bit=bits_stored - 1 if high_bit is None else int(high_bit),
         is_signed=is_signed,
-        padding=_padding_of(header, bits_allocated, is_signed),
+        is_little=is_little,
         offset=offset,
+        table=header.get("ExtendedOffsetTable"),
+        high_bit=bits_stored - 1 if high_bit is None else int(high_bit),
+        padding=_padding_of(header, bits_allocated, is_signed),
     )
 
 
-def _padding_of(header: Any, bits: int, is_signed: bool) -> tuple[int, int] | None:
+def _padding_of(header: Elements, bits: int, is_signed: bool) -> tuple[int, int] | None:
     """Lowest and highest padding as pixels hold it, modulo 2^bits: that of signed ones is often written unsigned."""
     written = [header.get(name) for name in ("PixelPaddingValue", "PixelPaddingRangeLimit")]
-    if written[0] is None or written[0] == "":
+    if written[0] is None:
         return None
-    numbers = [_whole(value) % 2**bits for value in written if value is not None and value != ""]
+    numbers = [_whole(value) % 2**bits for value in written if value is not None]
     numbers = [number - 2**bits if is_signed and number >= 2 ** (bits - 1) else number for number in numbers]
     return min(numbers), max(numbers)
 
 
 def _whole(value: Any) -> int:
-    """A whole number, or the bytes of one whose kind pydicom does not know."""
+    """A whole number, or the bytes of one whose kind is not known."""
     return int.from_bytes(value, "little") if isinstance(value, bytes) else int(value)
 
 
@@ -170,11 +116,12 @@ def decode(slices: list[Slice], source: str) -> tuple[np.ndarray, list[str]]:
         _check_pixel_bytes(one)
     whole = all(one.slope == 1 and one.intercept.is_integer() for one in slices)
     hu = np.empty(shape, np.int16 if whole else np.float32)
-    data_sets: dict[ByteSource, Any] = {}
+    cache: dict[ByteSource, Any] = {}
     for k, one in enumerate(slices):
-        values = hu_of(one, data_sets)
+        values = hu_of(one, cache)
         if hu.dtype == np.int16 and values.dtype != np.int16:
-            hu = hu.astype(np.float32)
+            whole_hu, hu = hu[:k], np.empty(shape, np.float32)
+            hu[:k] = whole_hu
         hu[k] = values
     notes = _clear_padding(hu, slices)
     if whole and hu.dtype != np.int16 and _fits_int16(hu.min(), hu.max()):  # but for padding
@@ -218,22 +165,25 @@ def _from_edges(mask: np.ndarray) -> np.ndarray:
 def _check_pixel_bytes(one: Slice) -> None:
     """Refuse uncompressed images that are longer than their file."""
     (rows, columns), pixels = one.pixels.shape, one.pixels
-    if pixels.syntax in _UNCOMPRESSED and pixels.syntax != DEFLATED:
+    if pixels.syntax in UNCOMPRESSED and pixels.syntax != DEFLATED:
         promised = rows * columns * pixels.bits_allocated // 8 * ((one.frame or 0) + 1)
         if promised > one.file.size:
             raise VolumeError(one.name, f"it is cut short ({one.file.size} bytes for {rows} x {columns} pixels)", AGAIN)
 
 
-def hu_of(one: Slice, data_sets: dict[ByteSource, Any]) -> np.ndarray:
-    """HU of one slice, `(row, column)`: int16 if exact, else float32; padding that is no more than air becomes air."""
+def hu_of(one: Slice, cache: dict[ByteSource, Any]) -> np.ndarray:
+    """HU of one slice, `(row, column)`: int16 if exact, else float32; padding that is no more than air becomes air.
+
+    Args:
+        one: The slice.
+        cache: As for `stored_pixels`.
+    """
     try:
-        words = _plain_pixels(one)
-        if words is None:
-            words = _decoded_pixels(one, data_sets)
+        words = stored_pixels(one.file, one.pixels, one.frame or 0, cache)
         stored = _used_bits(words, one)
     except VolumeError:
         raise
-    except Exception as error:  # decoders raise many kinds; as above for their texts
+    except Exception as error:  # of many kinds
         raise VolumeError(one.name, f"its pixels cannot be decoded ({type(error).__name__})", AGAIN) from None
     if stored.shape != one.pixels.shape:
         raise VolumeError(one.name, f"its pixels have shape {stored.shape} instead of {one.pixels.shape}", AGAIN)
@@ -258,7 +208,7 @@ def _used_bits(words: np.ndarray, one: Slice) -> np.ndarray:
     lowest = (words << (width - bits)) >> (width - bits)
     if high_bit == bits - 1 or np.array_equal(lowest, words):  # a HighBit of 15 is often wrong
         return lowest
-    if (words & ((1 << (high_bit + 1 - bits)) - 1)).any():
+    if high_bit < bits or (words & ((1 << (high_bit + 1 - bits)) - 1)).any():
         raise VolumeError(one.name, "its pixels do not lie where its HighBit says", AGAIN)
     return (words << (width - 1 - high_bit)) >> (width - bits)
 
@@ -268,91 +218,3 @@ def _scaled(stored: np.ndarray, slope: float, intercept: float) -> np.ndarray:
     if is_whole and _fits_int16(int(stored.min()) + int(intercept), int(stored.max()) + int(intercept)):
         return (stored.astype(np.int32) + int(intercept)).astype(np.int16)
     return stored.astype(np.float32) * np.float32(slope) + np.float32(intercept)
-
-
-def _plain_pixels(one: Slice) -> np.ndarray | None:
-    """Words of 16 bits straight from the file, without pydicom reading it again; none where they lie otherwise."""
-    pixels = one.pixels
-    if pixels.offset is None or pixels.bits_allocated != 16 or not 1 <= pixels.bits_stored <= pixels.high_bit + 1 <= 16:
-        return None
-    rows, columns = pixels.shape
-    count = rows * columns * 2
-    with one.file.open() as stream:
-        stream.seek(pixels.offset)
-        element = stream.read(12)
-        is_explicit = element[4:8] in (b"OW\0\0", b"OB\0\0")
-        length = int.from_bytes(element[8:12] if is_explicit else element[4:8], "little")
-        # An odd length is none: letters of a kind of value that is not known here.
-        if element[:4] != b"\xe0\x7f\x10\x00" or length == _UNDEFINED_LENGTH or length % 2:
-            return None
-        if pixels.syntax not in _UNCOMPRESSED and length != pixels.bytes:
-            return None
-        _check_length(one, length)
-        stream.seek(pixels.offset + (12 if is_explicit else 8) + count * (one.frame or 0))
-        data = stream.read(count)
-    if len(data) != count:
-        raise VolumeError(one.name, f"it is cut short ({len(data)} of {count} bytes of pixels)", AGAIN)
-    return np.frombuffer(data, "<i2" if pixels.is_signed else "<u2").reshape(rows, columns)
-
-
-def _check_length(one: Slice, length: int) -> None:
-    """Refuse uncompressed pixels that are too few, or that hold whole frames more than the header says."""
-    expected = one.pixels.bytes
-    if length < expected:
-        raise VolumeError(one.name, f"it is cut short ({length} of {expected} bytes of pixels)", AGAIN)
-    if length >= expected + max(expected // one.pixels.frames, 2):
-        raise VolumeError(
-            one.name, f"its header promises {expected} bytes of pixels and it holds {length}", "Export the file again"
-        )
-
-
-def _decoded_pixels(one: Slice, data_sets: dict[ByteSource, Any]) -> np.ndarray:
-    """Pixels by pydicom and its decoders; a multi-frame file is read once."""
-    data_set = data_sets.get(one.file)
-    if data_set is None:
-        data_sets.clear()
-        with one.file.open() as stream:
-            data_set = pydicom.dcmread(stream)
-        data_sets[one.file] = data_set
-    # Of a compressed file that is cut short, pydicom makes a data set without any elements.
-    if "PixelData" not in data_set:
-        raise VolumeError(one.name, "it holds no pixels (cut short?)", AGAIN)
-    syntax, options = one.pixels.syntax, {"correct_unused_bits": False}
-    data_set.file_meta.TransferSyntaxUID = syntax
-    if syntax not in _UNCOMPRESSED:
-        options["decoding_plugin"] = _decoder(one.name, syntax)
-        _check_code_stream(one, bytes(data_set.PixelData[: 2**12]))
-    elif data_set["PixelData"].is_undefined_length:
-        raise VolumeError(one.name, "its pixels are compressed, and its transfer syntax says they are not", AGAIN)
-    else:
-        _check_length(one, len(data_set.PixelData))
-    return np.asarray(pydicom.pixels.pixel_array(data_set, index=one.frame or 0, **options))
-
-
-def _decoder(name: str, syntax: str) -> str:
-    known = _DECODERS.get(syntax)
-    kind = pydicom.uid.UID(syntax).name
-    if known is None:
-        kind = kind if kind != syntax else "an unknown transfer syntax"
-        raise VolumeError(name, f"its pixels are compressed in a way not supported ({kind})", "Export it uncompressed")
-    available = pydicom.pixels.get_decoder(syntax).available_plugins
-    for plugin in known:
-        if plugin in available:
-            return plugin
-    raise VolumeError(
-        name, f"its pixels are compressed ({kind}), which needs a decoder", "Install it: pip install medct[dicom]"
-    )
-
-
-def _check_code_stream(one: Slice, head: bytes) -> None:
-    """Refuse a first code stream whose own size is not the header's, since decoders ask memory for what it claims."""
-    size = None
-    if (at := head.find(b"\xff\x4f\xff\x51")) >= 0:  # JPEG 2000: start of code stream, SIZ
-        x1, y1, x0, y0 = (int.from_bytes(head[at + 8 + 4 * k : at + 12 + 4 * k], "big") for k in range(4))
-        size = (y1 - y0, x1 - x0)
-    elif head.find(b"\xff\xd8\xff") >= 0 and (found := _JPEG_SIZE.search(head)):
-        size = (int.from_bytes(found[1][:2], "big"), int.from_bytes(found[1][2:], "big"))  # JPEG: start of frame
-    if size is not None and size != one.pixels.shape:
-        raise VolumeError(
-            one.name, f"its compressed pixels are {size[0]} x {size[1]} instead of {one.pixels.shape}", AGAIN
-        )

@@ -31,6 +31,7 @@ from .volume_medct import (
 
 _MAX_HEADER_BYTES = 2**20
 _MAX_TEXT_BYTES = 2**26
+_TEXT_PIECE_BYTES = 2**20
 _AGAIN = "Copy or download the file again"
 _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 _NRRD_TYPES = {
@@ -312,12 +313,22 @@ def _hex_voxels(source: ByteSource, file: BinaryIO, shape: tuple[int, ...], dtyp
 
 
 def _text_voxels(source: ByteSource, file: BinaryIO, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    count = math.prod(shape)
     text = file.read(_MAX_TEXT_BYTES + 1)
     try:
-        if len(text) > _MAX_TEXT_BYTES:
-            raise ValueError("too long")
-        values = np.array(text.split(), dtype="S32").astype(float)
-        return values.astype(dtype.newbyteorder("=")).reshape(shape, order="F")
+        if len(text) > _MAX_TEXT_BYTES or len(text) < 2 * count - 1:
+            raise ValueError("too long or too short")
+        values, found, at = np.empty(count, dtype.newbyteorder("=")), 0, 0
+        while at < len(text):  # in pieces, for every number takes many times its room while it is a text
+            end = min(at + _TEXT_PIECE_BYTES, len(text))
+            while end < len(text) and not text[end : end + 1].isspace():
+                end += 1
+            piece = np.array(text[at:end].split(), dtype="S32").astype(float)
+            values[found : found + len(piece)] = piece
+            found, at = found + len(piece), end
+        if found != count:
+            raise ValueError("too many or too few")
+        return values.reshape(shape, order="F")
     except (ValueError, OverflowError) as error:
         raise VolumeError(
             source.name, "its voxels cannot be read (text encoding)", "Write it raw or with gzip"

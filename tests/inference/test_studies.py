@@ -1,7 +1,11 @@
 """From folders to studies, and studies that are read ahead."""
 
+import contextlib
+import os
 import shutil
+import socket
 import threading
+from pathlib import Path
 
 import nibabel
 import numpy as np
@@ -188,3 +192,21 @@ def test_data_sets_without_a_mark_are_a_study(tmp_path, image_processor):
         path.write_bytes(path.read_bytes()[132:])
     (study,) = find_studies([tmp_path])
     assert isinstance(read_study(study, image_processor), ReadStudy)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")
+def test_pipes_and_sockets_among_the_files_are_passed_by(tmp_path):
+    """Opening one would wait for ever for somebody to write."""
+    write_series(tmp_path / "study", make_hu((3, 8, 6)))
+    nibabel.save(nibabel.Nifti1Image(make_hu((4, 5, 3)), np.eye(4)), tmp_path / "scan.nii")
+    for folder in (tmp_path, tmp_path / "study"):
+        os.mkfifo(folder / "pipe")
+        os.mkfifo(folder / "pipe.nii.gz")
+        (folder / "device").symlink_to("/dev/zero")
+    end = socket.socket(socket.AF_UNIX)
+    with contextlib.chdir(tmp_path / "study"):  # names of sockets are short
+        end.bind("socket")
+    found = find_studies([tmp_path])
+    end.close()
+    assert {Path(study.id).name for study in found} == {"study", "scan.nii"}
+    assert read_volume(tmp_path / "study").array.shape == (6, 8, 3)

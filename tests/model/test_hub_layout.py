@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pydicom
 import pytest
+import scan_files
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -29,7 +31,7 @@ import json, sys, numpy, torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoProcessor, AutoImageProcessor
 
-folder, scan, inputs, results = sys.argv[1:]
+folder, scan, inputs, results, series = sys.argv[1:]
 config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
 assert type(config).__module__.startswith("transformers_modules."), type(config)
 model = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
@@ -39,6 +41,7 @@ with torch.no_grad():
     output = model(**load_file(inputs))
 pixel_values = processor(images=scan, text="a b c", return_tensors="pt")["pixel_values"]
 assert torch.equal(images(scan, return_tensors="pt")["pixel_values"], pixel_values)
+images(series)  # compressed, so another process decodes it
 save_file({"logits": output.logits_per_image, "pixel_values": pixel_values}, results)
 """
 
@@ -64,7 +67,10 @@ def test_a_saved_folder_works_without_medct(model, processor, batch, nifti, tmp_
     scan = nifti(np.random.default_rng(0).integers(-1000, 1000, (6, 7, 5)).astype(np.int16))
     save_file({name: tensor.contiguous() for name, tensor in batch.items()}, tmp_path / "inputs.safetensors")
     results = tmp_path / "results.safetensors"
-    run = run_without_medct(READ_AND_RUN, folder, scan, tmp_path / "inputs.safetensors", results, home=tmp_path)
+    series = scan_files.write_series(
+        tmp_path / "series", scan_files.make_hu(), scan_files.compress(pydicom.uid.JPEGLSLossless)
+    )
+    run = run_without_medct(READ_AND_RUN, folder, scan, tmp_path / "inputs.safetensors", results, series, home=tmp_path)
     assert run.returncode == 0, run.stderr
     found = load_file(results)
     with torch.no_grad():

@@ -1,5 +1,6 @@
 """Pixels in every transfer syntax that can be written here, whole and damaged."""
 
+import tracemalloc
 import zlib
 
 import numpy as np
@@ -17,8 +18,8 @@ from pydicom.uid import (
 )
 from scan_files import compress, make_hu, write_series
 
-from medct import VolumeError, byte_sources_medct, read_volume
-from medct.dicom_pixels_medct import _DECODERS
+from medct import VolumeError, byte_sources_medct, dicom_frames_medct, read_volume
+from medct.dicom_frames_medct import _DECODERS
 
 COMPRESSED = (RLELossless, JPEG2000Lossless, JPEGLSLossless)
 
@@ -96,24 +97,48 @@ def test_a_code_stream_of_another_size_is_refused_before_decoding(hu, tmp_path):
 
 def test_missing_decoders_name_the_extra(hu, tmp_path, monkeypatch):
     folder = write_series(tmp_path, hu, compress(JPEGLSLossless))
-    monkeypatch.setitem(_DECODERS, JPEGLSLossless, ("not installed",))
-    with pytest.raises(VolumeError, match=r"JPEG-LS Lossless.*pip install medct\[dicom\]"):
+    monkeypatch.setitem(_DECODERS, JPEGLSLossless, ("jpeg", "not_installed"))
+    with pytest.raises(VolumeError, match=r"JPEG-LS Lossless.*pip install .*pyjpegls"):
         read_volume(folder)
     monkeypatch.delitem(_DECODERS, JPEGLSLossless)
     with pytest.raises(VolumeError, match="compressed in a way not supported"):
         read_volume(folder)
 
 
-def test_a_deflated_bomb_is_refused(hu, tmp_path, monkeypatch):
-    monkeypatch.setattr(byte_sources_medct, "MODEST_BYTES", 2**22)
-    write_series(tmp_path, hu[:2], as_syntax(DeflatedExplicitVRLittleEndian))
-    raw = next(tmp_path.iterdir()).read_bytes()
-    length = 132 + 12 + int.from_bytes(raw[140:144], "little")
+def deflated(raw: bytes, more: bytes = b"") -> bytes:
+    """A file of an explicit little-endian one, with something behind its pixels."""
+    start = 144 + int.from_bytes(raw[140:144], "little")
+    meta = raw[:start].replace(b"1.2.840.10008.1.2.1\0", b"1.2.840.10008.1.2.1.99")
+    meta = meta.replace(b"\x02\x00\x10\x00UI\x14\x00", b"\x02\x00\x10\x00UI\x16\x00")
+    meta = meta[:140] + (len(meta) - 144).to_bytes(4, "little") + meta[144:]
     deflater = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
-    bomb = b"".join(deflater.compress(bytes(2**22)) for _ in range(4)) + deflater.flush()
-    (tmp_path / "bomb.dcm").write_bytes(raw[:length] + bomb)
-    with pytest.raises(VolumeError, match="would inflate to more than"):
-        read_volume(tmp_path)
+    return meta + deflater.compress(raw[start:] + more) + deflater.flush()
+
+
+def test_a_deflated_file_is_inflated_no_further_than_its_pixels(hu, tmp_path):
+    files = [path.read_bytes() for path in sorted(write_series(tmp_path, hu).iterdir())]
+    assert np.array_equal(read_volume([deflated(raw) for raw in files]).array, hu.T)
+    files, nothing = [deflated(raw, bytes(2**25)) for raw in files], deflated(files[0][:300] + bytes(2**25))
+    assert max(map(len, files)) < 2**17
+    tracemalloc.start()
+    try:
+        assert np.array_equal(read_volume(files).array, hu.T)
+        with pytest.raises(VolumeError, match="damaged"):
+            read_volume(nothing)
+        assert tracemalloc.get_traced_memory()[1] < 2.5 * dicom_frames_medct._MOST_HEADER_BYTES
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_deflated_file_that_promises_too_much_is_refused(hu, tmp_path, monkeypatch):
+    monkeypatch.setattr(byte_sources_medct, "MODEST_BYTES", 2**22)
+
+    def edit(ds, k):
+        ds.Rows = ds.Columns = 8000
+
+    files = [deflated(path.read_bytes()) for path in sorted(write_series(tmp_path, hu, edit).iterdir())]
+    with pytest.raises(VolumeError, match="would inflate to 128"):
+        read_volume(files)
 
 
 def test_eight_bit_slices(tmp_path):

@@ -18,7 +18,7 @@ from pydicom.uid import ImplicitVRLittleEndian, MediaStorageDirectoryStorage
 from scan_files import SECRET, make_hu, write_series
 
 from medct import VolumeError, VolumeWarning, read_volume
-from medct.dicom_pixels_medct import _DECODERS
+from medct.dicom_frames_medct import _DECODERS
 
 HU = make_hu()
 AFFINE = np.diag([-0.7, -0.8, 2.5, 1.0])
@@ -284,8 +284,8 @@ def test_high_throughput_jpeg_2000_without_a_decoder(last, tmp_path, monkeypatch
         ds.file_meta.TransferSyntaxUID = pydicom.uid.UID(syntax)
 
     folder = write_series(tmp_path, make_hu((3, 40, 36)), edit)
-    monkeypatch.setitem(_DECODERS, syntax, ("not installed",))
-    with pytest.raises(VolumeError, match=r"High-Throughput JPEG 2000.*needs a decoder. Install it: pip install medct"):
+    monkeypatch.setitem(_DECODERS, syntax, ("jpeg 2000", "not_installed"))
+    with pytest.raises(VolumeError, match=r"High-Throughput JPEG 2000.*needs a decoder. Install it: pip install"):
         read_volume(folder)
 
 
