@@ -7,13 +7,19 @@ LAUNCH := $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --
 # A process for each core, with one thread each: threads that wait for each other cost more than they bring.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8
 
-.PHONY: train test test-slow style check phantom-base
+.PHONY: train test test-newest test-slow style check phantom-base
 
 train: $(VENV)/installed  ## adapt the phantom base to another site; ARGS="..." passes flags
 	$(LAUNCH) train.py $(ARGS)
 
 test: $(VENV)/installed  ## everything but what takes minutes
 	$(PYTEST) $(ARGS)
+
+test-newest:  ## the same with the newest of everything that pyproject.toml allows, in a venv of its own
+	$(PYTHON) -m venv --clear .venv-newest
+	.venv-newest/bin/python -m pip install --quiet --upgrade -e '.[test]'
+	.venv-newest/bin/python -m pip freeze --exclude-editable > .venv-newest/versions.txt
+	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest --numprocesses auto --maxprocesses 8 $(ARGS)
 
 test-slow: $(VENV)/installed  ## what takes minutes or gigabytes
 	$(BIN)/python -m pytest -m slow $(ARGS)

@@ -16,11 +16,12 @@ def _is_the_command() -> bool:
 
 if TYPE_CHECKING or not _is_the_command():
     from .adapters_medct import AdapterMismatchError, check_fit
+    from .checks_medct import CheckpointMismatchError, ProcessorMismatchError, check_processor
     from .configuration_medct import CT_CLIP_LABELS, MedCTConfig, MedCTVisionConfig
     from .errors_medct import MedCTError
     from .image_processing_medct import MedCTImageProcessor, VolumeGeometry
     from .modeling_medct import MedCTForImageClassification, MedCTModel, MedCTVisionModel, zero_shot_probabilities
-    from .pipeline_medct import ZeroShotCTClassificationPipeline
+    from .pipeline_medct import CTClassificationPipeline, ZeroShotCTClassificationPipeline
     from .processing_medct import MedCTProcessor
     from .publishing.registration import register
     from .volume_io_medct import CTVolume, VolumeError, VolumeWarning, read_volume
@@ -30,7 +31,9 @@ if TYPE_CHECKING or not _is_the_command():
 __all__ = [
     "CT_CLIP_LABELS",
     "AdapterMismatchError",
+    "CTClassificationPipeline",
     "CTVolume",
+    "CheckpointMismatchError",
     "MedCTConfig",
     "MedCTError",
     "MedCTForImageClassification",
@@ -39,11 +42,13 @@ __all__ = [
     "MedCTProcessor",
     "MedCTVisionConfig",
     "MedCTVisionModel",
+    "ProcessorMismatchError",
     "VolumeError",
     "VolumeGeometry",
     "VolumeWarning",
     "ZeroShotCTClassificationPipeline",
     "check_fit",
+    "check_processor",
     "read_volume",
     "zero_shot_probabilities",
 ]

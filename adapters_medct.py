@@ -5,29 +5,42 @@ the labels, prompts and operating points. `MedCTModel.load_adapter`, and with it
 adapter, asks `check_fit`. PEFT's own loaders know nothing of it; call it before them.
 """
 
+import copy
 import hashlib
 import json
-import re
 import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
 
+from .checks_medct import preprocessing
 from .errors_medct import MedCTError
+
+try:  # transformers needs the one, and adapters the other
+    from peft import PeftConfig, get_peft_model_state_dict, inject_adapter_in_model
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+except ImportError:
+    PeftConfig = None
+try:  # transformers needs both
+    from huggingface_hub import _CACHED_NO_EXIST, try_to_load_from_cache
+    from safetensors import safe_open
+except ImportError:  # pragma: no cover
+    pass
 
 DESCRIPTION_FILE = "medct_adapter.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 
-# What `pixel_values` mean; see `MedCTVisionConfig`.
-_PREPROCESSING = ("image_size", "hu_min", "hu_max", "hu_per_unit", "target_spacing_mm", "orientation")
-# Where PEFT puts the module that it wraps, whatever the kind of adapter.
-_WRAPPED = re.compile(r"(.+?)\.(?:base_layer|original_module)\.(.+)")
 # Rounding to bfloat16 is the same from float32 and from bfloat16 itself, and from no other type.
 _COMPARABLE = (torch.float32, torch.bfloat16)
+# What PEFT writes before every name, and looks for when it loads.
+_SAVED = "base_model.model."
 _CHUNK_ELEMENTS = 2**22
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
@@ -37,35 +50,87 @@ class AdapterMismatchError(MedCTError, ValueError):
 
 
 def base_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """The weights of a model by their own names, whatever adapters have been put around its layers."""
-    tensors = model.state_dict()
-    wrappers = {match[1] for name in tensors if (match := _WRAPPED.fullmatch(name))}
-    found = {}
-    for name, tensor in tensors.items():
-        if match := _WRAPPED.fullmatch(name):
-            found[f"{match[1]}.{match[2]}"] = tensor
-        elif not any(name.startswith(f"{wrapper}.") for wrapper in wrappers):
-            found[name] = tensor
-    return found
+    """The weights of a model by their own names, whatever adapters have been put around its layers.
+
+    Offloaded ones are fetched; those that cannot be had are on "meta".
+    """
+    return dict(_tensors_below(model, ""))
 
 
-@torch.no_grad()
-def fingerprint(model: PreTrainedModel) -> str:
+def _tensors_below(module: nn.Module, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
+    # Where PEFT puts the module that it wraps, whatever the kind of adapter.
+    while (inner := getattr(module, "original_module", None) or getattr(module, "base_layer", None)) is not None:
+        module = inner
+    for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+        if tensor is not None and name not in module._non_persistent_buffers_set:
+            yield prefix + name, _fetched(module, name, tensor)
+    for name, child in module._modules.items():
+        if child is not None:
+            yield from _tensors_below(child, f"{prefix}{name}.")
+
+
+def _fetched(module: nn.Module, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor, from where accelerate keeps it if it is offloaded."""
+    if tensor.is_meta:
+        hook = getattr(module, "_hf_hook", None)
+        for each in (hook, *getattr(hook, "hooks", ())):
+            try:
+                return each.weights_map[name]
+            except (AttributeError, KeyError, TypeError):  # a hook of another kind, or of other weights
+                continue
+    return tensor
+
+
+def adapter_tensors(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
+    """The weights of the adapter of a name, on the CPU."""
+    named = (*model.named_parameters(), *model.named_buffers())
+    return {key: tensor.detach().cpu() for key, tensor in named if name in key.split(".") and not tensor.is_meta}
+
+
+def refuse_adapter_without_values(model: PreTrainedModel, name: str) -> None:
+    """Take an adapter out again if the library could not put its values beside offloaded layers.
+
+    Raises:
+        AdapterMismatchError: If it is so.
+    """
+    own = [tensor for key, tensor in model.named_parameters() if name in key.split(".")]
+    if any(tensor.is_meta for tensor in own):
+        model.delete_adapter(name)
+        raise AdapterMismatchError(
+            "The adapter belongs beside layers that are offloaded, where its weights cannot be loaded. Merge it into "
+            "the model before (`PeftModel.merge_and_unload`, `save_pretrained`), or offload other layers."
+        )
+
+
+def fingerprint(model: PreTrainedModel) -> str | None:
     """A name for the weights of a model, the same on every machine.
 
     SHA-256 over names, shapes and values. Values count as bfloat16 holds them, so that a float32 model and its bfloat16
-    copy are one; of float16 or quantized copies the fingerprint is another. Adapters do not count, merged ones do.
+    copy are one; of a float16 copy the fingerprint is another. Adapters do not count, merged ones do. Of quantized
+    weights it is that of the file they were made of.
 
     Args:
         model: MedCT model, or a `PeftModel` around one.
 
     Returns:
-        "sha256-bf16:" and 64 hexadecimal digits.
+        "sha256-bf16:" and 64 hexadecimal digits; `None` if it cannot be known.
     """
+    model = _without_peft(model)
+    tensors = base_tensors(model)
+    return _digest(tensors) if all(map(_has_values, tensors.values())) else _fingerprint_of_file(model, tensors)
+
+
+def _has_values(tensor: torch.Tensor) -> bool:
+    """Whether a tensor holds the numbers themselves, here."""
+    return type(tensor) in (torch.Tensor, nn.Parameter, nn.Buffer) and tensor.is_floating_point() and not tensor.is_meta
+
+
+@torch.no_grad()
+def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
     total = hashlib.sha256()
     # Converted in pieces through one small buffer, which stays in the processor's cache.
     buffer = torch.empty(_CHUNK_ELEMENTS, dtype=torch.bfloat16)
-    for name, tensor in sorted(base_tensors(_without_peft(model)).items()):
+    for name, tensor in sorted(tensors.items()):
         total.update(f"{name} {tuple(tensor.shape)}\n".encode())
         for chunk in tensor.reshape(-1).split(_CHUNK_ELEMENTS):
             piece = buffer[: len(chunk)].copy_(chunk)
@@ -73,15 +138,21 @@ def fingerprint(model: PreTrainedModel) -> str:
     return f"sha256-bf16:{total.hexdigest()}"
 
 
+def _fingerprint_of_file(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> str | None:
+    """That of the weights that a model was loaded from; `None` if they are not at hand, or quantized themselves."""
+    options = {"revision": getattr(model.config, "_commit_hash", None), "local_files_only": True}
+    try:
+        path = cached_file(model.name_or_path, "model.safetensors", **options)
+        with safe_open(path, framework="pt") as file:
+            saved = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dictionary
+    except (OSError, TypeError):  # no such place, or no such file in it
+        return None
+    is_whole = saved.keys() <= tensors.keys() and all(map(_has_values, saved.values()))
+    return _digest(saved) if is_whole else None
+
+
 def _without_peft(model: PreTrainedModel) -> PreTrainedModel:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def preprocessing(model: PreTrainedModel) -> dict[str, Any]:
-    """What a model expects of `pixel_values`: window and scale in HU, spacing in mm, size and orientation."""
-    vision = getattr(model.config, "vision_config", model.config)
-    values = {name: getattr(vision, name) for name in _PREPROCESSING}
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 def describe_adapter(
@@ -108,7 +179,7 @@ def describe_adapter(
     """
     description = {
         "base": {"model": base, "revision": revision, "fingerprint": base_fingerprint or fingerprint(model)},
-        "preprocessing": preprocessing(model),
+        "preprocessing": preprocessing(model.config),
         "label_names": list(model.config.label_names),
         "prompt_templates": [list(pair) for pair in model.config.prompt_templates],
         "thresholds": thresholds,
@@ -136,8 +207,11 @@ def check_fit(model: PreTrainedModel, adapter: str | Path, **hub: Any) -> dict[s
     | has weights in another format than safetensors only | refused |
     | was trained on other weights | refused |
     | was trained with another window, spacing, size or orientation of `pixel_values` | refused |
+    | lacks a tensor that its configuration asks for, has another one, or one of another shape | refused |
+    | has a number that is NaN or infinite | refused |
     | was trained with other labels or prompts | warning |
-    | has no `medct_adapter.json`, or the model is neither float32 nor bfloat16 | warning: nothing to compare |
+    | has no `medct_adapter.json`, or its base or this model cannot be told | warning: nothing to compare |
+    | and the model is float16 or quantized | compared with the file that was loaded, and warning |
 
     Args:
         model: MedCT model, with or without other adapters.
@@ -149,11 +223,11 @@ def check_fit(model: PreTrainedModel, adapter: str | Path, **hub: Any) -> dict[s
 
     Raises:
         AdapterMismatchError: If it is refused.
-        OSError: If there is no adapter, or the Hub cannot be reached.
+        OSError: If there is no adapter, or a file of it cannot be fetched.
     """
     try:
         # Every adapter has this file: if even it cannot be had, there is no adapter there, or no way to the Hub.
-        _file(adapter, CONFIG_FILE, hub, is_optional=False)
+        config_file = _file(adapter, CONFIG_FILE, hub, is_optional=False)
     except OSError as error:
         raise OSError(f"{adapter}: no adapter ({str(error).splitlines()[0]}) Pass a Hub id or a folder.") from error
     if _file(adapter, WEIGHTS_FILE, hub) is None:
@@ -162,18 +236,16 @@ def check_fit(model: PreTrainedModel, adapter: str | Path, **hub: Any) -> dict[s
             "with safetensors."
         )
     description = read_description(adapter, **hub)
+    if description is not None:
+        _check_base(model, adapter, description["base"])
+        _check_preprocessing(model, adapter, description["preprocessing"])
+    tensors = read_tensors(adapter, **hub)
+    check_tensors(model, tensors, PeftConfig.from_pretrained(str(Path(config_file).parent)), str(adapter))
     if description is None:
         warnings.warn(
             f"{adapter} has no {DESCRIPTION_FILE}: nobody can tell whether it was trained on this model.", stacklevel=3
         )
         return None
-    _check_base(model, adapter, description["base"])
-    ours = preprocessing(model)
-    for name, theirs in description["preprocessing"].items():
-        if ours.get(name) != theirs:
-            raise AdapterMismatchError(
-                f"{adapter} was trained with {name} {theirs}, this model has {ours.get(name)}. Load the adapter's base."
-            )
     for name in ("label_names", "prompt_templates"):
         if [*map(_plain, description[name])] != [*map(_plain, getattr(model.config, name))]:
             warnings.warn(
@@ -184,21 +256,118 @@ def check_fit(model: PreTrainedModel, adapter: str | Path, **hub: Any) -> dict[s
     return description
 
 
-def _check_base(model: PreTrainedModel, adapter: str | Path, base: dict[str, Any]) -> None:
-    if base["fingerprint"] == fingerprint(model):
-        return
-    dtypes = {tensor.dtype for tensor in base_tensors(_without_peft(model)).values() if tensor.is_floating_point()}
-    if not dtypes <= set(_COMPARABLE):
-        warnings.warn(
-            f"The weights are {', '.join(sorted(map(str, dtypes)))}: whether {adapter} was trained on this model can "
-            "be told in float32 and bfloat16 only.",
-            stacklevel=4,
+def read_tensors(adapter: str | Path, **hub: Any) -> dict[str, torch.Tensor]:
+    """The weights of an adapter, by the names that PEFT writes.
+
+    Args:
+        adapter: Hub id or folder.
+        hub: As for `check_fit`.
+
+    Raises:
+        AdapterMismatchError: If PEFT is not installed, or the file is damaged.
+    """
+    if PeftConfig is None:
+        raise AdapterMismatchError(f"{adapter} is an adapter, and those need PEFT. Install it: pip install peft.")
+    try:
+        return load_file(_file(adapter, WEIGHTS_FILE, hub, is_optional=False))
+    except SafetensorError as error:
+        raise AdapterMismatchError(f"{adapter}: {WEIGHTS_FILE} is damaged. Copy or download it again.") from error
+
+
+def loadable_tensors(adapter: str | Path, **hub: Any) -> dict[str, torch.Tensor]:
+    """`read_tensors` by the names that transformers looks for: it passes over DoRA's as PEFT writes them."""
+    return {
+        f"{name}.weight" if name.endswith("lora_magnitude_vector") else name: tensor
+        for name, tensor in read_tensors(adapter, **hub).items()
+    }
+
+
+def check_tensors(
+    model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], config: "PeftConfig", adapter: str
+) -> None:
+    """Refuse tensors that are not exactly those which an adapter of this configuration has on this model.
+
+    Loaders pass over what they do not know and leave what they do not find as it was drawn, with a warning at best.
+
+    Args:
+        model: MedCT model, with or without other adapters.
+        tensors: By the names that PEFT writes.
+        config: Of the adapter.
+        adapter: Its name, for messages.
+
+    Raises:
+        AdapterMismatchError: If one is missing, is not asked for, has another shape, or is NaN or infinite somewhere.
+    """
+    wanted = {_SAVED + name: shape for name, shape in _wanted(model, config).items()}
+    remedy = "Save it again, or ask its author for all of it."
+    if missing := wanted.keys() - tensors.keys():
+        raise AdapterMismatchError(
+            f"{adapter} lacks {len(missing)} of the {len(wanted)} tensors that its configuration asks for, such as "
+            f"{min(missing)}. {remedy}"
         )
+    if others := tensors.keys() - wanted.keys():
+        raise AdapterMismatchError(
+            f"{adapter} has tensors that its configuration does not ask for ({len(others)}, such as {min(others)}). "
+            f"{remedy}"
+        )
+    for name, tensor in sorted(tensors.items()):
+        if tensor.shape != wanted[name]:
+            raise AdapterMismatchError(
+                f"{adapter} has {name} with shape {tuple(tensor.shape)}, not {tuple(wanted[name])}. {remedy}"
+            )
+        if not torch.isfinite(tensor).all():
+            raise AdapterMismatchError(f"{adapter} has NaN or infinity in {name}. {remedy}")
+
+
+def _wanted(model: PreTrainedModel, config: "PeftConfig") -> dict[str, torch.Size]:
+    """Shapes of the tensors that an adapter has on a model, by name: of one that is put on an empty copy."""
+    model, config = _without_peft(model), copy.deepcopy(config)
+    if hasattr(config, "init_lora_weights"):
+        config.init_lora_weights = True  # other ways look at the weights, and here are none
+    with torch.device("meta"):
+        skeleton = type(model)(copy.deepcopy(model.config))
+    try:
+        inject_adapter_in_model(config, skeleton, "wanted")
+    except ValueError as error:  # of PEFT: the targets are not in this model
+        raise AdapterMismatchError(
+            f"The adapter's configuration fits no module of this model ({str(error).splitlines()[0]}). Load its base."
+        ) from error
+    found = get_peft_model_state_dict(skeleton, adapter_name="wanted")
+    return {name: tensor.shape for name, tensor in found.items()}
+
+
+def _check_base(model: PreTrainedModel, adapter: str | Path, base: dict[str, Any]) -> None:
+    theirs = base["fingerprint"]
+    model = _without_peft(model)
+    tensors = base_tensors(model)
+    is_exact = all(map(_has_values, tensors.values()))
+    if is_exact and theirs == _digest(tensors):
         return
-    at = f" at revision {base['revision']}" if base["revision"] else ""
-    raise AdapterMismatchError(
-        f"{adapter} was trained on other weights than this model's. Load its base, {base['model']}{at}."
-    )
+    types = {tensor.dtype for tensor in tensors.values() if tensor.dtype not in _COMPARABLE}
+    if is_exact and theirs is not None and not types:
+        ours = "other"
+    else:
+        ours = None if theirs is None else _fingerprint_of_file(model, tensors)
+    if ours not in (None, theirs):
+        at = f" at revision {base['revision']}" if base["revision"] else ""
+        raise AdapterMismatchError(
+            f"{adapter} was trained on other weights than this model's. Load its base, {base['model']}{at}."
+        )
+    held = f"This model's weights are {', '.join(sorted(map(str, types))) or 'quantized'}"
+    if ours is None:
+        said = f"Nobody can tell whether {adapter} was trained on this model. {held}, or the adapter names no weights."
+    else:
+        said = f"{held}: {adapter} was trained on the file that they were made of, so expect other scores than its own."
+    warnings.warn(said, stacklevel=4)
+
+
+def _check_preprocessing(model: PreTrainedModel, adapter: str | Path, described: dict[str, Any]) -> None:
+    ours = preprocessing(model.config)
+    for name, theirs in described.items():
+        if ours.get(name) != theirs:
+            raise AdapterMismatchError(
+                f"{adapter} was trained with {name} {theirs}, this model has {ours.get(name)}. Load the adapter's base."
+            )
 
 
 def _plain(value: Any) -> Any:
@@ -206,9 +375,32 @@ def _plain(value: Any) -> Any:
 
 
 def _file(adapter: str | Path, name: str, hub: dict[str, Any], is_optional: bool = True) -> str | None:
-    """Path of a file of an adapter, fetched if need be; `None` if the adapter has none and it `is_optional`."""
+    """Path of a file of an adapter, fetched if need be; `None` if the adapter has none and it `is_optional`.
+
+    Raises:
+        OSError: If it cannot be fetched, so that nobody knows whether there is one.
+    """
     options = {key: value for key, value in hub.items() if key in _HUB_OPTIONS and value is not None}
-    return cached_file(str(adapter), name, _raise_exceptions_for_missing_entries=not is_optional, **options)
+    try:
+        return cached_file(str(adapter), name, **options)
+    except OSError as error:
+        # Only what was caused by another error says that the file could not be had; else the Hub, or the folder, has
+        # said that there is none.
+        is_known_missing = error.__cause__ is None or _is_known_missing(str(adapter), name, options)
+        if is_optional and is_known_missing:
+            return None
+        if is_optional:
+            raise OSError(
+                f"{adapter}: {name} could not be fetched, so nobody knows whether it fits. Load it once with a network."
+            ) from error
+        raise
+
+
+def _is_known_missing(adapter: str, name: str, options: dict[str, Any]) -> bool:
+    """Whether the cache remembers that the Hub had no such file."""
+    within = str(Path(options.get("subfolder", ""), name))
+    known = {key: options[key] for key in ("cache_dir", "revision") if key in options}
+    return try_to_load_from_cache(adapter, within, **known) is _CACHED_NO_EXIST
 
 
 __all__ = ["AdapterMismatchError", "check_fit", "describe_adapter", "fingerprint", "read_description"]

@@ -39,14 +39,40 @@ CT_CLIP_LABELS = (
 )
 """The 18 findings of CT-RATE, in the order of its label csv."""
 
+ZERO_SHOT_TASK = "zero-shot-ct-classification"
+CLASSIFIER_TASK = "ct-classification"
 CUSTOM_PIPELINES = {
-    "zero-shot-ct-classification": {
+    ZERO_SHOT_TASK: {
         "impl": "pipeline_medct.ZeroShotCTClassificationPipeline",
         "pt": ["AutoModel"],
         "type": "multimodal",
-    }
+    },
+    CLASSIFIER_TASK: {
+        "impl": "pipeline_medct.CTClassificationPipeline",
+        "pt": ["AutoModelForImageClassification"],
+        "type": "image",
+    },
 }
-"""What `transformers.pipeline` must know to build our pipeline from a folder or the Hub."""
+"""What `transformers.pipeline` must know to build our pipelines from a folder or the Hub."""
+
+CODE = {
+    "AutoConfig": "configuration_medct.MedCTConfig",
+    "AutoModel": "modeling_medct.MedCTModel",
+    "AutoModelForImageClassification": "modeling_medct.MedCTForImageClassification",
+}
+"""What the auto classes must know to load our models from a folder or the Hub, whatever class was saved there."""
+
+
+class RegisteredTasks(dict):
+    """Tasks whose pipelines are registered in this process.
+
+    They are listed, so that `transformers.pipeline` can infer a task; but it finds none "in" here, as it would then ask
+    for leave to run remote code instead of taking what is registered.
+    """
+
+    def __contains__(self, task: object) -> bool:
+        return False
+
 
 # Each patient axis by the two letters that may name its direction.
 _PATIENT_AXES = ("LR", "AP", "IS")
@@ -184,7 +210,8 @@ class MedCTConfig(PreTrainedConfig):
             Several pairs are averaged.
         classifier_dropout: Dropout before the head of `MedCTForImageClassification`.
         classifier_pos_weight: Weight of the positive cases in that head's loss, one number a label; 1 if `None`.
-        custom_pipelines: Tasks of `transformers.pipeline` and the code shipped for them; `CUSTOM_PIPELINES` by default.
+        custom_pipelines: Tasks of `transformers.pipeline` and the code shipped for them, see `CUSTOM_PIPELINES`; saving
+            a model names its own.
         id2label: Names of the labels by their index; CT-CLIP's 18 findings by default.
     """
 
@@ -204,14 +231,19 @@ class MedCTConfig(PreTrainedConfig):
     classifier_dropout: float = 0.3
     classifier_pos_weight: list[float] | None = None
     custom_pipelines: dict | None = None
+    _tasks_as = dict  # the installed package puts `RegisteredTasks` here
 
     def __post_init__(self, **kwargs):
-        if self.custom_pipelines is None:
-            self.custom_pipelines = copy.deepcopy(CUSTOM_PIPELINES)
+        tasks = {ZERO_SHOT_TASK: CUSTOM_PIPELINES[ZERO_SHOT_TASK]}
+        self.set_custom_pipelines(tasks if self.custom_pipelines is None else self.custom_pipelines)
         if self.id2label is None and kwargs.get("num_labels") in (None, len(CT_CLIP_LABELS)):
             self.id2label = dict(enumerate(CT_CLIP_LABELS))
             self.label2id = {label: index for index, label in enumerate(CT_CLIP_LABELS)}
         super().__post_init__(**kwargs)
+
+    def set_custom_pipelines(self, tasks: dict) -> None:
+        """Name the tasks of a model; see `custom_pipelines`."""
+        self.custom_pipelines = self._tasks_as(copy.deepcopy(dict(tasks)))
 
     @property
     def label_names(self) -> list[str]:

@@ -26,21 +26,31 @@ from accelerate.utils import ProjectConfiguration, set_seed
 from huggingface_hub.errors import HfHubHTTPError
 from peft import PeftModel
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModel, AutoProcessor, get_cosine_schedule_with_warmup
+from transformers import get_cosine_schedule_with_warmup
 
 from medct.adapters_medct import describe_adapter, fingerprint
 from medct.common.distributed import shard, sum_gradients, sum_over_processes
 from medct.common.errors import StoppedError, one_line_errors
+from medct.common.files import refuse_taken
 from medct.common.host import device_name, keep_freed_memory, peak_memory_bytes, quiet_libraries
+from medct.common.lock import only_run
 from medct.configuration_medct import MedCTConfig
 from medct.data import Source, StudyLoader, open_source, to_device
 from medct.evaluation.metrics import choose_thresholds, compare, zero_shot_scores
 from medct.evaluation.plots import calibration_plot, roc_plot
 from medct.evaluation.report import results_table
-from medct.evaluation.scoring import ScoredStudies, Texts, score_studies, texts_to, tokenize_prompts
+from medct.evaluation.scoring import (
+    ScoredStudies,
+    Texts,
+    is_classifier,
+    prompts_for,
+    score_studies,
+    texts_to,
+)
 from medct.modeling_medct import MedCTModel
 from medct.processing_medct import MedCTProcessor
 from medct.publishing.cards import write_card
+from medct.publishing.loading import AnyMedCT, load_model
 from medct.publishing.push import commit_of, push_adapter, push_model
 from medct.training.checkpoints import Checkpoints, TrainingState
 from medct.training.lora import (
@@ -56,7 +66,7 @@ from medct.training.lora import (
 from medct.training.lora import trainable as trainable_parameters
 from medct.training.objectives import StepLoss
 from medct.training.run_folder import RunFolder
-from medct.training.settings import TrainingError, TrainingSettings, check, parse_settings
+from medct.training.settings import TrainingError, TrainingSettings, check, parse_settings, refuse_for_classifier
 
 
 def make_accelerator(settings: TrainingSettings, work: Path) -> Accelerator:
@@ -82,22 +92,16 @@ def make_accelerator(settings: TrainingSettings, work: Path) -> Accelerator:
     return accelerator
 
 
-def load_base(settings: TrainingSettings) -> tuple[MedCTModel, MedCTProcessor]:
+def load_base(settings: TrainingSettings) -> tuple[AnyMedCT, MedCTProcessor]:
     """The base model and its processor.
 
     Raises:
-        TrainingError: If there is no such model, or it is no MedCT model.
+        MedCTError: If there is no such model, or it cannot be trained with these settings.
     """
-    options = {"revision": settings.revision, "trust_remote_code": True}
-    try:
-        config = AutoConfig.from_pretrained(settings.model, **options)
-        if config.model_type != MedCTConfig.model_type:
-            raise TrainingError(f"{settings.model} is a model of type {config.model_type!r}. Pass a MedCT model.")
-        model = AutoModel.from_pretrained(settings.model, config=config, **options)
-        return model, AutoProcessor.from_pretrained(settings.model, **options)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise TrainingError(f"{settings.model}: no model ({reason}) Pass a Hub id or a folder.") from error
+    model, processor = load_model(settings.model, revision=settings.revision)
+    if is_classifier(model):
+        refuse_for_classifier(settings)
+    return model, processor
 
 
 def commit_of_base(settings: TrainingSettings) -> str | None:
@@ -186,7 +190,7 @@ class Trainer:
         self.config = self.base.config
         self.sources = load_sources(settings, self.config)
         self.steps = number_of_steps(self.sources["train"], settings, self.accelerator.num_processes)
-        self.prompts = tokenize_prompts(self.config, self.processor)
+        self.prompts = prompts_for(self.base, self.processor)
         self.folder.work.mkdir(parents=True, exist_ok=True)
         self.is_preempted = False
 
@@ -214,7 +218,11 @@ class Trainer:
         def note(*_: Any) -> None:
             self.is_preempted = True
 
-        before = signal.signal(signal.SIGTERM, note)
+        try:
+            before = signal.signal(signal.SIGTERM, note)
+        except (AttributeError, ValueError):  # a system without it, or a thread, which gets no signals
+            yield
+            return
         try:
             yield
         finally:
@@ -419,7 +427,8 @@ class Trainer:
             seed=settings.seed,
         )
         held_out = self.sources["valid"].description
-        measured_on = f"Zero-shot on {comparison['scans']} held-out studies: {held_out}."
+        how = "With its head" if is_classifier(core(model)) else "Zero-shot"
+        measured_on = f"{how} on {comparison['scans']} held-out studies: {held_out}."
         is_synthetic = self.sources["valid"].is_synthetic
         if is_synthetic:
             measured_on += " These are SYNTHETIC drawings: no patients, and no clinical meaning."
@@ -431,7 +440,7 @@ class Trainer:
             "tune_auroc": {name: self._auroc(each["tune"]) for name, each in (("base", before), ("adapted", after))},
             "table": results_table(comparison, names),
             "thresholds": None if thresholds[1] is None else operating_points(thresholds[1], names),
-            "prompts": self.config.label_prompts(),
+            "prompts": self.config.label_prompts() if self.prompts else [],
             "label_names": names,
             "base": {"model": settings.model, "revision": self.revision, "fingerprint": self.fingerprint},
             **self.counts,
@@ -493,7 +502,9 @@ def run(settings: TrainingSettings) -> dict[str, Any]:
     """One whole run; see `Trainer`."""
     trainer = Trainer(settings)
     try:
-        return trainer.run()
+        with only_run(trainer.folder.final):
+            refuse_taken(trainer.folder.final)  # by a run that ended meanwhile
+            return trainer.run()
     finally:
         trainer.accelerator.state.destroy_process_group()
 

@@ -1,10 +1,10 @@
-"""How much of full fine-tuning's gain LoRA keeps, and what either forgets, on SYNTHETIC phantoms.
+"""How much of full fine-tuning's gain LoRA keeps, and how much each forgets, on SYNTHETIC phantoms.
 
-    python benchmarks/bench_adaptation.py            # about half an hour on 2 CPU cores; goes on where it stopped
+    python benchmarks/bench_adaptation.py            # about half an hour on 2 CPU cores; resumes where it stopped
 
 The phantom base knows site A and is adapted to site B with the same number of optimizer steps in every run. Learning
 rates are chosen on the tuning patients of site B, at 100 training patients, once for LoRA and once for full
-fine-tuning; scores are those of 300 other patients of each site. Writes `adaptation.md` and `adaptation.json`.
+fine-tuning; scores come from 300 other patients of each site. Writes `adaptation.md` and `adaptation.json`.
 """
 
 import argparse
@@ -32,14 +32,23 @@ OTHER_TARGETS = ("vision", "text", "both+projections", "all")
 LEARNING_RATES = {"lora": (1e-3, 3e-3, 1e-2), "full": (1e-4, 3e-4, 1e-3, 3e-3)}
 CHOSEN_AT = 100
 TUNE_PATIENTS = 300
-SMALLEST_GAIN = 0.02  # of full fine-tuning; shares of less are noise
+SMALLEST_GAIN = 0.02  # of full fine-tuning; shares of a smaller gain are noise
 CHOSEN_RANK = 16
 
 
 def settings_of(
     adaptation: str, rank: int, patients: int, learning_rate: float, targets: str, folder: str | Path
 ) -> TrainingSettings:
-    """A run of `STEPS` steps, however few the patients."""
+    """Settings of a run of `STEPS` steps, however few the patients.
+
+    Args:
+        adaptation: See `TrainingSettings`.
+        rank: Rank of the matrices; alpha is twice that.
+        patients: Number of training patients, at least one batch.
+        learning_rate: Peak learning rate.
+        targets: See `TARGETS`.
+        folder: Where the run writes.
+    """
     return TrainingSettings(
         adaptation=adaptation,
         targets=targets,
@@ -53,14 +62,19 @@ def settings_of(
         checkpoint_steps=STEPS,
         bootstrap_resamples=1,
         output_dir=str(Path(folder) / "run"),
-        resume=True,  # takes the scores of the base that lie there
+        resume=True,  # takes over the base's scores that lie there
         num_workers=0,
         cpu=True,
     )
 
 
 def on_site_a(model: MedCTModel, trainer: Trainer) -> float:
-    """Mean AUROC on patients of the site that the base was trained on."""
+    """Mean AUROC on patients of the site that the base was trained on.
+
+    Args:
+        model: The model to score.
+        trainer: Its settings, processor and prompts are used.
+    """
     source = phantom_source("A", range(trainer.settings.phantom_eval_patients), trainer.settings.seed)
     labels = trainer.config.label_names
     loader = StudyLoader(source, trainer.processor, labels, batch_size=8, with_text=False)
@@ -69,14 +83,14 @@ def on_site_a(model: MedCTModel, trainer: Trainer) -> float:
 
 
 class BaseScores:
-    """The base is the same in every run, so it is scored once."""
+    """Scores of the base, which is the same in every run and so is scored once."""
 
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="bench-adaptation-"))
         self.on_a: float | None = None
 
     def put_into(self, trainer: Trainer) -> None:
-        """Let a run find them where it would leave them."""
+        """Put the scores where a run would leave them, and so finds them."""
         if self.on_a is None:
             self.on_a = on_site_a(trainer.base, trainer)
             for split in ("tune", "valid"):
@@ -88,7 +102,15 @@ class BaseScores:
 
 
 def figures_of(settings: TrainingSettings, base: BaseScores) -> dict[str, Any]:
-    """One run."""
+    """Train and score once.
+
+    Args:
+        settings: From `settings_of`.
+        base: Scores of the base.
+
+    Returns:
+        AUROC on each site before and after, and the size of what was trained and saved.
+    """
     trainer = Trainer(settings)
     base.put_into(trainer)
     results = trainer.run()
@@ -105,7 +127,7 @@ def figures_of(settings: TrainingSettings, base: BaseScores) -> dict[str, Any]:
 
 
 class Runs:
-    """Runs that are made once; a JSON file keeps them."""
+    """Runs that are made once and kept in a JSON file."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -115,7 +137,11 @@ class Runs:
     def get(
         self, adaptation: str, rank: int, patients: int, learning_rate: float, targets: str = "both"
     ) -> dict[str, Any]:
-        """The figures of a run."""
+        """The figures of a run, made if it is not there yet.
+
+        Args:
+            adaptation, rank, patients, learning_rate, targets: See `settings_of`.
+        """
         key = {"adaptation": adaptation, "rank": rank, "patients": patients, "learning_rate": learning_rate}
         key["targets"] = targets
         for row in self.rows:
@@ -129,14 +155,19 @@ class Runs:
         return row
 
     def best_learning_rate(self, adaptation: str) -> float:
-        """The one whose adapted model scores highest on the tuning patients."""
+        """The learning rate whose adapted model scores highest on the tuning patients."""
         return max(
             LEARNING_RATES[adaptation], key=lambda rate: self.get(adaptation, CHOSEN_RANK, CHOSEN_AT, rate)["tune"]
         )
 
 
 def table(rows: list[dict[str, Any]], full: dict[int, dict[str, Any]]) -> str:
-    """Markdown; `full` has the full fine-tuning of each number of patients."""
+    """The runs as a Markdown table.
+
+    Args:
+        rows: Figures of the runs.
+        full: Figures of full fine-tuning by number of patients.
+    """
     lines = [
         "| patients | trained | share of weights | saved | site B | gain | of full's gain | site A | lost on A |",
         "| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",

@@ -2,8 +2,8 @@
 
     python benchmarks/bench_adapters.py
 
-Weights are random: neither bytes nor times depend on them. Two adapters of the default targets lie on one base, which
-is never loaded again.
+Weights are random: neither bytes nor times depend on them. Two adapters with the default targets share one base, which
+is never reloaded.
 """
 
 import argparse
@@ -31,7 +31,13 @@ def seconds_of(act: Callable[[], object]) -> float:
 
 
 def save_adapters(model: MedCTModel, folder: Path, rank: int) -> None:
-    """Two adapters as `folder/first` and `folder/second`; the model is left without them."""
+    """Write two adapters as `folder/first` and `folder/second`; the model is left without them.
+
+    Args:
+        model: The base.
+        folder: Where to write.
+        rank: Rank of the matrices.
+    """
     lora = LoraConfig(r=rank, target_modules=TARGETS["both"], task_type="FEATURE_EXTRACTION", init_lora_weights=False)
     peft = get_peft_model(model, lora, adapter_name=ADAPTERS[0])
     peft.add_adapter(ADAPTERS[1], lora)
@@ -42,7 +48,13 @@ def save_adapters(model: MedCTModel, folder: Path, rank: int) -> None:
 
 
 def load_and_switch(model: MedCTModel, folder: Path, repeats: int) -> tuple[float, float]:
-    """Median seconds to load an adapter into a model of transformers or PEFT, and to switch from one to the other."""
+    """Median seconds to load an adapter, and to switch from one to the other.
+
+    Args:
+        model: A transformers or PEFT model.
+        folder: From `save_adapters`.
+        repeats: Number of switches.
+    """
     loads = [
         seconds_of(lambda name=name: model.load_adapter(str(folder / name), adapter_name=name)) for name in ADAPTERS
     ]
@@ -52,8 +64,8 @@ def load_and_switch(model: MedCTModel, folder: Path, repeats: int) -> tuple[floa
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rank", type=int, default=16, help="of the LoRA matrices (default: 16)")
-    parser.add_argument("--repeats", type=int, default=20, help="switches that are timed (default: 20)")
+    parser.add_argument("--rank", type=int, default=16, help="rank of the LoRA matrices (default: 16)")
+    parser.add_argument("--repeats", type=int, default=20, help="switches to time (default: 20)")
     arguments = parser.parse_args()
     model = MedCTModel._from_config(MedCTConfig(text_config={"model_type": "bert"})).eval()
     base_bytes = sum(tensor.nbytes for tensor in model.state_dict().values())
@@ -62,7 +74,7 @@ def main() -> None:
         save_adapters(model, folder, arguments.rank)
         adapter_bytes = (folder / ADAPTERS[0] / WEIGHTS_FILE).stat().st_size
         fingerprint_s = statistics.median(seconds_of(lambda: fingerprint(model)) for _ in range(3))
-        # PEFT wants its first adapter with the wrapping.
+        # PEFT needs a first adapter when it wraps the model.
         peft = PeftModel.from_pretrained(model, folder / ADAPTERS[0], adapter_name="wrapping")
         peft_load_s, peft_switch_s = load_and_switch(peft, folder, arguments.repeats)
         load_s, switch_s = load_and_switch(peft.unload(), folder, arguments.repeats)

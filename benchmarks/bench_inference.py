@@ -1,13 +1,13 @@
-"""Seconds and memory of 18 findings for a volume at the published sizes, beside the least that the machine allows.
+"""Time and memory for 18 findings of a volume at the published sizes, compared with the least that the machine allows.
 
     python benchmarks/bench_inference.py
 
-Weights are random and volumes are noise or synthetic phantoms; they cost what real ones cost. The floor is the number
-of operations that the model needs, counted by torch, at the rate of the fastest matrix product of that precision that
-torch makes on the machine, which is measured beside each timing. Each case runs in a process of its own, so that its
-peak of memory is its own. Then the scores of other formulations and precisions are compared with those of float32, for
-the random model and for the small trained one that comes with the package. Prints Markdown tables; ratios to the floor
-compare across machines and loads, seconds do not.
+Weights are random and volumes are noise or synthetic phantoms; they cost as much as real ones. The floor is the number
+of operations that the model needs, counted by torch, at the rate of torch's fastest matrix product of that precision on
+the machine, which is measured with each timing. Each case runs in a process of its own, so that its peak memory is its
+own. Then the scores of other formulations and precisions are compared with those of float32, for the random model and
+for the small trained one that comes with the package. Prints Markdown tables; ratios to the floor compare across
+machines and loads, seconds do not.
 """
 
 import argparse
@@ -33,10 +33,10 @@ from medct.common.host import keep_freed_memory
 from medct.data.phantoms import make_phantom
 from medct.modeling_medct import MedCTLinear
 
-# Published script, published sizes, a machine of 2 cores: 18 passes of the vision encoder over the same volume.
+# Published script, published sizes, 2 cores: 18 passes of the vision encoder over the same volume.
 PUBLISHED_S = 302.0
 GIGABYTE = 10**9
-TRAINED = Path(__file__).parents[1] / "phantom_base"  # its tokenizer serves the random model as well
+TRAINED = Path(__file__).parents[1] / "phantom_base"  # the random model uses its tokenizer, too
 TRAINED_PHANTOMS = 24
 FORMULATIONS = {
     "eager": ("float32", "eager"),
@@ -44,11 +44,16 @@ FORMULATIONS = {
     "bfloat16": ("bfloat16", "sdpa"),
 }
 PRODUCTS = {"torch.nn.Linear": torch.nn.Linear, "as a convolution": MedCTLinear}
-RATE_SIZES = (1024, 2048)  # edges of the square matrices that the machine's rate is measured with
+RATE_SIZES = (1024, 2048)  # edges of the square matrices used to measure the machine's rate
 
 
 def best_seconds(run: Callable[[], Any], repeats: int) -> float:
-    """The fastest of some runs, after one that does not count."""
+    """Seconds of the fastest run, after one that does not count.
+
+    Args:
+        run: What to time.
+        repeats: Number of runs that count.
+    """
     run()
     seconds = []
     for _ in range(repeats):
@@ -59,7 +64,7 @@ def best_seconds(run: Callable[[], Any], repeats: int) -> float:
 
 
 def product_rates(dtype: torch.dtype) -> dict[str, float]:
-    """Operations a second of this machine's matrix product, by each of torch's two libraries."""
+    """Operations per second of this machine's matrix product, by each of torch's two libraries."""
     rates = {}
     for name, kind in PRODUCTS.items():
         linears = [kind(size, size, bias=False, dtype=dtype) for size in RATE_SIZES]
@@ -74,22 +79,32 @@ def peak_bytes() -> int:
 
 
 def prompts(config: MedCTConfig) -> dict[str, torch.Tensor]:
-    """The 36 sentences; the small tokenizer cuts their words into about as many pieces as the published one."""
+    """The 36 sentences; the small tokenizer splits their words into about as many pieces as the published one."""
     return dict(AutoTokenizer.from_pretrained(TRAINED)(config.label_prompts()[0], padding=True, return_tensors="pt"))
 
 
 def phantoms(processor: MedCTImageProcessor, seeds: range) -> torch.Tensor:
-    """`(2 * seeds, 1, z, y, x)`, of site A and of site B in turn."""
+    """Phantoms of site A and site B in turn, `(2 * seeds, 1, z, y, x)`.
+
+    Args:
+        processor: The model's.
+        seeds: Numbers of the patients.
+    """
     made = [make_phantom(seed, site) for seed in seeds for site in ("A", "B")]
     pixels = [processor(each["volume"], affine=each["affine"], return_tensors="pt").pixel_values for each in made]
     return torch.cat(pixels)
 
 
 def volumes(folder: Path, config: MedCTConfig) -> dict[str, torch.Tensor]:
-    """What the scores are compared on, `(volumes, 1, z, y, x)` each."""
+    """The volumes that scores are compared on, `(volumes, 1, z, y, x)` each, by description.
+
+    Args:
+        folder: Folder of the model.
+        config: The model's configuration.
+    """
     if folder == TRAINED:
         processor = MedCTImageProcessor.from_pretrained(folder)
-        # Seeds that its training and the default run leave alone.
+        # Seeds that its training and the default run do not use.
         seeds = range(10**6, 10**6 + TRAINED_PHANTOMS // 2)
         return {f"trained on SYNTHETIC phantoms, {TRAINED_PHANTOMS} others": phantoms(processor, seeds)}
     noise = torch.rand(1, 1, *config.vision_config.image_size, generator=torch.Generator().manual_seed(1)) * 2 - 1
@@ -100,12 +115,12 @@ def volumes(folder: Path, config: MedCTConfig) -> dict[str, torch.Tensor]:
 
 
 def count_operations() -> dict[str, float]:
-    """Floating point operations of the vision encoder, and of 18 findings, counted without running anything."""
+    """Floating-point operations of the vision encoder, and of 18 findings, counted without running anything."""
     with torch.device("meta"):
         model = MedCTModel(MedCTConfig()).eval()
     model.set_attn_implementation("eager")
     pixels = torch.empty(1, 1, *model.config.vision_config.image_size, device="meta")
-    # Without a mask, whose values the text encoder would look at: padding costs what words cost.
+    # No mask, since the text encoder would look at its values; padding costs as much as words.
     input_ids = prompts(model.config)["input_ids"].to("meta")
     counts = {}
     runs = {
@@ -120,7 +135,7 @@ def count_operations() -> dict[str, float]:
 
 
 def make(folder: Path) -> None:
-    """Random weights; fresh ones make every prompt the same to five digits, so these keep the lengths of vectors."""
+    """Write random weights that keep vector lengths; freshly initialised, all prompts agree to five digits."""
     torch.manual_seed(0)
     model = MedCTModel(MedCTConfig())
     with torch.no_grad():
@@ -131,13 +146,13 @@ def make(folder: Path) -> None:
 
 
 def current_bytes() -> int:
-    """Memory that this process holds now; its peak before loading would hide what loading takes."""
+    """Memory that this process holds now; an earlier peak would hide what loading takes."""
     pages = Path("/proc/self/statm").read_text().split()[1]
     return int(pages) * resource.getpagesize()
 
 
 def load(folder: Path) -> dict[str, float]:
-    """Most memory that was held while loading, above what was held before, by the size of the weights."""
+    """Peak memory while loading, above that before, as a ratio to the size of the weights."""
     before, most, done = current_bytes(), 0, threading.Event()
 
     def watch() -> None:
@@ -150,7 +165,7 @@ def load(folder: Path) -> dict[str, float]:
     watcher.start()
     model = MedCTModel.from_pretrained(folder)
     weights = [*model.parameters(), *model.buffers()]
-    # What is mapped from the file is not in memory before it is read.
+    # What is mapped from the file enters memory only when it is read.
     for tensor in weights:
         tensor.sum()
     done.set()
@@ -161,7 +176,13 @@ def load(folder: Path) -> dict[str, float]:
 
 @torch.inference_mode()
 def score(folder: Path, dtype: str, repeats: int) -> dict[str, Any]:
-    """Seconds of the vision encoder and of 18 findings, the rate beside them, and memory."""
+    """Seconds of the vision encoder and of 18 findings, the machine's rates, and peak memory in bytes.
+
+    Args:
+        folder: Folder of the model.
+        dtype: "float32" or "bfloat16".
+        repeats: Timed runs; the best counts.
+    """
     model = MedCTModel.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
     texts = prompts(model.config)
     pixels = torch.rand(1, 1, *model.config.vision_config.image_size) * 2 - 1
@@ -176,7 +197,13 @@ def score(folder: Path, dtype: str, repeats: int) -> dict[str, Any]:
 
 @torch.inference_mode()
 def answer(folder: Path, precision: str, attention: str) -> dict[str, Any]:
-    """Scores and codebook rows of every volume; "rounded" weights are bfloat16 ones in a float32 model."""
+    """Scores and codebook rows of every volume.
+
+    Args:
+        folder: Folder of the model.
+        precision: "float32", "bfloat16", or "rounded": bfloat16 weights in a float32 model.
+        attention: Name of an attention implementation of transformers.
+    """
     dtype = torch.float32 if precision == "float32" else torch.bfloat16
     model = MedCTModel.from_pretrained(folder, dtype=dtype).eval()
     if precision == "rounded":
@@ -195,7 +222,12 @@ def answer(folder: Path, precision: str, attention: str) -> dict[str, Any]:
 
 
 def timing_rows(operations: dict[str, float], found: dict[str, dict[str, Any]]) -> list[str]:
-    """One row for each measured time."""
+    """One table row for each measured time.
+
+    Args:
+        operations: From `count_operations`.
+        found: From `score`, by dtype.
+    """
     rows = []
     for dtype, case in found.items():
         for name, what in (("vision", "vision encoder"), ("findings", "18 findings")):
@@ -209,7 +241,12 @@ def timing_rows(operations: dict[str, float], found: dict[str, dict[str, Any]]) 
 
 
 def agreement_row(expected: dict[str, Any], found: dict[str, Any]) -> str:
-    """How far the scores of some volumes are from float32's, and the order of the findings within each volume."""
+    """How far the scores of some volumes are from float32's, and how far findings keep their order within a volume.
+
+    Args:
+        expected: From `answer` in float32, for one description.
+        found: From `answer` in another formulation or precision, for the same.
+    """
     want, got = (torch.tensor(each["scores"]) for each in (expected, found))
     ids, expected_ids = (torch.tensor(each["ids"]) for each in (found, expected))
     one, other = torch.combinations(torch.arange(want.shape[1])).unbind(-1)
@@ -223,14 +260,19 @@ def agreement_row(expected: dict[str, Any], found: dict[str, Any]) -> str:
 
 
 def child(folder: Path, *case: object) -> Any:
-    """What a case found, in a process of its own."""
+    """Run a case in a process of its own, and return what it found."""
     command = [sys.executable, __file__, "--folder", folder, "--case", *case]
     output = subprocess.check_output([str(part) for part in command])
     return json.loads(output) if output else None
 
 
 def report(folder: Path, repeats: int) -> None:
-    """Measure every case and print the tables."""
+    """Measure every case and print the tables.
+
+    Args:
+        folder: Where to write the random model.
+        repeats: Timed runs of each case; the best counts.
+    """
     child(folder, "make")
     operations = count_operations()
     print("| | seconds | floor, s | x floor | of the published 302 s | peak, GB |")

@@ -1,4 +1,4 @@
-"""Seconds and peak memory from a scan on the disk to `pixel_values`, each case in a process of its own.
+"""Time and peak memory from a scan on disk to `pixel_values`, each case in a process of its own.
 
     python benchmarks/bench_preprocessing.py
 
@@ -26,7 +26,12 @@ CASES = ("floor-nifti", "nifti", "floor-dicom", "dicom", "floor-jpeg-ls", "jpeg-
 
 
 def write_scans(folder: Path, slices: int) -> None:
-    """The same scan as `scan.nii.gz` and as folders `dicom` and `jpeg-ls`."""
+    """Write one scan as `scan.nii.gz` and as folders `dicom` and `jpeg-ls`.
+
+    Args:
+        folder: Where to write.
+        slices: Number of slices, of 512 x 512.
+    """
     import nibabel
 
     generator = np.random.default_rng(0)
@@ -45,7 +50,14 @@ def write_scans(folder: Path, slices: int) -> None:
 
 
 def write_slice(path: Path, hu: np.ndarray, k: int, compress: bool) -> None:
-    """One CT slice."""
+    """Write one CT slice.
+
+    Args:
+        path: File to write.
+        hu: `(rows, columns)`, int16, HU.
+        k: Index of the slice, which gives its position.
+        compress: Whether to write it as JPEG-LS.
+    """
     from pydicom.dataset import FileDataset, FileMetaDataset
     from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, JPEGLSLossless
 
@@ -67,7 +79,12 @@ def write_slice(path: Path, hu: np.ndarray, k: int, compress: bool) -> None:
 
 
 def floor(folder: Path, case: str) -> None:
-    """The least that any reader does: bytes of the scan into memory, and memory for the result."""
+    """Do the least that any reader does: bring the scan's bytes into memory, and write memory for the result.
+
+    Args:
+        folder: From `write_scans`.
+        case: "floor-nifti" or "floor-dicom".
+    """
     if case == "floor-nifti":
         from isal import igzip
 
@@ -88,7 +105,14 @@ def floor(folder: Path, case: str) -> None:
 
 
 def measure(folder: Path, case: str, repeats: int, threads: int | None) -> dict[str, float]:
-    """Best and median seconds, and the peak of the process with all its imports, in MiB."""
+    """Best and median seconds, and peak memory of the process, with all its imports and of these alone, in MiB.
+
+    Args:
+        folder: From `write_scans`.
+        case: One of `CASES`.
+        repeats: Number of runs.
+        threads: Threads of torch; its own default if `None`.
+    """
     if case.startswith("floor"):
 
         def run() -> None:
@@ -123,7 +147,7 @@ def measure(folder: Path, case: str, repeats: int, threads: int | None) -> dict[
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5, help="runs of each case in its process (default: 5)")
-    parser.add_argument("--threads", type=int, help="threads of torch (default: its own; 1 where the machine is busy)")
+    parser.add_argument("--threads", type=int, help="torch's threads (default: its own; pass 1 on a busy machine)")
     parser.add_argument("--slices", type=int, default=SHAPE[2], help="slices of the scan (default: 300)")
     parser.add_argument("--folder", type=Path, help="where to write the scans, or find those of an earlier run")
     parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)

@@ -1,8 +1,8 @@
-"""Seconds and memory of one LoRA training step at the published sizes, beside inference of one volume.
+"""Time and memory of one LoRA training step at the published sizes, compared with inference on one volume.
 
     python benchmarks/bench_step.py
 
-Weights and volumes are random, which costs what real ones cost. Each case runs in a process of its own: `inference` of
+Weights and volumes are random, which costs as much as real ones. Each case runs in a process of its own: inference on
 one volume with 36 prompts, and steps (forward, backward, AdamW) with the adapters of `train.py` in the attention of
 both encoders. Prints a Markdown table; the ratio to inference compares across machines and loads, seconds do not.
 """
@@ -22,7 +22,7 @@ from medct.common.host import keep_freed_memory
 from medct.training.lora import add_lora, core
 from medct.training.objectives import StepLoss
 
-# name: volumes in a batch, whether activations are computed again instead of kept
+# name: volumes in a batch, whether activations are recomputed instead of kept
 STEPS = {
     "step, batch 1": (1, False),
     "step, batch 1, checkpointing": (1, True),
@@ -32,7 +32,12 @@ INFERENCE = "inference, batch 1"
 
 
 def measure(case: str, repeats: int) -> dict[str, Any]:
-    """Best seconds and peak bytes of a case."""
+    """Best seconds and peak bytes of a case.
+
+    Args:
+        case: `INFERENCE`, or one of `STEPS`.
+        repeats: Timed runs; the best counts.
+    """
     torch.manual_seed(0)
     model = MedCTModel(MedCTConfig())
     batch, checkpointing = STEPS.get(case, (1, False))

@@ -1,4 +1,4 @@
-"""What streaming costs: volumes per second and core, memory over thousands of samples, seconds to a first batch.
+"""What streaming costs: volumes per second and core, memory over thousands of samples, time to the first batch.
 
     python benchmarks/bench_streaming.py
 
@@ -7,9 +7,8 @@ Everything is SYNTHETIC. Each case has a process of its own:
 - speed: volumes of the published size (240 x 480 x 480), a body of noise in constant air, from Parquet shards in the
   page cache to float32. The floor, copying as many bytes and reading them with `numpy.fromfile`, is measured in the
   same process. Ratios to it compare across machines and loads; seconds do not.
-- memory: very small volumes, so that 10,000 of them are read in a minute: what is looked for is growth with their
-  number.
-- full, ct_rate: from before the imports to a first batch of two volumes of the published size, from shards and from
+- memory: very small volumes, so that 10,000 of them are read in a minute; it should not grow with their number.
+- full, ct_rate: from before the imports to the first batch of two volumes of the published size, from shards and from
   `.nii.gz` in CT-RATE's layout.
 """
 
@@ -38,7 +37,15 @@ SPACING_MM = (1.5, 0.75, 0.75)
 
 
 def draw(key: int, size: tuple[int, int, int]) -> np.ndarray:
-    """`size` `(z, y, x)`, int16, HU: 20 HU of noise in a body that fills 46 or 26 % of the volume, and air."""
+    """Draw a volume: 20 HU of noise in a body that fills 46 or 26 % of it, and air.
+
+    Args:
+        key: Seed; even ones give the larger body.
+        size: `(z, y, x)`.
+
+    Returns:
+        `(z, y, x)`, int16, HU.
+    """
     generator = np.random.default_rng(key)
     z, y, x = np.ogrid[tuple(slice(-1, 1, 1j * length) for length in size)]
     body = (x / 0.95) ** 2 + (y / 0.62) ** 2 < (1.0 if key % 2 == 0 else 0.56)
@@ -48,7 +55,7 @@ def draw(key: int, size: tuple[int, int, int]) -> np.ndarray:
 
 
 class DrawStudy:
-    """Rows of a source of such volumes; nothing is resampled."""
+    """Rows of a source of drawn volumes; nothing is resampled."""
 
     def __init__(self, size: tuple[int, int, int]):
         self.size = size
@@ -71,6 +78,14 @@ def config_of(size: tuple[int, int, int]):
 
 
 def write_shards(folder: Path, size: tuple[int, int, int], num_studies: int, studies_per_shard: int) -> None:
+    """Write drawn volumes as prepared shards.
+
+    Args:
+        folder: Where to write.
+        size: Size of the volumes, `(z, y, x)`.
+        num_studies: Number of volumes.
+        studies_per_shard: Volumes in a file.
+    """
     from medct.data.prepare import prepare
     from medct.data.sources import Source
 
@@ -81,7 +96,12 @@ def write_shards(folder: Path, size: tuple[int, int, int], num_studies: int, stu
 
 
 def write_ct_rate(folder: Path, num_studies: int) -> None:
-    """The same volumes in CT-RATE's layout."""
+    """Write drawn volumes of the published size in CT-RATE's layout.
+
+    Args:
+        folder: Where to write.
+        num_studies: Number of volumes.
+    """
     import nibabel
     import pandas as pd
 
@@ -112,6 +132,17 @@ def write_ct_rate(folder: Path, num_studies: int) -> None:
 
 
 def make_loader(address: Path, size: tuple[int, int, int], batch_size: int, **options):
+    """Make a loader of volumes without text.
+
+    Args:
+        address: From `write_shards` or `write_ct_rate`.
+        size: Size of the volumes, `(z, y, x)`.
+        batch_size: Volumes in a batch.
+        **options: See `StudyLoader`.
+
+    Returns:
+        The loader, and the model's configuration.
+    """
     from medct import MedCTImageProcessor
     from medct.data import StudyLoader, open_source
     from medct.processing_medct import MedCTProcessor
@@ -126,7 +157,12 @@ def make_loader(address: Path, size: tuple[int, int, int], batch_size: int, **op
 
 
 def measure_floor(folder: Path, repeats: int) -> dict[str, float]:
-    """Best CPU seconds to copy a volume's bytes within memory, and to read them from a file into new memory."""
+    """Best CPU seconds to copy a volume's bytes within memory, and to read them from a file into new memory.
+
+    Args:
+        folder: Where to write the file.
+        repeats: Number of runs.
+    """
     source = np.ones(FULL_SIZE, np.int16)
     target = np.empty_like(source)
     path = folder / "floor.bin"
@@ -144,7 +180,12 @@ def measure_floor(folder: Path, repeats: int) -> dict[str, float]:
 
 
 def measure_speed(folder: Path, repeats: int) -> dict:
-    """CPU seconds a volume, from shard to float32, over whole passes; the first pass does not count."""
+    """CPU and wall seconds per volume, from shard to float32, over whole passes; the first pass does not count.
+
+    Args:
+        folder: Holds the shards `full`.
+        repeats: Number of passes that count.
+    """
     import torch
 
     from medct.data import to_device
@@ -168,7 +209,7 @@ def measure_speed(folder: Path, repeats: int) -> dict:
 
 
 def measure_memory(folder: Path) -> dict:
-    """Resident memory and its peak after so many samples of one process, in MiB."""
+    """Resident memory of one process and its peak, in MiB, by the number of samples seen."""
     loader, _ = make_loader(folder / "tiny", TINY_SIZE, batch_size=4)
     found, seen = {}, 0
     for batch in loader:
@@ -179,13 +220,18 @@ def measure_memory(folder: Path) -> dict:
 
 
 def memory_mib(what: str) -> float:
-    """Of this process: VmRSS, or its peak VmHWM. `getrusage` gives the peak of the parent before it became this one."""
+    """Memory of this process in MiB: VmRSS, or its peak VmHWM. `getrusage` would include the parent's earlier peak."""
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(what))
     return int(line.split()[1]) / 1024
 
 
 def measure_first(folder: Path, layout: str) -> dict[str, float]:
-    """Seconds from before the imports to the first batch of two."""
+    """Seconds from before the imports to the first batch of two.
+
+    Args:
+        folder: Holds the data.
+        layout: "full" or "ct_rate".
+    """
     import torch
 
     torch.set_num_threads(1)
@@ -206,13 +252,25 @@ CASES = ("speed", "memory", "full", "ct_rate")
 
 
 def measure(folder: Path, case: str, repeats: int) -> dict:
+    """Measure one case.
+
+    Args:
+        folder: Holds the data.
+        case: One of `CASES`.
+        repeats: Number of passes that count for the speed.
+    """
     if case == "speed":
         return measure_speed(folder, repeats)
     return measure_memory(folder) if case == "memory" else measure_first(folder, case)
 
 
 def tell(case: str, found: dict) -> list[str]:
-    """Rows of the table: what, figure, and how it compares."""
+    """Rows of the table: what was measured, the figure, and how it compares.
+
+    Args:
+        case: One of `CASES`.
+        found: From `measure`.
+    """
     if case == "speed":
         return [
             f"| floor: copy 110.6 MB in memory / `numpy.fromfile` | {found['memcpy'] * 1e3:.0f} / "
@@ -240,7 +298,7 @@ def tell(case: str, found: dict) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3, help="passes over the volumes that count (default: 3)")
-    parser.add_argument("--folder", type=Path, help="where to write the data (2 GB), or find that of an earlier run")
+    parser.add_argument("--folder", type=Path, help="where to write the data (2 GB), or find those of an earlier run")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES, help="which to measure (default: all)")
     parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Arguments of every command of `medct`; imports nothing that takes time."""
+"""The arguments of every `medct` command; imports nothing that takes time."""
 
 import argparse
 import os
@@ -11,7 +11,7 @@ RUNS = {
     "train": ("medct.train", "adapt a model to your scans with LoRA"),
     "reproduce-paper": ("medct.training.reproduce_paper", "repeat the experiment of MedCT-VLM"),
 }
-"""Commands whose many settings are a dataclass, which reads them itself."""
+"""Commands whose many settings form a dataclass and are parsed from it."""
 
 
 def _model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,7 +19,7 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--model",
         metavar="ID_OR_DIR",
-        help="Hub id or folder of a MedCT model; by default $MEDCT_MODEL, else the base that --adapter names",
+        help="Hub id or folder of a MedCT model (default: $MEDCT_MODEL, else the base that --adapter names)",
     )
     group.add_argument("--revision", metavar="COMMIT", help="commit of the model on the Hub")
     group.add_argument("--adapter", metavar="ID_OR_DIR", help="Hub id or folder of a LoRA adapter")
@@ -28,14 +28,14 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         choices=("auto", "float32", "bfloat16"),
         default="auto",
-        help="precision of the weights; auto: as they were saved (auto)",
+        help="precision of the weights; auto: as saved (default: auto)",
     )
     group.add_argument("--cpu", action="store_true", help="stay on the CPU even if there is a GPU")
 
 
 def _batch_arguments(group: argparse._ArgumentGroup, workers: str) -> None:
     group.add_argument(
-        "--batch_size", type=_at_least(1), default=1, metavar="N", help="studies that go through together (1)"
+        "--batch_size", type=_at_least(1), default=1, metavar="N", help="studies per forward pass (default: 1)"
     )
     group.add_argument("--num_workers", type=_at_least(0), default=1, metavar="N", help=workers)
 
@@ -43,7 +43,10 @@ def _batch_arguments(group: argparse._ArgumentGroup, workers: str) -> None:
 def _reading_arguments(parser: argparse.ArgumentParser, many: bool = True) -> None:
     group = parser.add_argument_group("reading")
     group.add_argument(
-        "--series", type=int, metavar="N", help="which of several DICOM series: its number in the list of the refusal"
+        "--series",
+        type=int,
+        metavar="N",
+        help="which of several DICOM series: its number in the list that an error shows",
     )
     group.add_argument(
         "--resample_irregular",
@@ -51,9 +54,7 @@ def _reading_arguments(parser: argparse.ArgumentParser, many: bool = True) -> No
         help="resample tilted, oblique and unevenly spaced scans instead of refusing them",
     )
     if many:
-        _batch_arguments(
-            group, "threads that read the next studies meanwhile (1); each holds a volume, 0.2 GB for CT-CLIP"
-        )
+        _batch_arguments(group, "threads that read ahead; each holds a volume, 0.2 GB for CT-CLIP (default: 1)")
     else:
         parser.set_defaults(batch_size=1, num_workers=0)
 
@@ -65,14 +66,14 @@ def _prompt_arguments(parser: argparse.ArgumentParser, required: bool = False) -
         nargs="+",
         required=required,
         metavar="LABEL",
-        help="findings to ask for, in words" + ("" if required else "; by default the model's own"),
+        help="findings to ask for, in words" + ("" if required else " (default: the model's own)"),
     )
     group.add_argument(
         "--templates",
         nargs="+",
         metavar="PRESENT|ABSENT",
-        help='pairs of sentences with {label} in them, such as "There is {label}.|There is no {label}."; the scores of '
-        "several are averaged",
+        help='pairs of sentences that contain {label}, such as "There is {label}.|There is no {label}."; the scores of '
+        "several pairs are averaged",
     )
 
 
@@ -86,7 +87,7 @@ def _at_least(least: int) -> Callable[[str], int]:
 
 
 SCANS_HELP = (
-    "files (NIfTI, NRRD, MetaImage, zip), folders to look for them and for DICOM series in, or addresses such as hf://"
+    "files (NIfTI, NRRD, MetaImage, zip), folders to search for these and for DICOM series, or addresses such as hf://"
 )
 
 
@@ -98,8 +99,8 @@ def _add_predict(add: Callable[..., argparse.ArgumentParser]) -> None:
         "medct predict scan.nii.gz --model ct-clip\n"
         "  medct predict studies/ --model ct-clip --adapter ORG/NAME --output scores.csv\n"
         '  medct predict scan/ --model ct-clip --labels "Rib fracture" "Pneumothorax" --format json',
-        "With --output a second run resumes where the first stopped; studies that failed are listed in "
-        "OUTPUT.failed.csv\nand tried again. `accelerate launch -m medct.cli predict ...` spreads them over processes.",
+        "With --output, a second run resumes where the first stopped; studies that failed are listed in "
+        "OUTPUT.failed.csv\nand retried. `accelerate launch -m medct.cli predict ...` spreads studies over processes.",
     )
     parser.add_argument("scans", nargs="+", metavar="SCAN", help=SCANS_HELP)
     _prompt_arguments(parser)
@@ -107,8 +108,8 @@ def _add_predict(add: Callable[..., argparse.ArgumentParser]) -> None:
     group.add_argument(
         "--format",
         choices=("table", "json", "csv"),
-        help="for people, one JSON object a line, or a column a finding; by default what the name of --output says, "
-        "else table",
+        help="table for people, one JSON object per line, or csv with one column per finding (default: by the suffix "
+        "of --output, else table)",
     )
     group.add_argument("--output", type=Path, metavar="FILE", help="write here (.csv, .jsonl), row by row")
     _model_arguments(parser)
@@ -121,14 +122,14 @@ def _add_search(add: Callable[..., argparse.ArgumentParser]) -> None:
         "commands.embed",
         "embed scans and reports into a Parquet file",
         "medct embed studies/ --model ct-clip --reports reports.csv --output index.parquet",
-        "A second run resumes where the first stopped, and adds studies that are new.",
+        "A second run resumes where the first stopped, and adds new studies.",
     )
     parser.add_argument("scans", nargs="+", metavar="SCAN", help=SCANS_HELP)
     parser.add_argument(
         "--reports",
         type=Path,
         metavar="CSV",
-        help="columns file_name or VolumeName (the end of a study's path), and report, or CT-RATE's two",
+        help="has a column file_name or VolumeName (the end of a study's path), and report, or CT-RATE's two",
     )
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="Parquet file to make or add to")
     _model_arguments(parser)
@@ -137,27 +138,27 @@ def _add_search(add: Callable[..., argparse.ArgumentParser]) -> None:
     parser = add(
         "search",
         "commands.search_index",
-        "find the scans nearest to a text or a scan",
+        "find the scans most similar to a text or a scan",
         'medct search "large pleural effusion on the left" --index index.parquet -k 10\n'
         "  medct search scan.nii.gz --index index.parquet",
         "The search is exact, by cosine similarity.",
     )
-    parser.add_argument("query", help="a scan if there is such a path or it is an address, else a text")
+    parser.add_argument("query", help="a scan if it is an existing path or an address, else a text")
     parser.add_argument("--index", type=Path, required=True, metavar="FILE", help="made by `medct embed`")
-    parser.add_argument("-k", type=_at_least(1), default=10, help="how many to show (10)")
-    parser.add_argument("--format", choices=("table", "json"), default="table", help="for people, or JSON lines")
+    parser.add_argument("-k", type=_at_least(1), default=10, help="number of scans to show (default: 10)")
+    parser.add_argument("--format", choices=("table", "json"), default="table", help="table for people, or JSON lines")
     _model_arguments(parser)
     _reading_arguments(parser, many=False)
 
     parser = add(
         "recall",
         "commands.recall",
-        "how often a scan's own report is found, and the other way round",
+        "how often a scan finds its own report, and vice versa",
         "medct recall --index index.parquet",
-        "Recall at 5, 10, 50 and 100 over the studies of an index that have a report.",
+        "Recall at 5, 10, 50 and 100 over the studies in an index that have a report.",
     )
     parser.add_argument("--index", type=Path, required=True, metavar="FILE", help="made by `medct embed --reports ...`")
-    parser.add_argument("--format", choices=("table", "json"), default="table", help="for people, or JSON")
+    parser.add_argument("--format", choices=("table", "json"), default="table", help="table for people, or JSON")
 
 
 def _add_evaluate(add: Callable[..., argparse.ArgumentParser]) -> None:
@@ -166,8 +167,8 @@ def _add_evaluate(add: Callable[..., argparse.ArgumentParser]) -> None:
         "commands.evaluate",
         "score a model on labelled studies",
         "medct evaluate --data CT-RATE/ --model ct-clip --adapter ORG/NAME --output scores.json",
-        "AUROC of each finding and means, with 95 % intervals over patients; with an adapter that has operating "
-        "points,\nalso accuracy and F1 at them. `accelerate launch -m medct.cli evaluate ...` spreads it over "
+        "AUROC of each finding, and means, with 95 % intervals over patients; with an adapter that has operating "
+        "points,\nalso accuracy and F1 at these. `accelerate launch -m medct.cli evaluate ...` spreads studies over "
         "processes.",
     )
     group = parser.add_argument_group("data")
@@ -175,17 +176,24 @@ def _add_evaluate(add: Callable[..., argparse.ArgumentParser]) -> None:
         "--data",
         required=True,
         metavar="ADDRESS",
-        help="folder or hf:// address in CT-RATE's layout, with metadata.csv, of prepared shards, or a dataset",
+        help="folder or hf:// address: in CT-RATE's layout, with metadata.csv, of prepared shards, or a dataset",
     )
     group.add_argument("--data_revision", metavar="COMMIT", help="commit of the data on the Hub")
-    group.add_argument("--split", choices=("train", "tune", "valid"), default="valid", help="which studies (valid)")
     group.add_argument(
-        "--reconstructions", choices=("one", "all"), default="one", help="of a scan with several: one, or all (one)"
+        "--split", choices=("train", "tune", "valid"), default="valid", help="which studies (default: valid)"
     )
-    group.add_argument("--limit", type=_at_least(1), metavar="N", help="so many studies in a fixed pseudo-random order")
-    group.add_argument("--output", type=Path, metavar="FILE", help="JSON file with all figures")
+    group.add_argument(
+        "--reconstructions",
+        choices=("one", "all"),
+        default="one",
+        help="of a scan with several reconstructions: one, or all (default: one)",
+    )
+    group.add_argument(
+        "--limit", type=_at_least(1), metavar="N", help="only the first N studies of a fixed pseudo-random order"
+    )
+    group.add_argument("--output", type=Path, metavar="FILE", help="JSON file for all figures")
     _model_arguments(parser)
-    _batch_arguments(parser.add_argument_group("reading"), "processes that load studies (1)")
+    _batch_arguments(parser.add_argument_group("reading"), "processes that load studies (default: 1)")
 
 
 def _add_map(add: Callable[..., argparse.ArgumentParser]) -> None:
@@ -194,9 +202,9 @@ def _add_map(add: Callable[..., argparse.ArgumentParser]) -> None:
         "commands.map_scan",
         "where in a scan a score comes from (a debugging aid)",
         'medct map scan.nii.gz --model ct-clip --labels "Pleural effusion" --output maps/',
-        "Writes for each finding what every patch adds to the logits margin: a NIfTI file in the scan's geometry and a "
-        "PNG\nof the highest axial slices. A debugging aid, no finding: published CT-CLIP localises poorly (Dice about "
-        "0.004).",
+        "For each finding, writes what each patch adds to the logits margin: a NIfTI file in the scan's geometry and a "
+        "PNG\nof the highest axial slices. A debugging aid, not a finding: published CT-CLIP localises poorly (Dice "
+        "about 0.004).",
     )
     parser.add_argument("scan", metavar="SCAN", help="one study")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to make")
@@ -206,22 +214,26 @@ def _add_map(add: Callable[..., argparse.ArgumentParser]) -> None:
 
 
 def _source_arguments(parser: argparse.ArgumentParser, what: str) -> None:
-    """Where studies come from, for commands that look at a source without running a model."""
+    """Add the arguments that say where studies come from, for commands that run no model."""
     parser.add_argument(
         "source", metavar="SOURCE", help=f'what to {what}: any address that training takes, or "phantoms"'
     )
     group = parser.add_argument_group("source")
-    group.add_argument("--model", metavar="ID_OR_DIR", help="whose grid, window, labels and tokens to use (CT-CLIP's)")
+    group.add_argument(
+        "--model",
+        metavar="ID_OR_DIR",
+        help="model whose grid, window, labels and tokenizer to use (default: CT-CLIP's)",
+    )
     group.add_argument("--model_revision", metavar="COMMIT", help="commit of the model on the Hub")
     group.add_argument("--revision", metavar="COMMIT", help="commit of the source on the Hub")
-    group.add_argument("--limit", type=_at_least(1), metavar="N", help="only N studies of a split, always the same")
+    group.add_argument("--limit", type=_at_least(1), metavar="N", help="only N studies per split, always the same")
     group.add_argument(
         "--reconstructions",
         choices=("one", "all"),
         default="one",
-        help="of a CT-RATE scan that was reconstructed more than once: one, or all (one)",
+        help="of a scan with several reconstructions: one, or all (default: one)",
     )
-    group.add_argument("--version", type=int, choices=(1, 2), default=2, help="of CT-RATE (2)")
+    group.add_argument("--version", type=int, choices=(1, 2), default=2, help="version of CT-RATE (default: 2)")
 
 
 def _add_overview(add: Callable[..., argparse.ArgumentParser]) -> None:
@@ -236,11 +248,15 @@ def _add_overview(add: Callable[..., argparse.ArgumentParser]) -> None:
     )
     _source_arguments(parser, "look at")
     group = parser.add_argument_group("output")
-    group.add_argument("--split", choices=("train", "tune", "valid"), default="train", help="which studies (train)")
-    group.add_argument("--samples", type=_at_least(0), default=8, metavar="N", help="studies to draw; 0: none (8)")
-    group.add_argument("--seed", type=int, default=0, help="of the choice of samples (0)")
     group.add_argument(
-        "--sheet", type=Path, default=Path("overview.png"), metavar="FILE", help="PNG to write (overview.png)"
+        "--split", choices=("train", "tune", "valid"), default="train", help="which studies (default: train)"
+    )
+    group.add_argument(
+        "--samples", type=_at_least(0), default=8, metavar="N", help="studies to draw; 0: none (default: 8)"
+    )
+    group.add_argument("--seed", type=int, default=0, help="seed for the choice of samples (default: 0)")
+    group.add_argument(
+        "--sheet", type=Path, default=Path("overview.png"), metavar="FILE", help="PNG to write (default: overview.png)"
     )
     group.add_argument("--json", action="store_true", help="print the counts as JSON")
 
@@ -253,8 +269,8 @@ def _add_prepare(add: Callable[..., argparse.ArgumentParser]) -> None:
         "medct prepare SOURCE shards --model ct-clip\n"
         "  medct prepare SOURCE shards --model ct-clip --push_to_hub ORG/NAME      # to a private Hub dataset\n"
         "  torchrun --nproc_per_node 16 -m medct.cli prepare SOURCE shards ...     # any number of processes",
-        "A file appears when it is complete. The same command resumes, and however many processes share the work,\n"
-        "the files are the same.",
+        "A file appears once it is complete. The same command resumes, and the files are the same however many\n"
+        "processes share the work.",
     )
     _source_arguments(parser, "prepare")
     parser.add_argument("output", type=Path, metavar="DIR", help="folder to make, or to resume; all processes share it")
@@ -264,30 +280,33 @@ def _add_prepare(add: Callable[..., argparse.ArgumentParser]) -> None:
         nargs="+",
         default=["train", "tune", "valid"],
         choices=("train", "tune", "valid"),
-        help="which to prepare (all three)",
+        help="splits to prepare (default: all three)",
     )
     group.add_argument(
-        "--tune_share", type=float, metavar="SHARE", help="share of the training patients that become `tune` (a tenth)"
+        "--tune_share",
+        type=float,
+        metavar="SHARE",
+        help="share of the training patients that form `tune` (default: a tenth)",
     )
     group.add_argument(
         "--studies_per_shard",
         type=_at_least(1),
         default=12,
         metavar="N",
-        help="studies in a file at most (12, about 0.4 GB at CT-CLIP's sizes)",
+        help="most studies in a file (default: 12, about 0.4 GB at CT-CLIP's sizes)",
     )
-    group.add_argument("--retry_skipped", action="store_true", help="make files again in which studies were skipped")
+    group.add_argument("--retry_skipped", action="store_true", help="rewrite files in which studies were skipped")
     group.add_argument(
         "--max_skipped_share",
         type=float,
         default=0.05,
         metavar="SHARE",
-        help="stop if a greater share of the studies cannot be read (0.05)",
+        help="stop if more than this share of the studies cannot be read (default: 0.05)",
     )
     group.add_argument(
         "--push_to_hub",
         metavar="ORG/NAME",
-        help="upload the finished folder to this Hub dataset, which is made private",
+        help="upload the finished folder to this Hub dataset, created as private",
     )
     group = parser.add_argument_group("processes")
     group.add_argument(
@@ -295,14 +314,14 @@ def _add_prepare(add: Callable[..., argparse.ArgumentParser]) -> None:
         type=_at_least(0),
         default=int(os.environ.get("RANK", 0)),
         metavar="I",
-        help="number of this process, from 0 (RANK, which torchrun and accelerate set)",
+        help="index of this process, from 0 (default: $RANK, which torchrun and accelerate set)",
     )
     group.add_argument(
         "--world_size",
         type=_at_least(1),
         default=int(os.environ.get("WORLD_SIZE", 1)),
         metavar="N",
-        help="number of processes on all machines (WORLD_SIZE)",
+        help="number of processes on all machines (default: $WORLD_SIZE)",
     )
 
 
@@ -310,7 +329,7 @@ def _add_convert(add: Callable[..., argparse.ArgumentParser]) -> None:
     parser = add(
         "convert",
         "hub_commands.convert_checkpoint",
-        "make a published CT-CLIP checkpoint a folder that AutoModel loads",
+        "convert a published CT-CLIP checkpoint to a folder that AutoModel loads",
         "medct convert CT-CLIP_v2.pt ct-clip --tokenizer microsoft/BiomedVLP-CXR-BERT-specialized",
         "Takes CT-CLIP, VocabFine and ClassFine. Each tensor is mapped, or listed as dropped with the reason.",
     )
@@ -328,7 +347,7 @@ def _add_convert(add: Callable[..., argparse.ArgumentParser]) -> None:
         "folder with vocab.txt",
     )
     parser.add_argument(
-        "--sizes", type=Path, metavar="FILE", help="JSON with the sizes of the model, if it is not the published one"
+        "--sizes", type=Path, metavar="FILE", help="JSON file with the model's sizes, if it is not the published one"
     )
 
 
@@ -339,18 +358,20 @@ def _add_push(add: Callable[..., argparse.ArgumentParser]) -> None:
         "publish an adapter or a model on the Hub",
         "medct push runs/site-b ORG/NAME            # an adapter, as training leaves it\n"
         "  medct push ct-clip ORG/NAME --private      # a folder that `medct convert` made",
-        "One commit. Pickles, paths of this machine and files that do not belong there are not pushed.",
+        "Makes one commit. Pickles, paths of this machine and files that do not belong there are not pushed.",
     )
     parser.add_argument("folder", type=Path, metavar="DIR", help="an adapter or a converted model")
     parser.add_argument("repo_id", metavar="ORG/NAME", help="repository on the Hub; made if it does not exist")
-    parser.add_argument("--private", action="store_true", help="nobody else may see it")
+    parser.add_argument("--private", action="store_true", help="create the repository as private")
     parser.add_argument(
-        "--base", metavar="ORG/NAME", help="of an adapter that was trained on a folder: that base's repository"
+        "--base", metavar="ORG/NAME", help="the base's repository, for an adapter that was trained on a folder"
     )
     parser.add_argument(
         "--base_revision", metavar="COMMIT", help="commit, tag or branch of the base; the adapter names the commit"
     )
-    parser.add_argument("--license", metavar="IDENTIFIER", help="of an adapter whose base's card names no licence")
+    parser.add_argument(
+        "--license", metavar="IDENTIFIER", help="licence of the adapter, if the card of its base names none"
+    )
 
 
 ADD_COMMANDS = (
@@ -366,7 +387,7 @@ ADD_COMMANDS = (
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
-    """The parser of `medct`; what it returns names the function that runs the command, as `run`."""
+    """The parser of `medct`; the parsed arguments name the function that runs the command, as `run`."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("medct", description=description, formatter_class=raw)
     parser.add_argument("--version", action="version", version=f"medct {medct.__version__}")

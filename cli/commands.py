@@ -7,7 +7,6 @@ import argparse
 import functools
 import json
 import os
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
@@ -20,21 +19,22 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
 from peft import PeftConfig
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModel, AutoProcessor
 
 from medct.byte_sources_medct import is_address
 from medct.common.errors import OK, SOME_FAILED, first_line
 from medct.common.files import whole_file, whole_folder
+from medct.common.lock import only_run
 from medct.configuration_medct import MedCTConfig
 from medct.data import open_source
 from medct.data.loader import StudyLoader, report_id
 from medct.errors_medct import MedCTError
 from medct.evaluation.metrics import with_intervals
 from medct.evaluation.report import MEANS
-from medct.evaluation.scoring import score_studies, tokenize_prompts
+from medct.evaluation.scoring import prompts_for, score_studies
 from medct.inference.bulk import KEY, Csv, JsonLines, Reading, process, process_to_file, read_rows
 from medct.inference.studies import FailedStudy, ReadStudy, Study, find_studies, read_study
-from medct.pipeline_medct import ZeroShotCTClassificationPipeline
+from medct.pipeline_medct import CTPipeline, ZeroShotCTClassificationPipeline
+from medct.publishing.loading import load_model, pipeline_of
 from medct.volume_io_medct import read_volume
 
 MODEL_VARIABLE = "MEDCT_MODEL"
@@ -75,28 +75,20 @@ def model_of(args: argparse.Namespace) -> str:
     return args.model
 
 
-def load_pipeline(args: argparse.Namespace, device: torch.device) -> ZeroShotCTClassificationPipeline:
-    """Model, processor and adapter.
+def load_pipeline(args: argparse.Namespace, device: torch.device, zero_shot_only: bool = False) -> CTPipeline:
+    """Model, processor and adapter; of a classifier too, unless `zero_shot_only`.
 
     Raises:
-        CommandError: If one of them cannot be loaded.
+        MedCTError: If one of them cannot be loaded.
     """
     name = model_of(args)
-    options = {"revision": args.revision, "trust_remote_code": False}  # the code is this package's
+    # The code is this package's.
+    options = {"revision": args.revision, "trust_remote_code": False}
+    model, processor = load_model(name, dtype=args.dtype, zero_shot_only=zero_shot_only, **options)
     try:
-        config = AutoConfig.from_pretrained(name, **options)
-        if config.model_type != MedCTConfig.model_type:
-            raise CommandError(f"{name} is a model of type {config.model_type!r}. Pass a MedCT model.")
-        model = AutoModel.from_pretrained(name, config=config, dtype=args.dtype, **options)
-        processor = AutoProcessor.from_pretrained(name, **options)
-    except (OSError, ValueError) as error:
-        if isinstance(error, CommandError):
-            raise
-        raise CommandError(f"{name}: no model ({first_line(error)}) Pass a Hub id or a folder.") from error
-    try:
-        return ZeroShotCTClassificationPipeline(
-            model=model.to(device),
-            processor=processor,
+        return pipeline_of(
+            model.to(device),
+            processor,
             device=device,
             adapter=args.adapter,
             adapter_revision=args.adapter_revision,
@@ -106,7 +98,7 @@ def load_pipeline(args: argparse.Namespace, device: torch.device) -> ZeroShotCTC
         raise CommandError(said if said.startswith(which) else f"{which}: {said}") from error
 
 
-def reading_of(args: argparse.Namespace, pipe: ZeroShotCTClassificationPipeline) -> Reading:
+def reading_of(args: argparse.Namespace, pipe: CTPipeline) -> Reading:
     options = {"series": args.series, "resample_irregular": args.resample_irregular}
     return Reading(pipe.processor.image_processor, args.batch_size, args.num_workers, options)
 
@@ -145,6 +137,13 @@ def ends(failed: int, studies: int, output: Path | None) -> int:
 
 
 def predict(args: argparse.Namespace) -> int:
+    if args.output is None:
+        return _predict(args)
+    with only_run(args.output):
+        return _predict(args)
+
+
+def _predict(args: argparse.Namespace) -> int:
     format = args.format or ("table" if args.output is None else _SUFFIXES.get(args.output.suffix))
     if args.output is not None and format not in ("csv", "json"):
         raise CommandError(f"{args.output}: rows are written as .csv or .jsonl. Name it so, or pass --format csv|json.")
@@ -152,6 +151,7 @@ def predict(args: argparse.Namespace) -> int:
     state = start_processes(args)
     prompts = prompts_of(args)
     pipe = load_pipeline(args, state.device)
+    pipe._sanitize_parameters(**prompts)  # refuses, before any scan is read, what the model cannot be asked
     labels = prompts.get("candidate_labels", pipe.model.config.label_names)
     has_thresholds = args.templates is None and not pipe.thresholds.keys().isdisjoint(labels)
     columns = [KEY, *labels, *(f"{label} present" for label in labels if has_thresholds), "notes"]
@@ -176,7 +176,7 @@ def predict(args: argparse.Namespace) -> int:
 
 
 def prediction_rows(
-    pipe: ZeroShotCTClassificationPipeline, prompts: dict[str, Any], reads: list[ReadStudy], flat: bool
+    pipe: CTPipeline, prompts: dict[str, Any], reads: list[ReadStudy], flat: bool
 ) -> Iterator[dict[str, Any]]:
     """One row a study: its findings as the pipeline gives them, or each score in a column."""
     inputs = {"pixel_values": torch.stack([read.pixel_values for read in reads])}
@@ -203,12 +203,17 @@ def prediction_table(row: dict[str, Any]) -> str:
 
 
 def embed(args: argparse.Namespace) -> int:
+    with only_run(args.output):
+        return _embed(args)
+
+
+def _embed(args: argparse.Namespace) -> int:
     from medct.inference import search
 
     studies = find_studies(args.scans)
     reports = search.read_reports(args.reports) if args.reports else {}
     state = start_processes(args)
-    pipe = load_pipeline(args, state.device)
+    pipe = load_pipeline(args, state.device, zero_shot_only=True)
     settings = settings_of(args)
     before = search.read_embeddings(args.output) if args.output.exists() else None
     rows_path = args.output.with_name(f"{args.output.name}.rows")
@@ -276,7 +281,7 @@ def search_index(args: argparse.Namespace) -> int:
                 "make the index anew."
             )
         setattr(args, name, made_with)
-    pipe = load_pipeline(args, PartialState(cpu=args.cpu).device)
+    pipe = load_pipeline(args, PartialState(cpu=args.cpu).device, zero_shot_only=True)
     if is_address(args.query) or Path(args.query).exists():
         (study,) = one_study(args.query)
         read = read_one(study, args, pipe)
@@ -334,7 +339,7 @@ def evaluate(args: argparse.Namespace) -> int:
         world_size=accelerator.num_processes,
         num_workers=args.num_workers,
     )
-    prompts = tokenize_prompts(config, pipe.processor)
+    prompts = prompts_for(pipe.model, pipe.processor)
     scored = score_studies(pipe.model, loader, prompts, accelerator, source.description)
     failed = sum(gather_object([loader.num_bad]))
     if not accelerator.is_main_process:
@@ -393,7 +398,7 @@ def map_scan(args: argparse.Namespace) -> int:
 
     (study,) = one_study(args.scan)
     prompts = prompts_of(args)
-    pipe = load_pipeline(args, PartialState(cpu=args.cpu).device)
+    pipe = load_pipeline(args, PartialState(cpu=args.cpu).device, zero_shot_only=True)
     image_processor = pipe.processor.image_processor
     volume = read_volume(
         study.source,
@@ -405,13 +410,18 @@ def map_scan(args: argparse.Namespace) -> int:
     maps = localization.map_findings(pipe, pixel_values, prompts["candidate_labels"], prompts.get("prompt_templates"))
     patch_size = pipe.model.config.vision_config.patch_size
     geometry = image_processor.geometry(volume)
+    names = localization.file_names([finding.label for finding in maps])
     with whole_folder(args.output) as folder:
-        for finding in maps:
+        for finding, name in zip(maps, names, strict=True):
             values = localization.to_scan(finding.patches, patch_size, geometry, volume.array.shape)
-            name = re.sub(r"[^a-z0-9]+", "-", finding.label.lower()).strip("-") + "_debugging-aid"
             localization.save_nifti(folder / f"{name}.nii.gz", values, volume.affine)
             localization.save_png(folder / f"{name}.png", finding, values, volume)
             numbers = f"{finding.score:.3f}  {finding.logits_margin:+6.2f}"
             print(f"{numbers}  {finding.label}: {args.output / name}.nii.gz, .png")
+        index = [
+            {"label": finding.label, "score": finding.score, "logits_margin": finding.logits_margin, "name": name}
+            for finding, name in zip(maps, names, strict=True)
+        ]
+        (folder / "findings.json").write_text(json.dumps(index, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     print(f"{localization.CAVEAT}.")
     return OK

@@ -5,6 +5,7 @@ import json
 from typing import Any
 
 from medct.common.errors import OK, first_line
+from medct.common.lock import only_run
 from medct.configuration_medct import MedCTConfig
 from medct.data import Source, open_source
 from medct.data.overview import as_text, contact_sheet, summarize
@@ -17,6 +18,13 @@ from medct.publishing.push import push_shards
 
 
 def show_overview(args: argparse.Namespace) -> int:
+    if not args.samples:
+        return _show_overview(args)
+    with only_run(args.sheet):
+        return _show_overview(args)
+
+
+def _show_overview(args: argparse.Namespace) -> int:
     config, tokenizer = _config_of(args), None
     if args.model is not None:
         try:

@@ -1,1 +1,1 @@
-"""What every part uses: files that appear whole, and the host."""
+"""What every part uses: files that appear whole, errors, retries, processes, and the host."""

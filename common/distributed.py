@@ -1,4 +1,4 @@
-"""What processes of a run do together: rows gathered, sums taken, a model sharded.
+"""What the processes of a run do together: gather rows, take sums, shard a model.
 
 Losses and gradients are summed over processes, never averaged, because each process computes its own share of one loss.
 """
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 
 def process_rank() -> int:
-    """Number of this process among those of the run, from 0."""
+    """Index of this process within the run, from 0."""
     return dist.get_rank() if _is_distributed() else 0
 
 
@@ -23,15 +23,15 @@ def _is_distributed() -> bool:
 
 
 def gather_rows(rows: torch.Tensor) -> torch.Tensor:
-    """`(rows, ...)` of each process to `(processes * rows, ...)`, in the order of ranks and with gradients."""
+    """`(rows, ...)` of each process to `(processes * rows, ...)`, in rank order and with gradients."""
     if not _is_distributed():
         return rows
-    # The public `all_gather` carries no gradients, and `torch.distributed.nn`, which did, refers to this one.
+    # The public `all_gather` carries no gradients, and `torch.distributed.nn`, which did, now points to this function.
     return collectives.wait_tensor(collectives.all_gather_single(rows.contiguous(), 0, dist.group.WORLD))
 
 
 def sum_over_processes(value: torch.Tensor) -> torch.Tensor:
-    """Sum a tensor over all processes; without gradients."""
+    """Sum a tensor over all processes, without gradients."""
     value = value.detach().clone()
     if _is_distributed():
         dist.all_reduce(value)
@@ -47,12 +47,12 @@ def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
 
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
-    """What this process holds of a tensor; all of it if it is not sharded."""
+    """The part of a tensor that this process holds: all of it, unless it is sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor on the CPU, put together from all processes if it is sharded; all of them must call it."""
+    """A tensor on the CPU, assembled from all processes if it is sharded; every process must call this."""
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu().contiguous()
 
 
@@ -71,6 +71,7 @@ def shard(model: PreTrainedModel) -> None:
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo cannot scale while it sums
-    # FSDP2 gathers weights in `forward`; training calls the encoders by themselves.
+    # FSDP2 gathers weights in `forward`; training calls the encoders directly.
     for method in ("get_image_features", "get_text_features", "get_logits"):
-        register_fsdp_forward_method(model, method)
+        if hasattr(model, method):
+            register_fsdp_forward_method(model, method)

@@ -1,4 +1,4 @@
-"""How a command ends: with an exit status, and if something is wrong with one sentence."""
+"""How a command ends: with an exit status and, if something went wrong, one sentence."""
 
 import contextlib
 import os
@@ -10,11 +10,11 @@ from pathlib import Path
 from medct.errors_medct import MedCTError
 
 OK, SOME_FAILED, FAILED = 0, 1, 2
-"""All is done; done, but some studies could not be read; it could not be done."""
+"""Everything was done; done, but some studies could not be read; not done."""
 STOPPED = 75
-"""Stopped on request and to be resumed; of sysexits.h, "temporary failure, try again"."""
+"""Stopped on request, to be resumed; in sysexits.h, "temporary failure, try again"."""
 INTERRUPTED, BROKEN_PIPE = 128 + 2, 128 + 13
-"""As shells report SIGINT and SIGPIPE."""
+"""The statuses that shells report for SIGINT and SIGPIPE."""
 DEBUG_VARIABLE = "MEDCT_DEBUG"
 
 
@@ -23,7 +23,7 @@ class StoppedError(MedCTError):
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of a library says, without what follows."""
+    """First line of a library's error message; the error's class if it has no message."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
@@ -31,8 +31,8 @@ def first_line(error: BaseException) -> str:
 def one_line_errors() -> Iterator[None]:
     """End the process with one line on stderr when the block raises, with the traceback if `MEDCT_DEBUG` is set.
 
-    What a user can mend (`MedCTError`, and what the system reports) is said as it is. Anything else is a fault: its
-    line names the place it came from as well.
+    Errors that a user can fix (`MedCTError`, and those of the operating system) are printed as they are. Anything else
+    is a bug, and its line also names the place it came from.
     """
     try:
         yield
@@ -49,14 +49,14 @@ def one_line_errors() -> Iterator[None]:
 
 def _end_of(error: BaseException) -> tuple[int, str]:
     """Exit status and last line of a command."""
-    torch = sys.modules.get("torch")  # not imported for this
+    torch = sys.modules.get("torch")  # not worth importing just for this
     match error:
         case StoppedError():
             return STOPPED, str(error)
         case KeyboardInterrupt():
-            return INTERRUPTED, "stopped; a command with --output resumes from here when it is run again."
+            return INTERRUPTED, "stopped; a command with --output resumes from here when run again."
         case BrokenPipeError():
-            # Whoever reads has enough. The interpreter must not try to flush once more.
+            # The reader has had enough. The interpreter must not try to flush once more.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return BROKEN_PIPE, ""
         case MedCTError():

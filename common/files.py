@@ -1,98 +1,167 @@
 """Outputs that appear whole or not at all."""
 
 import contextlib
+import errno
+import glob
 import os
 import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
+
+# Fetched once, before any thread: the system tells it only by changing it.
+_UMASK = os.umask(0)
+os.umask(_UMASK)
+_ZEROS = memoryview(bytes(2**20))
+# A file system or a system that knows no such thing; all others say that something went wrong.
+_NOT_KNOWN = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 def flush_to_disk(path: str | os.PathLike) -> None:
-    """Wait until a file, or the names in a folder, would survive a loss of power."""
-    handle = os.open(path, os.O_RDONLY)
+    """Wait until a file, or the names in a folder, would survive a loss of power, where the system can tell."""
+    is_folder = Path(path).is_dir()
+    try:
+        # Windows flushes only what is open for writing, and opens no folders.
+        handle = os.open(path, os.O_RDONLY if is_folder or os.name != "nt" else os.O_RDWR)
+    except PermissionError:
+        if is_folder:
+            return
+        raise
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in _NOT_KNOWN:
+            raise
     finally:
         os.close(handle)
 
 
+def as_umask_says(path: Path) -> None:
+    """Give a file the permissions that any new one gets; some libraries make theirs for its owner alone."""
+    with contextlib.suppress(OSError):  # shares of other systems may have none
+        path.chmod(0o666 & ~_UMASK)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what a process that was killed has left of `whole_file` and `whole_folder` of a path.
+
+    Nobody else may be writing there; see `only_run`.
+    """
+    for left in path.parent.glob(f".{glob.escape(path.name)}.partial-*"):
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
+
+
 def refuse_taken(path: str | os.PathLike) -> None:
-    """Raise `FileExistsError` if a folder that is to be made holds something already."""
+    """Raise `FileExistsError` if a folder that is about to be created already holds something."""
     folder = Path(path)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{path} exists and is not empty. Choose another output folder, or remove it.")
 
 
+def _aside(final: Path) -> Path:
+    # Not by the process alone: several machines may write to one folder.
+    return final.with_name(f".{final.name}.partial-{secrets.token_hex(4)}")
+
+
+def _name(error: BaseException, aside: Path, final: str | os.PathLike) -> None:
+    """Let what the system reports, of a full disk say, name the output that its user knows."""
+    if isinstance(error, OSError) and error.errno is not None:
+        name = str(error.filename or "")
+        if not name or name == str(aside) or name.startswith(f"{aside}{os.sep}"):
+            error.filename = str(final)
+
+
 @contextlib.contextmanager
 def whole_folder(path: str | os.PathLike) -> Iterator[Path]:
-    """A folder that gets its name only when the block has ended without an error.
+    """A folder that gets its name only once the block has ended without an error.
 
     Args:
-        path: The folder's final name; must not exist, or be empty.
+        path: The folder's final name; it must not exist, or be empty.
 
     Yields:
-        A new folder beside it to write to; gone again if the block raises.
+        A new folder beside it to write to; removed if the block raises.
 
     Raises:
-        FileExistsError: If `path` holds something already.
+        FileExistsError: If `path` already holds something.
     """
     refuse_taken(path)
     final = Path(path).absolute()
-    aside = final.with_name(f".{final.name}.partial-{os.getpid()}")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    aside = _aside(final)
     try:
+        aside.mkdir(parents=True)
         yield aside
-        for path in aside.rglob("*"):
-            flush_to_disk(path)
+        for each in aside.rglob("*"):
+            if each.is_file():
+                as_umask_says(each)
+            flush_to_disk(each)
+        if final.is_dir() and os.name == "nt":
+            final.rmdir()  # empty; elsewhere it is replaced
         aside.replace(final)  # an empty folder of that name is replaced
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(aside, ignore_errors=True)
+        _name(error, aside, path)
         raise
 
 
 @contextlib.contextmanager
 def whole_file(path: str | os.PathLike) -> Iterator[Path]:
-    """A file that gets its name, in place of an older one, only when the block has ended without an error.
+    """A file that gets its name, replacing an older one, only once the block has ended without an error.
 
     Yields:
-        A path beside it to write to; the file is gone again if the block raises.
+        A path beside it to write to; the file is removed if the block raises.
     """
     final = Path(path).absolute()
-    final.parent.mkdir(parents=True, exist_ok=True)
-    # Not by the process alone: several machines may write to one folder.
-    aside = final.with_name(f".{final.name}.partial-{secrets.token_hex(4)}")
+    aside = _aside(final)
     try:
+        final.parent.mkdir(parents=True, exist_ok=True)
         yield aside
+        as_umask_says(aside)
         flush_to_disk(aside)
         aside.replace(final)
         flush_to_disk(final.parent)
-    except BaseException:
-        aside.unlink(missing_ok=True)
+    except BaseException as error:
+        with contextlib.suppress(OSError):  # it says less than what went wrong first
+            aside.unlink(missing_ok=True)
+        _name(error, aside, path)
         raise
 
 
 class Reserve:
-    """Disk space kept for what must still be written at the end of long work.
+    """Disk space reserved for what must be written at the end of a long job.
 
     Args:
-        path: A file of that size until `release`.
-        size_bytes: To keep.
+        path: File that occupies the space until `release`.
+        size_bytes: Space to reserve.
 
     Raises:
-        OSError: If there is not that much.
+        OSError: If there is not enough space.
     """
 
     def __init__(self, path: str | os.PathLike, size_bytes: int):
         self.path = Path(path)
-        with self.path.open("wb") as file:
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), 0, size_bytes)
-            else:  # macOS, Windows: only what is written is there
-                for _ in range(0, size_bytes, 2**20):
-                    file.write(bytes(2**20))
+        try:
+            with self.path.open("wb") as file:
+                _allocate(file, size_bytes)
+        except BaseException:
+            self.release()
+            raise
 
     def release(self) -> None:
-        """Give the space back to whoever writes next."""
+        """Give the space back for the writes that follow."""
         self.path.unlink(missing_ok=True)
+
+
+def _allocate(file: BinaryIO, size_bytes: int) -> None:
+    """Give a file blocks on the disk, not just a length."""
+    try:
+        os.posix_fallocate(file.fileno(), 0, size_bytes)
+    except (AttributeError, OSError) as error:  # macOS and Windows; some network shares
+        if isinstance(error, OSError) and error.errno not in _NOT_KNOWN:
+            raise
+        for start in range(0, size_bytes, len(_ZEROS)):
+            file.write(_ZEROS[: size_bytes - start])
+        file.flush()

@@ -1,4 +1,4 @@
-"""The machine that a process of this package runs on: its memory, its name, and how loud its libraries are."""
+"""The machine that a process of this package runs on: its memory, its name, and how verbose its libraries are."""
 
 import ctypes
 import os
@@ -14,16 +14,16 @@ try:
 except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
-# Of glibc's malloc.h.
+# From glibc's malloc.h.
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_MAX = -4
 
 
 def keep_freed_memory() -> None:
-    """Let this process keep what it frees, where the C library is glibc; elsewhere nothing changes.
+    """Let this process keep the memory it frees if the C library is glibc; elsewhere nothing changes.
 
-    Each volume and each training step needs blocks of the same sizes. Large ones would go back to the system every
-    time and come again page by page, zeroed: a quarter of a training step on CPUs, and of the first volume's time.
+    Each volume and each training step needs blocks of the same sizes. Large ones would otherwise go back to the system
+    every time and come back page by page, zeroed: a quarter of a training step on CPUs, and of the first volume's time.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
@@ -32,7 +32,7 @@ def keep_freed_memory() -> None:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory that this process has used: of its GPU, else of the machine; 0 where the system does not say."""
+    """Peak memory of this process in bytes: on its GPU, else on the host; 0 where the system does not report it."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if resource is None:
@@ -42,15 +42,15 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def device_name(device: torch.device) -> str:
-    """What a reader would call it."""
+    """The device's name for readers."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{os.cpu_count()} CPU cores"
 
 
 def quiet_libraries() -> None:
-    """Let libraries speak of errors only, as a command's own lines say the rest."""
+    """Let libraries report errors only; a command's own lines say the rest."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    # PEFT still reads a name that transformers has given up.
+    # PEFT still reads a name that transformers has deprecated.
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")

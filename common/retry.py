@@ -1,4 +1,4 @@
-"""Trying again what failed in passing."""
+"""Retrying what failed temporarily."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -13,16 +13,19 @@ def keep_trying(
     waits_s: Sequence[float],
     tell: Callable[[Exception, float], None] = lambda error, wait_s: None,
 ) -> Answer:
-    """Do it, and again after failures that pass.
+    """Call a function, and call it again after temporary failures.
 
     Args:
-        act: What to do.
-        passes: Seconds to wait at least after a failure; `None` if trying again cannot help.
-        waits_s: Seconds before each further attempt.
+        act: The function.
+        passes: Returns the least number of seconds to wait after a failure, or `None` if a retry cannot help.
+        waits_s: Seconds to wait before each retry.
         tell: Called before each wait with the failure and the seconds.
 
+    Returns:
+        What `act` returned.
+
     Raises:
-        Exception: The last failure, or the first that does not pass.
+        Exception: The last failure, or the first permanent one.
     """
     for wait_s in waits_s:
         try:

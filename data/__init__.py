@@ -1,14 +1,14 @@
-"""Streamed sources of studies, and batches made of them: the public names of the data layer.
+"""Streamed sources of studies, and the batches made from them: the public names of the data layer.
 
-| module | what |
+| module | what it holds |
 | --- | --- |
 | `sources` | what a source and a row are |
-| `folders` | local folders and dataset repositories of the Hub |
-| `tables` | tables of studies to sources: splits, what is left out |
+| `folders` | local folders and dataset repositories on the Hub |
+| `tables` | from tables of studies to sources: splits, what is left out |
 | `ct_rate` | CT-RATE, on the Hub or local |
 | `own_data` | folders with `metadata.csv`, Parquet and `datasets` repositories |
 | `prepared` | prepared shards |
-| `loader` | rows to batches |
+| `loader` | from rows to batches |
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ from medct.data.sources import DataError, Deferred, Row, Skipped, Source, first_
 from medct.data.tables import TUNE_SHARE, Selection
 
 PHANTOMS = "phantoms"
-"""An address that needs no data."""
+"""An address that needs no files."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,11 @@ class PhantomCohort:
     """SYNTHETIC patients by number, each in one split.
 
     Args:
-        site: Which synthetic hospital, see `phantoms.SITES`.
-        train_patients: To train on.
-        tune_patients: To choose thresholds on.
-        eval_patients: To score on.
-        seed: Of the whole cohort.
+        site: Synthetic hospital, see `phantoms.SITES`.
+        train_patients: Number of patients to train on.
+        tune_patients: Number of patients to choose thresholds on.
+        eval_patients: Number of patients to score on.
+        seed: Seed for the whole cohort.
     """
 
     site: Literal["A", "B"] = "B"
@@ -48,7 +48,7 @@ class PhantomCohort:
     seed: int = 0
 
     def patients(self, split: str) -> range:
-        """Numbers of the patients of "train", "tune" or "valid"."""
+        """Numbers of the patients in "train", "tune" or "valid"."""
         start = 0
         for name, size in (("valid", self.eval_patients), ("train", self.train_patients), ("tune", self.tune_patients)):
             if name == split:
@@ -71,28 +71,31 @@ def open_source(
     token: str | None = None,
     phantoms: PhantomCohort = PhantomCohort(),
 ) -> Source:
-    """A split of labelled studies, wherever they lie.
+    """Open a split of labelled studies, wherever they lie.
 
     Args:
         address: Local folder or `hf://datasets/ORG/NAME`: in CT-RATE's layout, with a `metadata.csv`, of prepared
-            shards, or of Parquet with a `Nifti()` column; or one Parquet file. What it is, is seen by what it holds.
+            shards, or of Parquet with a `Nifti()` column; or one Parquet file. The kind is recognised by its content.
             "phantoms": SYNTHETIC studies.
-        split: "train", "tune" or "valid". No patient stands in two of them; thresholds are chosen on "tune", so that
+        split: "train", "tune" or "valid". No patient is in two of them; thresholds are chosen on "tune", so that
             "valid" stays unseen.
-        config: Of the model: its labels are read.
-        reconstructions: "one" of each scan and epoch, in turn, so that no two studies of a batch share a report; or
-            "all", as studies of their own.
-        tune_share: Share of the train split's patients that make "tune", where the source has no such split: those
-            whose hash is lowest, so always the same. 0.1 by default; of prepared shards what they were prepared with.
-        limit: Only so many studies, the first of a fixed pseudo-random order.
-        version: Of CT-RATE.
-        need_reports: Leave out studies whose report says nothing; they serve where only labels are learned.
+        config: The model's configuration, whose labels are read.
+        reconstructions: "one" per scan and epoch, in turn, so that no two studies of a batch share a report; or "all",
+            as studies of their own.
+        tune_share: Share of the train split's patients that form "tune" if the source has no such split: those with
+            the lowest hashes, so always the same. 0.1 by default; for prepared shards, the share used to prepare them.
+        limit: Take only this many studies, the first of a fixed pseudo-random order.
+        version: Version of CT-RATE.
+        need_reports: Leave out studies whose report says nothing; they are of use where only labels are learned.
         revision: Branch, tag or commit of a repository.
-        token: For the Hub, instead of the one that is logged in.
-        phantoms: Which studies "phantoms" stands for.
+        token: Token for the Hub, in place of that of the logged-in user.
+        phantoms: The studies that "phantoms" stands for.
+
+    Returns:
+        The source; nothing but tables has been read.
 
     Raises:
-        DataError: If it holds no such thing, or not what the model needs.
+        DataError: If the address holds none of these, or not what the model needs.
     """
     share = TUNE_SHARE if tune_share is None else tune_share
     selection = Selection(split, reconstructions, share, limit, need_reports)
@@ -122,19 +125,19 @@ def open_source(
 def _phantom_split(config: MedCTConfig, selection: Selection, cohort: PhantomCohort) -> Source:
     """A split of a cohort of phantoms."""
     if list(config.label_names) != list(CT_CLIP_LABELS):
-        raise DataError(f"{PHANTOMS}: drawn with CT-CLIP's 18 labels. Pass a model that has them.")
+        raise DataError(f"{PHANTOMS}: these are drawn with CT-CLIP's 18 labels. Pass a model that has them.")
     patients = cohort.patients(selection.split)
     chosen = first_of([_phantom_name(cohort.site, patient) for patient in patients], selection.limit)
     return phantom_source(cohort.site, [patients[index] for index in chosen], cohort.seed)
 
 
 def phantom_source(site: str, patients: Sequence[int], seed: int) -> Source:
-    """SYNTHETIC studies, drawn as they are asked for.
+    """SYNTHETIC studies, drawn on demand.
 
     Args:
-        site: Which synthetic hospital, see `phantoms.SITES`.
-        patients: Their numbers; sources of disjoint numbers share no patient.
-        seed: Of the whole cohort.
+        site: Synthetic hospital, see `phantoms.SITES`.
+        patients: Numbers of the patients; sources with disjoint numbers share no patient.
+        seed: Seed for the whole cohort.
     """
     return Source(
         [(patient,) for patient in patients],

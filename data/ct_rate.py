@@ -1,19 +1,19 @@
-"""CT-RATE as it is: on the Hub or a local copy, version 1 or 2, with its known faults.
+"""CT-RATE as it is: on the Hub or as a local copy, version 1 or 2, with its known faults.
 
 | fault | what is done |
 | --- | --- |
 | "valid" in some names, "validation" in others | both are tried |
 | scans of head and neck, listed under version 1 paths | left out, by file name |
-| two reconstructions of most scans share one report | one an epoch, in turn; `reconstructions="all"` gives all |
-| "Not given." and empty findings or impressions | taken out; a report without either is "", as is a missing one |
-| a study without a row of labels | left out: it can be neither scored nor asked about |
+| two reconstructions of most scans share one report | one per epoch, in turn; `reconstructions="all"` gives all |
+| "Not given." and empty findings or impressions | removed; a report with neither is "", as is a missing one |
+| a study without a row of labels | left out: it can be neither scored nor learned from |
 | no spacing in the metadata | left out |
 | version 1: stored values, blank headers | slope, intercept and spacing come from the metadata |
 | -8192 outside the field of view | clipped by the processor |
-| a patient in both splits, which only other names than CT-RATE's can have | refused |
-| a volume that cannot be read | passed by and counted by `StudyLoader` |
+| a patient in both splits, possible only with names other than CT-RATE's | refused |
+| a volume that cannot be read | skipped and counted by `StudyLoader` |
 
-All paths are made from `VolumeName`; the repository, with its 50,000 files, is never listed. A local folder may also
+All paths are derived from `VolumeName`; the repository, with its 50,000 files, is never listed. A local folder may also
 hold csv files and volumes side by side.
 
 Source: the dataset's page and its issues.
@@ -57,11 +57,11 @@ _VOLUME_NAME = re.compile(r"(?P<scan>(?P<patient>[^_]+_[^_]+)_[^_]+)_[^_]+?(\.ni
 
 @dataclass(frozen=True)
 class CTRate:
-    """CT-RATE's layout in a folder.
+    """A folder in CT-RATE's layout.
 
     Args:
-        folder: Where it lies.
-        split: "train" or "valid", as CT-RATE divides it.
+        folder: The folder.
+        split: "train" or "valid", as CT-RATE divides the data.
         version: 2, whose values are HU, or 1, which needs the metadata.
     """
 
@@ -70,7 +70,7 @@ class CTRate:
     version: int = 2
 
     def find(self, name: str) -> tuple[str, Path] | None:
-        """One of its tables, under either spelling of the split, and what stands before it: `dataset/` or nothing."""
+        """One of its tables, under either spelling of the split, and the prefix of its path: `dataset/` or nothing."""
         for prefix in _PREFIXES:
             for spelling in _SPELLINGS[self.split]:
                 if path := self.folder.file(prefix + name.format(split=spelling)):
@@ -78,7 +78,14 @@ class CTRate:
         return None
 
     def table(self, name: str, columns: Sequence[str]) -> pd.DataFrame | None:
-        """`VolumeName` and columns of one of its tables; in a local folder, of any csv file of the split with them.
+        """`VolumeName` and columns of one of its tables; in a local folder, of any csv file of the split that has them.
+
+        Args:
+            name: The table's path, with `{split}`.
+            columns: Columns besides `VolumeName`.
+
+        Returns:
+            Columns of text, one row per volume; `None` if there is no such table.
 
         Raises:
             DataError: If a column is missing, or rows contradict each other.
@@ -91,17 +98,17 @@ class CTRate:
         return merge_doubles(read_csv(path, [NAME, *columns], name=shown), NAME, shown)
 
     def _file_with(self, columns: Sequence[str]) -> Path | None:
-        """The first csv file of the split, at most two folders down, that has all columns."""
+        """The first csv file of the split, at most two folders deep, that has all columns."""
         for path in _shallow(self.folder, "*.csv"):
             if path.name.split("_")[0] in _SPELLINGS[self.split] and {NAME, *columns} <= _header(path):
                 return path
         return None
 
     def labels(self, label_names: Sequence[str]) -> pd.DataFrame:
-        """The labels.
+        """The labels of each volume, 0 to 1, NaN if unknown.
 
         Raises:
-            DataError: If there are none, or not those of the model.
+            DataError: If there are none, or not the model's.
         """
         table = self.table(_LABELS, label_names)
         if table is None:
@@ -109,7 +116,7 @@ class CTRate:
         return check_labels(table, label_names, f"{self.folder}: labels")
 
     def reports(self) -> pd.DataFrame:
-        """One text a volume.
+        """One report per volume.
 
         Raises:
             DataError: If there are none.
@@ -121,10 +128,10 @@ class CTRate:
         return pd.DataFrame({NAME: table[NAME], "report": [join_text(*part) for part in parts]})
 
     def metadata(self) -> pd.DataFrame | None:
-        """Rescaling and spacing of each volume.
+        """Rescaling and spacing of each volume; `None` if version 2 has no such table.
 
         Raises:
-            DataError: If version 1 lacks them.
+            DataError: If version 1 lacks it.
         """
         table = self.table(_METADATA, METADATA_COLUMNS)
         if table is None:
@@ -139,7 +146,7 @@ class CTRate:
         return to_numbers(table[[NAME, *columns]], columns, f"{self.folder}: metadata")
 
     def no_chest(self) -> set[str]:
-        """Names of volumes that show head or neck; the lists hold paths of version 1."""
+        """Names of volumes that show head or neck; CT-RATE lists them by version 1 paths."""
         found = self.find(_NO_CHEST)
         paths = [found[1]] if found else _shallow(self.folder, f"no_chest_{self.split}*.txt")
         lines = [line.strip() for path in paths for line in path.read_text(encoding="utf-8-sig").splitlines()]
@@ -168,7 +175,7 @@ class CTRate:
 
 
 def _shallow(folder: Folder, pattern: str) -> list[Path]:
-    """Files of a local folder, at most two folders down; a repository is never listed."""
+    """Files in a local folder, at most two folders deep; a repository is never listed."""
     if not isinstance(folder, LocalFolder):
         return []
     return sorted(path for depth in ("", "*/", "*/*/") for path in folder.root.glob(depth + pattern))
@@ -182,7 +189,7 @@ def _header(path: Path) -> set[str]:
 
 
 def is_ct_rate(folder: Folder) -> bool:
-    """Whether a folder has a table of CT-RATE's layout."""
+    """Whether a folder has a table in CT-RATE's layout."""
     if any(CTRate(folder, split).find(_LABELS) for split in _SPELLINGS):
         return True
     return any(NAME in _header(path) for path in _shallow(folder, "*.csv"))
@@ -192,9 +199,9 @@ def ct_rate_source(folder: Folder, config: MedCTConfig, selection: Selection, ve
     """A split of CT-RATE; see the top of this file.
 
     Args:
-        folder: In CT-RATE's layout.
-        config: Whose labels are read.
-        selection: Which studies; "tune" is a part of CT-RATE's train split.
+        folder: Folder in CT-RATE's layout.
+        config: The model's configuration, whose labels are read.
+        selection: Which studies; "tune" is part of CT-RATE's train split.
         version: 1 or 2.
 
     Raises:
@@ -227,15 +234,21 @@ def ct_rate_source(folder: Folder, config: MedCTConfig, selection: Selection, ve
 
 
 def _part(names: pd.Series, part: str) -> list[str]:
-    """Patient or scan of volumes; a name of another form is one of its own."""
+    """Patient or scan of each volume; a name of another form counts as a patient or scan of its own."""
     return [match[part] if (match := _VOLUME_NAME.fullmatch(name)) else name for name in names]
 
 
 def refuse_shared_patients(data: CTRate, patients: set[str]) -> None:
-    """CT-RATE numbers patients by split, train_1 and valid_1; other names are looked up in the other split's labels.
+    """Refuse data that have a patient in both splits.
+
+    CT-RATE numbers patients by split, train_1 and valid_1; other names are looked up in the other split's labels.
+
+    Args:
+        data: One split.
+        patients: Names of its patients.
 
     Raises:
-        DataError: If a patient stands in both splits.
+        DataError: If a patient is in both splits.
     """
     if all(name.startswith(f"{data.split}_") for name in patients):
         return
@@ -243,13 +256,18 @@ def refuse_shared_patients(data: CTRate, patients: set[str]) -> None:
     shared = set() if other is None else patients.intersection(_part(other[NAME], "patient"))
     if shared:
         raise DataError(
-            f"{data.folder}: {len(shared)} patients stand in both the train and the valid split, so scores would be "
+            f"{data.folder}: {len(shared)} patients are in both the train and the valid split, so scores would be "
             "too good. Give each patient one split."
         )
 
 
 def sift(studies: pd.DataFrame, data: CTRate) -> Sieve:
-    """Leave out what cannot be used, before any volume is looked for."""
+    """Leave out what cannot be used, before any volume is looked for.
+
+    Args:
+        studies: Labels, reports and metadata merged, with `_merge` and `with_metadata` from the merges.
+        data: The split they are from.
+    """
     sieve = Sieve(studies)
     sieve.drop(sieve.table[NAME].isin(data.no_chest()), "no chest in it, by CT-RATE's list")
     sieve.drop(sieve.table["_merge"] == "right_only", "a report, but no row of labels")

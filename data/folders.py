@@ -1,7 +1,7 @@
-"""Where the files of a source lie: a local folder, or a dataset repository of the Hub that is never listed.
+"""Where the files of a source lie: a local folder, or a dataset repository on the Hub that is never listed.
 
 Tables come through the Hub client's cache. Volumes do not: tens of thousands of them would fill the disk, so each is
-held in memory while it is read. Both are tried again after network faults, and then given up.
+held in memory while it is read. Both are retried after network faults, a limited number of times.
 """
 
 import contextlib
@@ -28,14 +28,14 @@ from medct.data.sources import DataError, Deferred
 from medct.volume_io_medct import VolumeError
 
 MAX_RETRIES = 5
-"""After a network fault or an answer 5xx or 429, with waits that grow from 1 second."""
+"""After a network fault or a 5xx or 429 response, with waits that grow from 1 second."""
 MAX_WAIT_S = 8
 HUB_ADDRESS = "hf://datasets/"
 
 
 @dataclass(frozen=True)
 class LocalFolder:
-    """Files of a local folder."""
+    """Files in a local folder."""
 
     root: Path
     is_local = True
@@ -45,7 +45,7 @@ class LocalFolder:
 
     @property
     def address(self) -> str:
-        """For those who open its files themselves."""
+        """The folder's address, for code that opens its files itself."""
         return str(self.root)
 
     def file(self, path: str) -> Path | None:
@@ -53,7 +53,7 @@ class LocalFolder:
         return self.root / path if (self.root / path).is_file() else None
 
     def volume(self, path: str) -> str:
-        """What `read_volume` takes."""
+        """A volume by its path in the folder, as `read_volume` takes it."""
         return str(self.root / path)
 
     def has_volume(self, path: str) -> bool:
@@ -62,7 +62,7 @@ class LocalFolder:
 
 @dataclass(frozen=True)
 class HubFile(Deferred):
-    """A file of a dataset repository, fetched when it is opened and then forgotten."""
+    """A file in a dataset repository, fetched when it is opened and not kept."""
 
     repo_id: str
     path: str
@@ -74,10 +74,10 @@ class HubFile(Deferred):
 
     @contextlib.contextmanager
     def open(self) -> Iterator[dict[str, Any]]:
-        """Gives its bytes and its path, as an undecoded `datasets.Nifti()` column does.
+        """Yield the file's `bytes` and `path`, as an undecoded `datasets.Nifti()` column does.
 
         Raises:
-            VolumeError: If there is no such file, or not for this user.
+            VolumeError: If the file does not exist, or this user has no access to it.
             OSError, httpx2.HTTPError: If it cannot be fetched.
         """
         url = hf_hub_url(self.repo_id, self.path, repo_type="dataset", revision=self.revision)
@@ -89,14 +89,14 @@ class HubFile(Deferred):
             )
             hf_raise_for_status(response)
         except (RemoteEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError) as error:
-            reason = f"it is not there, or not for you ({type(error).__name__})"
+            reason = f"it does not exist, or you have no access to it ({type(error).__name__})"
             raise VolumeError(str(self), reason, "Check the table that names it, and your token") from error
         yield {"bytes": response.content, "path": self.path}
 
 
 @dataclass(frozen=True)
 class HubFolder:
-    """Files of a dataset repository at one commit, by names that are known."""
+    """Files in a dataset repository at one commit, by names known beforehand."""
 
     repo_id: str
     path: str
@@ -106,20 +106,20 @@ class HubFolder:
 
     @classmethod
     def open(cls, address: str, revision: str | None = None, token: str | None = None) -> "HubFolder":
-        """A repository, or a folder in it, at the commit that a revision means now: a run never mixes two.
+        """Open a repository, or a folder in it, at the commit that a revision now means: a run never mixes two.
 
         Args:
             address: `hf://datasets/ORG/NAME[@REVISION][/FOLDER]`.
             revision: Branch, tag or commit, unless the address has one.
-            token: Instead of the one that is logged in.
+            token: Token for the Hub, in place of that of the logged-in user.
 
         Raises:
-            DataError: If it is no such address, or the repository cannot be reached.
+            DataError: If the address is not of this form, or the repository cannot be reached.
         """
         try:
             uri = parse_hf_uri(address)
         except HfUriError as error:
-            raise DataError(f"{address}: no address of a dataset. Write {HUB_ADDRESS}ORG/NAME.") from error
+            raise DataError(f"{address}: not the address of a dataset. Write {HUB_ADDRESS}ORG/NAME.") from error
         revision = uri.revision or revision
         # Every repository has this file.
         url = hf_hub_url(uri.id, ".gitattributes", repo_type="dataset", revision=revision)
@@ -132,7 +132,7 @@ class HubFolder:
 
     @property
     def address(self) -> str:
-        """With its commit, for those who open its files themselves."""
+        """The folder's address with its commit, for code that opens its files itself."""
         pin = f"@{quote(self.revision, safe='')}" if self.revision else ""
         return f"{HUB_ADDRESS}{self.repo_id}{pin}" + (f"/{self.path}" if self.path else "")
 
@@ -140,7 +140,7 @@ class HubFolder:
         return f"{self.path}/{path}" if self.path else path
 
     def file(self, path: str) -> Path | None:
-        """A table by its path in the folder, from the cache if it is there; `None` if there is none.
+        """A table by its path in the folder, from the cache if possible; `None` if there is none.
 
         Raises:
             DataError: If it cannot be fetched.
@@ -152,7 +152,7 @@ class HubFolder:
                 return None
 
     def _download(self, name: str) -> str:
-        """A file in the Hub client's cache. The client overcomes all faults but an answer 5xx where the file begins."""
+        """A file in the Hub client's cache. The client retries all faults but a 5xx response at the file's start."""
 
         def download() -> str:
             return hf_hub_download(self.repo_id, name, repo_type="dataset", revision=self.revision, token=self.token)
@@ -163,11 +163,11 @@ class HubFolder:
         return keep_trying(download, passes, [min(2**retry, MAX_WAIT_S) for retry in range(MAX_RETRIES)])
 
     def volume(self, path: str) -> HubFile:
-        """What `read_study` takes."""
+        """A volume by its path in the folder, as `read_study` takes it."""
         return HubFile(self.repo_id, self._in_repo(path), self.revision, self.token)
 
     def has_volume(self, path: str) -> bool:
-        """Not asked: it would be a request a volume. One that is missing is a bad sample."""
+        """Always true: asking would cost one request per volume. A missing volume is a bad sample."""
         return True
 
 
@@ -176,7 +176,7 @@ Folder = LocalFolder | HubFolder
 
 @contextlib.contextmanager
 def _explained(address: str) -> Iterator[None]:
-    """Errors of the Hub client in a sentence, with what to do."""
+    """Turn the Hub client's errors into one sentence with a remedy."""
     try:
         yield
     except RemoteEntryNotFoundError:
@@ -184,7 +184,7 @@ def _explained(address: str) -> Iterator[None]:
     except GatedRepoError as error:
         page = address.replace("hf://", f"{constants.ENDPOINT}/", 1)
         raise DataError(
-            f"{address}: gated. Accept its terms at {page}, then log in with `hf auth login` or pass a token."
+            f"{address}: access is gated. Accept its terms at {page}, then log in with `hf auth login` or pass a token."
         ) from error
     except RevisionNotFoundError as error:
         raise DataError(f"{address}: has no such revision. Check it, or leave it out.") from error
@@ -199,15 +199,20 @@ def _explained(address: str) -> Iterator[None]:
 
 
 def open_folder(address: str, revision: str | None = None, token: str | None = None) -> Folder:
-    """A local folder or a dataset repository.
+    """Open a local folder or a dataset repository.
+
+    Args:
+        address: Folder, or `hf://datasets/ORG/NAME[@REVISION][/FOLDER]`.
+        revision: Branch, tag or commit of a repository, unless the address has one.
+        token: Token for the Hub, in place of that of the logged-in user.
 
     Raises:
-        DataError: If there is none at the address.
+        DataError: If the address leads to neither.
     """
     if str(address).startswith(HUB_ADDRESS):
         return HubFolder.open(str(address), revision, token)
     if is_address(str(address)):
-        raise DataError(f"{address}: only local folders and {HUB_ADDRESS}ORG/NAME are streamed. Pass one of them.")
+        raise DataError(f"{address}: only local folders and {HUB_ADDRESS}ORG/NAME can be streamed. Pass one of them.")
     if not Path(address).is_dir():
         raise DataError(f"{address}: no such folder. Pass a folder, or {HUB_ADDRESS}ORG/NAME.")
     return LocalFolder(Path(address))

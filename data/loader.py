@@ -1,8 +1,8 @@
-"""Studies of a source to batches of the model's inputs.
+"""From the studies of a source to batches of the model's inputs.
 
 Unusual: workers read and preprocess single studies, and batches are made in the main process, so that they stay full
-although bad studies are passed by. Studies come in the order of `Source.keys` whatever the number of workers, because
-`datasets` deals them out in turn and torch collects them in turn; so a position is all the state there is.
+although bad studies are skipped. Studies come in the order of `Source.keys` whatever the number of workers; so a
+position is all the state there is.
 """
 
 import hashlib
@@ -15,10 +15,10 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 
 from medct.configuration_medct import MedCTConfig
 from medct.data.sources import DataError, Deferred, Row, Skipped, Source, read_study, too_many_bad
+from medct.data.workers import load_in_processes
 from medct.image_processing_medct import MedCTImageProcessor
 from medct.processing_medct import MedCTProcessor
 from medct.volume_io_medct import VolumeError
@@ -27,7 +27,7 @@ Batch = dict[str, Any]
 
 
 def report_id(report: str) -> int:
-    """A number that is equal for equal reports; 0 if there is none."""
+    """A number that is the same for equal reports; 0 if there is no report."""
     if not report:
         return 0
     return int.from_bytes(hashlib.blake2b(report.encode(), digest_size=8).digest(), "big", signed=True)
@@ -35,7 +35,7 @@ def report_id(report: str) -> int:
 
 @dataclass(frozen=True)
 class LoadStudy:
-    """Rows to tensors; pickles, for loader processes.
+    """Turns rows into tensors; picklable, for loader processes.
 
     Args:
         image_processor: The model's.
@@ -66,7 +66,7 @@ class LoadStudy:
 
 
 def _reason(error: Exception) -> str:
-    """What is wrong, in a line; of errors that are not ours only what cannot hold anything of a header."""
+    """What is wrong, in one line; for errors that are not ours, only the class, which cannot quote a header."""
     if isinstance(error, VolumeError | DataError | OSError):
         return f"{type(error).__name__}: {' '.join(str(error).split())}"
     return type(error).__name__
@@ -80,25 +80,25 @@ class StudyLoader:
         processor: The model's.
         label_names: The model's; the source must have the same.
         batch_size: Studies in a batch.
-        with_text: Whether reports are wanted as tokens.
-        seed: Of the order, see `Source.keys`.
+        with_text: Whether batches hold the reports as tokens.
+        seed: Seed for the order, see `Source.keys`.
         drop_last: Leave out what does not fill a batch at the end of a pass.
-        rank: Number of this process.
-        world_size: Processes that share the source, each study going to one of them.
+        rank: Index of this process, from 0.
+        world_size: Number of processes that share the source; each study goes to one of them.
         num_workers: Loader processes; 0 loads in this one.
-        on_bad_sample: Whether a study that cannot be read is passed by and counted, or ends the run.
-        max_bad_share: More than this share of the studies of a pass ends the run all the same; see `too_many_bad`.
-        bad_samples_file: To which a JSON line is appended for each: `id`, `reason`, `epoch`. Each study has one line,
-            however often it is met, by this process or others, or after the run went on.
+        on_bad_sample: Whether a study that cannot be read is skipped and counted, or ends the run.
+        max_bad_share: A greater share of bad studies in a pass ends the run even with "skip"; see `too_many_bad`.
+        bad_samples_file: File that gets a JSON line for each: `id`, `reason`, `epoch`. Each study has one line,
+            however often it is met, by this process or others, or after the run was resumed.
 
     Attributes:
-        epoch: Of the pass that iteration makes, or would make next.
-        num_seen: Studies that came so far in the pass that is made, or was made last.
-        num_bad: Those of them that could not be read.
+        epoch: Index of the current pass, or of the next if none is under way.
+        num_seen: Studies seen so far in the current or last pass.
+        num_bad: Those among them that could not be read.
 
-    Memory: at most `num_workers * max(2, ceil(batch_size / num_workers))` volumes are read ahead of the batch that is
+    Memory: at most `num_workers * max(2, ceil(batch_size / num_workers))` volumes are read ahead of the batch being
     gathered, in shared memory, however many studies there are. At CT-CLIP's sizes each takes 111 MB from prepared
-    shards and 221 MB otherwise. Besides there are the batch in use, and in each worker what reading a scan takes.
+    shards and 221 MB otherwise. Add the batch in use and, in each worker, what reading a scan takes.
 
     Raises:
         DataError: If the labels are not the model's; during iteration, if too many studies are bad.
@@ -132,12 +132,12 @@ class StudyLoader:
         self.on_bad_sample, self.max_bad_share = on_bad_sample, max_bad_share
         self.bad_samples_file = bad_samples_file
         self.epoch = self.num_seen = self.num_bad = 0
-        self._position = self._start = 0  # of this process, in the pass that is made and in the one to come
+        self._position = self._start = 0  # of this process, in the current pass and in the next
 
     def __iter__(self) -> Iterator[Batch]:
-        """One pass: `pixel_values` `(batch, 1, z, y, x)`, float32, or int16 HU of prepared shards (see `to_device`);
+        """One pass: `pixel_values` `(batch, 1, z, y, x)`, float32, or int16 HU from prepared shards (see `to_device`);
         `labels` `(batch, labels)`, float32, NaN if unknown; `report_ids` `(batch,)`, equal for equal reports and 0
-        without one; `ids` and `patients`; with text `input_ids` and `attention_mask` `(batch, tokens)`."""
+        without one; `ids` and `patients`; and, with text, `input_ids` and `attention_mask` `(batch, tokens)`."""
         self._position, self._start = self._start, 0
         is_whole, num_batches = not self._position, 0
         if is_whole:
@@ -150,7 +150,7 @@ class StudyLoader:
                 self._pass_by(study)
                 continue
             studies.append(study)
-            del study  # or its volume would stay in shared memory while the batch is used
+            del study  # otherwise its volume would stay in shared memory while the batch is used
             if len(studies) == self.batch_size:
                 num_batches += 1
                 batch, studies = self._batch(studies), []
@@ -169,20 +169,15 @@ class StudyLoader:
         self._position = 0
 
     def _studies(self) -> Iterator[Row | Skipped]:
-        """What is left of this process's studies, in their order."""
+        """This process's remaining studies, in order."""
         keys = self.source.keys(self.epoch, self.seed)[self.rank :: self.world_size][self._position :]
+        load = LoadStudy(self.processor.image_processor)
         workers = min(self.num_workers, len(keys))
-        loader = DataLoader(
-            self.source.stream_keys(keys),  # type: ignore[arg-type]
-            batch_size=None,
-            collate_fn=LoadStudy(self.processor.image_processor),  # type: ignore[arg-type]
-            num_workers=workers,
-            # Together the workers are about one batch ahead.
-            prefetch_factor=max(2, math.ceil(self.batch_size / workers)) if workers else None,
-            # Its own, since torch draws a number for each pass: a run that goes on would draw one more.
-            generator=torch.Generator(),
-        )
-        yield from loader
+        if not workers:
+            return (load(self.source.read(key)) for key in keys)
+        # Together they are about one batch ahead.
+        ahead = workers * max(2, math.ceil(self.batch_size / workers))
+        return load_in_processes(keys, self.source.read, load, workers, ahead)
 
     def _pass_by(self, bad: Skipped) -> None:
         """Count and list a study that could not be read, or end the run."""
@@ -198,7 +193,7 @@ class StudyLoader:
             )
 
     def _list(self, bad: Skipped, path: Path) -> None:
-        """Append a line, unless the study has one. They are few, and other processes write, too: so it is looked up."""
+        """Append a line unless the study has one; lines are few and other processes write too: the file is searched."""
         head = json.dumps({"id": bad.id})[:-1] + ","
         with path.open("a+") as file:
             file.seek(0)
@@ -219,32 +214,32 @@ class StudyLoader:
         return batch
 
     def _stack(self, volumes: list[torch.Tensor]) -> torch.Tensor:
-        """`(batch, 1, z, y, x)`, in memory of its own unless a single volume was made in this process."""
+        """`(batch, 1, z, y, x)`, newly allocated unless it is a single volume made in this process."""
         shape = (len(volumes), *volumes[0].shape)
         if torch.cuda.is_available():  # pinned memory is copied to a GPU while the GPU computes
             return torch.stack(volumes, out=volumes[0].new_empty(shape, pin_memory=True))
         if len(volumes) == 1 and not self.num_workers:
             return volumes[0][None]
-        # numpy asks for huge pages, torch does not, and faulting in small ones costs more than the copy
+        # numpy asks for huge pages, torch does not, and faulting in small pages costs more than the copy
         return torch.stack(volumes, out=torch.from_numpy(np.empty(shape, volumes[0].numpy().dtype)))
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the pass stands after the batch that came last; picklable."""
+        """The position in the pass after the last batch; picklable."""
         position = self._position or self._start
         counts = {"num_seen": self.num_seen, "num_bad": self.num_bad}
         return {"epoch": self.epoch, "position": position, **counts, **self._identity()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state: the next batch is the one that would have come. The number of workers may differ.
+        """Resume from a state: the next batch is the one that would have come next. The number of workers may differ.
 
         Raises:
-            DataError: If the state is that of another source, order or number of processes.
+            DataError: If the state belongs to another source, order or number of processes.
         """
         for name, value in self._identity().items():
             if state[name] != value:
                 raise DataError(
-                    f"The saved position is of {name} {state[name]}, and this run has {value}. Go on with the same "
-                    "data and settings, or begin anew."
+                    f"The saved position has {name} {state[name]}, but this run has {value}. Resume with the same "
+                    "data and settings, or start again."
                 )
         self.epoch, self._start, self._position = state["epoch"], state["position"], 0
         self.num_seen, self.num_bad = state["num_seen"], state["num_bad"]
@@ -255,7 +250,13 @@ class StudyLoader:
 
 
 def to_device(batch: Batch, device: torch.device | str, config: MedCTConfig) -> Batch:
-    """Move the tensors of a batch; int16 HU of prepared shards become float32 of the model's unit only there."""
+    """Move a batch to a device; only there do int16 HU from prepared shards become float32 in the model's unit.
+
+    Args:
+        batch: From a `StudyLoader`; the tensors in it are moved, the rest is kept.
+        device: Where to.
+        config: The model's configuration, which has its unit.
+    """
     batch = {
         name: part.to(device, non_blocking=True) if isinstance(part, torch.Tensor) else part
         for name, part in batch.items()

@@ -1,9 +1,9 @@
-"""Show what a source holds before it is trusted.
+"""Show what a source holds before training on it.
 
     medct overview SOURCE --model ct-clip                # counts, and overview.png: samples as the model sees them
     medct overview SOURCE --split valid --samples 0      # counts only: reads no volume
 
-Takes any source that training takes. Samples are drawn by a seed; each is shown by its three middle slices, upright,
+Takes any source that training takes. Samples are drawn with a seed; each is shown as its three middle slices, upright,
 with the patient's right on the left of the picture.
 """
 
@@ -45,17 +45,17 @@ _TEXTS_AT_ONCE = 256
 
 
 def summarize(source: Source, tokenizer: PreTrainedTokenizerBase | None = None) -> dict[str, Any]:
-    """Count what a source holds; reads no volume.
+    """Count what a source holds, without reading any volume.
 
     Args:
-        source: Any.
+        source: Any source.
         tokenizer: The model's; without one, reports are counted in words only.
 
     Returns:
-        `description`; `num_studies` (of one epoch), `num_volumes` (with all reconstructions), `num_patients`; `labels`:
-        by name `present`, `absent`, `unknown` and `prevalence` among the known, `None` if none is; `no_finding`:
-        studies without any, of those where all are known; `reports`: `missing`, quartiles of `words` and `tokens`,
-        `distinct` and `cut`, that is longer than the model reads; `skipped`: ids by reason.
+        `description`; `num_studies` (in one epoch), `num_volumes` (with all reconstructions), `num_patients`; `labels`:
+        `present`, `absent`, `unknown` and `prevalence` among the known (`None` if there are none), by name;
+        `no_finding`: studies without any finding, among those with all labels known; `reports`: `missing`, `distinct`,
+        quartiles of `words` and `tokens`, and `cut`, those longer than the model reads; `skipped`: ids by reason.
     """
     patients: set[str] = set()
     reports: Counter[str] = Counter()
@@ -111,13 +111,13 @@ def _count_reports(reports: Counter[str], tokenizer: PreTrainedTokenizerBase | N
 
 
 def _quantiles(lengths: Sequence[int], times: Sequence[int]) -> dict[str, int]:
-    """Of lengths that occur several times each."""
+    """Quantiles of lengths that occur several times each."""
     values = np.quantile(np.repeat(lengths, times), list(_QUANTILES.values()), method="nearest")
     return dict(zip(_QUANTILES, values.astype(int).tolist(), strict=True))
 
 
 def as_text(summary: dict[str, Any]) -> str:
-    """The counts for people."""
+    """The counts as readable text."""
     lines = [summary["description"], ""]
     volumes = f", {summary['num_volumes']} volumes" if summary["num_volumes"] != summary["num_studies"] else ""
     lines += [f"{summary['num_studies']} studies{volumes}, {summary['num_patients']} patients", ""]
@@ -152,14 +152,14 @@ def _report_lines(reports: dict[str, Any], num_studies: int) -> list[str]:
 
 
 def middle_slices(pixel_values: torch.Tensor, config: MedCTConfig) -> list[tuple[np.ndarray, float]]:
-    """The axial, coronal and sagittal slice through the middle, upright.
+    """The axial, coronal and sagittal slices through the middle, upright.
 
     Args:
         pixel_values: `(z, y, x)`, as the model sees it.
-        config: Which says how its axes lie, and its spacing.
+        config: Says how the axes lie, and their spacing.
 
     Returns:
-        For each view the picture `(rows, columns)`, and the height of its pixels over their width.
+        For each view, the picture `(rows, columns)` and the height of its pixels over their width.
     """
     vision = config.vision_config
     axes, signs = axis_order(affine_from_spacing((1, 1, 1), vision.orientation), _UPRIGHT)
@@ -173,14 +173,14 @@ def contact_sheet(source: Source, config: MedCTConfig, path: Path, samples: int,
     """Write a PNG of some studies as the model sees them.
 
     Args:
-        source: Any.
-        config: Of the model.
-        path: Of the PNG.
-        samples: Studies to show.
-        seed: Of the choice.
+        source: Any source.
+        config: The model's configuration.
+        path: File to write.
+        samples: Number of studies to show.
+        seed: Seed for their choice.
 
     Returns:
-        Those of them that could not be read; the sheet says why.
+        The studies among them that could not be read; the sheet says why.
     """
     load = LoadStudy(MedCTImageProcessor.from_config(config.vision_config))
     keys = source.keys(seed=seed)[:samples]

@@ -1,13 +1,13 @@
 """Your own studies: a folder with `metadata.csv`, or Parquet with a `Nifti()` column.
 
 `metadata.csv` follows the folder convention of `datasets`: `file_name` (a NIfTI file or a DICOM folder, relative to the
-csv file), `report`, one column a label, and if there are any `patient` and `split`. It stands at the top of the folder,
-or one in each of `train/`, `valid/` (or `validation/`) and `test/`. Parquet has the same columns, `volume` or whatever
-else is a `Nifti()` column in place of `file_name`, and the splits of its repository.
+csv file), `report`, one column per label and, optionally, `patient` and `split`. It lies at the top of the folder, or
+there is one in each of `train/`, `valid/` (or `validation/`) and `test/`. Parquet has the same columns, with `volume`
+or any other `Nifti()` column in place of `file_name`, and the splits of its repository.
 
-Splits: "valid" is what is called valid, validation, val or test. Where there is both a test split and one of the
-others, test is "valid", and the other is "tune". Without any of them a tenth of the patients is held out. Without a
-column `patient` each study is a patient of its own.
+Splits: "valid" is the split called valid, validation, val or test. If there is both a test split and one of the others,
+test is "valid" and the other is "tune". Without any of them, a tenth of the patients is held out. Without a `patient`
+column, each study is a patient of its own.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ from medct.data.tables import (
 )
 
 HELD_OUT_SHARE = 0.1
-"""Of the patients, where nothing says which split they belong to."""
+"""Share of the patients that form "valid" where nothing says which split they belong to."""
 METADATA = "metadata.csv"
 REPORT_COLUMNS = ("report", "findings", "impression", "Findings_EN", "Impressions_EN")
 ID_COLUMNS = ("id", "VolumeName", "file_name")
@@ -46,19 +46,26 @@ _SPLIT_NAMES = (*_TRAIN, "tune", *_VALID, *_TEST)
 
 
 def split_meanings(names: Sequence[str], where: str) -> dict[str, str]:
-    """Our split for each name of one.
+    """Which of our splits each of a source's split names means.
+
+    Args:
+        names: Split names as the source has them.
+        where: Name of the source in messages.
+
+    Returns:
+        "train", "tune" or "valid" by name.
 
     Raises:
-        DataError: If a name is unknown.
+        DataError: If a name is unknown, or the names leave no meaning for one.
     """
     for name in names:
         if name.lower() not in _SPLIT_NAMES:
-            raise DataError(f"{where}: has the split {name!r}. Call its splits train, tune, valid or test.")
+            raise DataError(f"{where}: it has the split {name!r}. Call its splits train, tune, valid or test.")
     has_test = any(name.lower() in _TEST for name in names)
     has_tune = "tune" in (name.lower() for name in names)
     of_valid = "tune" if has_test and not has_tune else "valid"
     if has_test and has_tune and any(name.lower() in _VALID for name in names):
-        raise DataError(f"{where}: has a tune, a validation and a test split. Name one of the last two otherwise.")
+        raise DataError(f"{where}: it has a tune, a validation and a test split. Rename one of the last two.")
     meanings = dict.fromkeys(_TRAIN, "train") | dict.fromkeys(_VALID, of_valid) | {"test": "valid", "tune": "tune"}
     return {name: meanings[name.lower()] for name in names}
 
@@ -67,12 +74,12 @@ def choose_split(table: pd.DataFrame, selection: Selection, where: str) -> tuple
     """The rows of one split, and how it was made.
 
     Args:
-        table: With `patient` and `split`, empty where nothing says it.
-        selection: Which split, and how large a tune split is made where there is none.
-        where: For messages.
+        table: With `patient` and `split`, the latter empty where unknown.
+        selection: Which split, and how large a tune split to make where there is none.
+        where: Name of the source in messages.
 
     Raises:
-        DataError: If a patient stands in two splits, or only some rows have one.
+        DataError: If a patient is in two splits, or only some rows have a split.
     """
     named = table["split"] != ""
     how = ""
@@ -88,7 +95,7 @@ def choose_split(table: pd.DataFrame, selection: Selection, where: str) -> tuple
     doubled = table.groupby("patient")["split"].nunique() > 1
     if doubled.any():
         raise DataError(
-            f"{where}: {int(doubled.sum())} patients stand in several splits, so scores would be too good. Give each "
+            f"{where}: {int(doubled.sum())} patients are in several splits, so scores would be too good. Give each "
             "patient one split."
         )
     if "tune" not in set(table["split"]) and selection.split != "valid":
@@ -98,7 +105,16 @@ def choose_split(table: pd.DataFrame, selection: Selection, where: str) -> tuple
 
 
 def tidy(table: pd.DataFrame, config: MedCTConfig, where: str) -> pd.DataFrame:
-    """A table of studies as `data.tables` describes it, from one that has `id`, `volume` and columns as text."""
+    """Make a table of studies as `tables` describes it, with a column `split`.
+
+    Args:
+        table: With `id`, `volume`, labels, and any of the other columns, as text.
+        config: The model's configuration, which names the labels.
+        where: Name of the source in messages.
+
+    Raises:
+        DataError: If a label is not a number from 0 to 1, or a patient is empty.
+    """
     parts = [table[column] for column in REPORT_COLUMNS if column in table]
     reports = [join_text(*part) for part in zip(*parts, strict=True)] if parts else [""] * len(table)
     table = check_labels(table, config.label_names, where)
@@ -118,7 +134,7 @@ def tidy(table: pd.DataFrame, config: MedCTConfig, where: str) -> pd.DataFrame:
 
 
 def metadata_files(folder: Folder) -> dict[str, Path]:
-    """`metadata.csv` at the top (under ""), or those of the split folders (under their names)."""
+    """`metadata.csv` at the top (keyed by ""), or those of the split folders (keyed by their names)."""
     if path := folder.file(METADATA):
         return {"": path}
     found = {name: folder.file(f"{name}/{METADATA}") for name in ("train", "tune", *_VALID, *_TEST)}
@@ -129,13 +145,13 @@ def metadata_source(folder: Folder, files: dict[str, Path], config: MedCTConfig,
     """A split of a folder with `metadata.csv`; see the top of this file.
 
     Args:
-        folder: Relative to which the files lie.
+        folder: Folder that `files` and the volumes lie in.
         files: From `metadata_files`.
-        config: Whose labels are read.
+        config: The model's configuration, whose labels are read.
         selection: Which studies.
 
     Raises:
-        DataError: If a column is missing, a label is none, or nothing is left.
+        DataError: If a column is missing, a label is invalid, or nothing is left.
     """
     tables = []
     for split, path in files.items():
@@ -168,13 +184,13 @@ class ParquetVolume(Deferred):
 
     @contextlib.contextmanager
     def open(self) -> Iterator[dict[str, Any]]:
-        """Gives an undecoded `datasets.Nifti()` value: `bytes`, or the `path` of a file.
+        """Yield an undecoded `datasets.Nifti()` value: `bytes`, or the `path` of a file.
 
         Raises:
             OSError, pyarrow.ArrowException: If it cannot be fetched or is damaged.
         """
         with fsspec.open(self.path, "rb", **self.options) as file:
-            # Arrow checks pages only if it is told to; without it flipped bits read as wrong voxels.
+            # Arrow verifies pages only on request; otherwise flipped bits read as wrong voxels.
             shard = parquet.ParquetFile(file, page_checksum_verification=True)
             table = shard.read_row_group(self.row_group, columns=[self.column], use_threads=False)
         yield table.column(self.column)[self.row].as_py()
@@ -182,7 +198,7 @@ class ParquetVolume(Deferred):
 
 @dataclass(frozen=True)
 class ParquetVolumes:
-    """Makes the volume of a cell `(file, row group, row)`."""
+    """Turns a cell `(file, row group, row)` into its volume."""
 
     paths: tuple[str, ...]
     column: str
@@ -196,19 +212,19 @@ class ParquetVolumes:
 def parquet_source(
     address: str, config: MedCTConfig, selection: Selection, revision: str | None = None, token: str | None = None
 ) -> Source:
-    """A split of Parquet files, or of a `datasets` repository that is stored so, with a `Nifti()` column.
+    """A split of Parquet files, or of a `datasets` repository stored as Parquet, with a `Nifti()` column.
 
-    Only text and labels are read before the first volume is asked for, once.
+    Until the first volume is needed, only text and labels are read, once.
 
     Args:
         address: Parquet file, folder, or `hf://datasets/ORG/NAME`.
-        config: Whose labels are read.
+        config: The model's configuration, whose labels are read.
         selection: Which studies.
-        revision: Of the repository.
-        token: For it.
+        revision: Branch, tag or commit of the repository.
+        token: Token for the repository.
 
     Raises:
-        DataError: If it holds no Parquet, no or several `Nifti()` columns, or a label is missing.
+        DataError: If there is no Parquet, no `Nifti()` column or several, or a label is missing.
     """
     files = _data_files(address, revision, token)
     options = {"token": token} if token and address.startswith(HUB_ADDRESS) else {}
@@ -220,7 +236,7 @@ def parquet_source(
         tables.append(table.assign(split=split_of[path] if len(files) > 1 else table.get("split", "")))
         columns.add(column)
     if len(columns) != 1:
-        raise DataError(f"{address}: its files have different volume columns ({', '.join(sorted(columns))}).")
+        raise DataError(f"{address}: the volume columns of its files differ ({', '.join(sorted(columns))}).")
     table = tidy(merge_doubles(pd.concat(tables, ignore_index=True), "id", address), config, address)
     chosen, how = choose_split(table, selection, address)
     volumes = ParquetVolumes(paths, columns.pop(), options)
@@ -236,19 +252,19 @@ def _data_files(address: str, revision: str | None, token: str | None) -> dict[s
         builder = load_dataset_builder(name, revision=revision, token=token)
     except Exception as error:  # of several libraries
         raise DataError(
-            f"{address}: no CT-RATE layout, no {METADATA}, and no dataset ({type(error).__name__}). Pass CT-RATE's "
-            f"folder, or one with a {METADATA}, or Parquet files with a Nifti() column."
+            f"{address}: not in CT-RATE's layout, no {METADATA}, and not a dataset ({type(error).__name__}). Pass "
+            f"CT-RATE's folder, one with a {METADATA}, or Parquet files with a Nifti() column."
         ) from error
     if builder.dataset_name is None or builder.name != "parquet" or not builder.config.data_files:
         raise DataError(
-            f"{address}: no CT-RATE layout, no {METADATA}, and stored as {builder.name}. Write it as Parquet with "
-            "`Dataset.push_to_hub` or `Dataset.to_parquet`."
+            f"{address}: not in CT-RATE's layout, no {METADATA}, and stored as {builder.name}. Write it as Parquet "
+            "with `Dataset.push_to_hub` or `Dataset.to_parquet`."
         )
     return {str(split): [str(path) for path in paths] for split, paths in builder.config.data_files.items()}
 
 
 def _light_columns(path: str, number: int, options: dict[str, Any], config: MedCTConfig) -> tuple[pd.DataFrame, str]:
-    """All but the volumes of a Parquet file, with where each of them lies; and the name of their column."""
+    """All columns of a Parquet file but the volumes, with where each volume lies; and the name of their column."""
     try:
         with fsspec.open(path, "rb", **options) as file:
             shard = parquet.ParquetFile(file)
@@ -256,11 +272,11 @@ def _light_columns(path: str, number: int, options: dict[str, Any], config: MedC
             wanted = [*config.label_names, *ID_COLUMNS, *REPORT_COLUMNS, "patient", "split"]
             missing = [name for name in config.label_names if name not in shard.schema_arrow.names]
             if missing:
-                raise DataError(f"{path}: has no column {missing[0]!r}. Add it, or pass a model with its labels.")
+                raise DataError(f"{path}: it has no column {missing[0]!r}. Add it, or pass a model with its labels.")
             table = shard.read([name for name in wanted if name in shard.schema_arrow.names]).to_pandas()
             sizes = [shard.metadata.row_group(group).num_rows for group in range(shard.num_row_groups)]
     except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{path}: no readable Parquet file ({type(error).__name__}). Copy it again.") from error
+        raise DataError(f"{path}: not a readable Parquet file ({type(error).__name__}). Copy it again.") from error
     cells = [(number, group, row) for group, size in enumerate(sizes) for row in range(size)]
     names = next((table[name].astype(str) for name in ID_COLUMNS if name in table), None)
     if names is None:
@@ -274,7 +290,7 @@ def _volume_column(path: str, schema: pa.Schema) -> str:
     columns = [name for name, feature in features.items() if isinstance(feature, Nifti)]
     if len(columns) != 1:
         found = f"the Nifti() columns {', '.join(columns)}" if columns else "no Nifti() column"
-        raise DataError(f"{path}: has {found}. Keep one, cast with `cast_column(name, datasets.Nifti())`.")
+        raise DataError(f"{path}: it has {found}. Keep one, cast with `cast_column(name, datasets.Nifti())`.")
     return columns[0]
 
 

@@ -1,19 +1,19 @@
 """Synthetic chest CT phantoms with 18 findings and reports, so that training runs without a network.
 
-These are drawings, not patients: ellipsoids and tubes with plausible densities. No patient data went in,
-and no score reached on them says anything about clinical use. They exist to exercise the whole path from
-volume and report to adapted model.
+These are drawings, not patients: ellipsoids and tubes with plausible densities. They are made without any patient
+data, and no score on them says anything about clinical use. They exist to exercise the whole path from volume and
+report to adapted model.
 
 What is unusual:
     * Every finding is drawn large and with generous contrast, to survive resampling to 6 x 3.75 x 3.75 mm;
-      its prevalence is raised to 0.15-0.45, and findings are independent of each other, which they are not in people.
+      its prevalence is raised to 0.15-0.45, and findings are independent of each other, as they are not in patients.
     * Site B differs from site A in scanner, protocol and wording, never in anatomy or in how findings are drawn.
-    * Findings are painted in the order of the labels, each over what lies there: a later one may hide an earlier one.
+    * Findings are painted in label order, each over what is already there: a later one may hide an earlier one.
     * Image noise is a random crop of one fixed field per site, far cheaper than fresh noise.
-    * A study depends on (patient, site, seed) alone, never on the studies drawn before it.
+    * A study depends only on (patient, site, seed), never on the studies drawn before it.
 
 Coordinates inside this file are `(z, x, y)` in mm from the centre of the volume: z towards superior, x towards
-the patient's left, y towards posterior. Volumes are drawn as (S, L, P) and handed out as CT-RATE's (L, P, S).
+the patient's left, y towards posterior. Volumes are drawn as (S, L, P) and returned as CT-RATE's (L, P, S).
 """
 
 from collections.abc import Callable
@@ -24,8 +24,8 @@ import numpy as np
 
 from medct.configuration_medct import CT_CLIP_LABELS
 
-EXTENT_MM = (300.0, 350.0, 350.0)  # (z, x, y), what every scan covers
-NORMAL_FRACTION = 0.05  # patients without any finding, beyond those whom chance leaves without
+EXTENT_MM = (300.0, 350.0, 350.0)  # (z, x, y), covered by every scan
+NORMAL_FRACTION = 0.05  # patients without any finding, besides those left without one by chance
 RIGHT, LEFT = -1, 1
 
 Point = tuple[float, float, float]  # (z, x, y), mm
@@ -43,14 +43,14 @@ class Site:
         noise_passes: How often the noise is smoothed: more passes, coarser grain.
         kernel_weights: Weight of each neighbour along `(z, x, y)` in the reconstruction kernel, at most 1/3;
             negative sharpens.
-        hu_gain: Calibration slope, about air.
-        hu_offset: Calibration error.
+        hu_gain: Calibration slope, with air (-1000 HU) fixed.
+        hu_offset: Calibration offset, HU.
         isocentre_mm: Where the patient's centre lies in the volume, `(z, x, y)`.
-        lung_hu: Normal lung, by breath-hold.
-        blood_hu: Heart and vessels, by contrast medium.
+        lung_hu: Density of normal lung, which depends on the breath-hold.
+        blood_hu: Density of heart and vessels, which depends on the contrast medium.
         technique: Sentence for `Technique_EN`.
-        present: Templates for a finding that is there; `{phrase}` or `{Phrase}` stands for its name.
-        absent: Templates for a finding that is not there.
+        present: Templates for a finding that is present; `{phrase}` or `{Phrase}` stands for its name.
+        absent: Templates for a finding that is absent.
         impression: Template for the findings, joined by commas.
         normal: Impression of a study without findings.
     """
@@ -128,7 +128,7 @@ class Canvas:
 
     Attributes:
         hu: `(z, x, y)` float32, HU.
-        lung: `(z, x, y)` bool, where lung tissue is.
+        lung: `(z, x, y)` bool, true in lung tissue.
         spacing_mm: Voxel size.
         origin_mm: Coordinates of voxel (0, 0, 0).
     """
@@ -139,7 +139,15 @@ class Canvas:
     origin_mm: Point
 
     def box(self, low: Point, high: Point) -> tuple[Box, list[np.ndarray]]:
-        """Voxels between two corners in mm, and their coordinates as three arrays that broadcast."""
+        """Voxels between two corners, and their coordinates.
+
+        Args:
+            low: Corner with the lower coordinates, mm.
+            high: Corner with the higher coordinates, mm.
+
+        Returns:
+            Slices, and coordinates in mm as three arrays that broadcast to their shape.
+        """
         slices, coordinates = [], []
         for axis, (step, origin, length) in enumerate(zip(self.spacing_mm, self.origin_mm, self.hu.shape, strict=True)):
             start = min(max(int((low[axis] - origin) // step), 0), length)
@@ -150,7 +158,12 @@ class Canvas:
         return tuple(slices), coordinates
 
     def ellipsoid(self, centre: Point, radii: Point) -> tuple[Box, np.ndarray]:
-        """Box around an ellipsoid and the share of each voxel that it covers, in [0, 1]."""
+        """Box around an ellipsoid, and the share of each voxel that it covers, in [0, 1].
+
+        Args:
+            centre: Its centre, mm.
+            radii: Half its axes, mm.
+        """
         margin = [r + s for r, s in zip(radii, self.spacing_mm, strict=True)]
         low = tuple(c - m for c, m in zip(centre, margin, strict=True))
         high = tuple(c + m for c, m in zip(centre, margin, strict=True))
@@ -159,7 +172,13 @@ class Canvas:
         return box, self.coverage((1 - np.sqrt(z + x + y)) * min(radii))
 
     def tube(self, start: Point, end: Point, radius: float) -> tuple[Box, np.ndarray]:
-        """Box around a round-ended tube and the share of each voxel that it covers, in [0, 1]."""
+        """Box around a round-ended tube, and the share of each voxel that it covers, in [0, 1].
+
+        Args:
+            start: One end of its centre line, mm.
+            end: The other end, mm.
+            radius: Its radius, mm.
+        """
         margin = radius + max(self.spacing_mm)
         low = tuple(min(pair) - margin for pair in zip(start, end, strict=True))
         high = tuple(max(pair) + margin for pair in zip(start, end, strict=True))
@@ -172,17 +191,17 @@ class Canvas:
         return box, self.coverage(radius - np.sqrt(distance2))
 
     def coverage(self, depth_mm: np.ndarray) -> np.ndarray:
-        """Share of a voxel inside a surface, from the depth of its centre below it: partial volume, cheaply."""
+        """Share of a voxel inside a surface, from its centre's depth below it: a cheap partial-volume effect."""
         return (depth_mm / np.float32(self.spacing_mm[1]) + np.float32(0.5)).clip(0, 1)
 
     def fill(self, shape: tuple[Box, np.ndarray], hu: float, in_lung: bool = False, organ: bool = False) -> None:
         """Give a shape one density.
 
         Args:
-            shape: Box and coverage.
+            shape: Box and coverage, as from `ellipsoid` or `tube`.
             hu: Density.
-            in_lung: Leave what is not lung as it is.
-            organ: What is filled is no longer lung.
+            in_lung: Leave what is not lung unchanged.
+            organ: Whether filled voxels cease to be lung.
         """
         box, share = shape
         if in_lung:
@@ -192,23 +211,28 @@ class Canvas:
             self.lung[box] &= share < 0.5
 
     def add(self, shape: tuple[Box, np.ndarray], hu: float) -> None:
-        """Add a density to the lung inside a shape."""
+        """Add to the density of the lung inside a shape.
+
+        Args:
+            shape: Box and coverage, as from `ellipsoid` or `tube`.
+            hu: What to add, HU.
+        """
         box, share = shape
         self.hu[box] += share * self.lung[box] * np.float32(hu)
 
 
 @dataclass
 class Body:
-    """One patient's anatomy, mm and HU; the same distribution at every site.
+    """One patient's anatomy, mm and HU; drawn from the same distribution at every site.
 
     Attributes:
         size: Scale of the whole body, about 1.
-        lung_centres, lung_radii: By side.
+        lung_centres, lung_radii: Centre and radii of the lung, by side.
         dome_tops: Height of the diaphragm, by side.
-        heart: Centre.
-        heart_radii: Enlarged by cardiomegaly while findings are painted.
+        heart: Centre of the heart.
+        heart_radii: Radii of the heart; cardiomegaly enlarges them while findings are painted.
         aorta: Centre line from the heart over the arch down to the diaphragm.
-        blood_hu: Heart and vessels.
+        blood_hu: Density of heart and vessels.
     """
 
     size: float
@@ -223,7 +247,15 @@ class Body:
     def lung_point(
         self, rng: np.random.Generator, side: int, up=(-0.5, 0.7), out=(-0.2, 0.6), back=(-0.6, 0.6)
     ) -> Point:
-        """A point in one lung; ranges are fractions of its radii towards superior, lateral and posterior."""
+        """A random point in one lung.
+
+        Args:
+            rng: Random generator.
+            side: `RIGHT` or `LEFT`.
+            up: Range towards superior, in fractions of the lung's radius.
+            out: Range towards lateral, likewise.
+            back: Range towards posterior, likewise.
+        """
         z, x, y = (rng.uniform(*span) for span in (up, out, back))
         shrink = min(1.0, 0.85 / np.sqrt(z * z + x * x + y * y))
         (cz, cx, cy), (rz, rx, ry) = self.lung_centres[side], self.lung_radii[side]
@@ -235,12 +267,23 @@ class Body:
 
 
 def jitter(rng: np.random.Generator, point: Point, spread_mm: float) -> Point:
-    """Move a point by up to `spread_mm` along each axis."""
+    """Move a point at random.
+
+    Args:
+        rng: Random generator.
+        point: The point, mm.
+        spread_mm: Largest move along each axis, either way.
+    """
     return tuple(p + rng.uniform(-spread_mm, spread_mm) for p in point)
 
 
 def draw_body(rng: np.random.Generator, site: Site) -> Body:
-    """Draw one patient's anatomy."""
+    """Draw one patient's anatomy.
+
+    Args:
+        rng: Random generator.
+        site: Decides the density of blood, and nothing else.
+    """
     size = rng.uniform(0.94, 1.06)
     heart_size = size * rng.uniform(0.9, 1.08)
     widths = {side: rng.uniform(54, 62) * size for side in (RIGHT, LEFT)}
@@ -258,13 +301,22 @@ def draw_body(rng: np.random.Generator, site: Site) -> Body:
 
 
 def blank_canvas(site: Site, centre_mm: Point) -> Canvas:
-    """Air, with the patient's centre at `centre_mm` of the volume."""
+    """A canvas full of air.
+
+    Args:
+        site: Decides shape and voxel size.
+        centre_mm: Where the patient's centre lies in the volume.
+    """
     origin = tuple(-(n - 1) / 2 * s - c for n, s, c in zip(site.shape, site.spacing_mm, centre_mm, strict=True))
     return Canvas(np.full(site.shape, -1000, np.float32), np.zeros(site.shape, bool), site.spacing_mm, origin)
 
 
 def paint_trunk(canvas: Canvas, body: Body, rng: np.random.Generator) -> None:
-    """Skin, fat, muscle, spine, sternum: one cross-section for all slices, then ribs across it."""
+    """Paint skin, fat, muscle, spine and sternum: one cross-section for all slices, then ribs across it.
+
+    Args:
+        canvas, body, rng: See `Finding.paint`.
+    """
     _, (z, x, y) = canvas.box((-1e3,) * 3, (1e3,) * 3)
     x, y, s = x[0], y[0], body.size
     fat_mm = rng.uniform(8, 24)
@@ -280,7 +332,12 @@ def paint_trunk(canvas: Canvas, body: Body, rng: np.random.Generator) -> None:
 
 
 def paint_lungs(canvas: Canvas, body: Body, rng: np.random.Generator, site: Site) -> None:
-    """Both lungs with their texture and gravity's gradient, and the diaphragm under them."""
+    """Paint both lungs with texture and gravity's gradient, and the diaphragm below them.
+
+    Args:
+        canvas, body, rng: See `Finding.paint`.
+        site: Decides density and texture of the lungs.
+    """
     lung_hu = site.lung_hu + rng.uniform(-25, 25)
     texture = crop(noise_field(site.index, 6), canvas.hu.shape, rng)
     for side in (RIGHT, LEFT):
@@ -294,13 +351,23 @@ def paint_lungs(canvas: Canvas, body: Body, rng: np.random.Generator, site: Site
 
 
 def paint_dome(canvas: Canvas, body: Body, side: int, top_mm: float) -> None:
-    """One half of the diaphragm and the organ below it, up to a height."""
+    """Paint one half of the diaphragm and the organ below it.
+
+    Args:
+        canvas, body: See `Finding.paint`.
+        side: `RIGHT` or `LEFT`.
+        top_mm: Height of its highest point.
+    """
     centre = (top_mm - 90, side * 70 * body.size, -8)
     canvas.fill(canvas.ellipsoid(centre, (90, 78 * body.size, 92 * body.size)), 70, organ=True)
 
 
 def paint_mediastinum(canvas: Canvas, body: Body, rng: np.random.Generator) -> None:
-    """Fat, airways, aorta, heart, and vessels fanning out from the hila."""
+    """Paint fat, airways, aorta, heart, and vessels fanning out from the hila.
+
+    Args:
+        canvas, body, rng: See `Finding.paint`.
+    """
     s = body.size
     canvas.fill(canvas.ellipsoid((20, 0, 5), (125, 34 * s, 68 * s)), -80, organ=True)
     for start, end in zip(body.aorta, body.aorta[1:], strict=False):
@@ -316,13 +383,28 @@ def paint_mediastinum(canvas: Canvas, body: Body, rng: np.random.Generator) -> N
 
 
 def paint_airway(canvas: Canvas, start: Point, end: Point, radius: float, wall: float, in_lung: bool = True) -> None:
-    """A tube of air with a wall."""
+    """Paint a tube of air with a wall.
+
+    Args:
+        canvas: Volume to paint on.
+        start: One end, mm.
+        end: The other end, mm.
+        radius: Radius of the lumen, mm.
+        wall: Thickness of the wall, mm.
+        in_lung: Leave what is not lung unchanged.
+    """
     canvas.fill(canvas.tube(start, end, radius + wall), -20, in_lung=in_lung)
     canvas.fill(canvas.tube(start, end, radius), -990, in_lung=in_lung)
 
 
 def paint_heart(canvas: Canvas, body: Body, rim_mm: float = 4, rim_hu: float = -90) -> None:
-    """The heart inside a rim, which is fat unless fluid took its place."""
+    """Paint the heart inside a rim, of fat by default.
+
+    Args:
+        canvas, body: See `Finding.paint`.
+        rim_mm: Thickness of the rim.
+        rim_hu: Density of the rim.
+    """
     rim = tuple(r + rim_mm for r in body.heart_radii)
     canvas.fill(canvas.ellipsoid(body.heart, rim), rim_hu, organ=True)
     canvas.fill(canvas.ellipsoid(body.heart, body.heart_radii), body.blood_hu, organ=True)
@@ -334,12 +416,21 @@ def paint_heart(canvas: Canvas, body: Body, rim_mm: float = 4, rim_hu: float = -
 
 
 def some_sides(rng: np.random.Generator, both: float = 0.4) -> tuple[int, ...]:
-    """One side or both."""
+    """Choose one side at random, or both.
+
+    Args:
+        rng: Random generator.
+        both: Probability of both, in [0, 1].
+    """
     return (RIGHT, LEFT) if rng.random() < both else (int(rng.choice((RIGHT, LEFT))),)
 
 
 def medical_material(canvas: Canvas, body: Body, rng: np.random.Generator) -> None:
-    """A generator under the skin of one side with a lead to the heart, or wires in the sternum."""
+    """A generator under the skin of one side with a lead to the heart, or wires in the sternum.
+
+    Args:
+        canvas, body, rng: See `Finding.paint`.
+    """
     s = body.size
     if rng.random() < 0.3:
         for z in range(-50, 80, 25):
@@ -353,7 +444,11 @@ def medical_material(canvas: Canvas, body: Body, rng: np.random.Generator) -> No
 
 
 def arterial_calcification(canvas: Canvas, body: Body, rng: np.random.Generator) -> None:
-    """Bright plaques along the wall of the aorta."""
+    """Bright plaques along the wall of the aorta.
+
+    Args:
+        canvas, body, rng: See `Finding.paint`.
+    """
     for _ in range(rng.integers(6, 11)):
         leg = rng.choice(len(body.aorta) - 1, p=(0.1, 0.2, 0.3, 0.4))
         start, end = np.array(body.aorta[leg]), np.array(body.aorta[leg + 1])
@@ -364,19 +459,31 @@ def arterial_calcification(canvas: Canvas, body: Body, rng: np.random.Generator)
 
 
 def cardiomegaly(canvas: Canvas, body: Body, rng: np.random.Generator) -> None:
-    """A heart a quarter to a half wider than usual."""
+    """A heart a quarter to a half wider than usual.
+
+    Args:
+        canvas, body, rng: See `Finding.paint`.
+    """
     factor = rng.uniform(1.25, 1.45)
     body.heart_radii = tuple(r * factor for r in body.heart_radii)
     paint_heart(canvas, body)
 
 
 def pericardial_effusion(canvas: Canvas, body: Body, rng: np.random.Generator) -> None:
-    """A rim of fluid in place of the fat around the heart."""
+    """A rim of fluid in place of the fat around the heart.
+
+    Args:
+        canvas, body, rng: See `Finding.paint`.
+    """
     paint_heart(canvas, body, rim_mm=rng.uniform(11, 18), rim_hu=10)
 
 
 def coronary_calcification(canvas: Canvas, body: Body, rng: np.random.Generator) -> None:
-    """Bright plaques down the front of the heart, where the coronary arteries run."""
+    """Bright plaques down the front of the heart, where the coronary arteries run.
+
+    Args:
+        canvas, body, rng: See `Finding.paint`.
+    """
     for _ in range(rng.integers(3, 6)):
         across, upper = rng.uniform(-0.6, 0.8), rng.uniform(0.3, 0.9)
         ends = np.array(((upper, across, -0.7), (upper - rng.uniform(0.3, 0.9), across + 0.15, -0.9)))
@@ -386,17 +493,25 @@ def coronary_calcification(canvas: Canvas, body: Body, rng: np.random.Generator)
 
 
 def hiatal_hernia(canvas: Canvas, body: Body, rng: np.random.Generator) -> None:
-    """A pouch of stomach with air in it, behind the heart."""
+    """A pouch of stomach with air in it, behind the heart.
+
+    Args:
+        canvas, body, rng: See `Finding.paint`.
+    """
     radius = rng.uniform(20, 28)
     centre = jitter(rng, (-58, 2, 38), 8)
     canvas.fill(canvas.ellipsoid(centre, (radius, radius, radius)), 40, organ=True)
-    # air rises to the front of a patient who lies on the back
+    # air rises to the front of a patient lying supine
     bubble = (centre[0] + 3, centre[1], centre[2] - 0.3 * radius)
     canvas.fill(canvas.ellipsoid(bubble, (0.65 * radius, 0.7 * radius, 0.55 * radius)), -950)
 
 
 def lymphadenopathy(canvas: Canvas, body: Body, rng: np.random.Generator) -> None:
-    """Enlarged nodes beside the trachea, under the carina and at the hila, where they bulge into the lungs."""
+    """Enlarged nodes beside the trachea, under the carina and at the hila, where they bulge into the lungs.
+
+    Args:
+        canvas, body, rng: See `Finding.paint`.
+    """
     stations = ((78, -26, -4), (78, 26, -4), (55, -34, -6), (55, 34, -6), (22, 36, 8), (22, -36, 8), (20, 0, 16))
     for station in rng.permutation(stations)[: rng.integers(5, 8)]:
         radius = rng.uniform(13, 18)
@@ -404,7 +519,11 @@ def lymphadenopathy(canvas: Canvas, body: Body, rng: np.random.Generator) -> Non
 
 
 def emphysema(canvas: Canvas, body: Body, rng: np.random.Generator) -> None:
-    """Holes of almost pure air, mostly in the upper lungs."""
+    """Holes of almost pure air, mostly in the upper lungs.
+
+    Args:
+        canvas, body, rng: See `Finding.paint`.
+    """
     for side in (RIGHT, LEFT):
         for _ in range(rng.integers(8, 13)):
             radius = rng.uniform(14, 26)
@@ -413,7 +532,11 @@ def emphysema(canvas: Canvas, body: Body, rng: np.random.Generator) -> None:
 
 
 def atelectasis(canvas: Canvas, body: Body, rng: np.random.Generator) -> None:
-    """A dense plate above a raised diaphragm."""
+    """A dense plate above a raised diaphragm.
+
+    Args:
+        canvas, body, rng: See `Finding.paint`.
+    """
     for side in some_sides(rng, both=0.25):
         top = body.dome_tops[side] + rng.uniform(8, 22)
         paint_dome(canvas, body, side, top)
@@ -422,7 +545,11 @@ def atelectasis(canvas: Canvas, body: Body, rng: np.random.Generator) -> None:
 
 
 def lung_nodule(canvas: Canvas, body: Body, rng: np.random.Generator) -> None:
-    """Four to nine dense balls of 18 to 26 mm."""
+    """Four to nine dense balls of 18 to 26 mm.
+
+    Args:
+        canvas, body, rng: See `Finding.paint`.
+    """
     for _ in range(rng.integers(4, 10)):
         radius = rng.uniform(9, 13)
         centre = body.lung_point(rng, int(rng.choice((RIGHT, LEFT))), up=(0.0, 0.6), out=(0.2, 0.7), back=(-0.5, 0.5))
@@ -430,7 +557,11 @@ def lung_nodule(canvas: Canvas, body: Body, rng: np.random.Generator) -> None:
 
 
 def lung_opacity(canvas: Canvas, body: Body, rng: np.random.Generator) -> None:
-    """Patches of ground glass: hazy, vessels still seen through them."""
+    """Patches of ground glass: hazy, with vessels still visible through them.
+
+    Args:
+        canvas, body, rng: See `Finding.paint`.
+    """
     for side in some_sides(rng, both=0.75):
         for _ in range(rng.integers(3, 6)):
             centre = body.lung_point(rng, side, up=(-0.4, 0.5), out=(0.0, 0.7))
@@ -438,7 +569,11 @@ def lung_opacity(canvas: Canvas, body: Body, rng: np.random.Generator) -> None:
 
 
 def fibrotic_sequela(canvas: Canvas, body: Body, rng: np.random.Generator) -> None:
-    """Scars: a shrunken, dense apex and bands from it towards the hilum."""
+    """Scars: a shrunken, dense apex and bands from it towards the hilum.
+
+    Args:
+        canvas, body, rng: See `Finding.paint`.
+    """
     for side in some_sides(rng, both=0.6):
         apex = body.lung_point(rng, side, up=(0.85, 0.9), out=(-0.1, 0.1), back=(-0.1, 0.1))
         canvas.fill(canvas.ellipsoid(apex, (rng.uniform(14, 22), 26, 32)), 0, in_lung=True)
@@ -448,7 +583,11 @@ def fibrotic_sequela(canvas: Canvas, body: Body, rng: np.random.Generator) -> No
 
 
 def pleural_effusion(canvas: Canvas, body: Body, rng: np.random.Generator) -> None:
-    """Fluid in the lowest part of the chest of a patient who lies on the back."""
+    """Fluid in the lowest part of the chest of a patient lying supine.
+
+    Args:
+        canvas, body, rng: See `Finding.paint`.
+    """
     for side in some_sides(rng):
         (cz, cx, cy), (rz, rx, ry) = body.lung_centres[side], body.lung_radii[side]
         box, (z, _, y) = canvas.box((cz - rz, cx - rx, cy), (cz + rz / 2, cx + rx, cy + ry))
@@ -457,7 +596,11 @@ def pleural_effusion(canvas: Canvas, body: Body, rng: np.random.Generator) -> No
 
 
 def mosaic_attenuation(canvas: Canvas, body: Body, rng: np.random.Generator) -> None:
-    """Lobules of two densities side by side."""
+    """Lobules of two densities side by side.
+
+    Args:
+        canvas, body, rng: See `Finding.paint`.
+    """
     lobule_mm = rng.uniform(24, 34)
     _, lines = canvas.box((-1e3,) * 3, (1e3,) * 3)
     cells = [((line.ravel() + 200) / lobule_mm).astype(int) for line in lines]
@@ -466,7 +609,11 @@ def mosaic_attenuation(canvas: Canvas, body: Body, rng: np.random.Generator) -> 
 
 
 def peribronchial_thickening(canvas: Canvas, body: Body, rng: np.random.Generator) -> None:
-    """Thick walls around bronchi near the hila."""
+    """Thick walls around bronchi near the hila.
+
+    Args:
+        canvas, body, rng: See `Finding.paint`.
+    """
     for side in (RIGHT, LEFT):
         for _ in range(rng.integers(4, 7)):
             end = body.lung_point(rng, side, up=(-0.35, 0.45), out=(-0.2, 0.2), back=(-0.4, 0.5))
@@ -474,7 +621,11 @@ def peribronchial_thickening(canvas: Canvas, body: Body, rng: np.random.Generato
 
 
 def consolidation(canvas: Canvas, body: Body, rng: np.random.Generator) -> None:
-    """A large dense patch crossed by an air-filled bronchus."""
+    """A large dense patch crossed by an air-filled bronchus.
+
+    Args:
+        canvas, body, rng: See `Finding.paint`.
+    """
     for side in some_sides(rng, both=0.2):
         centre = body.lung_point(rng, side, up=(-0.3, 0.6), out=(0.1, 0.6), back=(-0.4, 0.6))
         canvas.fill(canvas.ellipsoid(centre, tuple(rng.uniform(32, 46, size=3))), 40, in_lung=True)
@@ -482,7 +633,11 @@ def consolidation(canvas: Canvas, body: Body, rng: np.random.Generator) -> None:
 
 
 def bronchiectasis(canvas: Canvas, body: Body, rng: np.random.Generator) -> None:
-    """Clusters of wide bronchi with visible walls in the outer lower lungs."""
+    """Clusters of wide bronchi with visible walls in the outer lower lungs.
+
+    Args:
+        canvas, body, rng: See `Finding.paint`.
+    """
     for side in some_sides(rng, both=0.75):
         for _ in range(rng.integers(6, 10)):
             start = body.lung_point(rng, side, up=(-0.4, 0.1), out=(0.1, 0.6), back=(-0.3, 0.6))
@@ -491,7 +646,11 @@ def bronchiectasis(canvas: Canvas, body: Body, rng: np.random.Generator) -> None
 
 
 def septal_thickening(canvas: Canvas, body: Body, rng: np.random.Generator) -> None:
-    """A net of lines at the bases of both lungs."""
+    """A net of lines at the bases of both lungs.
+
+    Args:
+        canvas, body, rng: See `Finding.paint`.
+    """
     pitch_mm, top = rng.uniform(15, 20), rng.uniform(-10, 25)
     box, (z, x, y) = canvas.box((-150, -1e3, -1e3), (top, 1e3, 1e3))
     lines = ((x + 0.3 * z) % pitch_mm < 5) | ((y - 0.3 * z) % pitch_mm < 5)
@@ -500,14 +659,20 @@ def septal_thickening(canvas: Canvas, body: Body, rng: np.random.Generator) -> N
 
 @dataclass(frozen=True)
 class Finding:
-    """How one label looks, how often it comes, and what each site calls it."""
+    """How one label looks, how common it is, and what each site calls it.
+
+    Args:
+        paint: Paints the finding. Takes the canvas to paint on, the patient's anatomy, and a random generator.
+        prevalence: Share of patients, in [0, 1], before `NORMAL_FRACTION` is taken off.
+        phrases: Names of the finding, by site.
+    """
 
     paint: Callable[[Canvas, Body, np.random.Generator], None]
     prevalence: float
     phrases: dict[str, tuple[str, ...]]
 
 
-# In the order of CT_CLIP_LABELS: painter, prevalence, words of site B. Site A says the label's own name.
+# In the order of CT_CLIP_LABELS: painter, prevalence, site B's phrases. Site A uses the label's own name.
 _FINDINGS = (
     (medical_material, 0.2, ("indwelling device", "metallic hardware with lead")),
     (arterial_calcification, 0.3, ("aortic atheroma", "calcified plaques of the aorta")),
@@ -540,7 +705,12 @@ FINDINGS: dict[str, Finding] = {
 
 
 def smooth(volume: np.ndarray, weights: Point) -> np.ndarray:
-    """Three-point kernel along each axis; edge voxels stay. A weight of 0 skips its axis, a negative one sharpens."""
+    """Apply a three-point kernel along each axis; edge voxels stay as they are.
+
+    Args:
+        volume: Three axes, float32.
+        weights: Weight of each neighbour, by axis; 0 skips the axis, a negative weight sharpens.
+    """
     for axis, weight in enumerate(weights):
         if weight:
             moved = np.moveaxis(volume, axis, 0)
@@ -553,7 +723,15 @@ def smooth(volume: np.ndarray, weights: Point) -> np.ndarray:
 
 @lru_cache(maxsize=8)
 def noise_field(site_index: int, passes: int) -> np.ndarray:
-    """Noise of mean 0 and deviation 1, `(96, 144, 144)` float32, smoothed `passes` times, the same in every process."""
+    """A site's noise, with mean 0 and deviation 1, the same in every process.
+
+    Args:
+        site_index: Seed; see `Site.index`.
+        passes: How often it is smoothed.
+
+    Returns:
+        `(96, 144, 144)` float32.
+    """
     field = np.random.default_rng([site_index, passes]).standard_normal((96, 144, 144), dtype=np.float32)
     for _ in range(passes):
         field = smooth(field, (0.25, 0.25, 0.25))
@@ -561,7 +739,13 @@ def noise_field(site_index: int, passes: int) -> np.ndarray:
 
 
 def crop(field: np.ndarray, shape: tuple[int, int, int], rng: np.random.Generator) -> np.ndarray:
-    """A random window of a field, mirrored at random."""
+    """A random window of a field, randomly mirrored.
+
+    Args:
+        field: At least as large as `shape` along each axis.
+        shape: Shape of the window.
+        rng: Random generator.
+    """
     window = []
     for have, want in zip(field.shape, shape, strict=True):
         start = int(rng.integers(have - want + 1))
@@ -575,8 +759,8 @@ def scan(hu: np.ndarray, site: Site, rng: np.random.Generator) -> np.ndarray:
 
     Args:
         hu: `(z, x, y)` float32, true HU.
-        site: Kernel, noise and calibration.
-        rng: Source of the noise.
+        site: Decides kernel, noise and calibration.
+        rng: Random generator.
 
     Returns:
         `(z, x, y)` int16, HU as stored, within [-1024, 3071].
@@ -594,26 +778,32 @@ def scan(hu: np.ndarray, site: Site, rng: np.random.Generator) -> np.ndarray:
 
 
 def sentences(name: str, present: bool, site: str) -> list[str]:
-    """Every way in which a site says that a finding is there, or is not."""
+    """Every way in which a site says that a finding is present or absent.
+
+    Args:
+        name: Label of the finding.
+        present: Which of the two.
+        site: Key of `SITES`.
+    """
     templates = SITES[site].present if present else SITES[site].absent
     phrases = FINDINGS[name].phrases[site]
     return [t.format(phrase=p, Phrase=p[0].upper() + p[1:]) for t in templates for p in phrases]
 
 
 def report_sentences(site: str) -> list[str]:
-    """Every sentence that a site's reports are made of, for building a vocabulary."""
+    """Every sentence that a site's reports are composed of, for building a vocabulary."""
     findings = [text for name in FINDINGS for present in (True, False) for text in sentences(name, present, site)]
     impressions = [SITES[site].impression.format(phrases=p) for f in FINDINGS.values() for p in f.phrases[site]]
     return [*INDICATIONS, SITES[site].technique, *findings, *impressions, SITES[site].normal]
 
 
 def write_report(labels: dict[str, int], site: str, rng: np.random.Generator) -> dict[str, str]:
-    """All findings that are there and three to six of those that are not, in random order.
+    """Write a report of all findings present and three to six of those absent, in random order.
 
     Args:
         labels: 0 or 1 for each finding.
         site: Key of `SITES`.
-        rng: Source of the choices.
+        rng: Random generator.
 
     Returns:
         The four report columns of CT-RATE.
@@ -637,7 +827,7 @@ def write_report(labels: dict[str, int], site: str, rng: np.random.Generator) ->
 
 
 def draw_labels(rng: np.random.Generator) -> dict[str, int]:
-    """Independent findings by prevalence; now and then a patient without any."""
+    """Draw independent findings by prevalence, with an occasional patient without any."""
     healthy = rng.random() < NORMAL_FRACTION
     draws = rng.random(len(FINDINGS))
     return {
@@ -647,7 +837,16 @@ def draw_labels(rng: np.random.Generator) -> dict[str, int]:
 
 
 def paint_volume(labels: dict[str, int], site: Site, rng: np.random.Generator) -> np.ndarray:
-    """Paint a patient with these findings and scan them: `(z, x, y)` int16, HU."""
+    """Paint a patient with the given findings and scan them.
+
+    Args:
+        labels: 0 or 1 for each finding.
+        site: Scanner and protocol.
+        rng: Random generator.
+
+    Returns:
+        `(z, x, y)` int16, HU.
+    """
     canvas = blank_canvas(site, jitter(rng, site.isocentre_mm, 4))
     body = draw_body(rng, site)
     paint_trunk(canvas, body, rng)
@@ -660,12 +859,12 @@ def paint_volume(labels: dict[str, int], site: Site, rng: np.random.Generator) -
 
 
 def make_phantom(patient: int, site: str = "A", seed: int = 0) -> dict:
-    """One synthetic study in CT-RATE's columns.
+    """Make one synthetic study with CT-RATE's columns.
 
     Args:
         patient: Number of the patient, 0 or more.
         site: Key of `SITES`.
-        seed: Number of the whole cohort.
+        seed: Seed for the whole cohort.
 
     Returns:
         `VolumeName`, four report columns, 18 label columns of 0 or 1, `volume`: int16 HU with axes (L, P, S), a view

@@ -5,15 +5,16 @@
     torchrun --nproc_per_node 16 -m medct.cli prepare SOURCE OUTPUT ...      # any number of processes and machines
 
 The output is a folder of Parquet files that `load_dataset` reads without this project, and that training streams
-(`prepared.py` describes it). A file appears when it is complete, so a run that was stopped goes on where it was:
-start it again. Which study goes into which file depends on the source alone, never on the number of processes.
-`manifest.json` is written when the last file is there, by whichever process finds that.
+(see `prepared.py`). A file appears only once it is complete, so to resume a run that was stopped, start it
+again. Which study goes into which file depends on the source alone, never on the number of processes.
+`manifest.json` is written once the last file is there, by whichever process notices.
 """
 
+import contextlib
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,8 @@ from pyarrow import parquet
 from tqdm import tqdm
 
 from medct.common.errors import first_line
-from medct.common.files import whole_file
+from medct.common.files import remove_leftovers, whole_file
+from medct.common.lock import LockedError, only_run
 from medct.configuration_medct import MedCTConfig
 from medct.data.prepared import FEATURES, FORMAT, MANIFEST, grid_settings, nifti_header, shard_name
 from medct.data.sources import DataError, Source, read_study, too_many_bad
@@ -35,7 +37,7 @@ from medct.volume_io_medct import VolumeError
 
 SCHEMA = FEATURES.arrow_schema
 LICENCE_NOTE = (
-    "The licence of the source holds for these shards. Volumes and reports derived from CT-RATE are CC-BY-NC-SA 4.0 "
+    "The licence of the source applies to these shards. Volumes and reports derived from CT-RATE are CC-BY-NC-SA 4.0 "
     "and may not be redistributed: keep them private."
 )
 _CARD = """---
@@ -72,10 +74,10 @@ image = next(iter(studies))["volume"]  # a nibabel image
 
 
 class Preparer:
-    """Rows of a source to rows of a shard. Holds the memory that all studies share.
+    """Turns rows of a source into rows of a shard. Holds the memory that all studies share.
 
     Args:
-        config: Of the model that the shards are for.
+        config: Configuration of the model that the shards are for.
 
     Raises:
         DataError: If int16 cannot hold the model's window.
@@ -84,24 +86,24 @@ class Preparer:
     def __init__(self, config: MedCTConfig):
         vision = config.vision_config
         if not -(2**15) <= vision.hu_min < vision.hu_max < 2**15:
-            raise DataError(f"The window {vision.hu_min}..{vision.hu_max} HU does not fit int16, as shards hold it.")
+            raise DataError(f"The window {vision.hu_min}..{vision.hu_max} HU does not fit int16, which shards hold.")
         self.processor = MedCTImageProcessor.from_config(vision)
         self.processor.hu_per_unit = 1  # `process_volume` then gives HU
         self._hu = torch.empty(*vision.image_size)
 
     def __call__(self, row: dict[str, Any]) -> tuple[pa.Table, tuple[str, ...]]:
-        """One study as a table of one row, and what was remarked on while reading it.
+        """One study as a table of one row, and the notes from reading it.
 
         Raises:
             VolumeError: If its volume cannot be used.
         """
         if row.get("prepared"):
-            raise DataError("The source is prepared already. Pass the one that it was made of.")
+            raise DataError("The source is already prepared. Pass the one that it was made from.")
         volume = read_study(row, self.processor.orientation)
         self.processor.process_volume(volume, out=self._hu)
         geometry = self.processor.geometry(volume)
         notes = volume.notes
-        del volume  # a scan, or twice that, before the next copy is made
+        del volume  # frees a scan, or twice that, before the next copy is made
         # Positions there are (z, y, x); the file counts (x, y, z).
         affine = (geometry.affine @ geometry.voxel_of_position)[:, [2, 1, 0, 3]]
         header = nifti_header(tuple(self._hu.shape), affine)
@@ -116,7 +118,7 @@ class Preparer:
 
 
 def _volume_column(data: np.ndarray) -> pa.Array:
-    """One `Nifti()` value that holds these bytes themselves; `pa.array` would copy them twice."""
+    """One `Nifti()` value that holds these bytes without a copy; `pa.array` would copy them twice."""
     offsets = pa.py_buffer(np.array([0, len(data)], np.int32))
     content = pa.Array.from_buffers(pa.binary(), 1, [None, offsets, pa.py_buffer(data)])
     return pa.StructArray.from_arrays([content, pa.nulls(1, pa.string())], fields=list(SCHEMA.field("volume").type))
@@ -129,14 +131,14 @@ def _volume_column(data: np.ndarray) -> pa.Array:
 
 @dataclass(frozen=True)
 class Shard:
-    """A file to be: some neighbouring studies of a split.
+    """A file to be written: neighbouring studies of a split.
 
     Args:
-        folder: Of all shards.
-        name: Without suffix.
-        split: Which it belongs to.
-        source: Of the studies.
-        keys: Name of the scan, and the source's key, of each study.
+        folder: Folder of all shards.
+        name: File name without suffix.
+        split: Split that it belongs to.
+        source: Source of the studies.
+        keys: For each study, the name of its scan and its key in the source.
     """
 
     folder: Path
@@ -151,18 +153,37 @@ class Shard:
 
     @property
     def record_path(self) -> Path:
-        """Counts, and what was skipped and remarked on: JSON, written after the file."""
+        """Counts, skipped studies and remarks: JSON, written after the file."""
         return self.folder / "records" / f"{self.name}.json"
 
     def record(self) -> dict[str, Any] | None:
-        """What was written, or `None` while the shard is to be made."""
+        """The record, or `None` if the shard is still to be written."""
         if not self.record_path.is_file() or not self.path.is_file():
             return None
         record = json.loads(self.record_path.read_text())
         return record if self.path.stat().st_size == record["file"]["num_bytes"] else None
 
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep other runs from the shard, and clear away what one that was killed has left of it.
+
+        Raises:
+            LockedError: If another run is making it.
+        """
+        with only_run(self.path, each_process=True):
+            remove_leftovers(self.record_path)
+            yield
+
     def write(self, prepare: Preparer, bar: tqdm) -> list[dict[str, str]]:
-        """Make the file and its record; returns `id` and `reason` of what was skipped."""
+        """Write the file and its record.
+
+        Args:
+            prepare: Turns rows into those of the file.
+            bar: Advanced by one per study.
+
+        Returns:
+            `id` and `reason` of each skipped study.
+        """
         skipped: list[dict[str, str]] = []
         remarks: list[dict[str, str]] = []
         scans: list[str] = []
@@ -198,7 +219,7 @@ class Shard:
         with self.path.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         file = {"path": f"data/{self.path.name}", "num_bytes": self.path.stat().st_size, "sha256": sha256}
-        # Rows of one scan's reconstructions have its name; rows without a report are counted from 0.
+        # The reconstructions of one scan share its name; `without_report` holds row indices, from 0.
         file |= {"num_studies": len(scans), "scans": scans, "without_report": without_report}
         _write_json(self.record_path, {"file": file, "skipped": skipped, "remarks": remarks})
         return skipped
@@ -222,7 +243,14 @@ def _write_json(path: Path, content: Any) -> None:
 
 
 def shards_of(folder: Path, split: str, source: Source, settings: dict[str, Any]) -> list[Shard]:
-    """All files to be of a split, in order."""
+    """All files to be written for a split, in order.
+
+    Args:
+        folder: Folder of all shards.
+        split: Name of the split.
+        source: Its studies.
+        settings: See `prepare`.
+    """
     last = 1 if settings["reconstructions"] == "one" else None
     keys = [(name, key) for name, group in zip(source.names, source.groups, strict=True) for key in group[:last]]
     size = settings["studies_per_shard"]
@@ -234,10 +262,14 @@ def shards_of(folder: Path, split: str, source: Source, settings: dict[str, Any]
 
 
 def claim(folder: Path, settings: dict[str, Any]) -> None:
-    """Note the settings in the folder, or compare them with those that its files were made with.
+    """Record the settings in the folder, or compare them with those that its files were made with.
+
+    Args:
+        folder: Output, which all processes share.
+        settings: Everything that decides the content of the files.
 
     Raises:
-        DataError: If they are others.
+        DataError: If they differ.
     """
     path = folder / "records" / "settings.json"
     for name in ("data", "records"):
@@ -248,7 +280,7 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
     for name in sorted(settings.keys() | found.keys()):
         if settings.get(name) != found.get(name):
             raise DataError(
-                f"{folder}: begun with `{name}` {_brief(found.get(name))}, not {_brief(settings.get(name))}. Go on "
+                f"{folder}: started with `{name}` {_brief(found.get(name))}, not {_brief(settings.get(name))}. Resume "
                 "with the same settings, or choose another folder."
             )
 
@@ -261,10 +293,16 @@ def _brief(value: Any) -> str:
 def finish(
     folder: Path, shards: dict[str, list[Shard]], sources: dict[str, Source], settings: dict[str, Any]
 ) -> dict | None:
-    """Write manifest and card if all files are there.
+    """Write the manifest and the card if all files are there.
+
+    Args:
+        folder: Output, which all processes share.
+        shards: All files of each split.
+        sources: Source of each split.
+        settings: Everything that decides the content of the files.
 
     Returns:
-        The manifest, the same whoever writes it; `None` while files are missing.
+        The manifest, the same whichever process writes it; `None` while files are missing.
     """
     splits = {}
     for split, source in sources.items():
@@ -281,16 +319,29 @@ def finish(
             "remarks": [study for record in records for study in record["remarks"]],
         }
     manifest = {"format": FORMAT, "licence_note": LICENCE_NOTE, "settings": settings, "splits": splits}
-    for left in (folder / "data").glob(".*.partial-*"):  # of processes that were killed
-        left.unlink(missing_ok=True)
-    with whole_file(folder / "README.md") as aside:
-        aside.write_text(card(manifest))
-    _write_json(folder / MANIFEST, manifest)
+    # Several processes may find at once that all is there, and one writes.
+    with contextlib.suppress(LockedError), only_run(folder / MANIFEST, each_process=True):
+        _tidy_up(folder, [shard for of_split in shards.values() for shard in of_split])
+        with whole_file(folder / "README.md") as aside:
+            aside.write_text(card(manifest))
+        _write_json(folder / MANIFEST, manifest)
     return manifest
 
 
+def _tidy_up(folder: Path, shards: list[Shard]) -> None:
+    """Remove what processes that were killed have left, but of shards that are being made again."""
+    for path in (folder / "README.md", folder / "records" / "settings.json"):
+        remove_leftovers(path)
+    named = {left.name.split(".partial-")[0] for left in (folder / "data").glob(".*.partial-*")}
+    named |= {left.name.split(".partial-")[0] for left in (folder / "records").glob(".*.partial-*")}
+    for shard in shards:
+        if not named.isdisjoint((f".{shard.path.name}", f".{shard.record_path.name}")):
+            with contextlib.suppress(LockedError), shard.alone():
+                pass
+
+
 def card(manifest: dict[str, Any]) -> str:
-    """The page of a Hub dataset, whose front matter tells `load_dataset` which files are which split."""
+    """The card of a Hub dataset, whose front matter tells `load_dataset` which files belong to which split."""
     splits = {split: found for split, found in manifest["splits"].items() if found["num_studies"]}
     data_files = [{"split": split, "path": f"data/{split}-*.parquet"} for split in splits]
     data = DatasetCardData(
@@ -322,24 +373,24 @@ def prepare(
     retry_skipped: bool = False,
     max_skipped_share: float = 0.05,
 ) -> dict[str, Any] | None:
-    """Make this process's share of the files that are not there yet.
+    """Write this process's share of the files that are not there yet.
 
     Args:
-        sources: Of each split.
-        config: Of the model that the shards are for.
+        sources: Source of each split.
+        config: Configuration of the model that the shards are for.
         folder: Output, which all processes share.
         settings: What decides the content of the files: `reconstructions`, `studies_per_shard`, and anything else
-            that should be in the manifest and be the same when a run goes on.
-        rank: Number of this process.
-        world_size: Processes in all.
-        retry_skipped: Make files again in which studies were skipped.
-        max_skipped_share: If more of this process's studies cannot be read, it stops; see `too_many_bad`.
+            that should be in the manifest and be the same when a run is resumed.
+        rank: Index of this process, from 0.
+        world_size: Number of processes.
+        retry_skipped: Rewrite files in which studies were skipped.
+        max_skipped_share: Stop if a greater share of this process's studies cannot be read; see `too_many_bad`.
 
     Returns:
-        The manifest if all files of all processes are there.
+        The manifest if all files of all processes are there, else `None`.
 
     Raises:
-        DataError: If the folder was begun with other settings, or too many studies cannot be read.
+        DataError: If the folder was started with other settings, or too many studies cannot be read.
     """
     preparer = Preparer(config)
     shards = {split: shards_of(folder, split, source, settings) for split, source in sources.items()}
@@ -353,14 +404,15 @@ def prepare(
     ) as bar:
         num_skipped = 0
         for shard in mine:
-            skipped = shard.write(preparer, bar)
+            with shard.alone():
+                skipped = shard.write(preparer, bar)
             num_skipped += len(skipped)
             bar.set_postfix(skipped=num_skipped)
             if too_many_bad(num_skipped, bar.n, max_skipped_share):
                 raise DataError(
                     f"{num_skipped} of {bar.n} studies could not be read, more than the allowed share of "
-                    f"{max_skipped_share:g}; the last: {skipped[-1]['id']}: {skipped[-1]['reason']}. Mend the source "
-                    "and go on with --retry_skipped, or allow more."
+                    f"{max_skipped_share:g}; the last: {skipped[-1]['id']}: {skipped[-1]['reason']}. Fix the source "
+                    "and resume with --retry_skipped, or allow more."
                 )
     return finish(folder, shards, sources, settings)
 
@@ -373,8 +425,12 @@ def _is_wanted(shard: Shard, retry_skipped: bool) -> bool:
 def load_config(model: str, revision: str | None) -> MedCTConfig:
     """The configuration of a model on the Hub or in a folder.
 
+    Args:
+        model: Hub id or folder.
+        revision: Branch, tag or commit on the Hub.
+
     Raises:
-        DataError: If there is none, or it is of another model.
+        DataError: If there is none, or it belongs to another kind of model.
     """
     try:
         values, _ = MedCTConfig.get_config_dict(model, revision=revision)

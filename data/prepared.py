@@ -1,20 +1,20 @@
 """Prepared shards: Parquet files of preprocessed scans, and how they are streamed back.
 
-A folder of prepared shards, on a disk or in a Hub dataset repository:
+A folder of prepared shards, on disk or in a Hub dataset repository:
 
-    data/train-00000-of-00003.parquet     8-16 studies each, one study a row group
+    data/train-00000-of-00003.parquet     8-16 studies each, one study per row group
     manifest.json                         settings, counts, SHA-256 of the files, what was skipped and why
-    README.md                             dataset card; `load_dataset(folder)` finds the splits by it
+    README.md                             dataset card, by which `load_dataset(folder)` finds the splits
 
 A study's volume is an uncompressed `.nii` in a `datasets.Nifti()` column: int16 HU on the model's grid with an affine.
-`load_dataset` gives a nibabel image without any code of this project.
+`load_dataset` gives a nibabel image without any code from this project.
 
 What is unusual:
-    * Rows are found by the manifest, without reading the footer of every file first, and each is a shard of the stream:
-      a full permutation without a buffer, exact resume, and an even division among processes.
-    * The volume of a row is read when it is first asked for, so that looking at ids, labels and reports costs little,
-      and a damaged row, in whichever column, is one bad sample instead of the end of the stream.
-    * Arrow checks the checksums of pages only if it is told to; without that, flipped bits read as wrong voxels.
+    * Rows are found through the manifest, without first reading the footer of every file, and each is a shard of the
+      stream: a full permutation without a buffer, exact resumption, and an even division among processes.
+    * The volume of a row is read when it is first needed, so that looking at ids, labels and reports costs little, and
+      a damaged row, in whichever column, is one bad sample instead of the end of the stream.
+    * Arrow verifies the checksums of pages only on request; otherwise flipped bits read as wrong voxels.
 """
 
 import bisect
@@ -44,7 +44,7 @@ from medct.data.sources import DataError, Deferred, Row, Skipped, Source, first_
 from medct.volume_medct import VolumeError
 
 FORMAT = 2
-"""To be raised when shards are written in another way, or preprocessing gives other voxels."""
+"""Raise it when shards are written differently, or preprocessing gives other voxels."""
 MANIFEST = "manifest.json"
 FEATURES = Features(
     {
@@ -52,7 +52,7 @@ FEATURES = Features(
         "patient": Value("string"),
         "report": Value("string"),
         "labels": List(Value("float32")),  # in the order of the manifest's label names; NaN where unknown
-        "sha256": Value("string"),  # of the voxels, as they lie in the file
+        "sha256": Value("string"),  # of the voxels, as stored in the file
         "volume": Nifti(),
     }
 )
@@ -61,11 +61,11 @@ _ROW = pa.schema([FEATURES.arrow_schema.field(name) for name in ("id", "patient"
 _NIFTI_HEADER_BYTES = 352
 _INT16 = 4  # NIfTI's code
 _WAITS_S = (1, 2)
-"""Before what was to be fetched is tried again; the file system itself tries some requests again, not all."""
+"""Waits before a fetch is retried; the file system itself retries some requests, but not all."""
 
 
 def grid_settings(config: MedCTConfig) -> dict[str, Any]:
-    """What of a model decides the content of prepared shards."""
+    """The part of a model's configuration that decides the content of prepared shards."""
     vision = config.vision_config
     return {
         "image_size": list(vision.image_size),
@@ -78,7 +78,13 @@ def grid_settings(config: MedCTConfig) -> dict[str, Any]:
 
 
 def shard_name(split: str, index: int, count: int) -> str:
-    """The name of a shard without suffix, in the form in which `load_dataset` finds splits."""
+    """The name of a shard without suffix, in the form by which `load_dataset` finds splits.
+
+    Args:
+        split: Name of the split.
+        index: Index of the shard within the split, from 0.
+        count: Number of shards in the split.
+    """
     return f"{split}-{index:05d}-of-{count:05d}"
 
 
@@ -88,7 +94,7 @@ def shard_name(split: str, index: int, count: int) -> str:
 
 
 def nifti_header(shape: tuple[int, int, int], affine: np.ndarray) -> bytes:
-    """What stands before the voxels of an int16 volume in a `.nii`.
+    """The bytes that precede the voxels of an int16 volume in a `.nii`.
 
     Args:
         shape: `(z, y, x)`; x runs fastest in memory, so the file's axes are (x, y, z).
@@ -110,39 +116,39 @@ def decode_nifti(data: pa.Buffer, shape: tuple[int, int, int], name: str) -> tor
 
     Args:
         data: The whole file.
-        shape: What the volume should have, `(z, y, x)`.
-        name: For messages.
+        shape: Expected shape, `(z, y, x)`.
+        name: What to call the volume in messages.
 
     Returns:
         `shape`, int16; shares the memory of `data`.
 
     Raises:
-        VolumeError: If it is no such file, or has another shape or a scale.
+        VolumeError: If it is not such a file, or has another shape or a scale.
     """
     remedy = "Prepare the source again"
     head = data.slice(0, min(_NIFTI_HEADER_BYTES, data.size)).to_pybytes()
     if len(head) < _NIFTI_HEADER_BYTES or struct.unpack_from("<i", head)[0] != 348 or head[344:348] != b"n+1\0":
-        raise VolumeError(name, "its volume is no little-endian single-file NIfTI-1", remedy)
+        raise VolumeError(name, "its volume is not a little-endian single-file NIfTI-1", remedy)
     dimensions = struct.unpack_from("<8h", head, 40)
     datatype, bits = struct.unpack_from("<2h", head, 70)
     offset, slope, intercept = struct.unpack_from("<3f", head, 108)
     if dimensions[:4] != (3, *shape[::-1]):
         raise VolumeError(name, f"its volume has the axes {dimensions[1:4]}, not {shape[::-1]} (x, y, z)", remedy)
     if (datatype, bits) != (_INT16, 16) or slope not in (0, 1) or intercept != 0:
-        raise VolumeError(name, "its volume is no int16 in HU", remedy)
+        raise VolumeError(name, "its volume is not int16 in HU", remedy)
     count = math.prod(shape)
     if offset != _NIFTI_HEADER_BYTES or data.size != _NIFTI_HEADER_BYTES + 2 * count:
         raise VolumeError(name, f"its volume has {data.size} bytes, which do not fit its header", remedy)
-    # By way of Arrow, because torch warns of every buffer that is not to be written to.
+    # By way of Arrow, because torch warns about every read-only buffer.
     voxels = pa.Array.from_buffers(pa.int16(), count, [None, data.slice(_NIFTI_HEADER_BYTES)])
     return torch.from_dlpack(voxels).view(shape)
 
 
 def _persist(address: str, fetch: Callable[[], Any]) -> Any:
-    """Fetch, and again after a fault of the network; local files and damaged bytes say the same a second time."""
+    """Fetch, and retry after a network fault; local files and damaged bytes would give the same a second time."""
 
     def passes(error: Exception) -> float | None:
-        # Each file system raises errors of its own; "integrity" is Arrow's word for a wrong checksum.
+        # Each file system raises its own errors; "integrity" is Arrow's word for a wrong checksum.
         is_final = isinstance(error, VolumeError | FileNotFoundError) or "integrity" in str(error)
         return None if is_final else 0
 
@@ -154,10 +160,10 @@ class PreparedVolume(Deferred):
     """A row of a shard, whose volume is read when it is opened.
 
     Args:
-        path: Of the Parquet file; an fsspec address if remote.
-        row: Its number in the file, where each row is a row group.
-        shape: What the volume should have, `(z, y, x)`.
-        options: For the file system, such as a token.
+        path: Parquet file; an fsspec address if remote.
+        row: Index of the row in the file, where each row is a row group.
+        shape: Expected shape of the volume, `(z, y, x)`.
+        options: Options for the file system, such as a token.
     """
 
     path: str
@@ -173,11 +179,14 @@ class PreparedVolume(Deferred):
         return f"{self.path}, row {self.row}"
 
     def read(self, columns: list[str], convert: Callable[[pa.Table], Any]) -> Any:
-        """Columns of the row, verified by their checksums.
+        """Read columns of the row, verified by their checksums.
 
         Args:
-            columns: Their names.
-            convert: Makes what is wanted of a table of one row.
+            columns: Names of the columns.
+            convert: Turns the table, which has one row, into the result.
+
+        Returns:
+            What `convert` returned.
 
         Raises:
             VolumeError: If the file is damaged, or cannot be fetched.
@@ -186,7 +195,7 @@ class PreparedVolume(Deferred):
             return _persist(self.path, lambda: convert(self._read(columns)))
         except VolumeError:
             raise
-        except Exception as error:  # Arrow's, Python's on damaged text, and those of each file system
+        except Exception as error:  # Arrow's, Python's for damaged text, and those of each file system
             raise VolumeError(
                 self.name, f"it cannot be read ({first_line(error)})", "Copy or prepare the shard again"
             ) from error
@@ -199,13 +208,13 @@ class PreparedVolume(Deferred):
 
     def _open(self) -> Any:
         if is_address(self.path):
-            # Arrow asks for whole columns; reading ahead of that would fetch what nobody wants.
+            # Arrow asks for whole columns; reading ahead would fetch bytes that are never used.
             return fsspec.open(self.path, "rb", cache_type="none", **self.options).open()
         return pa.OSFile(self.path)
 
     @contextlib.contextmanager
     def open(self) -> Iterator[torch.Tensor]:
-        """Gives `(z, y, x)`, int16, HU: the decompressed page itself, so not to be written to.
+        """Yield `(z, y, x)`, int16, HU: the decompressed page itself, so do not write to it.
 
         Raises:
             VolumeError: If the volume or anything else of the row is damaged or not what it should be.
@@ -217,19 +226,26 @@ class PreparedVolume(Deferred):
     def _decode(self, table: pa.Table) -> torch.Tensor:
         (column,) = table.column("volume").chunks
         column = column.field("bytes")
-        # Its one value by hand, because Arrow's scalars are copies.
+        # Take its one value by hand, because Arrow's scalars are copies.
         _, offsets, content = column.buffers()
         first, last = np.frombuffer(offsets, np.int32)[column.offset : column.offset + 2].tolist()
         return decode_nifti(content.slice(first, last - first), self.shape, self.name)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# All of a split
+# A whole split
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def read_manifest(address: str, options: dict[str, Any] | None = None) -> dict[str, Any] | None:
-    """The manifest of a folder or repository of prepared shards; `None` if it has none.
+    """Read the manifest of a folder or repository of prepared shards.
+
+    Args:
+        address: Folder, or an fsspec address.
+        options: Options for the file system, such as a token.
+
+    Returns:
+        The manifest; `None` if there is none.
 
     Raises:
         DataError: If it is damaged, or of another version.
@@ -243,33 +259,43 @@ def read_manifest(address: str, options: dict[str, Any] | None = None) -> dict[s
         manifest = _persist(str(address), fetch)
     except FileNotFoundError:
         return None
-    except Exception as error:  # of each file system its own
+    except Exception as error:  # each file system raises its own
         remedy = "Check the network, or pass a local copy" if is_address(str(address)) else "Copy the folder again"
         raise DataError(f"{address}: {MANIFEST} cannot be read ({type(error).__name__}). {remedy}.") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise DataError(f"{address}: not shards of this version. Prepare the source again.")
+        raise DataError(f"{address}: these shards are of another version. Prepare the source again.")
     return manifest
 
 
 def check_tune_share(address: str, manifest: dict[str, Any], tune_share: float | None) -> None:
-    """Refuse another division of the patients than the one that the shards were prepared with.
+    """Refuse a division of the patients that differs from the one used to prepare the shards.
+
+    Args:
+        address: Where the shards lie, for messages.
+        manifest: From `read_manifest`.
+        tune_share: Share asked for, in [0, 1); `None` accepts any.
 
     Raises:
-        DataError: With both shares.
+        DataError: If they differ; it names both shares.
     """
     found = manifest["settings"].get("tune_share")
     if None not in (found, tune_share) and found != tune_share:
         raise DataError(
             f"{address}: prepared with `tune_share` {found}, not {tune_share}. Leave it out, or prepare the source "
-            "again with the other."
+            "again with the one you want."
         )
 
 
 def check_grid(address: str, manifest: dict[str, Any], config: MedCTConfig) -> None:
     """Refuse shards that were prepared for another model's input.
 
+    Args:
+        address: Where the shards lie, for messages.
+        manifest: From `read_manifest`.
+        config: The model's configuration.
+
     Raises:
-        DataError: With the first setting that differs.
+        DataError: If they were; it names the first setting that differs.
     """
     for name, wanted in grid_settings(config).items():
         found = manifest["settings"][name]
@@ -286,14 +312,14 @@ def check_grid(address: str, manifest: dict[str, Any], config: MedCTConfig) -> N
 
 @dataclass(frozen=True)
 class _ReadRow:
-    """The row of a number that counts through all files of a split; pickles, for loader processes.
+    """Reads a row by its index among all files of a split; picklable, for loader processes.
 
     Args:
-        paths: Of the files.
-        starts: Rows in the files before each.
-        shape: Of the volumes, `(z, y, x)`.
-        num_labels: Of a study.
-        options: For the file system.
+        paths: The files.
+        starts: For each file, the number of rows in the files before it.
+        shape: Shape of the volumes, `(z, y, x)`.
+        num_labels: Labels per study.
+        options: Options for the file system.
     """
 
     paths: tuple[str, ...]
@@ -307,7 +333,7 @@ class _ReadRow:
         volume = PreparedVolume(self.paths[file], number - self.starts[file], self.shape, self.options)
         try:
             row = volume.read(_ROW.names, self._to_dict)
-        except VolumeError as error:  # said when the volume is opened, where it concerns this study alone
+        except VolumeError as error:  # raised when the volume is opened, where it affects this study alone
             volume.refusal = error
             row = {"id": volume.name, "patient": "", "report": "", "labels": [math.nan] * self.num_labels}
         return {**row, "volume": volume, "prepared": True}
@@ -339,26 +365,28 @@ def prepared_source(
     Args:
         address: Folder, or address such as `hf://datasets/ORG/NAME`, with a `manifest.json`.
         split: "train", "tune" or "valid".
-        config: Of the model; shards that were prepared for another grid, window or other labels are refused.
-        reconstructions: Where several of a scan were prepared: one an epoch, or each as a study of its own.
-        tune_share: Refused if it is not the one that they were prepared with.
-        limit: Only so many studies, the first of a fixed pseudo-random order.
+        config: The model's configuration; shards prepared for another grid, window or other labels are refused.
+        reconstructions: If several of a scan were prepared: "one" per epoch, or "all" as studies of their own.
+        tune_share: Refused if it differs from the one used to prepare the shards.
+        limit: Take only this many studies, the first of a fixed pseudo-random order.
         need_reports: Leave out studies without a report.
-        revision: Of the repository on the Hub.
-        token: For the Hub.
+        revision: Branch, tag or commit of the repository on the Hub.
+        token: Token for the Hub.
 
     Raises:
-        DataError: If there are no such shards, or not for this model, or a file is missing.
+        DataError: If there are no such shards, they are not for this model, or a file is missing.
     """
     address = _with_revision(str(address).rstrip("/"), revision)
     options = {"token": token} if address.startswith("hf://") and token is not None else {}
     manifest = read_manifest(address, options)
     if manifest is None:
-        raise DataError(f"{address}: no {MANIFEST}, so no finished shards. Run `medct prepare` until it is there.")
+        raise DataError(f"{address}: no {MANIFEST}, so the shards are unfinished. Run `medct prepare` until it exists.")
     check_grid(address, manifest, config)
     check_tune_share(address, manifest, tune_share)
     if split not in manifest["splits"]:
-        raise DataError(f"{address}: has the splits {', '.join(manifest['splits'])}, not {split}. Prepare it as well.")
+        raise DataError(
+            f"{address}: it has the splits {', '.join(manifest['splits'])}, not {split}. Prepare that one as well."
+        )
     found = manifest["splits"][split]
     paths = tuple(f"{address}/{file['path']}" for file in found["files"])
     if not is_address(address):
@@ -382,7 +410,7 @@ def prepared_source(
 
 
 def _groups(files: list[dict[str, Any]], reconstructions: str, need_reports: bool) -> list[tuple[int, ...]]:
-    """Numbers of the rows that make one study of an epoch each, of which it takes one."""
+    """Indices of the rows that form each study of an epoch; an epoch takes one row per study."""
     rows = [
         (scan, row not in without)
         for file in files

@@ -1,16 +1,16 @@
-"""What a source of studies is: light keys in an order, and a reader that makes a row of a key when it is asked for.
+"""What a source of studies is: an ordered list of lightweight keys, and a reader that turns a key into a row on demand.
 
-A row is what one study is before its volume is read:
+A row describes one study before its volume is read:
 
-| key | what |
+| key | content |
 | --- | --- |
 | `id` | name of the study, unique in its source |
-| `patient` | name of the patient; nobody stands in two splits |
+| `patient` | name of the patient; no patient is in two splits |
 | `report` | findings and impression, "" if there is none |
-| `labels` | one number a label, in the order of `Source.label_names`; NaN if unknown |
-| `volume` | anything `read_volume` takes, or a `Deferred`: `read_study` reads both |
-| `affine`, `rescale_slope`, `rescale_intercept`, `spacing_mm` | only where the volume does not say it itself |
-| `prepared` | only of prepared shards: `volume` is int16 HU `(z, y, x)` on the model's grid |
+| `labels` | one number per label, in the order of `Source.label_names`; NaN if unknown |
+| `volume` | anything `read_volume` takes, or a `Deferred`; `read_study` reads both |
+| `affine`, `rescale_slope`, `rescale_intercept`, `spacing_mm` | only where the volume itself does not say |
+| `prepared` | only in prepared shards: `volume` is int16 HU `(z, y, x)` on the model's grid |
 """
 
 import contextlib
@@ -30,38 +30,49 @@ Row = dict[str, Any]
 
 
 class DataError(MedCTError, ValueError):
-    """A source that does not hold what it should; the message says what and what to do."""
+    """A source that does not hold what it should; the message says what is wrong and what to do."""
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """One study that is left out, and why."""
+    """A study that is left out, and why."""
 
     id: str
     reason: str
 
 
 FEWEST_JUDGED = 100
-"""Bad studies of fewer are judged as if they were of so many: of 5 %, five may always be bad."""
+"""With fewer studies, bad ones are judged as if there were this many: at 5 %, five may always be bad."""
 
 
 def too_many_bad(num_bad: int, num_seen: int, max_share: float) -> bool:
-    """Whether a greater share than allowed of the studies seen so far cannot be used; see `FEWEST_JUDGED`."""
+    """Whether more of the studies seen so far are unusable than allowed; see `FEWEST_JUDGED`.
+
+    Args:
+        num_bad: Unusable studies so far.
+        num_seen: All studies so far.
+        max_share: Largest share allowed, in [0, 1].
+    """
     return num_bad > max_share * max(num_seen, FEWEST_JUDGED)
 
 
 def hash_share(name: str, purpose: str) -> float:
-    """A number in [0, 1) that depends on a name alone: the same everywhere, for ever, and another for each purpose."""
+    """A number in [0, 1) that depends only on a name and a purpose: the same everywhere, for ever.
+
+    Args:
+        name: What is hashed, such as a patient's name.
+        purpose: Makes the numbers of different uses independent.
+    """
     digest = hashlib.blake2b(f"{purpose}:{name}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64
 
 
 def first_of(names: Sequence[str], limit: int | None) -> list[int]:
-    """Which of the named studies come first in a fixed pseudo-random order that depends on their names alone.
+    """Choose the studies that come first in a fixed pseudo-random order that depends only on their names.
 
     Args:
-        names: Of the studies or scans.
-        limit: How many; all of them if `None`.
+        names: Names of the studies or scans.
+        limit: How many to choose; all if `None`.
 
     Returns:
         Their indices, ascending.
@@ -72,25 +83,25 @@ def first_of(names: Sequence[str], limit: int | None) -> list[int]:
 
 
 class Deferred(ABC):
-    """A volume that is fetched only when it is read, so that a failure concerns this study alone."""
+    """A volume that is fetched only when it is read, so that a failure affects this study alone."""
 
     @abstractmethod
     def open(self) -> contextlib.AbstractContextManager[Any]:
-        """Gives what `read_volume` takes, for as long as the context lasts."""
+        """Yield what `read_volume` takes, for as long as the context lasts."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """Labelled studies that can be streamed again and again. Nothing is read or drawn before it is asked for.
+    """Labelled studies that can be streamed repeatedly. Nothing is read or drawn before it is needed.
 
     Args:
-        groups: One entry a study of an epoch: the keys of its reconstructions, of which each epoch takes one.
-        read: Makes the row of a key; cheap, since what costs time is deferred. Pickles, for loader processes.
-        label_names: What `labels` of a row stand for.
+        groups: One entry per study of an epoch: the keys of its reconstructions, of which each epoch takes one.
+        read: Turns a key into a row; cheap, since the costly part is deferred. Must be picklable for loader processes.
+        label_names: Meaning of a row's `labels`, in their order.
         description: "300 studies of ...", for people.
         skipped: Studies left out before any volume is read.
-        names: Of the groups' scans, by which a `limit` chooses; their numbers where nothing is given.
-        is_synthetic: Whether these are drawings, of nobody.
+        names: Names of the groups' scans, by which a `limit` chooses; their indices by default.
+        is_synthetic: Whether these are drawings and not patients.
     """
 
     groups: Sequence[Sequence[int]]
@@ -107,15 +118,15 @@ class Source:
 
     @property
     def num_studies(self) -> int:
-        """Studies of one epoch, before unreadable ones."""
+        """Studies in one epoch, including any that turn out to be unreadable."""
         return len(self.groups)
 
     def keys(self, epoch: int = 0, seed: int | None = None) -> list[int]:
-        """The keys of one epoch in their order.
+        """The keys of one epoch, in order.
 
         Args:
             epoch: Changes the order, and which of several reconstructions is taken.
-            seed: Of the order; `None` is the source's own order and always the first reconstruction.
+            seed: Seed for the order; `None` gives the source's own order and always the first reconstruction.
         """
         if seed is None:
             return [group[0] for group in self.groups]
@@ -124,11 +135,15 @@ class Source:
         return [group[(first[index] + epoch) % len(group)] for index in order if (group := self.groups[index])]
 
     def stream(self, epoch: int = 0, seed: int | None = None) -> IterableDataset:
-        """Rows of one epoch; each study is a shard, so that any number of processes can divide them. See `keys`."""
+        """Rows of one epoch; each study is a shard, so that any number of processes can divide them.
+
+        Args:
+            epoch, seed: See `keys`.
+        """
         return self.stream_keys(self.keys(epoch, seed))
 
     def stream_keys(self, keys: Sequence[int]) -> IterableDataset:
-        """Rows of these keys."""
+        """Rows of the given keys."""
         # A list in `gen_kwargs` is what `datasets` divides among processes and workers.
         return IterableDataset.from_generator(_read_rows, gen_kwargs={"keys": list(keys), "read": self.read})
 
@@ -142,11 +157,11 @@ def read_study(row: Row, orientation: str) -> CTVolume:
     """Read the volume of a row that is not prepared.
 
     Args:
-        row: Of a source.
-        orientation: Of the model, see `read_volume`.
+        row: Row of a source.
+        orientation: The model's orientation, see `read_volume`.
 
     Raises:
-        VolumeError, OSError: If it cannot be fetched or is no usable CT volume.
+        VolumeError, OSError: If the volume cannot be fetched or is not a usable CT volume.
     """
     volume = row["volume"]
     known: Row = {name: row.get(name) for name in ("affine", "rescale_slope", "rescale_intercept", "spacing_mm")}

@@ -1,7 +1,7 @@
-"""Tables of studies to sources: which study belongs to which split, which are left out and why, and their rows.
+"""From tables of studies to sources: which study belongs to which split, which are left out and why, and their rows.
 
-A table of studies has one row a volume and the columns `id`, `patient`, `report`, `volume` (a path in the source's
-folder, or whatever its `volume_of` understands), one column a label, and where there are several reconstructions
+A table of studies has one row per volume and the columns `id`, `patient`, `report`, `volume` (a path in the source's
+folder, or whatever its `volume_of` understands), one column per label and, where there are several reconstructions,
 `scan`. It may have `rescale_slope`, `rescale_intercept` and the spacings `i_mm`, `j_mm`, `k_mm`.
 """
 
@@ -20,9 +20,9 @@ from medct.volume_io_medct import affine_from_spacing
 
 SPLITS = ("train", "tune", "valid")
 TUNE_SHARE = 0.1
-"""Of the patients of a train split, where nothing else is asked for."""
+"""Default share of a train split's patients that form the tune split."""
 SPACINGS_MM = ["i_mm", "j_mm", "k_mm"]
-# What stands where nothing was dictated.
+# What reports hold where nothing was dictated.
 _NO_TEXT = {"", "not given.", "not given", "nan"}
 
 
@@ -32,13 +32,13 @@ class Selection:
 
     Args:
         split: "train", "tune" or "valid".
-        reconstructions: "one" of each scan and epoch, so that no report comes twice, or "all" as studies of their own.
-        tune_share: Share of the patients of the train split that make the tune split.
-        limit: The first so many studies of a fixed pseudo-random order.
+        reconstructions: "one" per scan and epoch, so that no report comes twice, or "all" as studies of their own.
+        tune_share: Share of the train split's patients that form the tune split, in [0, 1).
+        limit: Number of studies to take, the first of a fixed pseudo-random order; all if `None`.
         need_reports: Leave out studies without a report.
 
     Raises:
-        DataError: If a value is none of these.
+        DataError: If a value is not one of these.
     """
 
     split: str
@@ -59,28 +59,37 @@ class Selection:
 
 
 def belongs(patients: pd.Series, split: str, tune_share: float) -> pd.Series:
-    """Which patients of the train split stand in "train", or in "tune"."""
+    """Which patients of the train split belong to "train", or to "tune".
+
+    Args:
+        patients: One name per row.
+        split: "train" or "tune".
+        tune_share: Share of the patients that form "tune", in [0, 1).
+
+    Returns:
+        One boolean per row.
+    """
     is_tune = patients.map({name: hash_share(name, "tune") < tune_share for name in patients.unique()})
     return is_tune.astype(bool) if split == "tune" else ~is_tune.astype(bool)
 
 
 def join_text(*parts: object) -> str:
-    """Parts of a report as one text, without those that say nothing ("Not given." and empty ones)."""
+    """Join the parts of a report, without those that say nothing ("Not given." and empty ones)."""
     texts = (" ".join(str(part).split()) for part in parts if isinstance(part, str))
     return " ".join(text for text in texts if text.lower() not in _NO_TEXT)
 
 
 def read_csv(path: Path, columns: Sequence[str], optional: Sequence[str] = (), name: str | None = None) -> pd.DataFrame:
-    """Columns of a csv file, as text.
+    """Read columns of a csv file as text.
 
     Args:
         path: The file.
-        columns: Those that it must have.
-        optional: Those that it may have.
+        columns: Columns that it must have.
+        optional: Columns that it may have.
         name: What to call it in messages; its path by default.
 
     Raises:
-        DataError: If it cannot be read, or a column is missing.
+        DataError: If the file cannot be read, or a column is missing.
     """
     name = name or str(path)
     try:
@@ -98,14 +107,19 @@ def read_csv(path: Path, columns: Sequence[str], optional: Sequence[str] = (), n
         raise
     except (OSError, ValueError) as error:  # pandas' parser errors and wrong encodings are ValueErrors
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataError(f"{name}: no readable csv file ({reason}). Save it as csv in UTF-8.") from error
+        raise DataError(f"{name}: not a readable csv file ({reason}). Save it as csv in UTF-8.") from error
 
 
 def merge_doubles(table: pd.DataFrame, key: str, name: str) -> pd.DataFrame:
-    """One row a key: equal rows become one.
+    """Reduce a table to one row per key by merging equal rows.
+
+    Args:
+        table: Columns of text.
+        key: Column that identifies a row.
+        name: What to call the table in messages.
 
     Raises:
-        DataError: If two rows of a key contradict each other, or a key is empty.
+        DataError: If two rows with one key contradict each other, or a key is empty.
     """
     table = table.assign(**{key: table[key].str.strip()}).drop_duplicates()
     if (table[key] == "").any():
@@ -120,22 +134,32 @@ def merge_doubles(table: pd.DataFrame, key: str, name: str) -> pd.DataFrame:
 
 
 def to_numbers(table: pd.DataFrame, columns: Sequence[str], name: str) -> pd.DataFrame:
-    """Text to float64; empty cells are NaN.
+    """Convert columns from text to float64; empty cells become NaN.
+
+    Args:
+        table: With these columns.
+        columns: Columns to convert.
+        name: What to call the table in messages.
 
     Raises:
-        DataError: If a cell is no number.
+        DataError: If a cell is not a number.
     """
     try:
         return table.assign(**{column: pd.to_numeric(table[column].replace("", np.nan)) for column in columns})
     except ValueError as error:
-        raise DataError(f"{name}: a cell of {', '.join(map(repr, columns))} is no number ({error}).") from error
+        raise DataError(f"{name}: a cell of {', '.join(map(repr, columns))} is not a number ({error}).") from error
 
 
 def check_labels(table: pd.DataFrame, label_names: Sequence[str], name: str) -> pd.DataFrame:
-    """Labels as numbers, 0 to 1, NaN if unknown.
+    """Convert labels to numbers from 0 to 1; NaN if unknown.
+
+    Args:
+        table: With one column per label, as text.
+        label_names: Columns of the labels.
+        name: What to call the table in messages.
 
     Raises:
-        DataError: If one is neither.
+        DataError: If a label is neither in this range nor unknown.
     """
     for label in label_names:
         table = to_numbers(table, [label], name)
@@ -149,11 +173,11 @@ def check_labels(table: pd.DataFrame, label_names: Sequence[str], name: str) -> 
 
 
 class Sieve:
-    """A table of studies from which rows are taken out, each with its reason.
+    """A table of studies from which rows are removed, each with a reason.
 
     Attributes:
         table: What is left.
-        skipped: What was taken out.
+        skipped: What was removed.
     """
 
     def __init__(self, table: pd.DataFrame):
@@ -161,18 +185,24 @@ class Sieve:
         self.skipped: list[Skipped] = []
 
     def drop(self, where: pd.Series, reason: str) -> None:
+        """Remove rows.
+
+        Args:
+            where: One boolean per row of the table.
+            reason: Why these rows are left out.
+        """
         self.skipped += [Skipped(study, reason) for study in self.table["id"][where]]
         self.table = self.table[~where]
 
 
 @dataclass(frozen=True)
 class TableRows:
-    """Rows of a table of studies, by their number.
+    """Rows of a table of studies, by their index.
 
     Args:
         table: See the top of this file. Arrow holds it in a few buffers, which forked processes share.
-        label_names: Columns that make `labels`.
-        volume_of: Makes what `read_study` takes of a `volume` cell.
+        label_names: Columns that form `labels`.
+        volume_of: Turns a `volume` cell into what `read_study` takes.
     """
 
     table: pa.Table
@@ -198,14 +228,14 @@ def table_source(
     selection: Selection,
     where: str,
 ) -> Source:
-    """The source of what a sieve has left.
+    """Make a source of what a sieve has left.
 
     Args:
         sieve: Its table holds one split and is sifted further here.
         label_names: Columns of the labels.
         volume_of: See `TableRows`.
-        selection: Its split is not looked at.
-        where: For the description and messages.
+        selection: Which studies; its split serves for messages only.
+        where: Name of the data in the description and in messages.
 
     Raises:
         DataError: If nothing is left.

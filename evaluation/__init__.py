@@ -1,1 +1,1 @@
-"""Studies to scores, scores to figures with intervals, tables and plots."""
+"""From studies to scores, and from scores to figures with intervals, tables and plots."""

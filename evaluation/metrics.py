@@ -1,20 +1,21 @@
-"""Scores of zero-shot classification with intervals, from arrays.
+"""Metrics of zero-shot classification with intervals, computed from arrays.
 
-Also an `evaluate` module, `evaluate.load("evaluation/metrics.py")`, so it imports nothing of this package.
+Also an `evaluate` module, `evaluate.load("evaluation/metrics.py")`, so it imports nothing from this package.
 
 What holds throughout:
 
-* Labels are 0, 1 or NaN; NaN is unknown, and such a scan is passed by for that label alone.
-* A label that is always or never present among its known scans has no score, and no part in the mean over labels. In a
-  resample the same holds, so there the mean may be over fewer labels.
+* Labels are 0, 1 or NaN; NaN means unknown, and such a scan is skipped for that label alone.
+* A label that is always or never present among its known scans has no score, and no part in the mean over labels. The
+  same holds within a resample, so the mean there may be over fewer labels.
 * A label is predicted where its score reaches the threshold. Thresholds come from scans that are not scored; the one
-  exception, CT-CLIP's protocol, carries its name.
+  exception, CT-CLIP's protocol, is marked by its name.
 * Precision and F1 are 0 where nothing is predicted.
 * Intervals are the middle 95 % of a bootstrap over patients: a patient drawn comes with all their scans. Two models are
-  compared on the same resamples. Resamples repeat scans, which flatters average precision and CT-CLIP's protocol, so an
-  interval is moved back by how far the resamples' mean is off the value. The mean average precision of 18 labels in 150
-  scans was held by 80 of 100 such intervals, unmoved by 62 (`test_bias_of_average_precision_is_taken_off`): take them
-  for somewhat too narrow. AUROC, accuracy and F1 are hardly moved.
+  compared on the same resamples. Resamples repeat scans, which inflates average precision and CT-CLIP's protocol, so an
+  interval is shifted back by the difference between the resamples' mean and the value. Of 100 such intervals, 80
+  covered the mean average precision of 18 labels in 150 scans; without the shift, 62 did
+  (`test_bias_of_average_precision_is_corrected`). So these intervals are somewhat too narrow. AUROC, accuracy and F1
+  hardly shift.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -24,10 +25,10 @@ import datasets
 import evaluate
 import numpy as np
 
-# CT-CLIP looks for its thresholds here, and calls the best the one whose ROC point is closest to the corner.
+# CT-CLIP searches its thresholds here, and takes the one whose ROC point is closest to the corner as the best.
 CT_CLIP_GRID = np.linspace(0, 1, 100)
 CT_CLIP_PREFIX = "ct_clip_protocol/"
-# What makes a threshold good, of the share of present and of absent scans that reach it.
+# How good a threshold is, given the shares of present and of absent scans that reach it.
 THRESHOLD_RULES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "youden": lambda sensitivity, false_alarms: sensitivity - false_alarms,
     "closest_corner": lambda sensitivity, false_alarms: -np.hypot(1 - sensitivity, false_alarms),
@@ -51,16 +52,16 @@ def zero_shot_scores(
     Args:
         scores: `(scans, labels)`, greater is more likely present.
         labels: `(scans, labels)`, 0, 1 or NaN for unknown.
-        names: Of the labels.
-        thresholds: `(labels,)`, from other scans by `choose_thresholds`; without them only rankings are scored.
+        names: Names of the labels.
+        thresholds: `(labels,)`, chosen on other scans by `choose_thresholds`; without them only rankings are scored.
 
     Returns:
         `auroc`, `average_precision` and, with thresholds, `accuracy`, `balanced_accuracy`, `macro_f1`, `precision`,
-        `sensitivity`, `specificity`: means over labels. `auroc/NAME`, ..., `f1/NAME`: of one label, NaN where it has no
-        score. `scans`: their number.
+        `sensitivity`, `specificity`: means over labels. `auroc/NAME`, ..., `f1/NAME`: the figure of one label, NaN
+        where it has no score. `scans`: their number.
 
     Raises:
-        ValueError: If arrays do not fit, hold other values, or no label varies.
+        ValueError: If shapes do not match, arrays hold other values, or no label varies.
     """
     scores, labels = _checked(scores, labels, names)
     figures = _figures(scores, labels, thresholds, np.ones((len(labels), 1)))
@@ -69,21 +70,21 @@ def zero_shot_scores(
 
 
 def ct_clip_protocol(scores: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> dict[str, float]:
-    """The figures that CT-CLIP and its followers report, to compare with theirs.
+    """The figures that CT-CLIP and its successors report, for comparison with theirs.
 
     Thresholds are chosen on the very labels that are scored, so these figures are better than new scans would give.
 
     Args:
         scores: `(scans, labels)`, probabilities.
         labels: `(scans, labels)`, 0, 1 or NaN for unknown.
-        names: Of the labels.
+        names: Names of the labels.
 
     Returns:
         `accuracy`, `weighted_f1` (the F1 of presence and of absence, weighted by their scans), `binary_f1`, `precision`
-        and `threshold`: means over labels. `accuracy/NAME`, ...: of one label, NaN where it has no score.
+        and `threshold`: means over labels. `accuracy/NAME`, ...: the figure of one label, NaN where it has no score.
 
     Raises:
-        ValueError: If arrays do not fit, hold other values, or no label varies.
+        ValueError: If shapes do not match, arrays hold other values, or no label varies.
     """
     scores, labels = _checked(scores, labels, names, probabilities=True)
     figures = _figures(scores, labels, None, np.ones((len(labels), 1)))
@@ -102,10 +103,10 @@ def choose_thresholds(scores: np.ndarray, labels: np.ndarray, rule: str = "youde
         rule: "youden" (most sensitivity + specificity) or "closest_corner" (ROC point nearest to both being 1).
 
     Returns:
-        `(labels,)`, each a score that occurs, the highest where several are best; NaN where the label does not vary.
+        `(labels,)`, each a score that occurs, the highest if several are best; NaN where the label does not vary.
 
     Raises:
-        ValueError: If arrays do not fit, hold other values, or no label varies.
+        ValueError: If the rule is unknown, shapes do not match, arrays hold other values, or no label varies.
     """
     if rule not in THRESHOLD_RULES:
         raise ValueError(f"There is no threshold rule {rule!r}. Pass one of {', '.join(THRESHOLD_RULES)}.")
@@ -134,20 +135,20 @@ def with_intervals(
     Args:
         scores: `(scans, labels)`, probabilities.
         labels: `(scans, labels)`, 0, 1 or NaN for unknown.
-        patients: `(scans,)`, who was scanned; None makes every scan a patient.
-        names: Of the labels.
-        thresholds: `(labels,)`, from other scans.
-        resamples: Of the bootstrap.
-        seed: Of the bootstrap; the order of the scans has no influence.
+        patients: `(scans,)`, the patient of each scan; None makes every scan a patient of its own.
+        names: Names of the labels.
+        thresholds: `(labels,)`, chosen on other scans.
+        resamples: Number of bootstrap resamples.
+        seed: Seed for the bootstrap; the order of the scans has no influence.
 
     Returns:
-        Ready for JSON. `scores`: by metric `{"value", "low", "high"}`, where None is undefined; the means of
-        `zero_shot_scores`, those of CT-CLIP's protocol behind `ct_clip_protocol/`, and `auroc/NAME` and
-        `average_precision/NAME`. Beside it `scans`, `patients`, `resamples`, and `present` and `absent`, which count
+        Ready for JSON. `scores`: `{"value", "low", "high"}` by metric, with None where undefined; the means of
+        `zero_shot_scores`, those of CT-CLIP's protocol prefixed with `ct_clip_protocol/`, and `auroc/NAME` and
+        `average_precision/NAME`. Besides, `scans`, `patients`, `resamples`, and `present` and `absent`, which count
         the scans by label.
 
     Raises:
-        ValueError: If arrays do not fit, hold other values, or no label varies.
+        ValueError: If shapes do not match, arrays hold other values, or no label varies.
     """
     (drawn,) = _resampled([(scores, thresholds)], labels, patients, names, resamples, seed)
     return {**_about(labels, patients, names, resamples), "scores": _intervals(drawn)}
@@ -164,23 +165,23 @@ def compare(
     resamples: int = 1000,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Figures of two models on the same scans and of their paired difference, with 95 % intervals.
+    """Figures of two models on the same scans, and their paired difference, with 95 % intervals.
 
     Args:
-        base_scores: `(scans, labels)`, probabilities, before adaptation.
-        adapted_scores: `(scans, labels)`, after it.
+        base_scores: `(scans, labels)`, probabilities before adaptation.
+        adapted_scores: `(scans, labels)`, probabilities after it.
         labels, patients, names, resamples, seed: See `with_intervals`.
-        thresholds_base: `(labels,)`, for the scores before, from other scans.
-        thresholds_adapted: `(labels,)`, for the scores after, from other scans.
+        thresholds_base: `(labels,)`, for the scores before adaptation, chosen on other scans.
+        thresholds_adapted: `(labels,)`, for the scores after adaptation, chosen on other scans.
 
     Returns:
-        As `with_intervals`, but for `scores` it has `base`, `adapted` and `difference` (adapted - base).
+        As `with_intervals`, with `base`, `adapted` and `difference` (adapted - base) in place of `scores`.
 
     Raises:
-        ValueError: If arrays do not fit, hold other values, no label varies, or one model alone has thresholds.
+        ValueError: If shapes do not match, arrays hold other values, no label varies, or only one model has thresholds.
     """
     if (thresholds_base is None) != (thresholds_adapted is None):
-        raise ValueError("One of two models has thresholds. Pass thresholds_base and thresholds_adapted, or neither.")
+        raise ValueError("Only one model has thresholds. Pass thresholds_base and thresholds_adapted, or neither.")
     models = [(base_scores, thresholds_base), (adapted_scores, thresholds_adapted)]
     base, adapted = _resampled(models, labels, patients, names, resamples, seed)
     return {
@@ -197,13 +198,13 @@ def calibration_bins(scores: np.ndarray, labels: np.ndarray, bins: int = 10) -> 
     Args:
         scores: `(scans, labels)`, probabilities.
         labels: `(scans, labels)`, 0, 1 or NaN for unknown.
-        bins: Their number.
+        bins: Number of bins.
 
     Returns:
-        Mean probability, share that is present, both NaN in an empty bin, and count; each `(bins,)`.
+        Mean probability and share that is present, both NaN in an empty bin, and count; each `(bins,)`.
 
     Raises:
-        ValueError: If arrays do not fit, hold other values, or scores are outside [0, 1].
+        ValueError: If shapes do not match, arrays hold other values, or scores are outside [0, 1].
     """
     scores, labels = _checked(scores, labels, must_vary=False, probabilities=True)
     known = ~np.isnan(labels)
@@ -215,7 +216,16 @@ def calibration_bins(scores: np.ndarray, labels: np.ndarray, bins: int = 10) -> 
 
 
 def expected_calibration_error(scores: np.ndarray, labels: np.ndarray, bins: int = 10) -> float:
-    """How far probabilities are from how often they come true: mean over `calibration_bins`, weighted by count."""
+    """How far probabilities are from how often they come true: mean over `calibration_bins`, weighted by count.
+
+    Args:
+        scores: `(scans, labels)`, probabilities.
+        labels: `(scans, labels)`, 0, 1 or NaN for unknown.
+        bins: Number of bins.
+
+    Returns:
+        A number in [0, 1].
+    """
     probability, share, counts = calibration_bins(scores, labels, bins)
     filled = counts > 0
     return float(np.average(np.abs(probability - share)[filled], weights=counts[filled]))
@@ -237,25 +247,30 @@ class _Reach:
         for side in (1, 0):
             scans = np.flatnonzero(truth == side)
             scans = scans[np.argsort(-scores[scans])]
-            drawn = np.zeros((len(scans) + 1, weights.shape[1]))  # (k, resamples): of the k highest scores
+            drawn = np.zeros((len(scans) + 1, weights.shape[1]))  # (k, resamples): draws among the k highest scores
             np.cumsum(weights[scans], axis=0, out=drawn[1:])
             self._sides.append((-scores[scans], drawn))
         self.present_scores = -self._sides[0][0]
         self.present, self.absent = (drawn[-1] for _, drawn in self._sides)
 
     def counts(self, thresholds: np.ndarray, beyond: bool = False) -> Iterator[np.ndarray]:
-        """Present and absent scans at or, if so asked, only beyond each threshold, each `(thresholds, resamples)`."""
+        """Present and absent scans, each `(thresholds, resamples)`, that reach or, with `beyond`, exceed a threshold.
+
+        Args:
+            thresholds: `(thresholds,)`.
+            beyond: Leave out scans whose score equals the threshold.
+        """
         for falling, drawn in self._sides:
             yield drawn[np.searchsorted(falling, -thresholds, side="left" if beyond else "right")]
 
 
 def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    """Their quotient; 0 where the whole is 0."""
+    """Quotient of two arrays; 0 where the whole is 0."""
     return np.divide(part, whole, out=np.zeros(np.broadcast_shapes(part.shape, whole.shape)), where=whole > 0)
 
 
 def _rank_figures(reach: _Reach) -> dict[str, np.ndarray]:
-    """AUROC and average precision, `(resamples,)` each; ties count half, and as one step."""
+    """AUROC and average precision, `(resamples,)` each; ties count half in the one, and as one step in the other."""
     steps = np.unique(reach.present_scores)
     hits, false_alarms = reach.counts(steps)
     hits_beyond, false_alarms_beyond = reach.counts(steps, beyond=True)
@@ -269,7 +284,7 @@ def _rank_figures(reach: _Reach) -> dict[str, np.ndarray]:
 
 
 def _decision_figures(reach: _Reach, hits: np.ndarray, false_alarms: np.ndarray) -> dict[str, np.ndarray]:
-    """What follows from so many present and absent scans being predicted, `(resamples,)` each."""
+    """Figures that follow from the counts of hits and false alarms, `(resamples,)` each."""
     misses, rejections = reach.present - hits, reach.absent - false_alarms
     scans = reach.present + reach.absent
     sensitivity, specificity = _ratio(hits, reach.present), _ratio(rejections, reach.absent)
@@ -287,14 +302,14 @@ def _decision_figures(reach: _Reach, hits: np.ndarray, false_alarms: np.ndarray)
 
 
 def _best(reach: _Reach, candidates: np.ndarray, rule: str) -> np.ndarray:
-    """Index of the first best of some thresholds, `(resamples,)`."""
+    """Index of the first of the best thresholds, `(resamples,)`."""
     hits, false_alarms = reach.counts(candidates)
     merit = THRESHOLD_RULES[rule](_ratio(hits, reach.present), _ratio(false_alarms, reach.absent))
     return merit.argmax(axis=0)
 
 
 def _protocol_figures(reach: _Reach) -> dict[str, np.ndarray]:
-    """CT-CLIP's protocol, thresholds chosen anew in each resample, `(resamples,)` each."""
+    """Figures of CT-CLIP's protocol, `(resamples,)` each, with thresholds chosen anew in each resample."""
     best = _best(reach, CT_CLIP_GRID, "closest_corner")
     hits, false_alarms = (np.take_along_axis(counts, best[None], 0)[0] for counts in reach.counts(CT_CLIP_GRID))
     figures = _decision_figures(reach, hits, false_alarms)
@@ -308,7 +323,7 @@ def _protocol_figures(reach: _Reach) -> dict[str, np.ndarray]:
 
 
 def _label_figures(reach: _Reach, threshold: float | None) -> dict[str, np.ndarray]:
-    """All figures of one label, `(resamples,)` each, NaN where it does not vary."""
+    """All figures of one label, `(resamples,)` each; NaN where it does not vary."""
     figures = _rank_figures(reach)
     if threshold is not None:
         hits, false_alarms = (counts[0] for counts in reach.counts(np.array([threshold])))
@@ -342,18 +357,18 @@ def _mean_over_labels(values: np.ndarray) -> np.ndarray:
 
 
 def _named(figures: dict[str, np.ndarray], names: Sequence[str], singly: Collection[str]) -> dict[str, np.ndarray]:
-    """Means over labels and, of some metrics, also the figures of each label; `(resamples,)` each."""
+    """Means over labels and, for some metrics, also the figures of each label; `(resamples,)` each."""
     means = {MEAN_NAMES.get(key, key): _mean_over_labels(values) for key, values in figures.items()}
     return means | {f"{key}/{name}": row for key in singly for name, row in zip(names, figures[key], strict=True)}
 
 
 def _once(figures: dict[str, np.ndarray], names: Sequence[str]) -> dict[str, float]:
-    """Means and single figures of the scans as they are."""
+    """Means, and the figures of each label, on the scans as they are."""
     return {key: float(value) for key, (value,) in _named(figures, names, singly=figures).items()}
 
 
 def _draws(patients: np.ndarray, resamples: int, seed: int) -> Iterator[np.ndarray]:
-    """How often each scan is drawn, `(scans, resamples)` in blocks; the first is `(scans, 1)`, each scan once."""
+    """How often each scan is drawn, `(scans, resamples)` in blocks; the first is `(scans, 1)`, every scan once."""
     ids, patient_of_scan = np.unique(patients, return_inverse=True)
     generator = np.random.default_rng(seed)
     yield np.ones((len(patients), 1))
@@ -371,7 +386,7 @@ def _resampled(
     resamples: int,
     seed: int,
 ) -> list[dict[str, np.ndarray]]:
-    """For each model and metric `(1 + resamples,)`: from the scans as they are, then from each resample."""
+    """For each model and metric, `(1 + resamples,)`: on the scans as they are, then on each resample."""
     checked = [_checked(scores, labels, names, probabilities=True)[0] for scores, _ in models]
     labels = np.asarray(labels, float)
     people = np.arange(len(labels)) if patients is None else np.asarray(patients)
@@ -386,7 +401,7 @@ def _resampled(
 
 
 def _intervals(drawn: dict[str, np.ndarray], lowest: float = 0) -> dict[str, Interval]:
-    """Value and interval, within `lowest`..1, of each metric; resamples in which it is undefined are left out."""
+    """Value and interval, within `lowest`..1, of each metric; resamples where it is undefined are left out."""
     intervals: dict[str, Interval] = {}
     for key, (value, *_) in drawn.items():
         resampled = drawn[key][1:]
@@ -427,7 +442,7 @@ def _checked(
     """Scores and labels as float64.
 
     Raises:
-        ValueError: If they do not fit, hold other values, or no label varies.
+        ValueError: If shapes do not match, arrays hold other values, or no label varies.
     """
     scores, labels = np.asarray(scores, float), np.asarray(labels, float)
     if scores.ndim != 2 or scores.shape != labels.shape:
@@ -452,9 +467,9 @@ def _checked(
 
 
 class ZeroShotScores(evaluate.Metric):
-    """`zero_shot_scores` and, behind `ct_clip_protocol/`, the means of `ct_clip_protocol` as an `evaluate` module.
+    """`zero_shot_scores` and the means of `ct_clip_protocol`, prefixed with its name, as an `evaluate` module.
 
-    `compute` takes `names` and `thresholds`, too. With many processes, gather the arrays first and compute in one.
+    `compute` also takes `names` and `thresholds`. With many processes, gather the arrays first and compute in one.
     """
 
     def _info(self) -> evaluate.MetricInfo:
@@ -463,8 +478,8 @@ class ZeroShotScores(evaluate.Metric):
             description=__doc__,
             citation="",
             inputs_description=(
-                "predictions: scores; references: 0, 1 or NaN for unknown; one row a scan, one column a label. "
-                "names: of the labels. thresholds: of the labels, chosen on other scans."
+                "predictions: scores; references: 0, 1 or NaN for unknown; one row per scan, one column per label. "
+                "names: one per label. thresholds: one per label, chosen on other scans."
             ),
             features=datasets.Features({"predictions": rows, "references": rows}),
         )

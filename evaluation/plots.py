@@ -1,7 +1,7 @@
 """ROC curves and calibration of one or more models, as matplotlib figures: `roc_plot(...).savefig("roc.png")`.
 
-Models are given as `{"base": scores, "adapted": scores}`, in the order to draw. `note` is for what a reader must not
-miss, such as that the data are synthetic; it stands in the title.
+Models are given as `{"base": scores, "adapted": scores}`, in drawing order. `note` is for what a reader must not miss,
+such as that the data are synthetic; it is part of the title.
 """
 
 import math
@@ -26,7 +26,7 @@ class Style(NamedTuple):
     hatch: str
 
 
-# Okabe and Ito's colours, told apart by people who see no red or no green. Dashes, markers and hatches for grey print.
+# Okabe and Ito's colours, which colour-blind readers can tell apart. Dashes, markers and hatches are for grey print.
 STYLES = (
     Style("#D55E00", (0, (4, 1.5)), "o", "//"),
     Style("#0072B2", "-", "^", ""),
@@ -36,7 +36,7 @@ STYLES = (
 GREY = "0.6"
 TITLE_SIZE, TEXT_SIZE, SMALL_SIZE = 13, 11, 8.5  # points
 DOTS_PER_INCH = 150
-LABEL_ROWS = 3  # small panels, one above the other
+LABEL_ROWS = 3  # rows of small panels
 MEAN_PANEL_INCHES, LABEL_PANEL_INCHES = 5.6, 1.75
 FALSE_ALARM_RATES = np.linspace(0, 1, 201)
 
@@ -45,13 +45,14 @@ def roc_plot(models: Mapping[str, np.ndarray], labels: np.ndarray, names: Sequen
     """ROC curves: their mean over labels in a large panel, each label in a small one.
 
     Args:
-        models: By name, scores `(scans, labels)`; at most four.
+        models: Scores `(scans, labels)` by name; at most four.
         labels: `(scans, labels)`, 0, 1 or NaN for unknown.
-        names: Of the labels.
-        note: For the title.
+        names: Names of the labels.
+        note: Text added to the title.
 
     Raises:
-        ValueError: If arrays do not fit, hold other values, no label varies, or there are more than four models.
+        ValueError: If shapes do not match, arrays hold other values, no label varies, or there are more than four
+            models.
     """
     labels = np.asarray(labels, float)
     rows = min(LABEL_ROWS, len(names))
@@ -82,16 +83,17 @@ def roc_plot(models: Mapping[str, np.ndarray], labels: np.ndarray, names: Sequen
 
 
 def calibration_plot(models: Mapping[str, np.ndarray], labels: np.ndarray, note: str = "", bins: int = 10) -> Figure:
-    """Reliability diagram over all labels together, and below it how many probabilities are in each bin.
+    """Reliability diagram over all labels together, with the number of probabilities in each bin below it.
 
     Args:
-        models: By name, probabilities `(scans, labels)`; at most four.
+        models: Probabilities `(scans, labels)` by name; at most four.
         labels: `(scans, labels)`, 0, 1 or NaN for unknown.
-        note: For the title.
-        bins: Of equal width.
+        note: Text added to the title.
+        bins: Number of bins, of equal width.
 
     Raises:
-        ValueError: If arrays do not fit, hold other values, scores are outside [0, 1], or models are more than four.
+        ValueError: If shapes do not match, arrays hold other values, scores are outside [0, 1], or there are more than
+            four models.
     """
     figure = _figure(6.4, 8, "Calibration over all labels", len(labels), note)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
@@ -100,7 +102,7 @@ def calibration_plot(models: Mapping[str, np.ndarray], labels: np.ndarray, note:
     for index, (model, scores, style) in enumerate(_styled(models)):
         probability, share, counts = calibration_bins(scores, labels, bins)
         said = f"{model}: expected calibration error {expected_calibration_error(scores, labels, bins):.3f}"
-        filled = counts > 0  # the line goes on across an empty bin
+        filled = counts > 0  # the line runs across empty bins
         line = {"color": style.colour, "linestyle": style.dashes, "marker": style.marker, "label": said}
         upper.plot(probability[filled], share[filled], markersize=7, linewidth=1.8, **line)
         middles = (np.arange(bins) + 0.5) / bins + width * (index - (len(models) - 1) / 2)
@@ -108,7 +110,7 @@ def calibration_plot(models: Mapping[str, np.ndarray], labels: np.ndarray, note:
     upper.set(ylabel="share that is present", xlim=(0, 1), ylim=(-0.03, 1.03))
     upper.legend(loc="lower left", bbox_to_anchor=(0, 1), frameon=False, fontsize=TEXT_SIZE)  # never over a curve
     lower.set(xlabel=f"probability given, in {bins} bins", ylabel="scans x labels", yscale="log")
-    lower.set_ylim(0.7, lower.get_ylim()[1] * 1.3)  # a single one is seen
+    lower.set_ylim(0.7, lower.get_ylim()[1] * 1.3)  # so that a bar of height 1 is visible
     lower.yaxis.set_major_formatter("{x:,.0f}")
     for panel in (upper, lower):
         panel.grid(color="0.9", linewidth=0.6)
@@ -117,7 +119,7 @@ def calibration_plot(models: Mapping[str, np.ndarray], labels: np.ndarray, note:
 
 
 def _styled(models: Mapping[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray, Style]]:
-    """Models, each with its own style."""
+    """Models, each with a style of its own."""
     if len(models) > len(STYLES):
         raise ValueError(f"{len(models)} models do not fit one plot. Pass {len(STYLES)} at most.")
     for (model, scores), style in zip(models.items(), STYLES, strict=False):
@@ -127,13 +129,13 @@ def _styled(models: Mapping[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray,
 def _figure(width: float, height: float, what: str, scans: int, note: str) -> Figure:
     """An empty figure, sizes in inches, whose title names the data."""
     figure = Figure(figsize=(width, height), dpi=DOTS_PER_INCH, layout="constrained")
-    lines = [f"{what}, {scans:,} scans", *textwrap.wrap(note, width=int(9.5 * width))]  # letters an inch at this size
+    lines = [f"{what}, {scans:,} scans", *textwrap.wrap(note, width=int(9.5 * width))]  # 9.5 letters per inch
     figure.suptitle("\n".join(lines), fontsize=TITLE_SIZE)
     return figure
 
 
 def _empty_roc(panel: Axes) -> None:
-    """Square, with the line of chance."""
+    """Set up a square panel with the chance line."""
     panel.plot([0, 1], [0, 1], color=GREY, linewidth=0.8, zorder=0)
     panel.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal")
     panel.set_xticks([0, 0.5, 1], ["0", "½", "1"])
@@ -152,20 +154,20 @@ def _label_curves(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def _draw_mean(panel: Axes, curves: np.ndarray, style: Style, said: str) -> None:
-    """The mean of curves `(labels, rates)`, and faintly each of them."""
+    """Draw the mean of curves `(labels, rates)`, and each of them faintly."""
     panel.plot(FALSE_ALARM_RATES, curves.T, color=style.colour, linewidth=0.5, alpha=0.3)
     mean = np.nanmean(curves, axis=0)
     panel.plot(FALSE_ALARM_RATES, mean, color=style.colour, linestyle=style.dashes, linewidth=2.4, label=said)
 
 
 def _write_auroc(panel: Axes, auroc: float, colour: str, line: int) -> None:
-    """An AUROC in the lower right corner, so many lines from below."""
+    """Write an AUROC in the lower right corner, `line` lines up."""
     said = "none" if math.isnan(auroc) else f"{auroc:.3f}"
     panel.text(0.97, 0.05 + 0.15 * line, said, ha="right", color=colour, fontsize=SMALL_SIZE)
 
 
 def _in_two_lines(name: str) -> str:
-    """A long name, broken at the space next to its middle."""
+    """A name; a long one is broken at the space nearest its middle."""
     spaces = [index for index, letter in enumerate(name) if letter == " "]
     if len(name) < 20 or not spaces:
         return name

@@ -23,10 +23,10 @@ def results_table(comparison: dict[str, Any], names: Sequence[str]) -> str:
 
     Args:
         comparison: From `metrics.compare`.
-        names: Of the labels, in the order to show.
+        names: Names of the labels, in display order.
 
     Returns:
-        Two Markdown tables, and what must be known to read them.
+        Two Markdown tables, and a caption that says how to read them.
     """
     present = comparison["present"]
     rows = [(f"{name} ({present[name]:,})", f"auroc/{name}") for name in names] + [("**mean**", "auroc")]
@@ -41,7 +41,7 @@ def results_table(comparison: dict[str, Any], names: Sequence[str]) -> str:
 
 
 def _table(heading: str, rows: Sequence[tuple[str, str]], comparison: dict[str, Any]) -> str:
-    """One Markdown table; a row is its title and the metric's key."""
+    """One Markdown table; a row is given as its title and the metric's key."""
     lines = [f"| {heading} | base | adapted | difference |", "| --- | ---: | ---: | ---: |"]
     for title, key in rows:
         base, adapted = _cell(comparison["base"][key]), _cell(comparison["adapted"][key])
@@ -50,7 +50,7 @@ def _table(heading: str, rows: Sequence[tuple[str, str]], comparison: dict[str, 
 
 
 def _cell(interval: Interval, sign: str = "") -> str:
-    """A value and its interval."""
+    """A value and its interval, as text."""
     if interval["value"] is None:
         return UNDEFINED
     value, low, high = (f"{interval[part]:{sign}.3f}" for part in ("value", "low", "high"))
@@ -58,14 +58,16 @@ def _cell(interval: Interval, sign: str = "") -> str:
 
 
 def _caption(comparison: dict[str, Any]) -> str:
-    """Where the figures come from and what they are not."""
+    """Where the figures come from, and their limits."""
     said = [
         f"{comparison['scans']:,} scans of {comparison['patients']:,} patients. In brackets: 95 % intervals, bootstrap "
         f"over patients, {comparison['resamples']:,} resamples; the difference is paired."
     ]
     if "accuracy" in comparison["base"]:
         said.append("Accuracy and F1 are at thresholds chosen on other scans.")
-    said.append("The CT-CLIP protocol chooses its thresholds on the scans that it scores: to compare with papers only.")
+    said.append(
+        "The CT-CLIP protocol chooses its thresholds on the scans that it scores: only for comparison with papers."
+    )
     if any(interval["value"] is None for interval in comparison["base"].values()):
-        said.append(f"{UNDEFINED}: always or never present here, so without a score and not in the means.")
+        said.append(f"{UNDEFINED}: always or never present here, so it has no score and no part in the means.")
     return " ".join(said)

@@ -1,1 +1,1 @@
-"""Folders of scans to findings, embeddings, search and maps."""
+"""From folders of scans to findings, embeddings, search and maps."""

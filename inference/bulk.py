@@ -1,11 +1,12 @@
-"""One command over thousands of studies: resumed where it stopped, spread over the processes of a launch.
+"""One command over thousands of studies: resumable, and spread over the processes of a launch.
 
-A row is a line on disk before the next one is made, and one that was torn by a crash is dropped when the file is opened
-again. Every process of a launch appends to a file of its own; the first one merges them when all are done. Beside the
-output file lie `NAME.settings.json`, what its rows were made with, and `NAME.failed.csv`, the studies that could not be
-read and why; these are tried again by the next run.
+Each row is a line on disk before the next one is made, and a line cut short by a crash is dropped when the file is next
+opened. Every process of a launch appends to a file of its own; the first one merges them when all are done. Beside the
+output file lie `NAME.settings.json`, which its rows were made with, and `NAME.failed.csv`, the studies that could not
+be read and why; the next run tries these again.
 """
 
+import contextlib
 import csv
 import glob
 import io
@@ -19,7 +20,7 @@ from typing import Any, Protocol
 from accelerate import PartialState
 from tqdm import tqdm
 
-from medct.common.files import whole_file
+from medct.common.files import remove_leftovers, whole_file
 from medct.errors_medct import MedCTError
 from medct.image_processing_medct import MedCTImageProcessor
 from medct.inference.studies import FailedStudy, ReadStudy, Study, batched_reads, read_ahead
@@ -28,7 +29,7 @@ KEY = "study"
 
 
 class OutputError(MedCTError, ValueError):
-    """A file that this run would have to add to and cannot; the message says why and what to do."""
+    """A file that this run would have to add to but cannot; the message says why and what to do."""
 
 
 class RowFormat(Protocol):
@@ -40,7 +41,7 @@ class RowFormat(Protocol):
 
 
 class JsonLines:
-    """One object a line."""
+    """One object per line."""
 
     def header(self) -> str:
         return ""
@@ -56,7 +57,7 @@ class Csv:
     """Comma-separated values; a value never holds a line break.
 
     Args:
-        columns: Their names, `KEY` first.
+        columns: Names of the columns, `KEY` first.
     """
 
     def __init__(self, columns: Sequence[str]):
@@ -78,17 +79,21 @@ class Csv:
 
 
 def read_rows(path: Path, format: RowFormat) -> list[dict[str, Any]]:
-    """The rows of a file, without a last line that was torn; none if there is no file.
+    """Read the rows of a file, without an incomplete last line; none if there is no file.
+
+    Args:
+        path: The file.
+        format: Format of its lines.
 
     Raises:
-        OutputError: If the file holds something else than such rows.
+        OutputError: If the file holds anything but such rows.
     """
     if not path.exists():
         return []
-    text = path.read_bytes().decode("utf-8", "surrogateescape")  # a name of a file may be any bytes
+    text = path.read_bytes().decode("utf-8", "surrogateescape")  # file names may be any bytes
     lines = [line + "\n" for line in text.split("\n")[:-1]]
     header = format.header()
-    taken = f"{path} exists and holds other rows than this run would write. Choose another --output, or remove it."
+    taken = f"{path} exists and holds rows that this run would not write. Choose another --output, or remove it."
     if header:
         if lines and lines[0] != header:
             raise OutputError(taken)
@@ -106,15 +111,15 @@ class RowFile:
     """Appends rows to a file, each on disk before the next one is made.
 
     Args:
-        path: File to make or add to; a torn last line is cut off.
-        format: Of its lines.
+        path: File to make or add to; an incomplete last line is cut off.
+        format: Format of its lines.
 
     Raises:
-        OutputError: If the file holds something else.
+        OutputError: If the file holds anything but such rows.
     """
 
     def __init__(self, path: Path, format: RowFormat):
-        self.format = format
+        self.path, self.format = path, format
         rows = read_rows(path, format)
         self.done = {row[KEY] for row in rows}
         if path.exists():
@@ -126,21 +131,31 @@ class RowFile:
             self._file.flush()
 
     def write(self, row: dict[str, Any]) -> None:
-        self._file.write(self.format.line(row))
-        self._file.flush()
+        try:
+            self._file.write(self.format.line(row))
+            self._file.flush()
+        except OSError as error:  # of a full disk, say, which names no file
+            error.filename = str(self.path)
+            raise
         self.done.add(row[KEY])
 
     def close(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # said by `write`; what is torn is dropped when the file is opened again
+            self._file.close()
 
 
 def part_path(path: Path, index: int) -> Path:
-    """Where process `index` of a launch writes."""
+    """Where one process of a launch writes.
+
+    Args:
+        path: The output that all of them contribute to.
+        index: Index of the process, from 0.
+    """
     return path.with_name(f"{path.name}.part-{index:04d}")
 
 
 def part_paths(path: Path) -> list[Path]:
-    """What the processes of a launch have written and nobody has merged yet."""
+    """Files that the processes of a launch have written and that are not yet merged."""
     return sorted(path.parent.glob(f"{glob.escape(path.name)}.part-[0-9][0-9][0-9][0-9]"))
 
 
@@ -149,11 +164,11 @@ def merge(path: Path, format: RowFormat, order: Iterable[str] = ()) -> int:
 
     Args:
         path: The file; need not exist.
-        format: Of all of them.
-        order: Studies in the order their rows shall have; rows of others go before them, in the order they have.
+        format: Format of all of them.
+        order: Studies in the order wanted for their rows; rows of other studies come first, in their present order.
 
     Returns:
-        How many rows there are.
+        Number of rows.
     """
     parts = part_paths(path)
     rows = {row[KEY]: row for file in (path, *parts) for row in read_rows(file, format)}
@@ -178,7 +193,7 @@ class Reading:
         image_processor: The model's.
         batch_size: Studies that go through the model together.
         num_workers: Threads that read ahead.
-        options: For `read_volume`.
+        options: Options for `read_volume`.
     """
 
     image_processor: MedCTImageProcessor
@@ -195,18 +210,18 @@ def process(
     write_failed: Callable[[dict[str, Any]], None],
     show_progress: bool = True,
 ) -> int:
-    """Read studies, make rows of them and write each as soon as it is made.
+    """Read studies, turn them into rows and write each row as soon as it is made.
 
     Args:
-        studies: In the order they are read.
-        reading: How.
-        rows_of: One row for each study of a batch.
-        write: Where rows go.
-        write_failed: Where rows of studies that could not be read go; each is reported on stderr, too.
+        studies: Studies in reading order.
+        reading: How to read and batch them.
+        rows_of: Makes one row for each study of a batch.
+        write: Takes each row.
+        write_failed: Takes a row for each study that could not be read, which is reported on stderr, too.
         show_progress: Whether to show a bar on stderr.
 
     Returns:
-        How many studies could not be read.
+        Number of studies that could not be read.
     """
     failed = 0
     reads = read_ahead(studies, reading.image_processor, reading.num_workers, **reading.options)
@@ -235,24 +250,24 @@ def process_to_file(
     done: Iterable[str] = (),
     rows_path: Path | None = None,
 ) -> int:
-    """`process` with all that a night needs: resumption, several processes, and a list of what failed.
+    """`process` with all that a run overnight needs: resumption, several processes, and a list of what failed.
 
     Args:
-        studies: All of them, those already in the output too.
-        reading: How.
+        studies: All studies, including those already in the output.
+        reading: How to read and batch them.
         rows_of: See `process`.
-        output: File of the rows; one that exists is added to. Its name is that of the files beside it, too.
-        format: Of the rows.
-        settings: What decides about the rows. A run with others does not add to the file.
-        state: Of the launch.
-        done: Studies that need no row although there is none of them yet.
-        rows_path: Where the rows go if not into `output`, because that is made of them later.
+        output: File of the rows; an existing one is added to. The files beside it are named after it.
+        format: Format of the rows.
+        settings: Everything that decides the rows. A run with other settings does not add to the file.
+        state: State of the launch.
+        done: Studies that need no row although they do not have one yet.
+        rows_path: Where the rows go if not to `output`, which is then made from them later.
 
     Returns:
-        In the main process, how many studies could not be read in all processes; 0 in the others.
+        In the main process, the number of studies that could not be read in all processes; 0 in the others.
 
     Raises:
-        OutputError: If the output holds rows made with other settings, or something else.
+        OutputError: If the output holds rows made with other settings, or anything else.
     """
     failed_path = output.with_name(f"{output.name}.failed.csv")
     rows_path = rows_path or output
@@ -262,7 +277,7 @@ def process_to_file(
     finished = {row[KEY] for row in read_rows(rows_path, format)} | set(done)
     left = [study for study in studies if study.id not in finished]
     if state.is_main_process and len(left) < len(studies):
-        print(f"{len(studies) - len(left)} of {len(studies)} studies are in {output} already.", file=sys.stderr)
+        print(f"{len(studies) - len(left)} of {len(studies)} studies are already in {output}.", file=sys.stderr)
     index, count = state.process_index, state.num_processes
     rows, failures = (
         RowFile(path if count == 1 else part_path(path, index), of)
@@ -286,17 +301,23 @@ def process_to_file(
 
 
 def _tidy_up(output: Path, rows_path: Path, failed_path: Path, format: RowFormat, settings: dict[str, Any]) -> None:
-    """Before anything is read: refuse what does not belong together, merge what a launch that was cut off has left."""
+    """Before anything is read: refuse what does not belong together, and merge what an interrupted launch has left."""
     output.parent.mkdir(parents=True, exist_ok=True)
+    for path in (rows_path, failed_path, _settings_path(output)):
+        remove_leftovers(path)
     _keep_settings(output, rows_path, settings)
     merge(rows_path, format)
     merge(failed_path, _FAILED)
     failed_path.unlink()
 
 
+def _settings_path(output: Path) -> Path:
+    return output.with_name(f"{output.name}.settings.json")
+
+
 def _keep_settings(output: Path, rows_path: Path, settings: dict[str, Any]) -> None:
-    """Write the settings beside the output, or compare with those it was begun with."""
-    path = output.with_name(f"{output.name}.settings.json")
+    """Write the settings beside the output, or compare them with those it was started with."""
+    path = _settings_path(output)
     settings = json.loads(json.dumps(settings))
     is_begun = bool(part_paths(rows_path)) or any(file.exists() and file.stat().st_size for file in (output, rows_path))
     if is_begun and path.exists():
@@ -304,13 +325,13 @@ def _keep_settings(output: Path, rows_path: Path, settings: dict[str, Any]) -> N
         for name in sorted({*before, *settings}):
             if before.get(name) != settings.get(name):
                 raise OutputError(
-                    f"{output} was begun with {name} {before.get(name)!r}, not {settings.get(name)!r}. Choose another "
-                    "--output, or remove it."
+                    f"{output} was started with {name} {before.get(name)!r}, not {settings.get(name)!r}. Choose "
+                    "another --output, or remove it."
                 )
     elif is_begun:
         raise OutputError(
-            f"{output} exists, and {path.name} is missing, so nobody knows how it was made. Choose another --output, "
-            "or remove it."
+            f"{output} exists, but {path.name} is missing, so it is not known how it was made. Choose another "
+            "--output, or remove it."
         )
     with whole_file(path) as aside:
         aside.write_text(json.dumps(settings, indent=2) + "\n")

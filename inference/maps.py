@@ -1,14 +1,18 @@
-"""Where a score comes from: what every patch of a scan adds to the logits margin of a finding. A debugging aid.
+"""Where a score comes from: what each patch of a scan adds to the logits margin of a finding. A debugging aid.
 
 Published CT-CLIP localises poorly: its similarity maps overlap with annotated findings at a Dice of about 0.004. So a
 map shows what moved this score, not where a finding is.
 
 How: the margin is `scale * (u / |u|) . d`, where `d` is the embedding of "present" minus that of "not present" and
-`u` the scan's embedding before it is brought to length 1. `u` is a linear function of the tokens: they are averaged
+`u` the scan's embedding before normalisation to length 1. `u` is a linear function of the tokens: they are averaged
 along z, laid end to end and multiplied by a matrix. So each token's part of the margin is exact, and the parts add up
 to the margin itself. What it leaves out: a token has seen the whole scan through attention before it is pooled.
 """
 
+import hashlib
+import re
+import unicodedata
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,12 +28,14 @@ from medct.image_processing_medct import AxisPlan, VolumeGeometry, reorient
 from medct.pipeline_medct import ZeroShotCTClassificationPipeline
 from medct.volume_io_medct import CTVolume
 
-CAVEAT = "Debugging aid, no finding: published CT-CLIP localises poorly (Dice about 0.004)"
+CAVEAT = "Debugging aid, not a finding: published CT-CLIP localises poorly (Dice about 0.004)"
 # Rows towards posterior, columns towards the patient's left, as radiologists look at axial slices.
 _AXIAL = "SPL"
 _WINDOW_HU = (-1000, 400)
-# Least distance of two slices in a picture; the published model's patches are 15 mm thick.
+# Least distance between two slices in a picture; the published model's patches are 15 mm thick.
 _APART_MM = 15
+_LONGEST_NAME_BYTES = 180
+"""File systems take 255 of the whole name."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +44,9 @@ class FindingMap:
 
     Args:
         label: The finding.
-        score: As the pipeline gives it.
-        logits_margin: Likewise; the sum of `patches`.
-        patches: `(z, y, x)`, one number for each token.
+        score: The pipeline's score.
+        logits_margin: The pipeline's margin; the sum of `patches`.
+        patches: `(z, y, x)`, one number per token.
     """
 
     label: str
@@ -56,16 +62,16 @@ def map_findings(
     labels: Sequence[str] | None = None,
     templates: Sequence[Sequence[str]] | None = None,
 ) -> list[FindingMap]:
-    """Take the scores of a scan apart into its patches.
+    """Decompose the scores of a scan into its patches.
 
     Args:
         pipe: With or without an adapter.
         pixel_values: `(1, 1, z, y, x)`.
         labels: Findings; the model's own by default.
-        templates: See the pipeline; averaged.
+        templates: See the pipeline; the results are averaged.
 
     Returns:
-        One map for each finding, in the order of the labels.
+        One map per finding, in the order of the labels.
     """
     model = pipe.model
     _, height, width = model.config.vision_config.grid_size
@@ -88,7 +94,7 @@ def map_findings(
 
 
 def _pull_back(projection: torch.nn.Module, direction: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """How much each input of a linear module, adapted or not, adds along a direction of its output; shape of `like`."""
+    """How much each input of a linear module, adapted or not, adds along an output direction; same shape as `like`."""
     with torch.enable_grad():
         inputs = torch.zeros_like(like, requires_grad=True)
         return torch.autograd.grad((projection(inputs).float() @ direction).sum(), inputs)[0].float()
@@ -97,24 +103,24 @@ def _pull_back(projection: torch.nn.Module, direction: torch.Tensor, like: torch
 def to_scan(
     patches: torch.Tensor, patch_size: Sequence[int], geometry: VolumeGeometry, shape: Sequence[int]
 ) -> np.ndarray:
-    """Values of patches at the voxels of the scan, linear between the patches' centres, 0 outside of them.
+    """Values of patches at the voxels of the scan, linear between the patches' centres, 0 outside the patches.
 
     Args:
         patches: `(z, y, x)`.
         patch_size: Voxels of `pixel_values` in a patch, `(z, y, x)`.
-        geometry: Of the scan.
-        shape: Of the scan, `(i, j, k)`.
+        geometry: The scan's geometry.
+        shape: The scan's shape, `(i, j, k)`.
 
     Returns:
         `(i, j, k)`, float32.
     """
-    # Which axis of `pixel_values` an axis of the scan runs along.
+    # The axis of `pixel_values` that each axis of the scan runs along.
     rows = np.abs(geometry.voxel_of_position[:3, :3]).argmax(axis=1)
     values = patches.float().permute(*rows.tolist())
     for axis, row in enumerate(rows):
         voxels = np.zeros((shape[axis], 3))
         voxels[:, axis] = np.arange(shape[axis])
-        # Centres are whole numbers here and there.
+        # Centres are whole numbers in both systems of coordinates.
         positions = (torch.from_numpy(geometry.from_voxel(voxels)[:, row]).float() + 0.5) / patch_size[row] - 0.5
         last = patches.shape[row] - 1
         is_inside = (positions >= -0.5) & (positions <= last + 0.5)
@@ -125,8 +131,32 @@ def to_scan(
     return values.numpy()
 
 
+def file_names(labels: Sequence[str]) -> list[str]:
+    """A name for the files of each label, without suffix: telling, and its own on every file system.
+
+    Letters and digits of any script stay, lower-case, and all else becomes "-". What several labels have in common so,
+    or a file system could take for the same, is told apart by the first digits of the label's SHA-256.
+    """
+    plain = [unicodedata.normalize("NFC", re.sub(r"[\W_]+", "-", label.casefold()).strip("-")) for label in labels]
+    # Some take letters for the same that differ in width or in how an accent is put.
+    alike = Counter(unicodedata.normalize("NFKD", name) for name in plain)
+    names = []
+    for label, name in zip(labels, plain, strict=True):
+        is_own = name and len(name.encode()) <= _LONGEST_NAME_BYTES and alike[unicodedata.normalize("NFKD", name)] == 1
+        short = name.encode()[:_LONGEST_NAME_BYTES].decode(errors="ignore")
+        digest = hashlib.sha256(label.encode()).hexdigest()[:8]
+        names.append((name if is_own else f"{short}-{digest}".strip("-")) + "_debugging-aid")
+    return names
+
+
 def save_nifti(path: Path, values: np.ndarray, affine: np.ndarray) -> None:
-    """Write a map where the scan lies, so that a viewer lays one over the other."""
+    """Write a map in the scan's space, so that a viewer can overlay the two.
+
+    Args:
+        path: File to write.
+        values: `(i, j, k)`, from `to_scan`.
+        affine: The scan's, `(4, 4)`, voxel to RAS+ mm.
+    """
     image = nibabel.Nifti1Image(values.astype(np.float32), affine)
     image.header["descrip"] = CAVEAT.encode()[:79]
     image.header.set_xyzt_units("mm")
@@ -137,11 +167,11 @@ def save_png(path: Path, finding: FindingMap, values: np.ndarray, volume: CTVolu
     """Draw the axial slices with the highest values over the scan, the patient's left on the right.
 
     Args:
-        path: File to make.
-        finding: Of which.
+        path: File to write.
+        finding: The finding to draw.
         values: From `to_scan`.
         volume: The scan.
-        slices: How many.
+        slices: Number of slices.
     """
     scan, (thickness, *spacing_mm) = reorient(volume, _AXIAL)
     turned, _ = reorient(CTVolume(values, volume.affine), _AXIAL)

@@ -1,8 +1,8 @@
 """Embeddings of studies and reports in one Parquet file, and search in it.
 
-Columns: `id`, the study; `image_embeds`, `projection_dim` float32 of length 1; `text_embeds`, the same of its report,
+Columns: `id`, the study; `image_embeds`, `projection_dim` float32, of length 1; `text_embeds`, the same for its report,
 or null; `report_id`, int64, equal for equal reports, or null. The file's metadata says which model made it. It holds
-no report, no label and nothing from a scan's header; an `id` is the path that the user gave.
+no reports, no labels and nothing from a scan's header; an `id` is the path that the user gave.
 """
 
 import json
@@ -27,7 +27,7 @@ from medct.inference.bulk import KEY
 RECALL_AT = (5, 10, 50, 100)
 _NAME_COLUMNS = ("file_name", "VolumeName")
 _METADATA_KEY = b"medct"
-# Their similarities to 50,000 studies take 0.2 GB.
+# The similarities of this many to 50,000 studies take 0.2 GB.
 _QUERIES_AT_ONCE = 1024
 
 
@@ -40,9 +40,9 @@ class Embeddings:
     """What an index holds.
 
     Args:
-        ids: Of the studies.
+        ids: Names of the studies.
         image_embeds: `(studies, projection_dim)`, float32, of length 1.
-        text_embeds: The same of their reports, NaN where there is none.
+        text_embeds: The same for their reports, NaN where there is none.
         report_ids: `(studies,)`, int64, equal for equal reports, 0 where there is none.
         settings: Which model made them.
     """
@@ -58,7 +58,7 @@ class Embeddings:
         return np.isfinite(self.text_embeds).all(axis=1)
 
     def rows(self) -> list[dict[str, Any]]:
-        """As `write_embeddings` takes them."""
+        """The rows, as `write_embeddings` takes them."""
         return [
             {
                 KEY: study,
@@ -73,13 +73,13 @@ class Embeddings:
 
 
 def read_reports(path: Path) -> dict[str, str]:
-    """Reports by the name of their file, without those that say nothing ("Not given.").
+    """Read reports by the names of their files, without those that say nothing ("Not given.").
 
     Args:
-        path: csv with a column `file_name` or `VolumeName`, and `report` or CT-RATE's two.
+        path: csv file with a column `file_name` or `VolumeName`, and `report` or CT-RATE's two.
 
     Raises:
-        SearchError: If it cannot be read, or columns are missing.
+        SearchError: If the file cannot be read, or columns are missing.
     """
     try:
         table = pd.read_csv(path, dtype=str, keep_default_na=False)
@@ -97,7 +97,15 @@ def read_reports(path: Path) -> dict[str, str]:
 
 
 def report_of(study: str, reports: dict[str, str]) -> str | None:
-    """The report of a study, by its whole path or the end of it."""
+    """The report of a study, found by its whole path or the end of it.
+
+    Args:
+        study: Path of the study.
+        reports: From `read_reports`.
+
+    Returns:
+        The report under the longest end of the path; `None` if there is none.
+    """
     parts = Path(study).parts
     ends = ("/".join(parts[k:]) for k in range(len(parts)))
     return next((reports[end] for end in (study, *ends) if end in reports), None)
@@ -108,7 +116,7 @@ def write_embeddings(path: Path, rows: Sequence[dict[str, Any]], settings: dict[
 
     Args:
         path: File to make or replace.
-        rows: With `study`, `image_embeds`, and `text_embeds` and `report_id`, which may be `None`.
+        rows: Each with `study`, `image_embeds`, and `text_embeds` and `report_id`, which may be `None`.
         settings: Which model made them.
     """
     width = len(rows[0]["image_embeds"]) if rows else 0
@@ -128,7 +136,7 @@ def read_embeddings(path: Path) -> Embeddings:
     """Read an index.
 
     Raises:
-        SearchError: If it is none.
+        SearchError: If the file is not an index.
     """
     wanted = ["id", "image_embeds", "text_embeds", "report_id"]
     try:
@@ -137,9 +145,9 @@ def read_embeddings(path: Path) -> Embeddings:
     except FileNotFoundError as error:
         raise SearchError(f"{path}: no such file. Make it with `medct embed SCAN... --output {path}`.") from error
     except (pa.ArrowException, KeyError, ValueError) as error:
-        raise SearchError(f"{path}: no file of embeddings. Make one with `medct embed`.") from error
+        raise SearchError(f"{path}: not a file of embeddings. Make one with `medct embed`.") from error
     count = table.num_rows
-    # A copy, because Arrow's memory is not to be written to, and torch warns of such arrays.
+    # A copy, because Arrow's memory is read-only, and torch warns about such arrays.
     image_embeds = table["image_embeds"].combine_chunks().flatten().to_numpy().reshape(count, -1).copy()
     text_embeds = np.full_like(image_embeds, np.nan)
     texts = table["text_embeds"].combine_chunks()
@@ -150,15 +158,15 @@ def read_embeddings(path: Path) -> Embeddings:
 
 
 def nearest(vectors: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The most similar vectors of each query, exactly.
+    """The vectors most similar to each query, by exact search.
 
     Args:
         vectors: `(vectors, width)`, float32, of length 1.
         queries: `(queries, width)`, likewise.
-        k: How many; fewer if there are fewer vectors.
+        k: Number of vectors to find; fewer if there are fewer.
 
     Returns:
-        Their cosine similarity and their index, `(queries, k)` each, the most similar first.
+        Their cosine similarities and their indices, `(queries, k)` each, the most similar first.
     """
     found = [
         (some @ torch.as_tensor(vectors).t()).topk(min(k, len(vectors)))
@@ -168,16 +176,17 @@ def nearest(vectors: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarra
 
 
 def recall(embeddings: Embeddings, at: Sequence[int] = RECALL_AT) -> dict[str, Any]:
-    """How often a study's own report is among the k nearest, and the other way round.
+    """How often a study's own report is among the k nearest, and vice versa.
 
-    Studies that share the very same report count as right answers for it, since no text can tell them apart.
+    Studies that share the very same report all count as right answers for it, since no text can tell them apart.
 
     Args:
-        embeddings: Of which those with a report are searched.
-        at: The ks; those beyond the number of studies are left out.
+        embeddings: Those with a report are searched.
+        at: Values of k; those above the number of studies are left out.
 
     Returns:
-        `studies`; `text_to_image` and `image_to_text`, each a dictionary of k to a share in [0, 1]; `chance`, likewise.
+        `studies`; `text_to_image` and `image_to_text`, each a dictionary from k to a share in [0, 1]; `chance`,
+        likewise.
 
     Raises:
         SearchError: If no study has a report.

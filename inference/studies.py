@@ -1,4 +1,4 @@
-"""Folders of scans to studies, and studies to the model's input: read ahead, and never ended by a bad one.
+"""From folders of scans to studies, and from studies to the model's input: read ahead, and never stopped by a bad one.
 
 A study is a NIfTI, NRRD, MetaImage or zip file, or all DICOM files of one folder. On a disc, which a table of contents
 (DICOMDIR, no study itself) shows, folders that hold parts of the same series are one study.
@@ -33,7 +33,7 @@ class Study:
     """One study on disk or at an address.
 
     Args:
-        id: Its path or address, as the user gave it or below the folder that the user gave.
+        id: Its path or address, as the user gave it or within a folder that the user gave.
         source: What `read_volume` takes.
     """
 
@@ -46,9 +46,9 @@ class ReadStudy:
     """A study as the model's input.
 
     Args:
-        study: Which.
+        study: The study.
         pixel_values: `(1, z, y, x)`.
-        notes: What was remarked on while reading.
+        notes: Remarks from reading it.
     """
 
     study: Study
@@ -68,13 +68,13 @@ def find_studies(paths: Iterable[str | os.PathLike]) -> list[Study]:
     """The studies that paths stand for.
 
     Args:
-        paths: Files, which are taken as they are; folders, in which studies are looked for; addresses, one study each.
+        paths: Files, taken as they are; folders, searched for studies; addresses, one study each.
 
     Returns:
-        Each study once, the paths in their order, and a folder's studies in order of their names.
+        Each study once, in the order of the paths; a folder's studies in the order of their names.
 
     Raises:
-        FileNotFoundError: If there is no such path, or no study in a folder.
+        FileNotFoundError: If a path does not exist, or a folder holds no study.
     """
     studies: dict[str, Study] = {}
     for path in map(os.fspath, paths):
@@ -90,7 +90,7 @@ def find_studies(paths: Iterable[str | os.PathLike]) -> list[Study]:
         else:
             raise FileNotFoundError(f"{path}: no such file or folder. Check the path.")
         for study in found:
-            # By another spelling or through a link it is still the same.
+            # Under another spelling or through a link it is still the same study.
             studies.setdefault(path if is_address(path) else os.path.realpath(study.id), study)
     return list(studies.values())
 
@@ -174,7 +174,7 @@ def read_study(study: Study, image_processor: MedCTImageProcessor, **options: An
     """Read one study, or say why not.
 
     Args:
-        study: Which.
+        study: The study to read.
         image_processor: The model's.
         **options: `series` and `resample_irregular`, see `read_volume`.
     """
@@ -185,7 +185,7 @@ def read_study(study: Study, image_processor: MedCTImageProcessor, **options: An
         # A list of files has no name of its own; here it is one folder's.
         is_list = isinstance(study.source, list)
         return FailedStudy(study, f"{study.id}: {error.reason}. {error.remedy}." if is_list else str(error))
-    except Exception as error:  # a night's work must not end with one file; of an unknown text only its kind is told
+    except Exception as error:  # one file must not end a night's work; an unknown message may quote a header
         frame = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{Path(frame.filename).name}, line {frame.lineno}"
         return FailedStudy(study, f"{study.id}: reading failed ({type(error).__name__} in {where}). Report this.")
@@ -194,14 +194,14 @@ def read_study(study: Study, image_processor: MedCTImageProcessor, **options: An
 def read_ahead(
     studies: Sequence[Study], image_processor: MedCTImageProcessor, num_workers: int, **options: Any
 ) -> Iterator[ReadStudy | FailedStudy]:
-    """Studies in their order, while the next ones are read in threads.
+    """Yield studies in order, while threads read the next ones.
 
-    Threads are enough: inflating, resampling and the model itself all let go of the interpreter's lock.
+    Threads are enough: decompression, resampling and the model itself all release the interpreter's lock.
 
     Args:
-        studies: Which.
+        studies: Studies to read.
         image_processor: The model's.
-        num_workers: Threads, and so the volumes held beside those given out; 0 reads when asked.
+        num_workers: Number of threads, and so of volumes held besides those yielded; 0 reads on demand.
         **options: See `read_study`.
     """
     if num_workers == 0:
@@ -227,7 +227,12 @@ def read_ahead(
 
 
 def batched_reads(reads: Iterable[ReadStudy | FailedStudy], size: int) -> Iterator[list[ReadStudy] | FailedStudy]:
-    """Full batches of what could be read, and between them each study that could not."""
+    """Yield batches of the studies that could be read and, between them, each that could not.
+
+    Args:
+        reads: From `read_ahead`.
+        size: Studies in a batch; the last one may have fewer.
+    """
     batch: list[ReadStudy] = []
     for read in reads:
         if isinstance(read, FailedStudy):

@@ -2,13 +2,20 @@
 
 Each has a plain formulation that gives the same up to rounding: `linear` is `F.linear`, `nearest` an argmax. Layers
 narrower than `WIDE` take the plain one, so that a small model rounds as the original does.
+
+The model's Linears are torch's own, so that quantisers, PEFT and offloading know them, and nothing but a Linear touches
+its weight: `apply_linear` calls it and, if it multiplies plain tensors, only changes how.
 """
 
 import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 # Bytes of the widest intermediate results (gated feed-forward, similarity to the codebook) held at a time, whatever
 # the size of the volume. On CPUs 16 MiB: they stay in the last cache, and in memory that the allocator hands
@@ -36,7 +43,7 @@ def split_rows(rows: torch.Tensor, width: int, dtype: torch.dtype) -> tuple[torc
 
 
 def linear(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """`F.linear`; on x86 as a convolution of size 1, where that is faster.
+    """`F.linear`; on x86 as a convolution of size 1, where that is faster, and with rows of results that lie aligned.
 
     oneDNN makes the same product up to 1.3 times as fast in float32 as the library behind `F.linear` does on processors
     of AMD, and 1.1 times in bfloat16 if the results are wider than the rows.
@@ -49,7 +56,12 @@ def linear(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None =
     Returns:
         `(..., out_features)`.
     """
-    is_faster = rows.dtype == torch.float32 or (rows.dtype == torch.bfloat16 and len(weight) > weight.shape[1])
+    width = len(weight)
+    if min(weight.shape) >= WIDE and width % ROW_ELEMENTS:
+        missing = -width % ROW_ELEMENTS  # that of the gated feed-forward is odd
+        bias = None if bias is None else F.pad(bias, (0, missing))
+        return linear(rows, F.pad(weight, (0, 0, 0, missing)), bias)[..., :width]
+    is_faster = rows.dtype == torch.float32 or (rows.dtype == torch.bfloat16 and width > weight.shape[1])
     is_faster = is_faster and min(weight.shape) >= WIDE
     if not (CONVOLVES_ON_CPU and is_faster and rows.dtype == weight.dtype and rows.device.type == "cpu"):
         return F.linear(rows, weight, bias)
@@ -59,10 +71,30 @@ def linear(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None =
     return product.permute(0, 2, 3, 1).reshape(*rows.shape[:-1], -1)
 
 
-def linear_aligned(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """`linear` for any width of the results: their rows lie in memory as `ROW_ELEMENTS` asks."""
-    width = len(weight)
-    return linear(rows, F.pad(weight, (0, 0, 0, -width % ROW_ELEMENTS)))[..., :width]
+class _Products(TorchFunctionMode):
+    """While it lasts, `F.linear` of plain tensors is another product, of rows in the precision of the weight.
+
+    Weights of other types (quantized, sharded) know themselves how they are multiplied.
+    """
+
+    def __init__(self, product: Callable[..., torch.Tensor]):
+        super().__init__()
+        self.product = product
+
+    def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if function is F.linear and not kwargs and all(type(each) in _PLAIN for each in args):
+            rows, weight, *bias = args
+            return self.product(rows.to(weight.dtype), weight, *bias)
+        return function(*args, **(kwargs or {}))
+
+
+_PLAIN = (torch.Tensor, nn.Parameter, type(None))
+
+
+def apply_linear(module: nn.Module, rows: torch.Tensor, product: Callable[..., torch.Tensor] = linear) -> torch.Tensor:
+    """What a Linear, or what adapters or quantisers have made of it, gives for `(..., in_features)`."""
+    with _Products(product):
+        return module(rows)
 
 
 def times_gelu(value: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:

@@ -28,9 +28,17 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple, maybe_autocast, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .adapters_medct import check_fit
-from .configuration_medct import MedCTConfig, MedCTVisionConfig
-from .kernels_medct import add, linear, linear_aligned, nearest, split_rows, times_gelu
+from .adapters_medct import (
+    AdapterMismatchError,
+    adapter_tensors,
+    check_fit,
+    loadable_tensors,
+    refuse_adapter_without_values,
+)
+from .checks_medct import refuse_other_weights
+from .configuration_medct import CLASSIFIER_TASK, CODE, CUSTOM_PIPELINES, ZERO_SHOT_TASK, MedCTConfig, MedCTVisionConfig
+from .kernels_medct import add, apply_linear, nearest, split_rows, times_gelu
+from .snapshots_medct import Snapshot
 
 
 @dataclass
@@ -123,11 +131,9 @@ def eager_attention_forward(
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
-class MedCTLinear(nn.Linear):
-    """A Linear that is fast on CPUs, too."""
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return linear(hidden_states, self.weight, self.bias)
+def _project(module: nn.Module, rows: torch.Tensor) -> torch.Tensor:
+    """A Linear of few rows, which no other form makes faster; rows in another precision than its weights are cast."""
+    return apply_linear(module, rows, F.linear)
 
 
 class MedCTLayerNorm(nn.LayerNorm):
@@ -152,11 +158,11 @@ class MedCTPatchEmbeddings(nn.Module):
         self.grid_size = config.grid_size
         self.patch_size = tuple(config.patch_size)
         self.patch_norm = MedCTLayerNorm(config.patch_voxels, eps=config.layer_norm_eps)
-        self.projection = MedCTLinear(config.patch_voxels, config.hidden_size)
+        self.projection = nn.Linear(config.patch_voxels, config.hidden_size)
         self.norm = MedCTLayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """`(batch, 1, z, y, x)` voxels to `(batch, z, y, x, hidden_size)` tokens."""
+    def forward(self, pixel_values: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """`(batch, 1, z, y, x)` voxels to `(batch, z, y, x, hidden_size)` tokens; `dtype` is that of the product."""
         if pixel_values.shape[1:] != (1, *self.image_size):
             raise ValueError(
                 f"`pixel_values` must be (batch, 1, z, y, x) with (z, y, x) = {self.image_size}, "
@@ -166,23 +172,22 @@ class MedCTPatchEmbeddings(nn.Module):
         # (b, 1, t*pz, h*py, w*px) -> (b*t, h, w, pz, py, px)
         blocks = pixel_values.reshape(-1, pz, h, py, w, px).permute(0, 2, 4, 1, 3, 5)
         # Copies of blocks are as large as the volume, so they are made slab by slab.
-        tokens = torch.cat(
-            [self._embed(slabs) for slabs in split_rows(blocks, h * w * self.patch_norm.weight.numel(), torch.float32)]
-        )
-        return tokens.unflatten(0, (-1, t))
+        slabs = split_rows(blocks, h * w * pz * py * px, torch.float32)
+        tokens = torch.cat([self._embed(slab, dtype) for slab in slabs])
+        return tokens.unflatten(1, (h, w)).unflatten(0, (-1, t))
 
-    def _embed(self, blocks: torch.Tensor) -> torch.Tensor:
-        """`(slabs, y, x, *patch_size)` voxels to `(slabs, y, x, hidden_size)` tokens."""
+    def _embed(self, blocks: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """`(slabs, y, x, *patch_size)` voxels to `(slabs, y * x, hidden_size)` tokens."""
         # Neighbours differ by few HU: half precision would round most of that away before the norm scales it up.
-        scaled = self.patch_norm(blocks.flatten(-3))
-        return self.norm(self.projection(scaled.to(self.projection.weight.dtype)))
+        scaled = self.patch_norm(blocks.flatten(-3)).flatten(1, 2)
+        return self.norm(apply_linear(self.projection, scaled.to(dtype)))
 
 
 class MedCTPositionBias(nn.Module):
     """A bias on the attention scores of the spatial stage, made by a small network from the offset of two tokens.
 
     The same for all spatial layers and all volumes. The network runs on the distinct offsets only: (2y-1)(2x-1) of
-    them instead of (yx)² pairs, and again only when its weights have changed.
+    them instead of (yx)² pairs, a thousandth of the encoder's work; so its results are not kept.
     """
 
     def __init__(self, config: MedCTVisionConfig):
@@ -192,37 +197,23 @@ class MedCTPositionBias(nn.Module):
         self.fc1 = nn.Linear(2, config.hidden_size)
         self.fc2 = nn.Linear(config.hidden_size, config.hidden_size)
         self.fc3 = nn.Linear(config.hidden_size, config.num_attention_heads)
-        self._kept: tuple[list[torch.Tensor], torch.Tensor] | None = None
 
-    def forward(self) -> torch.Tensor:
+    def forward(self, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
         """Returns `(1, heads, y * x, y * x)`: the bias of query token i (third axis) on key token j (fourth)."""
-        weights = list(self.parameters())
-        wants_grad = torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
-        if wants_grad or torch.compiler.is_compiling() or self.fc1.weight.is_meta:
-            return self._compute()
-        # Compared by value, as versions and addresses miss edits through `.data`; 1 MB against the network's 1 GFLOP.
-        if self._kept is None or not all(_same(kept, now) for kept, now in zip(self._kept[0], weights, strict=True)):
-            # Kept tensors must serve later calls with gradients, or outside of autocast, too.
-            with torch.inference_mode(False), torch.no_grad(), torch.autocast(weights[0].device.type, enabled=False):
-                self._kept = [weight.detach().clone() for weight in weights], self._compute()
-        return self._kept[1]
+        with maybe_autocast(device.type, enabled=False):
+            return self._compute(device, dtype)
 
-    def _compute(self) -> torch.Tensor:
+    def _compute(self, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
         h, w = self.grid_size
-        weight = self.fc1.weight
-        rows, columns = (torch.arange(1 - n, n, device=weight.device, dtype=torch.float32) for n in (h, w))
+        rows, columns = (torch.arange(1 - n, n, device=device, dtype=torch.float32) for n in (h, w))
         offsets = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1)  # (2h-1, 2w-1, 2)
-        offsets = (offsets.sign() * offsets.abs().log1p()).to(weight.dtype)
-        hidden = F.leaky_relu(self.fc1(offsets), self.negative_slope)
-        hidden = F.leaky_relu(self.fc2(hidden), self.negative_slope)
-        table = self.fc3(hidden).permute(2, 0, 1)  # (heads, 2h-1, 2w-1)
+        offsets = (offsets.sign() * offsets.abs().log1p()).to(dtype)
+        hidden = F.leaky_relu(_project(self.fc1, offsets), self.negative_slope)
+        hidden = F.leaky_relu(_project(self.fc2, hidden), self.negative_slope)
+        table = _project(self.fc3, hidden).permute(2, 0, 1)  # (heads, 2h-1, 2w-1)
         # Window k of an axis starts at offset k - (n-1); read backwards it holds the offsets of query k to keys 0..n-1.
         bias = table.unfold(1, h, 1).unfold(2, w, 1).flip(-1, -2)  # (heads, h, w, h, w)
         return bias.reshape(1, -1, h * w, h * w)
-
-
-def _same(kept: torch.Tensor, now: torch.Tensor) -> bool:
-    return kept.device == now.device and kept.dtype == now.dtype and torch.equal(kept, now)
 
 
 class MedCTPositionGenerator(nn.Module):
@@ -257,10 +248,10 @@ class MedCTAttention(nn.Module):
         self.head_dim = config.head_dim
         self.scaling = config.attention_scale
         self.is_causal = False
-        self.q_proj = MedCTLinear(config.hidden_size, config.attention_size, bias=False)
-        self.k_proj = MedCTLinear(config.hidden_size, config.attention_size, bias=False)
-        self.v_proj = MedCTLinear(config.hidden_size, config.attention_size, bias=False)
-        self.out_proj = MedCTLinear(config.attention_size, config.hidden_size, bias=False)
+        self.q_proj = nn.Linear(config.hidden_size, config.attention_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, config.attention_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, config.attention_size, bias=False)
+        self.out_proj = nn.Linear(config.attention_size, config.hidden_size, bias=False)
         self.q_scale = nn.Parameter(torch.ones(config.head_dim))
         self.k_scale = nn.Parameter(torch.ones(config.head_dim))
 
@@ -269,14 +260,13 @@ class MedCTAttention(nn.Module):
         hidden_states: torch.Tensor,
         key_value_states: torch.Tensor,
         position_bias: torch.Tensor | None = None,
-        **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`(batch, tokens, hidden_size)` each, bias `(1, heads, tokens, tokens)`, to the first's shape, and weights."""
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
         # (b, n, heads*c) -> (b, heads, n, c)
-        query = self.q_proj(hidden_states).view(heads).transpose(1, 2)
-        key = self.k_proj(key_value_states).view(heads).transpose(1, 2)
-        value = self.v_proj(key_value_states).view(heads).transpose(1, 2)
+        query = apply_linear(self.q_proj, hidden_states).view(heads).transpose(1, 2)
+        key = apply_linear(self.k_proj, key_value_states).view(heads).transpose(1, 2)
+        value = apply_linear(self.v_proj, key_value_states).view(heads).transpose(1, 2)
         query = (F.normalize(query, dim=-1) * self.q_scale).to(value.dtype)
         key = (F.normalize(key, dim=-1) * self.k_scale).to(value.dtype)
 
@@ -284,17 +274,8 @@ class MedCTAttention(nn.Module):
             self.config._attn_implementation, eager_attention_forward
         )
         position_bias = None if position_bias is None else position_bias.to(value.dtype)
-        output, weights = attention(
-            self, query, key, value, None, scaling=self.scaling, position_bias=position_bias, **kwargs
-        )
-        return self.out_proj(output.flatten(-2)), weights
-
-
-class MedCTAlignedLinear(MedCTLinear):
-    """A Linear for results of any width; that of the gated feed-forward is odd."""
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return linear_aligned(hidden_states, self.weight)
+        output, weights = attention(self, query, key, value, None, scaling=self.scaling, position_bias=position_bias)
+        return apply_linear(self.out_proj, output.flatten(-2)), weights
 
 
 class MedCTMLP(nn.Module):
@@ -302,12 +283,12 @@ class MedCTMLP(nn.Module):
 
     def __init__(self, config: MedCTVisionConfig):
         super().__init__()
-        self.fc1 = MedCTAlignedLinear(config.hidden_size, 2 * config.intermediate_size, bias=False)
-        self.fc2 = MedCTLinear(config.intermediate_size, config.hidden_size, bias=False)
+        self.fc1 = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        value, gate = self.fc1(hidden_states).chunk(2, dim=-1)
-        return self.fc2(times_gelu(value, gate))
+        value, gate = apply_linear(self.fc1, hidden_states).chunk(2, dim=-1)
+        return apply_linear(self.fc2, times_gelu(value, gate))
 
 
 class MedCTLayer(GradientCheckpointingLayer):
@@ -326,19 +307,20 @@ class MedCTLayer(GradientCheckpointingLayer):
         """Precision of the products; not that of their weights, which hold integers once they are quantized."""
         return self.self_attn.q_scale.dtype
 
-    def forward(self, hidden_states: torch.Tensor, position_bias: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, position_bias: torch.Tensor | None = None) -> torch.Tensor:
         stream = add(self.position_generator(hidden_states).to(hidden_states.dtype), hidden_states)
         # Gradients need all that a chunk would hand on, and "eager" is there to show the attention as a whole.
         if torch.is_grad_enabled() or self.self_attn.config._attn_implementation == "eager":
-            return self._within_sequences(stream, position_bias, **kwargs)
-        for chunk in split_rows(stream, stream.shape[1] * self.mlp.fc1.out_features, self.dtype):
-            self._within_sequences(chunk, position_bias, **kwargs)
+            return self._within_sequences(stream, position_bias)
+        width = 2 * self.self_attn.config.intermediate_size
+        for chunk in split_rows(stream, stream.shape[1] * width, self.dtype):
+            self._within_sequences(chunk, position_bias)
         return stream
 
-    def _within_sequences(self, stream: torch.Tensor, position_bias: torch.Tensor | None, **kwargs) -> torch.Tensor:
+    def _within_sequences(self, stream: torch.Tensor, position_bias: torch.Tensor | None) -> torch.Tensor:
         # Only queries are normalised; keys and values come from the stream itself.
         attended, _ = self.self_attn(
-            self.layer_norm1(stream).to(self.dtype), stream.to(self.dtype), position_bias=position_bias, **kwargs
+            self.layer_norm1(stream).to(self.dtype), stream.to(self.dtype), position_bias=position_bias
         )
         stream = add(stream, attended)
         return add(stream, self.mlp(self.layer_norm2(stream).to(self.dtype)))
@@ -353,10 +335,10 @@ class MedCTEncoder(nn.Module):
         self.norm = MedCTLayerNorm(config.hidden_size, eps=config.layer_norm_eps, bias=False)
         self.gradient_checkpointing = False
 
-    def forward(self, hidden_states: torch.Tensor, position_bias: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, position_bias: torch.Tensor | None = None) -> torch.Tensor:
         """`(sequences, tokens, hidden_size)` to the same; attention runs within a sequence."""
         for layer in self.layers:
-            hidden_states = layer(hidden_states, position_bias, **kwargs)
+            hidden_states = layer(hidden_states, position_bias)
         return self.norm(hidden_states)
 
 
@@ -430,7 +412,16 @@ class MedCTPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = False
     _supports_flex_attn = False
     _supports_attention_backend = True
-    adapter_descriptions: dict[str, dict] = {}
+    # Its network is tiny, has inputs of two numbers, and decides about every attention.
+    _keep_in_fp32_modules = ["position_bias", "vision_model.position_bias"]
+    # Losses are means over a batch; without this the library's `Trainer` takes them for sums over tokens.
+    accepts_loss_kwargs = False
+    # Tasks of `transformers.pipeline` that a saved folder offers.
+    _tasks: tuple[str, ...] = ()
+    # How the names of weights begin that are drawn at random where a checkpoint has none, or that may lie unused in it.
+    _may_lack: tuple[str, ...] = ()
+    _may_hold: tuple[str, ...] = ()
+    _described: dict[str, tuple[Snapshot, dict]] = {}
     _can_record_outputs = {"hidden_states": MedCTLayer, "attentions": MedCTAttention}
 
     @torch.no_grad()
@@ -445,26 +436,68 @@ class MedCTPreTrainedModel(PreTrainedModel):
             init.constant_(module.weight, module.init_value)
 
     @classmethod
-    def from_pretrained(cls, *args, use_safetensors: bool = True, **kwargs):
-        """transformers' own, but that nothing except safetensors is read unless it is asked for: no pickles."""
-        return super().from_pretrained(*args, use_safetensors=use_safetensors, **kwargs)
+    def from_pretrained(
+        cls, name=None, *args, use_safetensors: bool = True, output_loading_info: bool = False, **kwargs
+    ):
+        """transformers' own, but that nothing except safetensors is read unless it is asked for: no pickles.
+
+        Raises:
+            CheckpointMismatchError: If the checkpoint lacks weights of this class, which would be drawn at random, or
+                has others. A head to be trained may be missing, and a half that this class does not use may be there.
+        """
+        options = {"use_safetensors": use_safetensors, "output_loading_info": True}
+        model, loading_info = super().from_pretrained(name, *args, **options, **kwargs)
+        refuse_other_weights(name, cls, model.config, loading_info, cls._may_lack, cls._may_hold)
+        return (model, loading_info) if output_loading_info else model
+
+    def save_pretrained(self, *args, **kwargs):
+        """transformers' own; every class of the saved code can be loaded from the folder, and its pipelines are named.
+
+        So a base serves as the beginning of a classifier, without this package.
+        """
+        if self.config.model_type == MedCTConfig.model_type:
+            others = {name: task for name, task in self.config.custom_pipelines.items() if name not in CUSTOM_PIPELINES}
+            self.config.set_custom_pipelines({name: CUSTOM_PIPELINES[name] for name in self._tasks} | others)
+            self.config.auto_map = dict(CODE)
+        return super().save_pretrained(*args, **kwargs)
 
     def load_adapter(self, peft_model_id: str | None = None, adapter_name: str | None = None, *args, **kwargs):
         """transformers' own, for an adapter that fits this model; see `check_fit` for the rule.
 
-        What the adapter remembers is kept in `adapter_descriptions`, by its name.
+        What the adapter remembers is kept, see `adapter_description`.
 
         Raises:
-            AdapterMismatchError: If the adapter was trained on another model or another preprocessing.
+            AdapterMismatchError: If the adapter was trained on another model or another preprocessing, or is not whole.
         """
         description = None
         if peft_model_id is not None:
             load_config, adapter_kwargs = kwargs.get("load_config"), kwargs.get("adapter_kwargs") or {}
             downloads = kwargs if load_config is None else load_config.download_kwargs
-            description = check_fit(self, peft_model_id, **{**downloads, **adapter_kwargs})
+            hub = {**downloads, **adapter_kwargs}
+            description = check_fit(self, peft_model_id, **hub)
+            # The second argument is `adapter_state_dict`; beside offloaded layers transformers reads files only.
+            if len(args) < 2 and not any(weight.is_meta for weight in self.parameters()):
+                kwargs.setdefault("adapter_state_dict", loadable_tensors(peft_model_id, **hub))
         loaded = super().load_adapter(peft_model_id, adapter_name, *args, **kwargs)
-        self.adapter_descriptions = {**self.adapter_descriptions, adapter_name or "default": description or {}}
+        name = adapter_name or "default"
+        refuse_adapter_without_values(self, name)
+        # transformers counts the base's tensors as missing where the adapter's name stands in theirs.
+        missing = {key for key in loaded.missing_keys if name in key.split(".")}
+        if astray := missing | loaded.unexpected_keys:
+            self.delete_adapter(name)
+            raise AdapterMismatchError(f"{len(astray)} tensors of the adapter were not loaded, such as {min(astray)}.")
+        self._described = {**self._described, name: (Snapshot(adapter_tensors(self, name)), description or {})}
         return loaded
+
+    def adapter_description(self, name: str) -> dict:
+        """What the adapter of a name remembers of its training; see `describe_adapter`.
+
+        Empty if nothing is known, or the adapter has become another since it was loaded: replaced, swapped, trained.
+        """
+        snapshot, description = self._described.get(name, (None, {}))
+        if snapshot is None or not snapshot.equals(adapter_tensors(self, name)):
+            return {}
+        return description
 
 
 class MedCTVisionModel(MedCTPreTrainedModel):
@@ -473,6 +506,8 @@ class MedCTVisionModel(MedCTPreTrainedModel):
     config: MedCTVisionConfig
     base_model_prefix = "vision_model"
     input_modalities = ("image",)
+    # Not `_keys_to_ignore_on_load_unexpected`: the whole model would take over what its part ignores.
+    _may_hold = ("text_model.", "text_projection.", "visual_projection.", "logit_scale.", "classifier.")
 
     def __init__(self, config: MedCTVisionConfig):
         super().__init__(config)
@@ -486,6 +521,12 @@ class MedCTVisionModel(MedCTPreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.embeddings
 
+    @property
+    def precision(self) -> torch.dtype:
+        """That of the products, taken from a scale of activations; weights of Linears may be quantized."""
+        layers = (*self.spatial_encoder.layers, *self.temporal_encoder.layers)
+        return layers[0].dtype if layers else torch.float32
+
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
     def forward(self, pixel_values: torch.Tensor | None = None, **kwargs) -> MedCTVisionOutput:
@@ -493,22 +534,25 @@ class MedCTVisionModel(MedCTPreTrainedModel):
 
         Args:
             pixel_values: `(batch, 1, z, y, x)`, in [-1, 1], as `MedCTImageProcessor` makes them.
+            kwargs: `output_hidden_states`, `output_attentions` and `return_dict`. Whatever else the whole processor,
+                PEFT or the library's `Trainer` hand on is of texts, and ignored.
 
         Raises:
             ValueError: If the volume is missing or of another size than `config.image_size`.
         """
         if pixel_values is None:
             raise ValueError("`pixel_values` are missing: give the vision encoder a volume.")
-        tokens = self.embeddings(pixel_values)
+        dtype = self.precision
+        tokens = self.embeddings(pixel_values, dtype)
         batch, t, h, w, _ = tokens.shape
         # (b, t, h, w, d) -> (b*t, h*w, d)
-        tokens = self.spatial_encoder(tokens.flatten(0, 1).flatten(1, 2), self.position_bias(), **kwargs)
+        tokens = self.spatial_encoder(tokens.flatten(0, 1).flatten(1, 2), self.position_bias(tokens.device, dtype))
         # (b*t, h*w, d) -> (b*h*w, t, d), in memory too: the position generator reads it there
         tokens = tokens.unflatten(0, (batch, t)).transpose(1, 2).flatten(0, 1).contiguous()
-        tokens = self.temporal_encoder(tokens, **kwargs)
+        tokens = self.temporal_encoder(tokens)
         # (b*h*w, t, d) -> (b, t, h*w, d)
         tokens = tokens.unflatten(0, (batch, h * w)).transpose(1, 2)
-        tokens, codebook_ids = self.quantizer(tokens, self.position_bias.fc1.weight.dtype)
+        tokens, codebook_ids = self.quantizer(tokens, dtype)
         return MedCTVisionOutput(
             last_hidden_state=tokens.flatten(1, 2),
             pooler_output=tokens.mean(dim=1).flatten(1),
@@ -529,12 +573,14 @@ def _embed(projection: nn.Module, pooled: torch.Tensor) -> torch.Tensor:
     In float32 whatever the model's precision: the two prompts of a label, and the labels among each other, differ by
     less than half precision tells apart.
     """
-    projected = projection(pooled.to(projection.weight.dtype))
+    projected = _project(projection, pooled)
     return F.normalize(projected.to(torch.promote_types(projected.dtype, torch.float32)), dim=-1)
 
 
 class MedCTModel(MedCTPreTrainedModel):
     """CT-CLIP: volumes and reports in one space."""
+
+    _tasks = (ZERO_SHOT_TASK,)
 
     def __init__(self, config: MedCTConfig):
         super().__init__(config)
@@ -562,7 +608,8 @@ class MedCTModel(MedCTPreTrainedModel):
             The encoder's output; its `pooler_output` is the embedding, `(batch, projection_dim)`, of length 1.
         """
         outputs = self.vision_model(pixel_values=pixel_values, return_dict=True, **kwargs)
-        outputs.pooler_output = _embed(self.visual_projection, outputs.pooler_output)
+        pooled = outputs.pooler_output.to(self.vision_model.precision)
+        outputs.pooler_output = _embed(self.visual_projection, pooled)
         return outputs
 
     @can_return_tuple
@@ -572,12 +619,19 @@ class MedCTModel(MedCTPreTrainedModel):
         """Encode texts into the common space.
 
         Args:
-            input_ids: `(texts, tokens)`.
+            input_ids: `(texts, tokens)`; padding on the left is moved behind the text.
             attention_mask: `(texts, tokens)`, 0 on padding.
 
         Returns:
             The encoder's output; its `pooler_output` is the embedding, `(texts, projection_dim)`, of length 1.
         """
+        if attention_mask is not None and attention_mask.shape == input_ids.shape:
+            # The first token is read, and positions are counted from there.
+            first = attention_mask.ne(0).int().argmax(dim=-1, keepdim=True)
+            order = (torch.arange(input_ids.shape[-1], device=input_ids.device) + first) % input_ids.shape[-1]
+            input_ids, attention_mask = input_ids.gather(-1, order), attention_mask.gather(-1, order)
+            if kwargs.get("token_type_ids") is not None:
+                kwargs["token_type_ids"] = kwargs["token_type_ids"].gather(-1, order)
         outputs = self.text_model(input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **kwargs)
         # CT-CLIP reads the first token itself, not BERT's pooler.
         embeds = _embed(self.text_projection, outputs.last_hidden_state[:, 0])
@@ -637,6 +691,9 @@ class MedCTForImageClassification(MedCTPreTrainedModel):
     """The vision half with a linear head, one output a label ("ClassFine" of CT-CLIP)."""
 
     input_modalities = ("image",)
+    _tasks = (CLASSIFIER_TASK,)
+    _may_lack = ("classifier.",)
+    _keys_to_ignore_on_load_unexpected = [r"^text_model\.", r"^text_projection\.", r"^logit_scale\."]
 
     def __init__(self, config: MedCTConfig):
         super().__init__(config)
@@ -654,25 +711,39 @@ class MedCTForImageClassification(MedCTPreTrainedModel):
 
         Args:
             pixel_values: `(batch, 1, z, y, x)`, in [-1, 1].
-            labels: `(batch, labels)`, 0 or 1.
+            labels: `(batch, labels)`: 0, 1, or NaN where unknown, which adds nothing to the loss.
+            kwargs: See `MedCTVisionModel.forward`.
 
         Returns:
-            `logits`, `(batch, labels)`: each label by itself, so take their sigmoid; `loss`, `()`, if labels are given.
+            `logits`, `(batch, labels)`: each label by itself, so take their sigmoid; `loss`, `()`, if labels are given:
+            the mean over those that are known.
         """
         outputs = self.vision_model(pixel_values=pixel_values, return_dict=True, **kwargs)
-        embeds = _embed(self.visual_projection, outputs.pooler_output).to(self.classifier.weight.dtype)
-        logits = self.classifier(self.dropout(F.relu(embeds)))
+        precision = self.vision_model.precision
+        embeds = _embed(self.visual_projection, outputs.pooler_output.to(precision))
+        logits = _project(self.classifier, self.dropout(F.relu(embeds)).to(precision))
         return ImageClassifierOutput(
-            loss=None if labels is None else self._loss(logits, labels),
+            loss=None if labels is None else self.label_loss(logits, labels),
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
 
-    def _loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def label_loss(self, logits: torch.Tensor, labels: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
+        """Binary cross-entropy of the labels that are known, with the weights of the configuration.
+
+        Args:
+            logits: `(batch, labels)`.
+            labels: `(batch, labels)`: 0, 1, or NaN where unknown.
+            reduction: "mean" over them, or "sum".
+        """
         weight = self.config.classifier_pos_weight
         pos_weight = None if weight is None else torch.tensor(weight, device=logits.device, dtype=logits.dtype)
-        return F.binary_cross_entropy_with_logits(logits, labels.to(logits), pos_weight=pos_weight)
+        known = ~labels.isnan()
+        total = F.binary_cross_entropy_with_logits(
+            logits, labels.nan_to_num().to(logits), weight=known.to(logits), pos_weight=pos_weight, reduction="sum"
+        )
+        return total / known.sum().clamp(min=1) if reduction == "mean" else total
 
 
 __all__ = ["MedCTForImageClassification", "MedCTModel", "MedCTPreTrainedModel", "MedCTVisionModel"]

@@ -1,51 +1,57 @@
-"""Scans in, findings out: the task "zero-shot-ct-classification" of `transformers.pipeline`.
+"""Scans in, findings out: tasks of `transformers.pipeline`.
 
     pipe = pipeline("zero-shot-ct-classification", model=ID, trust_remote_code=True)
     pipe("scan.nii.gz")    # [{"label": "Lung nodule", "score": 0.91, "logits_margin": 2.3}, ...]
 
 A finding is scored by how much nearer the scan lies to "present" than to "not present". Prompts are encoded once for a
-set of labels, however many scans follow.
+set of labels, however many scans follow. "ct-classification" is the same for a classifier, which knows its own labels
+and asks nothing in words.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import Pipeline
+from transformers import Pipeline, PreTrainedModel
 
+from .checks_medct import check_processor
 from .modeling_medct import zero_shot_probabilities
+from .processing_medct import MedCTProcessor
+from .snapshots_medct import Snapshot, state_of
 
 _READING = ("spacing_mm", "affine", "rescale_slope", "rescale_intercept", "series", "resample_irregular")
 
 
-class ZeroShotCTClassificationPipeline(Pipeline):
-    """Scores of findings for CT scans, without training.
+class CTPipeline(Pipeline):
+    """What all pipelines here share: scans are read by the model's processor, and adapters bring operating points.
 
     Args:
         adapter: Hub id or folder of a LoRA adapter for the model; needs `peft`. An adapter as the `model` itself brings
             its base along.
         adapter_revision: Commit of the adapter on the Hub.
         **kwargs: What every pipeline takes: `model`, `processor`, `device`, `batch_size`, and the arguments of a call.
+            Without a processor that of the model is loaded.
 
     Raises:
-        ValueError: If the model compares no volumes with texts, has no processor, or the adapter is not its own.
+        ValueError: If the model is not of the pipeline's kind, has no processor or one of another preprocessing, or the
+            adapter is not its own.
     """
 
-    _load_processor = True
+    _load_processor = None  # by the library where it can tell, else here
     _load_image_processor = False
     _load_feature_extractor = False
     _load_tokenizer = False
+    # What a model must have for this pipeline, and what is said of one that has it not.
+    _needs = ""
+    _else = ""
 
     def __init__(self, *args, adapter: str | None = None, adapter_revision: str | None = None, **kwargs):
         super().__init__(*args, **kwargs)
-        if not hasattr(self.model, "get_text_features"):
-            raise ValueError(
-                f"{type(self.model).__name__} has no text encoder, so it cannot be asked for findings in words. Pass a "
-                "MedCTModel."
-            )
+        if not hasattr(self.model, self._needs):
+            raise ValueError(f"{type(self.model).__name__} {self._else}")
         if self.processor is None:
-            raise ValueError("A pipeline needs the model's processor: pass `processor=`.")
-        self._kept_embeds: tuple[Any, list[torch.Tensor]] | None = None
+            self.processor = _processor_of(self.model)
+        check_processor(self.model.config, self.processor)
         if adapter is not None:
             self.model.load_adapter(adapter, adapter_kwargs={"revision": adapter_revision})
         self.model.eval()
@@ -56,9 +62,9 @@ class ZeroShotCTClassificationPipeline(Pipeline):
         Args:
             inputs: What `read_volume` takes. A list holds one scan an entry, so a series as a list of DICOM files is a
                 list in a list, or a tuple. A generator or dataset gives results one by one, as they are asked for.
-            candidate_labels: Findings to score; the model's own by default.
+            candidate_labels: Findings to score; the model's own by default. A classifier takes no others.
             prompt_templates: Pairs of sentences (present, not present) with `{label}` where the finding goes; the
-                model's own by default. The scores of several are averaged.
+                model's own by default. The scores of several are averaged. A classifier takes none.
             batch_size: Scans that go through the model together.
             spacing_mm: Of arrays, `(z, y, x)`, mm. This, `affine`, `rescale_slope`, `rescale_intercept`, `series` and
                 `resample_irregular` go to `MedCTImageProcessor.preprocess`, the same for all scans.
@@ -96,6 +102,45 @@ class ZeroShotCTClassificationPipeline(Pipeline):
         batch = self.processor.image_processor([volume], return_tensors="pt", **reading)
         return {"pixel_values": batch["pixel_values"]}
 
+    def _results(
+        self, labels: Sequence[str], scores: torch.Tensor, margins: torch.Tensor, thresholds: dict[str, float]
+    ) -> list[dict[str, Any]]:
+        """Findings of one scan, highest score first, from `(labels,)` each."""
+        results = []
+        for label, score, margin in zip(labels, scores.tolist(), margins.tolist(), strict=True):
+            result = {"label": label, "score": score, "logits_margin": margin}
+            if label in thresholds:
+                result["present"] = score >= thresholds[label]
+            results.append(result)
+        return sorted(results, key=lambda result: -result["score"])
+
+    @property
+    def thresholds(self) -> dict[str, float]:
+        """Operating points of the adapter in use: from which score on a finding is called present, by its label."""
+        in_use = self._adapters_in_use()
+        return (self.model.adapter_description(in_use[0]).get("thresholds") or {}) if len(in_use) == 1 else {}
+
+    def _adapters_in_use(self) -> list[str]:
+        # Layers of PEFT know whether they are disabled; `active_adapters` names them all the same.
+        is_disabled = any(getattr(module, "disable_adapters", None) is True for module in self.model.modules())
+        if is_disabled or not getattr(self.model, "_hf_peft_config_loaded", False):
+            return []
+        return self.model.active_adapters()
+
+    def save_pretrained(self, save_directory: str, **kwargs) -> None:
+        """Save model and processor; the library's own method would leave out the processor."""
+        self.model.save_pretrained(save_directory, **kwargs)
+        self.processor.save_pretrained(save_directory)
+
+
+class ZeroShotCTClassificationPipeline(CTPipeline):
+    """Scores of findings for CT scans, without training; see `CTPipeline` for its arguments."""
+
+    _needs = "get_text_features"
+    _else = "has no text encoder, so it cannot be asked for findings in words. Pass a MedCTModel."
+    # What the prompts of `prompt_embeds` were encoded with, and what became of them; replaced as a whole.
+    _kept: tuple[list[list[str]], Snapshot, list[torch.Tensor]] | None = None
+
     def _forward(self, inputs: dict[str, torch.Tensor], **prompts) -> dict[str, torch.Tensor]:
         """Returns `logits`, `(volumes, templates, 2 * labels)`, float32."""
         image_embeds = self.model.get_image_features(inputs["pixel_values"]).pooler_output.float()
@@ -110,34 +155,18 @@ class ZeroShotCTClassificationPipeline(Pipeline):
     ) -> list[dict[str, Any]]:
         labels = self.model.config.label_names if candidate_labels is None else candidate_labels
         logits = outputs["logits"][0]  # (templates, 2 * labels)
-        scores = zero_shot_probabilities(logits).mean(0).tolist()
-        present, absent = logits.unflatten(-1, (-1, 2)).mean(0).unbind(-1)
-        results = []
-        for label, score, margin in zip(labels, scores, (present - absent).tolist(), strict=True):
-            result = {"label": label, "score": score, "logits_margin": margin}
-            if prompt_templates is None and label in self.thresholds:
-                result["present"] = score >= self.thresholds[label]
-            results.append(result)
-        return sorted(results, key=lambda result: -result["score"])
-
-    @property
-    def thresholds(self) -> dict[str, float]:
-        """Operating points of the adapter in use: from which score on a finding is called present, by its label."""
-        descriptions = [self.model.adapter_descriptions.get(name, {}) for name in self._adapters_in_use()]
-        return (descriptions[0].get("thresholds") or {}) if len(descriptions) == 1 else {}
-
-    def _adapters_in_use(self) -> list[str]:
-        # Layers of PEFT know whether they are disabled; `active_adapters` names them all the same.
-        is_disabled = any(getattr(module, "disable_adapters", None) is True for module in self.model.modules())
-        if is_disabled or not getattr(self.model, "_hf_peft_config_loaded", False):
-            return []
-        return self.model.active_adapters()
+        scores = zero_shot_probabilities(logits).mean(dim=0)
+        present, absent = logits.mean(dim=0).unflatten(-1, (-1, 2)).unbind(-1)
+        return self._results(labels, scores, present - absent, self.thresholds if prompt_templates is None else {})
 
     @torch.no_grad()
     def prompt_embeds(
         self, candidate_labels: Sequence[str] | None = None, prompt_templates: Sequence[Sequence[str]] | None = None
     ) -> list[torch.Tensor]:
-        """The prompts in the common space; those of the last labels, templates and adapter are kept.
+        """The prompts in the common space; those of the last labels and templates are kept as long as they hold.
+
+        They hold for the very weights, adapters and their settings that they were encoded with, compared by value: it
+        costs a copy of the text encoder's weights, and a tenth of the time of encoding them. Several threads may ask.
 
         Args:
             candidate_labels: The model's own by default.
@@ -147,21 +176,61 @@ class ZeroShotCTClassificationPipeline(Pipeline):
             For each template `(2 * labels, projection_dim)`, float32, of length 1.
         """
         sentences = self.model.config.label_prompts(candidate_labels, prompt_templates)
-        key = (sentences, self._adapters_in_use(), self.model.dtype)
-        if self._kept_embeds is None or self._kept_embeds[0] != key:
-            embeds = []
-            for template in sentences:
-                texts = self.processor(text=template, return_tensors="pt").to(self.device)
-                embeds.append(
-                    self.model.get_text_features(texts["input_ids"], texts["attention_mask"]).pooler_output.float()
-                )
-            self._kept_embeds = key, embeds
-        return self._kept_embeds[1]
+        state = state_of((self.model.text_model, self.model.text_projection))
+        kept = self._kept
+        if kept is not None and state is not None and kept[0] == sentences and kept[1].equals(*state):
+            return kept[2]
+        snapshot = None if state is None else Snapshot(*state)
+        embeds = []
+        for template in sentences:
+            texts = self.processor(text=template, return_tensors="pt").to(self.device)
+            embeds.append(
+                self.model.get_text_features(texts["input_ids"], texts["attention_mask"]).pooler_output.float()
+            )
+        self._kept = None if snapshot is None else (sentences, snapshot, embeds)
+        return embeds
 
-    def save_pretrained(self, save_directory: str, **kwargs) -> None:
-        """Save model and processor; the library's own method would leave out the processor."""
-        self.model.save_pretrained(save_directory, **kwargs)
-        self.processor.save_pretrained(save_directory)
+
+class CTClassificationPipeline(CTPipeline):
+    """Scores of the labels that a classifier was trained on; see `CTPipeline` for its arguments."""
+
+    _needs = "classifier"
+    _else = "has no classifier. Pass a MedCTForImageClassification, or ask in words: zero-shot-ct-classification."
+
+    def _sanitize_parameters(self, candidate_labels=None, prompt_templates=None, **kwargs):
+        if prompt_templates is not None:
+            raise ValueError("A classifier asks nothing in words. Leave out the templates of prompts.")
+        reading, prompts, _ = super()._sanitize_parameters(candidate_labels, **kwargs)
+        unknown = sorted(set(prompts.get("candidate_labels", ())) - set(self.model.config.label_names))
+        if unknown:
+            raise ValueError(
+                f"This classifier was not trained on {', '.join(unknown)}. Its labels: "
+                f"{', '.join(self.model.config.label_names)}."
+            )
+        return reading, {}, prompts
+
+    def _forward(self, inputs: dict[str, torch.Tensor], **_: Any) -> dict[str, torch.Tensor]:
+        """Returns `logits`, `(volumes, labels)`, float32."""
+        return {"logits": self.model(pixel_values=inputs["pixel_values"]).logits.float()}
+
+    def postprocess(
+        self, outputs: dict[str, torch.Tensor], candidate_labels: Sequence[str] | None = None
+    ) -> list[dict[str, Any]]:
+        names = self.model.config.label_names
+        labels = names if candidate_labels is None else candidate_labels
+        # Each label's logit is that of its presence against its absence.
+        margins = outputs["logits"][0][[names.index(label) for label in labels]]
+        return self._results(labels, margins.sigmoid(), margins, self.thresholds)
+
+
+def _processor_of(model: PreTrainedModel) -> MedCTProcessor:
+    """The processor that lies beside a model's weights."""
+    try:
+        revision = getattr(model.config, "_commit_hash", None)
+        return MedCTProcessor.from_pretrained(model.name_or_path, revision=revision)
+    except (OSError, ValueError, TypeError) as error:
+        said = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ValueError(f"A pipeline needs the model's processor ({said}): pass `processor=`.") from error
 
 
 def _checked_labels(labels: Any) -> list[str]:
@@ -182,4 +251,4 @@ def _checked_templates(templates: Any) -> Sequence[Sequence[str]]:
     return templates
 
 
-__all__ = ["ZeroShotCTClassificationPipeline"]
+__all__ = ["CTClassificationPipeline", "ZeroShotCTClassificationPipeline"]

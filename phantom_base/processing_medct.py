@@ -1,8 +1,11 @@
 """Volumes and texts to the model's inputs, in one call."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from transformers import ProcessorMixin
+
+from .errors_medct import MedCTError
+from .image_processing_medct import PicklesAnywhere
 
 if TYPE_CHECKING:
     # Files that a saved file imports are saved and fetched with it. The model's configuration names this pipeline, and
@@ -10,7 +13,11 @@ if TYPE_CHECKING:
     from .pipeline_medct import ZeroShotCTClassificationPipeline  # noqa: F401
 
 
-class MedCTProcessor(ProcessorMixin):
+class TextError(MedCTError, ValueError):
+    """Texts that cannot be tokenized; the message says why."""
+
+
+class MedCTProcessor(PicklesAnywhere, ProcessorMixin):
     """An image processor for CT volumes and a tokenizer.
 
     `processor(images=..., text=..., return_tensors="pt")` gives `pixel_values` of the volumes (see
@@ -20,12 +27,23 @@ class MedCTProcessor(ProcessorMixin):
     Args:
         image_processor: A `MedCTImageProcessor`.
         tokenizer: The text encoder's.
+
+    Raises:
+        TextError: If the list of texts is empty, or holds something else than texts.
     """
 
     text_kwargs = {"padding": True, "truncation": True}
 
     def __init__(self, image_processor=None, tokenizer=None, **kwargs):
         super().__init__(image_processor, tokenizer, **kwargs)
+
+    def __call__(self, images: Any = None, text: Any = None, **kwargs):
+        if text is not None and not isinstance(text, str):
+            text = list(text)
+            if not text or not all(isinstance(each, str) for each in text):
+                shown = "an empty list" if not text else repr(next(each for each in text if not isinstance(each, str)))
+                raise TextError(f"`text` is a sentence or a list of them, not {shown}.")
+        return super().__call__(images=images, text=text, **kwargs)
 
 
 __all__ = ["MedCTProcessor"]

@@ -1,1 +1,1 @@
-"""Models and adapters on the Hub: conversion, cards, pushes."""
+"""Models and adapters on the Hub: conversion, cards and pushes."""

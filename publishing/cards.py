@@ -1,8 +1,7 @@
-"""The page of an adapter on the Hub, made from the files beside it.
+"""The card of an adapter on the Hub, made from the files beside it.
 
 `write_card` reads `adapter_config.json`, `results.json`, `train_config.json` and `medct_adapter.json`, and fills
-`adapter_card.md`. Of the last three, and of every key in them, any may be missing. No path of this machine reaches the
-page.
+`adapter_card.md`. Any of the last three, and any key in them, may be missing. No path of this machine reaches the card.
 """
 
 import json
@@ -21,9 +20,9 @@ PLACEHOLDER_REPO, PLACEHOLDER_BASE, PLACEHOLDER_REVISION = "ORG/NAME", "ORG/BASE
 CT_CLIP_LICENSE = "cc-by-nc-sa-4.0"
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-# Two parts at least, as "and/or" and "/" are no paths; not behind a letter or colon, as in addresses of the web.
+# At least two parts, since "and/or" and "/" are not paths; not after a letter or colon, as in web addresses.
 _ABSOLUTE_PATH = re.compile(r"(?<![\w.:/\\])(?:(?:/[\w.@+-]+){2,}/?|[A-Za-z]:\\[\w.@+\\-]+)")
-# Names of metrics as the Hub knows them, by ours.
+# The Hub's names of metrics, by ours.
 _HUB_METRICS = {"auroc": ("roc_auc", "AUROC"), "macro_f1": ("f1", "F1")}
 _TRAINING_FACTS = {
     "objective": "objective: {}",
@@ -36,17 +35,17 @@ _TRAINING_FACTS = {
 
 
 def is_hub_id(base: str | None) -> bool:
-    """Whether a model's name is that of a repository; a folder of that name goes first, as in transformers."""
+    """Whether a model's name is that of a repository; a folder of that name takes precedence, as in transformers."""
     return base is not None and _HUB_ID.fullmatch(base) is not None and not Path(base).exists()
 
 
 def find_paths(text: str) -> list[str]:
-    """Absolute paths that stand in a text."""
+    """Absolute paths in a text."""
     return _ABSOLUTE_PATH.findall(text)
 
 
 def without_paths(value: Any) -> Any:
-    """The same, with every absolute path in its texts cut down to its last part."""
+    """The same value, with every absolute path in its texts reduced to the last part."""
     if isinstance(value, str):
         return _ABSOLUTE_PATH.sub(lambda match: re.split(r"[/\\]", match[0].rstrip("/\\"))[-1], value)
     if isinstance(value, dict):
@@ -59,11 +58,11 @@ def base_license(base: str, revision: str | None = None, token: str | None = Non
 
     Args:
         base: Hub id or folder.
-        revision: Its commit.
-        token: Of the Hub.
+        revision: Commit, tag or branch on the Hub.
+        token: Token for the Hub.
 
     Returns:
-        Its identifier; that of CT-CLIP for a model that is called so and has no card; `None` if it is not known.
+        The licence's identifier; that of CT-CLIP if the model is named so and its card names none; `None` if unknown.
     """
     try:
         path = cached_file(
@@ -80,13 +79,21 @@ def base_license(base: str, revision: str | None = None, token: str | None = Non
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:
-    """A JSON file of a folder; empty if there is none."""
+    """Read a JSON file.
+
+    Args:
+        folder: Folder of the file.
+        name: Name of the file.
+
+    Returns:
+        Its content; empty if there is no such file.
+    """
     path = folder / name
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def recorded_base(folder: Path) -> tuple[str | None, str | None]:
-    """Model and revision that an adapter was trained on, as its configuration has them."""
+    """The model and revision that an adapter was trained on, according to its configuration."""
     config = read_json(folder, "adapter_config.json")
     return config.get("base_model_name_or_path"), config.get("revision")
 
@@ -99,7 +106,7 @@ def write_card(folder: str | Path, **options: Any) -> Path:
         options: See `render_card`.
 
     Returns:
-        The file.
+        Path of the file.
     """
     path = Path(folder, "README.md")
     path.write_text(render_card(folder, **options))
@@ -114,11 +121,11 @@ def render_card(
     revision: str | None = None,
     license: str | None = None,
 ) -> str:
-    """An adapter's page.
+    """Make an adapter's card.
 
     Args:
         folder: Holds at least `adapter_config.json`.
-        repo_id: Where the adapter will be.
+        repo_id: Repository that the adapter will have.
         base: Hub id of its base, if not the recorded one.
         revision: Commit of that base.
         license: Identifier of the licence, if not the base's own.
@@ -169,14 +176,14 @@ def _metadata(results: dict[str, Any], base: str | None, license: str | None, na
 
 
 def _evaluations(results: dict[str, Any], synthetic: bool) -> list[EvalResult]:
-    """The adapted model's scores over all labels, as the Hub's model index has them."""
+    """The adapted model's scores over all labels, in the form of the Hub's model index."""
     adapted = results.get("comparison", {}).get("adapted", {})
     data = _data(results)
     name = f"SYNTHETIC: {data}" if synthetic and "synthetic" not in data.lower() else data
     found = []
     for metric, score in adapted.items():
         if "/" in metric or not isinstance(score, dict) or not isinstance(score.get("value"), int | float):
-            continue  # those of single labels and other protocols stand in the files
+            continue  # scores of single labels and other protocols are in the files
         kind, words = _HUB_METRICS.get(metric, (metric, metric.replace("_", " ")))
         interval = "" if score.get("low") is None else f", 95 % interval {score['low']:.3f} to {score['high']:.3f}"
         found.append(
@@ -211,7 +218,7 @@ def _with_interval(score: dict[str, float], sign: str) -> str:
 
 
 def _facts(folder: Path, results: dict[str, Any]) -> dict[str, Any]:
-    """What the template shows of the run."""
+    """The facts about the run that the template shows."""
     description = without_paths(read_json(folder, DESCRIPTION_FILE))
     settings = without_paths(read_json(folder, "train_config.json"))
     prompts = description.get("prompt_templates") or results.get("prompts") or []

@@ -2,8 +2,8 @@
 
     medct convert CT-CLIP_v2.pt OUT --tokenizer microsoft/BiomedVLP-CXR-BERT-specialized
 
-Takes CT-CLIP, VocabFine (same keys) and ClassFine checkpoints. Every key is either mapped or listed as dropped with the
-reason; an unknown or missing key ends the conversion. The folder appears under its name only when it is complete.
+Takes CT-CLIP, VocabFine (same keys) and ClassFine checkpoints. Every key is either mapped, or listed as dropped with
+the reason; an unknown or missing key ends the conversion. The folder appears under its name only once it is complete.
 
 Source: specification of CT-CLIP, section 5.
 """
@@ -63,12 +63,12 @@ _KEYS = (
 _ZERO = "a constant zero"
 _DROPPED = (
     (r"to_(visual|text)_latent_extra\.weight", "an unused copy of the projection"),
-    (r"visual_transformer\.to_pixels(_first_frame)?\..*", "the patch decoder, of pre-training only"),
+    (r"visual_transformer\.to_pixels(_first_frame)?\..*", "the patch decoder, used only in pre-training"),
     (r"visual_transformer\.to_patch_emb_first_frame\..*", "patches of single frames, never used on volumes"),
     (r"text_transformer\.pooler\..*", "BERT's pooler; CT-CLIP reads the first token itself"),
     (r"text_transformer\.embeddings\.position_ids", "a constant that older libraries saved"),
-    (_LAYER + r"1\.null_kv", "of zero size"),
-    (_LAYER + r"1\.context_norm\.(gamma|beta)", "of cross-attention, which CT-CLIP does not have"),
+    (_LAYER + r"1\.null_kv", "empty"),
+    (_LAYER + r"1\.context_norm\.(gamma|beta)", "for cross-attention, which CT-CLIP does not have"),
     (_LAYER + r"1\.norm\.beta", _ZERO),
     (r"visual_transformer\.enc_(spatial|temporal)_transformer\.norm_out\.beta", _ZERO),
     (
@@ -76,31 +76,31 @@ _DROPPED = (
         "running state of the codebook's training",
     ),
 )
-# Of the mapped keys, those that a classifier of volumes has no use for.
+# Mapped keys that a classifier of volumes does not use.
 _NOT_IN_CLASSIFIER = re.compile(r"(text_model|text_projection|logit_scale)\.")
 
 
 class ConversionError(MedCTError, ValueError):
-    """A checkpoint that is not what it should be; the message says what and what to do."""
+    """A checkpoint that is not what it should be; the message says what is wrong and what to do."""
 
 
 def load_state_dict(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a checkpoint by their names, mapped from the file where its format allows that.
+    """Read the tensors of a checkpoint by name, memory-mapped where the file's format allows it.
 
     Raises:
-        ConversionError: If the file is missing, is no flat dictionary of tensors, or holds code.
+        ConversionError: If the file is missing, is not a flat dictionary of tensors, or holds code.
     """
     if not path.is_file():
         raise ConversionError(f"{path}: no such file. Pass a CT-CLIP checkpoint (.pt).")
     try:
         # torch has written zip archives since 1.6; only those can be mapped.
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # unpickling raises whatever the bytes make it raise, and torch advises to trust them
+    except Exception as error:  # unpickling can raise anything, and torch's own message advises to trust the file
         raise ConversionError(
-            f"{path}: no checkpoint of tensors alone ({type(error).__name__}). Pass a CT-CLIP checkpoint (.pt)."
+            f"{path}: not a checkpoint of tensors alone ({type(error).__name__}). Pass a CT-CLIP checkpoint (.pt)."
         ) from error
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise ConversionError(f"{path}: no flat dictionary of tensors. Pass the state dict of CT-CLIP.")
+        raise ConversionError(f"{path}: not a flat dictionary of tensors. Pass CT-CLIP's state dict.")
     return state
 
 
@@ -108,13 +108,13 @@ def map_keys(state: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], d
     """CT-CLIP's tensors under our names.
 
     Args:
-        state: A CT-CLIP, VocabFine or ClassFine checkpoint; views of it are returned, no copies.
+        state: A CT-CLIP, VocabFine or ClassFine checkpoint; views of it are returned, not copies.
 
     Returns:
-        The tensors by our names, and the keys that were dropped by the reason why.
+        The tensors by our names, and the dropped keys by reason.
 
     Raises:
-        ConversionError: If a key is unknown, or one that is dropped as zero is not.
+        ConversionError: If a key is unknown, or a tensor that would be dropped as zero is not zero.
     """
     is_classifier = "classifier.weight" in state
     mapped: dict[str, torch.Tensor] = {}
@@ -124,10 +124,10 @@ def map_keys(state: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], d
         reason = next((reason for pattern, reason in _DROPPED if re.fullmatch(pattern, key)), None)
         name = next((re.sub(pattern, ours, key) for pattern, ours in _KEYS if re.fullmatch(pattern, key)), None)
         if reason is None and name is None:
-            raise ConversionError(f"Unknown key {full_key}: this is no CT-CLIP checkpoint, or one of another version.")
+            raise ConversionError(f"Unknown key {full_key}: not a CT-CLIP checkpoint, or one of another version.")
         if reason == _ZERO and tensor.any():
             raise ConversionError(
-                f"{full_key} should be zero and is not: this is no checkpoint of the published CT-CLIP."
+                f"{full_key} should be zero and is not: this is not a checkpoint of the published CT-CLIP."
             )
         if is_classifier and name is not None and _NOT_IN_CLASSIFIER.match(name):
             reason = "the text half, which a classifier of volumes does not use"
@@ -139,7 +139,7 @@ def map_keys(state: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], d
 
 
 def _reshape(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-    """One of CT-CLIP's tensors as the one or two that we hold it in."""
+    """One of CT-CLIP's tensors as the one or two tensors that we keep it in."""
     if name.endswith("kv_proj.weight"):
         key, value = tensor.chunk(2)  # keys first
         return {name.replace("kv_proj", "k_proj"): key, name.replace("kv_proj", "v_proj"): value}
@@ -151,11 +151,12 @@ def _reshape(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def config_from_sizes(sizes: dict[str, Any]) -> MedCTConfig:
-    """The configuration of a CT-CLIP of other sizes than the published one.
+    """The configuration of a CT-CLIP whose sizes differ from the published ones.
 
     Args:
-        sizes: Keys `dim`, `codebook_size`, `image_size` (of a slice), `patch_size`, `temporal_patch_size`, `frames`,
-            `spatial_depth`, `temporal_depth`, `dim_head`, `heads`, `dim_latent`, `text_config`. Others are ignored.
+        sizes: Has the keys `dim`, `codebook_size`, `image_size` (of a slice), `patch_size`, `temporal_patch_size`,
+            `frames`, `spatial_depth`, `temporal_depth`, `dim_head`, `heads`, `dim_latent` and `text_config`; others are
+            ignored.
 
     Raises:
         ConversionError: If a key is missing, or sizes contradict each other.
@@ -188,10 +189,14 @@ def published_config(mapped: dict[str, torch.Tensor]) -> MedCTConfig:
 
 
 def build_model(config: MedCTConfig, mapped: dict[str, torch.Tensor]) -> MedCTModel | MedCTForImageClassification:
-    """The model that a checkpoint holds, with the checkpoint's tensors themselves as its weights.
+    """Build the model that a checkpoint holds, with the checkpoint's own tensors as its weights.
+
+    Args:
+        config: The model's configuration.
+        mapped: From `map_keys`; with a classifier, or without.
 
     Raises:
-        ConversionError: If a tensor is missing or has another shape than the configuration asks for.
+        ConversionError: If a tensor is missing or unexpected, or its shape is not that of the configuration.
     """
     model_class = MedCTForImageClassification if "classifier.weight" in mapped else MedCTModel
     with torch.device("meta"):
@@ -209,12 +214,16 @@ def build_model(config: MedCTConfig, mapped: dict[str, torch.Tensor]) -> MedCTMo
                 f"{name} has shape {tuple(tensor.shape)}; these sizes ask for {tuple(expected[name].shape)}. Pass the "
                 "model's own --sizes."
             )
-    # `from_pretrained` and not `load_state_dict`: buffers that no checkpoint holds must be filled, too.
+    # `from_pretrained`, not `load_state_dict`: buffers that no checkpoint holds must be filled, too.
     return model_class.from_pretrained(None, config=config, state_dict=mapped).eval()
 
 
 def load_tokenizer(id_or_folder: str, config: MedCTConfig) -> BertTokenizer:
-    """CT-CLIP's tokenizer: a plain, lower-casing BERT tokenizer, whatever class its repository names.
+    """Load CT-CLIP's tokenizer: a plain, lower-casing BERT tokenizer, whatever class its repository names.
+
+    Args:
+        id_or_folder: Hub id, or folder with at least `vocab.txt`.
+        config: The model's configuration, which limits words and length.
 
     Raises:
         ConversionError: If there is none, or it has more words than the model.
@@ -226,12 +235,12 @@ def load_tokenizer(id_or_folder: str, config: MedCTConfig) -> BertTokenizer:
     except Exception as error:  # the Hub's client, the file system and the parser each raise their own
         reason = str(error).strip().splitlines()[0]
         raise ConversionError(
-            f"{id_or_folder}: no tokenizer ({reason}). Pass a Hub id or a folder with vocab.txt."
+            f"{id_or_folder}: not a tokenizer ({reason}). Pass a Hub id or a folder with vocab.txt."
         ) from error
     if len(tokenizer) > config.text_config.vocab_size:
         raise ConversionError(
-            f"The tokenizer has {len(tokenizer)} words, the checkpoint {config.text_config.vocab_size}: they do not "
-            "belong together."
+            f"The tokenizer has {len(tokenizer)} words, but the checkpoint has {config.text_config.vocab_size}: they "
+            "do not belong together."
         )
     return tokenizer
 
@@ -250,16 +259,16 @@ def convert(checkpoint: Path, output: Path, tokenizer: str, sizes: Path | None =
 
     Args:
         checkpoint: CT-CLIP, VocabFine or ClassFine, as published.
-        output: Folder to make; must not exist, or be empty.
-        tokenizer: Hub id or folder; the folder may hold nothing but `vocab.txt`.
+        output: Folder to make; it must not exist, or be empty.
+        tokenizer: Hub id or folder; `vocab.txt` alone is enough.
         sizes: JSON file with the sizes of a model other than the published one, see `config_from_sizes`.
 
     Returns:
-        The keys that were dropped, by the reason why.
+        The dropped keys by reason.
 
     Raises:
         ConversionError: If the input is not what it should be.
-        FileExistsError: If the output holds something already.
+        FileExistsError: If the output already holds something.
     """
     with whole_folder(output) as folder:
         mapped, dropped = map_keys(load_state_dict(checkpoint))

@@ -3,8 +3,8 @@
     medct push runs/site-b ORG/NAME            # an adapter folder, as training leaves it
     medct push ct-clip ORG/NAME --private      # a folder that `medct convert` made
 
-What goes up is looked through first: no pickles, no path of this machine, only files that belong there. The folder
-itself is never changed, so a push that failed can be run again.
+What is pushed is checked first: no pickles, no paths of this machine, only files that belong there. The folder itself
+is never changed, so a push that failed can be run again.
 """
 
 import hashlib
@@ -44,18 +44,18 @@ from medct.publishing.cards import (
 
 MODEL_CARD = Path(__file__).parents[1] / "model_card.md"
 PICKLES = {".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pth"}
-# What a run says of itself; it names the folders that it read and wrote.
+# A run's record of itself; it names the folders that it read and wrote.
 RUN_FILES = ("results.json", "train_config.json")
-# Whatever else lies in a folder, such as lists of studies, stays at home.
+# Anything else in a folder, such as lists of studies, is not pushed.
 ADAPTER_FILES = (WEIGHTS_FILE, CONFIG_FILE, DESCRIPTION_FILE, "README.md", *RUN_FILES, "*.png")
 MODEL_FILES = ("*.safetensors", "*.json", "*.py", "*.txt", "*.jinja", "README.md", "LICENSE", "*.png")
 SHARD_FILES = ("README.md", "manifest.json", "data/*.parquet")
 TEXT_SUFFIXES = {".jinja", ".json", ".md", ".py", ".txt"}
-# Stands in the empty form that PEFT saves as README.md.
+# Part of the blank form that PEFT saves as README.md.
 PEFT_FORM = "[More Information Needed]"
 
 WAITS_S = (1, 2, 4)
-"""Before each further attempt."""
+"""Seconds before each retry."""
 LONGEST_WAIT_S = 300
 PASSING_STATUS = {408, 429, 500, 502, 503, 504}
 
@@ -68,12 +68,12 @@ class PushError(MedCTError, RuntimeError):
 
 
 def commit_of(model: str, revision: str | None = None, token: str | None = None) -> str | None:
-    """The commit that a model's revision is at; `None` for a folder.
+    """The commit that a model's revision points to; `None` for a folder.
 
     Args:
         model: Hub id or folder.
         revision: Commit, tag or branch; the default branch by default.
-        token: Of the Hub; the one that is logged in by default.
+        token: Token for the Hub; that of the logged-in user by default.
     """
     return HfApi(token=token).resolve_revision(model, revision=revision).resolved if is_hub_id(model) else None
 
@@ -93,8 +93,8 @@ def push_adapter(
     Args:
         folder: As `train.py` leaves it, or `PeftModel.save_pretrained`. It is not changed.
         repo_id: "ORG/NAME"; made if it does not exist.
-        private: Whether others may not see it.
-        token: Of the Hub; the one that is logged in by default.
+        private: Whether to hide it from others.
+        token: Token for the Hub; that of the logged-in user by default.
         base: Hub id of the base, if the adapter was trained on a folder.
         base_revision: Commit, tag or branch of the base; the adapter will name the commit.
         license: Identifier of the licence, if the base's card has none.
@@ -122,8 +122,8 @@ def push_model(folder: str | Path, repo_id: str, *, private: bool = False, token
     Args:
         folder: As `medct convert` leaves it. It is not changed.
         repo_id: "ORG/NAME"; made if it does not exist.
-        private: Whether others may not see it.
-        token: Of the Hub; the one that is logged in by default.
+        private: Whether to hide it from others.
+        token: Token for the Hub; that of the logged-in user by default.
 
     Returns:
         Address of the commit.
@@ -139,7 +139,7 @@ def push_model(folder: str | Path, repo_id: str, *, private: bool = False, token
     missing = sorted(name for name in code if not (folder / name).is_file())
     if missing or not code:
         lacking = ", ".join(missing) or "no auto_map"
-        raise PushError(f"{folder} lacks its code ({lacking}), so nobody could load it. Convert it anew.")
+        raise PushError(f"{folder} lacks its code ({lacking}), so no one could load it. Convert it again.")
     files: Files = {path.name: path for path in _chosen(folder, MODEL_FILES)}
     for name in set(RUN_FILES) & files.keys():
         files[name] = _json_bytes(read_json(folder, name))
@@ -150,7 +150,14 @@ def push_model(folder: str | Path, repo_id: str, *, private: bool = False, token
 
 
 def push_shards(folder: Path, repo_id: str) -> str:
-    """Upload a finished folder to a private Hub dataset, resuming where an earlier upload stopped; returns its address.
+    """Upload a finished folder to a private Hub dataset, resuming where an earlier upload stopped.
+
+    Args:
+        folder: As `medct prepare` leaves it.
+        repo_id: "ORG/NAME"; made if it does not exist.
+
+    Returns:
+        Address of the dataset.
 
     Raises:
         PushError: If the dataset is public, or the Hub refuses.
@@ -160,7 +167,7 @@ def push_shards(folder: Path, repo_id: str) -> str:
         api.create_repo(repo_id, repo_type="dataset", private=True, exist_ok=True)
         if not api.repo_info(repo_id, repo_type="dataset").private:
             raise PushError(
-                f"{repo_id} is public, and patients' scans are not. Make it private, or choose another name."
+                f"{repo_id} is public, but patients' scans must not be. Make it private, or choose another name."
             )
         api.upload_folder(
             repo_id=repo_id,
@@ -184,22 +191,22 @@ def _published_base(api: HfApi, folder: Path, base: str | None, revision: str | 
     if base is None and not is_hub_id(recorded):
         name = Path(recorded or "unknown").name
         raise PushError(
-            f"{folder} was trained on a folder of this machine ({name}), which nobody else can load: push that first "
+            f"{folder} was trained on a folder of this machine ({name}), which no one else can load: push that first "
             f"(medct push {name} ORG/BASE), then pass --base ORG/BASE --base_revision COMMIT."
         )
     if base is None:
         base, revision = str(recorded), recorded_revision
     if revision is None:
-        raise PushError(f"The commit of {base} that {folder} was trained on is not known. Pass --base_revision COMMIT.")
+        raise PushError(f"The commit of {base} that {folder} was trained on is unknown. Pass --base_revision COMMIT.")
     try:
         commit = str(api.model_info(base, revision=revision).sha)
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
-        raise PushError(f"The base {base} is not on the Hub at revision {revision}, or not for you.") from error
+        raise PushError(f"The base {base} is not on the Hub at revision {revision}, or you lack access.") from error
     weights = Path(recorded or "", "model.safetensors")
     if not is_hub_id(recorded) and weights.is_file():
         found = api.get_paths_info(base, [weights.name], revision=commit)
         if [getattr(file.lfs, "sha256", None) for file in found if isinstance(file, RepoFile)] != [_sha256(weights)]:
-            raise PushError(f"{base} holds other weights than {weights.parent.name}, which {folder} was trained on.")
+            raise PushError(f"The weights of {base} are not those of {weights.parent.name}, the base of {folder}.")
     return base, commit
 
 
@@ -207,13 +214,13 @@ def _license_of(folder: Path, base: str, commit: str, license: str | None, token
     license = license or base_license(base, commit, token) or read_json(folder, "results.json").get("license")
     if license is None:
         raise PushError(
-            f"The card of {base} names no licence, and an adapter has that of its base. Pass --license IDENTIFIER."
+            f"The card of {base} names no licence, and an adapter takes its base's. Pass --license IDENTIFIER."
         )
     return license
 
 
 def _adapter_files(folder: Path, repo_id: str, base: str, commit: str, license: str) -> Files:
-    """What an adapter's repository will hold: the folder's files, with the base by its name on the Hub."""
+    """What an adapter's repository will hold: the folder's files, with the base under its name on the Hub."""
     files: Files = {path.name: path for path in _chosen(folder, ADAPTER_FILES)}
     known: dict[str, dict[str, Any]] = {
         CONFIG_FILE: {"base_model_name_or_path": base, "revision": commit},
@@ -239,7 +246,7 @@ def _json_bytes(content: dict[str, Any]) -> bytes:
 
 
 class _Job:
-    """One push: who, from where, to where; and how to try it again."""
+    """One push: as whom, from where, to where; and how to retry it."""
 
     def __init__(self, folder: Path, repo_id: str, private: bool, token: str | None, options: dict[str, str | None]):
         self.folder, self.repo_id, self.private = folder, repo_id, private
@@ -249,38 +256,46 @@ class _Job:
         self.command = " ".join(words)
 
     def push(self, files: Files, message: str) -> str:
-        """Commit files, once; returns the commit's address."""
+        """Push files in a single commit.
+
+        Args:
+            files: Content, or a file that holds it, by name in the repository.
+            message: The commit's message.
+
+        Returns:
+            Address of the commit.
+        """
         _refuse_paths(self.folder, files)
 
         def commit() -> str:
-            # Operations know what was sent, so each attempt needs its own.
+            # Operations remember what was sent, so each attempt needs its own.
             operations = [CommitOperationAdd(path, content) for path, content in sorted(files.items())]
             self.api.create_repo(self.repo_id, private=self.private or None, exist_ok=True)
             if self.private and not self.api.model_info(self.repo_id).private:
-                raise PushError(f"{self.repo_id} is public already. Make it private on its page, or choose another.")
-            # What an earlier attempt brought there is found and left out, so that there is one commit all the same.
+                raise PushError(f"{self.repo_id} is already public. Make it private on its page, or choose another.")
+            # What an earlier attempt uploaded is found and not sent again, so there is still just one commit.
             return self.api.create_commit(self.repo_id, operations, commit_message=message).commit_url
 
         return self.try_hard(commit)
 
     def try_hard(self, act: Callable[[], Answer]) -> Answer:
-        """Do it, and do it again when the Hub or the network failed in passing.
+        """Call a function, and retry when the Hub or the network fails temporarily.
 
         Raises:
-            PushError: If it cannot be done, or was tried often enough; it names the command that finishes the push.
+            PushError: If it cannot be done, or the attempts are used up; it names the command that finishes the push.
         """
 
         def tell(error: Exception, wait_s: float) -> None:
-            print(f"{_reason(error)}; trying again in {wait_s:g} s", file=sys.stderr)
+            print(f"{_reason(error)}; retrying in {wait_s:g} s", file=sys.stderr)
 
         try:
             return keep_trying(act, _passing, WAITS_S, tell)
         except PushError:
             raise
-        # LFS uploads wrap their errors in RuntimeError; ValueError is the client's word for a bad card or name.
+        # LFS uploads wrap their errors in RuntimeError; the client raises ValueError for a bad card or name.
         except (OSError, RuntimeError, ValueError, httpx2.HTTPError) as error:
-            # The Hub's word on a bad card or name: the same command would meet it again.
-            remedy = "" if _is_worded(error) else f" {self.folder} is whole; finish with: {self.command}"
+            # With a bad card or name, the same command would fail again.
+            remedy = "" if _is_worded(error) else f" {self.folder} is intact; finish with: {self.command}"
             raise PushError(f"Pushing to {self.repo_id} failed: {_reason(error)}.{remedy}") from error
 
 
@@ -297,7 +312,7 @@ def _response(error: BaseException) -> httpx2.Response | None:
 
 
 def _passing(error: Exception) -> float | None:
-    """Seconds that the Hub asks to wait, 0 if it does not say; `None` if trying again cannot help."""
+    """Seconds that the Hub asks to wait, 0 if it does not say; `None` if a retry cannot help."""
     if isinstance(error, PushError):
         return None
     response = _response(error)
@@ -316,7 +331,7 @@ def _passing(error: Exception) -> float | None:
 
 
 def _is_worded(error: Exception) -> bool:
-    """Whether it is the client's own sentence, about a bad card or name."""
+    """Whether the message is the client's own sentence about a bad card or name."""
     return isinstance(error, ValueError) and not isinstance(error, HfHubHTTPError)
 
 
@@ -329,7 +344,7 @@ def _reason(error: Exception) -> str:
     if status == 403:
         return "you may not write there (403): choose another name, or a token with write access"
     if status is not None:
-        words = {404: "there is no such repository", 429: "too many requests"}.get(status, "the Hub did not do it")
+        words = {404: "there is no such repository", 429: "too many requests"}.get(status, "the Hub refused")
         return f"{words} ({status})"
     last = error if _is_worded(error) else _chain(error)[-1]
     words = " ".join(str(last).split()) or type(last).__name__
@@ -346,7 +361,7 @@ def _refuse_pickles(folder: Path) -> None:
     found = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.suffix in PICKLES)
     if found:
         raise PushError(
-            f"{folder} holds {found[0]} ({len(found)} such files): pickles can hold code, so only safetensors are "
+            f"{folder} holds {found[0]} (pickles found: {len(found)}). Pickles can hold code, so only safetensors are "
             "pushed. Remove them."
         )
 
@@ -356,7 +371,7 @@ def _refuse_paths(folder: Path, files: Files) -> None:
         if Path(name).suffix in TEXT_SUFFIXES:
             text = content.decode() if isinstance(content, bytes) else content.read_text()
             if found := find_paths(text):
-                raise PushError(f"{folder}/{name} names a path of this machine ({found[0]}). Take it out, then push.")
+                raise PushError(f"{folder}/{name} names a path of this machine ({found[0]}). Remove it, then push.")
 
 
 def _sha256(path: Path) -> str:
@@ -365,6 +380,6 @@ def _sha256(path: Path) -> str:
 
 
 def left_out(folder: Path) -> list[str]:
-    """Files of a folder that a push leaves at home."""
+    """Files of a folder that are not pushed."""
     pushed = _chosen(folder, ADAPTER_FILES if (folder / CONFIG_FILE).is_file() else MODEL_FILES)
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path not in pushed)

@@ -1,15 +1,17 @@
-"""MedCT's classes in transformers' Auto classes."""
+"""Registers MedCT's classes with transformers' Auto classes."""
 
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification, AutoProcessor
+from transformers.pipelines import PIPELINE_REGISTRY
 
-from medct.configuration_medct import MedCTConfig, MedCTVisionConfig
+from medct.configuration_medct import CLASSIFIER_TASK, ZERO_SHOT_TASK, MedCTConfig, MedCTVisionConfig, RegisteredTasks
 from medct.image_processing_medct import MedCTImageProcessor
 from medct.modeling_medct import MedCTForImageClassification, MedCTModel, MedCTVisionModel
+from medct.pipeline_medct import CTClassificationPipeline, ZeroShotCTClassificationPipeline
 from medct.processing_medct import MedCTProcessor
 
 
 def register() -> None:
-    """Let the Auto classes of this process find MedCT's, and let `save_pretrained` ship their code."""
+    """Let this process's Auto classes and `pipeline` find MedCT's, and let `save_pretrained` ship their code."""
     AutoConfig.register(MedCTConfig.model_type, MedCTConfig, exist_ok=True)
     AutoConfig.register(MedCTVisionConfig.model_type, MedCTVisionConfig, exist_ok=True)
     AutoModel.register(MedCTConfig, MedCTModel, exist_ok=True)
@@ -27,3 +29,8 @@ def register() -> None:
         (MedCTProcessor, "AutoProcessor"),
     ):
         shipped.register_for_auto_class(auto_class)
+    PIPELINE_REGISTRY.register_pipeline(ZERO_SHOT_TASK, ZeroShotCTClassificationPipeline, AutoModel, type="multimodal")
+    PIPELINE_REGISTRY.register_pipeline(
+        CLASSIFIER_TASK, CTClassificationPipeline, AutoModelForImageClassification, type="image"
+    )
+    MedCTConfig._tasks_as = RegisteredTasks

@@ -3,7 +3,7 @@
 import os
 import tempfile
 
-# Before any library reads them: without these a missing file is looked for on the network for minutes.
+# Set before any library reads them: otherwise a missing file is looked for on the network for minutes.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="medct-tests-")
 
@@ -18,7 +18,7 @@ import pytest
 import torch
 from hub_server import HubServer
 
-from medct import MedCTModel, MedCTProcessor
+from medct import MedCTForImageClassification, MedCTModel, MedCTProcessor
 from medct.cli import main
 from medct.common.errors import FAILED
 from medct.publishing.convert_ct_clip_to_hf import convert
@@ -58,6 +58,18 @@ def converted(tmp_path_factory, checkpoint, sizes_file, tokenizer_folder) -> Pat
     """The small checkpoint as a Hub folder."""
     folder = tmp_path_factory.mktemp("converted") / "model"
     convert(checkpoint, folder, str(tokenizer_folder), sizes_file)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def classifier_folder(converted, tmp_path_factory) -> Path:
+    """A classifier with a head that tells scans apart, and its processor."""
+    folder = tmp_path_factory.mktemp("classifier") / "model"
+    torch.manual_seed(0)
+    model = MedCTForImageClassification.from_pretrained(converted)
+    torch.nn.init.normal_(model.classifier.weight)
+    model.save_pretrained(folder)
+    MedCTProcessor.from_pretrained(converted).save_pretrained(folder)
     return folder
 
 
@@ -101,7 +113,7 @@ def nifti(tmp_path):
 
 @pytest.fixture
 def shared() -> Path:
-    """Recorded tensors and real scans, where they are at hand."""
+    """Recorded tensors and real scans, where they are available."""
     if not SHARED.is_dir():
         pytest.skip(f"{SHARED} is not at hand")
     return SHARED
@@ -109,7 +121,7 @@ def shared() -> Path:
 
 @pytest.fixture
 def refused(capfd):
-    """`refused("prepare", ...)`: what a command that could not do it says, in its one line on stderr."""
+    """`refused("prepare", ...)`: runs a command that must fail, and returns its one line on stderr."""
 
     def refused(*arguments: object) -> str:
         with pytest.raises(SystemExit) as stop:

@@ -39,7 +39,7 @@ def save_phantom(path: Path, study: dict) -> None:
 
 @pytest.fixture(scope="module")
 def cast(tmp_path_factory) -> Path:
-    """The folders and files that the pages speak of."""
+    """The folders and files that the pages mention."""
     folder = tmp_path_factory.mktemp("cast")
     shutil.copytree(ROOT / "phantom_base", folder / "ct-clip")
     save_adapter(folder / "ct-clip", folder / "runs/site-b", results=RESULTS)
@@ -61,7 +61,7 @@ def cast(tmp_path_factory) -> Path:
 
 
 def run_command(words: list[str]) -> None:
-    """A line of a shell block, in this process."""
+    """Run a line of a shell block in this process."""
     match words:
         case ["medct", *arguments]:
             try:

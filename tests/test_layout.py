@@ -1,6 +1,7 @@
-"""The architecture that the folders show: imports run downwards only, and the command starts at once."""
+"""Rules for all code: imports run downwards only, the command starts at once, and docstrings list arguments."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -26,7 +27,69 @@ MAY_IMPORT = {
 }
 # The paper's experiment is a run with other settings, so it stands above `train.py`.
 ABOVE_TRAIN = {"training/reproduce_paper.py"}
-# Errors have one base, and the lowest folder ends commands by it.
+# Public functions that do not list their arguments yet. Only ever shorten this.
+TO_BE_LISTED: set[str] = {
+    "byte_sources_medct.py:too_inflated",
+    "byte_sources_medct.py:of_bytes",
+    "byte_sources_medct.py:of_file_object",
+    "byte_sources_medct.py:find_beside",
+    "byte_sources_medct.py:find_among",
+    "byte_sources_medct.py:inflated_head",
+    "byte_sources_medct.py:check_promise",
+    "dicom_geometry_medct.py:order",
+    "dicom_geometry_medct.py:to_grid",
+    "dicom_pixels_medct.py:name_of",
+    "dicom_pixels_medct.py:layout_of",
+    "dicom_pixels_medct.py:decode",
+    "dicom_pixels_medct.py:hu_of",
+    "image_processing_medct.py:clip_hu",
+    "image_processing_medct.py:resampled_length",
+    "image_processing_medct.py:crop_window",
+    "image_processing_medct.py:AxisPlan.make",
+    "image_processing_medct.py:AxisPlan.part",
+    "image_processing_medct.py:AxisPlan.apply",
+    "image_processing_medct.py:scale_hu",
+    "image_processing_medct.py:pad_to_size",
+    "image_processing_medct.py:MedCTImageProcessor.process_volume",
+    "kernels_medct.py:add",
+    "kernels_medct.py:split_rows",
+    "kernels_medct.py:linear_aligned",
+    "kernels_medct.py:times_gelu",
+    "modeling_medct.py:eager_attention_forward",
+    "modeling_medct.py:MedCTAttention.forward",
+    "modeling_medct.py:MedCTLayer.forward",
+    "modeling_medct.py:MedCTEncoder.forward",
+    "modeling_medct.py:MedCTPreTrainedModel.load_adapter",
+    "modeling_medct.py:MedCTModel.get_logits",
+    "nifti_io_medct.py:read_nibabel_image",
+    "nifti_io_medct.py:header_scale",
+    "nifti_io_medct.py:header_affine",
+    "pipeline_medct.py:ZeroShotCTClassificationPipeline.postprocess",
+    "train.py:make_accelerator",
+    "train.py:load_sources",
+    "train.py:number_of_steps",
+    "train.py:operating_points",
+    "train.py:main",
+    "volume_medct.py:rescale_to_hu",
+    "volume_medct.py:refuse_second_rescale",
+    "volume_medct.py:check_voxels",
+    "volume_medct.py:check_affine",
+    "volume_medct.py:straight_affine",
+    "volume_medct.py:voxels_off",
+    "volume_medct.py:remark_on_offset",
+    "volume_medct.py:is_straight",
+    "cli/commands.py:load_pipeline",
+    "cli/commands.py:reading_of",
+    "cli/commands.py:ends",
+    "cli/commands.py:prediction_rows",
+    "cli/commands.py:embedding_rows",
+    "cli/commands.py:with_report",
+    "cli/commands.py:embed_images",
+    "cli/commands.py:embed_text",
+    "cli/commands.py:read_one",
+    "cli/commands.py:evaluation_table",
+}
+# Errors have one base class, which the lowest folder needs to end commands.
 EVERYWHERE = {"medct.errors_medct"}
 
 
@@ -38,6 +101,11 @@ def room_of(module: str) -> str:
 
 def modules() -> list[Path]:
     return [ROOT / "train.py", *(path for folder in sorted(FOLDERS) for path in sorted((ROOT / folder).rglob("*.py")))]
+
+
+def documented() -> list[Path]:
+    """Files whose public functions list their arguments: all but the tests."""
+    return [*sorted(ROOT.glob("*.py")), *modules()[1:], *sorted((ROOT / "benchmarks").glob("*.py"))]
 
 
 def imported(path: Path) -> set[str]:
@@ -62,15 +130,15 @@ def test_imports_run_downwards(path):
 
 @pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(ROOT)))
 def test_names_come_from_the_file_that_defines_them(path):
-    """`from medct import ...` would be empty in the process of the command, which imports what it needs."""
+    """`from medct import ...` would be empty in the command's process, which imports only what it needs."""
     public = set(medct.__all__)
     assert not {module.removeprefix("medct.") for module in imported(path)} & public
 
 
 def test_no_folder_hides_another_package():
-    """`python train.py` puts the root on the path of imports, before all that is installed."""
-    names = [path.name.removesuffix(".py") for path in ROOT.iterdir() if path.is_dir() or path.suffix == ".py"]
-    names = [name for name in names if name.isidentifier() and name not in ("__init__", "build", "tests")]
+    """`python train.py` puts the root on the import path, ahead of all that is installed."""
+    names = [path.parent.name for path in ROOT.glob("*/__init__.py")]
+    names += [path.stem for path in ROOT.glob("*.py") if path.stem != "__init__"]
     code = "import importlib.util, sys\nprint([n for n in sys.argv[1:] if importlib.util.find_spec(n)])"
     found = subprocess.run(
         [sys.executable, "-P", "-c", code, *names], capture_output=True, text=True, check=True, cwd=ROOT.parent
@@ -81,7 +149,7 @@ def test_no_folder_hides_another_package():
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["predict", "--help"], ["predict"]], ids=" ".join)
 def test_the_command_reads_its_arguments_before_it_imports(arguments):
-    """What takes seconds to import is not there when the arguments have been read."""
+    """What takes seconds to import has not been imported once the arguments are parsed."""
     code = """
 import sys
 sys.argv = ["medct", *sys.argv[1:]]
@@ -97,7 +165,7 @@ finally:
     assert found.returncode == (0 if arguments[-1].startswith("--") else 2)
 
 
-def test_the_version_is_said(capsys):
+def test_the_version_is_printed(capsys):
     with pytest.raises(SystemExit):
         make_parser("").parse_args(["--version"])
     assert capsys.readouterr().out == f"medct {medct.__version__}\n"
@@ -108,3 +176,121 @@ def test_every_package_is_installed():
     assert all(f'"medct.{folder}"' in declared for folder in FOLDERS)
     unknown = {path.parent.name for path in ROOT.glob("*/__init__.py")} - FOLDERS
     assert not unknown
+
+
+def parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> list[str]:
+    """Names of a function's parameters, without `self`, `cls`, `*args` and `**kwargs`."""
+    arguments = function.args
+    names = [each.arg for each in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)]
+    return [name for name in names if name not in ("self", "cls")]
+
+
+def rest(function: ast.FunctionDef | ast.AsyncFunctionDef) -> list[str]:
+    """Names of `*args` and `**kwargs`, without their stars."""
+    return [each.arg for each in (function.args.vararg, function.args.kwarg) if each]
+
+
+def public_functions(path: Path) -> list[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
+    """Functions of a file and methods of its classes, with their qualified names; nothing with a leading underscore."""
+    found = []
+
+    def visit(body: list[ast.stmt], prefix: str) -> None:
+        for node in body:
+            if not isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) or node.name.startswith("_"):
+                continue
+            if isinstance(node, ast.ClassDef):
+                visit(node.body, f"{prefix}{node.name}.")
+            else:
+                found.append((prefix + node.name, node))
+
+    visit(ast.parse(path.read_text()).body, "")
+    return found
+
+
+def listed(docstring: str) -> list[str]:
+    """Names in the `Args:` section of a docstring; several may share a line, as in `a, b: ...`."""
+    section = re.search(r"^Args:\n((?: .*\n?|\n)*)", docstring, re.MULTILINE)
+    entries = re.findall(r"^ {4}((?:\*{0,2}\w+, )*\*{0,2}\w+): ", section[1], re.MULTILINE) if section else []
+    return [name.lstrip("*") for entry in entries for name in entry.split(", ")]
+
+
+def argument_faults(path: Path) -> dict[str, str]:
+    """What is wrong with the lists of arguments in a file's docstrings, by function."""
+    faults = {}
+    for name, function in public_functions(path):
+        names, found = parameters(function), listed(ast.get_docstring(function) or "")
+        if len(names) > 1 and not found:
+            faults[name] = f"line {function.lineno}: no `Args:` section that lists {', '.join(names)}"
+        elif found and (missing := [each for each in names if each not in found]):
+            faults[name] = f"line {function.lineno}: `Args:` does not list {', '.join(missing)}"
+        elif unknown := [each for each in found if each not in [*names, *rest(function)]]:
+            faults[name] = f"line {function.lineno}: `Args:` lists {', '.join(unknown)}, which it does not take"
+    return faults
+
+
+@pytest.mark.parametrize("path", documented(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_docstrings_list_the_arguments(path):
+    """Every public function of two parameters or more says what its annotations cannot: shapes, units, ranges."""
+    name = path.relative_to(ROOT).as_posix()
+    faults = {f"{name}:{function}": fault for function, fault in argument_faults(path).items()}
+    wrong = "".join(f"\n  {function}: {fault}" for function, fault in faults.items() if function not in TO_BE_LISTED)
+    assert not wrong, f"add or correct these Google-style `Args:` sections:{wrong}"
+
+
+MODULE = """
+def none(a, b):
+    'Add.'
+
+def some(a, b):
+    '''Add.
+
+    Args:
+        a: One.
+    '''
+
+def other(a, b):
+    '''Add.
+
+    Args:
+        a, b: Both.
+        c: More.
+    '''
+
+def one(a):
+    'Not.'
+
+def _private(a, b):
+    'Add.'
+
+class Public:
+    def method(self, a, *args, b, **options):
+        'Add.'
+
+    def fine(self, a, *, b, **options):
+        '''Add.
+
+        Args:
+            a: One,
+                of: several lines.
+            b: Two.
+            **options: More.
+
+        Returns:
+            c: Not an argument.
+        '''
+
+class _Private:
+    def method(self, a, b):
+        'Add.'
+"""
+
+
+def test_what_a_list_of_arguments_must_hold(tmp_path):
+    path = tmp_path / "module.py"
+    path.write_text(MODULE)
+    assert argument_faults(path) == {
+        "none": "line 2: no `Args:` section that lists a, b",
+        "some": "line 5: `Args:` does not list b",
+        "other": "line 12: `Args:` lists c, which it does not take",
+        "Public.method": "line 27: no `Args:` section that lists a, b",
+    }

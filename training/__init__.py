@@ -1,1 +1,1 @@
-"""Adapting a model: settings, what is trained, losses, and stopping and resuming."""
+"""Adapting a model: settings, trainable weights, losses, checkpoints and resumption."""

@@ -1,7 +1,7 @@
-"""Checkpoints of a run: what training needs to go on as if it had never stopped.
+"""Checkpoints of a run: what training needs to resume as if it had never stopped.
 
-A checkpoint is a folder `step-00000100` that appears whole or not at all. Every process writes its own part, so what is
-sharded stays sharded: `rank-0.safetensors` holds trainable parameters, optimizer moments and random states,
+A checkpoint is a folder `step-00000100` that appears whole or not at all. Every process writes its own part, so sharded
+tensors stay sharded: `rank-0.safetensors` holds trainable parameters, optimizer moments and random states,
 `rank-0.json` the schedule and the position in the stream. Nothing is pickled.
 """
 
@@ -28,7 +28,7 @@ from medct.errors_medct import MedCTError
 
 
 class CheckpointError(MedCTError, RuntimeError):
-    """A checkpoint that this run cannot go on from; the message says why and what to do."""
+    """A checkpoint that this run cannot resume from; the message says why and what to do."""
 
 
 class Stateful(Protocol):
@@ -42,10 +42,10 @@ class TrainingState:
     """Everything that changes from step to step.
 
     Args:
-        parameters: Trainable ones, by name.
-        optimizer: Over exactly those, in that order.
-        schedule: Of the learning rate.
-        loader: Of this process; its state is the position in the stream.
+        parameters: Trainable parameters by name.
+        optimizer: Optimizer of exactly these, in this order.
+        schedule: Learning rate schedule.
+        loader: This process's loader; its state is the position in the stream.
         step: Optimizer steps done.
     """
 
@@ -56,7 +56,7 @@ class TrainingState:
     step: int = 0
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """This process's part of parameters and moments, and its random states."""
+        """This process's part of the parameters and moments, and its random states."""
         tensors = {f"parameter/{name}": local_part(parameter) for name, parameter in self.parameters.items()}
         moments = self.optimizer.state_dict()["state"]
         for index, name in enumerate(self.parameters):
@@ -65,11 +65,11 @@ class TrainingState:
         tensors["random/torch"] = torch.get_rng_state()
         if torch.cuda.is_available():
             tensors["random/cuda"] = torch.cuda.get_rng_state()
-        # a copy each, as safetensors refuses tensors that share memory
+        # copies, because safetensors refuses tensors that share memory
         return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
 
     def values(self) -> dict[str, Any]:
-        """What is not a tensor."""
+        """The part of the state that is not tensors."""
         return {
             "step": self.step,
             "param_groups": self.optimizer.state_dict()["param_groups"],
@@ -80,7 +80,12 @@ class TrainingState:
 
     @torch.no_grad()
     def restore(self, tensors: Mapping[str, torch.Tensor], values: Mapping[str, Any]) -> None:
-        """Become what `tensors` and `values` were taken from."""
+        """Return to the state that `tensors` and `values` were taken from.
+
+        Args:
+            tensors: What `tensors()` gave.
+            values: What `values()` gave.
+        """
         for name, parameter in self.parameters.items():
             local_part(parameter).copy_(tensors[f"parameter/{name}"])
         moments: dict[int, dict[str, torch.Tensor]] = {}
@@ -101,13 +106,13 @@ class TrainingState:
 
 
 class Checkpoints:
-    """The last checkpoints of a run in a folder that all processes see.
+    """The latest checkpoints of a run, in a folder that all processes share.
 
     Args:
-        folder: Where they lie.
-        keep: How many of the newest stay.
-        accelerator: Whose processes write together.
-        settings: Of the run; one with other settings is not gone on with.
+        folder: Folder of the checkpoints.
+        keep: How many of the newest are kept.
+        accelerator: Its processes write together.
+        settings: The run's settings; a checkpoint with others is refused.
     """
 
     def __init__(self, folder: Path, keep: int, accelerator: Accelerator, settings: Mapping[str, Any]):
@@ -121,7 +126,7 @@ class Checkpoints:
         return max(self.folder.glob("step-*"), default=None)
 
     def save(self, state: TrainingState) -> bool:
-        """Write a checkpoint; on a full disk or the like warn, keep the older ones, and return False."""
+        """Write a checkpoint; if that fails, as on a full disk, warn, keep the older ones and return False."""
         aside = self.folder / f".step-{state.step:08d}.partial"
         final = self.folder / f"step-{state.step:08d}"
         if final.exists():
@@ -131,7 +136,7 @@ class Checkpoints:
         if failure:
             if self.accelerator.is_main_process:
                 shutil.rmtree(aside, ignore_errors=True)
-                warnings.warn(f"{final}: no checkpoint was written ({failure}); training goes on.", stacklevel=2)
+                warnings.warn(f"{final}: no checkpoint was written ({failure}); training continues.", stacklevel=2)
             return False
         if self.accelerator.is_main_process:
             aside.rename(final)
@@ -142,10 +147,10 @@ class Checkpoints:
         return True
 
     def load(self, state: TrainingState) -> bool:
-        """Bring a state to where the newest checkpoint was taken; False if there is none.
+        """Restore a state from the newest checkpoint; False if there is none.
 
         Raises:
-            CheckpointError: If it is of other settings or of another number of processes.
+            CheckpointError: If it was written with other settings or another number of processes.
         """
         newest = self.newest()
         if newest is None:
@@ -155,7 +160,7 @@ class Checkpoints:
         for name in sorted(written.keys() | mine.keys()):
             if written.get(name) != mine.get(name):
                 raise CheckpointError(
-                    f"{newest} is of a run with {name} = {written.get(name)}, not {mine.get(name)}. "
+                    f"{newest} is from a run with {name} = {written.get(name)}, not {mine.get(name)}. "
                     "Resume with the same settings, or choose another --output_dir."
                 )
         part = f"rank-{self.accelerator.process_index}"
@@ -163,7 +168,7 @@ class Checkpoints:
         return True
 
     def _attempt(self, action: Any) -> str | None:
-        """What went wrong in any process, so that all of them take the same way."""
+        """What went wrong in any process, so that all of them continue alike; `None` if nothing did."""
         reason = None
         try:
             action()
@@ -183,7 +188,7 @@ class Checkpoints:
         part = aside / f"rank-{self.accelerator.process_index}"
         try:
             save_file(state.tensors(), part.with_suffix(".safetensors"))
-        except Exception as error:  # safetensors wraps what the system reports in an exception of its own
+        except Exception as error:  # safetensors wraps system errors in an exception of its own
             raise OSError(str(error)) from error
         part.with_suffix(".json").write_text(encode(state.values()))
         for path in (*aside.glob(f"{part.name}.*"), aside):
@@ -191,7 +196,7 @@ class Checkpoints:
 
 
 def _shaped_like(parameter: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
-    """A process's part of a moment, sharded as its parameter is; counters are whole everywhere."""
+    """A process's part of a moment, sharded like its parameter; counters are whole in every process."""
     if not isinstance(parameter, DTensor) or local.dim() == 0:
         return local
     return DTensor.from_local(
@@ -203,7 +208,7 @@ def _shaped_like(parameter: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
     )
 
 
-# JSON has neither tuples, bytes, arrays nor keys that are no strings; each is written as {TAG: ...}.
+# JSON has no tuples, bytes, arrays or keys other than strings; each is written as {TAG: ...}.
 def _to_json(value: Any) -> Any:
     match value:
         case torch.Tensor():
@@ -244,10 +249,10 @@ def _from_json(value: Any) -> Any:
 
 
 def encode(value: Any) -> str:
-    """Nested dicts, lists, tuples, bytes, arrays and tensors as JSON."""
+    """Write nested dicts, lists, tuples, bytes, arrays and tensors as JSON."""
     return json.dumps(_to_json(value))
 
 
 def decode(text: str) -> Any:
-    """What `encode` was given."""
+    """Read what `encode` wrote."""
     return _from_json(json.loads(text))

@@ -1,4 +1,4 @@
-"""What is trained: low-rank matrices beside chosen Linears of the base, or, to compare, the base itself."""
+"""What is trained: low-rank matrices beside chosen Linears of the base or, for comparison, the base itself."""
 
 import hashlib
 from collections.abc import Iterable, Iterator
@@ -9,9 +9,10 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from medct.common.distributed import local_part, whole
-from medct.modeling_medct import MedCTModel
+from medct.evaluation.scoring import is_classifier
+from medct.modeling_medct import MedCTForImageClassification, MedCTModel
 
-# The attention Linears under the names that BERT and the other encoders of transformers give them.
+# The attention Linears under the names they have in BERT and the other encoders of transformers.
 _VISION = r"vision_model\..*\.(q|k|v|out)_proj"
 _TEXT = r"text_model\..*(\.(query|key|value|attention\.output\.dense)|\.(q|k|v|o|out)_proj|\.(q|k|v|out)_lin)"
 _PROJECTIONS = r"(visual|text)_projection"
@@ -24,7 +25,7 @@ TARGETS = {
     "all": f"{_VISION}|{_TEXT}|{_PROJECTIONS}|{_FEED_FORWARD}",
 }
 Target = Literal["both", "vision", "text", "both+projections", "all"]
-# PEFT's name of each variant.
+# PEFT's options for each variant.
 VARIANTS: dict[str, dict] = {
     "lora": {},
     "dora": {"use_dora": True},
@@ -37,7 +38,7 @@ _PISSA_START = "pissa_start"
 
 
 def add_lora(
-    model: MedCTModel,
+    model: MedCTModel | MedCTForImageClassification,
     *,
     variant: Variant = "lora",
     targets: Target = "both",
@@ -47,27 +48,32 @@ def add_lora(
     train_logit_scale: bool = False,
     revision: str | None = None,
 ) -> PeftModel:
-    """Freeze the base and put trainable low-rank matrices beside some of its Linears.
+    """Freeze the base and add trainable low-rank matrices beside some of its Linears.
 
     Args:
-        model: The base; its modules are wrapped in place.
-        variant: See `VARIANTS`. "pissa" starts from the largest singular vectors and takes them out of the weights in
-            memory; what is saved is an ordinary adapter of twice the rank for the base as it was.
+        model: The base; its modules are wrapped in place. The head of a classifier is trained whole, and saved with the
+            adapter.
+        variant: See `VARIANTS`. "pissa" starts from the largest singular vectors and removes them from the weights in
+            memory; what is saved is an ordinary adapter of twice the rank for the original base.
         targets: See `TARGETS`.
-        rank: Of the matrices.
+        rank: Rank of the matrices.
         alpha: The update is multiplied by `alpha / rank` ("rslora": by `alpha / sqrt(rank)`).
-        dropout: Before the matrices, in [0, 1).
+        dropout: Dropout before the matrices, in [0, 1).
         train_logit_scale: Whether the scale of the logits is trained, and saved with the adapter.
-        revision: Commit of the base, to be noted in the adapter.
+        revision: Commit of the base, recorded in the adapter.
+
+    Returns:
+        The model with its adapter, named "default".
     """
+    trained_whole = ["classifier"] if is_classifier(model) else ["logit_scale"] if train_logit_scale else None
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
         lora_dropout=dropout,
-        # A regular expression, because PEFT writes a list of names in random order.
+        # A regular expression, because PEFT writes lists of names in random order.
         target_modules=TARGETS[targets],
-        modules_to_save=["logit_scale"] if train_logit_scale else None,
-        # Without it `AutoPeftModel...` cannot load the adapter, as the base's class is no class of transformers.
+        modules_to_save=trained_whole,
+        # Without it `AutoPeftModel...` cannot load the adapter, as the base's class is not one of transformers'.
         task_type="FEATURE_EXTRACTION",
         revision=revision,
         **VARIANTS[variant],
@@ -76,7 +82,7 @@ def add_lora(
 
 
 def unlock(model: MedCTModel) -> MedCTModel:
-    """Make every parameter trainable. The codebook is none: it never moves."""
+    """Make every parameter trainable. The codebook is not a parameter: it never moves."""
     return model.requires_grad_(True)
 
 
@@ -91,14 +97,14 @@ def trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
 
 
 def frozen_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Names and tensors of everything in a model with adapters that must not change: frozen parameters and buffers."""
+    """Names and tensors of all that must not change in a model with adapters: frozen parameters and buffers."""
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if not tensor.requires_grad:
             yield name, tensor
 
 
 def digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """SHA-256 over the names and bytes of tensors; of sharded ones, over this process's part."""
+    """SHA-256 over the names and bytes of tensors; for sharded ones, over this process's part."""
     total = hashlib.sha256()
     for name, tensor in sorted(tensors, key=lambda item: item[0]):
         total.update(name.encode())
@@ -107,15 +113,20 @@ def digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
 
 
 def note_start(model: PeftModel, folder: Path) -> None:
-    """Keep what a "pissa" adapter began as; its weights for the unaltered base are computed from it."""
+    """Save a "pissa" adapter's initial state, from which its weights for the original base are computed.
+
+    Args:
+        model: Untrained, with an adapter of any variant; the others need no initial state.
+        folder: Where to save it, under a name of its own.
+    """
     if model.peft_config["default"].init_lora_weights == "pissa":
-        model.peft_config["default"].init_lora_weights = True  # else PEFT would decompose again on loading
+        model.peft_config["default"].init_lora_weights = True  # otherwise PEFT would decompose again on loading
         model.save_pretrained(folder / _PISSA_START)
         model.peft_config["default"].init_lora_weights = "pissa"
 
 
 def weights_to_save(model: PeftModel | MedCTModel) -> dict[str, torch.Tensor]:
-    """The tensors of the adapter, or of the whole model if it has none, on the CPU; all processes must call it."""
+    """The adapter's tensors, or the whole model's if it has none, on the CPU; every process must call this."""
     is_saved = (lambda name: "lora_" in name or "modules_to_save" in name) if isinstance(model, PeftModel) else bool
     return {name: whole(tensor) for name, tensor in model.state_dict().items() if is_saved(name)}
 
@@ -123,13 +134,13 @@ def weights_to_save(model: PeftModel | MedCTModel) -> dict[str, torch.Tensor]:
 def save_weights(
     model: PeftModel | MedCTModel, tensors: dict[str, torch.Tensor], folder: Path, start: Path | None = None
 ) -> None:
-    """Write an adapter for the unaltered base, or a whole model.
+    """Write an adapter for the original base, or a whole model.
 
     Args:
-        model: Trained.
+        model: The trained model.
         tensors: From `weights_to_save`.
-        folder: To write to.
-        start: Folder that `note_start` was given.
+        folder: Where to write.
+        start: The folder that was passed to `note_start`.
     """
     if start is not None and (start / _PISSA_START).is_dir():
         model.save_pretrained(folder, path_initial_model_for_weight_conversion=str(start / _PISSA_START))

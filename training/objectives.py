@@ -1,12 +1,13 @@
 """What is learned from a batch: the losses of a step over all processes, and their gradients.
 
 Unusual here:
-- Each process computes its own share of a loss (its rows, divided by the numbers of all processes), so losses and
-  gradients are summed over processes, never averaged, and a step of two processes equals one of a single process.
+- Each process computes its own share of a loss (the sum over its rows, divided by the count over all processes), so
+  losses and gradients are summed over processes, never averaged, and a step on two processes equals one on a single
+  process.
 - `common.distributed.sum_gradients` takes the sum, not a DistributedDataParallel wrapper: a step has several backward
   passes, and the gradients of an adapter are megabytes. Under FSDP2 the backward passes do it themselves.
-- Contrast over many micro-batches recomputes each of them in the backward pass (gradient caching), so memory is that of
-  one micro-batch and the negatives are those of all.
+- Contrast over many micro-batches recomputes each of them in the backward pass (gradient caching), so it needs the
+  memory of one micro-batch and has the negatives of all.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +20,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from medct.common.distributed import gather_rows, process_rank, sum_over_processes
-from medct.evaluation.scoring import Texts
+from medct.evaluation.scoring import Texts, is_classifier
 from medct.modeling_medct import MedCTModel
 
 Objective = Literal["prompts", "contrastive", "both"]
@@ -30,7 +31,7 @@ def label_loss(logits_per_image: torch.Tensor, labels: torch.Tensor) -> torch.Te
 
     Args:
         logits_per_image: `(batch, 2 * labels)`, in the order of `MedCTConfig.label_prompts`.
-        labels: `(batch, labels)`: 0, 1, or NaN where unknown, which adds nothing.
+        labels: `(batch, labels)`, 0, 1 or NaN for unknown, which adds nothing.
     """
     present, absent = logits_per_image.unflatten(-1, (-1, 2)).unbind(-1)
     known = ~labels.isnan()
@@ -48,7 +49,7 @@ def report_loss(
     Args:
         image_embeds: `(batch, d)`.
         text_embeds: `(batch, d)`; row i is the report of volume i.
-        report_ids: `(batch,)`, equal for equal reports; such pairs are no negatives of each other.
+        report_ids: `(batch,)`, equal for equal reports; such pairs are not negatives of each other.
         get_logits: Scaled similarity of rows with rows, `MedCTModel.get_logits`.
 
     Returns:
@@ -70,8 +71,8 @@ class StepLoss:
     """Turns the micro-batches of one optimizer step into gradients.
 
     Args:
-        objective: What is learned from.
-        report_weight: Of the reports if the objective is "both", in [0, 1]; the labels have the rest.
+        objective: What to learn from.
+        report_weight: Weight of the reports if the objective is "both", in [0, 1]; the labels have the rest.
         autocast: Makes the context of forward passes, `Accelerator.autocast`.
     """
 
@@ -93,11 +94,11 @@ class StepLoss:
         """Add the gradients of this process's share to the parameters.
 
         Args:
-            model: Without wrapper; its encoders may hold adapters.
-            micro_batches: Of this process; as many, and as long, in every process. `pixel_values`, `labels`,
+            model: Without a wrapper; its encoders may hold adapters.
+            micro_batches: This process's, equal in number and size in every process. Each has `pixel_values`, `labels`,
                 `report_ids` and the reports' `input_ids` and `attention_mask`.
-            prompts: The sentences of all labels, one batch a template; encoded once, whatever the number of
-                micro-batches. The loss is the mean over templates, as the score is.
+            prompts: The sentences of all labels, one batch per template; encoded once, whatever the number of
+                micro-batches. The loss is the mean over templates, like the score.
 
         Returns:
             `()`, the loss over all processes, without gradient.
@@ -107,7 +108,7 @@ class StepLoss:
         # The prompts' graph is walked once, after all micro-batches have added to their gradient.
         prompt_embeds = [each.detach().requires_grad_(each.requires_grad) for each in embeds]
         known = sum_over_processes(sum((~batch["labels"].isnan()).sum() for batch in micro_batches)).clamp(min=1)
-        # Reports are contrasted across micro-batches; label losses of studies are independent of each other.
+        # Reports are contrasted across micro-batches; the label losses of different studies are independent.
         groups = [list(micro_batches)] if self.uses_reports else [[batch] for batch in micro_batches]
         total = torch.zeros((), device=known.device)
         for group in groups:
@@ -123,6 +124,9 @@ class StepLoss:
     def _share(
         self, model: MedCTModel, group: list[dict], prompt_embeds: list[torch.Tensor], known: torch.Tensor
     ) -> torch.Tensor:
+        if is_classifier(model):  # its labels are all that it learns from
+            (batch,) = group
+            return model.label_loss(model(batch["pixel_values"]).logits.float(), batch["labels"], "sum") / known
         images = torch.cat([_encode(_encode_images, model, batch["pixel_values"], len(group)) for batch in group])
         loss = images.new_zeros(())
         weight = self.report_weight if self.objective == "both" else 1.0
@@ -139,7 +143,7 @@ class StepLoss:
 
 
 def _encode(encoder: Callable, model: MedCTModel, inputs: Any, micro_batches: int) -> torch.Tensor:
-    """Encode, and keep the activations only of a single micro-batch; those of several are computed again."""
+    """Encode; the activations of a single micro-batch are kept, those of several are recomputed."""
     if micro_batches == 1:
         return encoder(model, inputs)
     return checkpoint(encoder, model, inputs, use_reentrant=False)

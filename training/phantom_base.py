@@ -2,8 +2,8 @@
 
     python -m medct.training.phantom_base OUTPUT
 
-It stands in for CT-CLIP wherever no network is at hand: the default of `train.py`, the tests, the examples. It knows
-phantoms and nothing else. Just under half an hour on 2 otherwise idle cores, from a fixed seed.
+It stands in for CT-CLIP wherever there is no network: as the default of `train.py`, in the tests and the examples. It
+knows phantoms and nothing else. Takes just under half an hour on 2 otherwise idle cores, from a fixed seed.
 
 Unusual: the codebook moves here, as in CT-CLIP's own training, and never again afterwards.
 """
@@ -37,17 +37,17 @@ from medct.processing_medct import MedCTProcessor
 from medct.publishing.registration import register
 
 SEED = 0
-# Nobody is seen twice, and the first patients are held out.
+# No patient is seen twice, and the first ones are held out.
 NUM_HELD_OUT = 300
 FIRST_PATIENT = 1000
 BATCH_SIZE = 8
 NUM_WORKERS = 1
 WEIGHT_DECAY = 0.05
 MAX_GRAD_NORM = 1.0
-# First the vision encoder learns to see, with a plain classifier behind it and without the codebook; then all together.
+# First the vision encoder learns to see, followed by a plain classifier and without the codebook; then all together.
 VISION_STEPS, VISION_LEARNING_RATE = 1500, 1.5e-3
 JOINT_STEPS, JOINT_LEARNING_RATE = 1500, 1e-3
-# How much of the codebook's running average a step keeps, and below how many tokens a step a row is given away.
+# How much of the codebook's running average a step keeps, and below how many tokens per step a row is reassigned.
 CODEBOOK_DECAY = 0.98
 CODEBOOK_LEAST_USE = 0.5
 
@@ -61,15 +61,15 @@ tags: [medct, synthetic]
 
 # MedCT phantom base
 
-A small MedCT model trained from scratch on SYNTHETIC chest CT phantoms of "site A": drawings, no patients. It stands in
-for CT-CLIP where no network is at hand and knows nothing of real scans. Made by `make phantom-base`.
+A small MedCT model trained from scratch on SYNTHETIC chest CT phantoms of "site A": drawings, not patients. It stands
+in for CT-CLIP where there is no network and knows nothing about real scans. Made by `make phantom-base`.
 
 Zero-shot AUROC, mean of 18 drawn findings, on held-out phantoms: site A {auroc_A:.3f}, site B {auroc_B:.3f}.
 """
 
 
 def make_tokenizer(config: MedCTConfig) -> BertTokenizer:
-    """A BERT tokenizer whose words are those of both sites' reports, of the prompts, and single letters."""
+    """A BERT tokenizer with the words of both sites' reports and of the prompts, and single letters."""
     texts = [*(text for site in SITES for text in report_sentences(site)), *config.label_prompts()[0]]
     words = sorted(set(re.findall(r"[a-z]+|[^a-z\s]", " ".join(texts).lower())))
     letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
@@ -83,7 +83,7 @@ def make_tokenizer(config: MedCTConfig) -> BertTokenizer:
 
 
 def make_config() -> MedCTConfig:
-    """Sizes at which training takes minutes; the voxels cover the same chest as the published model's."""
+    """Sizes at which training takes minutes; the grid covers the same extent as the published model's."""
     return MedCTConfig(
         vision_config={
             "image_size": [48, 96, 96],
@@ -117,10 +117,10 @@ class MovingCodebook:
     """Moves a codebook towards the running average of the tokens that fall on each row.
 
     Args:
-        quantizer: Whose codebook moves.
+        quantizer: Its codebook is moved.
 
     Attributes:
-        tokens: What the quantizer was last given, `(batch, z, y * x, hidden_size)`, with gradients.
+        tokens: The quantizer's last input, `(batch, z, y * x, hidden_size)`, with gradients.
     """
 
     def __init__(self, quantizer: MedCTQuantizer):
@@ -134,14 +134,14 @@ class MovingCodebook:
         self.tokens = inputs[0]
 
     def restart(self) -> None:
-        """Rows are random tokens of the last batch."""
+        """Set the rows to random tokens of the last batch."""
         tokens = self.tokens.detach().flatten(0, -2)
         self.codebook.copy_(tokens[torch.randperm(len(tokens))[: len(self.codebook)]])
         self.use.fill_(1.0)
         self.sums.copy_(self.codebook)
 
     def step(self) -> None:
-        """Move every row by the tokens of the last batch; give rows that are out of use to random tokens."""
+        """Move every row towards its tokens of the last batch; set unused rows to random tokens."""
         tokens = self.tokens.detach().flatten(0, -2)
         nearest = (tokens @ F.normalize(self.codebook, dim=-1).t()).argmax(-1)
         keep = CODEBOOK_DECAY
@@ -156,7 +156,13 @@ class MovingCodebook:
 def append_texts(
     texts: dict[str, torch.Tensor], others: dict[str, torch.Tensor], pad_id: int
 ) -> dict[str, torch.Tensor]:
-    """Two batches of texts as one, `(texts, tokens)`, padded to the longer."""
+    """Join two batches of texts, padded to the longer one.
+
+    Args:
+        texts: `input_ids` and `attention_mask`, `(texts, tokens)` each.
+        others: Likewise; they come last.
+        pad_id: Token that pads `input_ids`.
+    """
     length = max(texts["input_ids"].shape[1], others["input_ids"].shape[1])
     return {
         name: torch.cat(
@@ -172,7 +178,17 @@ def append_texts(
 def report_and_prompt_loss(
     model: MedCTModel, batch: dict[str, Any], prompts: dict[str, torch.Tensor], pad_id: int
 ) -> torch.Tensor:
-    """Mean of what a batch teaches by its reports and by its labels; all texts are encoded together, once."""
+    """Mean of the losses from a batch's reports and labels; all texts are encoded together, once.
+
+    Args:
+        model: Trained on one process, without a wrapper.
+        batch: From a `StudyLoader` with text.
+        prompts: Sentences of all labels, `(2 * labels, tokens)` each.
+        pad_id: The tokenizer's padding token.
+
+    Returns:
+        `()`.
+    """
     size = len(batch["labels"])
     texts = append_texts(batch, prompts, pad_id)
     logits = model(pixel_values=batch["pixel_values"], **texts).logits_per_image
@@ -182,7 +198,12 @@ def report_and_prompt_loss(
 
 
 def train_base(model: MedCTModel, processor: MedCTProcessor) -> None:
-    """Train all weights on reports and labels of site A."""
+    """Train all weights on site A's reports and labels.
+
+    Args:
+        model: Trained in place.
+        processor: The model's.
+    """
     codebook = MovingCodebook(model.vision_model.quantizer)
     classifier = nn.Linear(model.config.projection_dim, model.config.num_labels)
     latent: dict[str, torch.Tensor] = {}
@@ -226,7 +247,7 @@ def train_base(model: MedCTModel, processor: MedCTProcessor) -> None:
 
 
 def weight_groups(weights: list[nn.Parameter]) -> list[dict[str, Any]]:
-    """Matrices, which decay, and vectors, which do not."""
+    """Parameter groups: matrices, with weight decay, and vectors, without."""
     return [
         {"params": [weight for weight in weights if weight.ndim > 1], "weight_decay": WEIGHT_DECAY},
         {"params": [weight for weight in weights if weight.ndim <= 1], "weight_decay": 0.0},
@@ -234,13 +255,29 @@ def weight_groups(weights: list[nn.Parameter]) -> list[dict[str, Any]]:
 
 
 def make_loader(source: Source, model: MedCTModel, processor: MedCTProcessor, with_text: bool) -> StudyLoader:
-    """Batches in the order of the patients."""
+    """Load batches in the order of the patients.
+
+    Args:
+        source: What to load.
+        model: Its label names are used.
+        processor: The model's.
+        with_text: Whether batches hold the reports as tokens.
+    """
     settings = {"batch_size": BATCH_SIZE, "with_text": with_text, "num_workers": NUM_WORKERS}
     return StudyLoader(source, processor, model.config.label_names, **settings)
 
 
 def score(model: MedCTModel, processor: MedCTProcessor, site: str) -> dict[str, float]:
-    """Zero-shot scores on the held-out phantoms of a site."""
+    """Zero-shot scores on a site's held-out phantoms.
+
+    Args:
+        model: The model to score; left in evaluation mode.
+        processor: The model's.
+        site: Key of `SITES`.
+
+    Returns:
+        See `zero_shot_scores`.
+    """
     loader = make_loader(phantom_source(site, range(NUM_HELD_OUT), SEED), model, processor, with_text=False)
     scored = score_studies(model, loader, tokenize_prompts(model.config, processor), Accelerator(cpu=True), site)
     return zero_shot_scores(scored.scores, scored.labels, model.config.label_names)
@@ -249,7 +286,7 @@ def score(model: MedCTModel, processor: MedCTProcessor, site: str) -> dict[str, 
 def make(output: Path) -> dict[str, Any]:
     """Train, score and save; returns the scores of both sites."""
     set_seed(SEED)
-    torch.set_num_threads(2)  # sums in another order would give other weights
+    torch.set_num_threads(2)  # another order of summation would give other weights
     config = make_config()
     tokenizer = make_tokenizer(config)
     config.text_config.vocab_size = len(tokenizer)

@@ -1,10 +1,10 @@
-"""The experiment of MedCT-VLM (arXiv 2512.00597) for those who hold CT-CLIP_v2.pt and access to CT-RATE.
+"""The experiment of MedCT-VLM (arXiv 2512.00597), for those who have CT-CLIP_v2.pt and access to CT-RATE.
 
     accelerate launch -m medct.training.reproduce_paper --checkpoint CT-CLIP_v2.pt --output_dir medct-vlm
 
 Converts the checkpoint, scores the base zero-shot, trains LoRA, scores again, and puts the figures beside the published
-ones. The paper names neither rank nor targets beyond "attention of both encoders", loss, prompts, split, learning rate
-or epochs: what stands here for them is our choice.
+ones. The paper does not state the rank, targets beyond "attention of both encoders", loss, prompts, split, learning
+rate or epochs: the values used here are our choice.
 """
 
 import dataclasses
@@ -31,22 +31,22 @@ GIB = 2**30
 
 @dataclass
 class PaperSettings(TrainingSettings):
-    """The settings of a run with other defaults, and what comes before it."""
+    """The settings of a run with other defaults, and those of the conversion before it."""
 
     checkpoint: str | None = setting(None, "CT-CLIP_v2.pt; converted on first use.")
     tokenizer: str = setting("microsoft/BiomedVLP-CXR-BERT-specialized", "Hub id or folder of the tokenizer.")
-    sizes: str | None = setting(None, "JSON with the sizes of a checkpoint that has not the published ones.")
+    sizes: str | None = setting(None, "JSON with the sizes of a checkpoint that differs from the published one.")
 
     data: str = setting("hf://datasets/ibrahimhamamci/CT-RATE", "CT-RATE on the Hub (gated), or a local copy.")
-    learning_rate: float = setting(1e-4, "Highest; it rises over the first tenth and falls as a cosine.")
+    learning_rate: float = setting(1e-4, "Peak learning rate, after a warm-up over the first tenth; cosine decay.")
     batch_size: int = setting(2, "Studies that one process has in memory at once.")
-    accumulation_steps: int = setting(4, "Such batches in an optimizer step.")
+    accumulation_steps: int = setting(4, "Batches in an optimizer step.")
     gradient_checkpointing: bool = setting(True, "Recompute activations instead of keeping them: less memory.")
     num_workers: int = setting(4, "Processes that read scans, for each training process.")
 
 
 def converted(settings: PaperSettings) -> Path:
-    """The base as a Hub folder beside the output; made by one process, once."""
+    """The base as a Hub folder beside the output, converted once, by one process."""
     if not (settings.checkpoint and settings.output_dir):
         raise TrainingError("Pass --checkpoint CT-CLIP_v2.pt and --output_dir FOLDER.")
     folder = Path(settings.output_dir).with_name(Path(settings.output_dir).name + "-base")
@@ -95,6 +95,12 @@ def reproduce(settings: PaperSettings) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None, prog: str | None = None) -> None:
+    """Run the experiment from the command line.
+
+    Args:
+        arguments: Command line arguments; those of the process by default.
+        prog: Name of the program in messages.
+    """
     settings = parse_settings(PaperSettings, __doc__, arguments, prog)
     keep_freed_memory()
     quiet_libraries()

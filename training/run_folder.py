@@ -1,4 +1,4 @@
-"""Where a run writes: a working folder until it is complete, then the folder that its user asked for."""
+"""Where a run writes: a working folder until it is complete, then the folder that the user asked for."""
 
 import contextlib
 import json
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from medct.common.files import Reserve, refuse_taken, whole_file, whole_folder
+from medct.common.lock import only_run
 from medct.training.checkpoints import decode, encode
 from medct.training.settings import TrainingError
 
@@ -21,26 +22,28 @@ class RunFolder:
     """The folders of one run.
 
     Args:
-        output_dir: The final one; `runs/` and the time by default.
-        resume: Whether a run that was not finished there is resumed.
+        output_dir: The final folder; `runs/` and the time by default.
+        resume: Whether to resume an unfinished run there.
 
     Attributes:
-        final: Appears when the run is complete.
-        work: Beside it, with `.unfinished`: checkpoints, and what the final folder takes over.
+        final: The final folder, which appears when the run is complete.
+        work: The working folder beside it, with `.unfinished`: checkpoints, and what the final folder takes over.
 
     Raises:
-        TrainingError: If an unfinished run lies there and is not to be resumed.
-        FileExistsError: If the final folder holds something.
+        TrainingError: If there is an unfinished run that is not to be resumed.
+        LockedError: If another run is writing there.
+        FileExistsError: If the final folder already holds something.
     """
 
     def __init__(self, output_dir: str | None, resume: bool):
         self.final = Path(output_dir or time.strftime("runs/%Y-%m-%d_%H-%M-%S"))
         self.work = self.final.with_name(self.final.name + ".unfinished")
         self._reserve: Reserve | None = None
-        refuse_taken(self.final)
+        with only_run(self.final):  # else the remedies below would break the run that has it
+            refuse_taken(self.final)
         if not resume and self.work.exists() and any(self.work.iterdir()):
             raise TrainingError(
-                f"{self.work} holds a run that was not finished. Pass --resume True to resume it, or remove the folder."
+                f"{self.work} holds an unfinished run. Pass --resume True to resume it, or remove the folder."
             )
 
     @property
@@ -49,50 +52,58 @@ class RunFolder:
 
     @property
     def bad_samples(self) -> Path:
-        """JSON lines, of all processes; see `StudyLoader`."""
+        """JSON lines from all processes; see `StudyLoader`."""
         return self.work / "bad_samples.jsonl"
 
     def history(self, step: int) -> "History":
-        """The figures of each step up to `step`, to be added to."""
+        """The figures of each step up to `step`, to be continued."""
         return History(self.work / "history.jsonl", step)
 
     def remembered(self, name: str) -> Any | None:
-        """What `remember` was given before the run was stopped; `None` if it was not."""
+        """The value passed to `remember` before the run was stopped; `None` if there is none."""
         path = self.work / f"{name}.json"
         return decode(path.read_text()) if path.exists() else None
 
     def remember(self, name: str, value: Any) -> None:
-        """Keep a result until the run is complete; see `checkpoints.encode` for what it may be."""
+        """Keep a result until the run is complete, for `remembered`.
+
+        Args:
+            name: Name to find it by.
+            value: What `checkpoints.encode` takes.
+        """
         with whole_file(self.work / f"{name}.json") as aside:
             aside.write_text(encode(value))
 
     def reserve(self, size_bytes: int) -> None:
-        """Keep room on the disk for the final folder: hours of training must not end with a full disk.
+        """Reserve disk space for the final folder: hours of training must not end with a full disk.
 
         Raises:
-            OSError: If there is not that much.
+            OSError: If there is not enough space.
         """
         self._reserve = Reserve(self.work / ".reserve", size_bytes)
 
     @contextlib.contextmanager
     def complete(self) -> Iterator[Path]:
-        """A folder to write results to, which becomes the final one; the working folder is gone afterwards."""
+        """A folder to write results to, which becomes the final one; the working folder is removed afterwards."""
         if self._reserve is not None:
             self._reserve.release()
         with whole_folder(self.final) as folder:
             yield folder
-            for name in _KEPT:
-                if (self.work / name).exists():
-                    shutil.move(self.work / name, folder / name)
+            # Copied, as a run that is stopped here goes on with them.
+            for kept in (self.work / name for name in _KEPT):
+                if kept.is_dir():
+                    shutil.copytree(kept, folder / kept.name)
+                elif kept.exists():
+                    shutil.copyfile(kept, folder / kept.name)
         shutil.rmtree(self.work)
 
 
 class History:
-    """Figures of each step as JSON lines; what lies beyond the step that a run is resumed from is dropped.
+    """Figures of each step as JSON lines; those after the step that a run resumes from are dropped.
 
     Args:
-        path: Of the file.
-        step: That the run is resumed from.
+        path: File to write.
+        step: Step that the run resumes from.
     """
 
     def __init__(self, path: Path, step: int):
@@ -105,9 +116,14 @@ class History:
         self.path = path
 
     def add(self, step: int, figures: dict[str, float]) -> None:
-        """Append a line; a full disk costs the line, not the run."""
+        """Append a line; a full disk costs the line, not the run.
+
+        Args:
+            step: Optimizer step.
+            figures: Numbers by name.
+        """
         try:
             with self.path.open("a") as file:
                 file.write(json.dumps({"step": step, **figures}) + "\n")
         except OSError as error:
-            warnings.warn(f"{self.path}: step {step} is not noted ({error}); training goes on.", stacklevel=2)
+            warnings.warn(f"{self.path}: step {step} was not recorded ({error}); training continues.", stacklevel=2)

@@ -18,10 +18,16 @@ PHANTOM_BASE = Path(__file__).parents[1] / "phantom_base"
 
 
 class TrainingError(MedCTError, RuntimeError):
-    """A run that cannot begin or go on; the message says why and what to do."""
+    """A run that cannot start or continue; the message says why and what to do."""
 
 
 def setting(default: Any, help: str) -> Any:
+    """A field of a settings dataclass.
+
+    Args:
+        default: Its default, immutable.
+        help: Help text on the command line.
+    """
     return field(default=default, metadata={"help": help})
 
 
@@ -41,32 +47,32 @@ class TrainingSettings:
     )
     data_revision: str | None = setting(None, "Commit of a data set on the Hub.")
     reconstructions: Literal["one", "all"] = setting(
-        "one", "Of a CT-RATE scan in an epoch: one of its reconstructions, another in each epoch, or all."
+        "one", "Reconstructions of a CT-RATE scan in an epoch: one, in turn from epoch to epoch, or all."
     )
     num_workers: int = setting(
-        1, "Processes that load data, for each training process; 0 loads in the training process."
+        1, "Processes that load data for each training process; 0 loads in the training process."
     )
     on_bad_sample: Literal["skip", "raise"] = setting(
-        "skip", "What to do with a study that cannot be read; those skipped are listed in bad_samples.jsonl."
+        "skip", "What to do with a study that cannot be read; skipped ones are listed in bad_samples.jsonl."
     )
-    max_bad_share: float = setting(0.05, "Stop if a greater share of the studies cannot be read.")
+    max_bad_share: float = setting(0.05, "Stop if more than this share of the studies cannot be read.")
     phantom_site: Literal["A", "B"] = setting(PhantomCohort.site, "Which synthetic hospital to adapt to.")
     phantom_train_patients: int = setting(PhantomCohort.train_patients, "Synthetic patients to train on.")
     phantom_tune_patients: int = setting(PhantomCohort.tune_patients, "Synthetic patients to choose thresholds on.")
     phantom_eval_patients: int = setting(
-        PhantomCohort.eval_patients, "Synthetic patients to score on; others than those above."
+        PhantomCohort.eval_patients, "Synthetic patients to score on, distinct from those above."
     )
 
     objective: Objective = setting(
         "prompts", "Learn from the labels through their prompts, from the reports by contrast, or from both."
     )
-    report_weight: float = setting(0.5, "Share of the reports in the loss of `both`; the labels have the rest.")
+    report_weight: float = setting(0.5, "Weight of the reports in the loss of `both`; the labels have the rest.")
     adaptation: Adaptation = setting(
-        "lora", "Kind of adapter; `full` trains every weight and saves a whole model, to compare with."
+        "lora", "Kind of adapter; `full` trains every weight and saves a whole model, for comparison."
     )
     targets: Target = setting(
         "both",
-        "What gets an adapter: attention of both encoders or of one; with projections; or all Linears of layers.",
+        "What gets an adapter: attention in both encoders or one; also the projections; or all Linears in the layers.",
     )
     rank: int = setting(16, "Rank of the LoRA matrices.")
     alpha: int = setting(32, "Scale of the LoRA matrices; the update is multiplied by alpha / rank.")
@@ -75,39 +81,39 @@ class TrainingSettings:
 
     learning_rate: float = setting(
         3e-3,
-        "Highest; it rises over the first tenth and falls as a cosine. Suits the phantoms; begin lower with CT-CLIP.",
+        "Peak, after a warm-up over the first tenth; cosine decay. Suits the phantoms; start lower with CT-CLIP.",
     )
-    weight_decay: float = setting(0.01, "Weight decay of what is trained.")
+    weight_decay: float = setting(0.01, "Weight decay of the trained weights.")
     batch_size: int = setting(8, "Studies that one process has in memory at once.")
     accumulation_steps: int = setting(
-        1, "Such batches in an optimizer step. Reports are contrasted across all of them, in the memory of one."
+        1, "Batches in an optimizer step. Reports are contrasted across all of them, in the memory of one."
     )
     epochs: int = setting(1, "Passes over the training studies.")
-    max_steps: int | None = setting(None, "Stop after so many steps, however many epochs are left.")
-    max_grad_norm: float = setting(1.0, "Gradients are scaled down to this length.")
+    max_steps: int | None = setting(None, "Stop after this many steps, however many epochs are left.")
+    max_grad_norm: float = setting(1.0, "Scale gradients down to at most this norm.")
     gradient_checkpointing: bool = setting(False, "Recompute activations instead of keeping them: less memory.")
     compile: bool = setting(False, "Compile the vision encoder with torch.compile.")
-    fsdp2: bool = setting(False, "Shard the model over the processes (FSDP2); also by accelerate's --use_fsdp.")
+    fsdp2: bool = setting(False, "Shard the model over the processes (FSDP2); accelerate's --use_fsdp does the same.")
 
-    eval_steps: int | None = setting(None, "Score the tuning patients every so many steps while training.")
-    max_tune_studies: int | None = setting(500, "Studies to choose thresholds on and to watch training with.")
-    max_eval_studies: int | None = setting(None, "Score on so many held-out studies instead of all.")
-    bootstrap_resamples: int = setting(1000, "Resamples of the patients for the intervals.")
+    eval_steps: int | None = setting(None, "Score the tuning patients every this many steps while training.")
+    max_tune_studies: int | None = setting(500, "Studies to choose thresholds on and to monitor training with.")
+    max_eval_studies: int | None = setting(None, "Score this many held-out studies instead of all.")
+    bootstrap_resamples: int = setting(1000, "Bootstrap resamples of the patients for the intervals.")
 
     output_dir: str | None = setting(None, "Folder to make. Default: runs/ and the time.")
     resume: bool = setting(
-        False, "Go on from the newest checkpoint of --output_dir, or begin if there is none; fits a requeued job."
+        False, "Resume from the newest checkpoint of --output_dir, or start if there is none; suits a requeued job."
     )
-    checkpoint_steps: int = setting(100, "Steps from one checkpoint to the next.")
-    keep_checkpoints: int = setting(2, "How many of the newest checkpoints stay.")
+    checkpoint_steps: int = setting(100, "Steps between checkpoints.")
+    keep_checkpoints: int = setting(2, "How many of the newest checkpoints to keep.")
     report_to: Literal["none", "tensorboard", "trackio"] = setting("none", "Tracker to log to, offline.")
     push_to_hub: bool = setting(False, "Push the finished folder to the Hub.")
     hub_model_id: str | None = setting(None, "Where to push: ORG/NAME.")
     hub_private: bool = setting(False, "Make that repository private.")
-    hub_base: str | None = setting(None, "Where the base is on the Hub, if --model is a folder.")
-    hub_base_revision: str | None = setting(None, "Its commit there.")
+    hub_base: str | None = setting(None, "The base's repository on the Hub, if --model is a folder.")
+    hub_base_revision: str | None = setting(None, "The base's commit there.")
 
-    seed: int = setting(0, "Of the initialisation, the order of studies and the phantoms. Same seed, same numbers.")
+    seed: int = setting(0, "Seed for the initialisation, the order of studies and the phantoms; makes runs repeatable.")
     cpu: bool = setting(False, "Stay on the CPU even if there is a GPU.")
 
     @property
@@ -117,17 +123,17 @@ class TrainingSettings:
         return PhantomCohort(self.phantom_site, *sizes, self.seed)
 
     def fixed(self) -> dict[str, Any]:
-        """The settings that a resumed run must share with the one it goes on from."""
+        """The settings that a resumed run must share with the one that it resumes."""
         free = {"output_dir", "resume", "checkpoint_steps", "keep_checkpoints", "report_to", "num_workers"}
         free |= {name for name in dataclasses.asdict(self) if name.startswith(("hub_", "push_"))}
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in free}
 
 
 def check(settings: TrainingSettings) -> None:
-    """Refuse settings that cannot be meant.
+    """Refuse settings that make no sense.
 
     Raises:
-        TrainingError: With the setting and what it must be.
+        TrainingError: If there are any; it names the setting and what it must be.
     """
     for name in ("rank", "batch_size", "accumulation_steps", "epochs", "checkpoint_steps", "keep_checkpoints"):
         if getattr(settings, name) < 1:
@@ -137,15 +143,32 @@ def check(settings: TrainingSettings) -> None:
     is_named = settings.adaptation == "full" or is_hub_id(settings.hub_base or settings.model)
     if settings.push_to_hub and not is_named:
         raise TrainingError(
-            "An adapter on the Hub names its base there, and --model is a folder. Push that with `medct push`, and "
-            "pass --hub_base ORG/NAME --hub_base_revision COMMIT."
+            "An adapter on the Hub must name a base on the Hub, but --model is a folder. Push the base with `medct "
+            "push`, and pass --hub_base ORG/NAME --hub_base_revision COMMIT."
         )
     if settings.resume and not settings.output_dir:
-        raise TrainingError("--resume needs the --output_dir of the run to go on with.")
+        raise TrainingError("--resume needs the --output_dir of the run to resume.")
     if settings.fsdp2 and settings.adaptation == "pissa":
         raise TrainingError("--adaptation pissa cannot be saved from a sharded model. Leave out --fsdp2.")
     if settings.train_logit_scale and settings.adaptation == "pissa":
         raise TrainingError("--adaptation pissa cannot be saved with a logit scale. Leave out --train_logit_scale.")
+
+
+def refuse_for_classifier(settings: TrainingSettings) -> None:
+    """Refuse settings that need a text encoder, or an adapter without a head.
+
+    Raises:
+        TrainingError: With the setting and what it must be.
+    """
+    remedies = {
+        "objective": (settings.objective != "prompts", "It learns from labels alone: leave out --objective."),
+        "targets": (settings.targets not in ("both", "vision"), "It has no text encoder: pass --targets vision."),
+        "train_logit_scale": (settings.train_logit_scale, "It has no scale of logits: leave it out."),
+        "adaptation": (settings.adaptation == "pissa", "Pissa cannot be saved with a head: pass another."),
+    }
+    for name, (is_refused, remedy) in remedies.items():
+        if is_refused:
+            raise TrainingError(f"--{name} {getattr(settings, name)}: {settings.model} is a classifier. {remedy}")
 
 
 Settings = TypeVar("Settings", bound=TrainingSettings)
@@ -154,7 +177,14 @@ Settings = TypeVar("Settings", bound=TrainingSettings)
 def parse_settings(
     kind: type[Settings], description: str | None, arguments: list[str] | None, prog: str | None = None
 ) -> Settings:
-    """Settings from the command line."""
+    """Read settings from the command line.
+
+    Args:
+        kind: Dataclass of the settings.
+        description: Text at the top of the help.
+        arguments: Command line arguments; those of the process if `None`.
+        prog: Name of the program in messages.
+    """
     parser = HfArgumentParser(kind, prog=prog, description=description, formatter_class=RawDescriptionHelpFormatter)
     settings, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
     if unknown:

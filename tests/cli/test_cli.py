@@ -1,9 +1,10 @@
-"""The command line: findings, files that a second run goes on with, embeddings, search, maps, exit status."""
+"""The command line: findings, files that a second run resumes, embeddings, search, maps, exit status."""
 
 import csv
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -17,9 +18,17 @@ from adapter_files import RESULTS, save_adapter
 from scan_files import make_hu, write_series
 
 import medct
-from medct import CT_CLIP_LABELS, MedCTModel, ZeroShotCTClassificationPipeline
+from medct import (
+    CT_CLIP_LABELS,
+    MedCTForImageClassification,
+    MedCTModel,
+    MedCTProcessor,
+    MedCTVisionModel,
+    ZeroShotCTClassificationPipeline,
+)
 from medct.cli import commands, main
 from medct.cli.arguments import RUNS, make_parser
+from medct.common.lock import only_run
 from medct.data import phantom_source
 from medct.inference.search import read_embeddings
 from medct.inference.studies import find_studies
@@ -52,7 +61,7 @@ def run(converted, capfd):
     def run(command: str, *arguments: object, model: object = converted) -> tuple[int, str, str]:
         options = ["--cpu"] if command != "recall" else []
         options += ["--model", str(model)] if model and command != "recall" else []
-        capfd.readouterr()  # what fixtures said
+        capfd.readouterr()  # output of the fixtures
         try:
             status = main([command, *map(str, arguments), *options])
         except SystemExit as stop:
@@ -109,7 +118,7 @@ def test_json_lines(run, scans, pipe):
     assert len(re.findall(r"failed: .*(bad\.nii\.gz|mask\.nii): ", err)) == 2
 
 
-def test_a_file_has_a_row_a_study_and_the_bad_ones_beside_it(run, scans, pipe, tmp_path):
+def test_a_file_has_a_row_per_study_and_the_bad_ones_beside_it(run, scans, pipe, tmp_path):
     output = tmp_path / "out/scores.csv"
     status, out, err = run("predict", scans, "--output", output, "--batch_size", 3, "--num_workers", 2)
     assert (status, out) == (1, "")
@@ -142,10 +151,10 @@ def test_a_second_run_does_what_is_left(run, scans, tmp_path, monkeypatch):
     )
     status, _, err = run("predict", scans, "--output", output)
     assert status == 1
-    assert "1 of 6 studies are in" in err
+    assert "1 of 6 studies are already in" in err
     assert sum(asked) == 3
     assert output.read_bytes() == whole
-    # Bad studies are tried again, and forgotten when they are good.
+    # Bad studies are retried, and no longer listed once they can be read.
     (scans / "bad.nii.gz").write_bytes((scans / "0.nii.gz").read_bytes())
     (scans / "mask.nii").unlink()
     status, _, _ = run("predict", scans, "--output", output)
@@ -154,17 +163,17 @@ def test_a_second_run_does_what_is_left(run, scans, tmp_path, monkeypatch):
     assert not (tmp_path / "scores.csv.failed.csv").exists()
 
 
-def test_a_file_of_another_run_is_not_gone_on_with(run, scans, tmp_path):
+def test_a_file_of_another_run_is_not_added_to(run, scans, tmp_path):
     output = tmp_path / "scores.jsonl"
     assert run("predict", scans / "0.nii.gz", "--output", output)[0] == 0
     before = output.read_bytes()
     status, _, err = run("predict", scans, "--output", output, "--labels", "a")
     assert status == 2
-    assert "was begun with labels" in err
+    assert "was started with labels" in err
     (tmp_path / "scores.jsonl.settings.json").unlink()
     status, _, err = run("predict", scans, "--output", output)
     assert status == 2
-    assert "nobody knows how it was made" in err
+    assert "it is not known how it was made" in err
     assert output.read_bytes() == before
 
 
@@ -204,7 +213,7 @@ def test_an_adapter_of_another_model_is_refused(run, scans, adapter):
     assert err.startswith(f"error: {adapter} was trained on other weights than this model's. Load its base, ")
 
 
-def test_the_model_may_stand_in_the_environment(run, scans, converted, monkeypatch):
+def test_the_model_may_be_set_in_the_environment(run, scans, converted, monkeypatch):
     monkeypatch.delenv(commands.MODEL_VARIABLE, raising=False)
     status, _, err = run("predict", scans / "0.nii.gz", model=None)
     assert status == 2
@@ -223,7 +232,7 @@ def test_the_model_may_stand_in_the_environment(run, scans, converted, monkeypat
         (["{scans}", "--adapter", "{tmp}"], "no adapter"),
     ],
 )
-def test_what_cannot_be_done_is_said_in_a_sentence(run, scans, tmp_path, arguments, reason):
+def test_what_cannot_be_done_is_reported_in_a_sentence(run, scans, tmp_path, arguments, reason):
     status, out, err = run("predict", *(argument.format(scans=scans, tmp=tmp_path) for argument in arguments))
     assert (status, out) == (2, "")
     assert err.startswith("error: ")
@@ -231,7 +240,7 @@ def test_what_cannot_be_done_is_said_in_a_sentence(run, scans, tmp_path, argumen
     assert len(err.strip().splitlines()) == 1
 
 
-def test_a_folder_that_is_no_model_is_said(run, scans, tmp_path):
+def test_a_folder_that_is_not_a_model_is_refused(run, scans, tmp_path):
     status, _, err = run("predict", scans, model=tmp_path)
     assert status == 2
     assert "no model (" in err
@@ -284,7 +293,7 @@ def test_embed_search_and_recall(run, scans, pipe, tmp_path):
     # A second run adds what is new: studies, and the report of one that was embedded without.
     status, _, err = run("embed", scans, "--reports", reports, "--output", index)
     assert status == 1
-    assert "1 of 6 studies are in" in err
+    assert "1 of 6 studies are already in" in err
     embeddings = read_embeddings(index)
     assert [Path(study).name for study in embeddings.ids] == GOOD
     assert embeddings.has_report.tolist() == [True, True, False, True]
@@ -327,7 +336,12 @@ def test_map(run, scans, tmp_path):
     assert "localises poorly" in out
     stems = ("a_debugging-aid", "b-c_debugging-aid")
     expected = sorted(f"{stem}{suffix}" for stem in stems for suffix in (".nii.gz", ".png"))
-    assert sorted(path.name for path in (tmp_path / "maps").iterdir()) == expected
+    assert sorted(path.name for path in (tmp_path / "maps").iterdir()) == [*expected, "findings.json"]
+    index = json.loads((tmp_path / "maps" / "findings.json").read_text())
+    assert [(found["label"], found["name"]) for found in index] == [
+        ("a", "a_debugging-aid"),
+        ("b c", "b-c_debugging-aid"),
+    ]
     scan, image = nibabel.load(scans / "0.nii.gz"), nibabel.load(tmp_path / "maps" / expected[0])
     assert image.shape == scan.shape
     np.testing.assert_allclose(image.affine, scan.affine)
@@ -349,7 +363,7 @@ def test_evaluate(run, tmp_path, monkeypatch):
     assert f"{results['scores']['auroc']['value']:.3f}" in out
 
 
-def test_evaluate_reads_a_folder_and_passes_by_what_is_broken(run, scans, tmp_path):
+def test_evaluate_reads_a_folder_and_skips_what_is_broken(run, scans, tmp_path):
     header = ",".join(["file_name", "split", *CT_CLIP_LABELS])
     rows = [f"{name},valid,{','.join([str(index % 2)] * 18)}" for index, name in enumerate([*GOOD, "bad.nii.gz"])]
     (scans / "metadata.csv").write_text("\n".join([header, *rows]) + "\n")
@@ -363,6 +377,58 @@ def test_evaluate_reads_a_folder_and_passes_by_what_is_broken(run, scans, tmp_pa
     status, _, err = run("evaluate", "--data", tmp_path / "nowhere")
     assert status == 2
     assert err.startswith("error: ")
+
+
+def test_a_classifier_gives_its_findings(run, scans, classifier_folder, tmp_path, monkeypatch):
+    options = ["predict", scans / "0.nii.gz", scans / "1.nii.gz", "--batch_size", 2]
+    status, _, err = run(*options, "--output", tmp_path / "scores.csv", model=classifier_folder)
+    assert status == 0, err
+    classifier = MedCTForImageClassification.from_pretrained(classifier_folder).eval()
+    processor = MedCTProcessor.from_pretrained(classifier_folder)
+    for row in read_csv(tmp_path / "scores.csv"):
+        with torch.no_grad():
+            logits = classifier(**processor(images=row["study"], return_tensors="pt")).logits[0]
+        found = [float(row[label]) for label in classifier.config.label_names]
+        assert found == pytest.approx(logits.sigmoid().tolist(), abs=1e-5)
+    status, out, _ = run(*options, "--labels", "Emphysema", "--format", "json", model=classifier_folder)
+    assert [found["label"] for found in json.loads(out.splitlines()[0])["findings"]] == ["Emphysema"]
+    for wrong in (["--labels", "Rib fracture"], ["--templates", "{label}|no {label}"]):
+        status, _, err = run(*options, *wrong, model=classifier_folder)
+        assert status == 2
+        assert err.startswith("error: ")
+    for command in (
+        ["embed", "--output", tmp_path / "i.parquet"],
+        ["map", "--labels", "a", "--output", tmp_path / "m"],
+    ):
+        status, _, err = run(command[0], scans / "0.nii.gz", *command[1:], model=classifier_folder)
+        assert status == 2
+        assert "is a classifier" in err
+    monkeypatch.setattr(commands, "open_source", lambda *_, **__: phantom_source("A", range(6), 0))
+    data = ["--data", "anywhere", "--num_workers", 0, "--output", tmp_path / "scores.json"]
+    assert run("evaluate", *data, model=classifier_folder)[0] == 0
+    assert json.loads((tmp_path / "scores.json").read_text())["scans"] == 6
+
+
+@pytest.mark.parametrize("what", ["architectures", "processor", "weights"])
+def test_what_does_not_belong_together_is_refused(run, scans, converted, tmp_path, what):
+    folder = tmp_path / "model"
+    shutil.copytree(converted, folder)
+    if what == "weights":
+        MedCTVisionModel.from_pretrained(converted).save_pretrained(tmp_path / "vision")
+        shutil.copy(tmp_path / "vision/model.safetensors", folder)
+    else:
+        path = folder / ("config.json" if what == "architectures" else "processor_config.json")
+        content = json.loads(path.read_text())
+        if what == "architectures":
+            content["architectures"] = ["MedCTVisionModel"]
+        else:
+            content["image_processor"]["hu_min"] = -900
+        path.write_text(json.dumps(content))
+    status, out, err = run("predict", scans / "0.nii.gz", model=folder)
+    assert (status, out) == (2, "")
+    said = {"architectures": "saved as MedCTVisionModel", "processor": "hu_min -900", "weights": "lacks the"}
+    assert said[what] in err
+    assert err.count("\n") == 1
 
 
 LAUNCH = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0"]
@@ -397,7 +463,7 @@ def test_two_processes_share_the_studies(run, scans, converted, tmp_path):
 
 
 def test_a_folder_of_real_scans(run, shared, tmp_path):
-    """Everything at hand, good and bad; what is bad is listed with the reason that `read_volume` gives."""
+    """All available scans, good and bad; what is bad is listed with the reason that `read_volume` gives."""
     realdata = shared / "realdata"
     if not realdata.is_dir():
         pytest.skip("the real scans are not at hand")
@@ -426,3 +492,23 @@ def test_a_folder_of_real_scans(run, shared, tmp_path):
     assert "MR Image Storage" in reasons["13_not_ct_or_not_hu/sts_002_mr_t1"]
     assert "Positron" in reasons["13_not_ct_or_not_hu/sts_002_pet"]
     assert "16.5 degrees" in reasons["13_not_ct_or_not_hu/CT_pitch.nii.gz"]
+
+
+@pytest.mark.parametrize("command", ["predict", "embed"])
+def test_an_output_that_another_run_writes_is_refused_at_once(run, scans, tmp_path, command, monkeypatch):
+    monkeypatch.setattr(commands, "load_pipeline", lambda *_: pytest.fail("nothing is loaded for it"))
+    output = tmp_path / "out.csv"
+    with only_run(output):
+        status, _, err = run(command, scans, "--output", output)
+    assert status == 2
+    assert err.startswith(f"error: {output} is being written by another run (process {os.getpid()} of ")
+    assert len(err.splitlines()) == 1
+
+
+def test_what_a_killed_run_left_is_cleared_away(run, scans, tmp_path):
+    output = tmp_path / "out.csv"
+    for name in ("out.csv", "out.csv.failed.csv", "out.csv.settings.json"):
+        (tmp_path / f".{name}.partial-0a1b").touch()
+    (tmp_path / ".out.csv.lock").touch()
+    assert run("predict", scans / "0.nii.gz", "--output", output)[0] == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.csv", "out.csv.settings.json", "scans"]

@@ -1,4 +1,4 @@
-"""A command ends in one line and an exit status that says what kind of end it is."""
+"""A command ends with one line, and an exit status that says how it ended."""
 
 import errno
 import os
@@ -18,11 +18,11 @@ from medct.common.errors import BROKEN_PIPE, FAILED, INTERRUPTED, STOPPED, Stopp
         (OSError("the Hub cannot be reached"), FAILED, "error: the Hub cannot be reached"),
         (torch.OutOfMemoryError("CUDA"), FAILED, "error: the accelerator's memory is full. Lower --batch_size, or"),
         (StoppedError("stopped after step 3."), STOPPED, "stopped after step 3."),
-        (KeyboardInterrupt(), INTERRUPTED, "stopped; a command with --output resumes from here when it is run again."),
+        (KeyboardInterrupt(), INTERRUPTED, "stopped; a command with --output resumes from here when run again."),
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_what_a_user_can_mend_is_said_as_it_is(error, status, line, capsys, monkeypatch):
+def test_errors_that_a_user_can_fix_are_printed_as_they_are(error, status, line, capsys, monkeypatch):
     monkeypatch.delenv("MEDCT_DEBUG", raising=False)
     with pytest.raises(SystemExit) as stop, one_line_errors():
         raise error
@@ -31,7 +31,7 @@ def test_what_a_user_can_mend_is_said_as_it_is(error, status, line, capsys, monk
     assert said.startswith(line)
 
 
-def test_a_fault_also_says_where_it_came_from(capsys, monkeypatch):
+def test_a_bug_also_names_where_it_came_from(capsys, monkeypatch):
     monkeypatch.delenv("MEDCT_DEBUG", raising=False)
     with pytest.raises(SystemExit) as stop, one_line_errors():
         raise ValueError("wrong\nsecond line")
@@ -49,7 +49,7 @@ def test_the_traceback_is_shown_on_request(capsys, monkeypatch):
     assert "Traceback" in said and 'raise ValueError("wrong")' in said
 
 
-def test_a_reader_that_has_enough_is_no_error(capfd):
+def test_a_closed_pipe_is_not_an_error(capfd):
     kept = os.dup(1)
     try:
         with pytest.raises(SystemExit) as stop, one_line_errors():
@@ -60,6 +60,6 @@ def test_a_reader_that_has_enough_is_no_error(capfd):
     assert capfd.readouterr().err == ""
 
 
-def test_the_first_line_of_an_error_without_words_is_its_kind():
+def test_the_first_line_of_an_error_without_a_message_is_its_class():
     assert first_line(ValueError("\na\nb")) == "a"
     assert first_line(KeyError()) == "KeyError"

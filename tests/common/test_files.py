@@ -1,8 +1,15 @@
 """Outputs appear whole or not at all."""
 
+import errno
+import os
+import stat
+from pathlib import Path
+
 import pytest
 
-from medct.common.files import whole_file, whole_folder
+from medct.common import files
+from medct.common.errors import FAILED, _end_of
+from medct.common.files import Reserve, flush_to_disk, whole_file, whole_folder
 
 
 def test_appears_when_complete(tmp_path):
@@ -13,7 +20,7 @@ def test_appears_when_complete(tmp_path):
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["out"]
 
 
-def test_an_empty_folder_is_taken(tmp_path):
+def test_an_empty_folder_is_replaced(tmp_path):
     (tmp_path / "out").mkdir()
     with whole_folder(tmp_path / "out") as folder:
         (folder / "file").touch()
@@ -21,14 +28,14 @@ def test_an_empty_folder_is_taken(tmp_path):
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_nothing_is_left_of_a_failure(tmp_path, error):
+def test_a_failure_leaves_nothing_behind(tmp_path, error):
     with pytest.raises(error), whole_folder(tmp_path / "out") as folder:
         (folder / "file").touch()
         raise error
     assert not list(tmp_path.iterdir())
 
 
-def test_what_is_there_is_kept(tmp_path):
+def test_existing_output_is_kept(tmp_path):
     (tmp_path / "file").write_text("mine")
     for taken in (tmp_path, tmp_path / "file"):
         with pytest.raises(FileExistsError, match="not empty"), whole_folder(taken):
@@ -42,10 +49,148 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
         aside.write_text("new")
         assert not path.exists()
     assert path.read_text() == "new"
-    with pytest.raises(RuntimeError), whole_file(path) as aside:
-        aside.write_text("half")
-        raise RuntimeError
+    for error in (RuntimeError, KeyboardInterrupt, SystemExit):
+        with pytest.raises(error), whole_file(path) as aside:
+            aside.write_text("half")
+            raise error
     with pytest.raises(FileNotFoundError), whole_file(path):
         pass  # nothing written
     assert path.read_text() == "new"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def mode_of(path):
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_files_have_the_permissions_that_the_umask_says(tmp_path, monkeypatch, umask):
+    """Whoever makes them: safetensors, and others that go by a temporary file, make them for their owner alone."""
+    monkeypatch.setattr(files, "_UMASK", umask)
+    before = os.umask(umask)
+    try:
+        with whole_folder(tmp_path / "out") as folder:
+            (folder / "below").mkdir()
+            os.close(os.open(folder / "below" / "weights", os.O_CREAT | os.O_WRONLY, 0o600))
+        with whole_file(tmp_path / "file") as aside:
+            os.close(os.open(aside, os.O_CREAT | os.O_WRONLY, 0o600))
+    finally:
+        os.umask(before)
+    assert mode_of(tmp_path / "out" / "below" / "weights") == mode_of(tmp_path / "file") == 0o666 & ~umask
+    assert mode_of(tmp_path / "out") == mode_of(tmp_path / "out" / "below") == 0o777 & ~umask
+
+
+def test_the_umask_is_the_processs_own():
+    before = os.umask(0)
+    os.umask(before)
+    assert before == files._UMASK
+
+
+@pytest.fixture
+def noted(monkeypatch):
+    """What was flushed and renamed, in order."""
+    noted, fsync, replace = [], os.fsync, Path.replace
+
+    def note_flush(handle):
+        noted.append(("flush", str(Path(f"/proc/self/fd/{handle}").readlink())))
+        fsync(handle)
+
+    def note_rename(path, target):
+        noted.append(("rename", str(path)))
+        return replace(path, target)
+
+    monkeypatch.setattr(os, "fsync", note_flush)
+    monkeypatch.setattr(Path, "replace", note_rename)
+    return noted
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="looks there for names")
+def test_content_is_on_the_disk_before_the_name(tmp_path, noted):
+    with whole_file(tmp_path / "file") as aside:
+        aside.write_text("content")
+    assert noted == [("flush", str(aside)), ("rename", str(aside)), ("flush", str(tmp_path))]
+    noted.clear()
+    with whole_folder(tmp_path / "out") as folder:
+        (folder / "file").touch()
+    assert noted[:2] == [("flush", str(folder / "file")), ("rename", str(folder))]
+
+
+@pytest.mark.parametrize("reason", [errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_what_cannot_be_flushed_is_no_error_and_a_full_disk_is(tmp_path, monkeypatch, reason):
+    def fail(handle):
+        raise OSError(reason, os.strerror(reason))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with whole_file(tmp_path / "file") as aside:
+        aside.touch()
+    reason = errno.ENOSPC
+    with pytest.raises(OSError, match="No space"), whole_file(tmp_path / "other") as aside:
+        aside.touch()
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_room_is_reserved_with_and_without_the_systems_help(tmp_path, monkeypatch):
+    def refuse(handle, offset, length):
+        raise OSError(errno.EOPNOTSUPP, "not on this share")
+
+    for change in (lambda: None, lambda: monkeypatch.setattr(os, "posix_fallocate", refuse)):
+        change()
+        reserve = Reserve(tmp_path / "reserve", 2**20 + 5)
+        assert (tmp_path / "reserve").stat().st_size == 2**20 + 5
+        assert (tmp_path / "reserve").stat().st_blocks * 512 >= 2**20
+        reserve.release()
+        assert not list(tmp_path.iterdir())
+    monkeypatch.delattr(os, "posix_fallocate")
+    Reserve(tmp_path / "reserve", 3)
+    assert (tmp_path / "reserve").stat().st_blocks
+
+
+def test_a_full_disk_refuses_the_reserve(tmp_path, monkeypatch):
+    def refuse(handle, offset, length):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    with pytest.raises(OSError, match="No space left"):
+        Reserve(tmp_path / "reserve", 10)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_opened_is_not_flushed(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError
+
+    monkeypatch.setattr(os, "open", refuse)
+    flush_to_disk(tmp_path)
+    with pytest.raises(PermissionError):
+        flush_to_disk(tmp_path / "file")
+
+
+def fill_the_disk(path):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def open_nothing(path):
+    path.joinpath("no", "such").open("w")
+
+
+@pytest.mark.parametrize("fail", [fill_the_disk, open_nothing])
+@pytest.mark.parametrize("whole", [whole_file, whole_folder])
+def test_an_error_names_the_output(tmp_path, whole, fail):
+    with pytest.raises(OSError) as caught, whole(tmp_path / "out") as aside:
+        fail(aside)
+    assert _end_of(caught.value) == (FAILED, f"error: {tmp_path / 'out'}: {caught.value.strerror}.")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("whole", [whole_file, whole_folder])
+def test_an_output_where_nothing_can_be_written_is_named(tmp_path, whole):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError) as caught, whole(tmp_path / "file" / "below" / "out"):
+        pytest.fail("must not begin")
+    assert str(tmp_path / "file") in _end_of(caught.value)[1] and "partial" not in _end_of(caught.value)[1]
+
+
+def test_an_error_elsewhere_keeps_its_name(tmp_path):
+    with pytest.raises(FileNotFoundError) as caught, whole_file(tmp_path / "out"):
+        (tmp_path / "source").read_bytes()
+    assert caught.value.filename == str(tmp_path / "source")

@@ -1,4 +1,4 @@
-"""Memory that is kept, seen from the pages that the system has to hand out."""
+"""Memory that is kept, measured by the pages that the system has to supply."""
 
 import platform
 import subprocess
@@ -22,7 +22,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's allocator is told")
-def test_large_blocks_are_used_again():
+def test_large_blocks_are_reused():
     command = [sys.executable, "-c", PROGRAM, host.__file__]
     faults = {mode: int(subprocess.check_output([*command, mode])) for mode in ("keep", "hand back")}
     assert faults["keep"] < 100

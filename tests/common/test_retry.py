@@ -1,4 +1,4 @@
-"""Failures that pass are tried again, others are not."""
+"""Temporary failures are retried, others are not."""
 
 import pytest
 
@@ -26,7 +26,7 @@ def waits(monkeypatch) -> list[float]:
     return noted
 
 
-def test_a_failure_that_passes_is_tried_again_after_the_longer_wait(waits):
+def test_a_temporary_failure_is_retried_after_the_longer_wait(waits):
     told: list[tuple[str, float]] = []
     act = Flaky(OSError("0"), OSError("9"))
     assert keep_trying(act, passes, (1, 2), lambda error, wait_s: told.append((str(error), wait_s))) == "done"
@@ -34,7 +34,7 @@ def test_a_failure_that_passes_is_tried_again_after_the_longer_wait(waits):
     assert told == [("0", 1), ("9", 9)]
 
 
-def test_the_last_failure_and_one_that_does_not_pass_are_raised(waits):
+def test_the_last_failure_and_a_permanent_one_are_raised(waits):
     with pytest.raises(OSError, match="3"):
         keep_trying(Flaky(OSError("1"), OSError("2"), OSError("3")), passes, (1, 2))
     assert waits == [1, 2]

@@ -1,8 +1,10 @@
-"""CT-RATE in small, from disk and over HTTP: each known fault is met as the module's first lines say."""
+"""A miniature CT-RATE, from disk and over HTTP: each known fault is handled as the module's docstring says."""
 
 import math
+from collections import Counter
 
 import numpy as np
+import pandas as pd
 import pytest
 from ct_rate_like import BROKEN, NO_CHEST, OUTSIDE_HU, UNUSABLE, ct_rate_files, hu_of, volume_path, volumes, write_files
 
@@ -67,7 +69,7 @@ def test_volumes_without_a_chest_are_left_out_by_file_name(ct_rate):
         assert [found[name] for name in NO_CHEST[split]] == ["no chest in it, by CT-RATE's list"]
 
 
-def test_one_reconstruction_a_scan_and_epoch_and_in_turn(ct_rate):
+def test_one_reconstruction_per_scan_and_epoch_in_turn(ct_rate):
     source = open_source(str(ct_rate), "train", CONFIG, tune_share=0)
     assert source.num_studies == 10
     epochs = [[row["id"] for row in source.stream(epoch, seed=5)] for epoch in range(3)]
@@ -91,7 +93,7 @@ def test_reports_that_say_nothing_are_empty(ct_rate):
     assert reasons(source)["train_3_a_1"] == reasons(source)["train_8_a_1"] == "no report"
 
 
-def test_labels_and_reports_that_lack_each_other(ct_rate):
+def test_labels_without_reports_and_reports_without_labels(ct_rate):
     source = open_source(str(ct_rate), "train", CONFIG, tune_share=0)
     assert "train_8_a_1" in rows_by_name(source)
     assert reasons(source)["train_9_a_1"] == "a report, but no row of labels"
@@ -134,7 +136,7 @@ def test_unreadable_volumes_are_counted_while_streaming(ct_rate, processor, tmp_
     assert "train_6_a_1" in listed.read_text()
 
 
-def test_tune_is_a_part_of_the_patients_of_train(ct_rate):
+def test_tune_is_part_of_the_train_patients(ct_rate):
     splits = {
         split: rows_by_name(open_source(str(ct_rate), split, CONFIG, reconstructions="all", tune_share=0.3))
         for split in ("train", "tune")
@@ -147,7 +149,7 @@ def test_tune_is_a_part_of_the_patients_of_train(ct_rate):
     }
 
 
-def test_limit_takes_the_same_studies_and_a_larger_one_more(ct_rate):
+def test_a_limit_takes_the_same_studies_and_a_larger_one_adds_to_them(ct_rate):
     def names(limit):
         return {row["id"] for row in open_source(str(ct_rate), "train", CONFIG, tune_share=0, limit=limit).stream()}
 
@@ -205,13 +207,13 @@ def test_a_missing_table_is_named(ct_rate):
         open_source(str(ct_rate), "train", CONFIG)
 
 
-def test_damaged_tables_are_one_sentence(ct_rate):
+def test_damaged_tables_are_refused_in_one_sentence(ct_rate):
     labels = ct_rate / "dataset/multi_abnormality_labels/train_predicted_labels.csv"
     labels.write_text(labels.read_text().replace(",1,", ",maybe,", 1))
-    with pytest.raises(DataError, match="is no number"):
+    with pytest.raises(DataError, match="is not a number"):
         open_source(str(ct_rate), "train", CONFIG)
     labels.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(DataError, match="no readable csv file"):
+    with pytest.raises(DataError, match="not a readable csv file"):
         open_source(str(ct_rate), "train", CONFIG)
 
 
@@ -227,18 +229,18 @@ def test_version_1_needs_a_complete_row_of_metadata(ct_rate):
 
 @pytest.mark.parametrize("patient", ["train_1", "case_1"])
 def test_a_patient_in_both_splits_is_refused(ct_rate, patient):
-    """In CT-RATE itself the names of patients say the split."""
+    """In CT-RATE itself, the names of patients state the split."""
     for split, tables in (("train", "train_*.csv"), ("valid", "valid*.csv")):
         for path in (ct_rate / "dataset").rglob(tables):
             path.write_text(path.read_text().replace(f"{split}_1_", f"{patient}_"))
-    with pytest.raises(DataError, match=r"1 patients stand in both the train and the valid split, so scores would be"):
+    with pytest.raises(DataError, match=r"1 patients are in both the train and the valid split, so scores would be"):
         open_source(str(ct_rate), "valid", CONFIG)
     if patient == "case_1":
-        with pytest.raises(DataError, match="1 patients stand in both"):
+        with pytest.raises(DataError, match="1 patients are in both"):
             open_source(str(ct_rate), "train", CONFIG)
 
 
-def test_other_names_of_patients_are_welcome(ct_rate):
+def test_other_names_of_patients_are_accepted(ct_rate):
     for path in (ct_rate / "dataset").rglob("train_*.csv"):
         path.write_text(path.read_text().replace("train_11_", "case_11_"))
     (ct_rate / "dataset/train_fixed/train_11").rename(ct_rate / "dataset/train_fixed/case_11")
@@ -260,3 +262,25 @@ def test_settings_out_of_range(ct_rate):
         open_source(str(ct_rate), "test", CONFIG)
     with pytest.raises(DataError, match="no such folder"):
         open_source(str(ct_rate / "nowhere"), "train", CONFIG)
+
+
+def test_no_scan_of_a_patient_stands_in_another_split(tmp_path):
+    """Of forty patients with three scans each, some would be torn apart if scans were dealt out."""
+    names = [f"train_{patient}_{scan}_1.nii.gz" for patient in range(40) for scan in "abc"]
+    labels = pd.DataFrame({"VolumeName": names} | dict.fromkeys(CT_CLIP_LABELS, "0"))
+    reports = pd.DataFrame({"VolumeName": names, "Findings_EN": "Clear.", "Impressions_EN": "Nothing."})
+    files = {f"dataset/train_fixed/{name}": b"" for name in names}
+    files["dataset/multi_abnormality_labels/train_predicted_labels.csv"] = labels.to_csv(index=False).encode()
+    files["dataset/radiology_text_reports/train_reports.csv"] = reports.to_csv(index=False).encode()
+    files = {
+        path if "train_fixed" not in path else volume_path(path.rsplit("/", 1)[1].removesuffix(".nii.gz"), 2): content
+        for path, content in files.items()
+    }
+    write_files(tmp_path, files)
+    patients = {
+        split: [row["patient"] for row in open_source(str(tmp_path), split, CONFIG, tune_share=0.4).stream()]
+        for split in ("train", "tune")
+    }
+    assert len(patients["train"]) + len(patients["tune"]) == 120
+    assert not set(patients["train"]) & set(patients["tune"])
+    assert all(count == 3 for split in patients.values() for count in Counter(split).values())

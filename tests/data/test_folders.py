@@ -1,4 +1,4 @@
-"""Sources on the Hub: CT-RATE in small over HTTP, with dropped connections and answers 5xx."""
+"""Sources on the Hub: a miniature CT-RATE over HTTP, with dropped connections and 5xx responses."""
 
 import pytest
 from ct_rate_like import AFFINE, UNUSABLE, ct_rate_files, hu_of, nifti_bytes, volume_path, volumes
@@ -68,7 +68,7 @@ def test_both_spellings_and_version_1(ct_rate):
     assert read_study(rows[0], "SLP").array.max() == -199
 
 
-def test_dropped_connections_and_5xx_are_tried_again(ct_rate):
+def test_dropped_connections_and_5xx_are_retried(ct_rate):
     source = open_source(ADDRESS, "train", CONFIG, tune_share=0)
     request = volume_request("train_11_a_1")
     ct_rate.fail(request, status=503, times=2)
@@ -78,7 +78,7 @@ def test_dropped_connections_and_5xx_are_tried_again(ct_rate):
     assert ct_rate.count(request) == 5
 
 
-def test_what_does_not_come_is_given_up_and_counted(ct_rate, processor, tmp_path):
+def test_what_cannot_be_fetched_is_given_up_and_counted(ct_rate, processor, tmp_path):
     source = open_source(ADDRESS, "train", CONFIG, tune_share=0)
     ct_rate.fail(volume_request("train_11_a_1"), status=500, times=100)
     ct_rate.cut_answer(volume_request("train_12_a_1"), after_bytes=40, times=100)
@@ -100,7 +100,7 @@ def test_loader_processes_fetch_for_themselves(ct_rate, processor):
     assert ct_rate.count(volume_request("train_4_a_1")) == 2
 
 
-def test_a_run_stays_with_the_commit_that_it_began_with(ct_rate):
+def test_a_run_stays_at_the_commit_that_it_started_with(ct_rate):
     source = open_source(ADDRESS, "train", CONFIG, tune_share=0)
     ct_rate.add_file("dataset", REPO, volume_path("train_11_a_1", 2), b"changed")
     assert read_study(row_of(source, "train_11_a_1"), "SLP").array.shape == (6, 8, 5)
@@ -108,24 +108,26 @@ def test_a_run_stays_with_the_commit_that_it_began_with(ct_rate):
         read_study(row_of(open_source(ADDRESS, "train", CONFIG, tune_share=0), "train_11_a_1"), "SLP")
 
 
-def test_a_missing_volume_is_a_bad_sample_of_one_line(ct_rate):
+def test_a_missing_volume_is_a_bad_sample_with_a_reason_in_one_line(ct_rate):
     missing = HubFile(REPO, "dataset/nowhere.nii.gz", "main")
-    with pytest.raises(VolumeError, match=r"hf://datasets/org/CT-RATE/dataset/nowhere.nii.gz: it is not there"):
+    with pytest.raises(VolumeError, match=r"hf://datasets/org/CT-RATE/dataset/nowhere.nii.gz: it does not exist"):
         read_study({"volume": missing}, "SLP")
-    assert ct_rate.count("GET .*nowhere") == 1  # not a fault of the network
+    assert ct_rate.count("GET .*nowhere") == 1  # not a network fault
 
 
-def test_what_cannot_be_opened_is_said(hub, monkeypatch):
+def test_what_cannot_be_opened_is_refused_in_one_sentence(hub, monkeypatch):
     hub.create("dataset", REPO, gated=True)
     monkeypatch.delenv("HF_TOKEN")
-    with pytest.raises(DataError, match=r"CT-RATE: gated. Accept its terms at .*/datasets/org/CT-RATE, then log in"):
+    with pytest.raises(
+        DataError, match=r"CT-RATE: access is gated. Accept its terms at .*/datasets/org/CT-RATE, then log in"
+    ):
         open_source(ADDRESS, "train", CONFIG)
     with pytest.raises(DataError, match="no such dataset, or it is private"):
         open_source("hf://datasets/org/nothing", "train", CONFIG)
     with pytest.raises(DataError, match="no such revision"):
         hub.create("dataset", "org/open")
         open_source("hf://datasets/org/open", "train", CONFIG, revision="nowhere")
-    with pytest.raises(DataError, match="no address of a dataset"):
+    with pytest.raises(DataError, match="not the address of a dataset"):
         open_source("hf://datasets/alone", "train", CONFIG)
     with pytest.raises(DataError, match="only local folders and hf://datasets/ORG/NAME"):
         open_source("s3://bucket/folder", "train", CONFIG)
@@ -146,8 +148,8 @@ def test_tables_are_resumed_or_refused_in_a_sentence(ct_rate):
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])
-def test_tables_are_asked_for_again(ct_rate, status):
-    """Whatever is asked for at the start: the commit, whether there is a table, and the table itself."""
+def test_requests_for_tables_are_retried(ct_rate, status):
+    """Every request at the start: the commit, whether there is a table, and the table itself."""
     tables = ("multi_abnormality_labels", "radiology_text_reports", "metadata/train_", "metadata/no_chest")
     requests = [rf"{method} /.*{table}" for method in ("HEAD", "GET") for table in tables]
     for request in ("HEAD .*gitattributes", *requests):

@@ -1,11 +1,18 @@
-"""Batches stay full, every study comes once, and a run that goes on gets the batch that would have come."""
+"""Batches stay full, every study comes once, and a resumed run gets the batch that would have come."""
 
+import contextlib
 import gc
 import itertools
 import json
+import multiprocessing
+import os
 import pickle
+import re
+import signal
 import time
 import weakref
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -15,18 +22,19 @@ from datasets import IterableDataset
 from datasets.distributed import split_dataset_by_node
 from torch.utils.data import DataLoader
 
-from medct import CT_CLIP_LABELS, MedCTConfig
+from medct import CT_CLIP_LABELS, MedCTConfig, VolumeError
 from medct.data import DataError, Source, StudyLoader, phantom_source, report_id, to_device
 from medct.data.loader import LoadStudy
-from medct.data.sources import too_many_bad
+from medct.data.sources import Deferred, too_many_bad
 from medct.data.tables import Selection, Sieve, table_source
+from medct.data.workers import load_in_processes
 
 NAMES = ("one", "two")
 AFFINE = np.diag([-2.0, -2.0, 3.0, 1.0])
 
 
 class Rows:
-    """Rows of tiny arrays; some hold what is no volume."""
+    """Rows of tiny arrays; some hold something other than a volume."""
 
     def __init__(self, bad=(), prepared=False):
         self.bad, self.prepared = set(bad), prepared
@@ -50,7 +58,7 @@ def make_loader(processor, source=None, **settings):
 
 
 def ids_of(loader, epochs=2):
-    """Ids of each batch of some epochs."""
+    """Ids in each batch of some epochs."""
     batches = []
     while loader.epoch < epochs:
         batches += [batch["ids"] for batch in loader]
@@ -58,12 +66,12 @@ def ids_of(loader, epochs=2):
 
 
 def all_of(loader, epochs=1):
-    """Ids of some epochs in their order."""
+    """Ids of some epochs, in order."""
     return list(itertools.chain.from_iterable(ids_of(loader, epochs)))
 
 
 def first_of(loader, count):
-    """The first batches, over the ends of epochs, and the state after them."""
+    """The first batches, across the ends of epochs, and the state after them."""
     batches = []
     while True:
         for batch in loader:
@@ -114,7 +122,7 @@ def test_ranks_and_workers_see_each_study_once(processor, num_workers):
 
 @pytest.mark.parametrize("workers", [(0, 0), (2, 2), (2, 0), (0, 1)])
 @pytest.mark.parametrize("count", [1, 4, 6, 8])
-def test_a_run_goes_on_with_the_batch_that_would_have_come(processor, workers, count):
+def test_a_resumed_run_gets_the_batch_that_would_have_come(processor, workers, count):
     source = make_source(23, bad=[3, 11])
     settings = {"max_bad_share": 0.2, "drop_last": True}
     expected = make_loader(processor, source, **settings)
@@ -127,7 +135,7 @@ def test_a_run_goes_on_with_the_batch_that_would_have_come(processor, workers, c
     assert again.state_dict() == expected.state_dict()
 
 
-def test_a_pass_that_was_left_begins_anew(processor):
+def test_an_abandoned_pass_starts_again(processor):
     loader = make_loader(processor)
     first = next(iter(loader))["ids"]
     assert loader.epoch == 0
@@ -141,7 +149,7 @@ def test_the_state_of_another_run_is_refused(processor):
         make_loader(processor, seed=2),
         make_loader(processor, world_size=2),
     ):
-        with pytest.raises(DataError, match="Go on with the same data and settings"):
+        with pytest.raises(DataError, match="Resume with the same data and settings"):
             other.load_state_dict(state)
 
 
@@ -154,7 +162,7 @@ def test_loading_draws_no_global_random_numbers(processor):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_bad_studies_are_passed_by_and_listed(processor, tmp_path, num_workers):
+def test_bad_studies_are_skipped_and_listed(processor, tmp_path, num_workers):
     listed = tmp_path / "bad.jsonl"
     source = make_source(40, bad=[7, 8])
     loader = make_loader(processor, source, bad_samples_file=listed, num_workers=num_workers, max_bad_share=0.1)
@@ -177,7 +185,7 @@ def test_too_many_bad_studies_end_the_run(processor, num_workers):
     loader = make_loader(processor, make_source(40, bad=range(0, 40, 4)), num_workers=num_workers)
     with pytest.raises(DataError, match=r"6 of \d+ studies cannot be used, more than the allowed share of 0.05; the l"):
         ids_of(loader)
-    few = make_loader(processor, make_source(36, bad=range(5)))  # of so few, a share says little
+    few = make_loader(processor, make_source(36, bad=range(5)))  # of so few studies, a share says little
     assert [len(part) for part in (all_of(few, 3), all_of(few, 6))] == [3 * 31] * 2
     assert (few.num_bad, few.num_seen) == (5, 36)  # of the last pass: the same studies come again in each
     strict = make_loader(processor, make_source(36, bad=[1]), max_bad_share=0)
@@ -185,14 +193,14 @@ def test_too_many_bad_studies_end_the_run(processor, num_workers):
         ids_of(strict)
 
 
-def test_a_share_is_judged_of_a_hundred_studies_or_more():
+def test_a_share_is_judged_over_a_hundred_studies_or_more():
     assert not too_many_bad(5, 10, 0.05) and too_many_bad(6, 10, 0.05)
     assert not too_many_bad(50, 1000, 0.05) and too_many_bad(51, 1000, 0.05)
     assert not too_many_bad(1000, 1000, 1.0)
 
 
 def test_a_bad_study_is_listed_once_however_often_it_is_met(processor, tmp_path):
-    """In three epochs, by two processes between which studies change, and after the run went on."""
+    """In three epochs, by two processes between which studies change, and after the run was resumed."""
     source, settings = make_source(40, bad=[7, 8]), {"bad_samples_file": tmp_path / "bad.jsonl"}
     for rank in range(2):
         loader = make_loader(processor, source, rank=rank, world_size=2, **settings)
@@ -205,7 +213,7 @@ def test_a_bad_study_is_listed_once_however_often_it_is_met(processor, tmp_path)
 
 
 class NotedRows(Rows):
-    """Leaves a file for each row that is read."""
+    """Writes a file for each row that is read."""
 
     def __init__(self, folder):
         super().__init__()
@@ -216,7 +224,7 @@ class NotedRows(Rows):
         return super().__call__(key)
 
 
-def test_single_volumes_are_gone_while_their_batch_is_used(processor, monkeypatch):
+def test_single_volumes_are_freed_while_their_batch_is_used(processor, monkeypatch):
     volumes, load = [], LoadStudy.__call__
 
     def noted(self, row):
@@ -233,12 +241,12 @@ def test_single_volumes_are_gone_while_their_batch_is_used(processor, monkeypatc
 
 
 @pytest.mark.parametrize(("num_workers", "ahead"), [(0, 0), (1, 4), (2, 4)])
-def test_no_more_is_read_ahead_than_is_said(processor, tmp_path, num_workers, ahead):
+def test_no_more_is_read_ahead_than_documented(processor, tmp_path, num_workers, ahead):
     source = Source([(key,) for key in range(60)], NotedRows(tmp_path), NAMES, "60 tiny studies")
     batches = iter(make_loader(processor, source, num_workers=num_workers))
     for count in (1, 2):
         next(batches)
-        time.sleep(0.3)  # the workers do what they may
+        time.sleep(0.3)  # the workers read all they may
         assert len(list(tmp_path.iterdir())) <= 4 * count + ahead
 
 
@@ -293,10 +301,10 @@ def test_a_source_is_a_stream_of_datasets():
 
 
 def test_memory_does_not_grow_with_the_source():
-    """Twenty-five times as many studies: the tables are larger, and nothing gathers while they stream."""
+    """With 25 times as many studies, the tables are larger, but nothing accumulates while they stream."""
 
     def objects_while_streaming(count):
-        """How many, and how many more after 150 rows."""
+        """Number of objects, and how many more there are after 150 rows."""
         columns = {"report": "Clear.", "volume": "scan.nii.gz", "one": 1.0}
         names = [f"{number:05d}" for number in range(count)]
         sieve = Sieve(pd.DataFrame({"id": names, "patient": names, **columns}))
@@ -312,11 +320,11 @@ def test_memory_does_not_grow_with_the_source():
     objects_while_streaming(199)  # what libraries keep from their first use
     few, many = objects_while_streaming(200), objects_while_streaming(5000)
     assert few[1] < 50 and many[1] < 50
-    # `datasets` keeps a dictionary and a list for each shard; no row, no text and no volume.
+    # `datasets` keeps a dictionary and a list for each shard, but no row, text or volume.
     assert many[0] - few[0] < 3 * 5000
 
 
-def test_phantoms_are_drawn_when_they_are_asked_for(processor):
+def test_phantoms_are_drawn_on_demand(processor):
     source = phantom_source("B", range(10**5), seed=0)
     assert source.num_studies == 10**5
     assert source.description == "100000 SYNTHETIC phantoms of site B"
@@ -328,3 +336,199 @@ def test_phantoms_are_drawn_when_they_are_asked_for(processor):
     (batch,) = loader
     assert batch["pixel_values"].shape == (2, 1, 8, 12, 8)
     assert batch["labels"].shape == (2, 18)
+
+
+# loader processes that die
+
+
+class Deadly(Rows):
+    """Rows of tiny arrays; some end the process that makes them, or loads them, with a status or a signal."""
+
+    def __init__(self, reading=(), loading=(), code=3):
+        super().__init__()
+        self.reading, self.loading, self.code = reading, loading, code
+
+    def __call__(self, key):
+        if key in self.reading:
+            os._exit(self.code)
+        row = super().__call__(key)
+        return {**row, "volume": DeadlyVolume(row["volume"], self.code)} if key in self.loading else row
+
+
+@dataclass(frozen=True)
+class DeadlyVolume(Deferred):
+    volume: np.ndarray
+    code: int
+
+    @contextlib.contextmanager
+    def open(self):
+        if self.code < 0:
+            os.kill(os.getpid(), -self.code)
+        os._exit(self.code)
+        yield self.volume
+
+
+class UnpicklableError(Exception):
+    def __init__(self, one, two):
+        super().__init__(f"{one} and {two}")
+
+
+ENDS = {
+    -signal.SIGKILL: r"was killed by SIGKILL \(perhaps the machine's memory was full\)",
+    -signal.SIGSEGV: "was killed by SIGSEGV",
+    -signal.SIGBUS: r"was killed by SIGBUS \(perhaps shared memory, /dev/shm, was full\)",
+    3: "ended with status 3",
+}
+
+
+@pytest.mark.parametrize("code", ENDS)
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_a_loader_process_that_dies_costs_its_study_alone(processor, tmp_path, num_workers, code):
+    deadly = [0, 7, 8, 19, 22]
+    source = Source([(key,) for key in range(23)], Deadly(loading=deadly, code=code), NAMES, "23 tiny studies")
+    loader = make_loader(
+        processor,
+        source,
+        seed=None,
+        num_workers=num_workers,
+        max_bad_share=0.5,
+        bad_samples_file=tmp_path / "bad.jsonl",
+    )
+    started = time.monotonic()
+    assert all_of(loader) == [f"study-{key}" for key in range(23) if key not in deadly]
+    assert time.monotonic() - started < 10
+    assert (loader.num_bad, loader.num_seen) == (5, 23)
+    lines = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text().splitlines()]
+    assert [line["id"] for line in lines] == [f"study-{key}" for key in deadly]
+    assert all(re.search(f"its loader process {ENDS[code]}$", line["reason"]) for line in lines)
+
+
+def test_a_process_that_dies_ends_a_strict_run_with_its_study(processor):
+    source = Source([(key,) for key in range(9)], Deadly(loading=[4], code=-signal.SIGKILL), NAMES, "9 tiny studies")
+    loader = make_loader(processor, source, seed=None, num_workers=2, on_bad_sample="raise")
+    with pytest.raises(DataError, match=r"^study-4 cannot be used: its loader process was killed by SIGKILL"):
+        ids_of(loader)
+    assert not multiprocessing.active_children()
+
+
+def test_processes_that_all_die_end_the_run(processor):
+    source = Source([(key,) for key in range(40)], Deadly(reading=range(40)), NAMES, "40 tiny studies")
+    with pytest.raises(DataError, match=r"6 of 6 studies .*; the last: study \d+: its loader process ended"):
+        ids_of(make_loader(processor, source, num_workers=2))
+
+
+@pytest.mark.parametrize("moment", [1, 2, 4])
+def test_processes_that_are_killed_while_nobody_looks_are_replaced(processor, moment):
+    """What they had ready goes with them, and is loaded again."""
+    loader = make_loader(processor, num_workers=2, seed=None, max_bad_share=1.0)
+    batches = iter(loader)
+    got = [next(batches)["ids"] for _ in range(moment)]
+    time.sleep(0.1 * (moment % 2))
+    for child in multiprocessing.active_children():
+        os.kill(child.pid, signal.SIGKILL)
+    got += [batch["ids"] for batch in batches]
+    names = list(itertools.chain.from_iterable(got))
+    assert len(names) + loader.num_bad == 23 and loader.num_bad <= 2
+    assert names == sorted(set(names), key=lambda name: int(name.split("-")[1]))
+
+
+@pytest.mark.parametrize("error", [VolumeError("a", "b", "c"), OSError(5, "gone", "x"), UnpicklableError(1, 2)])
+def test_what_reading_a_row_raises_is_raised_here(processor, error):
+    def read(key):
+        raise error
+
+    source = Source([(key,) for key in range(4)], read, NAMES, "4 tiny studies")
+    with pytest.raises((type(error), RuntimeError), match=str(error).replace("[", r"\[")):
+        ids_of(make_loader(processor, source, num_workers=1))
+
+
+def _load_for_ever(told):
+    studies = load_in_processes(range(9), Rows(), dict, 3, 6)
+    next(studies)
+    pids = [child.pid for child in multiprocessing.active_children()]
+    bystander = multiprocessing.Process(target=time.sleep, args=(60,))  # holds the pipes open
+    bystander.start()
+    told.send([pids, bystander.pid])
+    time.sleep(60)
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks for processes there")
+def test_loader_processes_end_with_the_run():
+    """Also when it is killed, and none of them is told."""
+    hears, tells = multiprocessing.Pipe()
+    run = multiprocessing.Process(target=_load_for_ever, args=(tells,))
+    run.start()
+    pids, bystander = hears.recv()
+    run.kill()
+    run.join()
+    assert len(pids) == 3
+    patience = time.monotonic() + 20
+    while any(map(_is_running, pids)) and time.monotonic() < patience:
+        time.sleep(0.1)
+    left = list(map(_is_running, pids))
+    os.kill(bystander, signal.SIGKILL)
+    assert not any(left)
+
+
+def _is_running(pid):
+    try:
+        return ") Z " not in Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+
+
+@pytest.mark.slow
+def test_processes_are_started_where_there_is_no_fork(processor, monkeypatch):
+    expected = ids_of(make_loader(processor))
+    monkeypatch.setattr(multiprocessing, "get_context", lambda: multiprocessing.context.SpawnContext())
+    assert ids_of(make_loader(processor, num_workers=2)) == expected
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_counts_of_a_pass_go_on_with_it(processor, num_workers):
+    """So that too many bad studies end a run however often it is stopped."""
+    source, settings = make_source(40, bad=[0, 1, 2, 3, 4, 30]), {"seed": None, "num_workers": num_workers}
+    _, state = first_of(make_loader(processor, source, **settings), 2)
+    assert (state["num_bad"], state["num_seen"]) == (5, 13)
+    again = make_loader(processor, source, **settings)
+    again.load_state_dict(state)
+    with pytest.raises(DataError, match="6 of 31 studies cannot be used"):
+        ids_of(again)
+    patient = make_loader(processor, source, max_bad_share=1.0, **settings)
+    patient.load_state_dict(state)
+    ids_of(patient, epochs=1)
+    assert (patient.num_bad, patient.num_seen) == (6, 40)
+
+
+def wait_for(condition):
+    patience = time.monotonic() + 20
+    while not condition() and time.monotonic() < patience:
+        time.sleep(0.05)
+    time.sleep(0.5)
+
+
+def test_no_study_is_blamed_for_a_process_that_is_killed_while_it_waits(processor, tmp_path):
+    """What it had ready is gone with it, and is loaded again."""
+    source = Source([(key,) for key in range(23)], NotedRows(tmp_path), NAMES, "23 tiny studies")
+    loader = make_loader(processor, source, seed=None, num_workers=2)
+    batches = iter(loader)
+    got = next(batches)["ids"]
+    wait_for(lambda: len(list(tmp_path.iterdir())) == 8)
+    for child in multiprocessing.active_children():
+        os.kill(child.pid, signal.SIGKILL)
+    got += [name for batch in batches for name in batch["ids"]]
+    assert got == [f"study-{key}" for key in range(23)]
+    assert loader.num_bad == 0
+
+
+def test_the_signals_of_a_terminal_are_left_to_the_run(processor, tmp_path):
+    source = Source([(key,) for key in range(23)], NotedRows(tmp_path), NAMES, "23 tiny studies")
+    batches = iter(make_loader(processor, source, seed=None, num_workers=2))
+    next(batches)
+    wait_for(lambda: len(list(tmp_path.iterdir())) == 8)
+    before = {child.pid for child in multiprocessing.active_children()}
+    for pid in before:
+        os.kill(pid, signal.SIGINT)
+    next(batches)
+    time.sleep(0.2)
+    assert {child.pid for child in multiprocessing.active_children()} == before

@@ -29,8 +29,10 @@ def test_limits_hold_for_phantoms():
     assert set(sources["tune"].groups) < set(open_source(PHANTOMS, "tune", CONFIG).groups)
 
 
-def test_phantoms_have_the_labels_that_they_are_drawn_with():
-    with pytest.raises(DataError, match=r"phantoms: drawn with CT-CLIP's 18 labels. Pass a model that has them"):
+def test_phantoms_need_the_labels_that_they_are_drawn_with():
+    with pytest.raises(
+        DataError, match=r"phantoms: these are drawn with CT-CLIP's 18 labels. Pass a model that has them"
+    ):
         open_source(PHANTOMS, "train", MedCTConfig(id2label={0: "nodule"}, label2id={"nodule": 0}))
 
 

@@ -12,6 +12,7 @@ from PIL import Image
 
 from medct import CT_CLIP_LABELS, MedCTConfig
 from medct.cli import main
+from medct.common.lock import only_run
 from medct.data import overview, phantom_source
 from medct.data.sources import Skipped, Source
 from medct.image_processing_medct import MedCTImageProcessor
@@ -27,7 +28,7 @@ def config() -> MedCTConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Unreadable:
-    """A volume that is there as soon as it is looked at: opening it fails."""
+    """Rows whose volumes do not exist: opening one fails."""
 
     def __call__(self, key: int) -> dict:
         labels = [float(key % 2), math.nan, 0.0] if key else [0.0, 0.0, 0.0]
@@ -61,7 +62,7 @@ def test_tokens_are_the_models(processor):
     tokenizer = processor.tokenizer
     tokenizer.model_max_length = 14
     reports = overview.summarize(source(), tokenizer)["reports"]
-    # Letters are words of this tokenizer's vocabulary, and a start and an end come with each report.
+    # Letters are words of this tokenizer's vocabulary, and each report has a start and an end token.
     lengths = [len(tokenizer(text)["input_ids"]) for text in ("one two three", "one two three four five")]
     assert (reports["tokens"]["min"], reports["tokens"]["max"]) == tuple(lengths)
     assert reports["cut"] == sum(length > 14 for length in [lengths[0], *lengths])
@@ -79,7 +80,7 @@ def test_a_source_without_labels_and_reports_is_counted():
 
 @pytest.mark.parametrize("orientation", ["SLP", "RAS", "PIR"])
 def test_pictures_stand_upright(orientation):
-    """Bright blocks towards the head, the front and the patient's left are found where a radiologist looks."""
+    """Bright blocks towards the head, the front and the patient's left appear where a radiologist looks for them."""
     # Indices grow towards the right, the front and the head.
     hu = np.full((21, 23, 25), -1000, np.int16)
     hu[:, :, 20:] = 100  # head
@@ -97,7 +98,7 @@ def test_pictures_stand_upright(orientation):
         assert picture[15, 15] == picture[26, 15] == -1
 
 
-def test_pixels_have_the_shape_of_their_millimetres(config):
+def test_pixels_have_their_shape_in_millimetres(config):
     values = torch.zeros(16, 24, 20)
     pictures = overview.middle_slices(values, config)
     assert [picture.shape for picture, _ in pictures] == [(20, 24), (16, 24), (16, 20)]
@@ -141,3 +142,10 @@ def test_the_command_counts_and_draws(tmp_path, converted, capsys):
 def test_bad_input_ends_in_one_sentence(arguments, tmp_path, refused):
     arguments = [tmp_path if argument == "SOURCE" else argument for argument in arguments]
     assert refused("overview", *arguments).startswith("nowhere: ")
+
+
+def test_a_sheet_that_another_run_draws_is_refused(tmp_path, refused):
+    sheet = tmp_path / "sheet.png"
+    with only_run(sheet):
+        said = refused("overview", "phantoms", "--limit", "2", "--samples", "1", "--sheet", sheet)
+    assert said.startswith(f"{sheet} is being written by another run")

@@ -27,7 +27,7 @@ def write_scan(path, level):
 
 
 def write_metadata(folder, count=40, **columns):
-    """A folder of a few scans that a table names again and again under as many names."""
+    """A folder of a few scans, which a table lists repeatedly under different names."""
     folder.mkdir(parents=True, exist_ok=True)
     names = [f"scan{number:02d}.nii.gz" for number in range(count)]
     for number, name in enumerate(names):
@@ -71,7 +71,7 @@ def test_a_split_column(tmp_path):
     assert names_of(folder, "valid") == {f"scan{number}.nii.gz" for number in range(36, 40)}
 
 
-def test_a_folder_a_split(tmp_path):
+def test_a_folder_per_split(tmp_path):
     write_metadata(tmp_path / "train", 4)
     write_metadata(tmp_path / "validation", 2)
     assert names_of(tmp_path, "valid") == {"validation/scan00.nii.gz", "validation/scan01.nii.gz"}
@@ -105,11 +105,11 @@ def test_columns_and_values_that_are_missing_or_strange(tmp_path):
     refused(r"metadata.csv: has no column 'fluid', but 'file_name', 'report', 'nodule', 'other'\.", fluid=None)
     refused("has no column 'file_name'", file_name=None)
     refused("the label 'nodule' is -1 somewhere", nodule="-1")
-    refused("'nodule' is no number", nodule="yes")
+    refused("'nodule' is not a number", nodule="yes")
     refused("6 rows have an empty 'patient'", patient="")
     refused("has the split 'holdout'", split="holdout")
     refused("1 rows have no split", split=["train"] * 5 + [""])
-    refused("3 patients stand in several splits", patient=["a", "b", "c"] * 2, split=["train"] * 3 + ["valid"] * 3)
+    refused("3 patients are in several splits", patient=["a", "b", "c"] * 2, split=["train"] * 3 + ["valid"] * 3)
     refused("contradict each other, such as 'one.nii.gz'", file_name="one.nii.gz")
     refused("no study of the train split is left .no such file", file_name=[f"{number}" for number in range(6)])
 
@@ -201,9 +201,9 @@ def test_a_repository_with_a_nifti_column(tmp_path, monkeypatch):
     hub.close()
 
 
-def test_what_is_no_source_is_said(tmp_path):
+def test_what_is_not_a_source_is_refused(tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match=r"empty: no CT-RATE layout, no metadata.csv, and no dataset"):
+    with pytest.raises(DataError, match=r"empty: not in CT-RATE's layout, no metadata.csv, and not a dataset"):
         open_source(str(tmp_path / "empty"), "train", CONFIG)
     Dataset.from_dict({"nodule": [1], "fluid": [0]}).to_parquet(str(tmp_path / "plain.parquet"))
     with pytest.raises(DataError, match=r"has no Nifti\(\) column"):
@@ -212,5 +212,5 @@ def test_what_is_no_source_is_said(tmp_path):
     with pytest.raises(DataError, match="has no column 'fluid'"):
         open_source(str(tmp_path / "few.parquet"), "train", CONFIG)
     (tmp_path / "broken.parquet").write_bytes(b"PAR1")
-    with pytest.raises(DataError, match="no readable Parquet file"):
+    with pytest.raises(DataError, match="not a readable Parquet file"):
         open_source(str(tmp_path / "broken.parquet"), "train", CONFIG)

@@ -39,7 +39,7 @@ def test_a_study_depends_on_patient_site_and_seed_alone():
         assert other["volume"].shape != first["volume"].shape or not np.array_equal(other["volume"], first["volume"])
 
 
-def test_labels_come_as_often_as_they_should():
+def test_labels_are_as_frequent_as_they_should_be():
     studies = [make_phantom(patient, "A") for patient in range(150)]
     for name in CT_CLIP_LABELS:
         share = np.mean([study[name] for study in studies])

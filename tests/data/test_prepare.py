@@ -1,4 +1,4 @@
-"""Prepared shards: written whole, the same however the work is divided, and read back as what went in."""
+"""Prepared shards: written whole, the same however the work is divided, and read back as they went in."""
 
 import dataclasses
 import hashlib
@@ -20,6 +20,7 @@ from pyarrow import parquet
 
 from medct import CTVolume, MedCTConfig, MedCTImageProcessor, VolumeError, read_volume
 from medct.cli import main
+from medct.common.lock import LockedError, only_run
 from medct.configuration_medct import CT_CLIP_LABELS
 from medct.data import PhantomCohort, StudyLoader, open_source, phantom_source, prepare
 from medct.data.ct_rate import METADATA_COLUMNS
@@ -32,7 +33,7 @@ SPACING_MM = (20.0, 15.0, 20.0)
 
 @pytest.fixture(scope="module")
 def config() -> MedCTConfig:
-    """The published model on a coarse grid of three different lengths."""
+    """The published model on a coarse grid with three different lengths."""
     vision = {"image_size": [16, 24, 20], "patch_size": [4, 4, 4], "target_spacing_mm": SPACING_MM}
     return MedCTConfig(vision_config=vision)
 
@@ -66,7 +67,7 @@ def opened(row) -> torch.Tensor:
 
 
 def stored(config, row) -> torch.Tensor:
-    """A row's volume by a shard's own rounding, HU."""
+    """A row's volume, rounded as in a shard, HU."""
     processor = MedCTImageProcessor.from_config(config.vision_config)
     return processor.process_volume(read_study(row, processor.orientation)).mul(processor.hu_per_unit)
 
@@ -85,7 +86,7 @@ def test_what_is_read_back_is_within_half_an_hu(folder, config, sources):
             assert difference.abs().max() <= 0.5 + 1e-3  # the float32 of `pixel_values` has steps of 6e-5 HU
 
 
-def test_a_real_scan_is_read_back_with_its_place(shared, tmp_path):
+def test_a_real_scan_is_read_back_in_its_place(shared, tmp_path):
     scan = shared / "realdata/07_cip_chest_64/ct-64.nii.gz"
     if not scan.is_file():
         pytest.skip("no real scan at hand")
@@ -134,7 +135,7 @@ def test_any_division_gives_the_same_files(folder, tmp_path, config, sources):
     assert contents(tmp_path) == contents(folder)
 
 
-def test_a_stopped_run_goes_on(folder, tmp_path, config, sources, monkeypatch):
+def test_a_stopped_run_is_resumed(folder, tmp_path, config, sources, monkeypatch):
     written = []
     write_table = parquet.ParquetWriter.write_table
 
@@ -149,7 +150,7 @@ def test_a_stopped_run_goes_on(folder, tmp_path, config, sources, monkeypatch):
         prepare.prepare(sources, config, tmp_path, SETTINGS)
     assert [path.name for path in (tmp_path / "data").iterdir()] == ["train-00000-of-00003.parquet"]
     prepare.prepare(sources, config, tmp_path, SETTINGS)
-    assert written[5] == written[3]  # the second file from its beginning, and the first not again
+    assert written[5] == written[3]  # the second file from its start, and the first not again
     assert len(written) == 5 + 6
     assert contents(tmp_path) == contents(folder)
     prepare.prepare(sources, config, tmp_path, SETTINGS)
@@ -158,12 +159,14 @@ def test_a_stopped_run_goes_on(folder, tmp_path, config, sources, monkeypatch):
 
 def test_other_settings_are_refused(folder, config, sources):
     before = contents(folder)
-    with pytest.raises(DataError, match=r"begun with `studies_per_shard` 3, not 4. Go on with the same settings, or"):
+    with pytest.raises(
+        DataError, match=r"started with `studies_per_shard` 3, not 4. Resume with the same settings, or"
+    ):
         prepare.prepare(sources, config, folder, {**SETTINGS, "studies_per_shard": 4})
-    with pytest.raises(DataError, match=r'begun with `num_studies` {"train": 7, "valid": 2}, not {"train": 7'):
+    with pytest.raises(DataError, match=r'started with `num_studies` {"train": 7, "valid": 2}, not {"train": 7'):
         prepare.prepare({**sources, "valid": phantoms(7, 8)}, config, folder, SETTINGS)
     other = MedCTConfig(vision_config={**config.vision_config.to_dict(), "hu_min": -1200})
-    with pytest.raises(DataError, match=r"begun with `hu_min` -1000.0, not -1200.0"):
+    with pytest.raises(DataError, match=r"started with `hu_min` -1000.0, not -1200.0"):
         prepare.prepare(sources, other, folder, SETTINGS)
     assert contents(folder) == before
 
@@ -199,8 +202,8 @@ def test_shards_of_other_labels_are_refused(folder, config):
         prepared_source(folder, "train", MedCTConfig(vision_config=vision, id2label=dict(enumerate(names))))
 
 
-def test_what_is_no_finished_folder_is_refused(folder, tmp_path, config, sources):
-    with pytest.raises(DataError, match=r"no manifest.json, so no finished shards"):
+def test_what_is_not_a_finished_folder_is_refused(folder, tmp_path, config, sources):
+    with pytest.raises(DataError, match=r"no manifest.json, so the shards are unfinished"):
         prepared_source(tmp_path, "train", config)
     with pytest.raises(DataError, match="has the splits train, valid, not tune"):
         prepared_source(folder, "tune", config)
@@ -312,7 +315,7 @@ def test_no_flipped_bit_is_read_silently(folder, tmp_path, config):
     assert min(found["refused"], found["unharmed"]) > 100
 
 
-def test_a_damaged_footer_concerns_its_file_alone(folder, tmp_path, config, sources):
+def test_a_damaged_footer_affects_its_file_alone(folder, tmp_path, config, sources):
     prepare.prepare({"train": sources["train"]}, config, tmp_path / "out", SETTINGS)
     path = tmp_path / "out/data/train-00001-of-00003.parquet"
     path.write_bytes(path.read_bytes()[:-4] + b"0000")
@@ -368,13 +371,13 @@ def header_of(shape=(2, 3, 4)) -> bytearray:
 @pytest.mark.parametrize(
     ("position", "value", "message"),
     [
-        (0, b"\0\0\1\x5c", "no little-endian single-file NIfTI-1"),
-        (344, b"ni1\0", "no little-endian single-file NIfTI-1"),
+        (0, b"\0\0\1\x5c", "not a little-endian single-file NIfTI-1"),
+        (344, b"ni1\0", "not a little-endian single-file NIfTI-1"),
         (42, b"\5\0", r"has the axes \(5, 3, 2\), not \(4, 3, 2\)"),
         (40, b"\4\0", "has the axes"),
-        (70, b"\x10\0", "no int16 in HU"),
-        (112, np.float32(2).tobytes(), "no int16 in HU"),
-        (116, np.float32(-1024).tobytes(), "no int16 in HU"),
+        (70, b"\x10\0", "not int16 in HU"),
+        (112, np.float32(2).tobytes(), "not int16 in HU"),
+        (116, np.float32(-1024).tobytes(), "not int16 in HU"),
         (108, np.float32(348).tobytes(), "do not fit its header"),
     ],
 )
@@ -526,7 +529,7 @@ def test_whether_studies_are_synthetic_is_a_field(small_model, config, tmp_path)
 
 def test_prepared_shards_are_not_prepared_again(folder, tmp_path, small_model, refused):
     command = ["prepare", folder, tmp_path / "out", "--model", small_model, "--splits", "train"]
-    assert "The source is prepared already" in refused(*command)
+    assert "The source is already prepared" in refused(*command)
 
 
 def test_impossible_flags_are_refused(refused, capfd):
@@ -534,3 +537,78 @@ def test_impossible_flags_are_refused(refused, capfd):
     with pytest.raises(SystemExit, match="2"):
         main(["prepare", "source", "output", "--studies_per_shard", "0"])
     assert "not a whole number of at least 1" in capfd.readouterr().err
+
+
+# two at once, and what a kill leaves
+
+
+def test_a_shard_that_another_run_makes_is_refused(tmp_path, config, sources):
+    path = prepare.shards_of(tmp_path, "train", sources["train"], SETTINGS)[0].path
+    with only_run(path), pytest.raises(LockedError, match=rf"{path.name} is being written by another run \(process"):
+        prepare.prepare(sources, config, tmp_path, SETTINGS)
+
+
+def test_what_a_killed_run_left_is_cleared_away(folder, tmp_path, config, sources):
+    """Whichever file it was writing; those of a shard that another process is writing again stay."""
+    shards = prepare.shards_of(folder, "train", sources["train"], SETTINGS)
+    shutil.copytree(folder, tmp_path / "out")
+    places = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
+    for place in places:
+        (tmp_path / "out" / place.with_name(f".{place.name}.partial-0a1b")).touch()
+    (tmp_path / "out" / "data" / f".{shards[0].path.name}.lock").touch()
+    held = tmp_path / "out" / "data" / shards[1].path.name
+    (tmp_path / "out" / "manifest.json").unlink()
+    with only_run(held):
+        left = held.with_name(f".{held.name}.partial-0a1b")
+        left.touch()
+        prepare.prepare(sources, config, tmp_path / "out", SETTINGS)
+        hidden = set((tmp_path / "out").rglob(".*"))
+        assert {path.name.split(".")[1] for path in hidden} == {shards[1].name}
+    prepare.prepare(sources, config, tmp_path / "out", SETTINGS)
+    assert not list((tmp_path / "out").rglob(".*"))
+    assert contents(tmp_path / "out") == contents(folder)
+
+
+def test_processes_that_finish_at_once_do_not_disturb_each_other(folder, tmp_path, config, sources):
+    shutil.copytree(folder, tmp_path / "out")
+    with only_run(tmp_path / "out" / "manifest.json"):
+        (tmp_path / "out" / ".manifest.json.partial-0a1b").touch()
+        assert prepare.prepare(sources, config, tmp_path / "out", SETTINGS) is not None
+        assert (tmp_path / "out" / ".manifest.json.partial-0a1b").exists()
+
+
+@pytest.mark.parametrize("below", ["", "/some/folder"])
+def test_a_revision_is_that_of_everything_that_is_read(folder, config, monkeypatch, below):
+    asked = []
+
+    def note(address, options):
+        asked.append(address)
+        return json.loads((folder / "manifest.json").read_text())
+
+    monkeypatch.setattr("medct.data.prepared.read_manifest", note)
+    address = f"hf://datasets/org/scans{below}"
+    source = prepared_source(address, "train", config, revision="abc")
+    assert asked == [f"hf://datasets/org/scans@abc{below}"]
+    assert all(path.startswith(f"hf://datasets/org/scans@abc{below}/data/") for path in source.read.paths)
+    assert prepared_source(address, "train", config).read.paths[0].startswith(f"{address}/data/")
+
+
+def test_a_shard_of_another_size_than_was_written_is_made_again(folder, tmp_path, config, sources):
+    shutil.copytree(folder, tmp_path / "out")
+    torn = sorted((tmp_path / "out" / "data").iterdir())[1]
+    torn.write_bytes(torn.read_bytes()[:-100])
+    prepare.prepare(sources, config, tmp_path / "out", SETTINGS)
+    assert contents(tmp_path / "out") == contents(folder)
+
+
+@pytest.mark.parametrize("setting", ["image_size", "target_spacing_mm", "orientation", "hu_min", "hu_max"])
+def test_each_setting_of_the_grid_is_compared(folder, tmp_path, config, setting):
+    shutil.copytree(folder, tmp_path / "out")
+    path = tmp_path / "out" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["settings"][setting] = {"orientation": "SLA", "image_size": [8, 8, 8], "target_spacing_mm": [1, 1, 1]}.get(
+        setting, -777.0
+    )
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match=f"prepared for `{setting}`"):
+        prepared_source(tmp_path / "out", "train", config)

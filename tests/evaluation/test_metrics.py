@@ -1,4 +1,4 @@
-"""Scores against recorded figures, scikit-learn, and definitions written out slowly."""
+"""Metrics compared with recorded figures, scikit-learn, and definitions written out slowly."""
 
 import json
 import math
@@ -37,7 +37,7 @@ DECISIONS = {
 
 
 def study(patients: int = 60, scans_each: int = 2, seed: int = 0, unknown: float = 0.1):
-    """Scores with ties, labels with gaps, and patients, of three labels."""
+    """Scores with ties, labels with gaps, and patients, for three labels."""
     generator = np.random.default_rng(seed)
     patient_of_scan = np.repeat(np.arange(patients), scans_each)
     habit = generator.normal(size=(patients, 3))[patient_of_scan]  # a patient's scans resemble each other
@@ -48,14 +48,14 @@ def study(patients: int = 60, scans_each: int = 2, seed: int = 0, unknown: float
 
 
 def slow_auroc(scores, truth):
-    """Share of pairs, one present and one absent, that are in order; ties are half in order."""
+    """Share of pairs of a present and an absent scan that are in order; ties count half."""
     present = [score for score, here in zip(scores, truth, strict=True) if here == 1]
     absent = [score for score, here in zip(scores, truth, strict=True) if here == 0]
     return math.fsum((p > a) + 0.5 * (p == a) for p in present for a in absent) / (len(present) * len(absent))
 
 
 def slow_protocol(scores, truth):
-    """CT-CLIP's protocol for one label, a threshold of the grid after the other."""
+    """CT-CLIP's protocol for one label, one threshold of the grid after another."""
     best = None
     for step in range(100):
         said = [score >= step / 99 for score in scores]
@@ -141,7 +141,7 @@ def test_a_label_that_never_occurs_has_no_score():
     assert np.isnan(scores["auroc/mass"]) and np.isnan(scores["accuracy/mass"])
 
 
-def test_an_unknown_label_is_passed_by():
+def test_an_unknown_label_is_skipped():
     """The scan still counts for its other label."""
     more_scores = np.vstack([SCORES, [[0.0, 0.9]]])
     labels = np.array([[1, 0], [0, 1], [1, 0], [0, 1]])
@@ -175,7 +175,7 @@ def test_bad_comparisons_are_refused():
         with_intervals(SCORES, LABELS, ["a", "b", "c"], ["nodule", "mass"])
     with pytest.raises(ValueError, match=r"outside 0\.\.1"):
         compare(SCORES, SCORES * 2, LABELS, None, ["nodule", "mass"])
-    with pytest.raises(ValueError, match="One of two models has thresholds"):
+    with pytest.raises(ValueError, match="Only one model has thresholds"):
         compare(SCORES, SCORES, LABELS, None, ["nodule", "mass"], thresholds_base=np.array([0.5, 0.5]))
 
 
@@ -202,7 +202,7 @@ def test_threshold_rules_differ_and_are_named():
 
 
 def test_no_threshold_from_a_label_that_does_not_vary():
-    """What was never seen to vary cannot be decided later; rankings are scored all the same."""
+    """A label that never varied cannot be predicted later; rankings are scored all the same."""
     thresholds = choose_thresholds(SCORES, LABELS)
     assert thresholds[0] == 0.9 and np.isnan(thresholds[1])
     figures = zero_shot_scores(SCORES, np.array([[1, 0], [0, 1], [1, 0], [0, 1]]), ["nodule", "mass"], thresholds)
@@ -210,8 +210,8 @@ def test_no_threshold_from_a_label_that_does_not_vary():
     assert figures["auroc/mass"] == 1
 
 
-def test_resamples_equal_scans_drawn_again_and_again(monkeypatch):
-    """The weighted figures are those of a data set in which scans stand as often as they were drawn."""
+def test_resamples_equal_repeated_scans(monkeypatch):
+    """The weighted figures are those of a data set that holds each scan as often as it was drawn."""
     scores, labels, patients = study(patients=12)
     thresholds = np.array([0.5, 0.4, 0.7])
     models = [(scores, thresholds)]
@@ -268,7 +268,7 @@ def test_pairing_narrows_the_interval_of_the_difference():
     )
 
 
-def test_more_scans_of_the_same_patients_narrow_nothing():
+def test_more_scans_of_the_same_patients_do_not_narrow_intervals():
     scores, labels, patients = study()
     once = with_intervals(scores, labels, patients, NAMES, resamples=50)
     twice = with_intervals(np.vstack([scores] * 2), np.vstack([labels] * 2), patients * 2, NAMES, resamples=50)
@@ -307,7 +307,7 @@ def test_a_rare_label_is_left_out_of_resamples_that_lack_it():
 
 
 def test_intervals_stay_in_range():
-    """Few patients make wide intervals, which moving could carry past what is possible."""
+    """Few patients give wide intervals, which the shift could push out of range."""
     labels = np.array([0, 0, 1, 0, 1, 1])[:, None]
     scores = np.linspace(0, 1, 6)[:, None]  # AUROC 8/9
     compared = compare(1 - scores, scores, labels, None, ["nodule"], resamples=200)
@@ -332,7 +332,7 @@ def test_comparison_is_json_without_nan():
 
 
 def coverage(patients_known: bool, studies: int = 200) -> dict[str, float]:
-    """Share of intervals that hold the value of all patients there could be; 60 patients, 4 scans each."""
+    """Share of intervals that cover the population's value; 60 patients, 4 scans each."""
     generator = np.random.default_rng(0)
 
     def draw(patients):
@@ -352,15 +352,15 @@ def coverage(patients_known: bool, studies: int = 200) -> dict[str, float]:
 
 
 @pytest.mark.slow
-def test_intervals_hold_the_truth_as_often_as_they_say():
-    """And would not if scans of one patient counted as patients."""
+def test_intervals_cover_the_truth_as_often_as_they_claim():
+    """They would not if each scan counted as a patient."""
     assert all(0.90 <= share <= 0.99 for share in coverage(patients_known=True).values())
     assert coverage(patients_known=False)["auroc"] < 0.85
 
 
 @pytest.mark.slow
-def test_bias_of_average_precision_is_taken_off():
-    """Means over many labels have narrow intervals, which the bias of resampling would carry past the truth."""
+def test_bias_of_average_precision_is_corrected():
+    """Means over many labels have narrow intervals, which the bias of resampling would shift past the truth."""
     generator = np.random.default_rng(5)
     prevalence, separation = np.linspace(0.07, 0.45, 18), np.linspace(0.3, 2, 18)
     names = [str(index) for index in range(18)]
@@ -411,3 +411,13 @@ def test_loads_as_an_evaluate_module(tmp_path):
         module.add_batch(predictions=scores[rows].tolist(), references=labels[rows].tolist())
     assert module.compute(names=NAMES, thresholds=thresholds) == computed
     assert module.compute(predictions=scores, references=labels)["auroc/0"] == expected["auroc/nodule"]
+
+
+def test_a_model_that_is_worse_differs_by_less_than_nothing():
+    generator = np.random.default_rng(0)
+    labels = generator.integers(0, 2, (200, 2)).astype(float)
+    good = np.clip(0.5 + 0.4 * (labels - 0.5) + generator.normal(0, 0.1, labels.shape), 0, 1)
+    difference = compare(good, 1 - good, labels, None, ["a", "b"], resamples=50)["difference"]["auroc"]
+    assert -1 <= difference["low"] <= difference["value"] <= difference["high"] < -0.5
+    swapped = compare(1 - good, good, labels, None, ["a", "b"], resamples=50)["difference"]["auroc"]
+    assert swapped["value"] == pytest.approx(-difference["value"])

@@ -1,4 +1,4 @@
-"""What the figures say; how they look was looked at."""
+"""What the figures say; their appearance was checked by eye."""
 
 import numpy as np
 import PIL.Image
@@ -13,7 +13,7 @@ NOTE = "SYNTHETIC phantoms of site B: drawings, no patients, and no clinical mea
 
 @pytest.fixture
 def study():
-    """Two models and labels of 80 scans; one label is unknown at times, the last never present."""
+    """Two models and labels of 80 scans; one label is sometimes unknown, the last never present."""
     generator = np.random.default_rng(0)
     labels = (generator.random((80, 4)) < [0.5, 0.2, 0.4, 0]).astype(float)
     labels[:5, 0] = np.nan
@@ -26,7 +26,7 @@ def study():
 
 
 def texts(figure) -> list[str]:
-    """All that is written in a figure."""
+    """All text in a figure."""
     return [text.get_text() for text in figure.findobj(Text) if text.get_text()]
 
 
@@ -44,7 +44,7 @@ def test_roc_plot_names_models_labels_and_data(study, tmp_path):
 
 
 def test_roc_curves_are_drawn_where_they_belong(study):
-    """A perfect model goes through the corner, one that says the opposite along the floor."""
+    """A perfect model's curve goes through the corner, an inverted one's along the floor."""
     _, labels = study
     labels = np.nan_to_num(labels[:, :1])
     figure = roc_plot({"right": labels, "wrong": 1 - labels}, labels, NAMES[:1])

@@ -41,10 +41,10 @@ def save_adapter(base: Path, folder: Path, seed: int = 0, results: dict | None =
 
     Args:
         base: Folder of a small model.
-        folder: To make.
-        seed: Of the weights.
+        folder: Folder to make.
+        seed: Seed for the weights.
         results: Written as `results.json`.
-        config: Fields of `LoraConfig`, other than these.
+        config: Further fields of `LoraConfig`.
     """
     model = MedCTModel.from_pretrained(base)
     targets = r".*\.(q_proj|v_proj|query|value)"

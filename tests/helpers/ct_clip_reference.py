@@ -1,7 +1,7 @@
-"""CT-CLIP by the letter of its specification: slow, literal, sharing no code with the package.
+"""CT-CLIP to the letter of its specification: slow, literal, sharing no code with the package.
 
-What the package's model is compared with where the tensors recorded from the original are not at hand; compared with
-them itself where they are.
+The package's model is compared with it where the tensors recorded from the original are not available; where they
+are, it is itself compared with them.
 """
 
 import torch
@@ -52,7 +52,7 @@ def grid(sizes: dict) -> tuple[int, int, int]:
 
 
 def shapes(sizes: dict) -> dict[str, tuple[int, ...]]:
-    """Every key of a published checkpoint but BERT's, with its shape."""
+    """Every key of a published checkpoint except BERT's, with its shape."""
     d, inner, c = sizes["dim"], sizes["heads"] * sizes["dim_head"], sizes["dim_head"]
     m = int(4 * (2 / 3) * d)
     frame_patch = sizes["patch_size"] ** 2
@@ -107,7 +107,7 @@ def random_checkpoint(sizes: dict, seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def position_bias(state: dict, sizes: dict) -> torch.Tensor:
-    """`(heads, tokens, tokens)`, each pair of tokens by itself."""
+    """`(heads, tokens, tokens)`, one pair of tokens at a time."""
     _, h, w = grid(sizes)
     places = torch.stack(torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij"), -1).reshape(-1, 2).float()
     offset = places[:, None] - places[None]
@@ -166,7 +166,7 @@ def patch_embeddings(state: dict, pixel_values: torch.Tensor, sizes: dict) -> to
 
 
 def run(state: dict, sizes: dict, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Everything that the recorded tensors hold, under their names; gradients reach whatever wants them."""
+    """Everything that the recorded tensors hold, under their names; gradients reach whatever requires them."""
     out: dict[str, torch.Tensor] = {}
     t, h, w = grid(sizes)
     d, batch = sizes["dim"], len(inputs["pixel_values"])

@@ -1,4 +1,4 @@
-"""CT-RATE in small, with its known faults: a dictionary from paths to bytes, to be written to a disk or served.
+"""A miniature CT-RATE with its known faults: a dictionary from paths to bytes, to be written to disk or served.
 
 | study | what is odd about it |
 | --- | --- |
@@ -7,7 +7,7 @@
 | train_3_a | both parts of the report are "Not given." |
 | train_4_a | no findings, only an impression |
 | train_5_a | no z spacing |
-| train_6_a | the volume breaks off |
+| train_6_a | the volume is truncated |
 | train_7_a | -8192 outside the field of view; in version 1 the intercept is -8192 |
 | train_8_a | labels, but no report |
 | train_9_a | a report, but no labels |
@@ -16,7 +16,7 @@
 | train_12_a | an empty label |
 | valid_1_a | two reconstructions |
 | valid_2_a | nothing |
-| valid_3_a | the volume breaks off |
+| valid_3_a | the volume is truncated |
 | valid_4_a | head and neck |
 """
 
@@ -55,7 +55,7 @@ def volumes(split: str) -> list[str]:
 
 
 def hu_of(name: str) -> np.ndarray:
-    """What a volume shows: another constant for each, and nothing outside the field of view of one."""
+    """What a volume shows: a constant of its own and, in one of them, nothing outside the field of view."""
     split, patient, scan, number = name.split("_")
     level = 100 * int(patient) + 10 * (scan == "b") + int(number) - (700 if split == "train" else 300)
     array = np.full(SHAPE, level, np.int16)

@@ -1,4 +1,4 @@
-"""What the Hub on loopback holds: repositories, their commits and files."""
+"""What the loopback Hub holds: repositories, their commits and files."""
 
 import dataclasses
 import hashlib

@@ -58,7 +58,7 @@ class Fault:
 
 
 class HubError(Exception):
-    """An answer that is an error, as the Hub words it."""
+    """An error response, worded as the Hub's own."""
 
     def __init__(self, status: int, code: str = "", message: str = ""):
         super().__init__(message)
@@ -75,8 +75,8 @@ class HubServer:
     Attributes:
         repos: By type ("model", "dataset") and id.
         requests: One line for each request, `METHOD /path?query`.
-        lfs_from_bytes: Files of at least so many bytes are large ones.
-        tree_page_size: Entries of one page of a listing.
+        lfs_from_bytes: Files of at least this many bytes go through LFS.
+        tree_page_size: Entries on one page of a listing.
     """
 
     def __init__(self) -> None:
@@ -107,18 +107,18 @@ class HubServer:
         return repo
 
     def add_file(self, repo_type: str, repo_id: str, path: str, content: bytes) -> str:
-        """Put a file into a repository, which is made if there is none; returns the commit."""
+        """Put a file into a repository, made if need be; returns the commit."""
         return self.add_files(repo_type, repo_id, {path: content})
 
     def add_files(self, repo_type: str, repo_id: str, files: dict[str, bytes]) -> str:
-        """The same with several files, in one commit."""
+        """Put several files into a repository in one commit."""
         with self.lock:
             repo = self.create(repo_type, repo_id)
             blobs = {path: Blob(content, self.is_large(path, len(content))) for path, content in files.items()}
             return repo.commit("main", "add files", repo.head.files | blobs).sha
 
     def files(self, repo_id: str, repo_type: str = "model") -> dict[str, bytes]:
-        """What a repository holds by now."""
+        """What a repository holds now."""
         return {path: blob.content for path, blob in self.repo(repo_type, repo_id).head.files.items()}
 
     def is_large(self, path: str, size: int) -> bool:
@@ -132,11 +132,11 @@ class HubServer:
         self.faults.append(Fault(pattern, times, status, headers))
 
     def cut_upload(self, pattern: str, after_bytes: int, times: int = 1) -> None:
-        """Break the connection when so many bytes of the request's body have come; nothing is done."""
+        """Break the connection after this many bytes of the request's body; nothing is done."""
         self.faults.append(Fault(pattern, times, cut="upload", after_bytes=after_bytes))
 
     def cut_answer(self, pattern: str, after_bytes: int = 0, times: int = 1) -> None:
-        """Do what is asked, and break the connection after so many bytes of the answer's body."""
+        """Do what is asked, but break the connection after this many bytes of the response's body."""
         self.faults.append(Fault(pattern, times, cut="answer", after_bytes=after_bytes))
 
     def count(self, pattern: str) -> int:
@@ -154,7 +154,7 @@ class HubServer:
     # clients
 
     def environment(self, home: Path, token: str | None = OWNER) -> dict[str, str]:
-        """Variables that lead a client to this Hub and away from every other."""
+        """Environment variables that point a client to this Hub and away from any other."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
         ours = {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
         return kept | ours | ({} if token is None else {"HF_TOKEN": token})
@@ -168,7 +168,7 @@ class HubServer:
             code: Finds `arguments` in `sys.argv[1:]`.
             arguments: Become strings.
             home: Empty folder, for the client's cache; also the working directory.
-            token: Whose client it is, or `None` for nobody's.
+            token: The client's token; `None` for an anonymous client.
             medct: Whether `import medct` works there.
         """
         home.mkdir(parents=True, exist_ok=True)
@@ -177,7 +177,7 @@ class HubServer:
         return subprocess.run(command, capture_output=True, text=True, cwd=home, env=environment, check=False)
 
     def connect(self, monkeypatch: pytest.MonkeyPatch, token: str | None = OWNER) -> None:
-        """Lead the clients that this process makes from now on to this Hub."""
+        """Point the clients that this process makes from now on to this Hub."""
         from huggingface_hub import constants
 
         monkeypatch.setattr(constants, "ENDPOINT", self.url)
@@ -264,7 +264,7 @@ class HubHandler(BaseHTTPRequestHandler):
         return b"".join(parts)
 
     def cut(self) -> None:
-        """End the connection in such a way that the client sees it at once."""
+        """End the connection so that the client notices at once."""
         self.wfile.flush()
         self.connection.shutdown(socket.SHUT_RDWR)
         raise ConnectionCutError
@@ -453,7 +453,7 @@ class HubHandler(BaseHTTPRequestHandler):
     # commits
 
     def on_validate_yaml(self) -> None:
-        """The rules that the Hub is known to refuse cards by."""
+        """The rules by which the Hub is known to refuse cards."""
         match = re.match(r"---\n(.*?)\n---", json.loads(self.body)["content"], re.DOTALL)
         if match is None:
             return self.answer({"errors": [], "warnings": [{"message": "empty or missing yaml metadata"}]})

@@ -14,7 +14,7 @@ from pydicom.uid import (
     generate_uid,
 )
 
-# Stands in every identifying field; no message may hold it, nor the date.
+# Set in every identifying field; no message may contain it, or the date.
 SECRET = "SECRET"
 SECRET_DATE = "19991231"
 STEP_MM = 2.5
@@ -25,7 +25,7 @@ AFFINE = np.array([[-0.7, 0, 0, 10], [0, -0.8, 0, 20], [0, 0, STEP_MM, 30], [0, 
 
 
 def at(x: float, y: float, z: float) -> list[float]:
-    """An image position, LPS mm, by its distance from that of the first slice."""
+    """An image position, LPS mm, at a distance from that of the first slice."""
     return (ORIGIN_MM + np.array((x, y, z))).tolist()
 
 
@@ -50,7 +50,7 @@ def new_slice(hu: np.ndarray, k: int) -> FileDataset:
     ds.Modality, ds.ImageType = "CT", ["ORIGINAL", "PRIMARY", "AXIAL"]
     ds.ImagePositionPatient = at(0, 0, STEP_MM * k)
     ds.ImageOrientationPatient, ds.PixelSpacing = [1, 0, 0, 0, 1, 0], list(SPACING_MM)
-    ds.SliceThickness = 5  # overlapping slices: no measure of their step
+    ds.SliceThickness = 5  # slices overlap, so this does not measure their step
     ds.SamplesPerPixel, ds.PhotometricInterpretation = 1, "MONOCHROME2"
     ds.RescaleSlope, ds.RescaleIntercept = 1, -1024
     set_pixels(ds, hu.astype(np.int32) + 1024)
@@ -58,7 +58,7 @@ def new_slice(hu: np.ndarray, k: int) -> FileDataset:
 
 
 def set_pixels(ds: Dataset, stored: np.ndarray, signed: bool = False, bits_stored: int = 16) -> None:
-    """Stored values of a slice or of frames."""
+    """Set the stored values of a slice or of frames."""
     ds.Rows, ds.Columns = stored.shape[-2:]
     ds.BitsAllocated, ds.BitsStored, ds.HighBit, ds.PixelRepresentation = 16, bits_stored, bits_stored - 1, int(signed)
     ds.add_new(0x7FE00010, "OW", np.ascontiguousarray(stored).astype("<i2" if signed else "<u2").tobytes())
@@ -67,7 +67,7 @@ def set_pixels(ds: Dataset, stored: np.ndarray, signed: bool = False, bits_store
 def write_series(
     folder: Path, hu: np.ndarray, edit: Callable[[FileDataset, int], object] | None = None, prefix: str = ""
 ) -> Path:
-    """A folder of slices under scrambled names; `edit` may change each, or leave it out by returning False."""
+    """A folder of slices under scrambled names; `edit` may change each, or drop it by returning False."""
     folder.mkdir(parents=True, exist_ok=True)
     for k, slice_hu in enumerate(hu):
         ds = new_slice(slice_hu, k)
@@ -82,7 +82,7 @@ def write_series(
 
 
 def write_enhanced(path: Path, hu: np.ndarray, edit: Callable[[FileDataset], object] | None = None, order=None) -> Path:
-    """An Enhanced CT of one file; frames may be stored in any order."""
+    """Write an Enhanced CT as one file; frames may be stored in any order."""
     order = range(len(hu)) if order is None else order
     ds = new_slice(hu[0], 0)
     ds.SOPClassUID = ds.file_meta.MediaStorageSOPClassUID = EnhancedCTImageStorage

@@ -1,7 +1,8 @@
-"""Rows stay written, torn lines are dropped, parts are merged."""
+"""Rows stay written, incomplete lines are dropped, parts are merged."""
 
 import pytest
 
+from medct.common.errors import FAILED, _end_of
 from medct.inference.bulk import KEY, Csv, JsonLines, RowFile, merge, part_path, part_paths, read_rows
 
 CSV = Csv([KEY, "score", "notes"])
@@ -20,7 +21,7 @@ def write(path, format, rows):
     file.close()
 
 
-def test_rows_come_back_and_a_second_run_goes_on(tmp_path, format):
+def test_rows_come_back_and_a_second_run_adds_to_them(tmp_path, format):
     path = tmp_path / "rows"
     write(path, format, ROWS[:2])
     file = RowFile(path, format)
@@ -30,7 +31,7 @@ def test_rows_come_back_and_a_second_run_goes_on(tmp_path, format):
     file.close()
 
 
-def test_a_torn_line_is_dropped(tmp_path, format):
+def test_an_incomplete_line_is_dropped(tmp_path, format):
     path = tmp_path / "rows"
     write(path, format, ROWS)
     whole = path.read_bytes()
@@ -43,7 +44,7 @@ def test_a_torn_line_is_dropped(tmp_path, format):
     assert path.read_bytes() == whole
 
 
-def test_a_torn_header_is_written_again(tmp_path):
+def test_an_incomplete_header_is_rewritten(tmp_path):
     path = tmp_path / "rows"
     path.write_text(CSV.header()[:4])
     write(path, CSV, ROWS)
@@ -59,7 +60,7 @@ def test_a_line_break_in_a_value_makes_no_second_line(tmp_path):
 def test_files_of_others_are_left_alone(tmp_path, format, content):
     path = tmp_path / "rows"
     path.write_text(content)
-    with pytest.raises(ValueError, match="other rows than this run would write"):
+    with pytest.raises(ValueError, match="rows that this run would not write"):
         RowFile(path, format)
     assert path.read_text() == content
 
@@ -80,3 +81,21 @@ def test_parts_are_merged_in_order_and_once(tmp_path, format):
 def test_merging_nothing_makes_an_empty_file(tmp_path):
     assert merge(tmp_path / "rows", CSV) == 0
     assert (tmp_path / "rows").read_text() == CSV.header()
+
+
+def test_a_full_disk_is_told_with_the_file_and_costs_the_row(tmp_path, format):
+    resource = pytest.importorskip("resource")
+    path = tmp_path / "rows"
+    write(path, format, ROWS[:2])
+    file, before = RowFile(path, format), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 5, before[1]))
+    try:
+        with pytest.raises(OSError) as caught:
+            file.write(ROWS[2])
+        file.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert _end_of(caught.value) == (FAILED, f"error: {path}: {caught.value.strerror}.")
+    assert read_rows(path, format) == ROWS[:2]
+    write(path, format, ROWS[2:])
+    assert read_rows(path, format) == ROWS

@@ -1,6 +1,8 @@
 """Maps add up to the score they explain, and lie where the scan lies."""
 
 import itertools
+import re
+import unicodedata
 
 import nibabel
 import numpy as np
@@ -9,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from medct import CTVolume, MedCTImageProcessor, ZeroShotCTClassificationPipeline
-from medct.inference.maps import CAVEAT, FindingMap, _highest, map_findings, save_nifti, save_png, to_scan
+from medct.inference.maps import CAVEAT, FindingMap, _highest, file_names, map_findings, save_nifti, save_png, to_scan
 from medct.volume_io_medct import affine_from_spacing
 
 LABELS = ["a", "b"]
@@ -38,7 +40,7 @@ def test_patches_add_up_to_the_margin(pipe, batch, templates):
 
 
 @torch.no_grad()
-def test_a_patch_is_what_its_slice_of_the_projection_makes_of_it(pipe, model, batch):
+def test_a_patch_is_its_token_through_its_slice_of_the_projection(pipe, model, batch):
     volume = batch["pixel_values"][:1]
     (finding,) = map_findings(pipe, volume, ["a"])
     outputs = model.vision_model(pixel_values=volume)
@@ -102,3 +104,32 @@ def test_files_say_what_they_are_not(tmp_path):
     assert image.header["descrip"].item().decode() == CAVEAT[:79]
     save_png(tmp_path / "map.png", FindingMap("a", 0.5, 0.0, torch.zeros(1)), values, volume)
     assert (tmp_path / "map.png").read_bytes()[1:4] == b"PNG"
+
+
+ALIKE = [
+    ["Pleural effusion", "pleural-effusion", "PLEURAL EFFUSION", "pleural effusion!"],
+    ["胸腔积液", "心脏扩大"],
+    ["Ödem", "O\u0308dem", "Odem", "ödem"],
+    ["ﬁbrosis", "fibrosis"],
+    ["?", "!", "  ", "😀", "..", "/", "\\"],
+    ["x" * 300, "x" * 299, "x" * 300 + "y"],
+    ["Straße", "STRASSE"],
+]
+
+
+@pytest.mark.parametrize("labels", [*ALIKE, [label for group in ALIKE for label in group]])
+def test_each_label_has_a_file_name_of_its_own_on_every_file_system(labels):
+    names = file_names(labels)
+    assert len({unicodedata.normalize("NFKD", name).casefold() for name in names}) == len(labels)
+    assert all(name.endswith("_debugging-aid") and len(f"{name}.nii.gz".encode()) < 256 for name in names)
+    assert all(re.fullmatch(r"[\w-]+", name) and not name.startswith("-") for name in names)
+
+
+def test_a_file_name_says_its_label():
+    names = ["Rib fracture", "胸腔积液", "Ground-glass opacity (GGO), 2 mm"]
+    assert file_names(names) == [
+        "rib-fracture_debugging-aid",
+        "胸腔积液_debugging-aid",
+        "ground-glass-opacity-ggo-2-mm_debugging-aid",
+    ]
+    assert file_names(["A", "a"])[1] == file_names(["b", "a", "A"])[1], "whatever else is asked for in the same order"

@@ -109,7 +109,7 @@ def test_ks_beyond_the_studies_are_left_out(tmp_path):
     assert list(recall(read_embeddings(tmp_path / "index.parquet"))["chance"]) == [5, 10]
 
 
-def test_reports_that_say_nothing_are_none(tmp_path):
+def test_reports_that_say_nothing_count_as_missing(tmp_path):
     """As in training: otherwise all such studies would share a report and count as right answers for it."""
     path = tmp_path / "reports.csv"
     path.write_text(
@@ -122,11 +122,11 @@ def test_reports_that_say_nothing_are_none(tmp_path):
         read_reports(path)
 
 
-def test_what_is_no_index_is_said(tmp_path):
+def test_what_is_not_an_index_is_refused(tmp_path):
     with pytest.raises(SearchError, match="no such file"):
         read_embeddings(tmp_path / "index.parquet")
     (tmp_path / "index.parquet").write_text("no parquet")
-    with pytest.raises(SearchError, match="no file of embeddings"):
+    with pytest.raises(SearchError, match="not a file of embeddings"):
         read_embeddings(tmp_path / "index.parquet")
 
 

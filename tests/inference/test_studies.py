@@ -1,4 +1,4 @@
-"""Folders to studies, and studies that are read ahead."""
+"""From folders to studies, and studies that are read ahead."""
 
 import contextlib
 import os
@@ -32,7 +32,7 @@ def write_nifti(path, seed: int = 0):
 
 @pytest.fixture
 def hospital(tmp_path):
-    """Six studies among files that are none."""
+    """Six studies among other files."""
     folder = tmp_path / "hospital"
     write_nifti(folder / "b.nii.gz")
     write_nifti(folder / "a/scan.nii")
@@ -69,14 +69,14 @@ def test_files_given_by_name_are_taken_whatever_their_suffix(hospital):
     assert find_studies(["hf://datasets/org/name/scan.nii.gz"])[0].source == "hf://datasets/org/name/scan.nii.gz"
 
 
-def test_what_is_not_there_is_said(tmp_path):
+def test_missing_paths_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such file or folder"):
         find_studies([tmp_path / "nothing"])
     with pytest.raises(FileNotFoundError, match="no studies in this folder"):
         find_studies([tmp_path])
 
 
-def test_a_failure_names_its_study_and_nothing_of_a_header(hospital, image_processor, monkeypatch):
+def test_a_failure_names_its_study_and_nothing_from_a_header(hospital, image_processor, monkeypatch):
     (hospital / "a/scan.nii").write_bytes(b"nothing")
     failed = read_study(Study("a", str(hospital / "a/scan.nii")), image_processor)
     assert isinstance(failed, FailedStudy)
@@ -106,7 +106,7 @@ def test_reading_is_in_order_and_ahead_by_no_more_than_its_threads(monkeypatch, 
             most = max(most, reading)
             started.append(study)
         if study < 2:
-            barrier.wait()  # only passed if two are read at once
+            barrier.wait()  # passes only if two are read at once
         with lock:
             reading -= 1
         return study

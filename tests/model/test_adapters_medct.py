@@ -1,13 +1,15 @@
-"""Adapters: what they remember, which models take them, and several of them on one base."""
+"""Adapters: what they record, which models accept them, and several of them on one base."""
 
 import json
 import pickle
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 from adapter_files import save_adapter
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 from medct import AdapterMismatchError, MedCTModel, check_fit
@@ -26,7 +28,7 @@ def other_adapter(converted, tmp_path_factory):
 
 @pytest.fixture
 def edited(adapter, tmp_path):
-    """`edited(key=value)`: a copy of the adapter that remembers something else."""
+    """`edited(key=value)`: a copy of the adapter that records something else."""
 
     def edit(**changes):
         folder = tmp_path / "edited"
@@ -48,7 +50,7 @@ def logits(model, batch) -> torch.Tensor:
 # fingerprints
 
 
-def test_fingerprint_is_of_the_base_alone(model, adapter):
+def test_fingerprint_depends_on_the_base_alone(model, adapter):
     before = fingerprint(model)
     names = base_tensors(model).keys()
     peft = PeftModel.from_pretrained(model, adapter)
@@ -70,7 +72,7 @@ def test_fingerprint_is_the_same_in_bfloat16(model):
 
 
 @pytest.mark.parametrize("name", ["logit_scale.weight", "vision_model.quantizer.codebook"])
-def test_fingerprint_sees_one_changed_number(model, name):
+def test_fingerprint_detects_one_changed_number(model, name):
     before = fingerprint(model)
     model.state_dict()[name].view(-1)[0] += 0.1
     assert fingerprint(model) != before
@@ -86,7 +88,7 @@ def test_an_adapter_fits_its_base(model, adapter, other_adapter):
     model.load_adapter(str(adapter))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        check_fit(model, other_adapter)  # the first one does not disturb
+        check_fit(model, other_adapter)  # the first one does not interfere
 
 
 def test_other_weights_are_refused(model, adapter):
@@ -110,12 +112,12 @@ def test_other_preprocessing_is_refused(model, adapter, edited):
 
 
 @pytest.mark.parametrize("name, value", [("label_names", ["Mass"]), ("prompt_templates", [["{label}", "no {label}"]])])
-def test_other_labels_or_prompts_are_warned_of(model, edited, name, value):
+def test_other_labels_or_prompts_are_warned_about(model, edited, name, value):
     with pytest.warns(UserWarning, match=f"other {name}"):
         check_fit(model, edited(**{name: value}))
 
 
-def test_what_cannot_be_compared_is_warned_of(model, adapter, edited):
+def test_what_cannot_be_compared_is_warned_about(model, adapter, edited):
     foreign = edited()
     (foreign / "medct_adapter.json").unlink()
     with pytest.warns(UserWarning, match="nobody can tell"):
@@ -131,8 +133,116 @@ def test_auto_model_checks_an_adapter_too(adapter, batch, model, edited):
         AutoModel.from_pretrained(edited(base={"model": "a/b", "revision": None, "fingerprint": "sha256-bf16:0"}))
 
 
+# an adapter is its tensors, all of them
+
+LORA_A, OTHERS = "base_model.model.text_model.encoder.layer.0.attention.self.query.lora_A.weight", "x.lora_A.weight"
+
+
+def dropped(*parts):
+    return lambda tensors: {name: tensor for name, tensor in tensors.items() if not any(part in name for part in parts)}
+
+
+def changed(value):
+    """One number of one tensor."""
+
+    def edit(tensors):
+        tensors[LORA_A].view(-1)[3] = value
+        return tensors
+
+    return edit
+
+
+DAMAGES = {
+    "empty": (lambda tensors: {}, "lacks 20 of the 20 tensors"),
+    "one missing": (dropped(LORA_A), "lacks 1 of the 20 tensors .* such as .*query.lora_A"),
+    "no lora_A": (dropped("lora_A"), "lacks 10 of the 20 tensors"),
+    "no lora_B": (dropped("lora_B"), "lacks 10 of the 20 tensors"),
+    "other prefix": (
+        lambda tensors: {f"x.{name}": tensor for name, tensor in tensors.items()},
+        "lacks 20 of the 20 tensors",
+    ),
+    "no prefix": (
+        lambda tensors: {name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()},
+        "lacks 20 of the 20 tensors",
+    ),
+    "one more": (lambda tensors: {**tensors, OTHERS: torch.ones(4, 4)}, r"does not ask for \(1, such as x\.lora_A"),
+    "other rank": (
+        lambda tensors: {
+            name: tensor[:2] if "lora_A" in name else tensor[:, :2].contiguous() for name, tensor in tensors.items()
+        },
+        r"with shape \(2, \d+\), not \(4, ",
+    ),
+    "transposed": (lambda tensors: {**tensors, LORA_A: tensors[LORA_A].T.contiguous()}, r"lora_A.weight with shape"),
+    "NaN": (changed(float("nan")), "NaN or infinity in .*query.lora_A"),
+    "infinity": (changed(float("-inf")), "NaN or infinity in"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_an_adapter_that_is_not_whole_is_refused(model, converted, edited, damage, batch):
+    edit, said = DAMAGES[damage]
+    folder = edited()
+    save_file(edit(load_file(folder / "adapter_model.safetensors")), folder / "adapter_model.safetensors")
+    plain = logits(model, batch)
+    for load in (check_fit, lambda model, folder: model.load_adapter(str(folder))):
+        with pytest.raises(AdapterMismatchError, match=said):
+            load(model, folder)
+    assert torch.equal(logits(model, batch), plain) and not model._hf_peft_config_loaded
+    with pytest.raises(AdapterMismatchError, match=said):
+        AutoModel.from_pretrained(folder)
+
+
+def test_a_torn_file_is_refused(model, edited):
+    path = edited() / "adapter_model.safetensors"
+    whole = path.read_bytes()
+    for length in (0, 7, 300, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(AdapterMismatchError, match=r"is damaged\. Copy or download it again"):
+            check_fit(model, path.parent)
+
+
+def test_a_configuration_for_other_modules_is_refused(model, edited):
+    path = edited() / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"target_modules": ["nothing_of_this_name"]}))
+    with pytest.raises(AdapterMismatchError, match="fits no module of this model"):
+        check_fit(model, path.parent)
+
+
+def test_tensors_in_memory_are_loaded_all_or_not_at_all(model, adapter, batch):
+    plain = logits(model, batch)
+    tensors = {
+        name: tensor for name, tensor in load_file(adapter / "adapter_model.safetensors").items() if "query" in name
+    }
+    config = PeftConfig.from_pretrained(adapter)
+    with pytest.raises(AdapterMismatchError, match="tensors of the adapter were not loaded"):
+        model.load_adapter(peft_config=config, adapter_state_dict=tensors)
+    assert torch.equal(logits(model, batch), plain)
+
+
+VARIANTS = {
+    "lora": {},
+    "dora": {"use_dora": True},
+    "rslora": {"use_rslora": True},
+    "whole modules": {"modules_to_save": ["logit_scale", "visual_projection"]},
+    "bias": {"bias": "lora_only"},
+    "embeddings": {"target_modules": r".*word_embeddings|.*q_proj"},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_tensor_of_an_adapter_counts(model, converted, variant, batch, tmp_path):
+    """By transformers' loaders as by PEFT's; each tensor was changed from what a fresh adapter has."""
+    folder = save_adapter(converted, tmp_path / "adapter", **VARIANTS[variant])
+    tensors = {name: tensor * 1.5 for name, tensor in load_file(folder / "adapter_model.safetensors").items()}
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    expected = logits(PeftModel.from_pretrained(MedCTModel.from_pretrained(converted), folder), batch)
+    assert torch.equal(logits(AutoModel.from_pretrained(folder), batch), expected)
+    model.load_adapter(str(folder))
+    assert torch.equal(logits(model, batch), expected)
+
+
 class Bomb:
-    """A pickle of it writes a file when it is loaded."""
+    """Its pickle writes a file when loaded."""
 
     def __init__(self, path):
         self.path = path
@@ -178,7 +288,7 @@ def test_adapters_are_switched_on_one_base(model, converted, adapter, other_adap
     assert model.vision_model.embeddings.projection.weight is weight
 
 
-def test_adapters_are_weighed_and_combined(model, adapter, other_adapter, batch):
+def test_adapters_are_weighted_and_combined(model, adapter, other_adapter, batch):
     peft = PeftModel.from_pretrained(model, adapter, adapter_name="a")
     peft.load_adapter(other_adapter, adapter_name="b")
     alone = logits(peft, batch)
@@ -210,6 +320,46 @@ def test_peft_loads_what_transformers_loads(model, converted, adapter, batch):
 
 
 @pytest.mark.parametrize(("adapter", "reason"), [("org/nowhere", "We couldn't connect"), ("{tmp}", ".*config.json")])
-def test_an_adapter_that_cannot_be_had_is_not_called_unsafe(model, adapter, reason, tmp_path):
+def test_an_unavailable_adapter_is_not_called_unsafe(model, adapter, reason, tmp_path):
     with pytest.raises(OSError, match=f"no adapter .{reason}"):
         check_fit(model, adapter.format(tmp=tmp_path), local_files_only=True)
+
+
+# what is checked is what is loaded
+
+
+def test_the_revision_that_is_loaded_is_the_one_that_is_checked(model, adapter, monkeypatch):
+    asked = []
+
+    def fetch(folder, name, **hub):
+        asked.append((name, hub.get("revision")))
+        path = Path(folder, name)
+        return str(path) if path.exists() else None
+
+    monkeypatch.setattr("medct.adapters_medct.cached_file", fetch)
+    model.load_adapter(str(adapter), adapter_kwargs={"revision": "abc"})
+    files = {"adapter_config.json", "adapter_model.safetensors", "medct_adapter.json"}
+    assert set(asked) == {(name, "abc") for name in files}
+
+
+class Weights(torch.nn.Module):
+    """A model of nothing but these tensors."""
+
+    def __init__(self, **tensors):
+        super().__init__()
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor)
+
+
+def test_a_fingerprint_is_of_names_and_shapes_too():
+    values = torch.arange(6.0)
+    same = [fingerprint(Weights(a=values.view(2, 3))) for _ in range(2)]
+    others = [
+        fingerprint(Weights(b=values.view(2, 3))),
+        fingerprint(Weights(a=values.view(3, 2))),
+        fingerprint(Weights(a=values)),
+        fingerprint(Weights(a=values[:2], b=values[2:])),
+        fingerprint(Weights(a=values[:3], b=values[3:])),
+        fingerprint(Weights(a=values.flip(0).view(2, 3))),
+    ]
+    assert len({*same, *others}) == 1 + len(others)

@@ -30,7 +30,7 @@ def test_prompts_alternate_present_and_absent():
     assert len(config.label_prompts()[0]) == 36
 
 
-def test_survives_the_disk(tmp_path):
+def test_survives_saving_and_loading(tmp_path):
     config = MedCTConfig(
         vision_config={"hidden_size": 48, "patch_size": [10, 24, 24]},
         text_config={"model_type": "distilbert", "dim": 24},

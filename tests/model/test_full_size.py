@@ -38,7 +38,7 @@ def test_published_sizes_are_the_defaults():
 
 
 def peak_bytes(*command: object, cwd: Path) -> int:
-    """Runs a command and returns the most memory that it held, mapped files included."""
+    """Runs a command and returns its peak memory, mapped files included."""
     process = subprocess.Popen([sys.executable, *map(str, command)], cwd=cwd)
     _, status, usage = os.wait4(process.pid, 0)
     assert os.waitstatus_to_exitcode(status) == 0

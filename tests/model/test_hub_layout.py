@@ -54,7 +54,7 @@ def run_without_medct(code: str, *arguments: object, home: Path) -> subprocess.C
 
 def test_the_suffix_says_what_ships():
     assert all(name.endswith("_medct.py") for name in SHIPPED)
-    assert len(SHIPPED) == 22
+    assert {"configuration_medct.py", "modeling_medct.py", "volume_io_medct.py"} <= set(SHIPPED)
     elsewhere = [path for path in ROOT.glob("*/**/*_medct.py") if "phantom_base" not in path.parts]
     assert [path for path in elsewhere if not {"tests", ".venv", "build"} & set(path.relative_to(ROOT).parts)] == []
 
@@ -91,6 +91,57 @@ for source, target in ((folder, first), (first, second)):
     assert run.returncode == 0, run.stderr
     assert {path.name for path in (tmp_path / "second").glob("*.py")} == set(SHIPPED)
     assert (tmp_path / "second/model.safetensors").read_bytes() == (tmp_path / "first/model.safetensors").read_bytes()
+
+
+def test_another_process_unpickles_a_remote_processor(converted, tmp_path):
+    """As `datasets.map(num_proc=2)` and spawned loaders do."""
+    pickled = tmp_path / "processor.pickle"
+    write = """
+import pickle, sys
+from transformers import AutoProcessor
+processor = AutoProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)
+assert type(processor).__module__.startswith("transformers_modules.")
+with open(sys.argv[2], "wb") as file:
+    pickle.dump([processor, processor.image_processor], file)
+if __name__ == "__main__":
+    from datasets import Dataset
+    texts = Dataset.from_dict({"text": ["a", "b c"]})
+    tokens = texts.map(lambda rows: dict(processor(text=rows["text"])), batched=True, num_proc=2)
+    assert len(tokens["input_ids"]) == 2
+"""
+    read = """
+import pickle, sys
+with open(sys.argv[1], "rb") as file:
+    processor, images = pickle.load(file)
+assert processor(text=["a b"])["input_ids"] and images.image_size == processor.image_processor.image_size
+"""
+    run = run_without_medct(write, converted, pickled, home=tmp_path)
+    assert run.returncode == 0, run.stderr
+    run = run_without_medct(read, pickled, home=tmp_path)
+    assert run.returncode == 0, run.stderr
+
+
+def test_a_classifier_is_loaded_and_asked_without_medct(classifier_folder, converted, nifti, tmp_path):
+    scan = nifti(np.random.default_rng(0).integers(-1000, 1000, (6, 7, 5)).astype(np.int16))
+    code = """
+import sys
+from transformers import AutoModel, AutoModelForImageClassification, pipeline
+classifier, base, scan, again = sys.argv[1:]
+model = AutoModelForImageClassification.from_pretrained(classifier, trust_remote_code=True)
+model.save_pretrained(again)
+AutoModelForImageClassification.from_pretrained(again, trust_remote_code=True)
+begun = AutoModelForImageClassification.from_pretrained(base, num_labels=3, trust_remote_code=True)
+assert type(begun).__module__.startswith("transformers_modules.") and begun.classifier.out_features == 3
+assert len(pipeline(model=classifier, trust_remote_code=True, device="cpu")(scan)) == 18
+try:
+    AutoModel.from_pretrained(classifier, trust_remote_code=True)
+except ValueError as error:
+    assert "lacks the text encoder" in str(error)
+else:
+    raise AssertionError
+"""
+    run = run_without_medct(code, classifier_folder, converted, scan, tmp_path / "again", home=tmp_path)
+    assert run.returncode == 0, run.stderr
 
 
 def test_the_phantom_base_is_a_hub_repository(tmp_path):

@@ -1,4 +1,4 @@
-"""Preprocessing against the recorded original, the specification and itself."""
+"""Preprocessing compared with the recorded original, the specification and itself."""
 
 import itertools
 import json
@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from medct import CTVolume, MedCTConfig, MedCTImageProcessor, read_volume
 from medct.image_processing_medct import (
+    AxisPlan,
     clip_hu,
     crop_window,
     pad_to_size,
@@ -164,13 +165,13 @@ def test_scale_hu_divides():
     assert scale_hu(torch.tensor([-1000.0, 250.0]), 1000).tolist() == [-1.0, 0.25]
 
 
-def test_pad_to_size_puts_the_odd_voxel_behind():
+def test_pad_to_size_puts_the_odd_voxel_at_the_end():
     padded = pad_to_size(torch.ones(1, 1, 2), (2, 1, 5), value=-1.0)
     assert padded[0, 0].tolist() == [-1, 1, 1, -1, -1]
     assert padded[1, 0].tolist() == [-1] * 5
 
 
-@pytest.mark.filterwarnings("ignore::medct.VolumeWarning")  # the values are no scan
+@pytest.mark.filterwarnings("ignore::medct.VolumeWarning")  # these values are not a scan
 @pytest.mark.parametrize("dtype", ["<i2", ">i2", "u1", "u2", "i4", "f4", "f8"])
 def test_any_dtype(dtype):
     volume = np.random.default_rng(0).integers(0, 255, (4, 4, 4)).astype(dtype)
@@ -201,7 +202,7 @@ def test_belongs_to_a_configuration(tmp_path):
 @pytest.mark.parametrize("orientation", ["SLP", "RAS", "LPI", "AIL"])
 @pytest.mark.parametrize("shape", [(30, 31, 29), (9, 8, 70)])
 def test_geometry_leads_to_the_voxel_and_back(orientation, shape):
-    """One bright voxel is found where the geometry says, in the crop as in the padding."""
+    """One bright voxel is found where the geometry says, whether cropped or padded."""
     size = (16, 24, 20)
     affine = affine_from_spacing((1.0, 0.7, 1.4), orientation)
     affine[:3, 3] = 12, -40, 300
@@ -220,10 +221,10 @@ def test_geometry_leads_to_the_voxel_and_back(orientation, shape):
     assert np.array_equal(pickle.loads(pickle.dumps(geometry)).affine, affine)
 
 
-@pytest.mark.filterwarnings("ignore::medct.VolumeWarning")  # the field is no scan
+@pytest.mark.filterwarnings("ignore::medct.VolumeWarning")  # the field is not a scan
 @pytest.mark.parametrize("spacing_mm", [(3.0, 1.1, 0.9), (1.5, 0.75, 0.75), (0.9, 0.5, 0.4)])
 def test_geometry_is_that_of_the_values(spacing_mm):
-    """Of a field that is linear in patient millimetres, every value says where it comes from."""
+    """In a field that is linear in patient millimetres, every value says where it comes from."""
     shape, direction = (20, 30, 34), np.array([4.0, -3.0, 5.0])
     affine = affine_from_spacing(spacing_mm, "SRA")
     affine[:3, 3] = 3, -5, 7
@@ -265,3 +266,14 @@ def test_real_scan_in_two_orientations(shared):
     for flipped in ((0,), (1,), (2,), (1, 2)):
         mirrored = torch.stack([first.flatten(), second.flip(flipped).flatten()])
         assert torch.corrcoef(mirrored)[0, 1] < 0.9
+
+
+@pytest.mark.parametrize(("length", "resampled"), [(4, 8), (5, 13), (9, 4), (7, 6), (1, 3), (2, 11)])
+def test_resampling_is_torchs_linear_interpolation_to_the_ends(length, resampled):
+    """Beyond the first and the last centre the value there goes on, and is not extrapolated."""
+    values = torch.rand(length, 2, 2, generator=torch.Generator().manual_seed(0)) * 2000 - 1000
+    plan = AxisPlan.make(length, resampled, (0, resampled))
+    lines = values.permute(1, 2, 0)  # (2, 2, length)
+    expected = torch.nn.functional.interpolate(lines, resampled, mode="linear", align_corners=False).permute(2, 0, 1)
+    torch.testing.assert_close(plan.apply(values, 0), expected, rtol=0, atol=1e-3)  # HU, of a thousand
+    assert plan.weight.min() >= 0 and plan.weight.max() <= 1

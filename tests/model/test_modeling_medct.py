@@ -17,7 +17,7 @@ from medct import (
     MedCTVisionModel,
     zero_shot_probabilities,
 )
-from medct.modeling_medct import MedCTLinear
+from medct.kernels_medct import apply_linear
 from medct.publishing.convert_ct_clip_to_hf import build_model, config_from_sizes, map_keys
 from medct.training.lora import TARGETS, add_lora
 
@@ -31,7 +31,7 @@ RECORDED_GRADIENTS = {
 
 
 def observe(model: MedCTModel, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What the model makes of a batch on the way and in the end, under the names of the recorded tensors."""
+    """What the model computes from a batch, on the way and in the end, under the names of the recorded tensors."""
     seen: dict[str, torch.Tensor] = {}
 
     def record(name, pick=lambda output: output):
@@ -80,7 +80,7 @@ def assert_as_recorded(model: MedCTModel, batch: dict[str, torch.Tensor], expect
 
 @pytest.fixture
 def threads():
-    """Sets their number, which decides how products are cut, for one test."""
+    """Sets the number of threads, which decides how products are split, for one test."""
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
@@ -101,7 +101,7 @@ def test_equals_the_original(shared, threads, attention, num_threads):
 
 
 def test_reference_equals_the_original(shared):
-    """What stands in for the recorded tensors where they are not at hand."""
+    """The stand-in for the recorded tensors where they are not available."""
     sizes = json.loads((shared / "golden/config.json").read_text())
     expected = load_file(shared / "golden/expected.safetensors")
     state = torch.load(shared / "golden/ct_clip.pt", weights_only=True)
@@ -215,18 +215,25 @@ def test_full_training_moves_the_encoder_but_never_the_codebook(model, batch):
     assert not torch.equal(projection, before)
 
 
-def test_position_bias_is_kept_until_its_weights_change(model):
-    bias = model.vision_model.position_bias
-    with torch.inference_mode():
-        first = bias()
-        assert bias() is first
-    assert not first.is_inference()
-    assert bias().requires_grad
-    bias.fc1.weight.data.mul_(1.5)  # an edit that leaves address and version as they were
-    with torch.no_grad():
-        changed = bias()
-        assert not torch.equal(changed, first)
-        torch.testing.assert_close(changed, bias._compute())
+def test_position_bias_is_that_of_the_weights_as_they_are(model, batch):
+    def embeds():
+        with torch.no_grad():
+            return model.get_image_features(batch["pixel_values"]).pooler_output
+
+    first = embeds()
+    model.vision_model.position_bias.fc1.weight.data.mul_(1.5)  # leaves address and version as they were
+    assert not torch.equal(embeds(), first)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        kept = model.vision_model.position_bias(torch.device("cpu"), torch.float32)
+    assert kept.dtype == torch.float32
+    # Adapters on the network, switched without a change of any weight.
+    before = embeds()
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=r".*position_bias\.fc\d", init_lora_weights=False))
+    changed = embeds()
+    assert not torch.equal(changed, before)
+    with adapted.disable_adapter():
+        assert torch.equal(embeds(), before)
+    assert torch.equal(embeds(), changed)
 
 
 def test_gradient_checkpointing_changes_no_gradient(model, batch):
@@ -272,7 +279,7 @@ def test_half_precision_stays_close(converted, model, batch, dtype):
     assert output.logits_per_image.isfinite().all()
 
 
-def test_half_precision_finds_the_nearest_row_where_it_holds_two_as_equal(model):
+def test_half_precision_finds_the_nearest_row_where_two_seem_equal(model):
     torch.manual_seed(0)
     quantizer = copy.deepcopy(model.vision_model.quantizer)
     base = torch.eye(quantizer.codebook.shape[-1])[:4]
@@ -284,7 +291,7 @@ def test_half_precision_finds_the_nearest_row_where_it_holds_two_as_equal(model)
 
 
 @pytest.mark.parametrize("rows", [1, 16, 24, 31, 64])
-def test_the_nearest_row_is_found_wherever_it_stands(model, rows):
+def test_the_nearest_row_is_found_wherever_it_is(model, rows):
     torch.manual_seed(0)
     quantizer = copy.deepcopy(model.vision_model.quantizer)
     quantizer.codebook = torch.randn(rows, 12)
@@ -295,23 +302,31 @@ def test_the_nearest_row_is_found_wherever_it_stands(model, rows):
         assert torch.equal(quantizer(tokens, dtype)[1], expected)
 
 
-def test_linears_are_those_of_torch(monkeypatch):
-    """Without a fast product, and with it for rows of any number of axes."""
+def test_every_linear_is_torchs_own(model):
+    """Quantisers replace modules of the very type."""
+    linears = [module for module in model.vision_model.modules() if isinstance(module, torch.nn.Linear)]
+    assert len(linears) == 1 + 3 + 6 * model.config.vision_config.num_hidden_layers
+    assert {type(module) for module in linears} == {torch.nn.Linear}
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("width", [7, 16])
+@pytest.mark.parametrize("convolves", [False, True])
+def test_fast_products_are_those_of_torch(monkeypatch, convolves, width, bias):
+    """Also for rows of any number of axes, and under an adapter."""
     monkeypatch.setattr("medct.kernels_medct.WIDE", 1)
-    linear = MedCTLinear(5, 7)
+    monkeypatch.setattr("medct.kernels_medct.CONVOLVES_ON_CPU", convolves)
+    linear = torch.nn.Linear(5, width, bias=bias)
+    adapted = get_peft_model(torch.nn.Sequential(copy.deepcopy(linear)), LoraConfig(target_modules=["0"]))
     rows = torch.randn(2, 3, 5, requires_grad=True)
-    for convolves in (False, True):
-        monkeypatch.setattr("medct.kernels_medct.CONVOLVES_ON_CPU", convolves)
-        for each in (rows, rows[0], rows[:, 0], rows[0, 0], rows.transpose(0, 1)):
-            expected = torch.nn.functional.linear(each, linear.weight, linear.bias)
-            torch.testing.assert_close(linear(each), expected)
-        torch.testing.assert_close(
-            torch.autograd.grad(linear(rows).square().sum(), (rows, linear.weight, linear.bias)),
-            torch.autograd.grad(
-                torch.nn.functional.linear(rows, linear.weight, linear.bias).square().sum(),
-                (rows, linear.weight, linear.bias),
-            ),
-        )
+    for each in (rows, rows[0], rows[:, 0], rows[0, 0], rows.transpose(0, 1)):
+        torch.testing.assert_close(apply_linear(linear, each), linear(each))
+        torch.testing.assert_close(apply_linear(adapted, each), linear(each))
+    inputs = (rows, *linear.parameters())
+    torch.testing.assert_close(
+        torch.autograd.grad(apply_linear(linear, rows).square().sum(), inputs),
+        torch.autograd.grad(linear(rows).square().sum(), inputs),
+    )
 
 
 def test_the_encoders_may_differ_in_precision(converted, model, batch):
@@ -335,7 +350,7 @@ def test_long_volumes_are_encoded_in_chunks_without_a_difference(model, batch, m
     assert torch.equal(batch["pixel_values"], before)
 
 
-def test_memory_that_is_used_again_keeps_hidden_states(model, batch):
+def test_reused_memory_keeps_hidden_states(model, batch):
     encode, pixels = model.double().vision_model, batch["pixel_values"].double()
     expected = encode(pixels, output_hidden_states=True).hidden_states
     with torch.no_grad():
@@ -373,17 +388,8 @@ def test_device_map_places_the_model(converted, model, batch):
         assert torch.equal(placed(**batch).logits_per_image, model(**batch).logits_per_image)
 
 
-def test_autocast_and_plain_precision_do_not_share_a_position_bias(model, batch):
-    with torch.no_grad():
-        expected = model(**batch).logits_per_image
-        model.vision_model.position_bias._kept = None
-        with torch.autocast("cpu", torch.bfloat16):
-            model(**batch)
-        torch.testing.assert_close(model(**batch).logits_per_image, expected)
-
-
 def test_every_buffer_comes_back_from_disk(model, converted):
-    """Buffers that no checkpoint holds are uninitialised memory after loading, unless somebody fills them."""
+    """Buffers that no checkpoint holds are uninitialised memory after loading, unless something fills them."""
     built = MedCTModel(model.config)
     fresh = dict(built.named_buffers())
     loaded = dict(model.named_buffers())
@@ -420,7 +426,7 @@ def test_hidden_states_and_attentions(model, batch):
     assert output.codebook_ids.shape == (3, t * h * w)
 
 
-def test_vision_model_loads_from_the_whole(converted, model, batch):
+def test_vision_model_loads_from_the_whole_model(converted, model, batch):
     vision = MedCTVisionModel.from_pretrained(converted).eval()
     with torch.no_grad():
         expected = model.vision_model(batch["pixel_values"]).pooler_output
@@ -460,3 +466,35 @@ def test_lora_at_the_published_sizes_stays_within_the_papers_number():
     print(f"trainable {trainable:,} of {total:,} parameters, {100 * trainable / total:.2f} %")
     assert trainable == 1_572_864
     assert trainable <= 1_670_000
+
+
+def test_logits_are_never_rounded_by_autocast(model):
+    """Of embeddings in float32: bfloat16 has 8 bits, and scores of findings lie closer together."""
+    generator = torch.Generator().manual_seed(0)
+    images, texts = torch.rand(4, 16, generator=generator), torch.rand(5, 16, generator=generator)
+    expected = model.get_logits(images, texts)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model.get_logits(images, texts)
+    assert logits.dtype == torch.float32
+    assert torch.equal(logits, expected)
+
+
+def test_the_classifiers_dropout_is_the_configurations(converted, batch):
+    classifier = MedCTForImageClassification.from_pretrained(converted, classifier_dropout=0.5)
+    with torch.no_grad():
+        torch.manual_seed(0)
+        drawn = [classifier.train()(batch["pixel_values"]).logits for _ in range(2)]
+        assert not torch.equal(*drawn)
+        still = [classifier.eval()(batch["pixel_values"]).logits for _ in range(2)]
+        assert torch.equal(*still)
+
+
+def test_token_types_reach_the_text_encoder(model, batch):
+    with torch.no_grad():
+        plain = model(**batch).logits_per_image
+        types = torch.zeros_like(batch["input_ids"])
+        assert torch.equal(model(**batch, token_type_ids=types).logits_per_image, plain)
+        types[0] = 1
+        typed = model(**batch, token_type_ids=types)
+        assert not torch.allclose(typed.logits_per_image[:, 0], plain[:, 0])
+        assert torch.equal(typed.logits_per_image[:, 1:], plain[:, 1:])

@@ -51,7 +51,7 @@ def test_long_texts_are_cut_at_what_the_encoder_reads(processor):
     assert processor(text="a " * 100, return_tensors="pt")["input_ids"].shape == (1, 32)
 
 
-def test_survives_the_disk(processor, tmp_path):
+def test_survives_saving_and_loading(processor, tmp_path):
     processor.save_pretrained(tmp_path)
     again = MedCTProcessor.from_pretrained(tmp_path)
     assert again.image_processor.to_dict() == processor.image_processor.to_dict()

@@ -1,4 +1,4 @@
-"""An adapter's page: its metadata as the Hub reads them, its sections, and nothing of this machine."""
+"""An adapter's card: its metadata as the Hub reads it, its sections, and nothing about this machine."""
 
 import json
 import re
@@ -34,7 +34,7 @@ def card(trained) -> ModelCard:
     )
 
 
-def test_metadata_are_what_the_hub_shows(card):
+def test_metadata_is_what_the_hub_shows(card):
     data = card.data
     assert isinstance(data, ModelCardData)
     assert data.library_name == "peft"
@@ -74,7 +74,7 @@ def test_remote_code_is_pinned(card):
     assert all("revision=revision" in line for line in lines)
 
 
-def test_no_path_of_this_machine_is_on_the_page(trained, converted):
+def test_no_path_of_this_machine_is_on_the_card(trained, converted):
     text = render_card(trained)
     assert find_paths(text) == []
     assert str(converted) not in text
@@ -88,7 +88,7 @@ def test_the_plot_is_shown_where_there_is_one(trained, card):
     (trained / "roc.png").unlink()
 
 
-def test_an_adapter_without_results_has_a_page_too(converted, tmp_path):
+def test_an_adapter_without_results_has_a_card_too(converted, tmp_path):
     folder = save_adapter(converted, tmp_path / "bare")
     (folder / "medct_adapter.json").unlink()
     card = ModelCard(write_card(folder).read_text())
@@ -119,3 +119,14 @@ def test_paths_are_found_and_shortened():
     assert find_paths("of /data/ward 3/x, and/or https://hf.co/a/b, org/name, 1/2, /") == ["/data/ward"]
     assert find_paths(r"in C:\Users\me") == [r"C:\Users\me"]
     assert without_paths({"a": ["scans of /mnt/x/site-b."], "b": 1}) == {"a": ["scans of site-b."], "b": 1}
+
+
+def test_the_page_tells_the_bases_licence(trained, tmp_path, card):
+    assert card.data.license == "cc-by-nc-sa-4.0"
+    assert "## Licence\n\ncc-by-nc-sa-4.0, as the base that it was derived from." in card.content
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    found = ModelCard(render_card(trained, base=str(base)))
+    assert found.data.license == "apache-2.0"
+    assert "apache-2.0, as the base that it was derived from." in found.content

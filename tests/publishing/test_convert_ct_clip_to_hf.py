@@ -111,7 +111,7 @@ def spoil(state: dict[str, torch.Tensor], how: str):
         ("missing", "lacks visual_projection.weight"),
         ("nonzero", "norm_out.beta should be zero"),
         ("shape", r"text_projection.weight has shape \(3, 3\); these sizes ask for \(10, 16\)"),
-        ("nested", "no flat dictionary of tensors"),
+        ("nested", "not a flat dictionary of tensors"),
         ("stranger", "Unknown key conv1.weight"),
     ],
 )
@@ -128,12 +128,12 @@ def test_code_in_a_checkpoint_is_not_run(tokenizer_folder, tmp_path):
             return (print, ("this must never be printed",))
 
     torch.save({"a": Payload()}, tmp_path / "bad.pt")
-    with pytest.raises(ConversionError, match=r"bad.pt: no checkpoint of tensors alone \(UnpicklingError\)"):
+    with pytest.raises(ConversionError, match=r"bad.pt: not a checkpoint of tensors alone \(UnpicklingError\)"):
         convert(tmp_path / "bad.pt", tmp_path / "out", str(tokenizer_folder))
 
 
 def test_missing_tokenizer_and_sizes(checkpoint, tokenizer_folder, sizes_file, tmp_path):
-    with pytest.raises(ConversionError, match="no tokenizer"):
+    with pytest.raises(ConversionError, match="not a tokenizer"):
         convert(checkpoint, tmp_path / "out", str(tmp_path / "nowhere"), sizes_file)
     sizes = json.loads(sizes_file.read_text())
     del sizes["heads"]

@@ -1,4 +1,4 @@
-"""The Hub on loopback answers the real client, and breaks as it is told to."""
+"""The loopback Hub answers the real client, and fails on demand."""
 
 import os
 from pathlib import Path
@@ -33,7 +33,7 @@ def folder(tmp_path):
 
 
 @pytest.mark.parametrize("repo_type", ["model", "dataset"])
-def test_what_goes_up_comes_down(hub, api, folder, tmp_path, repo_type):
+def test_what_is_uploaded_can_be_downloaded(hub, api, folder, tmp_path, repo_type):
     repo = {"repo_id": "org/name", "repo_type": repo_type}
     api.create_repo(**repo)
     api.create_repo(**repo, exist_ok=True)
@@ -96,7 +96,7 @@ def test_files_put_there_directly_are_read_in_ranges(hub, api):
 
 
 def test_faults_reach_the_client_and_its_retries_overcome_them(hub, tmp_path):
-    """In another process, as the client's waits are left out there."""
+    """In another process, where the client's waits are skipped."""
     hub.add_file("model", "org/name", "model.safetensors", LARGE)
     hub.fail("HEAD .*model", status=503)
     hub.fail("GET .*model", status=429, retry_after=7)

@@ -40,13 +40,13 @@ def pushed_base(hub, base, monkeypatch) -> str:
 
 @pytest.fixture
 def waits(monkeypatch) -> list[float]:
-    """Waits are noted and left out."""
+    """Waits are recorded and skipped."""
     noted: list[float] = []
     monkeypatch.setattr("time.sleep", noted.append)
     return noted
 
 
-# the circle
+# there and back
 
 PULL = """
 import sys, torch
@@ -115,14 +115,14 @@ def test_base_and_adapter_are_pushed_and_pulled_without_medct(hub, base, adapter
     assert f"Load its base, org/base at revision {pushed_base}." in run.stdout
     assert run.stdout.count("refused:") == 3
     assert "org/pickled has no adapter_model.safetensors" in run.stdout
-    assert hub.count("GET .*base/resolve/.*model.safetensors") == 2  # it broke once, and was fetched once for all
+    assert hub.count("GET .*base/resolve/.*model.safetensors") == 2  # once cut short, once whole
     assert hub.count("GET .*bin") == 0
 
 
 # what is pushed
 
 
-def test_a_base_takes_its_code_and_card_along(hub, base, pushed_base):
+def test_a_base_is_pushed_with_its_code_and_card(hub, base, pushed_base):
     (base / "train_config.json").write_text('{"data": "/wards/3/site-b"}')  # as a run that adapts all weights leaves it
     push_model(base, "org/adapted")
     assert json.loads(hub.files("org/adapted")["train_config.json"]) == {"data": "site-b"}
@@ -158,12 +158,12 @@ def test_an_adapter_names_its_base_by_id_and_commit(hub, adapter, pushed_base):
     assert len(hub.repo("model", "org/site-b").commits) == 2
 
 
-def test_a_commit_is_found_for_what_moves(hub, base, pushed_base):
+def test_a_moving_revision_is_resolved_to_a_commit(hub, base, pushed_base):
     assert commit_of("org/base") == commit_of("org/base", "main") == commit_of("org/base", pushed_base) == pushed_base
     assert commit_of(str(base)) is None
 
 
-def test_own_edits_of_the_page_are_kept(hub, adapter, pushed_base):
+def test_edits_of_the_card_are_kept(hub, adapter, pushed_base):
     page = "---\nlicense: mit\n---\n\nMy own words."
     (adapter / "README.md").write_text(page)
     push_adapter(adapter, "org/a", base="org/base", base_revision="main")
@@ -187,7 +187,7 @@ def test_an_adapter_of_a_local_base_is_refused(hub, adapter, monkeypatch, refuse
     hub.connect(monkeypatch)
     message = refused("push", adapter, "org/a")
     assert message.endswith(
-        "was trained on a folder of this machine (ct-clip), which nobody else can load: push that first (medct "
+        "was trained on a folder of this machine (ct-clip), which no one else can load: push that first (medct "
         "push ct-clip ORG/BASE), then pass --base ORG/BASE --base_revision COMMIT."
     )
     assert hub.requests == []
@@ -202,7 +202,7 @@ def test_a_base_without_a_commit_is_refused(hub, adapter, pushed_base, refused):
 def test_another_base_than_the_one_trained_on_is_refused(hub, adapter, base, pushed_base):
     weights = load_file(base / "model.safetensors")
     save_file({name: tensor + 1 for name, tensor in weights.items()}, base / "model.safetensors")
-    with pytest.raises(PushError, match="org/base holds other weights than ct-clip"):
+    with pytest.raises(PushError, match="The weights of org/base are not those of ct-clip"):
         push_adapter(adapter, "org/a", base="org/base", base_revision=pushed_base)
 
 
@@ -220,10 +220,10 @@ def test_an_unknown_licence_is_not_guessed(hub, adapter, base, monkeypatch, refu
 def test_pickles_are_refused(hub, adapter, name, refused):
     (adapter / name).parent.mkdir(exist_ok=True)
     (adapter / name).write_bytes(b"")
-    assert "pickles can hold code" in refused("push", adapter, "org/a")
+    assert "Pickles can hold code" in refused("push", adapter, "org/a")
 
 
-def test_what_is_no_adapter_or_model_is_refused(base, adapter, tmp_path, refused):
+def test_what_is_not_an_adapter_or_model_is_refused(base, adapter, tmp_path, refused):
     assert "no such folder" in refused("push", tmp_path / "nowhere", "org/a")
     assert "Leave out --base" in refused("push", base, "org/a", "--base", "org/base")
     (adapter / "adapter_model.safetensors").unlink()
@@ -239,11 +239,11 @@ def test_a_path_of_this_machine_is_refused(hub, base, refused):
     assert "names a path of this machine (/home/me/notes)" in refused("push", base, "org/a")
 
 
-def test_what_shall_be_private_does_not_become_public(hub, base, pushed_base, refused):
-    assert "org/base is public already" in refused("push", base, "org/base", "--private")
+def test_a_private_push_does_not_become_public(hub, base, pushed_base, refused):
+    assert "org/base is already public" in refused("push", base, "org/base", "--private")
 
 
-def test_who_may_not_write_is_told_so(hub, base, monkeypatch, refused):
+def test_a_user_without_write_access_is_told_so(hub, base, monkeypatch, refused):
     for token, words in ((READER, "403"), ("hf_wrong", "401"), (None, "401")):
         hub.connect(monkeypatch, token)
         assert words in refused("push", base, "org/a")
@@ -258,17 +258,17 @@ def test_a_bad_card_is_refused_in_the_hubs_words(hub, base, monkeypatch, refused
     assert "finish with" not in message
 
 
-def test_offline_is_said_once(base, capfd, refused):
+def test_offline_mode_is_reported_once(base, capfd, refused):
     assert "offline mode is enabled" in refused("push", base, "org/a")
     assert capfd.readouterr().err == ""
 
 
-# what breaks on the way
+# faults on the way
 
 
 @pytest.mark.parametrize("request_line", ["POST .*repos/create", "POST .*commit/main", "POST .*preupload", "PUT /lfs"])
 @pytest.mark.parametrize("fault", ["error", "upload", "answer"])
-def test_passing_faults_are_overcome_in_one_commit(hub, base, monkeypatch, waits, request_line, fault):
+def test_temporary_faults_are_overcome_in_one_commit(hub, base, monkeypatch, waits, request_line, fault):
     hub.connect(monkeypatch)
     if fault == "error":
         hub.fail(request_line, status=503, times=2)
@@ -287,7 +287,7 @@ def test_a_busy_hub_is_given_the_time_it_asks_for(hub, base, monkeypatch, waits,
     hub.fail("POST .*commit/main", status=429, retry_after=42)
     push_model(base, "org/base")
     assert 42 in waits
-    assert "too many requests (429); trying again in 42 s" in capsys.readouterr().err
+    assert "too many requests (429); retrying in 42 s" in capsys.readouterr().err
     hub.fail("POST .*commit/main", status=429, retry_after=3600)
     (base / "README.md").write_text("changed")
     with pytest.raises(PushError, match="too many requests"):
@@ -301,8 +301,21 @@ def test_a_push_that_fails_leaves_the_folder_and_the_command(hub, adapter, pushe
     at = ("--base", "org/base", "--base_revision", pushed_base)
     message = refused("push", adapter, "org/site-b", "--private", *at)
     command = message.split("finish with: medct ")[1]
-    assert f"{adapter} is whole" in message
+    assert f"{adapter} is intact" in message
     assert {path.name: path.read_bytes() for path in adapter.iterdir()} == before
     main(command.split())
     assert "adapter_model.safetensors" in hub.files("org/site-b")
     assert hub.repo("model", "org/site-b").private
+
+
+def test_what_stays_at_home_is_told(hub, base, monkeypatch, capsys):
+    hub.connect(monkeypatch)
+    for name in ("studies.csv", "notes/patients.txt", "checkpoint.log"):
+        (base / name).parent.mkdir(exist_ok=True)
+        (base / name).write_text("mine")
+    capsys.readouterr()
+    main(["push", str(base), "org/base"])
+    *told, url = capsys.readouterr().out.splitlines()
+    assert told == [f"not pushed: {name}" for name in ("checkpoint.log", "notes/patients.txt", "studies.csv")]
+    assert url.startswith("http")
+    assert not {"studies.csv", "notes/patients.txt", "checkpoint.log"} & set(hub.files("org/base"))

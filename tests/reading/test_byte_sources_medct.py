@@ -1,4 +1,4 @@
-"""Where bytes come from: never for ever, and never more than is honest."""
+"""Where bytes come from: reading always ends, and never unpacks more than is plausible."""
 
 import gzip
 import io
@@ -23,7 +23,7 @@ def test_links_are_followed_but_never_in_a_circle(hu, tmp_path):
     blobs = write_series(tmp_path / "blobs", hu)
     series = tmp_path / "series"
     series.mkdir()
-    for file in blobs.iterdir():  # as the cache of the Hub has it
+    for file in blobs.iterdir():  # as in the Hub's cache
         (series / file.name).symlink_to(file)
     (series / "again").symlink_to(series)
     (series / "upwards").symlink_to(tmp_path / "series", target_is_directory=True)
@@ -48,7 +48,7 @@ def test_pipes_and_devices_are_not_opened(tmp_path):
     with pytest.raises(VolumeError, match="no regular file"):
         read_volume("/dev/zero")
     with pytest.raises(VolumeError, match=r"no CT slices \(it is empty\)"):
-        read_volume(tmp_path)  # the pipe is no file of the folder
+        read_volume(tmp_path)  # the pipe is not a file of the folder
 
 
 def test_folders_without_slices(tmp_path):

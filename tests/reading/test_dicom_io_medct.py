@@ -127,7 +127,7 @@ def test_odd_headers_that_change_nothing(edit, hu, tmp_path):
     assert_is(read_volume(write_series(tmp_path / "series", hu, edit)), hu)
 
 
-def test_jitter_of_positions_is_no_gap(hu, tmp_path):
+def test_jitter_of_positions_is_not_a_gap(hu, tmp_path):
     volume = read_volume(write_series(tmp_path / "series", hu, jitter))
     assert np.array_equal(volume.array, hu.T)
     assert volume.spacing_mm[2] == pytest.approx(STEP_MM, abs=0.005)
@@ -282,7 +282,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("edit", REFUSED, ids=lambda edit: edit.__name__)
-def test_what_is_no_certain_volume_is_refused_with_the_figures(edit, hu, tmp_path):
+def test_doubtful_volumes_are_refused_with_the_figures(edit, hu, tmp_path):
     folder = write_series(tmp_path / "series", hu, edit)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -316,7 +316,7 @@ def test_a_map_beside_a_series_does_not_hinder_it(hu, tmp_path):
         read_volume(folder, series=2)
 
 
-def test_less_than_a_pixel_sideways_is_no_lean(hu, tmp_path):
+def test_less_than_a_pixel_sideways_is_not_a_lean(hu, tmp_path):
     folder = write_series(
         tmp_path / "series", hu, lambda ds, k: setattr(ds, "ImagePositionPatient", at(0.1 * k, 0, STEP_MM * k))
     )
@@ -424,8 +424,8 @@ IRREGULAR = (missing_slice, wider_steps, sheared, tilted, oblique)
 
 @pytest.mark.parametrize("edit", IRREGULAR, ids=lambda edit: edit.__name__)
 def test_irregular_scans_are_resampled_on_request(edit, tmp_path):
-    """A field that is linear in patient space comes back as itself wherever the scan was."""
-    direction = np.array([3.0, 4.0, 6.0])  # HU a mm, LPS
+    """A field that is linear in patient space is reproduced wherever the scan was."""
+    direction = np.array([3.0, 4.0, 6.0])  # HU per mm, LPS
 
     def draw(ds, k):
         if edit(ds, k) is False:
@@ -487,7 +487,7 @@ def test_one_stack_in_two_enhanced_files(hu, tmp_path):
     assert_is(read_volume(tmp_path), hu)
 
 
-def test_enhanced_with_its_own_scale_a_frame(hu, tmp_path):
+def test_enhanced_with_a_scale_per_frame(hu, tmp_path):
     def edit(ds):
         del ds.SharedFunctionalGroupsSequence[0].PixelValueTransformationSequence
         for k, frame in enumerate(ds.PerFrameFunctionalGroupsSequence):

@@ -12,7 +12,7 @@ from medct import CTVolume, MedCTImageProcessor, VolumeError, VolumeWarning, rea
 
 @pytest.fixture
 def folder(shared):
-    """`folder("07")`: the folder of that number."""
+    """`folder("07")`: the folder with that number."""
 
     def find(number: str) -> Path:
         found = sorted((shared / "realdata").glob(f"{number}_*"))
@@ -83,7 +83,7 @@ def test_03_reads_and_a_mask_is_refused(folder):
 
 
 @pytest.mark.filterwarnings("error::medct.VolumeWarning")
-def test_04_ct_is_read_and_what_is_none_is_remarked_on(folder):
+def test_04_ct_is_read_and_what_is_not_ct_is_remarked_on(folder):
     for name in ("example_ct", "example_ct_sm", "thorax_crop_aorta/ct_cropped", "thorax_crop_pulmonary/ct_cropped"):
         read_volume(folder("04") / f"{name}.nii.gz")
     for name, remark in (("example_mr_sm", "holds no air"), ("example_seg", "labels")):
@@ -107,7 +107,7 @@ def test_08_all_transfer_syntaxes_decode_to_the_same(folder, tmp_path):
     pydicom = pytest.importorskip("pydicom")
     found = {}
     for path in sorted((folder("08") / "nema_CT1_chest").glob("*.dcm")):
-        # One slice is no volume, so each is given a neighbour.
+        # One slice is not a volume, so each is given a neighbour.
         for k in range(2):
             slice_ = pydicom.dcmread(path)
             slice_.ImagePositionPatient[2] += 5.0 * k
@@ -117,7 +117,7 @@ def test_08_all_transfer_syntaxes_decode_to_the_same(folder, tmp_path):
     plain = found["CT1_UNC.explicit_little_endian"].astype(float)
     for name, array in found.items():
         lossy = {"CT1_JLSN": 4, "CT1_J2KI": 400}.get(name, 0)
-        # Lossy compression also changes the padding, which then is padding no more.
+        # Lossy compression also changes the padding, which is then no longer padding.
         difference = np.abs(array.clip(-1000) - plain.clip(-1000))
         assert difference.max() <= lossy, name
         assert difference.mean() < 30
@@ -132,7 +132,7 @@ def test_09_perfusion_is_refused_and_legacy_converted_is_read(folder, cptac):
     assert np.array_equal(volume.array, whole.array[..., start[2] : start[2] + 8])
 
 
-def test_10_scouts_and_captures_are_no_scans(folder, cptac):
+def test_10_scouts_and_captures_are_not_scans(folder, cptac):
     refused(folder("10"), r"no CT slices .*localizer")
     for path in folder("10").glob("*.dcm"):
         refused(path, "no CT slices")
@@ -147,7 +147,7 @@ def test_12_broken_series_are_refused_with_their_positions(folder):
     refused(folder("12") / "slicecount_001", "MR Image Storage")
 
 
-def test_13_what_is_no_ct_or_no_hu(folder):
+def test_13_what_is_not_ct_or_not_hu(folder):
     refused(folder("13") / "sts_002_pet", "12 x Positron Emission Tomography Image Storage")
     for name in ("sts_002_mr_t1", "mr_vestibular_schwannoma"):
         refused(folder("13") / name, "MR Image Storage")
@@ -168,7 +168,7 @@ def test_14_odd_headers(folder):
     refused(next(folder("14").glob("pydicom-data*.dcm")), "one slice, which is no volume")
 
 
-def test_15_a_segmentation_is_no_slice(folder):
+def test_15_a_segmentation_is_not_a_slice(folder):
     with pytest.warns(VolumeWarning, match="1 x Segmentation Storage"):
         volume = read_volume(folder("15"))
     assert volume.array.shape == (512, 512, 3)

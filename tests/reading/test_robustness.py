@@ -43,7 +43,7 @@ quietly = pytest.mark.filterwarnings("ignore::medct.VolumeWarning")
     name=st.sampled_from(["scan.nii", "scan.nii.gz"]),
     rescale=st.sampled_from([(None, None), (1, -1024), (2.5, -100)]),
 )
-def test_any_volume_on_the_disk_is_that_volume_in_memory(values, spacing_mm, orientation, name, rescale, nifti):
+def test_any_volume_on_disk_is_that_volume_in_memory(values, spacing_mm, orientation, name, rescale, nifti):
     values[0, 0, 0] = 2  # no mask
     affine = affine_from_spacing(spacing_mm, orientation)
     options = dict(zip(("rescale_slope", "rescale_intercept"), rescale, strict=True))

@@ -26,14 +26,14 @@ def test_nifti_gives_its_array_and_affine(nifti, array):
         assert volume.spacing_mm == (3.0, 2.5, 1.5)
 
 
-def test_compression_is_seen_by_content(nifti, array, tmp_path):
+def test_compression_is_detected_by_content(nifti, array, tmp_path):
     (tmp_path / "plain.nii.gz").write_bytes(nifti(array, name="a.nii").read_bytes())
     (tmp_path / "packed.nii").write_bytes(nifti(array, name="b.nii.gz").read_bytes())
     for name in ("plain.nii.gz", "packed.nii"):
         assert np.array_equal(read_volume(tmp_path / name).array, array)
 
 
-def test_float32_spacings_are_read_as_they_were_meant(nifti, array):
+def test_float32_spacings_are_read_as_intended(nifti, array):
     assert read_volume(nifti(array, np.diag([0.7, 0.7, 1.1, 1]))).spacing_mm == (0.7, 0.7, 1.1)
 
 
@@ -202,7 +202,7 @@ def test_the_error_survives_pickling_and_tracebacks():
 
 
 def header_edit(path, **fields):
-    """Change fields of a NIfTI header on the disk, as no library would write them."""
+    """Change fields of a NIfTI header on disk to what no library would write."""
     image = nibabel.load(path)
     header = image.header.copy()
     for name, value in fields.items():
@@ -261,7 +261,7 @@ def test_what_headers_contradict_is_remarked_on(array, nifti):
         ({"magic": b"ni1"}, r"second file \(.img\)"),
     ],
 )
-def test_headers_that_cannot_be(fields, reason, array, nifti):
+def test_impossible_headers(fields, reason, array, nifti):
     with pytest.raises(VolumeError, match=reason):
         read_volume(header_edit(nifti(array, name="scan.nii"), **fields))
 

@@ -20,7 +20,7 @@ AXIAL = np.diag([-1.0, -1.0, 2.0, 1.0])
 
 
 def turned(degrees: float, affine: np.ndarray = AXIAL) -> np.ndarray:
-    """An affine turned about the x axis of the patient."""
+    """An affine rotated about the patient's x axis."""
     cosine, sine = np.cos(np.deg2rad(degrees)), np.sin(np.deg2rad(degrees))
     turn = np.eye(4)
     turn[1:3, 1:3] = [[cosine, -sine], [sine, cosine]]
@@ -92,7 +92,7 @@ def test_remarks_are_warnings_once():
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_values_that_are_no_numbers(value):
+def test_values_that_are_not_numbers(value):
     array = np.linspace(-1000, 1000, 27).reshape(3, 3, 3)
     array[1, 1, 1] = array[2, 0, 0] = value
     with pytest.raises(VolumeError, match="2 of its 27 voxels are NaN or infinite"):

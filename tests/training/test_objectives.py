@@ -23,7 +23,7 @@ STUDIES = 8
 
 @pytest.fixture
 def quiet_model(converted) -> MedCTModel:
-    """Without dropout, whose random numbers would depend on how a batch is divided."""
+    """A model without dropout, whose random numbers would depend on how a batch is divided."""
     model = MedCTModel.from_pretrained(converted)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -33,7 +33,7 @@ def quiet_model(converted) -> MedCTModel:
 
 @pytest.fixture
 def studies() -> dict[str, torch.Tensor]:
-    """Eight studies with unknown labels here and there; the first two and the last share a report."""
+    """Eight studies, some labels unknown; the first two and the last share a report."""
     generator = torch.Generator().manual_seed(3)
     labels = torch.randint(0, 2, (STUDIES, 3), generator=generator).float()
     labels[0, 1] = labels[5, 2] = labels[6, 0] = torch.nan
@@ -59,7 +59,7 @@ def part(studies: dict[str, torch.Tensor], rows: slice) -> dict[str, torch.Tenso
 
 
 def with_lora(model: MedCTModel) -> torch.nn.Module:
-    """LoRA whose update is not nothing, so that both of its matrices have gradients."""
+    """LoRA whose update is not zero, so that both of its matrices have gradients."""
     torch.manual_seed(0)
     adapted = add_lora(model, rank=2, train_logit_scale=True).train()
     with torch.no_grad():
@@ -99,7 +99,7 @@ def test_report_loss_is_the_symmetric_cross_entropy():
     torch.testing.assert_close(report_loss(images, texts, own, lambda a, b: 10 * a @ b.t()), expected)
 
 
-def test_studies_that_share_a_report_are_no_negatives():
+def test_studies_that_share_a_report_are_not_negatives():
     images, texts = torch.randn(3, 6), torch.randn(3, 6)
     texts[1] = texts[0]
     logits = images @ texts.t()
@@ -124,7 +124,7 @@ def test_accumulated_micro_batches_equal_one_batch(objective, quiet_model, studi
 
 
 def test_accumulation_repeats_the_dropout_of_the_first_pass(converted, studies, prompts):
-    """Else the recomputed activations would belong to another function than the loss."""
+    """Otherwise the recomputed activations would belong to a different function than the loss."""
     model = with_lora(MedCTModel.from_pretrained(converted))
     assert any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in model.modules())
     parts = [part(studies, slice(start, start + 4)) for start in (0, 4)]
@@ -148,7 +148,7 @@ def test_accumulation_repeats_the_dropout_of_the_first_pass(converted, studies, 
 
 @pytest.mark.parametrize("objective", ["contrastive", "prompts"])
 def test_memory_is_that_of_one_micro_batch(objective, quiet_model, studies, prompts):
-    """However many there are: the activations of one are gone before those of the next are made."""
+    """However many there are: the activations of one are freed before those of the next are made."""
 
     def most_alive(micro_batches: int) -> int:
         alive, most = weakref.WeakSet(), 0
@@ -199,7 +199,7 @@ def test_a_large_batch_of_reports_needs_the_memory_of_a_small_one():
 
     def peak_mib(micro_batches: int, size: int) -> float:
         command = [sys.executable, "-c", PEAK_OF_A_STEP, str(micro_batches), str(size), str(PHANTOM_BASE)]
-        # Freed memory goes back to the system at once; else the peak is what the C library keeps, not what is used.
+        # Freed memory goes back to the system at once, or the peak would be what the C library keeps, not what is used.
         environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
         return int(subprocess.check_output(command, env=environment)) / 1024
 
@@ -210,7 +210,7 @@ def test_a_large_batch_of_reports_needs_the_memory_of_a_small_one():
 def test_all_templates_are_learned_from(quiet_model, studies, prompts):
     """As all of them are scored: the loss and its gradients are means over templates."""
     model = with_lora(quiet_model)
-    other = {name: part.flip(0) for name, part in prompts.items()}  # "absent" and "present" change places
+    other = {name: part.flip(0) for name, part in prompts.items()}  # "absent" and "present" are swapped
     losses, gradients = [], []
     for templates in ([prompts], [other], [prompts, other]):
         losses.append(StepLoss("prompts").backward(core(model), [studies], templates))
@@ -222,7 +222,7 @@ def test_all_templates_are_learned_from(quiet_model, studies, prompts):
         torch.testing.assert_close(gradient, (gradients[0][name] + gradients[1][name]) / 2, atol=1e-5, rtol=0)
 
 
-def test_prompts_are_encoded_once_a_step(quiet_model, studies, prompts, monkeypatch):
+def test_prompts_are_encoded_once_per_step(quiet_model, studies, prompts, monkeypatch):
     model = with_lora(quiet_model)
     encoded = []
     encode = MedCTModel.get_text_features
@@ -276,3 +276,14 @@ def test_two_processes_equal_one(sharded, quiet_model, studies, prompts, tmp_pat
     weights = weights_to_save(model)
     assert results["weights"].keys() == weights.keys()
     assert all(torch.equal(results["weights"][name], tensor) for name, tensor in weights.items())
+
+
+@pytest.mark.parametrize("objective", ["prompts", "both"])
+def test_a_batch_of_unknown_labels_alone_has_no_loss_from_them(quiet_model, studies, prompts, objective):
+    unknown = {**studies, "labels": torch.full_like(studies["labels"], torch.nan)}
+    model = add_lora(quiet_model, rank=2)
+    loss = StepLoss(objective).backward(core(model), [part(unknown, slice(0, 4))], [prompts])
+    assert loss.isfinite()
+    assert loss == 0 or objective == "both"
+    gradients = [parameter.grad for parameter in trainable(model).values() if parameter.grad is not None]
+    assert all(gradient.isfinite().all() for gradient in gradients)

@@ -1,4 +1,4 @@
-"""The paper's experiment in small: a random checkpoint and a look-alike of CT-RATE, so its figures mean nothing."""
+"""The paper's experiment in miniature: a random checkpoint and a look-alike of CT-RATE, so its figures mean nothing."""
 
 import json
 
@@ -39,7 +39,7 @@ def test_one_command_converts_trains_and_compares(arguments, tmp_path, capsys):
     assert (tmp_path / "run-base/model.safetensors").is_file()
 
 
-def test_what_is_missing_is_said_in_one_line(capsys):
+def test_what_is_missing_is_named_in_one_line(capsys):
     with pytest.raises(SystemExit, match="2"):
         reproduce_paper.main(["--output_dir", "run"])
     assert capsys.readouterr().err.splitlines() == ["error: Pass --checkpoint CT-CLIP_v2.pt and --output_dir FOLDER."]

@@ -1,5 +1,6 @@
-"""Training: the adapter that comes out, the base that stays, stopping and going on, and what ends a run."""
+"""Training: the adapter that comes out, the base that stays as it is, stopping and resuming, and what ends a run."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -20,10 +21,12 @@ from accelerate import Accelerator
 from ct_rate_like import BROKEN, ct_rate_files, write_files
 from peft import AutoPeftModelForFeatureExtraction, PeftModel
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageClassification
 
-from medct import CT_CLIP_LABELS, MedCTModel, MedCTProcessor
+from medct import CT_CLIP_LABELS, MedCTForImageClassification, MedCTModel, MedCTProcessor
 from medct import train as training
 from medct.common.errors import FAILED, STOPPED, StoppedError
+from medct.common.lock import LockedError, only_run
 from medct.data import DataError, StudyLoader, phantom_source
 from medct.data.phantoms import make_phantom
 from medct.evaluation.scoring import ScoredStudies, score_studies, tokenize_prompts
@@ -162,6 +165,33 @@ def test_full_fine_tuning_saves_a_model(settings, converted, batch, tmp_path):
     assert torch.equal(*codebooks)
 
 
+def test_a_classifier_learns_and_its_adapter_brings_the_head(settings, classifier_folder, batch, tmp_path):
+    settings = dataclasses.replace(settings, model=str(classifier_folder))
+    trainer = Trainer(settings)
+    results = trainer.run()
+    assert results["measured_on"].startswith("With its head")
+    found = losses(tmp_path / "run")
+    assert found[-1] < found[0]
+    loaded = MedCTForImageClassification.from_pretrained(classifier_folder)
+    before = loaded.eval()(batch["pixel_values"]).logits
+    loaded.load_adapter(str(tmp_path / "run"))
+    after = loaded.eval()(batch["pixel_values"]).logits
+    assert torch.equal(after, trainer.base.eval()(batch["pixel_values"]).logits)
+    assert not torch.allclose(after, before)
+    head = "classifier.modules_to_save.default.weight"
+    assert not torch.equal(loaded.get_parameter(head), loaded.classifier.original_module.weight)
+    assert AutoModelForImageClassification.from_pretrained(tmp_path / "run").classifier is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("objective", "both"), ("targets", "text"), ("train_logit_scale", True), ("adaptation", "pissa")],
+)
+def test_what_a_classifier_cannot_learn_is_refused(settings, classifier_folder, name, value):
+    with pytest.raises(TrainingError, match=f"--{name} .* is a classifier"):
+        Trainer(dataclasses.replace(settings, model=str(classifier_folder), **{name: value}))
+
+
 def test_same_seed_same_numbers(settings, tmp_path):
     first = run(settings)
     second = run(dataclasses.replace(settings, output_dir=str(tmp_path / "again")))
@@ -183,7 +213,7 @@ def test_gradient_checkpointing_trains_the_same_adapter(settings, tmp_path):
 
 @pytest.mark.slow
 def test_bfloat16_learns_what_float32_learns(settings, tmp_path):
-    """On the trained base: with random weights ever more tokens take other codebook rows after each step."""
+    """On the trained base: with random weights more and more tokens take other codebook rows with each step."""
     model = MedCTModel.from_pretrained(PHANTOM_BASE)
     model.config.text_config.hidden_dropout_prob = model.config.text_config.attention_probs_dropout_prob = 0.0
     model.save_pretrained(tmp_path / "base")
@@ -219,7 +249,7 @@ def test_a_changed_base_stops_the_run_and_nothing_is_saved(settings, monkeypatch
 
 
 def at_the_end_of_step(monkeypatch, step: int, action) -> None:
-    """Let something happen, once."""
+    """Do something at the end of a step, once."""
     whole_step = Trainer._step
 
     def interrupted(self, model, state, batches, prompts):
@@ -284,7 +314,42 @@ def test_sigterm_saves_and_has_an_exit_code_of_its_own(settings, monkeypatch, tm
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-def test_resume_begins_where_there_is_nothing_to_go_on_with(settings, tmp_path):
+def test_an_output_that_another_run_writes_is_refused(settings, monkeypatch, tmp_path):
+    """Whether that one is to be resumed or not, and also if it begins while this one loads the base."""
+    settings = dataclasses.replace(settings, resume=True)
+    for resume in (False, True):
+        with only_run(tmp_path / "run"), pytest.raises(LockedError, match="is being written by another run"):
+            run(dataclasses.replace(settings, resume=resume))
+    with contextlib.ExitStack() as stack:
+        trainer = Trainer(settings)
+        monkeypatch.setattr(training, "Trainer", lambda _: trainer)
+        stack.enter_context(only_run(tmp_path / "run"))
+        with pytest.raises(LockedError, match="is being written by another run"):
+            run(settings)
+
+
+def test_a_run_needs_nothing_that_other_systems_lack(settings, monkeypatch, tmp_path):
+    """As on macOS and Windows: no reserve of the system's own, no report of memory, no signals, no processes forked."""
+    monkeypatch.delattr(os, "posix_fallocate")
+    monkeypatch.setattr("medct.common.host.resource", None)
+
+    def refuse(*_):
+        raise ValueError("signal only works in main thread of the main interpreter")
+
+    monkeypatch.setattr(signal, "signal", refuse)
+    run(settings)
+    assert {path.name for path in (tmp_path / "run").iterdir()} == FILES
+
+
+def test_files_have_the_permissions_that_the_umask_says(settings, tmp_path):
+    umask = os.umask(0)
+    os.umask(umask)
+    run(dataclasses.replace(settings, max_steps=1))
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "run").iterdir()}
+    assert modes == dict.fromkeys(FILES, 0o666 & ~umask)
+
+
+def test_resume_starts_where_there_is_nothing_to_resume(settings, tmp_path):
     run(dataclasses.replace(settings, resume=True))
     assert len(losses(tmp_path / "run")) == 6
 
@@ -300,7 +365,7 @@ def test_a_run_is_not_resumed_by_accident_or_with_other_settings(settings, monke
 
 
 def test_a_full_disk_costs_no_finished_adapter(settings, monkeypatch, tmp_path):
-    """Checkpoints are passed by with a warning, and what is kept in reserve is enough for the end."""
+    """Checkpoints are skipped with a warning, and the reserved space is enough for the end."""
     reserve = tmp_path / "run.unfinished" / ".reserve"
     save, was_released = training.save_weights, []
 
@@ -334,7 +399,7 @@ def test_only_the_last_checkpoints_are_kept(settings, monkeypatch, tmp_path):
 
 @pytest.fixture
 def ct_rate(tmp_path) -> Path:
-    """CT-RATE in small, with its known faults."""
+    """A miniature CT-RATE with its known faults."""
     return write_files(tmp_path / "ct_rate", ct_rate_files())
 
 
@@ -370,7 +435,7 @@ def test_number_of_steps(settings):
         ({"train_logit_scale": True, "adaptation": "pissa"}, "with a logit scale"),
     ],
 )
-def test_settings_that_cannot_be_meant_are_refused(settings, changes, said):
+def test_nonsensical_settings_are_refused(settings, changes, said):
     with pytest.raises(TrainingError, match=said):
         run(dataclasses.replace(settings, **changes))
 
@@ -432,7 +497,7 @@ save_file({"base": logits[0], "auto": logits[1]}, results)
 
 
 def test_trained_pushed_and_pulled(hub, settings, converted, batch, monkeypatch, tmp_path):
-    """The circle: a new process without `medct` has the logits of the adapter that training left."""
+    """There and back: a new process without `medct` has the logits of the trained adapter."""
     hub.connect(monkeypatch)
     commit = push_model(converted, "org/base").split("/")[-1]
     pushing = {"push_to_hub": True, "hub_model_id": "org/site-b", "max_steps": 2}
@@ -564,7 +629,7 @@ def test_a_killed_sharded_run_resumes_to_the_same_bytes(settings, tmp_path):
 
 
 def test_the_phantom_base_knows_site_a():
-    """Fewer patients than the figures in README are measured on, so that the test takes seconds."""
+    """With fewer patients than the README's figures, so that the test takes seconds."""
     model, processor = MedCTModel.from_pretrained(PHANTOM_BASE), MedCTProcessor.from_pretrained(PHANTOM_BASE)
     scored = scores_of(model, processor, patients=100, site="A")
     assert training.zero_shot_scores(scored.scores, scored.labels, CT_CLIP_LABELS)["auroc"] > 0.75

@@ -1,4 +1,4 @@
-"""Training from the Hub on loopback: CT-RATE in small and prepared shards, with faults, workers and processes."""
+"""Training from the loopback Hub: a miniature CT-RATE and prepared shards, with faults, workers and processes."""
 
 import json
 import subprocess
@@ -38,14 +38,14 @@ def flags(model: Path, data: str, folder: Path) -> list[str]:
 
 
 def start(hub, folder: Path, *command: object) -> subprocess.CompletedProcess:
-    """A process of its own, whose Hub is the one on loopback."""
+    """A process of its own, whose Hub is the loopback one."""
     environment = hub.environment(folder / "home") | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, *map(str, command)]
     return subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False, env=environment)
 
 
 def test_ct_rate_is_trained_on_from_the_hub_whatever_the_network_does(ct_rate, converted, tmp_path):
-    """Nothing is downloaded first, and the two volumes that break off are the only ones that are missed."""
+    """Nothing is downloaded first, and the two truncated volumes are the only ones that are missed."""
     ct_rate.fail("HEAD .*gitattributes", 503)
     ct_rate.fail("GET .*train_reports.csv", 500)
     ct_rate.cut_answer("GET .*train_predicted_labels.csv", after_bytes=100)

@@ -1,0 +1,115 @@
+"""A model and its processor, loaded by what the checkpoint says it is, and refused if they do not belong together."""
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoProcessor
+
+from medct.checks_medct import CheckpointMismatchError, check_processor
+from medct.common.errors import first_line
+from medct.configuration_medct import MedCTConfig
+from medct.errors_medct import MedCTError
+from medct.modeling_medct import MedCTForImageClassification, MedCTModel
+from medct.pipeline_medct import CTClassificationPipeline, CTPipeline, ZeroShotCTClassificationPipeline
+from medct.processing_medct import MedCTProcessor
+
+AnyMedCT = MedCTModel | MedCTForImageClassification
+"""What scores findings: by comparison with sentences, or by a head of its own."""
+
+_CLASSES = {each.__name__: each for each in (MedCTModel, MedCTForImageClassification)}
+_PIPELINES = {MedCTModel: ZeroShotCTClassificationPipeline, MedCTForImageClassification: CTClassificationPipeline}
+
+
+class ModelError(MedCTError, ValueError):
+    """A model that cannot be loaded; the message says why and what to do."""
+
+
+def load_config(name: str, **options: Any) -> MedCTConfig:
+    """The configuration of a model.
+
+    Args:
+        name: Hub id or folder.
+        options: For `from_pretrained`, such as `revision`.
+
+    Raises:
+        ModelError: If there is none, or it is that of another kind of model.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name, **options)
+    except (OSError, ValueError) as error:
+        raise _no_model(name, error) from error
+    if config.model_type != MedCTConfig.model_type:
+        raise ModelError(f"{name} is a model of type {config.model_type!r}. Pass a MedCT model.")
+    return config
+
+
+def load_model(
+    name: str, *, dtype: str | torch.dtype = "auto", zero_shot_only: bool = False, **options: Any
+) -> tuple[AnyMedCT, MedCTProcessor]:
+    """A model of the class that it was saved as, and its processor.
+
+    Args:
+        name: Hub id or folder.
+        dtype: Precision of the weights; "auto": as they were saved.
+        zero_shot_only: Refuse a classifier, which compares nothing with texts.
+        options: For `from_pretrained`, such as `revision`.
+
+    Raises:
+        ModelError: If there is no such model.
+        CheckpointMismatchError: If it is of another class, or its weights are not all those of its class.
+        ProcessorMismatchError: If its processor makes other voxels than it was trained on.
+    """
+    config = load_config(name, **options)
+    model_class = _class_of(name, config)
+    if zero_shot_only and model_class is not MedCTModel:
+        raise CheckpointMismatchError(
+            f"{name} is a classifier, a {model_class.__name__}: it has no text encoder to compare scans with. Pass a "
+            "MedCTModel."
+        )
+    try:
+        # Not the auto classes: they would take the class from the question and not from the checkpoint.
+        model, info = model_class.from_pretrained(
+            name, config=config, dtype=dtype, output_loading_info=True, **_without_trust(options)
+        )
+        processor = AutoProcessor.from_pretrained(name, **options)
+    except MedCTError:
+        raise
+    except (OSError, ValueError) as error:
+        raise _no_model(name, error) from error
+    if lacking := sorted(info["missing_keys"]):
+        raise CheckpointMismatchError(
+            f"{name}: the checkpoint lacks {lacking[0]}, which would be drawn at random. Pass a whole model."
+        )
+    check_processor(config, processor, name)
+    return model, processor
+
+
+def _no_model(name: str, error: Exception) -> Exception:
+    """What to raise; what the system reports, of a home that is read-only, say, is not about the model."""
+    if getattr(error, "errno", None):
+        return error
+    return ModelError(f"{name}: no model ({first_line(error)}) Pass a Hub id or a folder.")
+
+
+def _class_of(name: str, config: MedCTConfig) -> type[AnyMedCT]:
+    architectures = config.architectures or [MedCTModel.__name__]
+    if len(architectures) != 1 or architectures[0] not in _CLASSES:
+        raise CheckpointMismatchError(
+            f"{name} was saved as {', '.join(architectures)}. Pass a {' or a '.join(_CLASSES)}."
+        )
+    return _CLASSES[architectures[0]]
+
+
+def _without_trust(options: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in options.items() if key != "trust_remote_code"}
+
+
+def pipeline_of(model: AnyMedCT, processor: MedCTProcessor, **options: Any) -> CTPipeline:
+    """The pipeline for a model.
+
+    Args:
+        model: From `load_model`.
+        processor: Likewise.
+        options: `device`, `adapter`, `adapter_revision`.
+    """
+    return _PIPELINES[type(model)](model=model, processor=processor, **options)

@@ -1,0 +1,69 @@
+"""Which checkpoint a run goes on from, and which it does not."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from medct.training.checkpoints import CheckpointError, Checkpoints, TrainingState
+
+
+@dataclasses.dataclass
+class Processes:
+    """As much of an `Accelerator` as checkpoints use."""
+
+    num_processes: int = 1
+    process_index: int = 0
+    is_main_process: bool = True
+    device: torch.device = dataclasses.field(default_factory=lambda: torch.device("cpu"))
+
+    def wait_for_everyone(self):
+        pass
+
+
+class Nothing:
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        assert state == {}
+
+
+def state_of(step=0, value=0.0) -> TrainingState:
+    parameter = torch.nn.Parameter(torch.full((3,), float(value)))
+    return TrainingState({"a": parameter}, torch.optim.AdamW([parameter]), Nothing(), Nothing(), step)
+
+
+def of(folder, processes=1, keep=3, **settings):
+    return Checkpoints(folder, keep, Processes(processes), settings)
+
+
+def test_a_run_goes_on_from_the_newest(tmp_path):
+    checkpoints = of(tmp_path)
+    for step in (2, 9, 10):
+        assert checkpoints.save(state_of(step, value=step))
+    (tmp_path / ".step-00000011.partial").mkdir()
+    state = state_of()
+    assert checkpoints.load(state)
+    assert state.step == 10
+    assert state.parameters["a"].tolist() == [10, 10, 10]
+
+
+def test_the_newest_are_kept(tmp_path):
+    checkpoints = of(tmp_path, keep=2)
+    for step in (1, 2, 10, 100):
+        checkpoints.save(state_of(step))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000010", "step-00000100"]
+
+
+def test_there_may_be_none(tmp_path):
+    assert not of(tmp_path / "nothing").load(state_of())
+
+
+@pytest.mark.parametrize(
+    ("processes", "settings", "said"), [(2, {"rank": 4}, "processes = 1, not 2"), (1, {"rank": 8}, "rank = 4, not 8")]
+)
+def test_another_run_is_not_gone_on_with(tmp_path, processes, settings, said):
+    of(tmp_path, rank=4).save(state_of(1))
+    with pytest.raises(CheckpointError, match=said):
+        of(tmp_path, processes, **settings).load(state_of())

@@ -1,0 +1,53 @@
+"""Adapters are what their settings say."""
+
+import math
+
+import pytest
+import torch
+
+from medct import MedCTModel
+from medct.training.lora import VARIANTS, add_lora, frozen_tensors, trainable
+
+
+def layers(model):
+    """The wrapped Linears."""
+    return [module for module in model.modules() if hasattr(module, "lora_A") and len(module.lora_A)]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_dropout_stands_before_the_matrices(model, batch, dropout):
+    peft = add_lora(model, rank=2, dropout=dropout)
+    for layer in layers(peft):
+        assert getattr(layer.lora_dropout["default"], "p", 0.0) == dropout
+        torch.nn.init.normal_(layer.lora_B["default"].weight)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout) and module.p != dropout:
+            module.p = 0.0  # of the text encoder itself
+    with torch.no_grad():
+        drawn = [peft.train()(**batch).logits_per_image for _ in range(2)]
+    assert torch.equal(*drawn) == (dropout == 0)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_each_variant_is_what_its_name_says(converted, variant):
+    base = MedCTModel.from_pretrained(converted)
+    weights = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    peft = add_lora(base, variant=variant, rank=4, alpha=6)
+    assert layers(peft)
+    for layer in layers(peft):
+        assert layer.r["default"] == 4
+        assert layer.scaling["default"] == pytest.approx(6 / (math.sqrt(4) if variant == "rslora" else 4))
+        assert layer.use_dora["default"] == (variant == "dora")
+        assert bool(len(layer.lora_magnitude_vector)) == (variant == "dora")
+        starts_at_base = not layer.lora_B["default"].weight.any()
+        assert starts_at_base == (variant != "pissa")
+    magnitudes = [name for name in trainable(peft) if "magnitude" in name]
+    assert bool(magnitudes) == (variant == "dora")
+    frozen = dict(frozen_tensors(peft))
+    changed = [
+        name
+        for name, tensor in frozen.items()
+        if "base_layer.weight" in name
+        and not torch.equal(tensor, weights[name.removeprefix("base_model.model.").replace(".base_layer", "")])
+    ]
+    assert bool(changed) == (variant == "pissa")

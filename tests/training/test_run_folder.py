@@ -1,0 +1,62 @@
+"""What a run leaves where, and that nothing is lost when it is stopped at the end."""
+
+import json
+
+import pytest
+
+from medct.training.run_folder import History, RunFolder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    folder = RunFolder(str(tmp_path / "run"), resume=False)
+    (folder.work / "logs").mkdir(parents=True)
+    (folder.work / "logs" / "events").write_text("log")
+    folder.history(0).add(1, {"loss": 0.5})
+    folder.bad_samples.write_text("{}\n")
+    return folder
+
+
+def names(path):
+    return sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file())
+
+
+KEPT = ["bad_samples.jsonl", "history.jsonl", "logs/events"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_a_run_that_is_stopped_while_it_ends_keeps_what_it_has(folder, error, monkeypatch):
+    def fail(*_):
+        raise error
+
+    folder.reserve(10)
+    with monkeypatch.context() as patched:
+        patched.setattr("medct.common.files.flush_to_disk", fail)
+        with pytest.raises(error), folder.complete() as final:
+            (final / "adapter").touch()
+    assert not folder.final.exists()
+    assert names(folder.work) == KEPT
+    with RunFolder(str(folder.final), resume=True).complete() as final:
+        (final / "adapter").touch()
+    assert names(folder.final) == ["adapter", *KEPT]
+    assert not folder.work.exists()
+    assert [path.name for path in folder.final.parent.iterdir()] == ["run"]
+
+
+def test_the_reserve_makes_room_for_the_end(folder):
+    folder.reserve(1000)
+    assert (folder.work / ".reserve").stat().st_size == 1000
+    with folder.complete() as final:
+        assert not (folder.work / ".reserve").exists()
+        (final / "adapter").touch()
+
+
+def test_history_beyond_the_step_that_is_gone_on_from_is_dropped(tmp_path):
+    history = History(tmp_path / "history.jsonl", 0)
+    for step in (1, 2, 10, 11):
+        history.add(step, {"loss": step})
+    with (tmp_path / "history.jsonl").open("a") as file:
+        file.write('{"step": 12, "lo')  # torn
+    History(tmp_path / "history.jsonl", 10).add(11, {"loss": 0.0})
+    lines = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["loss"]) for line in lines] == [(1, 1), (2, 2), (10, 10), (11, 0.0)]
