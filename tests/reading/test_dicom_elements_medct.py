@@ -2,9 +2,12 @@
 
 import io
 import logging
+import re
 import struct
+import tomllib
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import damage
 import numpy as np
@@ -14,7 +17,7 @@ import scan_files
 from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian, JPEGLSLossless
 
 from medct import VolumeError, read_volume
-from medct.dicom_elements_medct import Elements, read_data_set, read_meta
+from medct.dicom_elements_medct import INSTALL, Elements, read_data_set, read_meta
 
 SYNTAXES = (ExplicitVRLittleEndian, ImplicitVRLittleEndian, ExplicitVRBigEndian)
 
@@ -126,6 +129,14 @@ def test_lengths_and_depths_are_bounded():
 NAME = b"MUSTERMANN^ERIKA^1964081"
 
 
+def test_what_to_install_is_what_is_declared():
+    declared = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    names = {re.match(r"[\w-]+", line)[0] for line in declared["optional-dependencies"]["dicom"]}
+    command, option, *packages = INSTALL.split()
+    assert (command, option) == ("pip", "install")
+    assert packages and set(packages) <= names
+
+
 def talkative(kind: str):
     """An `edit` whose values pydicom remarks on."""
 
@@ -134,6 +145,11 @@ def talkative(kind: str):
             ds._dict[pydicom.tag.Tag(0x0020000E)] = raw_element(0x0020000E, "UI")
         elif kind == "character set":
             ds._dict[pydicom.tag.Tag(0x00080005)] = raw_element(0x00080005, "CS")
+        elif kind == "kind of image":
+            ds._dict[pydicom.tag.Tag(0x00080016)] = raw_element(0x00080016, "UI")
+        elif kind == "transfer syntax":
+            ds.file_meta.TransferSyntaxUID = pydicom.uid.UID(NAME.decode())
+            ds.PixelData = ds.PixelData[:-2]  # so that its name is asked for
         elif kind == "number":
             ds._dict[pydicom.tag.Tag(0x00280030)] = raw_element(0x00280030, "DS")
         else:
@@ -147,7 +163,7 @@ def raw_element(tag: int, kind: str):
     return pydicom.dataelem.RawDataElement(pydicom.tag.Tag(tag), kind, len(NAME), NAME, 0, False, True)
 
 
-@pytest.mark.parametrize("kind", ["uid", "character set", "number", "code stream"])
+@pytest.mark.parametrize("kind", ["uid", "character set", "kind of image", "transfer syntax", "number", "code stream"])
 def test_nothing_of_a_header_gets_out_whatever_the_threads(kind, tmp_path, capfd, caplog):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of writing them

@@ -184,6 +184,36 @@ def test_frames(syntax, signed, table, tmp_path):
     assert np.array_equal(decoded, hu[order])
 
 
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("bits", [20, 32])
+@pytest.mark.parametrize("syntax", UNCOMPRESSED[:3])
+def test_pixels_of_32_bits(syntax, bits, signed, tmp_path):
+    stored = stored_values(12, signed)
+
+    def edit(ds, k):
+        order = ">" if syntax == ExplicitVRBigEndian else "<"
+        ds.BitsAllocated, ds.BitsStored, ds.HighBit, ds.PixelRepresentation = 32, bits, bits - 1, int(signed)
+        ds.add_new(0x7FE00010, "OW", stored[k].astype(f"{order}i4").tobytes())
+        ds.RescaleIntercept, ds.file_meta.TransferSyntaxUID = 0, syntax
+
+    folder = scan_files.write_series(tmp_path, stored, edit)
+    assert np.array_equal(read_volume(folder).array, stored.T)
+    assert np.array_equal(read_by_pydicom(folder), stored)
+
+
+def test_frames_of_big_endian_and_deflated_files(tmp_path):
+    hu = make_hu((4, 40, 36))
+    for syntax in UNCOMPRESSED:
+        path = scan_files.write_enhanced(tmp_path / f"{syntax}.dcm", hu)
+        ds = pydicom.dcmread(path)
+        ds.file_meta.TransferSyntaxUID = syntax
+        if syntax == ExplicitVRBigEndian:
+            ds.add_new(0x7FE00010, "OW", np.frombuffer(ds.PixelData, "<u2").astype(">u2").tobytes())
+        _ = str(ds)  # has pydicom convert the values of sequences, which it would write in the other order
+        save(ds, path)
+        assert np.array_equal(read_volume(path).array, hu.T)
+
+
 @pytest.mark.parametrize("high_bit", [11, 13, 15])
 @pytest.mark.parametrize("signed", [False, True])
 @pytest.mark.parametrize("syntax", (*UNCOMPRESSED[:3], RLELossless, JPEG2000Lossless))
