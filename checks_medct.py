@@ -70,7 +70,15 @@ def preprocessing(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def values_of(settings: Any, names: Iterable[str]) -> dict[str, Any]:
-    """Attributes by their names, tuples as lists."""
+    """Attributes by name, with tuples as lists.
+
+    Args:
+        settings: A configuration or a processor.
+        names: Attributes to collect.
+
+    Returns:
+        One entry per name; `None` for attributes that do not exist.
+    """
     values = {name: getattr(settings, name, None) for name in names}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 

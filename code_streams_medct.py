@@ -108,10 +108,17 @@ class Jpeg:
 
 
 def check_jpeg(stream: bytes, shape: tuple[int, int]) -> Jpeg:
-    """Walk a stream from its first marker to its last.
+    """Walk a JPEG or JPEG-LS stream from its first marker to its last.
+
+    Args:
+        stream: The code stream of one frame.
+        shape: `(row, column)` according to the header, pixels.
+
+    Returns:
+        What the stream says about itself.
 
     Raises:
-        StreamError: If it is no single grey image of that `(row, column)`, or ends before it should.
+        StreamError: If it is not a single grey image of that size, or ends too early.
     """
     if stream[:2] != b"\xff\xd8":
         raise StreamError("the compressed pixels are damaged (without a beginning)")
@@ -261,13 +268,17 @@ _PREDICTORS: dict[int, Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray
 
 
 def check_jpeg2000(stream: bytes, shape: tuple[int, int]) -> int:
-    """Walk a code stream, bare or in a JP2 file, from tile-part to tile-part.
+    """Walk a JPEG 2000 code stream, bare or in a JP2 file, from tile-part to tile-part.
+
+    Args:
+        stream: The code stream of one frame.
+        shape: `(row, column)` according to the header, pixels.
 
     Returns:
-        Bits of a pixel.
+        Bits per pixel.
 
     Raises:
-        StreamError: If it is no single grey image of that `(row, column)`, or ends before it should.
+        StreamError: If it is not a single grey image of that size, or ends too early.
     """
     at = 0 if stream[:4] == b"\xff\x4f\xff\x51" else _in_jp2(stream)
     if stream[at : at + 4] != b"\xff\x4f\xff\x51":

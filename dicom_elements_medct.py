@@ -52,10 +52,17 @@ class Elements:
         return self.get(keyword)
 
     def get(self, keyword: str, default: Any = None) -> Any:
-        """A number, a text, a list of them, or a list of `Elements`; the default if it is not there, none if empty.
+        """The value of an attribute.
+
+        Args:
+            keyword: The attribute's keyword in the DICOM dictionary, such as "PixelSpacing".
+            default: What to return if the attribute is absent.
+
+        Returns:
+            A number, a string, a list of either, or a list of `Elements`; `None` if the attribute is present but empty.
 
         Raises:
-            ValueError: If it is no such value.
+            ValueError: If the value is malformed.
         """
         tag = datadict.tag_for_keyword(keyword)
         if tag not in self._raw:
@@ -117,13 +124,17 @@ def read_meta(stream: BinaryIO) -> Elements:
 
 
 def read_data_set(stream: BinaryIO, is_little: bool | None) -> Elements:
-    """Elements up to the pixels, or to the end; the stream then stands before those.
+    """Elements up to the pixels, or to the end of the stream, which is left at the pixels.
 
-    Whether kinds of values are written is found by the first element, since the transfer syntax is often wrong there;
-    so is the order of bytes where it is not known.
+    Whether value representations are explicit is detected from the first element, since the transfer syntax is often
+    wrong about it; so is the byte order if it is not known.
+
+    Args:
+        stream: Positioned at the first element of the data set.
+        is_little: Whether the byte order is little-endian; `None` to detect it.
 
     Raises:
-        ValueError, EOFError: If it is damaged.
+        ValueError, EOFError: If the data set is damaged.
     """
     raw: dict[int, tuple[str, Any]] = {}
     is_implicit = not _is_kind(_peek(stream, 4, 2))

@@ -76,7 +76,19 @@ def _places(slices: Sequence[Slice]) -> np.ndarray:
 
 
 def order(slices: list[Slice], source: str, resample_irregular: bool) -> tuple[list[Slice], list[str]]:
-    """Slices by position, after the checks of their positions; and remarks."""
+    """Sort slices by position and check their positions.
+
+    Args:
+        slices: In any order, all of one size, spacing and orientation (see `check_alike`).
+        source: What to call them in messages.
+        resample_irregular: Accept uneven, tilted and repeated slices that can be resampled.
+
+    Returns:
+        The slices in ascending order along their normal, and remarks.
+
+    Raises:
+        VolumeError: If the positions do not make one stack.
+    """
     slices = [slices[k] for k in np.argsort(_places(slices)[:, 2], kind="stable")]
     slices, notes = _without_repeats(slices, source, resample_irregular)
     if len(slices) < 2:
@@ -224,7 +236,16 @@ def _is_leaning(slices: list[Slice]) -> bool:
 
 
 def to_grid(hu: np.ndarray, slices: list[Slice], source: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """HU on even steps, and the affine of `(column, row, k)` to RAS+ mm; uneven steps are interpolated."""
+    """Put slices on an even grid, interpolating uneven steps.
+
+    Args:
+        hu: `(k, row, column)`, HU, in the order of `slices`.
+        slices: From `order`.
+        source: What to call them in messages.
+
+    Returns:
+        HU `(k, row, column)` on even steps, the affine `(4, 4)` from `(column, row, k)` to RAS+ mm, and remarks.
+    """
     notes, places, count = [], _places(slices), len(slices)
     along = places[:, 2]
     gaps = np.diff(along)

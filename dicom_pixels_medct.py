@@ -65,11 +65,21 @@ class Slice:
 
 
 def name_of(file: ByteSource, frame: int | None) -> str:
+    """What to call a slice in messages.
+
+    Args:
+        file: The file that holds it.
+        frame: Its index in a multi-frame file, from 0; `None` in a single-frame file.
+    """
     return file.name if frame is None else f"{file.name} frame {frame + 1}"
 
 
 def layout_of(header: Elements, offset: int) -> PixelLayout:
-    """How pixels are stored whose element begins at an offset.
+    """How the pixels of a file are stored.
+
+    Args:
+        header: The file's data set.
+        offset: Where the pixel data element begins, bytes.
 
     Raises:
         ValueError: If the header is damaged.
@@ -108,7 +118,18 @@ def _whole(value: Any) -> int:
 
 
 def decode(slices: list[Slice], source: str) -> tuple[np.ndarray, list[str]]:
-    """HU of ordered slices, `(k, row, column)`: int16 if slopes are 1 and all values fit, else float32; and remarks."""
+    """Decode slices to HU.
+
+    Args:
+        slices: In the order of the result.
+        source: What to call them in messages.
+
+    Returns:
+        HU `(k, row, column)`, int16 if all slopes are 1 and all values fit, else float32; and remarks.
+
+    Raises:
+        VolumeError: If a slice is damaged, or the headers promise too many voxels.
+    """
     shape = (len(slices), *slices[0].pixels.shape)
     if np.prod(shape, dtype=float) > MAX_VOXELS:
         raise VolumeError(source, f"its headers promise shape {shape}", "Check the files, or crop the scan")

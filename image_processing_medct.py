@@ -46,21 +46,43 @@ def reorient(volume: CTVolume, orientation: str) -> tuple[np.ndarray, tuple[floa
 
 
 def clip_hu(volume: torch.Tensor, hu_min: float, hu_max: float) -> torch.Tensor:
-    """Clip a volume `(z, y, x)` in HU to a window in HU; same dtype."""
+    """Clip a CT volume to a window.
+
+    Args:
+        volume: `(z, y, x)`, HU.
+        hu_min: Lower end, HU.
+        hu_max: Upper end, HU.
+
+    Returns:
+        `(z, y, x)`, same dtype, within `[hu_min, hu_max]`.
+    """
     return volume.clamp(hu_min, hu_max)
 
 
 def resampled_length(length: int, spacing_mm: float, target_spacing_mm: float) -> int:
-    """Voxels of an axis after resampling: the whole target voxels that its extent holds, at least one.
+    """Voxels along an axis after resampling: the number of whole target voxels that fit into its extent, at least one.
 
-    To the last bit as the original computes it, because one voxel more moves the whole scan by half a voxel: 300 slices
-    of 0.7 mm make 139 of 1.5 mm, and not 140. Only the noise that headers add to a spacing is rounded off before.
+    This matches the original to the last bit, because one voxel more would move the whole scan by half a voxel: 300
+    slices of 0.7 mm make 139 of 1.5 mm, not 140. Only the noise that headers add to a spacing is rounded off first.
+
+    Args:
+        length: Voxels along the axis.
+        spacing_mm: Distance between them, mm.
+        target_spacing_mm: Distance between voxels of the result, mm.
     """
     return max(1, int(length * (round(spacing_mm, SPACING_DECIMALS) / target_spacing_mm)))
 
 
 def crop_window(length: int, size: int) -> tuple[int, int]:
-    """First index, and the one after the last, of the central `size` of an axis; the whole axis if it is shorter."""
+    """The central part of an axis, or the whole axis if it is shorter.
+
+    Args:
+        length: Voxels along the axis.
+        size: Maximum number of voxels to keep.
+
+    Returns:
+        The first index, and the index after the last.
+    """
     start = max(0, (length - size) // 2)
     return start, min(length, start + size)
 
@@ -81,7 +103,13 @@ class AxisPlan:
 
     @classmethod
     def make(cls, length: int, resampled: int, window: tuple[int, int]) -> "AxisPlan":
-        """The plan for a window (first index, and the one after the last) of an axis of `resampled` voxels."""
+        """The plan for a window of a resampled axis.
+
+        Args:
+            length: Voxels of the input along the axis.
+            resampled: Voxels of the whole result along the axis.
+            window: First index of the result that is wanted, and the index after the last.
+        """
         if resampled == length:
             lower = torch.arange(*window)
             return cls(lower, lower, torch.zeros(len(lower)))
@@ -102,11 +130,24 @@ class AxisPlan:
         return slice(int(self.lower.min()), int(self.upper.max()) + 1)
 
     def part(self, index: slice, offset: int = 0) -> "AxisPlan":
-        """The plan for some voxels of the result, on an input that begins at `offset`."""
+        """The plan for some voxels of the result.
+
+        Args:
+            index: Which voxels of this plan.
+            offset: Index at which the input of the new plan begins in the input of this one, voxels.
+        """
         return AxisPlan(self.lower[index] - offset, self.upper[index] - offset, self.weight[index])
 
     def apply(self, volume: torch.Tensor, axis: int) -> torch.Tensor:
-        """Interpolate a float32 volume along an axis."""
+        """Interpolate a volume along an axis.
+
+        Args:
+            volume: Any shape, float32.
+            axis: Which axis of `volume`.
+
+        Returns:
+            float32, with as many voxels along `axis` as the plan has.
+        """
         if self.is_copy:
             return volume.narrow(axis, self.needed.start, len(self.lower))
         lower = volume.index_select(axis, self.lower)
@@ -163,12 +204,23 @@ def _to_float(array: np.ndarray, hu_window: tuple[float, float] | None) -> torch
 
 
 def scale_hu(volume: torch.Tensor, hu_per_unit: float) -> torch.Tensor:
-    """HU to the unit of `pixel_values`, in place."""
+    """Convert HU to the unit of `pixel_values`, in place.
+
+    Args:
+        volume: Any shape, HU, float32.
+        hu_per_unit: HU that make 1.0.
+    """
     return volume.div_(hu_per_unit)
 
 
 def pad_to_size(volume: torch.Tensor, size: Sequence[int], value: float) -> torch.Tensor:
-    """Pad `(z, y, x)` to a size; an odd voxel goes behind."""
+    """Pad a volume to a size, the same before and behind; an odd voxel goes behind.
+
+    Args:
+        volume: `(z, y, x)`, no longer than `size` along any axis.
+        size: Voxels of the result, `(z, y, x)`.
+        value: What to pad with, in the unit of `volume`.
+    """
     before_and_after: list[int] = []
     for length, target in zip(reversed(volume.shape), reversed(size), strict=True):  # F.pad begins at the last axis
         before = (target - length) // 2
@@ -358,7 +410,15 @@ class MedCTImageProcessor(PicklesAnywhere, BaseImageProcessor):
         return batch
 
     def process_volume(self, volume: CTVolume, out: torch.Tensor | None = None) -> torch.Tensor:
-        """One volume in HU to `(z, y, x)`, float32; into `out` if there is one."""
+        """Convert one volume to the model's input.
+
+        Args:
+            volume: In HU.
+            out: Where to write the result, `image_size` voxels `(z, y, x)`; a new float32 tensor by default.
+
+        Returns:
+            `(z, y, x)`, float32 within the scaled window; `out` if it was given.
+        """
         pixel_values = torch.empty(*self.image_size) if out is None else out
         pad_value = self.hu_min / self.hu_per_unit
         array, spacing_mm = reorient(volume, self.orientation)

@@ -32,12 +32,26 @@ CONVOLVES_ON_CPU = torch.backends.mkldnn.is_available() and torch.backends.cpu.g
 
 
 def add(stream: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
-    """Their sum, in the memory of the stream where no gradient needs what it held."""
+    """The sum of two tensors, in the memory of the first unless gradients are enabled.
+
+    Args:
+        stream: Any shape; overwritten without gradients.
+        update: Same shape.
+    """
     return stream + update if torch.is_grad_enabled() else stream.add_(update)
 
 
 def split_rows(rows: torch.Tensor, width: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    """Cut `(rows, ...)` so that results of `width` elements a row stay within the chunk size of the device."""
+    """Split rows so that intermediate results stay within the chunk size of the device.
+
+    Args:
+        rows: `(rows, ...)`.
+        width: Elements per row of the widest intermediate result.
+        dtype: Precision of that result.
+
+    Returns:
+        Views `(fewer rows, ...)` in order.
+    """
     chunk_bytes = CPU_CHUNK_BYTES if rows.device.type == "cpu" else CHUNK_BYTES
     return rows.split(max(1, chunk_bytes // (width * dtype.itemsize)))
 
@@ -92,13 +106,27 @@ _PLAIN = (torch.Tensor, nn.Parameter, type(None))
 
 
 def apply_linear(module: nn.Module, rows: torch.Tensor, product: Callable[..., torch.Tensor] = linear) -> torch.Tensor:
-    """What a Linear, or what adapters or quantisers have made of it, gives for `(..., in_features)`."""
+    """Call a Linear, or what adapters or quantizers have made of it.
+
+    Args:
+        module: The Linear.
+        rows: `(..., in_features)`.
+        product: What to use in place of `F.linear` for plain tensors.
+
+    Returns:
+        `(..., out_features)`.
+    """
     with _Products(product):
         return module(rows)
 
 
 def times_gelu(value: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-    """`value` times gelu of `gate`; both may be halves of wider rows."""
+    """`value * gelu(gate)`.
+
+    Args:
+        value: `(..., width)`; may be half of a wider row.
+        gate: `(..., width)`; likewise.
+    """
     if gate.shape[-1] >= WIDE:
         gate = gate.contiguous()  # gelu takes three times as long on half of each row
     return value * F.gelu(gate)

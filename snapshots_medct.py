@@ -28,7 +28,12 @@ class Snapshot:
             self._tensors = {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
     def equals(self, tensors: Mapping[str, torch.Tensor], settings: str = "") -> bool:
-        """Whether these are the same, by value, on the same devices and in the same precision."""
+        """Whether the current state is the same, by value, on the same devices and in the same precision.
+
+        Args:
+            tensors: The current tensors, by the same names.
+            settings: The current settings, as text.
+        """
         if settings != self._settings or tensors.keys() != self._tensors.keys():
             return False
         return all(_same(kept, tensors[name]) for name, kept in self._tensors.items())

@@ -69,6 +69,12 @@ def _beside(module: torch.nn.Module) -> list[torch.Tensor]:
 
 
 def load(folder: Path, options: dict[str, Any]) -> MedCTModel:
+    """Load a model in evaluation mode, on the GPU if there is one.
+
+    Args:
+        folder: The checkpoint.
+        options: For `from_pretrained`, such as the quantization.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = MedCTModel.from_pretrained(folder, device_map={"": device}, **options).eval()
     # For CPUs bitsandbytes packs nf4 anew in evaluation mode, in widths that 64 divides; nothing drops out here.
@@ -77,7 +83,16 @@ def load(folder: Path, options: dict[str, Any]) -> MedCTModel:
 
 
 def ranking(model: MedCTModel, loader: StudyLoader, expected: torch.Tensor | None) -> tuple[float, torch.Tensor, float]:
-    """Mean AUROC, embeddings of all studies, and their least cosine similarity to those expected."""
+    """Measure how well a model ranks studies.
+
+    Args:
+        model: The model, possibly quantized.
+        loader: Labelled studies.
+        expected: `(studies, projection_dim)`, the float32 model's embeddings; `None` for that model itself.
+
+    Returns:
+        Mean AUROC, the embeddings `(studies, projection_dim)`, and the lowest cosine similarity to `expected`.
+    """
     processor = MedCTProcessor.from_pretrained(PHANTOM_BASE)
     names = model.config.label_names
     evaluate, is_training = model.eval, model.training

@@ -76,7 +76,12 @@ def model_of(args: argparse.Namespace) -> str:
 
 
 def load_pipeline(args: argparse.Namespace, device: torch.device, zero_shot_only: bool = False) -> CTPipeline:
-    """Model, processor and adapter; of a classifier too, unless `zero_shot_only`.
+    """Load the model, its processor and the adapter.
+
+    Args:
+        args: Parsed, with the model's options.
+        device: Where to run.
+        zero_shot_only: Refuse classifiers.
 
     Raises:
         MedCTError: If one of them cannot be loaded.
@@ -99,6 +104,12 @@ def load_pipeline(args: argparse.Namespace, device: torch.device, zero_shot_only
 
 
 def reading_of(args: argparse.Namespace, pipe: CTPipeline) -> Reading:
+    """How scans are read.
+
+    Args:
+        args: Parsed, with the options for scans.
+        pipe: Holds the image processor.
+    """
     options = {"series": args.series, "resample_irregular": args.resample_irregular}
     return Reading(pipe.processor.image_processor, args.batch_size, args.num_workers, options)
 
@@ -129,7 +140,16 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def ends(failed: int, studies: int, output: Path | None) -> int:
-    """Say how it went; returns the exit status."""
+    """Report how many studies failed, on standard error.
+
+    Args:
+        failed: Studies that could not be read.
+        studies: All studies.
+        output: The file of results, beside which failures are listed; `None` without one.
+
+    Returns:
+        The exit status.
+    """
     if failed:
         where = "" if output is None else f"; see {output.name}.failed.csv beside the output"
         print(f"{failed} of {studies} studies could not be read{where}.", file=sys.stderr)
@@ -178,7 +198,14 @@ def _predict(args: argparse.Namespace) -> int:
 def prediction_rows(
     pipe: CTPipeline, prompts: dict[str, Any], reads: list[ReadStudy], flat: bool
 ) -> Iterator[dict[str, Any]]:
-    """One row a study: its findings as the pipeline gives them, or each score in a column."""
+    """Score studies: one row per study.
+
+    Args:
+        pipe: The model's pipeline.
+        prompts: From `prompts_of`.
+        reads: The studies, as one batch.
+        flat: One column per score instead of a list of findings.
+    """
     inputs = {"pixel_values": torch.stack([read.pixel_values for read in reads])}
     for read, logits in zip(reads, pipe.forward(inputs, **prompts)["logits"], strict=True):
         findings = pipe.postprocess({"logits": logits[None]}, **prompts)
@@ -239,14 +266,26 @@ def _embed(args: argparse.Namespace) -> int:
 def embedding_rows(
     pipe: ZeroShotCTClassificationPipeline, reports: dict[str, str], reads: list[ReadStudy]
 ) -> Iterator[dict[str, Any]]:
-    """One row a study: its embedding, and that of its report."""
+    """Embed studies: one row per study, with the embedding of its report if there is one.
+
+    Args:
+        pipe: The model's pipeline.
+        reports: Text of each report by study.
+        reads: The studies, as one batch.
+    """
     for read, image in zip(reads, embed_images(pipe, reads), strict=True):
         row = {KEY: read.study.id, "image_embeds": image.tolist(), "text_embeds": None, "report_id": None}
         yield with_report(pipe, reports, row)
 
 
 def with_report(pipe: ZeroShotCTClassificationPipeline, reports: dict[str, str], row: dict[str, Any]) -> dict[str, Any]:
-    """The row with the embedding of its study's report, if there is one and it has none yet."""
+    """Add the embedding of a study's report to its row, if there is a report and the row has none yet.
+
+    Args:
+        pipe: The model's pipeline.
+        reports: Text of each report by study.
+        row: As `embedding_rows` makes it.
+    """
     from medct.inference import search
 
     report = search.report_of(row[KEY], reports) if row["text_embeds"] is None else None
@@ -257,14 +296,30 @@ def with_report(pipe: ZeroShotCTClassificationPipeline, reports: dict[str, str],
 
 @torch.no_grad()
 def embed_images(pipe: ZeroShotCTClassificationPipeline, reads: list[ReadStudy]) -> torch.Tensor:
-    """`(studies, projection_dim)`, float32, of length 1."""
+    """Embed scans.
+
+    Args:
+        pipe: The model's pipeline.
+        reads: The studies, as one batch.
+
+    Returns:
+        `(studies, projection_dim)`, float32, of length 1.
+    """
     pixel_values = torch.stack([read.pixel_values for read in reads]).to(pipe.device)
     return pipe.model.get_image_features(pixel_values).pooler_output.float().cpu()
 
 
 @torch.no_grad()
 def embed_text(pipe: ZeroShotCTClassificationPipeline, text: str) -> torch.Tensor:
-    """`(projection_dim,)`, float32, of length 1."""
+    """Embed a text.
+
+    Args:
+        pipe: The model's pipeline.
+        text: A report or a query.
+
+    Returns:
+        `(projection_dim,)`, float32, of length 1.
+    """
     texts = pipe.processor(text=[text], return_tensors="pt").to(pipe.device)
     return pipe.model.get_text_features(texts["input_ids"], texts["attention_mask"]).pooler_output[0].float().cpu()
 
@@ -310,6 +365,16 @@ def one_study(path: str) -> list[Study]:
 
 
 def read_one(study: Study, args: argparse.Namespace, pipe: ZeroShotCTClassificationPipeline) -> ReadStudy:
+    """Read a study.
+
+    Args:
+        study: What to read.
+        args: Parsed, with the options for scans.
+        pipe: Holds the image processor.
+
+    Raises:
+        CommandError: If it cannot be read.
+    """
     reading = reading_of(args, pipe)
     read = read_study(study, reading.image_processor, **reading.options)
     if isinstance(read, FailedStudy):
@@ -362,7 +427,12 @@ def evaluate(args: argparse.Namespace) -> int:
 
 
 def evaluation_table(results: dict[str, Any], names: Sequence[str]) -> str:
-    """Scores of one model, for people."""
+    """Format the scores of one model for people.
+
+    Args:
+        results: Scores with intervals, as `evaluate` collects them.
+        names: Labels, in the order of the rows.
+    """
     rows = [(f"{name} ({results['present'][name]} with it)", f"auroc/{name}") for name in names]
     rows += [(f"mean: {title}", key) for key, title in MEANS.items() if key in results["scores"]]
     width = max(len(title) for title, _ in rows)

@@ -74,16 +74,35 @@ Finder = Callable[[Collection[str]], ByteSource | None]
 
 
 def too_inflated(inflated: int, packed: int) -> bool:
-    """Whether so many bytes from so few are no honest compression."""
+    """Whether data expands more than honest compression does.
+
+    Args:
+        inflated: Size after inflation, bytes.
+        packed: Size before inflation, bytes.
+    """
     return inflated > MODEST_BYTES and inflated > MAX_INFLATION * max(packed, 1)
 
 
 def of_bytes(data: bytes, name: str) -> ByteSource:
+    """A source that is already in memory.
+
+    Args:
+        data: The content.
+        name: What to call it in messages.
+    """
     return ByteSource(name, lambda: io.BytesIO(data), len(data))
 
 
 def of_file_object(file: Any, name: str) -> ByteSource:
-    """All that is left to read of a binary file object."""
+    """The rest of a binary file object, from its current position.
+
+    Args:
+        file: Opened in binary mode.
+        name: What to call it in messages.
+
+    Raises:
+        VolumeError: If it cannot be read, is open in text mode, or holds more than `MAX_BYTES`.
+    """
     try:
         data = file.read(MAX_BYTES + 1)
     except Exception as error:  # any, of a file object that the caller made
@@ -151,7 +170,15 @@ def of_path(path: Path) -> list[ByteSource]:
 
 
 def find_beside(path: Path, names: Collection[str]) -> ByteSource | None:
-    """The file beside another one that has one of some names; never one of another folder."""
+    """The file with one of the given names in the same folder as another file; never one in another folder.
+
+    Args:
+        path: The other file.
+        names: Acceptable base names, in any Unicode normalization.
+
+    Returns:
+        The file, or `None` if there is none.
+    """
     try:
         beside = [file for file in path.parent.iterdir() if _same_name(file.name, names)]
     except OSError:
@@ -160,7 +187,15 @@ def find_beside(path: Path, names: Collection[str]) -> ByteSource | None:
 
 
 def find_among(files: Iterable[ByteSource], names: Collection[str]) -> ByteSource | None:
-    """The one of some files that has one of some names."""
+    """The first file with one of the given names.
+
+    Args:
+        files: Files to choose from.
+        names: Acceptable base names, in any Unicode normalization.
+
+    Returns:
+        The file, or `None` if there is none.
+    """
     return next((file for file in files if _same_name(base_name(file.name), names)), None)
 
 
@@ -273,7 +308,15 @@ def open_inflated(file: BinaryIO) -> BinaryIO:
 
 
 def inflated_head(source: ByteSource, count: int) -> bytes:
-    """The first bytes of what a source holds once it is inflated; none if that fails."""
+    """The first bytes of a source after inflation.
+
+    Args:
+        source: A plain or gzip file.
+        count: Maximum number of bytes.
+
+    Returns:
+        At most `count` bytes; empty if the stream cannot be inflated.
+    """
     with source.open() as file:
         try:
             return open_inflated(file).read(count)
@@ -282,7 +325,16 @@ def inflated_head(source: ByteSource, count: int) -> bytes:
 
 
 def check_promise(source: ByteSource, promised: int, compressed: bool) -> None:
-    """Refuse, before any memory is asked for, a header that promises more than its file can hold."""
+    """Refuse a header that promises more voxels than its file can hold, before any memory is allocated.
+
+    Args:
+        source: The file that holds the voxels.
+        promised: Size of the voxels according to the header, bytes.
+        compressed: Whether the voxels are compressed in the file.
+
+    Raises:
+        VolumeError: If the file is too short.
+    """
     most = source.size * _MAX_DEFLATE_RATIO if compressed else source.size
     if promised > most or (compressed and too_inflated(promised, source.size)):
         raise VolumeError(

@@ -102,7 +102,19 @@ def _voxels_of_pair(source: ByteSource, find: Finder) -> ByteSource:
 
 
 def read_nibabel_image(image: Any, affine: np.ndarray | None, rescale: bool) -> CTVolume:
-    """A nibabel image of any format, such as `datasets.Nifti()` decodes to."""
+    """Read a nibabel image of any format, such as a column of `datasets.Nifti()` decodes to.
+
+    Args:
+        image: The image.
+        affine: `(4, 4)`, voxel indices to RAS+ mm, to use instead of the image's own.
+        rescale: Whether the caller will compute HU from stored values.
+
+    Returns:
+        The volume with the header's scale applied.
+
+    Raises:
+        VolumeError: If it is not a usable volume, or both header and caller rescale.
+    """
     source, header, data = "nibabel image", image.header, image.dataobj
     shape = _drop_singletons(image.shape)
     check_voxels(source, shape, np.dtype(getattr(data, "dtype", np.float64)))
@@ -187,7 +199,13 @@ def _skip(source: ByteSource, stream: Any, count: int) -> None:
 
 
 def header_scale(source: str, header: Any, rescale: bool) -> tuple[float, float]:
-    """Slope and intercept of a header."""
+    """Slope and intercept of a header; 1 and 0 where it has none.
+
+    Args:
+        source: What to call the file in messages.
+        header: nibabel's.
+        rescale: Whether the caller will compute HU from stored values; the header must not rescale then.
+    """
     try:
         slope, intercept = header.get_slope_inter()
     except Exception as error:  # as above
@@ -208,7 +226,20 @@ def _scale_remarks(header: Any) -> tuple[str, ...]:
 def header_affine(
     source: str, header: Any, affine: np.ndarray | None, shape: tuple[int, ...]
 ) -> tuple[np.ndarray, tuple[str, ...]]:
-    """The affine in mm that a header gives, unless the caller has a better one, and remarks on it."""
+    """The affine of a header, unless the caller provides one.
+
+    Args:
+        source: What to call the file in messages.
+        header: nibabel's.
+        affine: `(4, 4)`, voxel indices to RAS+ mm, to use instead of the header's.
+        shape: `(i, j, k)`, voxels.
+
+    Returns:
+        `(4, 4)`, voxel indices to RAS+ mm, and remarks on it.
+
+    Raises:
+        VolumeError: If the header's orientation is missing or unusable.
+    """
     if affine is not None:
         return np.asarray(affine, float), ()
     with np.errstate(all="ignore"):

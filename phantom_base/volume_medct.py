@@ -131,10 +131,15 @@ def axis_order(affine: np.ndarray, orientation: str) -> tuple[list[int], list[in
 
 
 def rescale_to_hu(array: np.ndarray, slope: float, intercept: float) -> np.ndarray:
-    """Stored values to Hounsfield units: `slope * stored + intercept`.
+    """Convert stored values to Hounsfield units: `slope * stored + intercept`.
+
+    Args:
+        array: Stored values, any shape and real dtype.
+        slope: HU of one stored unit.
+        intercept: HU of the stored value 0.
 
     Returns:
-        The array itself if that changes nothing; int16 where a whole intercept is added to whole numbers and all fits
+        The array itself if nothing changes; int16 where a whole intercept is added to whole numbers and all values fit
         (as for most scans, at half the memory); else float32.
     """
     if slope == 1 and intercept == 0:
@@ -154,7 +159,13 @@ def rescale_to_hu(array: np.ndarray, slope: float, intercept: float) -> np.ndarr
 
 
 def refuse_second_rescale(source: str, slope: float, intercept: float) -> None:
-    """Refuse to rescale by the caller's figures what a header has rescaled, since HU would be computed twice."""
+    """Refuse to rescale what a header already rescales, since HU would be computed twice.
+
+    Args:
+        source: What to call the volume in messages.
+        slope: The header's slope, HU per stored unit.
+        intercept: The header's intercept, HU.
+    """
     raise VolumeError(
         source,
         f"its header already rescales (slope {slope}, intercept {intercept})",
@@ -163,7 +174,13 @@ def refuse_second_rescale(source: str, slope: float, intercept: float) -> None:
 
 
 def check_voxels(source: str, shape: Sequence[int], dtype: np.dtype) -> None:
-    """Refuse what is no single 3-D volume of numbers; asks no memory, so that it can go before reading."""
+    """Refuse anything but a single 3-D volume of numbers; allocates nothing, so it can be called before reading.
+
+    Args:
+        source: What to call the volume in messages.
+        shape: Voxels along each axis.
+        dtype: As stored.
+    """
     if len(shape) != 3 or 0 in shape:
         raise VolumeError(source, f"it has shape {tuple(shape)}", "Pass one volume with three axes, one at a time")
     if 1 in shape:
@@ -210,7 +227,12 @@ def check_values(volume: CTVolume) -> tuple[str, ...]:
 
 
 def check_affine(source: str, affine: np.ndarray) -> None:
-    """Refuse an affine that places no volume."""
+    """Refuse an affine that cannot place a volume: singular, not finite or implausibly large.
+
+    Args:
+        source: What to call the volume in messages.
+        affine: `(4, 4)`, voxel indices to RAS+ mm.
+    """
     with np.errstate(all="ignore"):
         sound = (
             affine.shape == (4, 4)
@@ -238,10 +260,17 @@ def obliqueness_of(affine: np.ndarray) -> float:
 
 
 def straight_affine(affine: np.ndarray, shape: Sequence[int]) -> np.ndarray:
-    """The affine with perpendicular axes that has the centre of an array where another has it.
+    """The closest affine with perpendicular axes that keeps the centre of the array in place.
 
-    The first axis is kept, of the second what is perpendicular to it, and of the third, along which scans are stacked,
-    what is perpendicular to both.
+    The first axis is kept, of the second only the part perpendicular to it, and of the third, along which scans are
+    stacked, only the part perpendicular to both.
+
+    Args:
+        affine: `(4, 4)`, voxel indices to RAS+ mm.
+        shape: `(i, j, k)`, voxels.
+
+    Returns:
+        `(4, 4)`, voxel indices to RAS+ mm.
     """
     directions, parts = np.linalg.qr(affine[:3, :3])
     centre = (np.array(shape) - 1) / 2
@@ -252,7 +281,16 @@ def straight_affine(affine: np.ndarray, shape: Sequence[int]) -> np.ndarray:
 
 
 def voxels_off(affine: np.ndarray, shape: Sequence[int], other: np.ndarray) -> float:
-    """How far two affines put a voxel of an array apart at most, in voxels of the first along one of its axes."""
+    """The largest distance between the places that two affines give to the same voxel.
+
+    Args:
+        affine: `(4, 4)`, voxel indices to RAS+ mm.
+        shape: `(i, j, k)`, voxels.
+        other: `(4, 4)`, likewise.
+
+    Returns:
+        Distance along an array axis, in voxels of `affine`.
+    """
     difference = np.linalg.inv(affine) @ (other - affine)
     centre = (np.array(shape) - 1) / 2
     at_centre = difference[:3, :3] @ centre + difference[:3, 3]
@@ -260,7 +298,15 @@ def voxels_off(affine: np.ndarray, shape: Sequence[int], other: np.ndarray) -> f
 
 
 def remark_on_offset(what: str, off: float) -> list[str]:
-    """A remark if a grid that is taken for straight and even puts voxels off their place."""
+    """A remark if voxels lie noticeably off a grid that is treated as straight and even.
+
+    Args:
+        what: Subject of the remark, plural, such as "its slices".
+        off: Largest offset, voxels.
+
+    Returns:
+        One sentence if `off` exceeds `REMARKED_VOXELS_OFF`, else none.
+    """
     if off <= REMARKED_VOXELS_OFF:
         return []
     return [f"{what} lie up to {off:.2f} voxels off the straight and even grid that is taken for theirs"]
@@ -271,7 +317,12 @@ def _is_sheared(affine: np.ndarray, shape: Sequence[int]) -> bool:
 
 
 def is_straight(affine: np.ndarray, shape: Sequence[int] = _USUAL_SHAPE) -> bool:
-    """Whether the axes of an array are perpendicular and lie along the patient's within the tolerances."""
+    """Whether the array axes are perpendicular and aligned with the patient's, within the tolerances.
+
+    Args:
+        affine: `(4, 4)`, voxel indices to RAS+ mm.
+        shape: `(i, j, k)`, voxels.
+    """
     return not _is_sheared(affine, shape) and obliqueness_of(affine) <= MAX_OBLIQUE_DEGREES
 
 
