@@ -84,7 +84,8 @@ class _Worker:
         self.process.start()
         theirs.close()
         self.places: deque[int] = deque()  # in their order; the first is being loaded
-        self.begun: str | None = None  # id of that one
+        self.begun: str | None = None  # id of that one, or its number while that is not known
+        self.has_served = False
         self.lost: list[int] = []  # places whose studies were loaded and did not arrive
 
     def give(self, place: int, key: int) -> None:
@@ -105,6 +106,7 @@ class _Worker:
             self._note(message, done)
 
     def _note(self, message: bytes, done: dict[int, Row | Skipped]) -> None:
+        self.has_served = True
         try:
             content = ForkingPickler.loads(message)
         except Exception:
@@ -127,9 +129,11 @@ class _Worker:
         """What a dead process has not done and is not to blame for; the study that it was at is put into `done`."""
         self.process.join(_LOOK_S)  # it can have closed the pipe just before
         self.stop()
-        if self.places:
+        # One that was killed while it waited had not begun what it was given since; one that never served anything may
+        # have died of its first study, or would die again.
+        if self.places and (self.begun or not self.has_served):
             first = self.places.popleft()
-            name = self.begun or f"study {keys[first]}"  # before it could say its id
+            name = self.begun or f"study {keys[first]}"
             done[first] = Skipped(name, f"its loader process {_end_of(self.process.exitcode)}")
         return sorted((*self.lost, *self.places))
 
@@ -166,6 +170,7 @@ def _serve(connection: Connection, ours: Any, read: Callable[[int], Row], load: 
                 if os.getppid() != parent:  # processes that were forked later hold the pipe open
                     return
             key = connection.recv()
+            connection.send(f"study {key}")  # until its id is known
             try:
                 row = read(key)
             except Exception as error:

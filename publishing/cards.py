@@ -20,8 +20,9 @@ PLACEHOLDER_REPO, PLACEHOLDER_BASE, PLACEHOLDER_REVISION = "ORG/NAME", "ORG/BASE
 CT_CLIP_LICENSE = "cc-by-nc-sa-4.0"
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-# At least two parts, since "and/or" and "/" are not paths; not after a letter or colon, as in web addresses.
-_ABSOLUTE_PATH = re.compile(r"(?<![\w.:/\\])(?:(?:/[\w.@+-]+){2,}/?|[A-Za-z]:\\[\w.@+\\-]+)")
+# At least two parts, since "and/or" and "/" are not paths; not after a letter or colon, as in web addresses; not what
+# every Linux has.
+_ABSOLUTE_PATH = re.compile(r"(?<![\w.:/\\])(?!/(?:proc|dev)/)(?:(?:/[\w.@+-]+){2,}/?|[A-Za-z]:\\[\w.@+\\-]+)")
 # The Hub's names of metrics, by ours.
 _HUB_METRICS = {"auroc": ("roc_auc", "AUROC"), "macro_f1": ("f1", "F1")}
 _TRAINING_FACTS = {

@@ -112,6 +112,6 @@ def test_a_hub_that_does_not_answer_is_said(on_the_hub, config):
 def test_a_public_dataset_is_refused(hub, folder, monkeypatch):
     hub.create("dataset", "org/open")
     hub.connect(monkeypatch)
-    with pytest.raises(PushError, match="org/open is public, and patients' scans are not"):
+    with pytest.raises(PushError, match="org/open is public, but patients' scans must not be"):
         push_shards(folder, "org/open")
     assert not any(name.startswith("data/") for name in hub.files("org/open", "dataset"))
