@@ -1,7 +1,7 @@
 """Zero-shot classification of labelled studies, spread over processes."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,7 +48,12 @@ def texts_to(texts: Texts, device: torch.device) -> Texts:
     return {name: part.to(device) for name, part in texts.items()}
 
 
-@torch.no_grad()
+def embed_prompts(model: MedCTModel, prompts: list[Texts], accelerator: Accelerator) -> list[torch.Tensor]:
+    """The sentences that ask for each label in the common space, `(2 * labels, d)` a template, float32."""
+    with torch.no_grad(), accelerator.autocast():
+        return [model.get_text_features(**texts_to(each, accelerator.device)).pooler_output.float() for each in prompts]
+
+
 def score_studies(
     model: MedCTModel, loader: StudyLoader, prompts: list[Texts], accelerator: Accelerator, what: str
 ) -> ScoredStudies:
@@ -61,11 +66,33 @@ def score_studies(
         accelerator: Whose processes share the work.
         what: Name for the progress bar.
     """
+    return score_versions(model, [lambda: None], loader, prompts, accelerator, what)[0]
+
+
+@torch.no_grad()
+def score_versions(
+    model: MedCTModel,
+    versions: Sequence[Callable[[], None]],
+    loader: StudyLoader,
+    prompts: list[Texts],
+    accelerator: Accelerator,
+    what: str,
+) -> list[ScoredStudies]:
+    """Score every study of a source with several versions of a model; each study is read once.
+
+    Args:
+        model: In evaluation mode and the last version afterwards.
+        versions: Each makes the model what it is to be scored as.
+        loader, prompts, accelerator, what: See `score_studies`.
+
+    Returns:
+        Scores by version.
+    """
     model.eval()
-    with accelerator.autocast():
-        templates = [
-            model.get_text_features(**texts_to(texts, accelerator.device)).pooler_output.float() for texts in prompts
-        ]
+    templates = []
+    for become in versions:
+        become()
+        templates.append(embed_prompts(model, prompts, accelerator))
     total = math.ceil(loader.source.num_studies / loader.world_size / loader.batch_size)
     rows: list[tuple[str, str, np.ndarray, np.ndarray]] = []
     bar = tqdm(
@@ -73,16 +100,28 @@ def score_studies(
     )
     for batch, is_own in bar:
         batch = to_device(batch, accelerator.device, model.config)
-        with accelerator.autocast():
-            embeds = model.get_image_features(batch["pixel_values"]).pooler_output.float()
-        scores = torch.stack([zero_shot_probabilities(model.get_logits(embeds, texts)) for texts in templates]).mean(0)
+        scores = []
+        for become, texts in zip(versions, templates, strict=True):
+            become()
+            scores.append(_scores(model, batch["pixel_values"], texts, accelerator))
         if is_own:
-            rows += zip(
-                batch["ids"], batch["patients"], scores.cpu().numpy(), batch["labels"].cpu().numpy(), strict=True
-            )
+            by_study = torch.stack(scores, dim=1).cpu().numpy()  # (batch, versions, labels)
+            rows += zip(batch["ids"], batch["patients"], by_study, batch["labels"].cpu().numpy(), strict=True)
     rows = sorted(gather_object(rows), key=lambda row: row[0])
     ids, patients, scores, labels = zip(*rows, strict=True)
-    return ScoredStudies(list(ids), list(patients), np.stack(scores), np.stack(labels))
+    return [
+        ScoredStudies(list(ids), list(patients), by_version, np.stack(labels))
+        for by_version in np.stack(scores).swapaxes(0, 1)
+    ]
+
+
+def _scores(
+    model: MedCTModel, pixel_values: torch.Tensor, templates: list[torch.Tensor], accelerator: Accelerator
+) -> torch.Tensor:
+    """`(batch, labels)`, averaged over templates."""
+    with accelerator.autocast():
+        embeds = model.get_image_features(pixel_values).pooler_output.float()
+    return torch.stack([zero_shot_probabilities(model.get_logits(embeds, texts)) for texts in templates]).mean(0)
 
 
 def _in_step(loader: Iterable[dict[str, Any]], accelerator: Accelerator) -> Iterator[tuple[dict[str, Any], bool]]:
