@@ -12,6 +12,7 @@ Source: specification of CT-CLIP, sections 2 to 4.
 """
 
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -465,6 +466,52 @@ class MedCTPreTrainedModel(PreTrainedModel):
         loaded = super().load_adapter(peft_model_id, adapter_name, *args, **kwargs)
         self.adapter_descriptions = {**self.adapter_descriptions, adapter_name or "default": description or {}}
         return loaded
+
+    def adapter_strength(self, name: str = "default") -> float:
+        """How much of an adapter is in use: 1 as it was loaded, 0 nothing of it; NaN if its layers differ.
+
+        Raises:
+            ValueError: If there is no adapter of that name.
+        """
+        strengths = [
+            layer.scaling[name] * layer.r[name] ** (0.5 if layer.use_rslora.get(name) else 1) / layer.lora_alpha[name]
+            for layer in self._adapter_layers(name)
+        ]
+        # Roots and quotients are rounded.
+        return strengths[0] if max(strengths) - min(strengths) < 1e-6 else math.nan
+
+    def set_adapter_strength(self, name: str = "default", strength: float = 1.0) -> None:
+        """Use so much of an adapter, for all calls that follow. Nothing that is saved changes.
+
+        The adapter's operating points and calibration hold for strength 1; pipelines leave them out at any other.
+
+        Args:
+            name: Of the adapter, as in `load_adapter`.
+            strength: 1 is the adapter as it was loaded, 0 the base, 0.5 half of what was learned.
+
+        Raises:
+            ValueError: If there is no adapter of that name, the strength is negative or no number, or the adapter has
+                more than what scales: it is merged, has DoRA's magnitudes, or whole modules.
+        """
+        if not 0 <= strength < math.inf:
+            raise ValueError(f"`strength` is {strength}. Pass a number, 0 or more; 1 is the adapter as it was loaded.")
+        layers = self._adapter_layers(name)
+        has_modules = any(name in (getattr(module, "modules_to_save", None) or ()) for module in self.modules())
+        if has_modules or any(layer.merged or layer.use_dora.get(name) for layer in layers):
+            raise ValueError(
+                f"The adapter {name!r} is merged, or has DoRA's magnitudes or whole modules, so its strength cannot be "
+                "set. `medct train --strength auto` chooses it when an adapter is made."
+            )
+        for layer in layers:
+            layer.set_scale(name, strength)
+
+    def _adapter_layers(self, name: str) -> list[nn.Module]:
+        layers = [module for module in self.modules() if hasattr(module, "scaling") and hasattr(module, "set_scale")]
+        found = [layer for layer in layers if name in layer.scaling]
+        if not found:
+            known = sorted({each for layer in layers for each in layer.scaling})
+            raise ValueError(f"There is no adapter {name!r}. Loaded: {', '.join(known) or 'none'}.")
+        return found
 
 
 class MedCTVisionModel(MedCTPreTrainedModel):

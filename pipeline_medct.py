@@ -7,12 +7,14 @@ A finding is scored by how much nearer the scan lies to "present" than to "not p
 set of labels, however many scans follow.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from transformers import Pipeline
 
+from .adapters_medct import calibrated
 from .modeling_medct import zero_shot_probabilities
 
 _READING = ("spacing_mm", "affine", "rescale_slope", "rescale_intercept", "series", "resample_irregular")
@@ -70,7 +72,9 @@ class ZeroShotCTClassificationPipeline(Pipeline):
             - `logits_margin`: logit of "present" minus that of "not present"; `score` is its sigmoid, and with several
               templates both are means;
             - `present`: whether the score reaches the adapter's operating point; only where there is one, and only with
-              the model's own templates, for which it was chosen.
+              the model's own templates, for which it was chosen;
+            - `probability`: that of the finding at the adapter's site, in [0, 1], where there is a calibration; like
+              `present`, with the model's own templates and the adapter's own strength only.
 
         Raises:
             VolumeError: If a source is no usable CT volume.
@@ -117,14 +121,27 @@ class ZeroShotCTClassificationPipeline(Pipeline):
             result = {"label": label, "score": score, "logits_margin": margin}
             if prompt_templates is None and label in self.thresholds:
                 result["present"] = score >= self.thresholds[label]
+            if prompt_templates is None and label in self.calibration:
+                result["probability"] = float(calibrated(score, *self.calibration[label]))
             results.append(result)
         return sorted(results, key=lambda result: -result["score"])
 
     @property
     def thresholds(self) -> dict[str, float]:
         """Operating points of the adapter in use: from which score on a finding is called present, by its label."""
-        descriptions = [self.model.adapter_descriptions.get(name, {}) for name in self._adapters_in_use()]
-        return (descriptions[0].get("thresholds") or {}) if len(descriptions) == 1 else {}
+        return self._remembered("thresholds")
+
+    @property
+    def calibration(self) -> dict[str, list[float]]:
+        """Slope and intercept of the adapter in use, by label; see `calibrated`."""
+        return self._remembered("calibration")
+
+    def _remembered(self, what: str) -> dict[str, Any]:
+        """By label; nothing with several adapters, or one at another strength than it was made for."""
+        in_use = self._adapters_in_use()
+        if len(in_use) != 1 or not math.isclose(self.model.adapter_strength(in_use[0]), 1, rel_tol=1e-6):
+            return {}
+        return self.model.adapter_descriptions.get(in_use[0], {}).get(what) or {}
 
     def _adapters_in_use(self) -> list[str]:
         # Layers of PEFT know whether they are disabled; `active_adapters` names them all the same.
@@ -147,7 +164,8 @@ class ZeroShotCTClassificationPipeline(Pipeline):
             For each template `(2 * labels, projection_dim)`, float32, of length 1.
         """
         sentences = self.model.config.label_prompts(candidate_labels, prompt_templates)
-        key = (sentences, self._adapters_in_use(), self.model.dtype)
+        adapters = {name: self.model.adapter_strength(name) for name in self._adapters_in_use()}
+        key = (sentences, adapters, self.model.dtype)
         if self._kept_embeds is None or self._kept_embeds[0] != key:
             embeds = []
             for template in sentences:

@@ -10,13 +10,12 @@ same name with `.unfinished`, and `--resume True` goes on from there.
 
 import contextlib
 import dataclasses
-import functools
 import json
 import math
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ from medct.common.distributed import shard, sum_gradients, sum_over_processes
 from medct.common.errors import StoppedError, one_line_errors
 from medct.common.host import device_name, keep_freed_memory, peak_memory_bytes, quiet_libraries
 from medct.configuration_medct import MedCTConfig
-from medct.data import Source, StudyLoader, open_source, to_device
+from medct.data import StudyLoader, to_device
 from medct.evaluation.calibration import apply_calibration
 from medct.evaluation.metrics import zero_shot_scores
 from medct.evaluation.plots import calibration_plot, roc_plot
@@ -65,11 +64,11 @@ from medct.training.lora import (
 )
 from medct.training.lora import trainable as trainable_parameters
 from medct.training.objectives import StepLoss
-from medct.training.replay import with_replay
-from medct.training.results import KEPT_SPLITS, SPLITS, compare_all, mean_auroc, remarks_on
+from medct.training.results import KEPT_SPLITS, SPLITS, Scored, compare_all, mean_auroc, remarks_on
 from medct.training.run_folder import RunFolder
-from medct.training.settings import NO_SOURCE, TrainingError, TrainingSettings, check, complete, parse_settings
-from medct.training.strength import GRID, Line, Trial, choose, trial_of
+from medct.training.settings import TrainingError, TrainingSettings, check, complete, parse_settings
+from medct.training.sources import endless, load_sources, number_of_steps
+from medct.training.strength import Choice, Line, choose_strength
 
 
 def make_accelerator(settings: TrainingSettings, work: Path) -> Accelerator:
@@ -121,52 +120,6 @@ def commit_of_base(settings: TrainingSettings) -> str | None:
         return settings.revision
 
 
-def load_sources(settings: TrainingSettings, config: MedCTConfig) -> dict[str, Source]:
-    """Studies to train on, to tune on and, as "valid", to score on; no patient is in two of them.
-
-    What is replayed is among those to train on; "keep_tune" and "keep_valid" are of what is to be kept.
-    """
-    limits = {"train": None, "tune": settings.max_tune_studies, "valid": settings.max_eval_studies}
-
-    def source(address: str, split: str, **options: Any) -> Source:
-        options |= {"reconstructions": settings.reconstructions, "limit": limits[split]}
-        reports = settings.objective != "prompts" and split == "train"
-        return open_source(address, split, config, need_reports=reports, **options)
-
-    own = {"revision": settings.data_revision, "phantoms": settings.phantoms}
-    sources = {split: source(settings.data, split, **own) for split in limits}
-    others = {"phantoms": settings.other_phantoms}
-    if settings.replay != NO_SOURCE and settings.replay_share:
-        replayed = source(settings.replay, "train", **others)
-        sources["train"] = with_replay(sources["train"], replayed, settings.replay_share)
-    if settings.keep != NO_SOURCE:
-        sources |= {f"keep_{split}": source(settings.keep, split, **others) for split in SPLITS}
-    return sources
-
-
-def number_of_steps(source: Source, settings: TrainingSettings, processes: int) -> int:
-    """Optimizer steps of a run.
-
-    Raises:
-        TrainingError: If there are fewer studies than a step takes.
-    """
-    studies_per_step = settings.batch_size * settings.accumulation_steps * processes
-    per_epoch = source.num_studies // studies_per_step
-    if not per_epoch:
-        raise TrainingError(
-            f"{source.num_studies} training studies do not fill one step of {studies_per_step} ({settings.batch_size} "
-            f"x {settings.accumulation_steps} in {processes} processes). Lower --batch_size."
-        )
-    steps = per_epoch * settings.epochs
-    return steps if settings.max_steps is None else min(steps, settings.max_steps)
-
-
-def endless(loader: StudyLoader) -> Iterator[dict[str, Any]]:
-    """Batches of one epoch after the other."""
-    while True:
-        yield from loader
-
-
 class Trainer:
     """One run, from base to folder.
 
@@ -195,7 +148,7 @@ class Trainer:
         self.prompts = tokenize_prompts(self.config, self.processor)
         self.folder.work.mkdir(parents=True, exist_ok=True)
         self.is_preempted = False
-        self.trials: list[Trial] = []
+        self.line: Line | None = None
 
     def run(self) -> dict[str, Any]:
         """Score the base, train, check the base, score again, save, push; returns what `results.json` holds."""
@@ -210,9 +163,11 @@ class Trainer:
         with self._noting_sigterm():
             self._train(model)
         self._check_base(model)
-        strength, after = self._choose_strength(model, before)
-        after |= {split: self._score(core(model), split, "adapted") for split in scored if split not in after}
-        results = self._results(before, after, strength)
+        choice = self._choose_strength(model, before)
+        after = choice.scored | {
+            split: self._score(core(model), split, "adapted") for split in scored if split not in choice.scored
+        }
+        results = self._results(before, after, choice)
         self._save(model, results, before["valid"], after["valid"])
         return results
 
@@ -406,35 +361,18 @@ class Trainer:
         state.best.note(state.step, auroc)
         return {"tune_auroc": auroc}
 
-    def _choose_strength(
-        self, model: PeftModel | MedCTModel, before: dict[str, ScoredStudies]
-    ) -> tuple[float, dict[str, ScoredStudies]]:
-        """How much of the training is handed out, chosen on tuning patients; and their scores at that strength.
-
-        Afterwards the model has that strength.
-        """
+    def _choose_strength(self, model: PeftModel | MedCTModel, before: Scored) -> Choice:
+        """How much of the training is handed out, chosen on tuning patients; afterwards the model has that strength."""
         names = self.config.label_names
-        is_open = self.settings.strength == "auto" and mean_auroc(before["tune"], names) is not None
-        if not is_open:
-            return 1.0, {}
-        splits = [split for split in ("tune", "keep_tune") if split in before]
-        tried = {split: self._score_strengths(model, split) | {0.0: before[split]} for split in splits}
-        aurocs = {
-            split: {strength: mean_auroc(scored, names) for strength, scored in of_split.items()}
-            for split, of_split in tried.items()
-        }
-        self.trials = [trial_of(strength, aurocs) for strength in GRID]
-        strength = choose(self.trials, self.settings.max_forgotten)
-        self.line.go_to(strength)
-        return strength, {split: tried[split][strength] for split in splits}
+        if self.line is None or mean_auroc(before["tune"], names) is None:
+            return Choice(1.0)
 
-    def _score_strengths(self, model: PeftModel | MedCTModel, split: str) -> dict[float, ScoredStudies]:
-        """Of all strengths but 0, which is the base."""
-        strengths = GRID[:-1]
-        versions = [functools.partial(self.line.go_to, strength) for strength in strengths]
-        loader = self.loader(split, with_text=False)
-        scored = score_versions(core(model), versions, loader, self.prompts, self.accelerator, f"strengths, {split}")
-        return dict(zip(strengths, scored, strict=True))
+        def score(split: str, versions: Sequence[Callable[[], None]]) -> list[ScoredStudies]:
+            loader = self.loader(split, with_text=False)
+            what = f"score strengths, {split}"
+            return score_versions(core(model), versions, loader, self.prompts, self.accelerator, what)
+
+        return choose_strength(self.line, score, before, names, self.settings.max_forgotten)
 
     def _must_stop(self) -> bool:
         """Whether any process was told to; all of them stop after the same step."""
@@ -445,9 +383,7 @@ class Trainer:
         if digest(frozen_tensors(model)) != self.frozen:
             raise TrainingError("The base changed during training, so the adapter would not fit it. Nothing was saved.")
 
-    def _results(
-        self, before: dict[str, ScoredStudies], after: dict[str, ScoredStudies], strength: float
-    ) -> dict[str, Any]:
+    def _results(self, before: Scored, after: Scored, choice: Choice) -> dict[str, Any]:
         """What `results.json` holds."""
         settings, names = self.settings, self.config.label_names
         found = compare_all(before, after, names, settings.bootstrap_resamples, settings.seed)
@@ -464,8 +400,8 @@ class Trainer:
             "data": f"Trained on {self.sources['train'].description}; scored on {held_out}.",
             **found,
             "recipe": settings.recipe,
-            "strength": strength,
-            "strengths_tried": [dataclasses.asdict(trial) for trial in self.trials],
+            "strength": choice.strength,
+            "strengths_tried": [dataclasses.asdict(trial) for trial in choice.trials],
             "prompts": self.config.label_prompts(),
             "label_names": names,
             "base": {"model": settings.model, "revision": self.revision, "fingerprint": self.fingerprint},

@@ -1,4 +1,4 @@
-"""What a run found: scores before and after, what was forgotten, operating points, calibration, and what must be said."""
+"""What a run found: scores before and after, what was forgotten, operating points, calibration, and remarks."""
 
 import math
 from collections.abc import Sequence
@@ -51,8 +51,8 @@ def compare_all(before: Scored, after: Scored, names: list[str], resamples: int,
 
     Returns:
         Ready for JSON. `comparison`: on the new site, see `metrics.compare`. `kept`: the same on what is to be kept, or
-        `None`. `tune_auroc`: mean AUROC of each model on the new site's tuning studies, `keep_tune_auroc` on those to be
-        kept. `thresholds` and `calibration`: of the adapted model, from the tuning studies. `calibration_error`: see
+        `None`. `tune_auroc`: mean AUROC of each model on the new site's tuning studies, `keep_tune_auroc` on those to
+        be kept. `thresholds` and `calibration`: of the adapted model, from the tuning studies. `calibration_error`: see
         `compare_calibration`. `table`: all of it in Markdown.
     """
     thresholds = [thresholds_from(scored["tune"]) for scored in (before, after)]
