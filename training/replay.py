@@ -68,7 +68,8 @@ def with_replay(own: Source, replayed: Source, share: float) -> Source:
     if own.label_names != replayed.label_names:
         raise DataError(
             f"{replayed.description}: its labels ({', '.join(replayed.label_names)}) are not those of "
-            f"{own.description} ({', '.join(own.label_names)}). Give it a column for each of the model's labels, empty where unknown."
+            f"{own.description} ({', '.join(own.label_names)}). Give it a column for each of the model's labels, "
+            "empty where unknown."
         )
     count = round(own.num_studies * share / (1 - share))
     if not count:

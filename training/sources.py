@@ -7,7 +7,7 @@ from medct.configuration_medct import MedCTConfig
 from medct.data import Source, StudyLoader, open_source
 from medct.training.replay import with_replay
 from medct.training.results import SPLITS
-from medct.training.settings import NO_SOURCE, TrainingError, TrainingSettings
+from medct.training.settings import NO_SOURCE, TrainingError, TrainingSettings, complete
 
 
 def load_sources(settings: TrainingSettings, config: MedCTConfig) -> dict[str, Source]:
@@ -15,6 +15,7 @@ def load_sources(settings: TrainingSettings, config: MedCTConfig) -> dict[str, S
 
     What is replayed is among those to train on; "keep_tune" and "keep_valid" are of what is to be kept.
     """
+    settings = complete(settings, config)
     limits = {"train": None, "tune": settings.max_tune_studies, "valid": settings.max_eval_studies}
 
     def source(address: str, split: str, **options: Any) -> Source:
