@@ -24,7 +24,9 @@ def numbered(count: int, name: str, bad: tuple[int, ...] = ()) -> Source:
     return dataclasses.replace(phantoms, read=read, description=name)
 
 
-@pytest.mark.parametrize("own, replayed, share", [(20, 7, 0.2), (25, 400, 0.2), (9, 3, 0.5), (40, 5, 0.1), (8, 8, 0.75)])
+@pytest.mark.parametrize(
+    "own, replayed, share", [(20, 7, 0.2), (25, 400, 0.2), (9, 3, 0.5), (40, 5, 0.1), (8, 8, 0.75)]
+)
 def test_any_neighbours_hold_the_share_up_to_one(own, replayed, share):
     mixed = with_replay(numbered(own, "own"), numbered(replayed, "replayed"), share)
     keys = [key for epoch in range(3) for key in mixed.keys(epoch, SEED)]
