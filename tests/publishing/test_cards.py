@@ -119,3 +119,13 @@ def test_paths_are_found_and_shortened():
     assert find_paths("of /data/ward 3/x, and/or https://hf.co/a/b, org/name, 1/2, /") == ["/data/ward"]
     assert find_paths(r"in C:\Users\me") == [r"C:\Users\me"]
     assert without_paths({"a": ["scans of /mnt/x/site-b."], "b": 1}) == {"a": ["scans of site-b."], "b": 1}
+
+
+def test_what_was_forgotten_and_remarks_are_on_the_page(converted, tmp_path):
+    kept = {"difference": {"auroc": {"value": -0.004, "low": -0.009, "high": 0.001}}}
+    results = RESULTS | {"kept": kept, "remarks": ["This adapter does not help."], "strength": 0.0, "best_step": 40}
+    page = render_card(save_adapter(converted, tmp_path / "run", results=results))
+    assert "On what was to be kept: difference -0.004 (-0.009 to +0.001)." in page
+    assert "**This adapter does not help.**" in page
+    assert "- strength 0: that share" in page
+    assert "- weights of step 40, the best on the tuning patients" in page
