@@ -40,8 +40,9 @@ def test_one_command_converts_trains_and_compares(arguments, tmp_path, capsys):
     recipes = [json.loads((tmp_path / name / "train_config.json").read_text()) for name in ("run", "run-vision")]
     assert [each["recipe"] for each in recipes] == ["paper", "vision"]
     assert [each["strength"] for each in recipes] == ["1", "auto"]
-    assert [line.split(" | ")[0] for line in table.splitlines()[-2:]] == ["| paper", "| vision"]
-    assert not (tmp_path / "run-vision-replay").exists()  # it would be replayed what is learned
+    assert [line.split(" | ")[0] for line in table.splitlines()[-3:]] == ["| paper", "| vision", "| vision, replay"]
+    assert "| vision, replay | not run: pass --replay SOURCE |" in table
+    assert not (tmp_path / "run-vision-replay").exists()
 
 
 def test_another_hospital_is_shown_with_replay(arguments, tmp_path):
