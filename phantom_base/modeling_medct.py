@@ -12,6 +12,7 @@ Source: specification of CT-CLIP, sections 2 to 4.
 """
 
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -387,6 +388,10 @@ class MedCTLogitScale(nn.Module):
         return similarity * self.weight.to(similarity.dtype).exp()
 
 
+# Roots and quotients of scales are rounded.
+_STRENGTH_ROUNDING = 1e-6
+
+
 class MedCTPreTrainedModel(PreTrainedModel):
     """What all models here share: configuration, initialisation, and what of transformers they support."""
 
@@ -493,11 +498,68 @@ class MedCTPreTrainedModel(PreTrainedModel):
         """What the adapter of a name remembers of its training; see `describe_adapter`.
 
         Empty if nothing is known, or the adapter has become another since it was loaded: replaced, swapped, trained.
+        At another strength than the stored one it is the same adapter, but operating points and calibration do not hold
+        there and are left out.
         """
         snapshot, description = self._described.get(name, (None, {}))
         if snapshot is None or not snapshot.equals(adapter_tensors(self, name)):
             return {}
-        return description
+        strengths = [_strength_of(layer, name) for layer in self._lora_layers(name)]
+        if all(math.isclose(strength, 1, rel_tol=_STRENGTH_ROUNDING) for strength in strengths):
+            return description
+        return {key: value for key, value in description.items() if key not in ("thresholds", "calibration")}
+
+    def adapter_strength(self, name: str = "default") -> float:
+        """How much of a LoRA adapter is in use: 1 as it was loaded, 0 nothing of it; NaN if its layers differ.
+
+        Raises:
+            ValueError: If there is no LoRA adapter of that name.
+        """
+        strengths = [_strength_of(layer, name) for layer in self._known_lora_layers(name)]
+        is_one = math.isclose(min(strengths), max(strengths), rel_tol=_STRENGTH_ROUNDING)
+        return strengths[0] if is_one else math.nan
+
+    def set_adapter_strength(self, name: str = "default", strength: float = 1.0) -> None:
+        """Use this much of a LoRA adapter in all calls that follow. Nothing that is saved changes.
+
+        The adapter's operating points and calibration hold for strength 1 and are left out at any other; see
+        `adapter_description`.
+
+        Args:
+            name: Name of the adapter, as in `load_adapter`.
+            strength: 1 is the adapter as it was loaded, 0 the base, 0.5 half of what was learned.
+
+        Raises:
+            ValueError: If there is no LoRA adapter of that name, the strength is negative or not finite, or the adapter
+                has parts that do not scale: it is merged, or has DoRA's magnitudes or whole modules.
+        """
+        if not 0 <= strength < math.inf:
+            raise ValueError(f"`strength` is {strength}. Pass a number, 0 or more; 1 is the adapter as it was loaded.")
+        layers = self._known_lora_layers(name)
+        has_modules = any(name in (getattr(module, "modules_to_save", None) or ()) for module in self.modules())
+        if has_modules or any(layer.merged or layer.use_dora.get(name) for layer in layers):
+            raise ValueError(
+                f"The adapter {name!r} is merged, or has DoRA's magnitudes or whole modules, so its strength cannot be "
+                "set. `medct train --strength auto` chooses it when an adapter is made."
+            )
+        for layer in layers:
+            layer.set_scale(name, strength)
+
+    def _lora_layers(self, name: str) -> list[nn.Module]:
+        return [module for module in self.modules() if name in getattr(module, "lora_alpha", ())]
+
+    def _known_lora_layers(self, name: str) -> list[nn.Module]:
+        layers = self._lora_layers(name)
+        if not layers:
+            known = sorted({each for module in self.modules() for each in getattr(module, "lora_alpha", ())})
+            raise ValueError(f"There is no LoRA adapter {name!r}. Loaded: {', '.join(known) or 'none'}.")
+        return layers
+
+
+def _strength_of(layer: nn.Module, name: str) -> float:
+    """Scale of an adapter in a layer of PEFT, as a share of the configured one."""
+    root = 0.5 if layer.use_rslora.get(name) else 1
+    return layer.scaling[name] * layer.r[name] ** root / layer.lora_alpha[name]
 
 
 class MedCTVisionModel(MedCTPreTrainedModel):
