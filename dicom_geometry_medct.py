@@ -34,7 +34,9 @@ _STRAIGHT = "Pass `resample_irregular=True` to have the slices interpolated"
 def check_alike(slices: list[Slice]) -> None:
     """Refuse slices that are not all of one size, spacing and direction."""
     first = slices[0]
-    for one in slices:
+    figures = np.array([(*one.pixels.shape, *one.spacing_mm, *one.orientation) for one in slices])
+    differing = np.flatnonzero(np.abs(figures - figures[0]).max(axis=1))
+    for one in (slices[k] for k in differing):
         (rows, columns), others = one.pixels.shape, first.pixels.shape
         half = np.maximum((columns, rows), _USUAL_PIXELS) / 2
         if (rows, columns) != others:

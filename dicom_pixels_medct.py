@@ -190,11 +190,12 @@ def _clear_padding(hu: np.ndarray, slices: list[Slice]) -> list[str]:
     """Air instead of padding that lies above it, in place, by the rule at the top of this file."""
     ranges = [one.padding_hu for one in slices]
     padded = [(hu[k], *found) for k, found in enumerate(ranges) if found is not None and found[1] > AIR_HU]
-    is_tissue = any(_is_used(*one) for one in padded)
+    is_tissue, is_remarkable = any(_is_used(*one) for one in padded), False
     for values, lowest, highest in padded:
         outside = (values >= lowest) & (values <= highest)
+        is_remarkable |= is_tissue and bool(outside.any())
         values[_from_edges(outside) if is_tissue else outside] = AIR_HU
-    if not is_tissue:
+    if not is_remarkable:
         return []
     return ["tissue has the value of its padding: taken for padding only where it surrounds the scan"]
 

@@ -7,6 +7,7 @@ work. It goes slab by slab of the result, so that no float copy of the whole sca
 Source: specification of CT-CLIP, section 1.
 """
 
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.nn import functional as F
+from transformers.dynamic_module_utils import init_hf_modules
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.processing_utils import ImagesKwargs
 
@@ -210,6 +212,31 @@ def _transform(matrix: np.ndarray, points: Any) -> np.ndarray:
     return np.asarray(points, float) @ matrix[:3, :3].T + matrix[:3, 3]
 
 
+class PicklesAnywhere:
+    """Objects whose class came as remote code, and that other processes can unpickle all the same.
+
+    `datasets.map(num_proc=2)` and spawned loader processes begin with an interpreter that does not know yet where the
+    library keeps remote code.
+    """
+
+    def __reduce_ex__(self, protocol):
+        if not type(self).__module__.startswith("transformers_modules."):
+            return super().__reduce_ex__(protocol)
+        reduced = (object.__new__, (type(self),), self.__dict__)
+        # Parts are unpickled in their order: first the place of remote code, then the object.
+        return operator.getitem, ((_AsReduced((init_hf_modules, ())), _AsReduced(reduced)), 1)
+
+
+class _AsReduced:
+    """Pickles as something else."""
+
+    def __init__(self, reduced: tuple):
+        self.reduced = reduced
+
+    def __reduce_ex__(self, protocol):
+        return self.reduced
+
+
 class MedCTImagesKwargs(ImagesKwargs, total=False):
     """What a call may say of its images; each either once for all, or a list with one entry an image."""
 
@@ -222,7 +249,7 @@ class MedCTImagesKwargs(ImagesKwargs, total=False):
     return_geometry: bool
 
 
-class MedCTImageProcessor(BaseImageProcessor):
+class MedCTImageProcessor(PicklesAnywhere, BaseImageProcessor):
     """CT volumes to `pixel_values`. The defaults are those of `MedCTVisionConfig`, where each is explained.
 
     Args:

@@ -9,7 +9,7 @@ Source: DICOM PS3.3 (C.7.6.1, C.7.6.2, C.8.2, C.7.6.16).
 
 import itertools
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable
 from typing import Any
 
 import numpy as np
@@ -46,6 +46,7 @@ TELLING = {
 }
 """Attributes that tell scans apart. Times of making an image do not: its parts are computed side by side."""
 _INSTANCE_NUMBER = 0x00200013
+_TAGS = {*TELLING, _INSTANCE_NUMBER}
 _LEAST_SLICES = 2
 _LEAST_RUN = 3
 _SAME_POSITION_MM = 1e-3
@@ -61,26 +62,27 @@ def told_by(header: Any, groups: Any) -> tuple[Hashable, ...]:
     items = [header]
     if groups is not None:
         items = [element.value[0] for element in groups if element.VR == "SQ" and element.value] + items
-    return tuple(next(_raw(items, tag), None) for tag in (*TELLING, _INSTANCE_NUMBER))
-
-
-def _raw(items: list[Any], tag: int) -> Iterator[Hashable]:
-    for item in items:
-        element = item.get_item(tag)
-        if element is not None and element.value not in (None, b"", ""):
-            yield element.value.strip() if isinstance(element.value, bytes) else str(element.value)
+    found: dict[int, Hashable] = {}
+    for item in reversed(items):
+        for tag in item.keys() & _TAGS:  # far quicker than to ask for each
+            element = item.get_item(tag)
+            if element.value not in (None, b"", ""):
+                found[tag] = element.value.strip() if isinstance(element.value, bytes) else str(element.value)
+    return tuple(map(found.get, (*TELLING, _INSTANCE_NUMBER)))
 
 
 def stacks_of(slices: list[Slice]) -> tuple[list[list[Slice]], str]:
     """Scans over the same positions, largest first, and the names of what tells them apart; often only one."""
-    if any(np.abs(one.orientation - slices[0].orientation).max() > 0.01 for one in slices):
+    orientation = np.array([one.orientation for one in slices])
+    if np.ptp(orientation, axis=0).max() > 0.01:
         return [slices], ""  # which is refused for it
-    normal = np.cross(slices[0].orientation[:3], slices[0].orientation[3:])
-    along = np.array([one.position_mm @ normal for one in slices])
+    normal = np.cross(orientation[0, :3], orientation[0, 3:])
+    along = np.array([one.position_mm for one in slices]) @ normal
+    spacing_mm = np.array([one.spacing_mm for one in slices]).round(3).tolist()
     keys = [
         ("Rows and Columns", [one.pixels.shape for one in slices]),
-        ("PixelSpacing", [tuple(one.spacing_mm.round(3).tolist()) for one in slices]),
-        *((name, [one.told[k] for one in slices]) for k, name in enumerate(TELLING.values())),
+        ("PixelSpacing", list(map(tuple, spacing_mm))),
+        *zip((*TELLING.values(),), zip(*(one.told[:-1] for one in slices), strict=True), strict=True),
     ]
     telling = [(name, values) for name, values in keys if _overlap(values, along)]
     if telling:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import ProcessorMixin
 
 from .errors_medct import MedCTError
+from .image_processing_medct import PicklesAnywhere
 
 if TYPE_CHECKING:
     # Files that a saved file imports are saved and fetched with it. The model's configuration names this pipeline, and
@@ -16,7 +17,7 @@ class TextError(MedCTError, ValueError):
     """Texts that cannot be tokenized; the message says why."""
 
 
-class MedCTProcessor(ProcessorMixin):
+class MedCTProcessor(PicklesAnywhere, ProcessorMixin):
     """An image processor for CT volumes and a tokenizer.
 
     `processor(images=..., text=..., return_tensors="pt")` gives `pixel_values` of the volumes (see

@@ -445,7 +445,10 @@ def test_what_reading_a_row_raises_is_raised_here(processor, error):
 def _load_for_ever(told):
     studies = load_in_processes(range(9), Rows(), dict, 3, 6)
     next(studies)
-    told.send([child.pid for child in multiprocessing.active_children()])
+    pids = [child.pid for child in multiprocessing.active_children()]
+    bystander = multiprocessing.Process(target=time.sleep, args=(60,))  # holds the pipes open
+    bystander.start()
+    told.send([pids, bystander.pid])
     time.sleep(60)
 
 
@@ -455,14 +458,16 @@ def test_loader_processes_end_with_the_run():
     hears, tells = multiprocessing.Pipe()
     run = multiprocessing.Process(target=_load_for_ever, args=(tells,))
     run.start()
-    pids = hears.recv()
+    pids, bystander = hears.recv()
     run.kill()
     run.join()
     assert len(pids) == 3
     patience = time.monotonic() + 20
     while any(map(_is_running, pids)) and time.monotonic() < patience:
         time.sleep(0.1)
-    assert not any(map(_is_running, pids))
+    left = list(map(_is_running, pids))
+    os.kill(bystander, signal.SIGKILL)
+    assert not any(left)
 
 
 def _is_running(pid):
@@ -493,3 +498,37 @@ def test_counts_of_a_pass_go_on_with_it(processor, num_workers):
     patient.load_state_dict(state)
     ids_of(patient, epochs=1)
     assert (patient.num_bad, patient.num_seen) == (6, 40)
+
+
+def wait_for(condition):
+    patience = time.monotonic() + 20
+    while not condition() and time.monotonic() < patience:
+        time.sleep(0.05)
+    time.sleep(0.5)
+
+
+def test_no_study_is_blamed_for_a_process_that_is_killed_while_it_waits(processor, tmp_path):
+    """What it had ready is gone with it, and is loaded again."""
+    source = Source([(key,) for key in range(23)], NotedRows(tmp_path), NAMES, "23 tiny studies")
+    loader = make_loader(processor, source, seed=None, num_workers=2)
+    batches = iter(loader)
+    got = next(batches)["ids"]
+    wait_for(lambda: len(list(tmp_path.iterdir())) == 8)
+    for child in multiprocessing.active_children():
+        os.kill(child.pid, signal.SIGKILL)
+    got += [name for batch in batches for name in batch["ids"]]
+    assert got == [f"study-{key}" for key in range(23)]
+    assert loader.num_bad == 0
+
+
+def test_the_signals_of_a_terminal_are_left_to_the_run(processor, tmp_path):
+    source = Source([(key,) for key in range(23)], NotedRows(tmp_path), NAMES, "23 tiny studies")
+    batches = iter(make_loader(processor, source, seed=None, num_workers=2))
+    next(batches)
+    wait_for(lambda: len(list(tmp_path.iterdir())) == 8)
+    before = {child.pid for child in multiprocessing.active_children()}
+    for pid in before:
+        os.kill(pid, signal.SIGINT)
+    next(batches)
+    time.sleep(0.2)
+    assert {child.pid for child in multiprocessing.active_children()} == before

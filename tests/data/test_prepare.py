@@ -589,3 +589,24 @@ def test_a_revision_is_that_of_everything_that_is_read(folder, config, monkeypat
     assert asked == [f"hf://datasets/org/scans@abc{below}"]
     assert all(path.startswith(f"hf://datasets/org/scans@abc{below}/data/") for path in source.read.paths)
     assert prepared_source(address, "train", config).read.paths[0].startswith(f"{address}/data/")
+
+
+def test_a_shard_of_another_size_than_was_written_is_made_again(folder, tmp_path, config, sources):
+    shutil.copytree(folder, tmp_path / "out")
+    torn = sorted((tmp_path / "out" / "data").iterdir())[1]
+    torn.write_bytes(torn.read_bytes()[:-100])
+    prepare.prepare(sources, config, tmp_path / "out", SETTINGS)
+    assert contents(tmp_path / "out") == contents(folder)
+
+
+@pytest.mark.parametrize("setting", ["image_size", "target_spacing_mm", "orientation", "hu_min", "hu_max"])
+def test_each_setting_of_the_grid_is_compared(folder, tmp_path, config, setting):
+    shutil.copytree(folder, tmp_path / "out")
+    path = tmp_path / "out" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["settings"][setting] = {"orientation": "SLA", "image_size": [8, 8, 8], "target_spacing_mm": [1, 1, 1]}.get(
+        setting, -777.0
+    )
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match=f"prepared for `{setting}`"):
+        prepared_source(tmp_path / "out", "train", config)

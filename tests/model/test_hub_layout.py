@@ -87,6 +87,52 @@ for source, target in ((folder, first), (first, second)):
     assert (tmp_path / "second/model.safetensors").read_bytes() == (tmp_path / "first/model.safetensors").read_bytes()
 
 
+def test_another_process_unpickles_a_remote_processor(converted, tmp_path):
+    """As `datasets.map(num_proc=2)` and spawned loaders do."""
+    pickled = tmp_path / "processor.pickle"
+    write = """
+import pickle, sys
+from transformers import AutoProcessor
+processor = AutoProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)
+assert type(processor).__module__.startswith("transformers_modules.")
+with open(sys.argv[2], "wb") as file:
+    pickle.dump([processor, processor.image_processor], file)
+"""
+    read = """
+import pickle, sys
+with open(sys.argv[1], "rb") as file:
+    processor, images = pickle.load(file)
+assert processor(text=["a b"])["input_ids"] and images.image_size == processor.image_processor.image_size
+"""
+    run = run_without_medct(write, converted, pickled, home=tmp_path)
+    assert run.returncode == 0, run.stderr
+    run = run_without_medct(read, pickled, home=tmp_path)
+    assert run.returncode == 0, run.stderr
+
+
+def test_a_classifier_is_loaded_and_asked_without_medct(classifier_folder, converted, nifti, tmp_path):
+    scan = nifti(np.random.default_rng(0).integers(-1000, 1000, (6, 7, 5)).astype(np.int16))
+    code = """
+import sys
+from transformers import AutoModel, AutoModelForImageClassification, pipeline
+classifier, base, scan, again = sys.argv[1:]
+model = AutoModelForImageClassification.from_pretrained(classifier, trust_remote_code=True)
+model.save_pretrained(again)
+AutoModelForImageClassification.from_pretrained(again, trust_remote_code=True)
+begun = AutoModelForImageClassification.from_pretrained(base, num_labels=3, trust_remote_code=True)
+assert type(begun).__module__.startswith("transformers_modules.") and begun.classifier.out_features == 3
+assert len(pipeline(model=classifier, trust_remote_code=True, device="cpu")(scan)) == 18
+try:
+    AutoModel.from_pretrained(classifier, trust_remote_code=True)
+except ValueError as error:
+    assert "lacks the text encoder" in str(error)
+else:
+    raise AssertionError
+"""
+    run = run_without_medct(code, classifier_folder, converted, scan, tmp_path / "again", home=tmp_path)
+    assert run.returncode == 0, run.stderr
+
+
 def test_the_phantom_base_is_a_hub_repository(tmp_path):
     """Its code files are copies, which `make style` renews."""
     folder = tmp_path / "copied"

@@ -211,3 +211,12 @@ def test_the_library_builds_it_here_too(converted, scans):
         device="cpu",
     )
     assert len(pipe(scans[0])) == 18
+
+
+def test_prompts_are_encoded_anew_for_an_adapter_that_is_loaded_later(pipe, converted, processor, adapter, scans):
+    before = pipe(scans[0])
+    pipe.model.load_adapter(str(adapter))
+    fresh = MedCTModel.from_pretrained(converted)
+    fresh.load_adapter(str(adapter))
+    expected = ZeroShotCTClassificationPipeline(model=fresh, processor=processor, device="cpu")(scans[0])
+    assert pipe(scans[0]) == expected != before
