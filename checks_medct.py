@@ -70,7 +70,12 @@ def preprocessing(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def values_of(settings: Any, names: Iterable[str]) -> dict[str, Any]:
-    """Attributes by their names, tuples as lists."""
+    """Attributes by their names, tuples as lists.
+
+    Args:
+        settings: What has the attributes; `None` for those that it lacks.
+        names: Their names.
+    """
     values = {name: getattr(settings, name, None) for name in names}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 

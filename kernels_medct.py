@@ -92,7 +92,13 @@ _PLAIN = (torch.Tensor, nn.Parameter, type(None))
 
 
 def apply_linear(module: nn.Module, rows: torch.Tensor, product: Callable[..., torch.Tensor] = linear) -> torch.Tensor:
-    """What a Linear, or what adapters or quantisers have made of it, gives for `(..., in_features)`."""
+    """What a Linear, or what adapters or quantisers have made of it, gives for `(..., in_features)`.
+
+    Args:
+        module: The Linear.
+        rows: `(..., in_features)`.
+        product: What multiplies plain tensors, with the arguments of `linear`.
+    """
     with _Products(product):
         return module(rows)
 

@@ -231,6 +231,12 @@ class CTClassificationPipeline(CTPipeline):
     def postprocess(
         self, outputs: dict[str, torch.Tensor], candidate_labels: Sequence[str] | None = None
     ) -> list[dict[str, Any]]:
+        """Findings of one scan, highest score first.
+
+        Args:
+            outputs: `logits`, `(1, labels)`, from `_forward`.
+            candidate_labels: The model's own by default.
+        """
         names = self.model.config.label_names
         labels = names if candidate_labels is None else candidate_labels
         # Each label's logit is that of its presence against its absence.

@@ -28,7 +28,11 @@ class Snapshot:
             self._tensors = {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
     def equals(self, tensors: Mapping[str, torch.Tensor], settings: str = "") -> bool:
-        """Whether these are the same, by value, on the same devices and in the same precision."""
+        """Whether these are the same, by value, on the same devices and in the same precision.
+
+        Args:
+            tensors, settings: Of now, as for the constructor.
+        """
         if settings != self._settings or tensors.keys() != self._tensors.keys():
             return False
         return all(_same(kept, tensors[name]) for name, kept in self._tensors.items())

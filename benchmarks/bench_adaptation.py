@@ -1,6 +1,6 @@
 """How much of full fine-tuning's gain an adapter keeps, and what either forgets, on SYNTHETIC phantoms.
 
-    python benchmarks/bench_adaptation.py            # hours on 2 CPU cores; goes on where it stopped
+    python benchmarks/bench_adaptation.py            # hours on 2 CPU cores; resumes where it stopped
 
 The phantom base knows site A and is adapted to site B, with the same number of optimizer steps in every run and three
 seeds, each with other patients and another initialisation. The adapter is that of `medct train`: recipe `vision` with
@@ -68,7 +68,12 @@ class Key:
 
 
 def settings_of(key: Key, folder: str) -> TrainingSettings:
-    """A run of at most `STEPS` steps, however few the patients; those with replayed studies count."""
+    """A run of at most `STEPS` steps, however few the patients; those with replayed studies count.
+
+    Args:
+        key: Which run.
+        folder: Where it writes.
+    """
     recipe = RECIPES[KINDS[key.kind]["recipe"]]
     return TrainingSettings(
         **KINDS[key.kind],
@@ -97,7 +102,12 @@ class BaseScores:
         self.folder = Path(tempfile.mkdtemp(prefix="bench-adaptation-"))
 
     def put_into(self, trainer: Trainer, key: Key) -> None:
-        """Let a run find them where it would leave them."""
+        """Let a run find them where it would leave them.
+
+        Args:
+            trainer: The run, not started.
+            key: Which run it is.
+        """
         kept = self.folder / f"{key.site}-{key.seed}"
         if not kept.exists():
             for split in set(trainer.sources) - {"train"}:
@@ -154,7 +164,12 @@ def _figures(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def wanted(runs: Runs, with_rates: bool) -> Iterator[Key]:
-    """All runs, those first on which others depend, then in the order of what they say."""
+    """All runs: first those on which others depend, then by importance.
+
+    Args:
+        runs: Those that there are.
+        with_rates: Whether the runs that choose learning rates are among them.
+    """
     if with_rates:
         for kind in (REFERENCE, ADAPTER):
             yield from (Key(kind, CHOSEN_AT, SEEDS[0], rate=rate) for rate in RATES)
@@ -174,7 +189,12 @@ def _spread(values: list[float], form: str) -> str:
 
 
 def table(runs: Runs, site: str) -> str:
-    """Markdown, from the runs that there are."""
+    """Markdown, from the runs that there are.
+
+    Args:
+        runs: Those that there are.
+        site: Site that was adapted to.
+    """
     lines = [
         "| patients | trained | seeds | gain | of the reference's | lost on A | strength | steps | goal |",
         "| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
@@ -207,7 +227,12 @@ def table(runs: Runs, site: str) -> str:
 
 
 def report(runs: Runs, with_rates: bool) -> str:
-    """The whole page."""
+    """The whole page.
+
+    Args:
+        runs: Those that there are.
+        with_rates: See `wanted`.
+    """
     missing = [key for key in wanted(runs, with_rates) if not runs.found(key)]
     chosen = {
         kind: runs.best_rate(kind) * RECIPES[KINDS[kind]["recipe"]].learning_rate for kind in (REFERENCE, ADAPTER)

@@ -69,6 +69,12 @@ def _beside(module: torch.nn.Module) -> list[torch.Tensor]:
 
 
 def load(folder: Path, options: dict[str, Any]) -> MedCTModel:
+    """The model as it is quantised on this machine.
+
+    Args:
+        folder: Where it lies.
+        options: For `from_pretrained`.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = MedCTModel.from_pretrained(folder, device_map={"": device}, **options).eval()
     # For CPUs bitsandbytes packs nf4 anew in evaluation mode, in widths that 64 divides; nothing drops out here.
@@ -77,7 +83,13 @@ def load(folder: Path, options: dict[str, Any]) -> MedCTModel:
 
 
 def ranking(model: MedCTModel, loader: StudyLoader, expected: torch.Tensor | None) -> tuple[float, torch.Tensor, float]:
-    """Mean AUROC, embeddings of all studies, and their least cosine similarity to those expected."""
+    """Mean AUROC, embeddings of all studies, and their least cosine similarity to those expected.
+
+    Args:
+        model: The model to score.
+        loader: Labelled studies.
+        expected: Embeddings of the unquantised model, `(studies, projection_dim)`; `None` for that model itself.
+    """
     processor = MedCTProcessor.from_pretrained(PHANTOM_BASE)
     names = model.config.label_names
     evaluate, is_training = model.eval, model.training

@@ -104,7 +104,7 @@ def open_source(
     if kind == PHANTOMS:
         if site and site not in SITES:
             raise DataError(f"{address}: there is no such site. Choose one of {', '.join(SITES)}.")
-        cohort = replace(phantoms, site=site) if site else phantoms
+        cohort = replace(phantoms, site=site) if site else phantoms  # type: ignore[arg-type]
         return _phantom_split(config, selection, cohort)
     if address.endswith(".parquet"):
         return parquet_source(address, config, selection, revision, token)

@@ -62,7 +62,13 @@ def _logit(scores: np.ndarray) -> np.ndarray:
 
 
 def apply_calibration(scores: np.ndarray, calibration: dict[str, list[float]], names: Sequence[str]) -> np.ndarray:
-    """Probabilities `(scans, calibrated labels)`, in the order of `names`."""
+    """Probabilities `(scans, calibrated labels)`, in the order of `names`.
+
+    Args:
+        scores: `(scans, labels)`, in [0, 1].
+        calibration: From `fit_calibration`.
+        names: Of the labels, in the order of the scores.
+    """
     columns = [index for index, name in enumerate(names) if name in calibration]
     slopes, intercepts = np.array([calibration[names[index]] for index in columns]).reshape(-1, 2).T
     return calibrated(np.asarray(scores)[:, columns], slopes, intercepts)

@@ -55,7 +55,12 @@ def tokenize_prompts(config: MedCTConfig, processor: MedCTProcessor) -> list[Tex
 
 
 def prompts_for(model: AnyModel, processor: MedCTProcessor) -> list[Texts]:
-    """What a model is asked: its own prompts, or nothing if it is a classifier."""
+    """What a model is asked: its own prompts, or nothing if it is a classifier.
+
+    Args:
+        model: With or without adapters.
+        processor: The model's.
+    """
     return [] if is_classifier(model) else tokenize_prompts(model.config, processor)
 
 

@@ -84,13 +84,22 @@ def _fetched(module: nn.Module, name: str, tensor: torch.Tensor) -> torch.Tensor
 
 
 def adapter_tensors(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
-    """The weights of the adapter of a name, on the CPU."""
+    """The weights of the adapter of a name, on the CPU.
+
+    Args:
+        model: With the adapter.
+        name: The adapter's.
+    """
     named = (*model.named_parameters(), *model.named_buffers())
     return {key: tensor.detach().cpu() for key, tensor in named if name in key.split(".") and not tensor.is_meta}
 
 
 def refuse_adapter_without_values(model: PreTrainedModel, name: str) -> None:
     """Take an adapter out again if the library could not put its values beside offloaded layers.
+
+    Args:
+        model: With the adapter.
+        name: The adapter's.
 
     Raises:
         AdapterMismatchError: If it is so.

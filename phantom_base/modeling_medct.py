@@ -163,7 +163,15 @@ class MedCTPatchEmbeddings(nn.Module):
         self.norm = MedCTLayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, pixel_values: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """`(batch, 1, z, y, x)` voxels to `(batch, z, y, x, hidden_size)` tokens; `dtype` is that of the product."""
+        """Voxels to tokens.
+
+        Args:
+            pixel_values: `(batch, 1, z, y, x)`, in [-1, 1].
+            dtype: Precision of the product.
+
+        Returns:
+            `(batch, z, y, x, hidden_size)`.
+        """
         if pixel_values.shape[1:] != (1, *self.image_size):
             raise ValueError(
                 f"`pixel_values` must be (batch, 1, z, y, x) with (z, y, x) = {self.image_size}, "
@@ -200,7 +208,15 @@ class MedCTPositionBias(nn.Module):
         self.fc3 = nn.Linear(config.hidden_size, config.num_attention_heads)
 
     def forward(self, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-        """Returns `(1, heads, y * x, y * x)`: the bias of query token i (third axis) on key token j (fourth)."""
+        """Compute the bias of each query token on each key token.
+
+        Args:
+            device: Where it is needed.
+            dtype: Precision in which it is needed.
+
+        Returns:
+            `(1, heads, y * x, y * x)`: that of query token i (third axis) on key token j (fourth).
+        """
         with maybe_autocast(device.type, enabled=False):
             return self._compute(device, dtype)
 
@@ -445,6 +461,11 @@ class MedCTPreTrainedModel(PreTrainedModel):
         cls, name=None, *args, use_safetensors: bool = True, output_loading_info: bool = False, **kwargs
     ):
         """transformers' own, but that nothing except safetensors is read unless it is asked for: no pickles.
+
+        Args:
+            name: Hub id or folder.
+            use_safetensors: Whether to read safetensors only.
+            output_loading_info: Whether to return what was missing or unexpected as well.
 
         Raises:
             CheckpointMismatchError: If the checkpoint lacks weights of this class, which would be drawn at random, or

@@ -32,7 +32,12 @@ class BestSoFar:
         return self.misses >= self._patience
 
     def note(self, step: int, score: float | None) -> None:
-        """Take the weights of a step, if it is the best one; a score that cannot be told says nothing."""
+        """Keep the weights of a step if they are the best so far.
+
+        Args:
+            step: Optimizer steps done.
+            score: On the tuning patients, higher is better; `None` if it is undefined, which changes nothing.
+        """
         if score is None:
             return
         if score <= self.score:
@@ -52,10 +57,15 @@ class BestSoFar:
         return self._weights
 
     def values(self) -> dict[str, Any]:
-        """What is no tensor."""
+        """The part of the state that is not tensors."""
         return {"step": self.step, "score": self.score, "misses": self.misses}
 
     def load(self, tensors: dict[str, torch.Tensor], values: dict[str, Any]) -> None:
-        """Become what `tensors` and `values` were taken from."""
+        """Return to the state that `tensors` and `values` were taken from.
+
+        Args:
+            tensors: What `tensors()` gave.
+            values: What `values()` gave.
+        """
         self._weights = {name: tensor.to(local_part(self._parameters[name])) for name, tensor in tensors.items()}
         self.step, self.score, self.misses = values["step"], values["score"], values["misses"]

@@ -44,8 +44,12 @@ RECIPES: dict[str, Recipe] = {
 def learning_rate_of(recipe: Recipe, config: MedCTConfig) -> float:
     """The recipe's learning rate for a base of any width.
 
-    Adam moves each entry of a matrix by about the rate, however wide the layer is, and the layer sums over its width:
-    so a layer that is five times as wide gets a fifth of the rate. Measured on the phantom base alone.
+    Adam moves each entry of a matrix by about the learning rate, however wide the layer is, and the layer sums over its
+    width: so a layer that is five times as wide gets a fifth of the rate. Measured on the phantom base only.
+
+    Args:
+        recipe: The recipe.
+        config: Configuration of the base.
     """
     width: int = config.vision_config.hidden_size  # type: ignore[union-attr]
     return recipe.learning_rate * MEASURED_WIDTH / width

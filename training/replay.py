@@ -31,7 +31,14 @@ class ReplaySource(Source):
     """Two sources, one study in so many being of the second; see `with_replay`."""
 
     def keys(self, epoch: int = 0, seed: int | None = None) -> list[tuple[bool, int]]:  # type: ignore[override]
-        """One pass over the first source, with the next studies of the second in between, evenly."""
+        """One pass over the first source, with the next studies of the second in between, evenly.
+
+        Args:
+            epoch, seed: See `Source.keys`.
+
+        Returns:
+            Whether the study is of the second source, and its key there.
+        """
         sources: ReadEither = self.read  # type: ignore[assignment]
         own = iter(sources.own.keys(epoch, seed))
         size = self.num_studies

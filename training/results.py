@@ -19,7 +19,12 @@ Scored = dict[str, ScoredStudies]
 
 
 def mean_auroc(scored: ScoredStudies, names: Sequence[str]) -> float | None:
-    """The mean over labels; `None` if none of them varies among these studies."""
+    """Mean AUROC over labels; `None` if none of them varies among these studies.
+
+    Args:
+        scored: Studies with their scores.
+        names: Of the labels.
+    """
     try:
         return zero_shot_scores(scored.scores, scored.labels, names)["auroc"]
     except ValueError:
@@ -35,7 +40,12 @@ def thresholds_from(scored: ScoredStudies) -> np.ndarray | None:
 
 
 def operating_points(thresholds: np.ndarray, names: list[str]) -> dict[str, float]:
-    """Thresholds by label, of those that have one."""
+    """Thresholds by label, of those that have one.
+
+    Args:
+        thresholds: `(labels,)`, NaN where a label has none.
+        names: Of the labels.
+    """
     return {name: float(each) for name, each in zip(names, thresholds, strict=True) if not math.isnan(each)}
 
 

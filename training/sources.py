@@ -13,7 +13,12 @@ from medct.training.settings import NO_SOURCE, TrainingError, TrainingSettings, 
 def load_sources(settings: TrainingSettings, config: MedCTConfig) -> dict[str, Source]:
     """Studies to train on, to tune on and, as "valid", to score on; no patient is in two of them.
 
-    What is replayed is among those to train on; "keep_tune" and "keep_valid" are of what is to be kept.
+    Args:
+        settings: The run's settings.
+        config: Configuration of its base.
+
+    Returns:
+        By split. Replayed studies are among those to train on; "keep_tune" and "keep_valid" are of the source to keep.
     """
     settings = complete(settings, config)
     limits = {"train": None, "tune": settings.max_tune_studies, "valid": settings.max_eval_studies}
@@ -36,6 +41,11 @@ def load_sources(settings: TrainingSettings, config: MedCTConfig) -> dict[str, S
 
 def number_of_steps(source: Source, settings: TrainingSettings, processes: int) -> int:
     """Optimizer steps of a run.
+
+    Args:
+        source: Studies to train on.
+        settings: The run's settings.
+        processes: Number of training processes.
 
     Raises:
         TrainingError: If there are fewer studies than a step takes.
