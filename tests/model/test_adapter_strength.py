@@ -1,13 +1,15 @@
 """An adapter at less than its whole strength, and the probabilities that it brings at its own."""
 
 import json
+import math
 
 import pytest
 import torch
 from adapter_files import RESULTS, save_adapter
+from peft import IA3Config, get_peft_model
 
 from medct import MedCTModel
-from medct.adapters_medct import DESCRIPTION_FILE, calibrated
+from medct.adapters_medct import DESCRIPTION_FILE, calibrated, describe_adapter
 from medct.pipeline_medct import ZeroShotCTClassificationPipeline
 
 CALIBRATION = {"Emphysema": [0.5, -1.0]}
@@ -69,10 +71,10 @@ def test_strengths_that_are_none_are_refused(model, adapter, strength):
 
 
 def test_an_unknown_adapter_is_named(model, adapter):
-    with pytest.raises(ValueError, match=r"no adapter 'site'\. Loaded: none"):
+    with pytest.raises(ValueError, match=r"no LoRA adapter 'site'\. Loaded: none"):
         model.set_adapter_strength("site", 0.5)
     model.load_adapter(str(adapter))
-    with pytest.raises(ValueError, match=r"no adapter 'site'\. Loaded: default"):
+    with pytest.raises(ValueError, match=r"no LoRA adapter 'site'\. Loaded: default"):
         model.set_adapter_strength("site", 0.5)
 
 
@@ -100,3 +102,34 @@ def test_probabilities_come_with_the_score_at_the_adapters_own_strength(model, p
     assert finding(pipe(scan)) == adapted
     own = pipe(scan, prompt_templates=[("{label} seen.", "{label} not seen.")])
     assert not {"probability", "present"} & finding(own).keys()
+
+
+def test_an_adapter_of_another_strength_is_still_that_adapter(model, adapter):
+    """Its description stays, but for what was measured at the stored strength; PEFT's own ways count as well."""
+    model.load_adapter(str(adapter))
+    whole = model.adapter_description("default")
+    assert whole["thresholds"] and whole["calibration"] == CALIBRATION
+    model.set_adapter_strength("default", 0.5)
+    left = model.adapter_description("default")
+    assert whole.keys() - left.keys() == {"thresholds", "calibration"}
+    assert all(whole[key] == value for key, value in left.items())
+    model.set_adapter_strength("default", 1)
+    assert model.adapter_description("default") == whole
+    layer = next(module for module in model.modules() if hasattr(module, "lora_alpha"))
+    layer.scale_layer(0.5)
+    assert model.adapter_description("default") == left
+    assert math.isnan(model.adapter_strength("default"))
+
+
+def test_an_adapter_that_does_not_scale_keeps_its_operating_points(model, converted, processor, scan, tmp_path):
+    """Not every kind of adapter has a strength."""
+    config = IA3Config(target_modules=r".*\.(k_proj|v_proj)", feedforward_modules=[], task_type="FEATURE_EXTRACTION")
+    peft = get_peft_model(MedCTModel.from_pretrained(converted), config)
+    peft.save_pretrained(tmp_path / "ia3")
+    describe_adapter(peft, tmp_path / "ia3", base=str(converted), thresholds={"Emphysema": 0.3})
+    pipe = ZeroShotCTClassificationPipeline(
+        model=model, processor=processor, device="cpu", adapter=str(tmp_path / "ia3")
+    )
+    assert "present" in finding(pipe(scan))
+    with pytest.raises(ValueError, match="no LoRA adapter 'default'"):
+        model.set_adapter_strength("default", 0.5)

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -16,13 +17,14 @@ from accelerate import Accelerator
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from medct import CT_CLIP_LABELS, MedCTModel
+from medct import CT_CLIP_LABELS, MedCTForImageClassification, MedCTModel, MedCTProcessor
 from medct import train as training
-from medct.adapters_medct import read_description
+from medct.adapters_medct import calibrated, read_description
 from medct.data import StudyLoader, phantom_source
 from medct.data.phantoms import make_phantom
 from medct.evaluation.metrics import zero_shot_scores
 from medct.evaluation.scoring import score_studies, tokenize_prompts
+from medct.pipeline_medct import CTClassificationPipeline
 from medct.train import Trainer, run
 from medct.training import strength
 from medct.training.best import BestSoFar
@@ -128,6 +130,33 @@ def test_a_strength_of_nothing_is_said(settings, converted, batch, monkeypatch, 
     for said in (capsys.readouterr().out, (tmp_path / "run/README.md").read_text()):
         assert "This adapter does not help" in said
     assert results_in(tmp_path / "run")["comparison"]["difference"]["auroc"]["value"] == 0
+
+
+def test_a_classifier_has_strength_calibration_and_something_to_keep(
+    settings, classifier_folder, batch, nifti, monkeypatch, tmp_path
+):
+    """It is asked nothing in words, and its head moves with the adapter."""
+    monkeypatch.setattr(strength, "choose", lambda *_: 0.5)
+    trainer = Trainer(dataclasses.replace(settings, model=str(classifier_folder), max_steps=2))
+    results = trainer.run()
+    assert results["prompts"] == [] and results["strength"] == 0.5
+    assert len(results["strengths_tried"]) == len(GRID) and results["kept"]["scans"] == EVAL
+    base = MedCTForImageClassification.from_pretrained(classifier_folder).eval()
+    with torch.no_grad():
+        before = base(batch["pixel_values"]).logits
+        base.load_adapter(str(tmp_path / "run"))
+        after = base.eval()(batch["pixel_values"]).logits
+        assert torch.equal(after, trainer.base.eval()(batch["pixel_values"]).logits)
+    assert not torch.allclose(after, before)
+    processor = MedCTProcessor.from_pretrained(classifier_folder)
+    pipe = CTClassificationPipeline(model=base, processor=processor, device="cpu")
+    calibration = results["calibration"]
+    findings = {each["label"]: each for each in pipe(nifti(np.zeros((12, 9, 5), np.int16)))}
+    assert calibration and calibration.keys() == {label for label, each in findings.items() if "probability" in each}
+    for label, line in calibration.items():
+        assert findings[label]["probability"] == pytest.approx(float(calibrated(findings[label]["score"], *line)))
+    with pytest.raises(ValueError, match="whole modules"):
+        base.set_adapter_strength("default", 0.5)
 
 
 def test_what_is_worse_than_the_base_is_said(settings, monkeypatch, tmp_path):

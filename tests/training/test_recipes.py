@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from medct import MedCTConfig, MedCTModel
-from medct.training.lora import add_lora, trainable, trains_text
+from medct import MedCTConfig, MedCTForImageClassification, MedCTModel
+from medct.training.lora import add_lora, trainable, trains_text, unlock
 from medct.training.recipes import MEASURED_WIDTH, RECIPES
 from medct.training.settings import PHANTOM_BASE, TrainingSettings, complete
 
@@ -48,3 +48,10 @@ def test_what_is_kept_and_replayed_is_only_taken_for_granted_with_phantoms():
         assert (own.keep, own.replay) == ("none", "none")
     flags = dataclasses.replace(TrainingSettings(), keep="none", replay="scans")
     assert (complete(flags, SMALL).keep, complete(flags, SMALL).replay) == ("none", "scans")
+
+
+def test_full_training_of_the_vision_half_trains_a_classifiers_head(converted, classifier_folder):
+    model = unlock(MedCTForImageClassification.from_pretrained(classifier_folder), "vision-all")
+    assert all(parameter.requires_grad for parameter in model.parameters()) and not trains_text(model)
+    names = trainable(unlock(MedCTModel.from_pretrained(converted), "vision-all"))
+    assert {name.split(".")[0] for name in names} == {"vision_model", "visual_projection"}
