@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -42,6 +43,7 @@ _COMPARABLE = (torch.float32, torch.bfloat16)
 # What PEFT writes before every name, and looks for when it loads.
 _SAVED = "base_model.model."
 _CHUNK_ELEMENTS = 2**22
+_SMALLEST_SCORE = 1e-7  # float32 tells no smaller ones from 0, or from 1
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
@@ -82,13 +84,22 @@ def _fetched(module: nn.Module, name: str, tensor: torch.Tensor) -> torch.Tensor
 
 
 def adapter_tensors(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
-    """The weights of the adapter of a name, on the CPU."""
+    """The weights of the adapter of a name, on the CPU.
+
+    Args:
+        model: With the adapter.
+        name: The adapter's.
+    """
     named = (*model.named_parameters(), *model.named_buffers())
     return {key: tensor.detach().cpu() for key, tensor in named if name in key.split(".") and not tensor.is_meta}
 
 
 def refuse_adapter_without_values(model: PreTrainedModel, name: str) -> None:
     """Take an adapter out again if the library could not put its values beside offloaded layers.
+
+    Args:
+        model: With the adapter.
+        name: The adapter's.
 
     Raises:
         AdapterMismatchError: If it is so.
@@ -163,6 +174,8 @@ def describe_adapter(
     revision: str | None = None,
     base_fingerprint: str | None = None,
     thresholds: dict[str, float] | None = None,
+    calibration: dict[str, list[float]] | None = None,
+    strength: float | None = None,
 ) -> dict[str, Any]:
     """Write down what an adapter was trained on, beside its weights.
 
@@ -173,6 +186,8 @@ def describe_adapter(
         revision: Its commit, if it is on the Hub.
         base_fingerprint: Taken before training, where training changes the weights in memory or shards them.
         thresholds: Operating point of each label: the least score that counts as "present".
+        calibration: Slope and intercept of each label, see `calibrated`.
+        strength: Share of what was learned that is in the saved weights.
 
     Returns:
         What was written.
@@ -183,9 +198,29 @@ def describe_adapter(
         "label_names": list(model.config.label_names),
         "prompt_templates": [list(pair) for pair in model.config.prompt_templates],
         "thresholds": thresholds,
+        "calibration": calibration,
+        "strength": strength,
     }
     Path(folder, DESCRIPTION_FILE).write_text(json.dumps(description, indent=2) + "\n")
     return description
+
+
+def calibrated(scores: Any, slope: Any, intercept: Any) -> np.ndarray:
+    """Scores to probabilities: the sigmoid of `slope * logit(score) + intercept`.
+
+    Args:
+        scores: Array or number, in [0, 1].
+        slope: Likewise; positive, so that the order stays.
+        intercept: Likewise.
+
+    Returns:
+        float64, in [0, 1].
+
+    Source:
+        Platt, "Probabilistic outputs for support vector machines", 1999.
+    """
+    inside = np.clip(np.asarray(scores, float), _SMALLEST_SCORE, 1 - _SMALLEST_SCORE)
+    return 1 / (1 + np.exp(-(slope * np.log(inside / (1 - inside)) + intercept)))
 
 
 def read_description(adapter: str | Path, **hub: Any) -> dict[str, Any] | None:
@@ -403,4 +438,4 @@ def _is_known_missing(adapter: str, name: str, options: dict[str, Any]) -> bool:
     return try_to_load_from_cache(adapter, within, **known) is _CACHED_NO_EXIST
 
 
-__all__ = ["AdapterMismatchError", "check_fit", "describe_adapter", "fingerprint", "read_description"]
+__all__ = ["AdapterMismatchError", "calibrated", "check_fit", "describe_adapter", "fingerprint", "read_description"]

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import Pipeline, PreTrainedModel
 
+from .adapters_medct import calibrated
 from .checks_medct import check_processor
 from .modeling_medct import zero_shot_probabilities
 from .processing_medct import MedCTProcessor
@@ -76,7 +77,9 @@ class CTPipeline(Pipeline):
             - `logits_margin`: logit of "present" minus that of "not present"; `score` is its sigmoid, and with several
               templates both are means;
             - `present`: whether the score reaches the adapter's operating point; only where there is one, and only with
-              the model's own templates, for which it was chosen.
+              the model's own templates and the adapter's stored strength, for which it was chosen;
+            - `probability`: that of the finding at the adapter's site, in [0, 1]; only where there is a calibration,
+              and otherwise like `present`.
 
         Raises:
             VolumeError: If a source is no usable CT volume.
@@ -103,22 +106,34 @@ class CTPipeline(Pipeline):
         return {"pixel_values": batch["pixel_values"]}
 
     def _results(
-        self, labels: Sequence[str], scores: torch.Tensor, margins: torch.Tensor, thresholds: dict[str, float]
+        self, labels: Sequence[str], scores: torch.Tensor, margins: torch.Tensor, description: dict[str, Any]
     ) -> list[dict[str, Any]]:
-        """Findings of one scan, highest score first, from `(labels,)` each."""
+        """Findings of one scan, highest score first, from `(labels,)` each and what the adapter remembers."""
         results = []
+        thresholds, calibration = (description.get(what) or {} for what in ("thresholds", "calibration"))
         for label, score, margin in zip(labels, scores.tolist(), margins.tolist(), strict=True):
             result = {"label": label, "score": score, "logits_margin": margin}
             if label in thresholds:
                 result["present"] = score >= thresholds[label]
+            if label in calibration:
+                result["probability"] = float(calibrated(score, *calibration[label]))
             results.append(result)
         return sorted(results, key=lambda result: -result["score"])
 
     @property
     def thresholds(self) -> dict[str, float]:
         """Operating points of the adapter in use: from which score on a finding is called present, by its label."""
+        return self._description().get("thresholds") or {}
+
+    @property
+    def calibration(self) -> dict[str, list[float]]:
+        """Slope and intercept of the adapter in use, by label; see `calibrated`."""
+        return self._description().get("calibration") or {}
+
+    def _description(self) -> dict[str, Any]:
+        """What the adapter in use remembers; nothing if several are."""
         in_use = self._adapters_in_use()
-        return (self.model.adapter_description(in_use[0]).get("thresholds") or {}) if len(in_use) == 1 else {}
+        return self.model.adapter_description(in_use[0]) if len(in_use) == 1 else {}
 
     def _adapters_in_use(self) -> list[str]:
         # Layers of PEFT know whether they are disabled; `active_adapters` names them all the same.
@@ -157,7 +172,7 @@ class ZeroShotCTClassificationPipeline(CTPipeline):
         logits = outputs["logits"][0]  # (templates, 2 * labels)
         scores = zero_shot_probabilities(logits).mean(dim=0)
         present, absent = logits.mean(dim=0).unflatten(-1, (-1, 2)).unbind(-1)
-        return self._results(labels, scores, present - absent, self.thresholds if prompt_templates is None else {})
+        return self._results(labels, scores, present - absent, self._description() if prompt_templates is None else {})
 
     @torch.no_grad()
     def prompt_embeds(
@@ -216,11 +231,17 @@ class CTClassificationPipeline(CTPipeline):
     def postprocess(
         self, outputs: dict[str, torch.Tensor], candidate_labels: Sequence[str] | None = None
     ) -> list[dict[str, Any]]:
+        """Findings of one scan, highest score first.
+
+        Args:
+            outputs: `logits`, `(1, labels)`, from `_forward`.
+            candidate_labels: The model's own by default.
+        """
         names = self.model.config.label_names
         labels = names if candidate_labels is None else candidate_labels
         # Each label's logit is that of its presence against its absence.
         margins = outputs["logits"][0][[names.index(label) for label in labels]]
-        return self._results(labels, margins.sigmoid(), margins, self.thresholds)
+        return self._results(labels, margins.sigmoid(), margins, self._description())
 
 
 def _processor_of(model: PreTrainedModel) -> MedCTProcessor:

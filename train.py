@@ -15,11 +15,10 @@ import math
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, set_seed
@@ -34,17 +33,18 @@ from medct.common.errors import StoppedError, one_line_errors
 from medct.common.files import refuse_taken
 from medct.common.host import device_name, keep_freed_memory, peak_memory_bytes, quiet_libraries
 from medct.common.lock import only_run
-from medct.configuration_medct import MedCTConfig
-from medct.data import Source, StudyLoader, open_source, to_device
-from medct.evaluation.metrics import choose_thresholds, compare, zero_shot_scores
+from medct.data import StudyLoader, to_device
+from medct.evaluation.calibration import apply_calibration
+from medct.evaluation.metrics import zero_shot_scores
 from medct.evaluation.plots import calibration_plot, roc_plot
-from medct.evaluation.report import results_table
 from medct.evaluation.scoring import (
     ScoredStudies,
     Texts,
+    embed_prompts,
     is_classifier,
     prompts_for,
     score_studies,
+    score_versions,
     texts_to,
 )
 from medct.modeling_medct import MedCTModel
@@ -52,6 +52,7 @@ from medct.processing_medct import MedCTProcessor
 from medct.publishing.cards import write_card
 from medct.publishing.loading import AnyMedCT, load_model
 from medct.publishing.push import commit_of, push_adapter, push_model
+from medct.training.best import BestSoFar
 from medct.training.checkpoints import Checkpoints, TrainingState
 from medct.training.lora import (
     add_lora,
@@ -60,13 +61,24 @@ from medct.training.lora import (
     frozen_tensors,
     note_start,
     save_weights,
+    trains_text,
     unlock,
     weights_to_save,
 )
 from medct.training.lora import trainable as trainable_parameters
 from medct.training.objectives import StepLoss
+from medct.training.results import KEPT_SPLITS, SPLITS, Scored, compare_all, mean_auroc, remarks_on
 from medct.training.run_folder import RunFolder
-from medct.training.settings import TrainingError, TrainingSettings, check, parse_settings, refuse_for_classifier
+from medct.training.settings import (
+    TrainingError,
+    TrainingSettings,
+    check,
+    complete,
+    parse_settings,
+    refuse_for_classifier,
+)
+from medct.training.sources import endless, load_sources, number_of_steps
+from medct.training.strength import Choice, Line, choose_strength
 
 
 def make_accelerator(settings: TrainingSettings, work: Path) -> Accelerator:
@@ -100,7 +112,7 @@ def load_base(settings: TrainingSettings) -> tuple[AnyMedCT, MedCTProcessor]:
     """
     model, processor = load_model(settings.model, revision=settings.revision)
     if is_classifier(model):
-        refuse_for_classifier(settings)
+        refuse_for_classifier(complete(settings, model.config))
     return model, processor
 
 
@@ -110,60 +122,6 @@ def commit_of_base(settings: TrainingSettings) -> str | None:
         return commit_of(settings.model, settings.revision)
     except (HfHubHTTPError, OSError):
         return settings.revision
-
-
-def load_sources(settings: TrainingSettings, config: MedCTConfig) -> dict[str, Source]:
-    """Studies to train on, to tune on and, as "valid", to score on; no patient is in two of them."""
-    limits = {"train": None, "tune": settings.max_tune_studies, "valid": settings.max_eval_studies}
-    return {
-        split: open_source(
-            settings.data,
-            split,
-            config,
-            reconstructions=settings.reconstructions,
-            limit=limit,
-            revision=settings.data_revision,
-            need_reports=settings.objective != "prompts" and split == "train",
-            phantoms=settings.phantoms,
-        )
-        for split, limit in limits.items()
-    }
-
-
-def number_of_steps(source: Source, settings: TrainingSettings, processes: int) -> int:
-    """Optimizer steps of a run.
-
-    Raises:
-        TrainingError: If there are fewer studies than a step takes.
-    """
-    studies_per_step = settings.batch_size * settings.accumulation_steps * processes
-    per_epoch = source.num_studies // studies_per_step
-    if not per_epoch:
-        raise TrainingError(
-            f"{source.num_studies} training studies do not fill one step of {studies_per_step} ({settings.batch_size} "
-            f"x {settings.accumulation_steps} in {processes} processes). Lower --batch_size."
-        )
-    steps = per_epoch * settings.epochs
-    return steps if settings.max_steps is None else min(steps, settings.max_steps)
-
-
-def endless(loader: StudyLoader) -> Iterator[dict[str, Any]]:
-    """Batches of one epoch after the other."""
-    while True:
-        yield from loader
-
-
-def thresholds_from(scored: ScoredStudies) -> np.ndarray | None:
-    """Operating points; None if no label varies among these studies."""
-    try:
-        return choose_thresholds(scored.scores, scored.labels)
-    except ValueError:
-        return None
-
-
-def operating_points(thresholds: np.ndarray, names: list[str]) -> dict[str, float]:
-    """Thresholds by label, of those that have one."""
-    return {name: float(each) for name, each in zip(names, thresholds, strict=True) if not math.isnan(each)}
 
 
 class Trainer:
@@ -178,7 +136,6 @@ class Trainer:
 
     def __init__(self, settings: TrainingSettings):
         check(settings)
-        self.settings = settings
         self.started = time.monotonic()
         self.folder = RunFolder(settings.output_dir, settings.resume)
         self.accelerator = make_accelerator(settings, self.folder.work)
@@ -188,16 +145,30 @@ class Trainer:
         self.revision = commit_of_base(settings)
         self.fingerprint = fingerprint(self.base)
         self.config = self.base.config
+        self.settings = settings = complete(settings, self.config)
         self.sources = load_sources(settings, self.config)
         self.steps = number_of_steps(self.sources["train"], settings, self.accelerator.num_processes)
+        self.eval_steps = max(1, self.steps // 10) if settings.eval_steps is None else settings.eval_steps
         self.prompts = prompts_for(self.base, self.processor)
         self.folder.work.mkdir(parents=True, exist_ok=True)
         self.is_preempted = False
+        self.line: Line | None = None
 
     def run(self) -> dict[str, Any]:
-        """Score the base, train, check the base, score again, save, push; returns what `results.json` holds."""
+        """Score the base, train, check the base, score again, save, push; returns what `results.json` holds.
+
+        Raises:
+            LockedError: If another run is writing to the same folder.
+            FileExistsError: If another run has completed it meanwhile.
+        """
+        with only_run(self.folder.final):
+            refuse_taken(self.folder.final)
+            return self._run()
+
+    def _run(self) -> dict[str, Any]:
         self.base.to(self.accelerator.device)
-        before = {split: self.score_base(split) for split in ("tune", "valid")}
+        scored = [split for split in (*SPLITS, *KEPT_SPLITS) if split in self.sources]
+        before = {split: self.score_base(split) for split in scored}
         self._check_labels(before["valid"])
         model = self._attach()
         if self.accelerator.is_main_process:
@@ -206,8 +177,11 @@ class Trainer:
         with self._noting_sigterm():
             self._train(model)
         self._check_base(model)
-        after = {split: self._score(core(model), split, "adapted") for split in ("tune", "valid")}
-        results = self._results(before, after, model)
+        choice = self._choose_strength(model, before)
+        after = choice.scored | {
+            split: self._score(core(model), split, "adapted") for split in scored if split not in choice.scored
+        }
+        results = self._results(before, after, choice)
         self._save(model, results, before["valid"], after["valid"])
         return results
 
@@ -269,7 +243,7 @@ class Trainer:
         """What is trained, ready for it."""
         settings = self.settings
         if settings.adaptation == "full":
-            model = unlock(self.base)
+            model = unlock(self.base, settings.targets)
         else:
             model = add_lora(
                 self.base,
@@ -300,6 +274,8 @@ class Trainer:
         if self.is_sharded:
             shard(core(model))
         self.frozen = digest(frozen_tensors(model))
+        if settings.strength == "auto":
+            self.line = Line(trainable_parameters(model), moves_both=settings.adaptation == "pissa")
         return model
 
     def _train(self, model: PeftModel | MedCTModel) -> None:
@@ -313,7 +289,8 @@ class Trainer:
         )
         schedule = get_cosine_schedule_with_warmup(optimizer, self.steps // 10, self.steps)
         loader = self.loader("train", with_text=settings.objective != "prompts", seed=settings.seed, drop_last=True)
-        state = TrainingState(parameters, optimizer, schedule, loader)
+        best = BestSoFar(parameters, settings.patience)
+        state = TrainingState(parameters, optimizer, schedule, loader, best)
         checkpoints = Checkpoints(
             self.folder.checkpoints, settings.keep_checkpoints, accelerator, settings.fixed() | {"steps": self.steps}
         )
@@ -322,12 +299,13 @@ class Trainer:
         history = self.folder.history(state.step) if accelerator.is_main_process else None
         accelerator.init_trackers("medct", config=settings.fixed())
         prompts = [texts_to(texts, accelerator.device) for texts in self.prompts]
+        constant_prompts = None if trains_text(model) else embed_prompts(core(model).eval(), prompts, accelerator)
         batches = endless(loader)
         bar = tqdm(
             total=self.steps, initial=state.step, desc="train", unit="step", disable=not accelerator.is_main_process
         )
-        while state.step < self.steps:
-            figures = self._step(model, state, batches, prompts)
+        while state.step < self.steps and not best.has_waited_enough:
+            figures = self._step(model, state, batches, prompts, constant_prompts)
             bar.update()
             bar.set_postfix(
                 loss=f"{figures['loss']:.3f}",
@@ -335,7 +313,7 @@ class Trainer:
                 memory=f"{figures['memory_gib']:.1f} GiB",
                 refresh=False,
             )
-            figures |= self._watch(model, state.step)
+            figures |= self._watch(model, state)
             if history:
                 history.add(state.step, figures)
             accelerator.log(figures, step=state.step)
@@ -345,9 +323,12 @@ class Trainer:
                     f"stopped by SIGTERM after step {state.step} of {self.steps}. The same command with "
                     f"--output_dir {self.folder.final} --resume True resumes it."
                 )
-            if state.step % settings.checkpoint_steps == 0 or state.step == self.steps:
+            is_last = state.step == self.steps or best.has_waited_enough
+            if state.step % settings.checkpoint_steps == 0 or is_last:
                 checkpoints.save(state)
         bar.close()
+        best.restore()
+        self.steps_done, self.best_step = state.step, best.step
         for tracker in accelerator.trackers:
             tracker.finish()
 
@@ -357,16 +338,19 @@ class Trainer:
         state: TrainingState,
         batches: Iterator[dict[str, Any]],
         prompts: list[Texts],
+        constant_prompts: list[torch.Tensor] | None,
     ) -> dict[str, float]:
         """One optimizer step, over the micro-batches of all processes."""
         settings, accelerator = self.settings, self.accelerator
         started = time.perf_counter()
         model.train()
+        if constant_prompts:
+            core(model).text_model.eval()  # what is not trained has no dropout
         micro_batches = [
             to_device(next(batches), accelerator.device, self.config) for _ in range(settings.accumulation_steps)
         ]
         loss_of = StepLoss(settings.objective, settings.report_weight, accelerator.autocast)
-        loss = loss_of.backward(core(model), micro_batches, prompts).item()
+        loss = loss_of.backward(core(model), micro_batches, prompts, constant_prompts).item()
         if not math.isfinite(loss):
             raise TrainingError(f"The loss became {loss} in step {state.step + 1}. Lower --learning_rate.")
         parameters = list(state.parameters.values())
@@ -386,19 +370,27 @@ class Trainer:
             "memory_gib": peak_memory_bytes(accelerator.device) / 2**30,
         }
 
-    def _watch(self, model: PeftModel | MedCTModel, step: int) -> dict[str, float]:
-        """Scores of the tuning patients, when it is time; never of those that are reported."""
-        if not self.settings.eval_steps or step % self.settings.eval_steps:
+    def _watch(self, model: PeftModel | MedCTModel, state: TrainingState) -> dict[str, float | None]:
+        """Score the tuning patients, when it is time, never those that are reported; the best weights are kept."""
+        if not self.eval_steps or (state.step % self.eval_steps and state.step != self.steps):
             return {}
-        scored = self._score(core(model), "tune", f"step {step}")
-        return {"tune_auroc": self._auroc(scored)}
+        scored = self._score(core(model), "tune", f"step {state.step}")
+        auroc = mean_auroc(scored, self.config.label_names)
+        state.best.note(state.step, auroc)
+        return {"tune_auroc": auroc}
 
-    def _auroc(self, scored: ScoredStudies) -> float | None:
-        """The mean over labels; None if none of them varies among these studies."""
-        try:
-            return zero_shot_scores(scored.scores, scored.labels, self.config.label_names)["auroc"]
-        except ValueError:
-            return None
+    def _choose_strength(self, model: PeftModel | MedCTModel, before: Scored) -> Choice:
+        """How much of the training is handed out, chosen on tuning patients; afterwards the model has that strength."""
+        names = self.config.label_names
+        if self.line is None or mean_auroc(before["tune"], names) is None:
+            return Choice(1.0)
+
+        def score(split: str, versions: Sequence[Callable[[], None]]) -> list[ScoredStudies]:
+            loader = self.loader(split, with_text=False)
+            what = f"score strengths, {split}"
+            return score_versions(core(model), versions, loader, self.prompts, self.accelerator, what)
+
+        return choose_strength(self.line, score, before, names, self.settings.max_forgotten)
 
     def _must_stop(self) -> bool:
         """Whether any process was told to; all of them stop after the same step."""
@@ -409,46 +401,38 @@ class Trainer:
         if digest(frozen_tensors(model)) != self.frozen:
             raise TrainingError("The base changed during training, so the adapter would not fit it. Nothing was saved.")
 
-    def _results(
-        self, before: dict[str, ScoredStudies], after: dict[str, ScoredStudies], model: torch.nn.Module
-    ) -> dict[str, Any]:
+    def _results(self, before: Scored, after: Scored, choice: Choice) -> dict[str, Any]:
         """What `results.json` holds."""
         settings, names = self.settings, self.config.label_names
-        thresholds = [thresholds_from(scored["tune"]) for scored in (before, after)]
-        valid = before["valid"]
-        comparison = compare(
-            valid.scores,
-            after["valid"].scores,
-            valid.labels,
-            valid.patients,
-            names,
-            *thresholds,
-            resamples=settings.bootstrap_resamples,
-            seed=settings.seed,
-        )
+        found = compare_all(before, after, names, settings.bootstrap_resamples, settings.seed)
         held_out = self.sources["valid"].description
-        how = "With its head" if is_classifier(core(model)) else "Zero-shot"
-        measured_on = f"{how} on {comparison['scans']} held-out studies: {held_out}."
+        how = "With its head" if is_classifier(self.base) else "Zero-shot"
+        measured_on = f"{how} on {found['comparison']['scans']} held-out studies: {held_out}."
+        if found["kept"]:
+            measured_on += f" To be kept: {self.sources['keep_valid'].description}."
         is_synthetic = self.sources["valid"].is_synthetic
         if is_synthetic:
             measured_on += " These are SYNTHETIC drawings: no patients, and no clinical meaning."
-        return {
+        results = {
             "measured_on": measured_on,
             "synthetic": is_synthetic,
             "data": f"Trained on {self.sources['train'].description}; scored on {held_out}.",
-            "comparison": comparison,
-            "tune_auroc": {name: self._auroc(each["tune"]) for name, each in (("base", before), ("adapted", after))},
-            "table": results_table(comparison, names),
-            "thresholds": None if thresholds[1] is None else operating_points(thresholds[1], names),
+            **found,
+            "recipe": settings.recipe,
+            "strength": choice.strength,
+            "strengths_tried": [dataclasses.asdict(trial) for trial in choice.trials],
             "prompts": self.config.label_prompts() if self.prompts else [],
             "label_names": names,
             "base": {"model": settings.model, "revision": self.revision, "fingerprint": self.fingerprint},
             **self.counts,
-            "steps": self.steps,
+            "steps": self.steps_done,
+            "planned_steps": self.steps,
+            "best_step": self.best_step,
             "processes": self.accelerator.num_processes,
             "device": device_name(self.accelerator.device),
             "seconds": round(time.monotonic() - self.started, 1),
         }
+        return results | {"remarks": remarks_on(results, settings.max_forgotten)}
 
     def _save(
         self, model: PeftModel | MedCTModel, results: dict[str, Any], before: ScoredStudies, after: ScoredStudies
@@ -470,17 +454,25 @@ class Trainer:
                     revision=self.revision,
                     base_fingerprint=self.fingerprint,
                     thresholds=results["thresholds"],
+                    calibration=results["calibration"],
+                    strength=results["strength"],
                 )
             (folder / "train_config.json").write_text(json.dumps(dataclasses.asdict(self.settings), indent=2) + "\n")
             (folder / "results.json").write_text(json.dumps(results, indent=2, allow_nan=False) + "\n")
             models = {"base": before.scores, "adapted": after.scores}
             roc_plot(models, before.labels, self.config.label_names, note).savefig(folder / "roc.png")
+            if results["calibration"] and len(results["calibration"]) == len(self.config.label_names):
+                models["calibrated"] = apply_calibration(after.scores, results["calibration"], self.config.label_names)
             calibration_plot(models, before.labels, note).savefig(folder / "calibration.png")
             if self.settings.adaptation == "full":
-                (folder / "README.md").write_text(f"# MedCT\n\n{results['measured_on']}\n\n{results['table']}\n")
+                said = [results["measured_on"], results["table"], *results["remarks"]]
+                (folder / "README.md").write_text("\n\n".join(["# MedCT", *said]) + "\n")
             else:
                 write_card(folder)
-        print(f"\n{results['table']}\n\n{results['measured_on']}\nSaved: {self.folder.final}")
+        print(f"\n{results['table']}\n\n{results['measured_on']}\nStrength: {results['strength']:g}")
+        for remark in results["remarks"]:
+            print(f"NOTE: {remark}")
+        print(f"Saved: {self.folder.final}")
         if self.settings.push_to_hub:
             print(f"Pushed: {self._push()}")
 
@@ -502,9 +494,7 @@ def run(settings: TrainingSettings) -> dict[str, Any]:
     """One whole run; see `Trainer`."""
     trainer = Trainer(settings)
     try:
-        with only_run(trainer.folder.final):
-            refuse_taken(trainer.folder.final)  # by a run that ended meanwhile
-            return trainer.run()
+        return trainer.run()
     finally:
         trainer.accelerator.state.destroy_process_group()
 

@@ -1,189 +1,261 @@
-"""How much of full fine-tuning's gain LoRA keeps, and how much each forgets, on SYNTHETIC phantoms.
+"""How much of full fine-tuning's gain an adapter keeps, and what either forgets, on SYNTHETIC phantoms.
 
-    python benchmarks/bench_adaptation.py            # about half an hour on 2 CPU cores; resumes where it stopped
+    python benchmarks/bench_adaptation.py            # hours on 2 CPU cores; resumes where it stopped
 
-The phantom base knows site A and is adapted to site B with the same number of optimizer steps in every run. Learning
-rates are chosen on the tuning patients of site B, at 100 training patients, once for LoRA and once for full
-fine-tuning; scores come from 300 other patients of each site. Writes `adaptation.md` and `adaptation.json`.
+The phantom base knows site A and is adapted to site B, with the same number of optimizer steps in every run and three
+seeds, each with other patients and another initialisation. The adapter is that of `medct train`: recipe `vision` with
+replay, early stopping and a strength chosen on tuning patients. The reference is full fine-tuning of the vision half.
+Learning rates are chosen by the tuning patients of site B, at 100 training patients, once for each. Scores are those of
+300 other patients of each site. Site C has no part in any choice; its rows come last.
+
+The table is written after every run and says which runs are missing. Writes `adaptation.md` and `adaptation.json`.
 """
 
 import argparse
 import functools
 import json
-import math
 import shutil
+import statistics
 import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from medct import MedCTModel
 from medct import data as medct_data
 from medct.common.files import whole_file
-from medct.data import StudyLoader, phantom_source
-from medct.evaluation.metrics import zero_shot_scores
-from medct.evaluation.scoring import score_studies
 from medct.train import Trainer
+from medct.training.recipes import RECIPES
 from medct.training.settings import TrainingSettings
 
-STEPS = 150
-PATIENTS = (25, 100, 400)
-RANKS = (1, 4, 16, 64)
-OTHER_TARGETS = ("vision", "text", "both+projections", "all")
-LEARNING_RATES = {"lora": (1e-3, 3e-3, 1e-2), "full": (1e-4, 3e-4, 1e-3, 3e-3)}
+STEPS = 300
+EVAL_STEPS = 30
+PATIENTS = (400, 25, 100)
+SEEDS = (0, 1, 2)
+TUNE_PATIENTS = 200
+EVAL_PATIENTS = 300
+PHANTOMS_KEPT = 2500  # in memory, 1.5 MB each
+# Of each kind of run, the settings by which it differs from the defaults.
+KINDS: dict[str, dict[str, Any]] = {
+    "full": {"recipe": "full", "replay": "none", "strength": "1", "eval_steps": 0},
+    "vision, replay": {"recipe": "vision", "eval_steps": EVAL_STEPS},
+    "vision": {"recipe": "vision", "replay": "none", "eval_steps": EVAL_STEPS},
+    "paper": {"recipe": "paper", "replay": "none", "strength": "1", "eval_steps": 0},
+}
+NAMES = {
+    "full": "all weights of the vision half (reference)",
+    "vision, replay": "recipe vision, replay .2, strength and steps chosen",
+    "vision": "recipe vision, no replay, strength and steps chosen",
+    "paper": "recipe paper as it was trained",
+}
+REFERENCE, ADAPTER = "full", "vision, replay"
 CHOSEN_AT = 100
-TUNE_PATIENTS = 300
-SMALLEST_GAIN = 0.02  # of full fine-tuning; shares of a smaller gain are noise
-CHOSEN_RANK = 16
+# Multiples of the recipe's own.
+RATES = (0.5, 1.0, 2.0)
+# Least share of the reference's gain, or least gain, and most that may be lost on site A.
+GOALS = {400: "95 %, .010", 100: "90 %, .010", 25: "+.03, .010"}
 
 
-def settings_of(
-    adaptation: str, rank: int, patients: int, learning_rate: float, targets: str, folder: str | Path
-) -> TrainingSettings:
-    """Settings of a run of `STEPS` steps, however few the patients.
+@dataclass(frozen=True)
+class Key:
+    """What a run is known by."""
+
+    kind: str
+    patients: int
+    seed: int
+    site: str = "B"
+    rate: float = 1.0
+
+
+def settings_of(key: Key, folder: str) -> TrainingSettings:
+    """A run of at most `STEPS` steps, however few the patients; those with replayed studies count.
 
     Args:
-        adaptation: See `TrainingSettings`.
-        rank: Rank of the matrices; alpha is twice that.
-        patients: Number of training patients, at least one batch.
-        learning_rate: Peak learning rate.
-        targets: See `TARGETS`.
-        folder: Where the run writes.
+        key: Which run.
+        folder: Where it writes.
     """
+    recipe = RECIPES[KINDS[key.kind]["recipe"]]
     return TrainingSettings(
-        adaptation=adaptation,
-        targets=targets,
-        rank=rank,
-        alpha=2 * rank,
-        learning_rate=learning_rate,
-        phantom_train_patients=patients,
+        **KINDS[key.kind],
+        keep="phantoms:A",
+        learning_rate=key.rate * recipe.learning_rate,
+        seed=key.seed,
+        phantom_site=key.site,  # type: ignore[arg-type]
+        phantom_train_patients=key.patients,
         phantom_tune_patients=TUNE_PATIENTS,
-        epochs=math.ceil(STEPS / (patients // TrainingSettings.batch_size)),
+        phantom_eval_patients=EVAL_PATIENTS,
+        epochs=STEPS,
         max_steps=STEPS,
         checkpoint_steps=STEPS,
         bootstrap_resamples=1,
         output_dir=str(Path(folder) / "run"),
-        resume=True,  # takes over the base's scores that lie there
+        resume=True,  # takes the scores of the base that lie there
         num_workers=0,
         cpu=True,
     )
 
 
-def on_site_a(model: MedCTModel, trainer: Trainer) -> float:
-    """Mean AUROC on patients of the site that the base was trained on.
-
-    Args:
-        model: The model to score.
-        trainer: Its settings, processor and prompts are used.
-    """
-    source = phantom_source("A", range(trainer.settings.phantom_eval_patients), trainer.settings.seed)
-    labels = trainer.config.label_names
-    loader = StudyLoader(source, trainer.processor, labels, batch_size=8, with_text=False)
-    scored = score_studies(model, loader, trainer.prompts, trainer.accelerator, "score site A")
-    return zero_shot_scores(scored.scores, scored.labels, labels)["auroc"]
-
-
 class BaseScores:
-    """Scores of the base, which is the same in every run and so is scored once."""
+    """The base is the same in every run of a seed and site, so it is scored once."""
 
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="bench-adaptation-"))
-        self.on_a: float | None = None
 
-    def put_into(self, trainer: Trainer) -> None:
-        """Put the scores where a run would leave them, and so finds them."""
-        if self.on_a is None:
-            self.on_a = on_site_a(trainer.base, trainer)
-            for split in ("tune", "valid"):
+    def put_into(self, trainer: Trainer, key: Key) -> None:
+        """Let a run find them where it would leave them.
+
+        Args:
+            trainer: The run, not started.
+            key: Which run it is.
+        """
+        kept = self.folder / f"{key.site}-{key.seed}"
+        if not kept.exists():
+            for split in set(trainer.sources) - {"train"}:
                 trainer.score_base(split)
+            kept.mkdir()
             for path in trainer.folder.work.glob("base_*.json"):
-                shutil.copy(path, self.folder)
-        for path in self.folder.iterdir():
+                shutil.copy(path, kept)
+        for path in kept.iterdir():
             shutil.copy(path, trainer.folder.work)
 
 
-def figures_of(settings: TrainingSettings, base: BaseScores) -> dict[str, Any]:
-    """Train and score once.
-
-    Args:
-        settings: From `settings_of`.
-        base: Scores of the base.
-
-    Returns:
-        AUROC on each site before and after, and the size of what was trained and saved.
-    """
-    trainer = Trainer(settings)
-    base.put_into(trainer)
-    results = trainer.run()
-    weights = "model.safetensors" if settings.adaptation == "full" else "adapter_model.safetensors"
-    return {
-        "b_base": results["comparison"]["base"]["auroc"]["value"],
-        "b": results["comparison"]["adapted"]["auroc"]["value"],
-        "a_base": base.on_a,
-        "a": on_site_a(trainer.base, trainer),
-        "tune": results["tune_auroc"]["adapted"],
-        "trainable_share": results["trainable_parameters"] / results["total_parameters"],
-        "bytes": (trainer.folder.final / weights).stat().st_size,
-    }
-
-
 class Runs:
-    """Runs that are made once and kept in a JSON file."""
+    """Runs that are made once; a JSON file keeps them."""
 
     def __init__(self, path: Path):
         self.path = path
         self.rows: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
         self.base = BaseScores()
 
-    def get(
-        self, adaptation: str, rank: int, patients: int, learning_rate: float, targets: str = "both"
-    ) -> dict[str, Any]:
-        """The figures of a run, made if it is not there yet.
+    def found(self, key: Key) -> dict[str, Any] | None:
+        return next((row for row in self.rows if asdict(key).items() <= row.items()), None)
 
-        Args:
-            adaptation, rank, patients, learning_rate, targets: See `settings_of`.
-        """
-        key = {"adaptation": adaptation, "rank": rank, "patients": patients, "learning_rate": learning_rate}
-        key["targets"] = targets
-        for row in self.rows:
-            if key.items() <= row.items():
-                return row
+    def make(self, key: Key) -> None:
+        """Make a run, unless there is one."""
+        if self.found(key):
+            return
         with tempfile.TemporaryDirectory() as folder:
-            row = key | figures_of(settings_of(**key, folder=folder), self.base)
-        self.rows.append(row)
+            trainer = Trainer(settings_of(key, folder))
+            self.base.put_into(trainer, key)
+            results = trainer.run()
+        self.rows.append(asdict(key) | _figures(results))
         with whole_file(self.path) as aside:
             aside.write_text(json.dumps(self.rows, indent=1) + "\n")
-        return row
 
-    def best_learning_rate(self, adaptation: str) -> float:
-        """The learning rate whose adapted model scores highest on the tuning patients."""
-        return max(
-            LEARNING_RATES[adaptation], key=lambda rate: self.get(adaptation, CHOSEN_RANK, CHOSEN_AT, rate)["tune"]
-        )
+    def best_rate(self, kind: str) -> float:
+        """The one whose runs score highest on the tuning patients, of those that were tried; else the recipe's own."""
+        tried = {rate: self.found(Key(kind, CHOSEN_AT, SEEDS[0], rate=rate)) for rate in RATES}
+        known = {rate: row["tune"] for rate, row in tried.items() if row}
+        return max(known, key=lambda rate: known[rate]) if len(known) == len(RATES) else 1.0
 
 
-def table(rows: list[dict[str, Any]], full: dict[int, dict[str, Any]]) -> str:
-    """The runs as a Markdown table.
+def _figures(results: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "base": results["comparison"]["base"]["auroc"]["value"],
+        "gain": results["comparison"]["difference"]["auroc"]["value"],
+        "lost": -results["kept"]["difference"]["auroc"]["value"],
+        "tune": results["tune_auroc"]["adapted"],
+        "strength": results["strength"],
+        "steps": results["steps"],
+        "best_step": results["best_step"],
+        "trainable": results["trainable_parameters"],
+        "seconds": results["seconds"],
+    }
+
+
+def wanted(runs: Runs, with_rates: bool) -> Iterator[Key]:
+    """All runs: first those on which others depend, then by importance.
 
     Args:
-        rows: Figures of the runs.
-        full: Figures of full fine-tuning by number of patients.
+        runs: Those that there are.
+        with_rates: Whether the runs that choose learning rates are among them.
+    """
+    if with_rates:
+        for kind in (REFERENCE, ADAPTER):
+            yield from (Key(kind, CHOSEN_AT, SEEDS[0], rate=rate) for rate in RATES)
+    for site, sizes in (("B", PATIENTS), ("C", PATIENTS[:1])):
+        for patients in sizes:
+            for seed in SEEDS:
+                for kind in (ADAPTER, REFERENCE):
+                    yield Key(kind, patients, seed, site, runs.best_rate(kind))
+    for kind in ("vision", "paper"):
+        yield Key(kind, PATIENTS[0], SEEDS[0])
+
+
+def _spread(values: list[float], form: str) -> str:
+    """Mean and range."""
+    mean = f"{statistics.mean(values):{form}}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):{form}} to {max(values):{form}})"
+
+
+def table(runs: Runs, site: str) -> str:
+    """Markdown, from the runs that there are.
+
+    Args:
+        runs: Those that there are.
+        site: Site that was adapted to.
     """
     lines = [
-        "| patients | trained | share of weights | saved | site B | gain | of full's gain | site A | lost on A |",
-        "| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| patients | trained | seeds | gain | of the reference's | lost on A | strength | steps | goal |",
+        "| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
     ]
-    for row in rows:
-        only = "" if row["targets"] == "both" else f", targets {row['targets']}"
-        name = "all weights" if row["adaptation"] == "full" else f"rank {row['rank']}{only}"
-        gain, reference = row["b"] - row["b_base"], full[row["patients"]]
-        full_gain = reference["b"] - reference["b_base"]
-        share = f"{gain / full_gain:.0%}" if full_gain > SMALLEST_GAIN else "–"
-        lines.append(
-            f"| {row['patients']} | {name} | {row['trainable_share']:.1%} | {row['bytes'] / 1e6:.2f} MB "
-            f"| {row['b']:.3f} | "
-            f"{gain:+.3f} | {share} | {row['a']:.3f} | {row['a_base'] - row['a']:+.3f} |"
-        )
-    return "\n".join(lines)
+    for patients in sorted(PATIENTS, reverse=True):
+        for kind in KINDS:
+            rate = runs.best_rate(kind)
+            rows = {seed: runs.found(Key(kind, patients, seed, site, rate)) for seed in SEEDS}
+            rows = {seed: row for seed, row in rows.items() if row}
+            if not rows:
+                continue
+            shares = []
+            for seed, row in rows.items():
+                reference = runs.found(Key(REFERENCE, patients, seed, site, runs.best_rate(REFERENCE)))
+                if reference and kind != REFERENCE and reference["gain"] > 0.02:  # shares of less are noise
+                    shares.append(row["gain"] / reference["gain"])
+            cells = [
+                str(patients),
+                NAMES[kind],
+                f"{len(rows)} of {len(SEEDS)}",
+                _spread([row["gain"] for row in rows.values()], "+.3f"),
+                _spread(shares, ".0%") if shares else "",
+                _spread([row["lost"] for row in rows.values()], "+.3f"),
+                " / ".join(f"{row['strength']:g}" for row in rows.values()),
+                " / ".join(str(row["best_step"] or row["steps"]) for row in rows.values()),
+                GOALS[patients] if kind == ADAPTER else "",
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) if len(lines) > 2 else "No run yet."
+
+
+def report(runs: Runs, with_rates: bool) -> str:
+    """The whole page.
+
+    Args:
+        runs: Those that there are.
+        with_rates: See `wanted`.
+    """
+    missing = [key for key in wanted(runs, with_rates) if not runs.found(key)]
+    chosen = {
+        kind: runs.best_rate(kind) * RECIPES[KINDS[kind]["recipe"]].learning_rate for kind in (REFERENCE, ADAPTER)
+    }
+    tried = sum(bool(runs.found(Key(kind, CHOSEN_AT, SEEDS[0], rate=rate))) for kind in chosen for rate in RATES)
+    lines = [
+        "# Adaptation from site A, SYNTHETIC phantoms",
+        f"Mean zero-shot AUROC of {EVAL_PATIENTS} held-out phantoms of each site. {STEPS} steps of "
+        f"{TrainingSettings.batch_size} in every run, those with replayed studies counted; an adapter may have been "
+        f"stopped before. Strength, step and learning rate were chosen on {TUNE_PATIENTS} other patients of each site. "
+        f"Means over seeds, in brackets their range. Made by `python benchmarks/{Path(__file__).name}`.",
+        f"Learning rates: {chosen[ADAPTER]:g} (adapter), {chosen[REFERENCE]:g} (reference); of {2 * len(RATES)} runs "
+        f"that choose them, {tried} were made"
+        + ("." if tried == 2 * len(RATES) else ", so they are the recipes' own, found in earlier trials on site B."),
+        "## Site B",
+        table(runs, "B"),
+        "## Site C, which had no part in any choice",
+        table(runs, "C"),
+    ]
+    if missing:
+        said = "; ".join(f"{key.kind}, {key.patients} patients, seed {key.seed}, site {key.site}" for key in missing)
+        lines.append(f"Not run: {said}.")
+    return "\n\n".join(lines) + "\n"
 
 
 def main() -> None:
@@ -191,23 +263,20 @@ def main() -> None:
     parser.add_argument(
         "--output", type=Path, default=Path(__file__).with_name("adaptation.md"), help="Table to write."
     )
-    arguments = parser.parse_args()
-    medct_data.make_phantom = functools.lru_cache(maxsize=None)(medct_data.make_phantom)  # each is drawn once
-    runs = Runs(arguments.output.with_suffix(".json"))
-    rates = {adaptation: runs.best_learning_rate(adaptation) for adaptation in LEARNING_RATES}
-    rows, full = [], {}
-    for patients in PATIENTS:
-        full[patients] = runs.get("full", CHOSEN_RANK, patients, rates["full"])
-        rows += [runs.get("lora", rank, patients, rates["lora"]) for rank in RANKS] + [full[patients]]
-    others = [runs.get("lora", CHOSEN_RANK, PATIENTS[-1], rates["lora"], targets) for targets in OTHER_TARGETS]
-    text = (
-        "# Adaptation from site A to site B, SYNTHETIC phantoms\n\n"
-        f"Mean zero-shot AUROC of {TrainingSettings.phantom_eval_patients} held-out phantoms of each "
-        f"site. Base: {rows[0]['b_base']:.3f} on B, {rows[0]['a_base']:.3f} on A. {STEPS} steps of "
-        f"{TrainingSettings.batch_size} in every run; learning rates {rates['lora']:g} (LoRA) and {rates['full']:g} "
-        f"(all weights) chosen on {TUNE_PATIENTS} other patients of B. Made by "
-        f"`python benchmarks/{Path(__file__).name}`.\n\n{table(rows + others, full)}\n"
+    parser.add_argument(
+        "--rates_last", action="store_true", help="Take the recipes' learning rates and leave out the runs that choose."
     )
+    parser.add_argument("--report_only", action="store_true", help="Make no run.")
+    arguments = parser.parse_args()
+    draw = medct_data.make_phantom
+    medct_data.make_phantom = functools.lru_cache(maxsize=PHANTOMS_KEPT)(draw)  # each is drawn once
+    runs = Runs(arguments.output.with_suffix(".json"))
+    with_rates = not arguments.rates_last
+    for key in () if arguments.report_only else wanted(runs, with_rates):
+        runs.make(key)
+        with whole_file(arguments.output) as aside:
+            aside.write_text(report(runs, with_rates))
+    text = report(runs, True)
     with whole_file(arguments.output) as aside:
         aside.write_text(text)
     print(text)

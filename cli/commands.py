@@ -173,12 +173,16 @@ def _predict(args: argparse.Namespace) -> int:
     pipe = load_pipeline(args, state.device)
     pipe._sanitize_parameters(**prompts)  # refuses, before any scan is read, what the model cannot be asked
     labels = prompts.get("candidate_labels", pipe.model.config.label_names)
-    has_thresholds = args.templates is None and not pipe.thresholds.keys().isdisjoint(labels)
-    columns = [KEY, *labels, *(f"{label} present" for label in labels if has_thresholds), "notes"]
+    thresholds, calibration = pipe.thresholds, pipe.calibration
+    has_thresholds = args.templates is None and not thresholds.keys().isdisjoint(labels)
+    calibrated = [label for label in labels if args.templates is None and label in calibration]
+    columns = [KEY, *labels, *(f"{label} present" for label in labels if has_thresholds)]
+    columns += [*(f"{label} probability" for label in calibrated), "notes"]
     rows_as = Csv(columns) if format == "csv" else JsonLines()
     rows_of = functools.partial(prediction_rows, pipe, prompts, flat=format == "csv")
     if args.output is not None:
-        settings = {**settings_of(args), "labels": labels, "templates": args.templates, "thresholds": pipe.thresholds}
+        settings = {**settings_of(args), "labels": labels, "templates": args.templates, "thresholds": thresholds}
+        settings["calibration"] = calibration
         failed = process_to_file(studies, reading_of(args, pipe), rows_of, args.output, rows_as, settings, state)
         return ends(failed, len(studies), args.output)
     if state.num_processes > 1:
@@ -213,6 +217,11 @@ def prediction_rows(
             scores = {finding["label"]: f"{finding['score']:.6f}" for finding in findings}
             called = [finding for finding in findings if "present" in finding]
             calls = {f"{finding['label']} present": int(finding["present"]) for finding in called}
+            calls |= {
+                f"{finding['label']} probability": f"{finding['probability']:.6f}"
+                for finding in findings
+                if "probability" in finding
+            }
             yield {KEY: read.study.id, **scores, **calls, "notes": " | ".join(read.notes)}
         else:
             yield {KEY: read.study.id, "findings": findings, "notes": list(read.notes)}
@@ -224,6 +233,7 @@ def prediction_table(row: dict[str, Any]) -> str:
     lines = [row[KEY], *(f"  note: {note}" for note in row["notes"]), "  score  margin  finding"]
     lines += [
         f"  {finding['score']:.3f}  {finding['logits_margin']:+6.2f}  {finding['label']}{calls[finding.get('present')]}"
+        + (f"  probability {finding['probability']:.2f}" if "probability" in finding else "")
         for finding in row["findings"]
     ]
     return "\n".join(lines) + "\n\n"

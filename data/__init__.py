@@ -12,7 +12,7 @@
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from medct.configuration_medct import CT_CLIP_LABELS, MedCTConfig
@@ -20,13 +20,13 @@ from medct.data.ct_rate import REPORT_COLUMNS, ct_rate_source, is_ct_rate
 from medct.data.folders import open_folder
 from medct.data.loader import StudyLoader, report_id, to_device
 from medct.data.own_data import metadata_files, metadata_source, parquet_source
-from medct.data.phantoms import make_phantom
+from medct.data.phantoms import SITES, make_phantom
 from medct.data.prepared import MANIFEST, prepared_source
 from medct.data.sources import DataError, Deferred, Row, Skipped, Source, first_of, read_study
 from medct.data.tables import TUNE_SHARE, Selection
 
 PHANTOMS = "phantoms"
-"""An address that needs no files."""
+"""An address that needs no files; with a colon and a site after it, such as `phantoms:A`, phantoms of that site."""
 
 
 @dataclass(frozen=True)
@@ -36,12 +36,12 @@ class PhantomCohort:
     Args:
         site: Synthetic hospital, see `phantoms.SITES`.
         train_patients: Number of patients to train on.
-        tune_patients: Number of patients to choose thresholds on.
+        tune_patients: Number of patients to tune on.
         eval_patients: Number of patients to score on.
         seed: Seed for the whole cohort.
     """
 
-    site: Literal["A", "B"] = "B"
+    site: Literal["A", "B", "C"] = "B"
     train_patients: int = 2000
     tune_patients: int = 100
     eval_patients: int = 300
@@ -50,7 +50,8 @@ class PhantomCohort:
     def patients(self, split: str) -> range:
         """Numbers of the patients in "train", "tune" or "valid"."""
         start = 0
-        for name, size in (("valid", self.eval_patients), ("train", self.train_patients), ("tune", self.tune_patients)):
+        # The first ones of site A are those that the phantom base has not seen.
+        for name, size in (("valid", self.eval_patients), ("tune", self.tune_patients), ("train", self.train_patients)):
             if name == split:
                 return range(start, start + size)
             start += size
@@ -76,7 +77,7 @@ def open_source(
     Args:
         address: Local folder or `hf://datasets/ORG/NAME`: in CT-RATE's layout, with a `metadata.csv`, of prepared
             shards, or of Parquet with a `Nifti()` column; or one Parquet file. The kind is recognised by its content.
-            "phantoms": SYNTHETIC studies.
+            "phantoms": SYNTHETIC studies; "phantoms:A": those of site A.
         split: "train", "tune" or "valid". No patient is in two of them; thresholds are chosen on "tune", so that
             "valid" stays unseen.
         config: The model's configuration, whose labels are read.
@@ -99,8 +100,12 @@ def open_source(
     """
     share = TUNE_SHARE if tune_share is None else tune_share
     selection = Selection(split, reconstructions, share, limit, need_reports)
-    if address == PHANTOMS:
-        return _phantom_split(config, selection, phantoms)
+    kind, _, site = address.partition(":")
+    if kind == PHANTOMS:
+        if site and site not in SITES:
+            raise DataError(f"{address}: there is no such site. Choose one of {', '.join(SITES)}.")
+        cohort = replace(phantoms, site=site) if site else phantoms  # type: ignore[arg-type]
+        return _phantom_split(config, selection, cohort)
     if address.endswith(".parquet"):
         return parquet_source(address, config, selection, revision, token)
     folder = open_folder(address, revision, token)

@@ -7,7 +7,8 @@ report to adapted model.
 What is unusual:
     * Every finding is drawn large and with generous contrast, to survive resampling to 6 x 3.75 x 3.75 mm;
       its prevalence is raised to 0.15-0.45, and findings are independent of each other, as they are not in patients.
-    * Site B differs from site A in scanner, protocol and wording, never in anatomy or in how findings are drawn.
+    * Sites B and C differ from site A in scanner, protocol and wording, never in anatomy or in how findings are drawn.
+      Nothing is chosen by results on C: it shows whether what was chosen on B holds elsewhere.
     * Findings are painted in label order, each over what is already there: a later one may hide an earlier one.
     * Image noise is a random crop of one fixed field per site, far cheaper than fresh noise.
     * A study depends only on (patient, site, seed), never on the studies drawn before it.
@@ -24,7 +25,6 @@ import numpy as np
 
 from medct.configuration_medct import CT_CLIP_LABELS
 
-EXTENT_MM = (300.0, 350.0, 350.0)  # (z, x, y), covered by every scan
 NORMAL_FRACTION = 0.05  # patients without any finding, besides those left without one by chance
 RIGHT, LEFT = -1, 1
 
@@ -53,6 +53,7 @@ class Site:
         absent: Templates for a finding that is absent.
         impression: Template for the findings, joined by commas.
         normal: Impression of a study without findings.
+        extent_mm: What a scan covers, `(z, x, y)`.
     """
 
     index: int
@@ -70,11 +71,12 @@ class Site:
     absent: tuple[str, ...]
     impression: str
     normal: str
+    extent_mm: Point = (300.0, 350.0, 350.0)
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """Voxels along `(z, x, y)`."""
-        return tuple(int(extent / step) for extent, step in zip(EXTENT_MM, self.spacing_mm, strict=True))
+        return tuple(int(extent / step) for extent, step in zip(self.extent_mm, self.spacing_mm, strict=True))
 
 
 SITES: dict[str, Site] = {
@@ -111,6 +113,24 @@ SITES: dict[str, Site] = {
         absent=("No sign of {phrase}.", "Study free of {phrase}."),
         impression="Conclusion: {phrases}.",
         normal="Conclusion: unremarkable examination of the thorax.",
+    ),
+    "C": Site(
+        index=2,
+        spacing_mm=(6.0, 2.8, 2.8),
+        noise_hu=45.0,
+        noise_passes=1,
+        kernel_weights=(0.15, -0.1, -0.1),
+        hu_gain=0.96,
+        hu_offset=-25.0,
+        isocentre_mm=(10.0, -8.0, -12.0),
+        lung_hu=-870.0,
+        blood_hu=45.0,
+        technique="Unenhanced scan of the chest, small field of view, 6 mm slabs.",
+        present=("Evidence of {phrase}.", "{Phrase}, as before.", "One sees {phrase}."),
+        absent=("Without {phrase}.", "{Phrase} excluded."),
+        impression="Opinion: {phrases}.",
+        normal="Opinion: no abnormality.",
+        extent_mm=(270.0, 310.0, 310.0),
     ),
 }
 
@@ -693,9 +713,29 @@ _FINDINGS = (
     (bronchiectasis, 0.2, ("dilated bronchi", "tram-track airways")),
     (septal_thickening, 0.15, ("Kerley lines", "basal reticulation")),
 )
+_WORDS_OF_SITE_C = (
+    ("foreign material", "port or pacing system"),
+    ("sclerotic large vessels", "mural chalk of the arch"),
+    ("big heart", "dilated heart shadow"),
+    ("haemopericardium or transudate", "thick pericardial layer of fluid"),
+    ("chalk in the coronaries", "heavy coronary calcium"),
+    ("stomach above the diaphragm", "paraoesophageal hernia"),
+    ("prominent glands", "lymph nodes above 1 cm"),
+    ("rarefied parenchyma", "bullous lung"),
+    ("plate-like collapse", "dystelectasis"),
+    ("coin lesions", "round foci"),
+    ("veil-like clouding", "frosted areas"),
+    ("specific residues", "cicatricial strands"),
+    ("liquid in the pleural space", "pleural transudate"),
+    ("chequered parenchyma", "uneven aeration"),
+    ("swollen bronchial walls", "peribronchial sleeves"),
+    ("solid infiltrate", "pneumonic infiltration"),
+    ("ectatic airways", "signet ring airways"),
+    ("thick septa", "net-like lower zones"),
+)
 FINDINGS: dict[str, Finding] = {
-    name: Finding(paint, prevalence, {"A": (name.lower(),), "B": words})
-    for name, (paint, prevalence, words) in zip(CT_CLIP_LABELS, _FINDINGS, strict=True)
+    name: Finding(paint, prevalence, {"A": (name.lower(),), "B": words_b, "C": words_c})
+    for name, (paint, prevalence, words_b), words_c in zip(CT_CLIP_LABELS, _FINDINGS, _WORDS_OF_SITE_C, strict=True)
 }
 
 

@@ -151,7 +151,7 @@ def with_intervals(
         ValueError: If shapes do not match, arrays hold other values, or no label varies.
     """
     (drawn,) = _resampled([(scores, thresholds)], labels, patients, names, resamples, seed)
-    return {**_about(labels, patients, names, resamples), "scores": _intervals(drawn)}
+    return {**_about(labels, patients, names, resamples), "scores": intervals_of(drawn)}
 
 
 def compare(
@@ -186,9 +186,9 @@ def compare(
     base, adapted = _resampled(models, labels, patients, names, resamples, seed)
     return {
         **_about(labels, patients, names, resamples),
-        "base": _intervals(base),
-        "adapted": _intervals(adapted),
-        "difference": _intervals({key: adapted[key] - base[key] for key in base}, lowest=-1),
+        "base": intervals_of(base),
+        "adapted": intervals_of(adapted),
+        "difference": intervals_of({key: adapted[key] - base[key] for key in base}, lowest=-1),
     }
 
 
@@ -367,8 +367,14 @@ def _once(figures: dict[str, np.ndarray], names: Sequence[str]) -> dict[str, flo
     return {key: float(value) for key, (value,) in _named(figures, names, singly=figures).items()}
 
 
-def _draws(patients: np.ndarray, resamples: int, seed: int) -> Iterator[np.ndarray]:
-    """How often each scan is drawn, `(scans, resamples)` in blocks; the first is `(scans, 1)`, every scan once."""
+def patient_draws(patients: np.ndarray, resamples: int, seed: int) -> Iterator[np.ndarray]:
+    """How often each scan is drawn, `(scans, resamples)` in blocks; the first is `(scans, 1)`, every scan once.
+
+    Args:
+        patients: `(scans,)`, who was scanned; patients are drawn, with all their scans.
+        resamples: Number of draws after the first.
+        seed: Seed of the draws.
+    """
     ids, patient_of_scan = np.unique(patients, return_inverse=True)
     generator = np.random.default_rng(seed)
     yield np.ones((len(patients), 1))
@@ -393,15 +399,20 @@ def _resampled(
     if people.shape != labels.shape[:1]:
         raise ValueError(f"{len(labels)} scans have {len(people)} patients. Pass one for each scan.")
     blocks: list[list[dict[str, np.ndarray]]] = [[] for _ in models]
-    for weights in _draws(people, resamples, seed):
+    for weights in patient_draws(people, resamples, seed):
         for model, scores, (_, thresholds) in zip(blocks, checked, models, strict=True):
             figures = _figures(scores, labels, thresholds, weights)
             model.append(_named(figures, names, singly=RANK_METRICS))
     return [{key: np.concatenate([block[key] for block in model]) for key in model[0]} for model in blocks]
 
 
-def _intervals(drawn: dict[str, np.ndarray], lowest: float = 0) -> dict[str, Interval]:
-    """Value and interval, within `lowest`..1, of each metric; resamples where it is undefined are left out."""
+def intervals_of(drawn: dict[str, np.ndarray], lowest: float = 0) -> dict[str, Interval]:
+    """Value and interval, within `lowest`..1, of each metric; resamples where it is undefined are left out.
+
+    Args:
+        drawn: `(1 + resamples,)` by metric; the first is the value.
+        lowest: Least value that the metrics can have.
+    """
     intervals: dict[str, Interval] = {}
     for key, (value, *_) in drawn.items():
         resampled = drawn[key][1:]

@@ -6,6 +6,7 @@ from typing import Any
 from medct.evaluation.metrics import CT_CLIP_PREFIX, Interval
 
 UNDEFINED = "–"
+_COLUMNS = (("base", ""), ("adapted", ""), ("difference", "+"))
 MEANS = {
     "auroc": "AUROC",
     "average_precision": "average precision",
@@ -38,6 +39,43 @@ def results_table(comparison: dict[str, Any], names: Sequence[str]) -> str:
             _caption(comparison),
         ]
     )
+
+
+def sites_table(comparison: dict[str, Any], kept: dict[str, Any] | None) -> str:
+    """What was gained on the new site beside what was lost on what is to be kept, with paired intervals.
+
+    Args:
+        comparison: From `metrics.compare`, on the new site.
+        kept: The same on what is to be kept; without it there is no table.
+    """
+    if kept is None:
+        return ""
+    lines = ["| mean AUROC | base | adapted | difference |", "| --- | ---: | ---: | ---: |"]
+    for title, each in (("new site", comparison), ("to be kept", kept)):
+        cells = [_cell(each[which]["auroc"], sign) for which, sign in _COLUMNS]
+        lines.append(f"| {title} ({each['scans']:,} scans) | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def calibration_table(errors: dict[str, Any] | None) -> str:
+    """Scores as probabilities, before and after calibration.
+
+    Args:
+        errors: From `compare_calibration`; without it there is no table.
+    """
+    if errors is None:
+        return ""
+    count = len(errors["labels"])
+    lines = [
+        f"| probabilities of {count} findings | score | calibrated | difference |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    for title, key in (("expected calibration error", "expected_calibration_error"), ("Brier score", "brier")):
+        cells = [
+            _cell(errors[which][key], sign) for which, sign in (("before", ""), ("after", ""), ("difference", "+"))
+        ]
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def _table(heading: str, rows: Sequence[tuple[str, str]], comparison: dict[str, Any]) -> str:

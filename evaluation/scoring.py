@@ -1,7 +1,7 @@
 """Scores of labelled studies, zero-shot or by a classifier, spread over processes."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from medct.data import StudyLoader, to_device
 from medct.modeling_medct import MedCTForImageClassification, MedCTModel, zero_shot_probabilities
 from medct.processing_medct import MedCTProcessor
 
+AnyModel = MedCTModel | MedCTForImageClassification
 Texts = dict[str, torch.Tensor]
 """`input_ids` and `attention_mask`, `(texts, tokens)` each."""
 
@@ -53,8 +54,13 @@ def tokenize_prompts(config: MedCTConfig, processor: MedCTProcessor) -> list[Tex
     return [dict(processor(text=sentences, return_tensors="pt")) for sentences in config.label_prompts()]
 
 
-def prompts_for(model: MedCTModel | MedCTForImageClassification, processor: MedCTProcessor) -> list[Texts]:
-    """What a model is asked: its own prompts, or nothing if it is a classifier."""
+def prompts_for(model: AnyModel, processor: MedCTProcessor) -> list[Texts]:
+    """What a model is asked: its own prompts, or nothing if it is a classifier.
+
+    Args:
+        model: With or without adapters.
+        processor: The model's.
+    """
     return [] if is_classifier(model) else tokenize_prompts(model.config, processor)
 
 
@@ -68,9 +74,23 @@ def texts_to(texts: Texts, device: torch.device) -> Texts:
     return {name: part.to(device) for name, part in texts.items()}
 
 
-@torch.no_grad()
+def embed_prompts(model: AnyModel, prompts: list[Texts], accelerator: Accelerator) -> list[torch.Tensor]:
+    """Encode the sentences that ask for each label into the common space.
+
+    Args:
+        model: With or without adapters.
+        prompts: From `prompts_for`.
+        accelerator: Its device and precision are used.
+
+    Returns:
+        `(2 * labels, d)` per template, float32; nothing for a classifier.
+    """
+    with torch.no_grad(), accelerator.autocast():
+        return [model.get_text_features(**texts_to(each, accelerator.device)).pooler_output.float() for each in prompts]
+
+
 def score_studies(
-    model: MedCTModel | MedCTForImageClassification,
+    model: AnyModel,
     loader: StudyLoader,
     prompts: list[Texts],
     accelerator: Accelerator,
@@ -88,11 +108,33 @@ def score_studies(
     Returns:
         The studies of all processes, in every process.
     """
+    return score_versions(model, [lambda: None], loader, prompts, accelerator, what)[0]
+
+
+@torch.no_grad()
+def score_versions(
+    model: AnyModel,
+    versions: Sequence[Callable[[], None]],
+    loader: StudyLoader,
+    prompts: list[Texts],
+    accelerator: Accelerator,
+    what: str,
+) -> list[ScoredStudies]:
+    """Score every study of a source with several versions of a model; each study is read once.
+
+    Args:
+        model: With or without adapters; left in evaluation mode, as the last version.
+        versions: Each turns the model into the version to be scored.
+        loader, prompts, accelerator, what: See `score_studies`.
+
+    Returns:
+        For each version, the studies of all processes, in every process.
+    """
     model.eval()
-    with accelerator.autocast():
-        templates = [
-            model.get_text_features(**texts_to(texts, accelerator.device)).pooler_output.float() for texts in prompts
-        ]
+    templates = []
+    for become in versions:
+        become()
+        templates.append(embed_prompts(model, prompts, accelerator))
     total = math.ceil(loader.source.num_studies / loader.world_size / loader.batch_size)
     rows: list[tuple[str, str, np.ndarray, np.ndarray]] = []
     bar = tqdm(
@@ -100,22 +142,29 @@ def score_studies(
     )
     for batch, is_own in bar:
         batch = to_device(batch, accelerator.device, model.config)
-        with accelerator.autocast():
-            scores = _scores(model, batch["pixel_values"], templates)
+        scores = []
+        for become, texts in zip(versions, templates, strict=True):
+            become()
+            scores.append(_scores(model, batch["pixel_values"], texts, accelerator))
         if is_own:
-            rows += zip(
-                batch["ids"], batch["patients"], scores.cpu().numpy(), batch["labels"].cpu().numpy(), strict=True
-            )
+            by_study = torch.stack(scores, dim=1).cpu().numpy()  # (batch, versions, labels)
+            rows += zip(batch["ids"], batch["patients"], by_study, batch["labels"].cpu().numpy(), strict=True)
     rows = sorted(gather_object(rows), key=lambda row: row[0])
     ids, patients, scores, labels = zip(*rows, strict=True)
-    return ScoredStudies(list(ids), list(patients), np.stack(scores), np.stack(labels))
+    return [
+        ScoredStudies(list(ids), list(patients), by_version, np.stack(labels))
+        for by_version in np.stack(scores).swapaxes(0, 1)
+    ]
 
 
-def _scores(model: torch.nn.Module, pixel_values: torch.Tensor, templates: list[torch.Tensor]) -> torch.Tensor:
-    """`(batch, labels)`, in [0, 1]."""
-    if is_classifier(model):
-        return model(pixel_values=pixel_values).logits.float().sigmoid()
-    embeds = model.get_image_features(pixel_values).pooler_output.float()
+def _scores(
+    model: torch.nn.Module, pixel_values: torch.Tensor, templates: list[torch.Tensor], accelerator: Accelerator
+) -> torch.Tensor:
+    """`(batch, labels)`, in [0, 1], averaged over templates."""
+    with accelerator.autocast():
+        if is_classifier(model):
+            return model(pixel_values=pixel_values).logits.float().sigmoid()
+        embeds = model.get_image_features(pixel_values).pooler_output.float()
     return torch.stack([zero_shot_probabilities(model.get_logits(embeds, texts)) for texts in templates]).mean(0)
 
 

@@ -12,6 +12,7 @@ Source: specification of CT-CLIP, sections 2 to 4.
 """
 
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -162,7 +163,15 @@ class MedCTPatchEmbeddings(nn.Module):
         self.norm = MedCTLayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, pixel_values: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """`(batch, 1, z, y, x)` voxels to `(batch, z, y, x, hidden_size)` tokens; `dtype` is that of the product."""
+        """Voxels to tokens.
+
+        Args:
+            pixel_values: `(batch, 1, z, y, x)`, in [-1, 1].
+            dtype: Precision of the product.
+
+        Returns:
+            `(batch, z, y, x, hidden_size)`.
+        """
         if pixel_values.shape[1:] != (1, *self.image_size):
             raise ValueError(
                 f"`pixel_values` must be (batch, 1, z, y, x) with (z, y, x) = {self.image_size}, "
@@ -199,7 +208,15 @@ class MedCTPositionBias(nn.Module):
         self.fc3 = nn.Linear(config.hidden_size, config.num_attention_heads)
 
     def forward(self, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-        """Returns `(1, heads, y * x, y * x)`: the bias of query token i (third axis) on key token j (fourth)."""
+        """Compute the bias of each query token on each key token.
+
+        Args:
+            device: Where it is needed.
+            dtype: Precision in which it is needed.
+
+        Returns:
+            `(1, heads, y * x, y * x)`: that of query token i (third axis) on key token j (fourth).
+        """
         with maybe_autocast(device.type, enabled=False):
             return self._compute(device, dtype)
 
@@ -387,6 +404,10 @@ class MedCTLogitScale(nn.Module):
         return similarity * self.weight.to(similarity.dtype).exp()
 
 
+# Roots and quotients of scales are rounded.
+_STRENGTH_ROUNDING = 1e-6
+
+
 class MedCTPreTrainedModel(PreTrainedModel):
     """What all models here share: configuration, initialisation, and what of transformers they support."""
 
@@ -441,6 +462,11 @@ class MedCTPreTrainedModel(PreTrainedModel):
     ):
         """transformers' own, but that nothing except safetensors is read unless it is asked for: no pickles.
 
+        Args:
+            name: Hub id or folder.
+            use_safetensors: Whether to read safetensors only.
+            output_loading_info: Whether to return what was missing or unexpected as well.
+
         Raises:
             CheckpointMismatchError: If the checkpoint lacks weights of this class, which would be drawn at random, or
                 has others. A head to be trained may be missing, and a half that this class does not use may be there.
@@ -493,11 +519,68 @@ class MedCTPreTrainedModel(PreTrainedModel):
         """What the adapter of a name remembers of its training; see `describe_adapter`.
 
         Empty if nothing is known, or the adapter has become another since it was loaded: replaced, swapped, trained.
+        At another strength than the stored one it is the same adapter, but operating points and calibration do not hold
+        there and are left out.
         """
         snapshot, description = self._described.get(name, (None, {}))
         if snapshot is None or not snapshot.equals(adapter_tensors(self, name)):
             return {}
-        return description
+        strengths = [_strength_of(layer, name) for layer in self._lora_layers(name)]
+        if all(math.isclose(strength, 1, rel_tol=_STRENGTH_ROUNDING) for strength in strengths):
+            return description
+        return {key: value for key, value in description.items() if key not in ("thresholds", "calibration")}
+
+    def adapter_strength(self, name: str = "default") -> float:
+        """How much of a LoRA adapter is in use: 1 as it was loaded, 0 nothing of it; NaN if its layers differ.
+
+        Raises:
+            ValueError: If there is no LoRA adapter of that name.
+        """
+        strengths = [_strength_of(layer, name) for layer in self._known_lora_layers(name)]
+        is_one = math.isclose(min(strengths), max(strengths), rel_tol=_STRENGTH_ROUNDING)
+        return strengths[0] if is_one else math.nan
+
+    def set_adapter_strength(self, name: str = "default", strength: float = 1.0) -> None:
+        """Use this much of a LoRA adapter in all calls that follow. Nothing that is saved changes.
+
+        The adapter's operating points and calibration hold for strength 1 and are left out at any other; see
+        `adapter_description`.
+
+        Args:
+            name: Name of the adapter, as in `load_adapter`.
+            strength: 1 is the adapter as it was loaded, 0 the base, 0.5 half of what was learned.
+
+        Raises:
+            ValueError: If there is no LoRA adapter of that name, the strength is negative or not finite, or the adapter
+                has parts that do not scale: it is merged, or has DoRA's magnitudes or whole modules.
+        """
+        if not 0 <= strength < math.inf:
+            raise ValueError(f"`strength` is {strength}. Pass a number, 0 or more; 1 is the adapter as it was loaded.")
+        layers = self._known_lora_layers(name)
+        has_modules = any(name in (getattr(module, "modules_to_save", None) or ()) for module in self.modules())
+        if has_modules or any(layer.merged or layer.use_dora.get(name) for layer in layers):
+            raise ValueError(
+                f"The adapter {name!r} is merged, or has DoRA's magnitudes or whole modules, so its strength cannot be "
+                "set. `medct train --strength auto` chooses it when an adapter is made."
+            )
+        for layer in layers:
+            layer.set_scale(name, strength)
+
+    def _lora_layers(self, name: str) -> list[nn.Module]:
+        return [module for module in self.modules() if name in getattr(module, "lora_alpha", ())]
+
+    def _known_lora_layers(self, name: str) -> list[nn.Module]:
+        layers = self._lora_layers(name)
+        if not layers:
+            known = sorted({each for module in self.modules() for each in getattr(module, "lora_alpha", ())})
+            raise ValueError(f"There is no LoRA adapter {name!r}. Loaded: {', '.join(known) or 'none'}.")
+        return layers
+
+
+def _strength_of(layer: nn.Module, name: str) -> float:
+    """Scale of an adapter in a layer of PEFT, as a share of the configured one."""
+    root = 0.5 if layer.use_rslora.get(name) else 1
+    return layer.scaling[name] * layer.r[name] ** root / layer.lora_alpha[name]
 
 
 class MedCTVisionModel(MedCTPreTrainedModel):

@@ -26,6 +26,7 @@ _ABSOLUTE_PATH = re.compile(r"(?<![\w.:/\\])(?!/(?:proc|dev)/)(?:(?:/[\w.@+-]+){
 # The Hub's names of metrics, by ours.
 _HUB_METRICS = {"auroc": ("roc_auc", "AUROC"), "macro_f1": ("f1", "F1")}
 _TRAINING_FACTS = {
+    "recipe": "recipe: {}",
     "objective": "objective: {}",
     "rank": "LoRA rank {}",
     "alpha": "LoRA alpha {}",
@@ -210,7 +211,13 @@ def _headline(results: dict[str, Any]) -> str:
     if not all(isinstance(score, dict) and score.get("value") is not None for score in scores):
         return ""
     base, adapted, difference = map(_with_interval, scores, ("", "", "+"))
-    return f"Mean AUROC: base {base}, adapted {adapted}, difference {difference}."
+    return f"Mean AUROC: base {base}, adapted {adapted}, difference {difference}.{_forgetting(results)}"
+
+
+def _forgetting(results: dict[str, Any]) -> str:
+    """What became of what the base knew, where that was measured."""
+    score = ((results.get("kept") or {}).get("difference") or {}).get("auroc") or {}
+    return "" if score.get("value") is None else f" On what was to be kept: difference {_with_interval(score, '+')}."
 
 
 def _with_interval(score: dict[str, float], sign: str) -> str:
@@ -226,6 +233,10 @@ def _facts(folder: Path, results: dict[str, Any]) -> dict[str, Any]:
     training = [words.format(settings[key]) for key, words in _TRAINING_FACTS.items() if settings.get(key) is not None]
     if "steps" in results:
         training.append(f"{results['steps']:,} steps")
+    if results.get("best_step"):
+        training.append(f"weights of step {results['best_step']:,}, the best on the tuning patients")
+    if results.get("strength") is not None:
+        training.append(f"strength {results['strength']:g}: that share of what was learned is in the weights")
     if {"trainable_parameters", "total_parameters"} <= results.keys():
         training.append(f"{results['trainable_parameters']:,} of {results['total_parameters']:,} parameters trained")
     if fingerprint := description.get("base", {}).get("fingerprint"):
@@ -235,6 +246,8 @@ def _facts(folder: Path, results: dict[str, Any]) -> dict[str, Any]:
         "measured_on": results.get("measured_on") or "No scores are recorded.",
         "headline": _headline(results),
         "table": results.get("table", ""),
+        "remarks": results.get("remarks") or [],
+        "calibration": description.get("calibration") or {},
         "thresholds": results.get("thresholds") or description.get("thresholds") or {},
         "data": _data(results),
         "prompts": [prompt if isinstance(prompt, str) else " / ".join(prompt) for prompt in prompts],

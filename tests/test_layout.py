@@ -37,9 +37,6 @@ TO_BE_LISTED: set[str] = {
     "modeling_medct.py:MedCTModel.get_logits",
     "pipeline_medct.py:ZeroShotCTClassificationPipeline.postprocess",
     "train.py:make_accelerator",
-    "train.py:load_sources",
-    "train.py:number_of_steps",
-    "train.py:operating_points",
     "train.py:main",
 }
 # Errors have one base class, which the lowest folder needs to end commands.

@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor
 from medct.common.distributed import local_part, sum_over_processes
 from medct.common.files import flush_to_disk
 from medct.errors_medct import MedCTError
+from medct.training.best import BestSoFar
 
 
 class CheckpointError(MedCTError, RuntimeError):
@@ -47,12 +48,14 @@ class TrainingState:
         schedule: Learning rate schedule.
         loader: This process's loader; its state is the position in the stream.
         step: Optimizer steps done.
+        best: The best weights so far.
     """
 
     parameters: dict[str, torch.nn.Parameter]
     optimizer: torch.optim.Optimizer
     schedule: Stateful
     loader: Stateful
+    best: BestSoFar
     step: int = 0
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -62,6 +65,7 @@ class TrainingState:
         for index, name in enumerate(self.parameters):
             for key, moment in moments.get(index, {}).items():
                 tensors[f"optimizer/{name}/{key}"] = local_part(moment)
+        tensors |= {f"best/{name}": tensor for name, tensor in self.best.tensors().items()}
         tensors["random/torch"] = torch.get_rng_state()
         if torch.cuda.is_available():
             tensors["random/cuda"] = torch.cuda.get_rng_state()
@@ -75,6 +79,7 @@ class TrainingState:
             "param_groups": self.optimizer.state_dict()["param_groups"],
             "schedule": self.schedule.state_dict(),
             "loader": self.loader.state_dict(),
+            "best": self.best.values(),
             "random": {"python": random.getstate(), "numpy": np.random.get_state()},
         }
 
@@ -97,6 +102,8 @@ class TrainingState:
         self.optimizer.load_state_dict({"state": moments, "param_groups": values["param_groups"]})
         self.schedule.load_state_dict(values["schedule"])
         self.loader.load_state_dict(values["loader"])
+        best = {key.removeprefix("best/"): tensor for key, tensor in tensors.items() if key.startswith("best/")}
+        self.best.load(best, values["best"])
         self.step = values["step"]
         random.setstate(values["random"]["python"])
         np.random.set_state(values["random"]["numpy"])

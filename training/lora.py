@@ -16,15 +16,18 @@ from medct.modeling_medct import MedCTForImageClassification, MedCTModel
 _VISION = r"vision_model\..*\.(q|k|v|out)_proj"
 _TEXT = r"text_model\..*(\.(query|key|value|attention\.output\.dense)|\.(q|k|v|o|out)_proj|\.(q|k|v|out)_lin)"
 _PROJECTIONS = r"(visual|text)_projection"
-_FEED_FORWARD = r"vision_model\..*\.mlp\.fc[12]|text_model\..*\.((intermediate|output)\.dense|fc[12]|lin[12]|wi|wo)"
+_VISION_FEED_FORWARD = r"vision_model\..*\.mlp\.fc[12]"
+_TEXT_FEED_FORWARD = r"text_model\..*\.((intermediate|output)\.dense|fc[12]|lin[12]|wi|wo)"
+_PATCHES = r"vision_model\.embeddings\.projection"
 TARGETS = {
     "both": f"{_VISION}|{_TEXT}",
     "vision": _VISION,
     "text": _TEXT,
     "both+projections": f"{_VISION}|{_TEXT}|{_PROJECTIONS}",
-    "all": f"{_VISION}|{_TEXT}|{_PROJECTIONS}|{_FEED_FORWARD}",
+    "vision-all": f"{_VISION}|{_VISION_FEED_FORWARD}|{_PATCHES}",
+    "all": f"{_VISION}|{_TEXT}|{_PROJECTIONS}|{_VISION_FEED_FORWARD}|{_TEXT_FEED_FORWARD}",
 }
-Target = Literal["both", "vision", "text", "both+projections", "all"]
+Target = Literal["both", "vision", "text", "both+projections", "vision-all", "all"]
 # PEFT's options for each variant.
 VARIANTS: dict[str, dict] = {
     "lora": {},
@@ -81,9 +84,24 @@ def add_lora(
     return get_peft_model(model, config)
 
 
-def unlock(model: MedCTModel) -> MedCTModel:
-    """Make every parameter trainable. The codebook is not a parameter: it never moves."""
-    return model.requires_grad_(True)
+def unlock(model: MedCTModel | MedCTForImageClassification, targets: Target = "all") -> torch.nn.Module:
+    """Make the parameters of the model, or of one half, trainable. The codebook is not a parameter: it never moves.
+
+    Args:
+        model: The base.
+        targets: "vision" and "vision-all" stand for the vision encoder with its projection, or with the head of a
+            classifier; "text" for the text half; all others for the whole model.
+    """
+    halves = {"text": ("text_",), "vision": ("vis", "classifier")}
+    half = halves.get(targets.removesuffix("-all"), ("",))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith(half))
+    return model
+
+
+def trains_text(model: torch.nn.Module) -> bool:
+    """Whether anything in the text half is trained; if not, the embeddings of prompts never change."""
+    return any("text_model." in name or "text_projection." in name for name in trainable(model))
 
 
 def core(model: PeftModel | MedCTModel) -> MedCTModel:

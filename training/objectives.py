@@ -89,7 +89,11 @@ class StepLoss:
         return self.objective != "contrastive"
 
     def backward(
-        self, model: MedCTModel, micro_batches: Sequence[dict[str, Any]], prompts: Sequence[Texts]
+        self,
+        model: MedCTModel,
+        micro_batches: Sequence[dict[str, Any]],
+        prompts: Sequence[Texts],
+        constant_prompts: Sequence[torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """Add the gradients of this process's share to the parameters.
 
@@ -99,12 +103,17 @@ class StepLoss:
                 `report_ids` and the reports' `input_ids` and `attention_mask`.
             prompts: The sentences of all labels, one batch per template; encoded once, whatever the number of
                 micro-batches. The loss is the mean over templates, like the score.
+            constant_prompts: Their embeddings, `(2 * labels, d)` per template, if no text is learned.
 
         Returns:
             `()`, the loss over all processes, without gradient.
         """
-        with self.autocast():
-            embeds = [_encode_texts(model, texts) for texts in prompts] if self.uses_labels else []
+        embeds: list[torch.Tensor] = []
+        if self.uses_labels and constant_prompts is not None:
+            embeds = list(constant_prompts)
+        elif self.uses_labels:
+            with self.autocast():
+                embeds = [_encode_texts(model, texts) for texts in prompts]
         # The prompts' graph is walked once, after all micro-batches have added to their gradient.
         prompt_embeds = [each.detach().requires_grad_(each.requires_grad) for each in embeds]
         known = sum_over_processes(sum((~batch["labels"].isnan()).sum() for batch in micro_batches)).clamp(min=1)

@@ -4,13 +4,16 @@
 
 Converts the checkpoint, scores the base zero-shot, trains LoRA, scores again, and puts the figures beside the published
 ones. The paper does not state the rank, targets beyond "attention of both encoders", loss, prompts, split, learning
-rate or epochs: the values used here are our choice.
+rate or epochs: the values used here are our choice. Further rows show what this package does by itself: the recipe
+`vision` and, with `--replay SOURCE`, the same with replay. The base was trained on CT-RATE, so replay CT-RATE when
+`--data` is another hospital's; with CT-RATE as `--data`, any other source can be replayed.
 """
 
 import dataclasses
+import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from accelerate import PartialState
 
@@ -19,14 +22,15 @@ from medct.common.files import whole_file
 from medct.common.host import keep_freed_memory, quiet_libraries
 from medct.publishing.convert_ct_clip_to_hf import convert
 from medct.train import Trainer
-from medct.training.settings import TrainingError, TrainingSettings, parse_settings, setting
+from medct.training.recipes import RecipeName
+from medct.training.settings import NO_SOURCE, TrainingError, TrainingSettings, parse_settings, setting
 
 # Per cent; arXiv 2512.00597, abstract.
 PAPER = {"auroc": (61.3, 68.9), "accuracy": (67.2, 73.6), "macro_f1": (32.1, 36.9)}
 NAMES = {"auroc": "AUROC", "accuracy": "accuracy", "macro_f1": "macro-F1"}
 # Per cent; CT-CLIP's own publication, zero-shot on the same 18 findings of CT-RATE's validation split.
 CT_CLIP_AUROC = 73.1
-GIB = 2**30
+REPLAY_ROW = "vision, replay"
 
 
 @dataclass
@@ -38,7 +42,9 @@ class PaperSettings(TrainingSettings):
     sizes: str | None = setting(None, "JSON with the sizes of a checkpoint that differs from the published one.")
 
     data: str = setting("hf://datasets/ibrahimhamamci/CT-RATE", "CT-RATE on the Hub (gated), or a local copy.")
-    learning_rate: float = setting(1e-4, "Peak learning rate, after a warm-up over the first tenth; cosine decay.")
+    recipe: RecipeName = setting("paper", "Of the row that stands beside the paper's; see `medct train`.")
+    strength: Literal["auto", "1"] = setting("1", "Of that row. The other rows have it chosen on tuning patients.")
+    eval_steps: int | None = setting(0, "Of that row. The other rows score the tuning patients ten times.")
     batch_size: int = setting(2, "Studies that one process has in memory at once.")
     accumulation_steps: int = setting(4, "Batches in an optimizer step.")
     gradient_checkpointing: bool = setting(True, "Recompute activations instead of keeping them: less memory.")
@@ -81,17 +87,83 @@ def _per_cent(interval: dict[str, float | None] | None, sign: str) -> str:
     return f"{value} ({low} to {high})"
 
 
+def rows_of(settings: PaperSettings) -> dict[str, PaperSettings]:
+    """The runs of the experiment by the names of their rows; the first one is the paper's."""
+    vision: dict[str, Any] = {"recipe": "vision", "strength": "auto", "eval_steps": None}
+    vision |= dict.fromkeys(("adaptation", "targets", "rank", "alpha", "learning_rate"))
+    rows = {
+        settings.recipe: dataclasses.replace(settings, replay=NO_SOURCE),
+        "vision": dataclasses.replace(settings, replay=NO_SOURCE, output_dir=_beside(settings, "vision"), **vision),
+    }
+    if settings.replay not in (None, NO_SOURCE):
+        folder = _beside(settings, "vision-replay")
+        rows[REPLAY_ROW] = dataclasses.replace(settings, output_dir=folder, **vision)
+    return rows
+
+
+def _beside(settings: PaperSettings, name: str) -> str:
+    folder = Path(str(settings.output_dir))
+    return str(folder.with_name(f"{folder.name}-{name}"))
+
+
+def results_of(settings: PaperSettings) -> dict[str, Any]:
+    """A row's results: those that lie there, if its run was complete before the experiment was resumed.
+
+    Raises:
+        TrainingError: If that run had other settings.
+    """
+    folder = Path(str(settings.output_dir))
+    if not (settings.resume and (folder / "results.json").exists()):
+        return Trainer(settings).run()
+    saved = json.loads((folder / "train_config.json").read_text())
+    for name, value in settings.fixed().items():
+        if value is not None and saved.get(name) != value:
+            raise TrainingError(
+                f"{folder} is of a run with {name} = {saved.get(name)}, not {value}. Resume with the same settings, or "
+                "choose another --output_dir."
+            )
+    return json.loads((folder / "results.json").read_text())
+
+
+def recipes_table(results: dict[str, dict[str, Any]]) -> str:
+    """The rows of the experiment among each other.
+
+    Args:
+        results: What `results.json` holds, by row.
+    """
+    lines = [
+        "| row | parameters | mean AUROC, % | above the base | on what is to be kept | strength |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for name, each in results.items():
+        comparison, kept = each["comparison"], each["kept"]
+        cells = [
+            name,
+            f"{each['trainable_parameters']:,}",
+            _per_cent(comparison["adapted"]["auroc"], ""),
+            _per_cent(comparison["difference"]["auroc"], "+"),
+            _per_cent(kept and kept["difference"]["auroc"], "+"),
+            f"{each['strength']:g}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    if REPLAY_ROW not in results:
+        lines.append(f"| {REPLAY_ROW} | not run: pass --replay SOURCE | | | | |")
+    return "\n".join(lines)
+
+
 def reproduce(settings: PaperSettings) -> dict[str, Any]:
-    """The whole experiment; returns what `results.json` holds."""
+    """The whole experiment; returns what `results.json` of the paper's row holds."""
     base = converted(settings)
-    trainer = Trainer(dataclasses.replace(settings, model=str(base)))
-    results = trainer.run()
-    table = beside_the_paper(results["comparison"])
-    trainer.accelerator.print(f"\n{table}")
-    if trainer.accelerator.is_main_process:
-        with whole_file(trainer.folder.final / "beside_the_paper.md") as aside:
+    rows = rows_of(dataclasses.replace(settings, model=str(base)))
+    results = {name: results_of(each) for name, each in rows.items()}
+    first = next(iter(results.values()))
+    table = f"{beside_the_paper(first['comparison'])}\n\n{recipes_table(results)}"
+    state = PartialState()
+    state.print(f"\n{table}")
+    if state.is_main_process:
+        with whole_file(Path(str(settings.output_dir)) / "beside_the_paper.md") as aside:
             aside.write_text(table + "\n")
-    return results
+    return first
 
 
 def main(arguments: list[str] | None = None, prog: str | None = None) -> None:

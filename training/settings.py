@@ -8,13 +8,18 @@ from typing import Any, Literal, TypeVar
 
 from transformers import HfArgumentParser
 
+from medct.configuration_medct import MedCTConfig
 from medct.data import PHANTOMS, PhantomCohort
 from medct.errors_medct import MedCTError
 from medct.publishing.cards import is_hub_id
 from medct.training.lora import Adaptation, Target
 from medct.training.objectives import Objective
+from medct.training.recipes import RECIPES, RecipeName, learning_rate_of
 
 PHANTOM_BASE = Path(__file__).parents[1] / "phantom_base"
+PHANTOM_BASE_SITE = f"{PHANTOMS}:A"
+"""Where the phantom base comes from."""
+NO_SOURCE = "none"
 
 
 class TrainingError(MedCTError, RuntimeError):
@@ -56,9 +61,9 @@ class TrainingSettings:
         "skip", "What to do with a study that cannot be read; skipped ones are listed in bad_samples.jsonl."
     )
     max_bad_share: float = setting(0.05, "Stop if more than this share of the studies cannot be read.")
-    phantom_site: Literal["A", "B"] = setting(PhantomCohort.site, "Which synthetic hospital to adapt to.")
+    phantom_site: Literal["A", "B", "C"] = setting(PhantomCohort.site, "Which synthetic hospital to adapt to.")
     phantom_train_patients: int = setting(PhantomCohort.train_patients, "Synthetic patients to train on.")
-    phantom_tune_patients: int = setting(PhantomCohort.tune_patients, "Synthetic patients to choose thresholds on.")
+    phantom_tune_patients: int = setting(PhantomCohort.tune_patients, "Synthetic patients to tune on.")
     phantom_eval_patients: int = setting(
         PhantomCohort.eval_patients, "Synthetic patients to score on, distinct from those above."
     )
@@ -67,21 +72,33 @@ class TrainingSettings:
         "prompts", "Learn from the labels through their prompts, from the reports by contrast, or from both."
     )
     report_weight: float = setting(0.5, "Weight of the reports in the loss of `both`; the labels have the rest.")
-    adaptation: Adaptation = setting(
-        "lora", "Kind of adapter; `full` trains every weight and saves a whole model, for comparison."
+    recipe: RecipeName = setting(
+        "vision",
+        "What is trained and how: `vision`, every Linear in the vision encoder's layers and the patch projection, "
+        "rsLoRA; `paper`, attention in both encoders, LoRA; `full`, every weight of the vision half, for comparison.",
     )
-    targets: Target = setting(
-        "both",
-        "What gets an adapter: attention in both encoders or one; also the projections; or all Linears in the layers.",
+    adaptation: Adaptation | None = setting(
+        None,
+        "Kind of adapter; `full` trains the weights themselves and saves a whole model. Default: the recipe's.",
     )
-    rank: int = setting(16, "Rank of the LoRA matrices.")
-    alpha: int = setting(32, "Scale of the LoRA matrices; the update is multiplied by alpha / rank.")
+    targets: Target | None = setting(
+        None,
+        "What gets an adapter: attention in `both` encoders or one; also the projections; `vision-all`, all Linears in "
+        "the vision encoder's layers and the patch projection; `all`, those in both encoders' layers. Default: the "
+        "recipe's.",
+    )
+    rank: int | None = setting(None, "Rank of the LoRA matrices. Default: the recipe's.")
+    alpha: int | None = setting(
+        None,
+        "Scale of the LoRA matrices; the update is multiplied by alpha / rank, or for rslora by alpha / sqrt(rank). "
+        "Default: the recipe's.",
+    )
     dropout: float = setting(0.0, "Dropout before the LoRA matrices.")
     train_logit_scale: bool = setting(False, "Train the scale of the logits as well, and save it with the adapter.")
 
-    learning_rate: float = setting(
-        3e-3,
-        "Peak, after a warm-up over the first tenth; cosine decay. Suits the phantoms; start lower with CT-CLIP.",
+    learning_rate: float | None = setting(
+        None,
+        "Peak, after a warm-up over the first tenth; cosine decay. Default: the recipe's, for the base's width.",
     )
     weight_decay: float = setting(0.01, "Weight decay of the trained weights.")
     batch_size: int = setting(8, "Studies that one process has in memory at once.")
@@ -95,8 +112,31 @@ class TrainingSettings:
     compile: bool = setting(False, "Compile the vision encoder with torch.compile.")
     fsdp2: bool = setting(False, "Shard the model over the processes (FSDP2); accelerate's --use_fsdp does the same.")
 
-    eval_steps: int | None = setting(None, "Score the tuning patients every this many steps while training.")
-    max_tune_studies: int | None = setting(500, "Studies to choose thresholds on and to monitor training with.")
+    replay: str | None = setting(
+        None,
+        "Another source, such as what the base was trained on, whose studies form a share of every batch, so that less "
+        "is forgotten. `none` for none, the default except with phantoms, which replay site A.",
+    )
+    replay_share: float = setting(0.2, "Share of the replayed studies.")
+    keep: str | None = setting(
+        None,
+        "Source that the model must stay good at: what is forgotten is measured there. `none` for none, the default "
+        "except with phantoms, which keep site A.",
+    )
+    max_forgotten: float = setting(0.01, "How far the mean AUROC on --keep's tuning patients may fall.")
+    strength: Literal["auto", "1"] = setting(
+        "auto", "Strength of the trained adapter: chosen on tuning patients, or 1, as it was trained."
+    )
+
+    eval_steps: int | None = setting(
+        None,
+        "Score the tuning patients every this many steps, and keep the best weights; 0 for never. Default: a tenth of "
+        "the run.",
+    )
+    patience: int = setting(3, "Stop after this many such scores in a row without a better one.")
+    max_tune_studies: int | None = setting(
+        500, "Studies to choose steps, strength, thresholds and calibration on; as many of --keep."
+    )
     max_eval_studies: int | None = setting(None, "Score this many held-out studies instead of all.")
     bootstrap_resamples: int = setting(1000, "Bootstrap resamples of the patients for the intervals.")
 
@@ -122,11 +162,33 @@ class TrainingSettings:
         sizes = (self.phantom_train_patients, self.phantom_tune_patients, self.phantom_eval_patients)
         return PhantomCohort(self.phantom_site, *sizes, self.seed)
 
+    @property
+    def other_phantoms(self) -> PhantomCohort:
+        """What `--keep` and `--replay phantoms:SITE` stand for; of another site there are always plenty."""
+        return dataclasses.replace(self.phantoms, train_patients=PhantomCohort.train_patients)
+
     def fixed(self) -> dict[str, Any]:
         """The settings that a resumed run must share with the one that it resumes."""
         free = {"output_dir", "resume", "checkpoint_steps", "keep_checkpoints", "report_to", "num_workers"}
         free |= {name for name in dataclasses.asdict(self) if name.startswith(("hub_", "push_"))}
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in free}
+
+
+def complete(settings: TrainingSettings, config: MedCTConfig) -> TrainingSettings:
+    """The settings with nothing left open: what no flag sets, the recipe and the size of the base set.
+
+    Args:
+        settings: The run's settings.
+        config: Configuration of its base.
+    """
+    recipe = RECIPES[settings.recipe]
+    chosen = {name: getattr(recipe, name) for name in ("adaptation", "targets", "rank", "alpha")}
+    chosen["learning_rate"] = learning_rate_of(recipe, config)
+    usual = PHANTOM_BASE_SITE if settings.data == PHANTOMS and settings.phantom_site != "A" else NO_SOURCE
+    chosen |= {"keep": usual, "replay": usual}
+    return dataclasses.replace(
+        settings, **{name: value for name, value in chosen.items() if getattr(settings, name) is None}
+    )
 
 
 def check(settings: TrainingSettings) -> None:
@@ -135,12 +197,26 @@ def check(settings: TrainingSettings) -> None:
     Raises:
         TrainingError: If there are any; it names the setting and what it must be.
     """
-    for name in ("rank", "batch_size", "accumulation_steps", "epochs", "checkpoint_steps", "keep_checkpoints"):
-        if getattr(settings, name) < 1:
-            raise TrainingError(f"--{name} is {getattr(settings, name)}. Pass 1 or more.")
+    at_least_1 = ("rank", "batch_size", "accumulation_steps", "epochs", "checkpoint_steps", "keep_checkpoints")
+    for name in (*at_least_1, "patience"):
+        if (value := getattr(settings, name)) is not None and value < 1:
+            raise TrainingError(f"--{name} is {value}. Pass 1 or more.")
+    if settings.eval_steps is not None and settings.eval_steps < 0:
+        raise TrainingError(f"--eval_steps is {settings.eval_steps}. Pass 1 or more, or 0 for never.")
+    if not 0 <= settings.replay_share < 1:
+        raise TrainingError(
+            f"--replay_share is {settings.replay_share:g}. Pass a share of each batch, 0 or more, below 1."
+        )
+    if not 0 <= settings.max_forgotten <= 1:
+        raise TrainingError(f"--max_forgotten is {settings.max_forgotten:g}. Pass a difference of AUROC, 0 to 1.")
+    if settings.replay == settings.data:
+        raise TrainingError("--replay names the source of --data itself. Name another, or leave it out.")
+    if settings.keep == settings.data:
+        raise TrainingError("--keep names the source of --data itself, which is scored anyway. Name another.")
     if settings.push_to_hub and not settings.hub_model_id:
         raise TrainingError("--push_to_hub needs --hub_model_id ORG/NAME.")
-    is_named = settings.adaptation == "full" or is_hub_id(settings.hub_base or settings.model)
+    is_full = (settings.adaptation or RECIPES[settings.recipe].adaptation) == "full"
+    is_named = is_full or is_hub_id(settings.hub_base or settings.model)
     if settings.push_to_hub and not is_named:
         raise TrainingError(
             "An adapter on the Hub must name a base on the Hub, but --model is a folder. Push the base with `medct "
@@ -157,12 +233,18 @@ def check(settings: TrainingSettings) -> None:
 def refuse_for_classifier(settings: TrainingSettings) -> None:
     """Refuse settings that need a text encoder, or an adapter without a head.
 
+    Args:
+        settings: From `complete`.
+
     Raises:
         TrainingError: With the setting and what it must be.
     """
     remedies = {
         "objective": (settings.objective != "prompts", "It learns from labels alone: leave out --objective."),
-        "targets": (settings.targets not in ("both", "vision"), "It has no text encoder: pass --targets vision."),
+        "targets": (
+            settings.targets not in ("both", "vision", "vision-all"),
+            "It has no text encoder: pass --targets vision.",
+        ),
         "train_logit_scale": (settings.train_logit_scale, "It has no scale of logits: leave it out."),
         "adaptation": (settings.adaptation == "pissa", "Pissa cannot be saved with a head: pass another."),
     }

@@ -26,6 +26,7 @@ from medct import (
     MedCTVisionModel,
     ZeroShotCTClassificationPipeline,
 )
+from medct.adapters_medct import DESCRIPTION_FILE, calibrated
 from medct.cli import commands, main
 from medct.cli.arguments import RUNS, make_parser
 from medct.common.lock import only_run
@@ -205,6 +206,19 @@ def test_an_adapter_names_its_base_and_calls_findings_present(run, scans, adapte
     run("predict", scans / "0.nii.gz", "--adapter", adapter, "--output", tmp_path / "scores.csv")
     (row,) = read_csv(tmp_path / "scores.csv")
     assert (row["Emphysema present"], row["Atelectasis present"], row["Lung nodule present"]) == ("1", "0", "")
+    assert not any("probability" in column for column in row)
+
+
+def test_a_calibrated_adapter_gives_probabilities(run, scans, adapter, tmp_path):
+    path = adapter / DESCRIPTION_FILE
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"calibration": {"Emphysema": [0.5, -1.0]}}))
+    _, out, _ = run("predict", scans / "0.nii.gz", "--adapter", adapter, model=None)
+    run("predict", scans / "0.nii.gz", "--adapter", adapter, "--output", tmp_path / "scores.csv")
+    (row,) = read_csv(tmp_path / "scores.csv")
+    expected = float(calibrated(float(row["Emphysema"]), 0.5, -1.0))
+    assert float(row["Emphysema probability"]) == pytest.approx(expected, abs=1e-5)
+    assert re.search(rf"Emphysema  present  probability {expected:.2f}\n", out)
+    assert [column for column in row if "probability" in column] == ["Emphysema probability"]
 
 
 def test_an_adapter_of_another_model_is_refused(run, scans, adapter):

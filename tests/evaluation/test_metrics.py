@@ -217,7 +217,7 @@ def test_resamples_equal_repeated_scans(monkeypatch):
     models = [(scores, thresholds)]
     monkeypatch.setattr(metrics, "RESAMPLES_AT_ONCE", 7)  # 20 resamples in three blocks
     (drawn,) = metrics._resampled(models, labels, patients, NAMES, 20, 3)
-    weights = np.hstack(list(metrics._draws(np.array(patients), 20, 3))).astype(int)
+    weights = np.hstack(list(metrics.patient_draws(np.array(patients), 20, 3))).astype(int)
     assert weights.shape == (24, 21) and (weights[:, 0] == 1).all() and (weights.sum(axis=0) == 24).all()
     assert (weights[::2] == weights[1::2]).all()  # both scans of a patient
     for column in range(21):

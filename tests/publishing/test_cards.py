@@ -130,3 +130,13 @@ def test_the_page_tells_the_bases_licence(trained, tmp_path, card):
     found = ModelCard(render_card(trained, base=str(base)))
     assert found.data.license == "apache-2.0"
     assert "apache-2.0, as the base that it was derived from." in found.content
+
+
+def test_what_was_forgotten_and_remarks_are_on_the_page(converted, tmp_path):
+    kept = {"difference": {"auroc": {"value": -0.004, "low": -0.009, "high": 0.001}}}
+    results = RESULTS | {"kept": kept, "remarks": ["This adapter does not help."], "strength": 0.0, "best_step": 40}
+    page = render_card(save_adapter(converted, tmp_path / "run", results=results))
+    assert "On what was to be kept: difference -0.004 (-0.009 to +0.001)." in page
+    assert "**This adapter does not help.**" in page
+    assert "- strength 0: that share" in page
+    assert "- weights of step 40, the best on the tuning patients" in page

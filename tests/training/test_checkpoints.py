@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from medct.training.best import BestSoFar
 from medct.training.checkpoints import CheckpointError, Checkpoints, TrainingState
 
 
@@ -31,7 +32,9 @@ class Nothing:
 
 def state_of(step=0, value=0.0) -> TrainingState:
     parameter = torch.nn.Parameter(torch.full((3,), float(value)))
-    return TrainingState({"a": parameter}, torch.optim.AdamW([parameter]), Nothing(), Nothing(), step)
+    parameters = {"a": parameter}
+    best = BestSoFar(parameters, patience=1)
+    return TrainingState(parameters, torch.optim.AdamW([parameter]), Nothing(), Nothing(), best, step)
 
 
 def of(folder, processes=1, keep=3, **settings):

@@ -58,11 +58,17 @@ def phantoms_are_drawn_once(monkeypatch):
 
 @pytest.fixture
 def settings(converted, tmp_path) -> TrainingSettings:
-    """A run of seconds on the small random model: 6 steps."""
+    """A run of seconds on the small random model: 6 steps, and nothing chosen afterwards."""
     return TrainingSettings(
         model=str(converted),
         output_dir=str(tmp_path / "run"),
+        recipe="paper",
+        learning_rate=3e-3,
         rank=4,
+        replay="none",
+        keep="none",
+        strength="1",
+        eval_steps=0,
         batch_size=4,
         phantom_train_patients=24,
         phantom_tune_patients=12,
@@ -147,14 +153,15 @@ def test_targets_say_whose_layers_are_trained(settings, targets, tmp_path):
     run(dataclasses.replace(settings, targets=targets, max_steps=1))
     names = load_file(tmp_path / "run" / "adapter_model.safetensors").keys()
     assert any("vision_model" in name for name in names) == (targets != "text")
-    assert any("text_model" in name for name in names) == (targets != "vision")
+    assert any("text_model" in name for name in names) == (targets not in ("vision", "vision-all"))
     assert any("visual_projection" in name for name in names) == (targets in ("both+projections", "all"))
-    for feed_forward in ("mlp.fc1", "intermediate.dense"):
-        assert any(feed_forward in name for name in names) == (targets == "all")
+    assert any("mlp.fc1" in name for name in names) == (targets in ("all", "vision-all"))
+    assert any("intermediate.dense" in name for name in names) == (targets == "all")
+    assert any("embeddings.projection" in name for name in names) == (targets == "vision-all")
 
 
 def test_full_fine_tuning_saves_a_model(settings, converted, batch, tmp_path):
-    trainer = Trainer(dataclasses.replace(settings, adaptation="full", learning_rate=1e-4))
+    trainer = Trainer(dataclasses.replace(settings, adaptation="full", targets="all", learning_rate=1e-4))
     results = trainer.run()
     assert results["trainable_parameters"] == results["total_parameters"]
     model = MedCTModel.from_pretrained(tmp_path / "run").eval()
@@ -252,8 +259,8 @@ def at_the_end_of_step(monkeypatch, step: int, action) -> None:
     """Do something at the end of a step, once."""
     whole_step = Trainer._step
 
-    def interrupted(self, model, state, batches, prompts):
-        figures = whole_step(self, model, state, batches, prompts)
+    def interrupted(self, model, state, *inputs):
+        figures = whole_step(self, model, state, *inputs)
         if state.step == step:
             monkeypatch.setattr(Trainer, "_step", whole_step)
             action()
@@ -428,6 +435,13 @@ def test_number_of_steps(settings):
     "changes, said",
     [
         ({"rank": 0}, "--rank is 0"),
+        ({"patience": 0}, "--patience is 0"),
+        ({"eval_steps": -1}, "0 for never"),
+        ({"replay_share": 1.0}, "--replay_share is 1"),
+        ({"max_forgotten": 2.0}, "--max_forgotten is 2"),
+        ({"replay": "phantoms"}, "--replay names the source of --data"),
+        ({"keep": "phantoms"}, "--keep names the source of --data"),
+        ({"keep": "phantoms:D"}, "no such site"),
         ({"push_to_hub": True}, "--hub_model_id"),
         ({"push_to_hub": True, "hub_model_id": "org/site-b"}, "--hub_base"),
         ({"resume": True, "output_dir": None}, "--output_dir"),
@@ -436,7 +450,7 @@ def test_number_of_steps(settings):
     ],
 )
 def test_nonsensical_settings_are_refused(settings, changes, said):
-    with pytest.raises(TrainingError, match=said):
+    with pytest.raises((TrainingError, DataError), match=said):
         run(dataclasses.replace(settings, **changes))
 
 

@@ -1,0 +1,163 @@
+"""Probabilities from scores: a calibration for each label, and how far it is to be believed.
+
+A score of 0.8 is not a chance of 80 %. On studies of a hospital whose labels are known, slope and intercept of each
+label are fitted, and studies of other patients show what came of it.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from sklearn.linear_model import LogisticRegression
+
+from medct.adapters_medct import calibrated
+from medct.evaluation.metrics import Interval, intervals_of, patient_draws
+
+FEWEST = 5
+"""Studies with a finding, and without it, that a calibration needs."""
+BINS = 10
+_NO_PENALTY = 1e10
+
+
+def fit_calibration(scores: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> dict[str, list[float]]:
+    """Slope and intercept of each label; see `calibrated`.
+
+    Args:
+        scores: `(scans, labels)`, in [0, 1], of other patients than those it will serve.
+        labels: `(scans, labels)`, 0, 1 or NaN for unknown.
+        names: Of the labels.
+
+    Returns:
+        By label; none for those with fewer than `FEWEST` scans of either kind, or whose score does not rise with the
+        finding.
+    """
+    found = {}
+    for name, score, truth in zip(names, np.asarray(scores, float).T, np.asarray(labels, float).T, strict=True):
+        known = ~np.isnan(truth)
+        slope_and_intercept = _platt(score[known], truth[known] == 1)
+        if slope_and_intercept is not None:
+            found[name] = slope_and_intercept
+    return found
+
+
+def _platt(scores: np.ndarray, is_present: np.ndarray) -> list[float] | None:
+    """Slope and intercept that make the labels likeliest, with Platt's targets instead of 0 and 1."""
+    present, absent = is_present.sum(), (~is_present).sum()
+    if min(present, absent) < FEWEST:
+        return None
+    targets = np.where(is_present, (present + 1) / (present + 2), 1 / (absent + 2))
+    margins = _logit(scores)[:, None]
+    model = LogisticRegression(C=_NO_PENALTY, max_iter=1000)
+    # A target of 0.9 is nine tenths of a scan with the finding and one of a scan without.
+    sides = np.repeat([1, 0], len(margins))
+    model.fit(np.concatenate([margins, margins]), sides, sample_weight=np.concatenate([targets, 1 - targets]))
+    slope, intercept = float(model.coef_[0, 0]), float(model.intercept_[0])
+    return [slope, intercept] if slope > 0 else None
+
+
+def _logit(scores: np.ndarray) -> np.ndarray:
+    """As `calibrated` takes it."""
+    inside = calibrated(scores, 1.0, 0.0)
+    return np.log(inside / (1 - inside))
+
+
+def apply_calibration(scores: np.ndarray, calibration: dict[str, list[float]], names: Sequence[str]) -> np.ndarray:
+    """Probabilities `(scans, calibrated labels)`, in the order of `names`.
+
+    Args:
+        scores: `(scans, labels)`, in [0, 1].
+        calibration: From `fit_calibration`.
+        names: Of the labels, in the order of the scores.
+    """
+    columns = [index for index, name in enumerate(names) if name in calibration]
+    slopes, intercepts = np.array([calibration[names[index]] for index in columns]).reshape(-1, 2).T
+    return calibrated(np.asarray(scores)[:, columns], slopes, intercepts)
+
+
+def compare_calibration(
+    scores: np.ndarray,
+    labels: np.ndarray,
+    patients: Sequence[str],
+    names: Sequence[str],
+    calibration: dict[str, list[float]],
+    resamples: int = 1000,
+    seed: int = 0,
+) -> dict[str, Any] | None:
+    """Scores as probabilities, before and after calibration, on scans that it was not fitted to.
+
+    Args:
+        scores: `(scans, labels)`, in [0, 1].
+        labels: `(scans, labels)`, 0, 1 or NaN for unknown.
+        patients: `(scans,)`, who was scanned.
+        names: Of the labels.
+        calibration: From `fit_calibration`; labels without one are left out, before and after.
+        resamples: Of the bootstrap over patients.
+        seed: Of the bootstrap.
+
+    Returns:
+        Ready for JSON: `before`, `after` and `difference`, each with `expected_calibration_error` and `brier` as
+        `{"value", "low", "high"}`; `reliability`, by "before" and "after" a list of bins with `probability`, `count`
+        and `share` present, as such an interval; and `labels`. `None` if no label is calibrated.
+    """
+    columns = [index for index, name in enumerate(names) if name in calibration]
+    if not columns:
+        return None
+    truth = np.asarray(labels, float)[:, columns]
+    versions = {
+        "before": np.asarray(scores, float)[:, columns],
+        "after": apply_calibration(scores, calibration, names),
+    }
+    weights = list(patient_draws(np.asarray(patients), resamples, seed))
+    figures = {}
+    for version, probabilities in versions.items():
+        blocks = [_figures(probabilities, truth, block) for block in weights]
+        figures[version] = {key: np.concatenate([block[key] for block in blocks], axis=-1) for key in blocks[0]}
+    summary = {version: _errors(each) for version, each in figures.items()}
+    before, after = summary["before"], summary["after"]
+    summary["difference"] = {key: after[key] - before[key] for key in after}
+    return {
+        **{
+            version: intervals_of(each, lowest=-1 if version == "difference" else 0)
+            for version, each in summary.items()
+        },
+        "reliability": {version: _reliability(each) for version, each in figures.items()},
+        "labels": [names[index] for index in columns],
+    }
+
+
+def _figures(probabilities: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
+    """Sums in bins of equal width, `(bins, resamples)`, and the Brier score, `(resamples,)`.
+
+    Args:
+        probabilities: `(scans, labels)`.
+        labels: `(scans, labels)`.
+        weights: `(scans, resamples)`, how often each scan was drawn.
+    """
+    known = ~np.isnan(labels)
+    truth = np.where(known, labels, 0)
+    bin_of = np.minimum((probabilities * BINS).astype(int), BINS - 1)
+    in_bin = (bin_of[None] == np.arange(BINS)[:, None, None]) & known  # (bins, scans, labels)
+    squares = (known * (probabilities - truth) ** 2).sum(axis=1)
+    return {
+        "count": in_bin.sum(axis=2) @ weights,
+        "probability": (in_bin * probabilities).sum(axis=2) @ weights,
+        "present": (in_bin * truth).sum(axis=2) @ weights,
+        "brier": squares @ weights / (known.sum(axis=1) @ weights),
+    }
+
+
+def _errors(figures: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    gaps = np.abs(figures["probability"] - figures["present"]).sum(axis=0)
+    return {"expected_calibration_error": gaps / figures["count"].sum(axis=0), "brier": figures["brier"]}
+
+
+def _reliability(figures: dict[str, np.ndarray]) -> list[dict[str, Any]]:
+    """Bins that are not empty: mean probability, count, and share present with its interval."""
+    bins = []
+    for count, probability, present in zip(figures["count"], figures["probability"], figures["present"], strict=True):
+        if not count[0]:
+            continue
+        with np.errstate(invalid="ignore"):  # empty in a resample: 0 / 0
+            share: Interval = intervals_of({"share": present / count})["share"]
+        bins.append({"probability": probability[0] / count[0], "count": int(count[0]), "share": share})
+    return bins

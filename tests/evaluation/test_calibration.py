@@ -1,0 +1,71 @@
+"""Calibration of a site: it finds what was put in, keeps the order, and its errors are the known ones."""
+
+import numpy as np
+import pytest
+from sklearn.metrics import brier_score_loss, roc_auc_score
+
+from medct.adapters_medct import calibrated
+from medct.evaluation.calibration import FEWEST, apply_calibration, compare_calibration, fit_calibration
+from medct.evaluation.metrics import expected_calibration_error
+
+NAMES = ["nodule", "effusion"]
+TRUE = {"nodule": (0.5, -1.0), "effusion": (1.5, 0.5)}
+
+
+def cohort(scans: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Scores whose calibration is `TRUE`, and labels, some of them unknown."""
+    random = np.random.default_rng(seed)
+    scores = 1 / (1 + np.exp(-2 * random.normal(size=(scans, 2))))
+    slopes, intercepts = np.array([TRUE[name] for name in NAMES]).T
+    labels = (random.random((scans, 2)) < calibrated(scores, slopes, intercepts)).astype(float)
+    labels[random.random((scans, 2)) < 0.1] = np.nan
+    return scores, labels
+
+
+def test_the_true_calibration_is_found():
+    found = fit_calibration(*cohort(20_000, 0), NAMES)
+    for name in NAMES:
+        assert found[name] == pytest.approx(TRUE[name], abs=0.08)
+
+
+def test_the_order_stays_and_probabilities_get_better_on_other_patients():
+    calibration = fit_calibration(*cohort(300, 0), NAMES)
+    scores, labels = cohort(1000, 1)
+    patients = [str(number // 2) for number in range(1000)]
+    probabilities = apply_calibration(scores, calibration, NAMES)
+    for column in range(2):
+        known = ~np.isnan(labels[:, column])
+        aurocs = [roc_auc_score(labels[known, column], each[known, column]) for each in (scores, probabilities)]
+        assert aurocs[0] == aurocs[1]
+    found = compare_calibration(scores, labels, patients, NAMES, calibration, resamples=200)
+    known = ~np.isnan(labels)
+    for version, values in (("before", scores), ("after", probabilities)):
+        error, brier = (found[version][key] for key in ("expected_calibration_error", "brier"))
+        assert error["value"] == pytest.approx(expected_calibration_error(values, labels))
+        assert brier["value"] == pytest.approx(brier_score_loss(labels[known], values[known]))
+        assert error["low"] < error["value"] < error["high"]
+        assert sum(each["count"] for each in found["reliability"][version]) == known.sum()
+    assert found["difference"]["expected_calibration_error"]["high"] < 0
+    assert found["difference"]["brier"]["high"] < 0
+    assert found["labels"] == NAMES
+
+
+def test_certain_scores_are_no_infinities():
+    assert np.all(np.diff(calibrated([0, 0.1, 0.9, 1], 0.5, 0.1)) > 0)
+    assert np.isfinite(calibrated([0.0, 1.0], 3.0, 0.0)).all()
+    separable = np.linspace(0, 1, 20)[:, None]
+    (slope, intercept) = fit_calibration(separable, (separable > 0.5).astype(float), ["nodule"])["nodule"]
+    assert 0 < slope < 100 and abs(intercept) < 100
+
+
+@pytest.mark.parametrize("present", [0, FEWEST - 1])
+def test_a_label_with_too_few_scans_has_none(present):
+    scores = np.random.default_rng(0).random((40, 1))
+    labels = (np.argsort(np.argsort(-scores, axis=0), axis=0) < present).astype(float)
+    assert fit_calibration(scores, labels, ["nodule"]) == {}
+    assert compare_calibration(scores, labels, ["a"] * 40, ["nodule"], {}) is None
+
+
+def test_a_score_that_falls_with_the_finding_has_none():
+    scores = np.linspace(0.1, 0.9, 40)[:, None]
+    assert fit_calibration(scores, (scores < 0.5).astype(float), ["nodule"]) == {}

@@ -1,0 +1,99 @@
+"""Replay: a share of every batch, whatever the sizes, epochs, processes and stops."""
+
+import dataclasses
+import itertools
+
+import pytest
+
+from medct import CT_CLIP_LABELS, MedCTProcessor
+from medct.data import DataError, Source, StudyLoader, phantom_source
+from medct.training.replay import with_replay
+from medct.training.settings import PHANTOM_BASE
+
+SEED = 3
+
+
+def numbered(count: int, name: str, bad: tuple[int, ...] = ()) -> Source:
+    """Phantoms by another name, some of which cannot be read."""
+    phantoms = phantom_source("A", range(count), 0)
+
+    def read(key: int):
+        row = phantoms.read(key) | {"id": f"{name}_{key}", "patient": f"{name}_{key}"}
+        return row | {"volume": "no such file"} if key in bad else row
+
+    return dataclasses.replace(phantoms, read=read, description=name)
+
+
+@pytest.mark.parametrize(
+    "own, replayed, share", [(20, 7, 0.2), (25, 400, 0.2), (9, 3, 0.5), (40, 5, 0.1), (8, 8, 0.75)]
+)
+def test_any_neighbours_hold_the_share_up_to_one(own, replayed, share):
+    mixed = with_replay(numbered(own, "own"), numbered(replayed, "replayed"), share)
+    keys = [key for epoch in range(3) for key in mixed.keys(epoch, SEED)]
+    is_replayed = [key[0] for key in keys]
+    for length in (2, 4, 8, 16):
+        for start in range(0, mixed.num_studies - length):
+            assert abs(sum(is_replayed[start : start + length]) - share * length) <= 1 + length / mixed.num_studies
+    one_pass = [key for flag, key in mixed.keys(1, SEED) if not flag]
+    assert one_pass == numbered(own, "own").keys(1, SEED)
+
+
+def test_what_is_replayed_goes_on_from_epoch_to_epoch():
+    """A large source is seen in full before any of it comes again."""
+    mixed = with_replay(numbered(8, "own"), numbered(7, "replayed"), 0.2)  # two an epoch
+    found = [key for epoch in range(7) for flag, key in mixed.keys(epoch, SEED) if flag]
+    assert sorted(found[:7]) == sorted(found[7:]) == list(range(7))
+    assert found[:7] != found[7:]
+
+
+def test_without_a_share_nothing_is_replayed():
+    own = numbered(8, "own")
+    assert with_replay(own, numbered(7, "replayed"), 0) is own
+    assert with_replay(own, numbered(7, "replayed"), 0.05) is own  # less than half a study an epoch
+
+
+def test_labels_that_differ_are_refused():
+    other = dataclasses.replace(numbered(7, "replayed"), label_names=("Nodule",))
+    with pytest.raises(DataError, match=r"replayed: its labels \(Nodule\) are not those of own"):
+        with_replay(numbered(8, "own"), other, 0.2)
+
+
+def loader(source: Source, **options) -> StudyLoader:
+    processor = MedCTProcessor.from_pretrained(PHANTOM_BASE)
+    return StudyLoader(source, processor, CT_CLIP_LABELS, batch_size=4, with_text=True, seed=SEED, **options)
+
+
+def ids(batches) -> list[list[str]]:
+    return [batch["ids"] for batch in batches]
+
+
+def test_bad_studies_of_either_are_listed_and_passed_by(tmp_path):
+    mixed = with_replay(numbered(12, "own", bad=(2,)), numbered(3, "replayed", bad=(1,)), 0.25)
+    stream = loader(mixed, bad_samples_file=tmp_path / "bad.jsonl")
+    seen = {name for batch in ids(stream) for name in batch}
+    assert seen == {f"own_{key}" for key in range(12) if key != 2} | {"replayed_0", "replayed_2"}
+    assert len((tmp_path / "bad.jsonl").read_text().splitlines()) == stream.num_bad >= 2
+
+
+def test_processes_share_the_batches_of_one():
+    mixed = with_replay(numbered(12, "own"), numbered(5, "replayed"), 0.25)
+    whole = ids(loader(mixed))
+    parts = [
+        ids(StudyLoader(mixed, loader(mixed).processor, CT_CLIP_LABELS, batch_size=2, with_text=True, seed=SEED,
+                        rank=rank, world_size=2))
+        for rank in range(2)
+    ]  # fmt: skip
+    for batch, *halves in zip(whole, *parts, strict=True):
+        assert sorted(batch) == sorted(itertools.chain(*halves))
+
+
+def test_a_stream_goes_on_where_it_stopped():
+    mixed = with_replay(numbered(12, "own"), numbered(5, "replayed"), 0.25)
+    whole = loader(mixed)
+    expected = ids(whole) + ids(whole)
+    for stop in (1, 3, 5):
+        first, second = loader(mixed), loader(mixed)
+        batches = itertools.chain(first, first)
+        begun = ids(itertools.islice(batches, stop))
+        second.load_state_dict(first.state_dict())
+        assert begun + ids(second) + (ids(second) if stop < 4 else []) == expected

@@ -1,0 +1,65 @@
+"""The strength of an adapter: what is chosen, and that it is in the weights."""
+
+import copy
+
+import pytest
+import torch
+from peft import PeftModel
+
+from medct import MedCTModel
+from medct.training.lora import VARIANTS, add_lora, core, note_start, save_weights, trainable, weights_to_save
+from medct.training.strength import GRID, Line, Trial, choose
+
+
+@pytest.mark.parametrize(
+    "trials, chosen",
+    [
+        ([(1, 0.15, 0.02), (0.75, 0.14, 0.008), (0.5, 0.12, 0.002), (0, 0, 0)], 0.75),
+        ([(1, 0.15, None), (0.75, 0.16, None), (0.5, 0.12, None), (0, 0, None)], 0.75),  # nothing to keep
+        ([(1, -0.02, 0.03), (0.5, -0.01, 0.005), (0, 0, 0)], 0),  # no help
+        ([(1, 0.15, 0.09), (0.5, 0.1, 0.02), (0, 0, 0)], 0),  # no help that is allowed
+        ([(1, 0.1, 0.01), (0.5, 0.1, 0.0), (0, 0, 0)], 0.5),  # of equals the smallest; the limit itself is allowed
+        ([(1, 0.1, -0.01), (0.5, 0.09, 0.0), (0, 0, 0)], 1),  # better than the base on both
+    ],
+)
+def test_the_best_that_forgets_little_enough_is_chosen(trials, chosen):
+    assert choose([Trial(*trial) for trial in trials], max_forgotten=0.01) == chosen
+
+
+@pytest.mark.parametrize("variant", sorted(VARIANTS))
+def test_every_loader_has_the_strength_without_knowing(variant, converted, batch, tmp_path):
+    """From the base at 0 to what was trained at 1; what lies between is saved, and loaded by PEFT."""
+    base = MedCTModel.from_pretrained(converted).eval()
+    with torch.no_grad():
+        at_base = base(**batch).logits_per_image
+    model = add_lora(copy.deepcopy(base), variant=variant, targets="vision-all", rank=2, train_logit_scale=False)
+    note_start(model, tmp_path)
+    line = Line(trainable(model), moves_both=variant == "pissa")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in trainable(model).values():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+        logits = {"trained": core(model).eval()(**batch).logits_per_image}
+        for strength in GRID:
+            line.go_to(strength)
+            logits[strength] = core(model)(**batch).logits_per_image
+    assert torch.equal(logits[1.0], logits["trained"])
+    torch.testing.assert_close(logits[0.0], at_base, atol=2e-5, rtol=0)
+    assert not torch.allclose(logits[0.5], logits[1.0], atol=1e-3)
+    line.go_to(0.5)
+    save_weights(model, weights_to_save(model), tmp_path / "saved", tmp_path)
+    with torch.no_grad():
+        loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "saved").eval()(**batch).logits_per_image
+    torch.testing.assert_close(loaded, logits[0.5], atol=2e-4 if variant == "pissa" else 0, rtol=0)
+
+
+def test_half_a_lora_is_half_its_update(converted):
+    model = add_lora(MedCTModel.from_pretrained(converted), targets="vision-all", rank=2)
+    line = Line(trainable(model))
+    layer = core(model).vision_model.embeddings.projection
+    with torch.no_grad():
+        layer.lora_B["default"].weight.normal_()
+    whole = layer.get_delta_weight("default").detach()
+    for strength in (0.5, 1.0, 0.25, 0.0):  # in any order, again and again
+        line.go_to(strength)
+        torch.testing.assert_close(layer.get_delta_weight("default"), strength * whole)

@@ -1,0 +1,67 @@
+"""What a run reads: its studies by split, and how many steps they make."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from medct.configuration_medct import MedCTConfig
+from medct.data import Source, StudyLoader, open_source
+from medct.training.replay import with_replay
+from medct.training.results import SPLITS
+from medct.training.settings import NO_SOURCE, TrainingError, TrainingSettings, complete
+
+
+def load_sources(settings: TrainingSettings, config: MedCTConfig) -> dict[str, Source]:
+    """Studies to train on, to tune on and, as "valid", to score on; no patient is in two of them.
+
+    Args:
+        settings: The run's settings.
+        config: Configuration of its base.
+
+    Returns:
+        By split. Replayed studies are among those to train on; "keep_tune" and "keep_valid" are of the source to keep.
+    """
+    settings = complete(settings, config)
+    limits = {"train": None, "tune": settings.max_tune_studies, "valid": settings.max_eval_studies}
+
+    def source(address: str, split: str, **options: Any) -> Source:
+        options |= {"reconstructions": settings.reconstructions, "limit": limits[split]}
+        reports = settings.objective != "prompts" and split == "train"
+        return open_source(address, split, config, need_reports=reports, **options)
+
+    own = {"revision": settings.data_revision, "phantoms": settings.phantoms}
+    sources = {split: source(settings.data, split, **own) for split in limits}
+    others = {"phantoms": settings.other_phantoms}
+    if settings.replay != NO_SOURCE and settings.replay_share:
+        replayed = source(settings.replay, "train", **others)
+        sources["train"] = with_replay(sources["train"], replayed, settings.replay_share)
+    if settings.keep != NO_SOURCE:
+        sources |= {f"keep_{split}": source(settings.keep, split, **others) for split in SPLITS}
+    return sources
+
+
+def number_of_steps(source: Source, settings: TrainingSettings, processes: int) -> int:
+    """Optimizer steps of a run.
+
+    Args:
+        source: Studies to train on.
+        settings: The run's settings.
+        processes: Number of training processes.
+
+    Raises:
+        TrainingError: If there are fewer studies than a step takes.
+    """
+    studies_per_step = settings.batch_size * settings.accumulation_steps * processes
+    per_epoch = source.num_studies // studies_per_step
+    if not per_epoch:
+        raise TrainingError(
+            f"{source.num_studies} training studies do not fill one step of {studies_per_step} ({settings.batch_size} "
+            f"x {settings.accumulation_steps} in {processes} processes). Lower --batch_size."
+        )
+    steps = per_epoch * settings.epochs
+    return steps if settings.max_steps is None else min(steps, settings.max_steps)
+
+
+def endless(loader: StudyLoader) -> Iterator[dict[str, Any]]:
+    """Batches of one epoch after the other."""
+    while True:
+        yield from loader
