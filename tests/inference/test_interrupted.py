@@ -1,4 +1,4 @@
-"""A run that is stopped at any of its writes leaves whole files only, and the next one ends where one run would have."""
+"""A run stopped at any of its writes leaves whole files only, and the next one ends where one run would have."""
 
 import nibabel
 import numpy as np
