@@ -526,3 +526,11 @@ def test_what_a_killed_run_left_is_cleared_away(run, scans, tmp_path):
     (tmp_path / ".out.csv.lock").touch()
     assert run("predict", scans / "0.nii.gz", "--output", output)[0] == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.csv", "out.csv.settings.json", "scans"]
+
+
+@pytest.mark.parametrize("option", [("--dtype", "bfloat16"), ("--series", "1"), ("--resample_irregular",)])
+def test_rows_of_another_precision_or_reading_are_not_mixed(run, scans, tmp_path, option):
+    assert run("predict", scans / "0.nii.gz", "--output", tmp_path / "scores.csv")[0] == 0
+    status, _, err = run("predict", scans / "0.nii.gz", "--output", tmp_path / "scores.csv", *option)
+    assert status == 2
+    assert f"was started with {option[0].removeprefix('--')} " in err

@@ -63,3 +63,7 @@ def test_a_closed_pipe_is_not_an_error(capfd):
 def test_the_first_line_of_an_error_without_a_message_is_its_class():
     assert first_line(ValueError("\na\nb")) == "a"
     assert first_line(KeyError()) == "KeyError"
+
+
+def test_the_statuses_are_those_that_scripts_know():
+    assert (FAILED, STOPPED, INTERRUPTED, BROKEN_PIPE) == (2, 75, 130, 141)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from medct.common import host
 
@@ -28,3 +29,8 @@ def test_large_blocks_are_reused():
     assert faults["keep"] < 100
     # 128 MiB in pages of 4 KiB, or fewer and larger ones.
     assert faults["hand back"] > faults["keep"]
+
+
+def test_peak_memory_is_in_bytes():
+    """A process that has torch takes hundreds of MB, and no machine of a test 1 TB."""
+    assert 2**26 < host.peak_memory_bytes(torch.device("cpu")) < 2**40

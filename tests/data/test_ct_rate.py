@@ -284,3 +284,10 @@ def test_no_scan_of_a_patient_stands_in_another_split(tmp_path):
     assert len(patients["train"]) + len(patients["tune"]) == 120
     assert not set(patients["train"]) & set(patients["tune"])
     assert all(count == 3 for split in patients.values() for count in Counter(split).values())
+
+
+def test_the_spacings_of_version_1_are_those_of_their_axes(ct_rate):
+    path = ct_rate / "dataset/metadata/train_metadata.csv"
+    path.write_text(path.read_text().replace("[2.0, 2.0]", "[0.5, 0.75]"))
+    row = rows_by_name(open_source(str(ct_rate), "train", CONFIG, tune_share=0, version=1))["train_12_a_1"]
+    assert read_study(row, "SLP").spacing_mm == (0.5, 0.75, 3.0)

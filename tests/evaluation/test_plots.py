@@ -5,7 +5,7 @@ import PIL.Image
 import pytest
 from matplotlib.text import Text
 
-from medct.evaluation.plots import calibration_plot, roc_plot
+from medct.evaluation.plots import STYLES, calibration_plot, roc_plot
 
 NAMES = ["Lung nodule", "Coronary artery wall calcification", "Emphysema", "Mass"]
 NOTE = "SYNTHETIC phantoms of site B: drawings, no patients, and no clinical meaning; " * 2
@@ -90,3 +90,11 @@ def test_nothing_overlaps(study):
     boxes += [panel.get_window_extent() for panel in figure.subfigs[1].axes]
     for index, box in enumerate(boxes):
         assert not any(box.overlaps(other) for other in boxes[index + 1 :])
+
+
+def test_each_model_has_the_look_of_its_place(study):
+    models, labels = study
+    panel = roc_plot(models, labels, NAMES).subfigs[0].axes[0]
+    drawn = {line.get_label().split(":")[0]: line for line in panel.lines if ": AUROC" in line.get_label()}
+    assert [line.get_color() for line in drawn.values()] == [style.colour for style in STYLES[: len(models)]]
+    assert list(drawn) == list(models)

@@ -277,3 +277,18 @@ def test_resampling_is_torchs_linear_interpolation_to_the_ends(length, resampled
     expected = torch.nn.functional.interpolate(lines, resampled, mode="linear", align_corners=False).permute(2, 0, 1)
     torch.testing.assert_close(plan.apply(values, 0), expected, rtol=0, atol=1e-3)  # HU, of a thousand
     assert plan.weight.min() >= 0 and plan.weight.max() <= 1
+
+
+def test_what_is_listed_belongs_to_one_image_each():
+    processor = MedCTImageProcessor(image_size=(8, 8, 8), target_spacing_mm=(2, 2, 2))
+    arrays = [np.random.default_rng(k).integers(-1000, 1000, (9, 8, 7)).astype(np.int16) for k in range(3)]
+    listed = {
+        "affine": [affine_from_spacing((2, 1.5, 3), axes) for axes in ("RAS", "LPS", "SLP")],
+        "rescale_slope": [1, 0.5, 0.25],
+        "rescale_intercept": [-20, 0, 100],
+    }
+    together = processor(arrays, return_tensors="pt", **listed)["pixel_values"]
+    for k, array in enumerate(arrays):
+        alone = processor(array, return_tensors="pt", **{name: values[k] for name, values in listed.items()})
+        assert torch.equal(together[k], alone["pixel_values"][0])
+    assert len({tensor.numpy().tobytes() for tensor in together}) == 3

@@ -498,3 +498,14 @@ def test_token_types_reach_the_text_encoder(model, batch):
         typed = model(**batch, token_type_ids=types)
         assert not torch.allclose(typed.logits_per_image[:, 0], plain[:, 0])
         assert torch.equal(typed.logits_per_image[:, 1:], plain[:, 1:])
+
+
+def test_the_loss_of_a_head_is_the_mean_over_known_labels(converted):
+    classifier = MedCTForImageClassification.from_pretrained(converted)
+    logits = torch.linspace(-2, 2, 36).view(2, 18)
+    labels = torch.full((2, 18), torch.nan)
+    labels[0, 1], labels[1, 3] = 1.0, 0.0
+    known = ~labels.isnan()
+    each = torch.nn.functional.binary_cross_entropy_with_logits(logits[known], labels[known], reduction="none")
+    torch.testing.assert_close(classifier.label_loss(logits, labels), each.mean())
+    torch.testing.assert_close(classifier.label_loss(logits, labels, "sum"), each.sum())

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from medct.cli import main
 from medct.publishing import push as hub_module
 from medct.publishing.cards import GENERATED, find_paths
-from medct.publishing.push import PushError, commit_of, push_adapter, push_model
+from medct.publishing.push import PushError, commit_of, push_adapter, push_model, push_shards
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -319,3 +320,14 @@ def test_what_stays_at_home_is_told(hub, base, monkeypatch, capsys):
     assert told == [f"not pushed: {name}" for name in ("checkpoint.log", "notes/patients.txt", "studies.csv")]
     assert url.startswith("http")
     assert not {"studies.csv", "notes/patients.txt", "checkpoint.log"} & set(hub.files("org/base"))
+
+
+def test_no_scan_goes_to_a_public_data_set(tmp_path, monkeypatch):
+    api = SimpleNamespace(
+        create_repo=lambda *_, **__: None,
+        repo_info=lambda *_, **__: SimpleNamespace(private=False),
+        upload_folder=lambda **_: pytest.fail("nothing is sent"),
+    )
+    monkeypatch.setattr(hub_module, "HfApi", lambda: api)
+    with pytest.raises(PushError, match="org/shards is public, but patients' scans must not be"):
+        push_shards(tmp_path, "org/shards")

@@ -582,3 +582,14 @@ def test_two_independent_readers_agree(tmp_path):
         index = np.rint(np.linalg.inv(second.affine) @ [*lps, 1])[:3].astype(int)
         assert volume.array[tuple(voxel)] == second.array[tuple(index)]
         assert volume.array[tuple(voxel)] == third[third.TransformPhysicalPointToIndex(lps.tolist())]
+
+
+def test_what_a_frame_says_goes_before_what_all_share(hu, tmp_path):
+    """The standard has each in one place only; whoever writes both means the frame's own."""
+
+    def edit(ds):
+        for frame in ds.PerFrameFunctionalGroupsSequence:
+            scale = scan_files.item(RescaleSlope=1, RescaleIntercept=-1000, RescaleType="HU")
+            frame.PixelValueTransformationSequence = [scale]
+
+    assert_is(read_volume(write_enhanced(tmp_path / "enhanced.dcm", hu, edit)), hu + 24)

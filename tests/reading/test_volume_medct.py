@@ -164,3 +164,21 @@ def test_straighten_refuses_grids_out_of_proportion():
     affine[0, 2] = 5000.0
     with pytest.raises(VolumeError, match="a straight grid around it"):
         read_volume(np.linspace(-1000, 1000, 10**6).reshape(100, 100, 100), affine=affine, resample_irregular=True)
+
+
+def test_a_straight_grid_holds_every_corner():
+    shape = np.array((12, 14, 10))
+    volume = CTVolume(np.zeros(shape, np.int16), turned(30), "scan")
+    straight = straighten(volume)
+    corners = np.array(list(np.ndindex(2, 2, 2))) * (shape - 1)
+    mm = corners @ volume.affine[:3, :3].T + volume.affine[:3, 3]
+    to_straight = np.linalg.inv(straight.affine)
+    places = mm @ to_straight[:3, :3].T + to_straight[:3, 3]
+    assert (places > -1).all()
+    assert (places < np.array(straight.array.shape)).all()
+    assert straight.array.size < 3 * volume.array.size
+
+
+@pytest.mark.parametrize(("lowest", "has_air"), [(-501, True), (-500, True), (-499, False), (-800, True)])
+def test_air_lies_at_500_hu_below_water_or_lower(lowest, has_air):
+    assert bool(judge(lowest, 900)) != has_air

@@ -1,0 +1,71 @@
+"""A run stopped at any of its writes leaves whole files only, and the next one ends where one run would have."""
+
+import nibabel
+import numpy as np
+import pytest
+from accelerate import PartialState
+
+from medct.common import files
+from medct.image_processing_medct import MedCTImageProcessor
+from medct.inference.bulk import KEY, Csv, Reading, process_to_file
+from medct.inference.studies import find_studies
+
+FORMAT = Csv([KEY, "mean"])
+
+
+@pytest.fixture
+def run(tmp_path):
+    """`run(output)`: the mean of two scans, and a third that cannot be read."""
+    folder = tmp_path / "scans"
+    folder.mkdir()
+    for index in range(2):
+        array = np.random.default_rng(index).integers(-1000, 1000, (9, 12, 5)).astype(np.int16)
+        nibabel.save(nibabel.Nifti1Image(array, np.diag([-3.0, -2, 4, 1])), folder / f"{index}.nii.gz")
+    (folder / "bad.nii.gz").write_bytes(b"nothing")
+    processor = MedCTImageProcessor(image_size=(4, 8, 8), target_spacing_mm=(4, 4, 4))
+    studies = find_studies([folder])
+    reading = Reading(processor, num_workers=0)
+
+    def rows_of(reads):
+        return [{KEY: read.study.id, "mean": f"{float(read.pixel_values.mean()):.6f}"} for read in reads]
+
+    def run(output):
+        return process_to_file(studies, reading, rows_of, output, FORMAT, {"a": 1}, PartialState(cpu=True))
+
+    return run
+
+
+def content(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_a_run_that_is_stopped_at_a_write_is_completed_by_the_next(run, tmp_path, monkeypatch, error):
+    assert run(tmp_path / "whole" / "out.csv") == 1
+    whole = content(tmp_path / "whole")
+    assert set(whole) == {"out.csv", "out.csv.failed.csv", "out.csv.settings.json"}
+    assert whole["out.csv"].count(b"\n") == 3
+    flush, writes, stops = files.flush_to_disk, [], 0
+
+    def stop(path):
+        writes.append(path)
+        if len(writes) == stops:
+            raise error
+        flush(path)
+
+    monkeypatch.setattr(files, "flush_to_disk", stop)
+    while True:
+        stops += 1
+        folder = tmp_path / f"stopped at {stops}"
+        writes.clear()
+        try:
+            run(folder / "out.csv")
+        except error:
+            left = content(folder)
+            assert left.keys() <= whole.keys()  # nothing of a write that was not ended
+            assert all(whole[name].startswith(data) for name, data in left.items())
+            assert run(folder / "out.csv") == 1
+            assert content(folder) == whole
+        else:
+            break
+    assert stops > 5  # settings, rows and failures, before and after the work
