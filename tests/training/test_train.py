@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -173,12 +174,19 @@ def test_full_fine_tuning_saves_a_model(settings, converted, batch, tmp_path):
 
 
 def test_a_classifier_learns_and_its_adapter_brings_the_head(settings, classifier_folder, batch, tmp_path):
-    settings = dataclasses.replace(settings, model=str(classifier_folder))
+    # One batch, seen again and again, so that its losses compare.
+    one_batch = {
+        "phantom_train_patients": settings.batch_size,
+        "accumulation_steps": 1,
+        "epochs": 30,
+        "max_steps": None,
+    }
+    settings = dataclasses.replace(settings, model=str(classifier_folder), replay="none", strength="1", **one_batch)
     trainer = Trainer(settings)
     results = trainer.run()
     assert results["measured_on"].startswith("With its head")
     found = losses(tmp_path / "run")
-    assert found[-1] < found[0]
+    assert np.mean(found[-5:]) < np.mean(found[:5])  # its head drops features, so single losses scatter
     loaded = MedCTForImageClassification.from_pretrained(classifier_folder)
     before = loaded.eval()(batch["pixel_values"]).logits
     loaded.load_adapter(str(tmp_path / "run"))
