@@ -303,7 +303,7 @@ def _limit_memory(count: int) -> None:
     """So many bytes more than now, where the system knows how many those are."""
     if resource is not None:
         with contextlib.suppress(OSError, ValueError):
-            used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            used = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0]) * resource.getpagesize()
             _, most = resource.getrlimit(resource.RLIMIT_AS)
             resource.setrlimit(resource.RLIMIT_AS, (used + count, most))
 

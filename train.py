@@ -457,8 +457,12 @@ class Trainer:
                     calibration=results["calibration"],
                     strength=results["strength"],
                 )
-            (folder / "train_config.json").write_text(json.dumps(dataclasses.asdict(self.settings), indent=2) + "\n")
-            (folder / "results.json").write_text(json.dumps(results, indent=2, allow_nan=False) + "\n")
+            (folder / "train_config.json").write_text(
+                json.dumps(dataclasses.asdict(self.settings), indent=2) + "\n", encoding="utf-8"
+            )
+            (folder / "results.json").write_text(
+                json.dumps(results, indent=2, allow_nan=False) + "\n", encoding="utf-8"
+            )
             models = {"base": before.scores, "adapted": after.scores}
             roc_plot(models, before.labels, self.config.label_names, note).savefig(folder / "roc.png")
             if results["calibration"] and len(results["calibration"]) == len(self.config.label_names):
@@ -466,7 +470,7 @@ class Trainer:
             calibration_plot(models, before.labels, note).savefig(folder / "calibration.png")
             if self.settings.adaptation == "full":
                 said = [results["measured_on"], results["table"], *results["remarks"]]
-                (folder / "README.md").write_text("\n\n".join(["# MedCT", *said]) + "\n")
+                (folder / "README.md").write_text("\n\n".join(["# MedCT", *said]) + "\n", encoding="utf-8")
             else:
                 write_card(folder)
         print(f"\n{results['table']}\n\n{results['measured_on']}\nStrength: {results['strength']:g}")

@@ -124,7 +124,7 @@ class Runs:
 
     def __init__(self, path: Path):
         self.path = path
-        self.rows: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
+        self.rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
         self.base = BaseScores()
 
     def found(self, key: Key) -> dict[str, Any] | None:
@@ -140,7 +140,7 @@ class Runs:
             results = trainer.run()
         self.rows.append(asdict(key) | _figures(results))
         with whole_file(self.path) as aside:
-            aside.write_text(json.dumps(self.rows, indent=1) + "\n")
+            aside.write_text(json.dumps(self.rows, indent=1) + "\n", encoding="utf-8")
 
     def best_rate(self, kind: str) -> float:
         """The one whose runs score highest on the tuning patients, of those that were tried; else the recipe's own."""
@@ -275,10 +275,10 @@ def main() -> None:
     for key in () if arguments.report_only else wanted(runs, with_rates):
         runs.make(key)
         with whole_file(arguments.output) as aside:
-            aside.write_text(report(runs, with_rates))
+            aside.write_text(report(runs, with_rates), encoding="utf-8")
     text = report(runs, True)
     with whole_file(arguments.output) as aside:
-        aside.write_text(text)
+        aside.write_text(text, encoding="utf-8")
     print(text)
 
 

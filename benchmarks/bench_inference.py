@@ -147,7 +147,7 @@ def make(folder: Path) -> None:
 
 def current_bytes() -> int:
     """Memory that this process holds now; an earlier peak would hide what loading takes."""
-    pages = Path("/proc/self/statm").read_text().split()[1]
+    pages = Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]
     return int(pages) * resource.getpagesize()
 
 

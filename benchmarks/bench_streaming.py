@@ -123,7 +123,7 @@ def write_ct_rate(folder: Path, num_studies: int) -> None:
     for path, columns in tables.items():
         (folder / "dataset" / path).parent.mkdir(parents=True)
         pd.DataFrame({"VolumeName": names, **columns}).to_csv(folder / "dataset" / path, index=False)
-    (folder / "dataset/metadata/no_chest_train.txt").write_text("")
+    (folder / "dataset/metadata/no_chest_train.txt").write_text("", encoding="utf-8")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -221,7 +221,9 @@ def measure_memory(folder: Path) -> dict:
 
 def memory_mib(what: str) -> float:
     """Memory of this process in MiB: VmRSS, or its peak VmHWM. `getrusage` would include the parent's earlier peak."""
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(what))
+    (line,) = (
+        line for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines() if line.startswith(what)
+    )
     return int(line.split()[1]) / 1024
 
 

@@ -432,7 +432,7 @@ def evaluate(args: argparse.Namespace) -> int:
     print(evaluation_table(results, config.label_names))
     if args.output is not None:
         with whole_file(args.output) as aside:
-            aside.write_text(json.dumps({**results, "unreadable": failed}, indent=2) + "\n")
+            aside.write_text(json.dumps({**results, "unreadable": failed}, indent=2) + "\n", encoding="utf-8")
     return ends(failed, source.num_studies, None)
 
 

@@ -195,7 +195,7 @@ class StudyLoader:
     def _list(self, bad: Skipped, path: Path) -> None:
         """Append a line unless the study has one; lines are few and other processes write too: the file is searched."""
         head = json.dumps({"id": bad.id})[:-1] + ","
-        with path.open("a+") as file:
+        with path.open("a+", encoding="utf-8") as file:
             file.seek(0)
             if not any(line.startswith(head) for line in file):
                 file.write(json.dumps({"id": bad.id, "reason": bad.reason, "epoch": self.epoch}) + "\n")

@@ -160,7 +160,7 @@ class Shard:
         """The record, or `None` if the shard is still to be written."""
         if not self.record_path.is_file() or not self.path.is_file():
             return None
-        record = json.loads(self.record_path.read_text())
+        record = json.loads(self.record_path.read_text(encoding="utf-8"))
         return record if self.path.stat().st_size == record["file"]["num_bytes"] else None
 
     @contextlib.contextmanager
@@ -234,7 +234,7 @@ def reason_of(error: Exception) -> str:
 
 def _write_json(path: Path, content: Any) -> None:
     with whole_file(path) as aside:
-        aside.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+        aside.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -276,7 +276,7 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
         (folder / name).mkdir(parents=True, exist_ok=True)
     if not path.is_file():
         _write_json(path, settings)
-    found = json.loads(path.read_text())
+    found = json.loads(path.read_text(encoding="utf-8"))
     for name in sorted(settings.keys() | found.keys()):
         if settings.get(name) != found.get(name):
             raise DataError(
@@ -323,7 +323,7 @@ def finish(
     with contextlib.suppress(LockedError), only_run(folder / MANIFEST, each_process=True):
         _tidy_up(folder, [shard for of_split in shards.values() for shard in of_split])
         with whole_file(folder / "README.md") as aside:
-            aside.write_text(card(manifest))
+            aside.write_text(card(manifest), encoding="utf-8")
         _write_json(folder / MANIFEST, manifest)
     return manifest
 

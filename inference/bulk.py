@@ -321,7 +321,7 @@ def _keep_settings(output: Path, rows_path: Path, settings: dict[str, Any]) -> N
     settings = json.loads(json.dumps(settings))
     is_begun = bool(part_paths(rows_path)) or any(file.exists() and file.stat().st_size for file in (output, rows_path))
     if is_begun and path.exists():
-        before = json.loads(path.read_text())
+        before = json.loads(path.read_text(encoding="utf-8"))
         for name in sorted({*before, *settings}):
             if before.get(name) != settings.get(name):
                 raise OutputError(
@@ -334,4 +334,4 @@ def _keep_settings(output: Path, rows_path: Path, settings: dict[str, Any]) -> N
             "--output, or remove it."
         )
     with whole_file(path) as aside:
-        aside.write_text(json.dumps(settings, indent=2) + "\n")
+        aside.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

@@ -201,7 +201,7 @@ def describe_adapter(
         "calibration": calibration,
         "strength": strength,
     }
-    Path(folder, DESCRIPTION_FILE).write_text(json.dumps(description, indent=2) + "\n")
+    Path(folder, DESCRIPTION_FILE).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
     return description
 
 
@@ -231,7 +231,7 @@ def read_description(adapter: str | Path, **hub: Any) -> dict[str, Any] | None:
         hub: `revision`, `token`, `cache_dir`, `subfolder`, `local_files_only`, as for `from_pretrained`.
     """
     path = _file(adapter, DESCRIPTION_FILE, hub)
-    return None if path is None else json.loads(Path(path).read_text())
+    return None if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
 
 
 def check_fit(model: PreTrainedModel, adapter: str | Path, **hub: Any) -> dict[str, Any] | None:

@@ -71,7 +71,9 @@ def base_license(base: str, revision: str | None = None, token: str | None = Non
             base, "README.md", revision=revision, token=token, _raise_exceptions_for_missing_entries=False
         )
         found = (
-            None if path is None else ModelCard(Path(path).read_text(), ignore_metadata_errors=True).data.get("license")
+            None
+            if path is None
+            else ModelCard(Path(path).read_text(encoding="utf-8"), ignore_metadata_errors=True).data.get("license")
         )
     except OSError:  # no such repository, or no network
         found = None
@@ -91,7 +93,7 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
         Its content; empty if there is no such file.
     """
     path = folder / name
-    return json.loads(path.read_text()) if path.is_file() else {}
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def recorded_base(folder: Path) -> tuple[str | None, str | None]:
@@ -111,7 +113,7 @@ def write_card(folder: str | Path, **options: Any) -> Path:
         Path of the file.
     """
     path = Path(folder, "README.md")
-    path.write_text(render_card(folder, **options))
+    path.write_text(render_card(folder, **options), encoding="utf-8")
     return path
 
 

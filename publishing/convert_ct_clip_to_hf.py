@@ -247,7 +247,7 @@ def load_tokenizer(id_or_folder: str, config: MedCTConfig) -> BertTokenizer:
 
 def _read_sizes(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ConversionError(
             f"{path}: not a JSON file ({first_line(error)}). Pass one with the model's sizes."

@@ -144,7 +144,7 @@ def push_model(folder: str | Path, repo_id: str, *, private: bool = False, token
     for name in set(RUN_FILES) & files.keys():
         files[name] = _json_bytes(read_json(folder, name))
     card = folder / "README.md"
-    text = (card if card.is_file() else MODEL_CARD).read_text()
+    text = (card if card.is_file() else MODEL_CARD).read_text(encoding="utf-8")
     files["README.md"] = text.replace(PLACEHOLDER_REPO, repo_id).encode()
     return _Job(folder, repo_id, private, token, {}).push(files, "Add model")
 
@@ -235,7 +235,7 @@ def _adapter_files(folder: Path, repo_id: str, base: str, commit: str, license: 
             content["base"] |= {"model": base, "revision": commit}
         files[name] = _json_bytes(content)
     card = folder / "README.md"
-    if not card.is_file() or any(mark in card.read_text() for mark in (GENERATED, PEFT_FORM)):
+    if not card.is_file() or any(mark in card.read_text(encoding="utf-8") for mark in (GENERATED, PEFT_FORM)):
         text = render_card(folder, repo_id=repo_id, base=base, revision=commit, license=license)
         files["README.md"] = text.encode()
     return files
@@ -369,7 +369,7 @@ def _refuse_pickles(folder: Path) -> None:
 def _refuse_paths(folder: Path, files: Files) -> None:
     for name, content in files.items():
         if Path(name).suffix in TEXT_SUFFIXES:
-            text = content.decode() if isinstance(content, bytes) else content.read_text()
+            text = content.decode() if isinstance(content, bytes) else content.read_text(encoding="utf-8")
             if found := find_paths(text):
                 raise PushError(f"{folder}/{name} names a path of this machine ({found[0]}). Remove it, then push.")
 

@@ -34,7 +34,7 @@ def tokenizer_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tokenizer")
     letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "is", "not", "present", ".", *letters]
-    (folder / "vocab.txt").write_text("\n".join(words) + "\n")
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
     return folder
 
 
@@ -49,7 +49,7 @@ def checkpoint(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def sizes_file(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("sizes") / "sizes.json"
-    path.write_text(json.dumps(reference.SIZES))
+    path.write_text(json.dumps(reference.SIZES), encoding="utf-8")
     return path
 
 

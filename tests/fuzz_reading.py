@@ -35,9 +35,9 @@ def peak_bytes() -> int:
     total = 0
     for pid in (os.getpid(), *(helper._process.pid for helper in decoders_medct._helpers.all)):
         try:
-            lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+            lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
             total += sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-            Path(f"/proc/{pid}/clear_refs").write_text(_RESET_PEAK)
+            Path(f"/proc/{pid}/clear_refs").write_text(_RESET_PEAK, encoding="utf-8")
         except OSError:
             continue
     return total
@@ -131,7 +131,7 @@ def main() -> int:
         print(f"{kind}: {dict(outcomes)}, at most {longest:.1f} s and {most / 2**20:.0f} MiB more", flush=True)
         if arguments.output:
             line = {"kind": kind, "outcomes": outcomes, "seconds": longest, "bytes": most, "escaped": escaped}
-            with arguments.output.open("a") as file:
+            with arguments.output.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
     print(f"{len(all_escaped)} of {count * len(kinds)} escaped", *all_escaped[:50], sep="\n")
     return int(bool(all_escaped))

@@ -30,7 +30,7 @@ LINK = re.compile(r"\]\((?!https?:)([^)#]+)")
 
 def blocks(page: Path) -> list[tuple[str, str]]:
     """Language and text of each fenced block."""
-    return BLOCK.findall(page.read_text())
+    return BLOCK.findall(page.read_text(encoding="utf-8"))
 
 
 def save_phantom(path: Path, study: dict) -> None:
@@ -101,11 +101,11 @@ def test_every_block_says_whether_it_is_run():
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"], ids=lambda page: page.stem)
 def test_links_lead_somewhere(page):
-    for target in LINK.findall(page.read_text()):
+    for target in LINK.findall(page.read_text(encoding="utf-8")):
         assert (page.parent / target).exists(), target
-    assert len(page.read_text().split()) <= MOST_WORDS.get(page.name, 3000)
+    assert len(page.read_text(encoding="utf-8").split()) <= MOST_WORDS.get(page.name, 3000)
 
 
 def test_readme_names_every_page():
-    named = {Path(target).name for target in LINK.findall((ROOT / "README.md").read_text())}
+    named = {Path(target).name for target in LINK.findall((ROOT / "README.md").read_text(encoding="utf-8"))}
     assert {page.name for page in PAGES[1:]} <= named

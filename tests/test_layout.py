@@ -61,7 +61,7 @@ def documented() -> list[Path]:
 def imported(path: Path) -> set[str]:
     """Names of the package's modules that a file imports."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "medct":
             found |= {node.module} if node.module != "medct" else {f"medct.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.Import):
@@ -122,7 +122,7 @@ def test_the_version_is_printed(capsys):
 
 
 def test_every_package_is_installed():
-    declared = (ROOT / "pyproject.toml").read_text()
+    declared = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     assert all(f'"medct.{folder}"' in declared for folder in FOLDERS)
     unknown = {path.parent.name for path in ROOT.glob("*/__init__.py")} - FOLDERS
     assert not unknown
@@ -153,7 +153,7 @@ def public_functions(path: Path) -> list[tuple[str, ast.FunctionDef | ast.AsyncF
             else:
                 found.append((prefix + node.name, node))
 
-    visit(ast.parse(path.read_text()).body, "")
+    visit(ast.parse(path.read_text(encoding="utf-8")).body, "")
     return found
 
 
@@ -237,7 +237,7 @@ class _Private:
 
 def test_what_a_list_of_arguments_must_hold(tmp_path):
     path = tmp_path / "module.py"
-    path.write_text(MODULE)
+    path.write_text(MODULE, encoding="utf-8")
     assert argument_faults(path) == {
         "none": "line 2: no `Args:` section that lists a, b",
         "some": "line 5: `Args:` does not list b",

@@ -5,12 +5,12 @@ import re
 from pathlib import Path
 
 TESTS = Path(__file__).parent
-LINES = (TESTS / "planted_faults.md").read_text().splitlines()
+LINES = (TESTS / "planted_faults.md").read_text(encoding="utf-8").splitlines()
 ROWS = [row.groups() for line in LINES if (row := re.fullmatch(r"\| (\S+) \| .+ \| `(\S+)::(\w+)` \|", line))]
 
 
 def names_in(file: str) -> set[str]:
-    tree = ast.parse((TESTS / file).read_text())
+    tree = ast.parse((TESTS / file).read_text(encoding="utf-8"))
     return {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
 
 

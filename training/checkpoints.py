@@ -162,7 +162,7 @@ class Checkpoints:
         newest = self.newest()
         if newest is None:
             return False
-        written = json.loads((newest / "settings.json").read_text())
+        written = json.loads((newest / "settings.json").read_text(encoding="utf-8"))
         mine = {**self.settings, "processes": self.accelerator.num_processes}
         for name in sorted(written.keys() | mine.keys()):
             if written.get(name) != mine.get(name):
@@ -171,7 +171,9 @@ class Checkpoints:
                     "Resume with the same settings, or choose another --output_dir."
                 )
         part = f"rank-{self.accelerator.process_index}"
-        state.restore(load_file(newest / f"{part}.safetensors"), decode((newest / f"{part}.json").read_text()))
+        state.restore(
+            load_file(newest / f"{part}.safetensors"), decode((newest / f"{part}.json").read_text(encoding="utf-8"))
+        )
         return True
 
     def _attempt(self, action: Any) -> str | None:
@@ -189,7 +191,7 @@ class Checkpoints:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
             settings = {**self.settings, "processes": self.accelerator.num_processes}
-            (aside / "settings.json").write_text(json.dumps(settings, indent=2) + "\n")
+            (aside / "settings.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
     def _write_part(self, aside: Path, state: TrainingState) -> None:
         part = aside / f"rank-{self.accelerator.process_index}"
@@ -197,7 +199,7 @@ class Checkpoints:
             save_file(state.tensors(), part.with_suffix(".safetensors"))
         except Exception as error:  # safetensors wraps system errors in an exception of its own
             raise OSError(str(error)) from error
-        part.with_suffix(".json").write_text(encode(state.values()))
+        part.with_suffix(".json").write_text(encode(state.values()), encoding="utf-8")
         for path in (*aside.glob(f"{part.name}.*"), aside):
             flush_to_disk(path)
 

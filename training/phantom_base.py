@@ -299,8 +299,10 @@ def make(output: Path) -> dict[str, Any]:
         scores = {site: score(model, processor, site) for site in SITES}
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
-        (folder / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
-        (folder / "README.md").write_text(CARD.format(**{f"auroc_{site}": s["auroc"] for site, s in scores.items()}))
+        (folder / "scores.json").write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
+        (folder / "README.md").write_text(
+            CARD.format(**{f"auroc_{site}": s["auroc"] for site, s in scores.items()}), encoding="utf-8"
+        )
     return scores
 
 

@@ -115,14 +115,14 @@ def results_of(settings: PaperSettings) -> dict[str, Any]:
     folder = Path(str(settings.output_dir))
     if not (settings.resume and (folder / "results.json").exists()):
         return Trainer(settings).run()
-    saved = json.loads((folder / "train_config.json").read_text())
+    saved = json.loads((folder / "train_config.json").read_text(encoding="utf-8"))
     for name, value in settings.fixed().items():
         if value is not None and saved.get(name) != value:
             raise TrainingError(
                 f"{folder} is of a run with {name} = {saved.get(name)}, not {value}. Resume with the same settings, or "
                 "choose another --output_dir."
             )
-    return json.loads((folder / "results.json").read_text())
+    return json.loads((folder / "results.json").read_text(encoding="utf-8"))
 
 
 def recipes_table(results: dict[str, dict[str, Any]]) -> str:
@@ -162,7 +162,7 @@ def reproduce(settings: PaperSettings) -> dict[str, Any]:
     state.print(f"\n{table}")
     if state.is_main_process:
         with whole_file(Path(str(settings.output_dir)) / "beside_the_paper.md") as aside:
-            aside.write_text(table + "\n")
+            aside.write_text(table + "\n", encoding="utf-8")
     return first
 
 

@@ -62,7 +62,7 @@ class RunFolder:
     def remembered(self, name: str) -> Any | None:
         """The value passed to `remember` before the run was stopped; `None` if there is none."""
         path = self.work / f"{name}.json"
-        return decode(path.read_text()) if path.exists() else None
+        return decode(path.read_text(encoding="utf-8")) if path.exists() else None
 
     def remember(self, name: str, value: Any) -> None:
         """Keep a result until the run is complete, for `remembered`.
@@ -72,7 +72,7 @@ class RunFolder:
             value: What `checkpoints.encode` takes.
         """
         with whole_file(self.work / f"{name}.json") as aside:
-            aside.write_text(encode(value))
+            aside.write_text(encode(value), encoding="utf-8")
 
     def reserve(self, size_bytes: int) -> None:
         """Reserve disk space for the final folder: hours of training must not end with a full disk.
@@ -109,10 +109,10 @@ class History:
     def __init__(self, path: Path, step: int):
         kept = []
         if path.exists():
-            kept = [line for line in path.read_text().splitlines() if line.endswith("}")]
+            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
             kept = [line for line in kept if json.loads(line)["step"] <= step]
         with whole_file(path) as aside:
-            aside.write_text("".join(f"{line}\n" for line in kept))
+            aside.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         self.path = path
 
     def add(self, step: int, figures: dict[str, float]) -> None:
@@ -123,7 +123,7 @@ class History:
             figures: Numbers by name.
         """
         try:
-            with self.path.open("a") as file:
+            with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **figures}) + "\n")
         except OSError as error:
             warnings.warn(f"{self.path}: step {step} was not recorded ({error}); training continues.", stacklevel=2)

@@ -107,12 +107,12 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(run, scans,
     """Below a file nobody may make a folder, whatever their rights."""
     monkeypatch.setattr(commands, "load_pipeline", lambda *_, **__: pytest.fail("nothing is loaded for it"))
     file = tmp_path / "file"
-    file.write_text("of others")
+    file.write_text("of others", encoding="utf-8")
     status, err = run(*(argument.format(scans=scans, file=file) for argument in arguments))
     assert status == FAILED
     assert len(err.splitlines()) == 1
     assert err.startswith(f"error: {file}")
-    assert file.read_text() == "of others"
+    assert file.read_text(encoding="utf-8") == "of others"
 
 
 @pytest.mark.slow

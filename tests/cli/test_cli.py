@@ -132,7 +132,7 @@ def test_a_file_has_a_row_per_study_and_the_bad_ones_beside_it(run, scans, pipe,
     failed = read_csv(tmp_path / "out/scores.csv.failed.csv")
     assert names(failed, scans) == BAD
     assert "it is no NIfTI file" in failed[0]["reason"]
-    settings = json.loads((tmp_path / "out/scores.csv.settings.json").read_text())
+    settings = json.loads((tmp_path / "out/scores.csv.settings.json").read_text(encoding="utf-8"))
     assert settings["labels"] == list(CT_CLIP_LABELS)
     assert not list((tmp_path / "out").glob("*part*"))
 
@@ -211,7 +211,10 @@ def test_an_adapter_names_its_base_and_calls_findings_present(run, scans, adapte
 
 def test_a_calibrated_adapter_gives_probabilities(run, scans, adapter, tmp_path):
     path = adapter / DESCRIPTION_FILE
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"calibration": {"Emphysema": [0.5, -1.0]}}))
+    path.write_text(
+        json.dumps(json.loads(path.read_text(encoding="utf-8")) | {"calibration": {"Emphysema": [0.5, -1.0]}}),
+        encoding="utf-8",
+    )
     _, out, _ = run("predict", scans / "0.nii.gz", "--adapter", adapter, model=None)
     run("predict", scans / "0.nii.gz", "--adapter", adapter, "--output", tmp_path / "scores.csv")
     (row,) = read_csv(tmp_path / "scores.csv")
@@ -301,7 +304,7 @@ def test_an_adapter_of_unknown_origin_is_remarked_on_in_a_line(run, scans, adapt
 def test_embed_search_and_recall(run, scans, pipe, tmp_path):
     index = tmp_path / "index.parquet"
     reports = tmp_path / "reports.csv"
-    reports.write_text("file_name,report\n0.nii.gz,a b\n1.nii.gz,c\nseries,c\n")
+    reports.write_text("file_name,report\n0.nii.gz,a b\n1.nii.gz,c\nseries,c\n", encoding="utf-8")
     assert run("embed", scans / "0.nii.gz", scans / "bad.nii.gz", "--output", index)[0] == 1
     assert read_csv(tmp_path / "index.parquet.failed.csv")[0]["study"] == str(scans / "bad.nii.gz")
     # A second run adds what is new: studies, and the report of one that was embedded without.
@@ -351,7 +354,7 @@ def test_map(run, scans, tmp_path):
     stems = ("a_debugging-aid", "b-c_debugging-aid")
     expected = sorted(f"{stem}{suffix}" for stem in stems for suffix in (".nii.gz", ".png"))
     assert sorted(path.name for path in (tmp_path / "maps").iterdir()) == [*expected, "findings.json"]
-    index = json.loads((tmp_path / "maps" / "findings.json").read_text())
+    index = json.loads((tmp_path / "maps" / "findings.json").read_text(encoding="utf-8"))
     assert [(found["label"], found["name"]) for found in index] == [
         ("a", "a_debugging-aid"),
         ("b c", "b-c_debugging-aid"),
@@ -372,7 +375,7 @@ def test_evaluate(run, tmp_path, monkeypatch):
     status, out, _ = run("evaluate", *options, model=PHANTOM_BASE)
     assert status == 0
     assert out.startswith("12 SYNTHETIC phantoms of site A: 12 scans of 12 patients\n")
-    results = json.loads(output.read_text())
+    results = json.loads(output.read_text(encoding="utf-8"))
     assert results["scores"]["auroc"]["value"] > 0.7
     assert f"{results['scores']['auroc']['value']:.3f}" in out
 
@@ -380,12 +383,12 @@ def test_evaluate(run, tmp_path, monkeypatch):
 def test_evaluate_reads_a_folder_and_skips_what_is_broken(run, scans, tmp_path):
     header = ",".join(["file_name", "split", *CT_CLIP_LABELS])
     rows = [f"{name},valid,{','.join([str(index % 2)] * 18)}" for index, name in enumerate([*GOOD, "bad.nii.gz"])]
-    (scans / "metadata.csv").write_text("\n".join([header, *rows]) + "\n")
+    (scans / "metadata.csv").write_text("\n".join([header, *rows]) + "\n", encoding="utf-8")
     output = tmp_path / "scores.json"
     status, out, err = run("evaluate", "--data", scans, "--num_workers", 0, "--output", output)
     assert status == 1
     assert "1 of 5 studies could not be read" in err
-    results = json.loads(output.read_text())
+    results = json.loads(output.read_text(encoding="utf-8"))
     assert (results["scans"], results["unreadable"], results["split"]) == (4, 1, "valid")
     assert "Lung nodule (2 with it)" in out
     status, _, err = run("evaluate", "--data", tmp_path / "nowhere")
@@ -420,7 +423,7 @@ def test_a_classifier_gives_its_findings(run, scans, classifier_folder, tmp_path
     monkeypatch.setattr(commands, "open_source", lambda *_, **__: phantom_source("A", range(6), 0))
     data = ["--data", "anywhere", "--num_workers", 0, "--output", tmp_path / "scores.json"]
     assert run("evaluate", *data, model=classifier_folder)[0] == 0
-    assert json.loads((tmp_path / "scores.json").read_text())["scans"] == 6
+    assert json.loads((tmp_path / "scores.json").read_text(encoding="utf-8"))["scans"] == 6
 
 
 @pytest.mark.parametrize("what", ["architectures", "processor", "weights"])
@@ -432,12 +435,12 @@ def test_what_does_not_belong_together_is_refused(run, scans, converted, tmp_pat
         shutil.copy(tmp_path / "vision/model.safetensors", folder)
     else:
         path = folder / ("config.json" if what == "architectures" else "processor_config.json")
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
         if what == "architectures":
             content["architectures"] = ["MedCTVisionModel"]
         else:
             content["image_processor"]["hu_min"] = -900
-        path.write_text(json.dumps(content))
+        path.write_text(json.dumps(content), encoding="utf-8")
     status, out, err = run("predict", scans / "0.nii.gz", model=folder)
     assert (status, out) == (2, "")
     said = {"architectures": "saved as MedCTVisionModel", "processor": "hu_min -900", "weights": "lacks the"}

@@ -14,9 +14,9 @@ from medct.common.files import Reserve, flush_to_disk, whole_file, whole_folder
 
 def test_appears_when_complete(tmp_path):
     with whole_folder(tmp_path / "a/out") as folder:
-        (folder / "file").write_text("content")
+        (folder / "file").write_text("content", encoding="utf-8")
         assert not (tmp_path / "a/out").exists()
-    assert (tmp_path / "a/out/file").read_text() == "content"
+    assert (tmp_path / "a/out/file").read_text(encoding="utf-8") == "content"
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["out"]
 
 
@@ -36,26 +36,26 @@ def test_a_failure_leaves_nothing_behind(tmp_path, error):
 
 
 def test_existing_output_is_kept(tmp_path):
-    (tmp_path / "file").write_text("mine")
+    (tmp_path / "file").write_text("mine", encoding="utf-8")
     for taken in (tmp_path, tmp_path / "file"):
         with pytest.raises(FileExistsError, match="not empty"), whole_folder(taken):
             pytest.fail("must not begin")
-    assert (tmp_path / "file").read_text() == "mine"
+    assert (tmp_path / "file").read_text(encoding="utf-8") == "mine"
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path):
     path = tmp_path / "a.txt"
     with whole_file(path) as aside:
-        aside.write_text("new")
+        aside.write_text("new", encoding="utf-8")
         assert not path.exists()
-    assert path.read_text() == "new"
+    assert path.read_text(encoding="utf-8") == "new"
     for error in (RuntimeError, KeyboardInterrupt, SystemExit):
         with pytest.raises(error), whole_file(path) as aside:
-            aside.write_text("half")
+            aside.write_text("half", encoding="utf-8")
             raise error
     with pytest.raises(FileNotFoundError), whole_file(path):
         pass  # nothing written
-    assert path.read_text() == "new"
+    assert path.read_text(encoding="utf-8") == "new"
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -107,7 +107,7 @@ def noted(monkeypatch):
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="looks there for names")
 def test_content_is_on_the_disk_before_the_name(tmp_path, noted):
     with whole_file(tmp_path / "file") as aside:
-        aside.write_text("content")
+        aside.write_text("content", encoding="utf-8")
     assert noted == [("flush", str(aside)), ("rename", str(aside)), ("flush", str(tmp_path))]
     noted.clear()
     with whole_folder(tmp_path / "out") as folder:
@@ -170,7 +170,7 @@ def fill_the_disk(path):
 
 
 def open_nothing(path):
-    path.joinpath("no", "such").open("w")
+    path.joinpath("no", "such").open("w", encoding="utf-8")
 
 
 @pytest.mark.parametrize("fail", [fill_the_disk, open_nothing])

@@ -133,7 +133,7 @@ def test_unreadable_volumes_are_counted_while_streaming(ct_rate, processor, tmp_
     assert len(names) == 9
     assert not {f"{name}.nii.gz" for name in BROKEN} & set(names)
     assert (loader.num_bad, loader.num_seen) == (1, 10)
-    assert "train_6_a_1" in listed.read_text()
+    assert "train_6_a_1" in listed.read_text(encoding="utf-8")
 
 
 def test_tune_is_part_of_the_train_patients(ct_rate):
@@ -175,9 +175,9 @@ def test_a_partial_copy_leaves_out_what_is_not_there(ct_rate):
 
 def test_rows_that_contradict_each_other_are_refused(ct_rate):
     labels = ct_rate / "dataset/multi_abnormality_labels/train_predicted_labels.csv"
-    lines = labels.read_text().splitlines()
+    lines = labels.read_text(encoding="utf-8").splitlines()
     row = next(line for line in lines if line.startswith("train_4_a_1"))
-    labels.write_text("\n".join([*lines, row[:-1] + str(1 - int(row[-1]))]))
+    labels.write_text("\n".join([*lines, row[:-1] + str(1 - int(row[-1]))]), encoding="utf-8")
     with pytest.raises(DataError, match=r"1 values of 'VolumeName' have several rows .* 'train_4_a_1.nii.gz'"):
         open_source(str(ct_rate), "train", CONFIG)
 
@@ -192,7 +192,7 @@ def test_rows_that_contradict_each_other_are_refused(ct_rate):
 )
 def test_a_missing_column_is_named(ct_rate, table, column):
     path = ct_rate / "dataset" / table
-    path.write_text(path.read_text().replace(column, "Other", 1))
+    path.write_text(path.read_text(encoding="utf-8").replace(column, "Other", 1), encoding="utf-8")
     with pytest.raises(DataError, match=f"{path.name}: has no column '{column}'"):
         open_source(str(ct_rate), "train", CONFIG)
 
@@ -209,7 +209,7 @@ def test_a_missing_table_is_named(ct_rate):
 
 def test_damaged_tables_are_refused_in_one_sentence(ct_rate):
     labels = ct_rate / "dataset/multi_abnormality_labels/train_predicted_labels.csv"
-    labels.write_text(labels.read_text().replace(",1,", ",maybe,", 1))
+    labels.write_text(labels.read_text(encoding="utf-8").replace(",1,", ",maybe,", 1), encoding="utf-8")
     with pytest.raises(DataError, match="is not a number"):
         open_source(str(ct_rate), "train", CONFIG)
     labels.write_bytes(b"\xff\xfe\x00")
@@ -219,8 +219,10 @@ def test_damaged_tables_are_refused_in_one_sentence(ct_rate):
 
 def test_version_1_needs_a_complete_row_of_metadata(ct_rate):
     path = ct_rate / "dataset/metadata/train_metadata.csv"
-    lines = [line for line in path.read_text().splitlines() if not line.startswith("train_11_a_1")]
-    path.write_text("\n".join(line.replace("-1024.0", "") if "train_4_a" in line else line for line in lines))
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("train_11_a_1")]
+    path.write_text(
+        "\n".join(line.replace("-1024.0", "") if "train_4_a" in line else line for line in lines), encoding="utf-8"
+    )
     found = reasons(open_source(str(ct_rate), "train", CONFIG, tune_share=0, version=1))
     assert found["train_11_a_1"] == "no row of metadata, which version 1 needs"
     assert found["train_4_a_1"] == "no rescale slope or intercept in its metadata"
@@ -232,7 +234,7 @@ def test_a_patient_in_both_splits_is_refused(ct_rate, patient):
     """In CT-RATE itself, the names of patients state the split."""
     for split, tables in (("train", "train_*.csv"), ("valid", "valid*.csv")):
         for path in (ct_rate / "dataset").rglob(tables):
-            path.write_text(path.read_text().replace(f"{split}_1_", f"{patient}_"))
+            path.write_text(path.read_text(encoding="utf-8").replace(f"{split}_1_", f"{patient}_"), encoding="utf-8")
     with pytest.raises(DataError, match=r"1 patients are in both the train and the valid split, so scores would be"):
         open_source(str(ct_rate), "valid", CONFIG)
     if patient == "case_1":
@@ -242,7 +244,7 @@ def test_a_patient_in_both_splits_is_refused(ct_rate, patient):
 
 def test_other_names_of_patients_are_accepted(ct_rate):
     for path in (ct_rate / "dataset").rglob("train_*.csv"):
-        path.write_text(path.read_text().replace("train_11_", "case_11_"))
+        path.write_text(path.read_text(encoding="utf-8").replace("train_11_", "case_11_"), encoding="utf-8")
     (ct_rate / "dataset/train_fixed/train_11").rename(ct_rate / "dataset/train_fixed/case_11")
     source = open_source(str(ct_rate), "train", CONFIG, tune_share=0)
     assert reasons(source)["case_11_a_1"] == "no such file"  # its folder and file have the old name
@@ -288,6 +290,6 @@ def test_no_scan_of_a_patient_stands_in_another_split(tmp_path):
 
 def test_the_spacings_of_version_1_are_those_of_their_axes(ct_rate):
     path = ct_rate / "dataset/metadata/train_metadata.csv"
-    path.write_text(path.read_text().replace("[2.0, 2.0]", "[0.5, 0.75]"))
+    path.write_text(path.read_text(encoding="utf-8").replace("[2.0, 2.0]", "[0.5, 0.75]"), encoding="utf-8")
     row = rows_by_name(open_source(str(ct_rate), "train", CONFIG, tune_share=0, version=1))["train_12_a_1"]
     assert read_study(row, "SLP").spacing_mm == (0.5, 0.75, 3.0)

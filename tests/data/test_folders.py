@@ -89,7 +89,7 @@ def test_what_cannot_be_fetched_is_given_up_and_counted(ct_rate, processor, tmp_
     assert loader.num_bad == 3
     for name in ("train_11_a_1", "train_12_a_1"):
         assert ct_rate.count(volume_request(name)) == MAX_RETRIES + 1
-        assert name in listed.read_text()
+        assert name in listed.read_text(encoding="utf-8")
 
 
 def test_loader_processes_fetch_for_themselves(ct_rate, processor):

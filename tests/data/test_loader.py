@@ -168,7 +168,7 @@ def test_bad_studies_are_skipped_and_listed(processor, tmp_path, num_workers):
     loader = make_loader(processor, source, bad_samples_file=listed, num_workers=num_workers, max_bad_share=0.1)
     assert [len(batch) for batch in ids_of(loader, epochs=1)] == [4] * 9 + [2]
     assert (loader.num_bad, loader.num_seen) == (2, 40)
-    lines = [json.loads(line) for line in listed.read_text().splitlines()]
+    lines = [json.loads(line) for line in listed.read_text(encoding="utf-8").splitlines()]
     assert {line["id"] for line in lines} == {"study-7", "study-8"}
     assert lines[0]["epoch"] == 0
     assert lines[0]["reason"].startswith("VolumeError: nothing.nii.gz: it cannot be read")
@@ -208,7 +208,7 @@ def test_a_bad_study_is_listed_once_however_often_it_is_met(processor, tmp_path)
     again = make_loader(processor, source, rank=1, world_size=2, **settings)
     again.load_state_dict(loader.state_dict())
     ids_of(again, epochs=5)
-    lines = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text(encoding="utf-8").splitlines()]
     assert sorted(line["id"] for line in lines) == ["study-7", "study-8"]
 
 
@@ -398,7 +398,7 @@ def test_a_loader_process_that_dies_costs_its_study_alone(processor, tmp_path, n
     assert all_of(loader) == [f"study-{key}" for key in range(23) if key not in deadly]
     assert time.monotonic() - started < 10
     assert (loader.num_bad, loader.num_seen) == (5, 23)
-    lines = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [line["id"] for line in lines] == [f"study-{key}" for key in deadly]
     assert all(re.search(f"its loader process {ENDS[code]}$", line["reason"]) for line in lines)
 
@@ -472,7 +472,7 @@ def test_loader_processes_end_with_the_run():
 
 def _is_running(pid):
     try:
-        return ") Z " not in Path(f"/proc/{pid}/stat").read_text()
+        return ") Z " not in Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
     except OSError:
         return False
 

@@ -216,7 +216,7 @@ def test_what_is_not_a_finished_folder_is_refused(folder, tmp_path, config, sour
     file.unlink()
     with pytest.raises(DataError, match=r"train-00001-of-00003.parquet: is missing. Copy the folder again, or"):
         prepared_source(copy, "train", config)
-    (copy / "manifest.json").write_text("{")
+    (copy / "manifest.json").write_text("{", encoding="utf-8")
     with pytest.raises(DataError, match=r"manifest.json cannot be read"):
         prepared_source(copy, "train", config)
 
@@ -583,7 +583,7 @@ def test_a_revision_is_that_of_everything_that_is_read(folder, config, monkeypat
 
     def note(address, options):
         asked.append(address)
-        return json.loads((folder / "manifest.json").read_text())
+        return json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
 
     monkeypatch.setattr("medct.data.prepared.read_manifest", note)
     address = f"hf://datasets/org/scans{below}"
@@ -605,10 +605,10 @@ def test_a_shard_of_another_size_than_was_written_is_made_again(folder, tmp_path
 def test_each_setting_of_the_grid_is_compared(folder, tmp_path, config, setting):
     shutil.copytree(folder, tmp_path / "out")
     path = tmp_path / "out" / "manifest.json"
-    manifest = json.loads(path.read_text())
+    manifest = json.loads(path.read_text(encoding="utf-8"))
     manifest["settings"][setting] = {"orientation": "SLA", "image_size": [8, 8, 8], "target_spacing_mm": [1, 1, 1]}.get(
         setting, -777.0
     )
-    path.write_text(json.dumps(manifest))
+    path.write_text(json.dumps(manifest), encoding="utf-8")
     with pytest.raises(DataError, match=f"prepared for `{setting}`"):
         prepared_source(tmp_path / "out", "train", config)

@@ -93,7 +93,9 @@ def test_faults_while_shards_stream_are_overcome_up_to_a_limit(on_the_hub, confi
     before = on_the_hub.count(last)
     assert [name for batch in loader for name in batch["ids"]] == everyone[:6]
     assert loader.num_bad == 1
-    assert "train-00002-of-00003.parquet, row 0: it cannot be read" in (tmp_path / "bad.jsonl").read_text()
+    assert "train-00002-of-00003.parquet, row 0: it cannot be read" in (tmp_path / "bad.jsonl").read_text(
+        encoding="utf-8"
+    )
     assert on_the_hub.count(last) - before == 3 * 6  # three attempts of six requests at its row, none at its volume
 
 

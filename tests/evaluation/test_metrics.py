@@ -72,7 +72,7 @@ def slow_protocol(scores, truth):
 
 
 def test_equals_the_recorded_figures(shared):
-    recorded = json.loads((shared / "golden/metrics.json").read_text())
+    recorded = json.loads((shared / "golden/metrics.json").read_text(encoding="utf-8"))
     scores, labels, expected = recorded["scores"], recorded["labels"], recorded["expected"]
     names = [str(index) for index in range(18)]
     protocol = ct_clip_protocol(scores, labels, names)

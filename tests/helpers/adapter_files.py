@@ -57,6 +57,6 @@ def save_adapter(base: Path, folder: Path, seed: int = 0, results: dict | None =
     peft.save_pretrained(folder)
     describe_adapter(peft, folder, base=str(base), thresholds=None if results is None else results["thresholds"])
     if results is not None:
-        (folder / "results.json").write_text(json.dumps(results))
-        (folder / "train_config.json").write_text(json.dumps(TRAINING | {"model": str(base)}))
+        (folder / "results.json").write_text(json.dumps(results), encoding="utf-8")
+        (folder / "train_config.json").write_text(json.dumps(TRAINING | {"model": str(base)}), encoding="utf-8")
     return folder

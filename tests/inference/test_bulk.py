@@ -46,7 +46,7 @@ def test_an_incomplete_line_is_dropped(tmp_path, format):
 
 def test_an_incomplete_header_is_rewritten(tmp_path):
     path = tmp_path / "rows"
-    path.write_text(CSV.header()[:4])
+    path.write_text(CSV.header()[:4], encoding="utf-8")
     write(path, CSV, ROWS)
     assert read_rows(path, CSV) == ROWS
 
@@ -59,10 +59,10 @@ def test_a_line_break_in_a_value_makes_no_second_line(tmp_path):
 @pytest.mark.parametrize("content", ["study,other\n", "hello\n", '{"x": 1}\n', "[1]\n"])
 def test_files_of_others_are_left_alone(tmp_path, format, content):
     path = tmp_path / "rows"
-    path.write_text(content)
+    path.write_text(content, encoding="utf-8")
     with pytest.raises(ValueError, match="rows that this run would not write"):
         RowFile(path, format)
-    assert path.read_text() == content
+    assert path.read_text(encoding="utf-8") == content
 
 
 def test_parts_are_merged_in_order_and_once(tmp_path, format):
@@ -80,7 +80,7 @@ def test_parts_are_merged_in_order_and_once(tmp_path, format):
 
 def test_merging_nothing_makes_an_empty_file(tmp_path):
     assert merge(tmp_path / "rows", CSV) == 0
-    assert (tmp_path / "rows").read_text() == CSV.header()
+    assert (tmp_path / "rows").read_text(encoding="utf-8") == CSV.header()
 
 
 def test_a_full_disk_is_told_with_the_file_and_costs_the_row(tmp_path, format):

@@ -114,10 +114,11 @@ def test_reports_that_say_nothing_count_as_missing(tmp_path):
     path = tmp_path / "reports.csv"
     path.write_text(
         "VolumeName,Findings_EN,Impressions_EN\n"
-        "a.nii.gz,Not given.,Not given.\nb.nii.gz,Not given.,Clear lungs.\nc.nii.gz,,\n"
+        "a.nii.gz,Not given.,Not given.\nb.nii.gz,Not given.,Clear lungs.\nc.nii.gz,,\n",
+        encoding="utf-8",
     )
     assert read_reports(path) == {"b.nii.gz": "Clear lungs."}
-    path.write_text('file_name,report\na,"unclosed\n')
+    path.write_text('file_name,report\na,"unclosed\n', encoding="utf-8")
     with pytest.raises(SearchError, match="not a csv file"):
         read_reports(path)
 
@@ -125,7 +126,7 @@ def test_reports_that_say_nothing_count_as_missing(tmp_path):
 def test_what_is_not_an_index_is_refused(tmp_path):
     with pytest.raises(SearchError, match="no such file"):
         read_embeddings(tmp_path / "index.parquet")
-    (tmp_path / "index.parquet").write_text("no parquet")
+    (tmp_path / "index.parquet").write_text("no parquet", encoding="utf-8")
     with pytest.raises(SearchError, match="not a file of embeddings"):
         read_embeddings(tmp_path / "index.parquet")
 
@@ -139,7 +140,9 @@ def test_what_is_not_an_index_is_refused(tmp_path):
     ],
 )
 def test_reports_are_found_by_the_end_of_a_path(tmp_path, header, row, report):
-    (tmp_path / "reports.csv").write_text(f"{header}\n{row}\n2.nii.gz,{',' * (header.count(',') - 1)}\n")
+    (tmp_path / "reports.csv").write_text(
+        f"{header}\n{row}\n2.nii.gz,{',' * (header.count(',') - 1)}\n", encoding="utf-8"
+    )
     reports = read_reports(tmp_path / "reports.csv")
     assert report_of("/data/a/1.nii.gz", reports) == report
     assert report_of("/data/a/11.nii.gz", reports) is None
@@ -147,6 +150,6 @@ def test_reports_are_found_by_the_end_of_a_path(tmp_path, header, row, report):
 
 
 def test_a_csv_without_reports_is_refused(tmp_path):
-    (tmp_path / "reports.csv").write_text("name,text\na,b\n")
+    (tmp_path / "reports.csv").write_text("name,text\na,b\n", encoding="utf-8")
     with pytest.raises(SearchError, match="Name one file_name or VolumeName"):
         read_reports(tmp_path / "reports.csv")

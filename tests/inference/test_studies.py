@@ -42,7 +42,7 @@ def hospital(tmp_path):
     write_series(folder / "mixed", make_hu((3, 8, 8)))
     for name in ("README.md", "a/series/notes.txt", ".hidden.nii.gz", "._b.nii.gz", "a/.git/x.nii.gz"):
         (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text("no scan")
+        (folder / name).write_text("no scan", encoding="utf-8")
     (folder / "a/loop").symlink_to(folder)
     return folder
 

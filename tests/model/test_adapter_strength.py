@@ -20,7 +20,9 @@ def adapter(converted, tmp_path_factory):
     """On both encoders, with a calibration for one finding."""
     folder = save_adapter(converted, tmp_path_factory.mktemp("strength") / "adapter", results=RESULTS, use_rslora=True)
     path = folder / DESCRIPTION_FILE
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"calibration": CALIBRATION}))
+    path.write_text(
+        json.dumps(json.loads(path.read_text(encoding="utf-8")) | {"calibration": CALIBRATION}), encoding="utf-8"
+    )
     return folder
 
 

@@ -35,8 +35,8 @@ def edited(adapter, tmp_path):
         folder.mkdir()
         for name in ("adapter_model.safetensors", "adapter_config.json"):
             (folder / name).write_bytes((adapter / name).read_bytes())
-        description = json.loads((adapter / "medct_adapter.json").read_text()) | changes
-        (folder / "medct_adapter.json").write_text(json.dumps(description))
+        description = json.loads((adapter / "medct_adapter.json").read_text(encoding="utf-8")) | changes
+        (folder / "medct_adapter.json").write_text(json.dumps(description), encoding="utf-8")
         return folder
 
     return edit
@@ -203,7 +203,10 @@ def test_a_torn_file_is_refused(model, edited):
 
 def test_a_configuration_for_other_modules_is_refused(model, edited):
     path = edited() / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"target_modules": ["nothing_of_this_name"]}))
+    path.write_text(
+        json.dumps(json.loads(path.read_text(encoding="utf-8")) | {"target_modules": ["nothing_of_this_name"]}),
+        encoding="utf-8",
+    )
     with pytest.raises(AdapterMismatchError, match="fits no module of this model"):
         check_fit(model, path.parent)
 

@@ -164,7 +164,7 @@ assert type(model).__module__.startswith("transformers_modules.")
 
 def test_only_safetensors_are_written(converted):
     assert [path.name for path in converted.iterdir() if path.suffix in (".bin", ".pt", ".pth")] == []
-    assert "auto_map" in json.loads((converted / "config.json").read_text())
+    assert "auto_map" in json.loads((converted / "config.json").read_text(encoding="utf-8"))
     assert MedCTModel.from_pretrained(converted, use_safetensors=True)
 
 
@@ -180,7 +180,7 @@ def imports(tree: ast.AST):
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_imports_obey_the_rules_of_remote_code(name):
-    found = list(imports(ast.parse((ROOT / name).read_text())))
+    found = list(imports(ast.parse((ROOT / name).read_text(encoding="utf-8"))))
     assert found or name == "errors_medct.py"
     for module, level, is_guarded in found:
         if level:

@@ -44,7 +44,7 @@ def by_the_letter(volume: np.ndarray, spacing_mm, target_spacing_mm, size) -> to
 @pytest.mark.parametrize("case", ["crops_all_axes", "pads_all_axes"])
 def test_equals_the_original(shared, case):
     folder = shared / "golden/preprocess"
-    facts = json.loads((folder / f"{case}.json").read_text())
+    facts = json.loads((folder / f"{case}.json").read_text(encoding="utf-8"))
     expected = np.load(folder / f"{case}.expected.npz")
     rescale = {name: facts[name] for name in ("rescale_slope", "rescale_intercept")}
     batch = MedCTImageProcessor()(folder / f"{case}.nii.gz", return_tensors="pt", **rescale)

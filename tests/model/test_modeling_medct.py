@@ -90,7 +90,7 @@ def threads():
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_equals_the_original(shared, threads, attention, num_threads):
     threads(num_threads)
-    sizes = json.loads((shared / "golden/config.json").read_text())
+    sizes = json.loads((shared / "golden/config.json").read_text(encoding="utf-8"))
     expected = load_file(shared / "golden/expected.safetensors")
     state = torch.load(shared / "golden/ct_clip.pt", weights_only=True)
     model = build_model(config_from_sizes(sizes), map_keys(state)[0])
@@ -102,7 +102,7 @@ def test_equals_the_original(shared, threads, attention, num_threads):
 
 def test_reference_equals_the_original(shared):
     """The stand-in for the recorded tensors where they are not available."""
-    sizes = json.loads((shared / "golden/config.json").read_text())
+    sizes = json.loads((shared / "golden/config.json").read_text(encoding="utf-8"))
     expected = load_file(shared / "golden/expected.safetensors")
     state = torch.load(shared / "golden/ct_clip.pt", weights_only=True)
     for name, value in reference.run(state, sizes, expected).items():

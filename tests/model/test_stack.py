@@ -323,7 +323,7 @@ def _cached(adapter, cache, *, says_absent):
     snapshot = repo / "snapshots" / commit
     snapshot.mkdir(parents=True)
     (repo / "refs").mkdir()
-    (repo / "refs/main").write_text(commit)
+    (repo / "refs/main").write_text(commit, encoding="utf-8")
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         shutil.copy(f"{adapter}/{name}", snapshot)
     if says_absent:

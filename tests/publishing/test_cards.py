@@ -91,7 +91,7 @@ def test_the_plot_is_shown_where_there_is_one(trained, card):
 def test_an_adapter_without_results_has_a_card_too(converted, tmp_path):
     folder = save_adapter(converted, tmp_path / "bare")
     (folder / "medct_adapter.json").unlink()
-    card = ModelCard(write_card(folder).read_text())
+    card = ModelCard(write_card(folder).read_text(encoding="utf-8"))
     assert card.data.eval_results is None
     assert "No scores are recorded." in card.text
     assert "Not recorded." in card.text
@@ -100,7 +100,9 @@ def test_an_adapter_without_results_has_a_card_too(converted, tmp_path):
 def test_each_key_of_the_results_may_be_missing(converted, tmp_path):
     folder = save_adapter(converted, tmp_path / "run", results=RESULTS)
     for key in RESULTS:
-        (folder / "results.json").write_text(json.dumps({name: RESULTS[name] for name in RESULTS if name != key}))
+        (folder / "results.json").write_text(
+            json.dumps({name: RESULTS[name] for name in RESULTS if name != key}), encoding="utf-8"
+        )
         assert ModelCard(render_card(folder)).data.library_name == "peft"
 
 
@@ -108,7 +110,7 @@ def test_the_licence_is_that_of_the_base(tmp_path):
     base = tmp_path / "base"
     base.mkdir()
     assert base_license(str(base)) is None
-    (base / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    (base / "README.md").write_text("---\nlicense: apache-2.0\n---\n", encoding="utf-8")
     assert base_license(str(base)) == "apache-2.0"
     (tmp_path / "ct-clip").mkdir()
     assert base_license(str(tmp_path / "ct-clip")) == "cc-by-nc-sa-4.0"
@@ -126,7 +128,7 @@ def test_the_page_tells_the_bases_licence(trained, tmp_path, card):
     assert "## Licence\n\ncc-by-nc-sa-4.0, as the base that it was derived from." in card.content
     base = tmp_path / "base"
     base.mkdir()
-    (base / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    (base / "README.md").write_text("---\nlicense: apache-2.0\n---\n", encoding="utf-8")
     found = ModelCard(render_card(trained, base=str(base)))
     assert found.data.license == "apache-2.0"
     assert "apache-2.0, as the base that it was derived from." in found.content

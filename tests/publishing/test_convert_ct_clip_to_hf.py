@@ -61,7 +61,7 @@ def test_model_and_processor_load_from_the_folder(converted, checkpoint):
     assert processor.tokenizer.tokenize("IS Not present.") == ["is", "not", "present", "."]
     assert processor.tokenizer.model_max_length == 32
     assert not any("extra" in key for key in load_file(converted / "model.safetensors"))
-    assert "CC-BY-NC-SA" in (converted / "README.md").read_text()
+    assert "CC-BY-NC-SA" in (converted / "README.md").read_text(encoding="utf-8")
 
 
 def test_golden_checkpoint_converts(shared, tokenizer_folder, tmp_path):
@@ -135,19 +135,19 @@ def test_code_in_a_checkpoint_is_not_run(tokenizer_folder, tmp_path):
 def test_missing_tokenizer_and_sizes(checkpoint, tokenizer_folder, sizes_file, tmp_path):
     with pytest.raises(ConversionError, match="not a tokenizer"):
         convert(checkpoint, tmp_path / "out", str(tmp_path / "nowhere"), sizes_file)
-    sizes = json.loads(sizes_file.read_text())
+    sizes = json.loads(sizes_file.read_text(encoding="utf-8"))
     del sizes["heads"]
-    (tmp_path / "sizes.json").write_text(json.dumps(sizes))
+    (tmp_path / "sizes.json").write_text(json.dumps(sizes), encoding="utf-8")
     with pytest.raises(ConversionError, match="lack 'heads'"):
         convert(checkpoint, tmp_path / "out", str(tokenizer_folder), tmp_path / "sizes.json")
     assert not (tmp_path / "out").exists()
 
 
 def test_existing_output_is_not_touched(checkpoint, tokenizer_folder, sizes_file, tmp_path):
-    (tmp_path / "mine.txt").write_text("keep")
+    (tmp_path / "mine.txt").write_text("keep", encoding="utf-8")
     with pytest.raises(FileExistsError, match="not empty"):
         convert(checkpoint, tmp_path, str(tokenizer_folder), sizes_file)
-    assert (tmp_path / "mine.txt").read_text() == "keep"
+    assert (tmp_path / "mine.txt").read_text(encoding="utf-8") == "keep"
 
 
 def test_command_line_says_what_is_wrong_in_one_line(tmp_path, tokenizer_folder, refused, monkeypatch):

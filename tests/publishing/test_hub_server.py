@@ -28,7 +28,7 @@ def folder(tmp_path):
     folder = tmp_path / "folder"
     (folder / "sub").mkdir(parents=True)
     (folder / "model.safetensors").write_bytes(LARGE)
-    (folder / "sub/notes.txt").write_text("a")
+    (folder / "sub/notes.txt").write_text("a", encoding="utf-8")
     return folder
 
 
@@ -38,7 +38,7 @@ def test_what_is_uploaded_can_be_downloaded(hub, api, folder, tmp_path, repo_typ
     api.create_repo(**repo)
     api.create_repo(**repo, exist_ok=True)
     first = api.upload_folder(folder_path=folder, **repo)
-    (folder / "sub/notes.txt").write_text("b")
+    (folder / "sub/notes.txt").write_text("b", encoding="utf-8")
     second = api.upload_folder(folder_path=folder, parent_commit=first.oid, **repo)
     assert hub.count("PUT /lfs/") == 1  # what did not change is not sent again
     assert api.upload_folder(folder_path=folder, **repo).oid == second.oid
@@ -46,7 +46,7 @@ def test_what_is_uploaded_can_be_downloaded(hub, api, folder, tmp_path, repo_typ
     api.create_tag(tag="v1", revision=first.oid, **repo)
     for revision, text in (("main", "b"), (second.oid, "b"), ("v1", "a"), (first.oid, "a")):
         path = api.hf_hub_download(filename="sub/notes.txt", revision=revision, cache_dir=tmp_path / "cache", **repo)
-        assert Path(path).read_text() == text
+        assert Path(path).read_text(encoding="utf-8") == text
     path = api.snapshot_download(cache_dir=tmp_path / "cache", **repo)
     assert Path(path, "model.safetensors").read_bytes() == LARGE
 

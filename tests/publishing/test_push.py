@@ -124,7 +124,9 @@ def test_base_and_adapter_are_pushed_and_pulled_without_medct(hub, base, adapter
 
 
 def test_a_base_is_pushed_with_its_code_and_card(hub, base, pushed_base):
-    (base / "train_config.json").write_text('{"data": "/wards/3/site-b"}')  # as a run that adapts all weights leaves it
+    (base / "train_config.json").write_text(
+        '{"data": "/wards/3/site-b"}', encoding="utf-8"
+    )  # as a run that adapts all weights leaves it
     push_model(base, "org/adapted")
     assert json.loads(hub.files("org/adapted")["train_config.json"]) == {"data": "site-b"}
     (base / "train_config.json").unlink()
@@ -137,7 +139,7 @@ def test_a_base_is_pushed_with_its_code_and_card(hub, base, pushed_base):
 
 
 def test_an_adapter_names_its_base_by_id_and_commit(hub, adapter, pushed_base):
-    (adapter / "studies.csv").write_text("patient-17")
+    (adapter / "studies.csv").write_text("patient-17", encoding="utf-8")
     (adapter / "roc.png").write_bytes(b"png")
     before = {path: path.read_bytes() for path in adapter.iterdir()}
     push_adapter(adapter, "org/site-b", base="org/base", base_revision="main")
@@ -166,10 +168,10 @@ def test_a_moving_revision_is_resolved_to_a_commit(hub, base, pushed_base):
 
 def test_edits_of_the_card_are_kept(hub, adapter, pushed_base):
     page = "---\nlicense: mit\n---\n\nMy own words."
-    (adapter / "README.md").write_text(page)
+    (adapter / "README.md").write_text(page, encoding="utf-8")
     push_adapter(adapter, "org/a", base="org/base", base_revision="main")
     assert hub.files("org/a")["README.md"].decode() == page
-    (adapter / "README.md").write_text(f"old\n{GENERATED}\n")
+    (adapter / "README.md").write_text(f"old\n{GENERATED}\n", encoding="utf-8")
     push_adapter(adapter, "org/a", base="org/base", base_revision="main")
     assert b"## Results" in hub.files("org/a")["README.md"]
 
@@ -209,7 +211,7 @@ def test_another_base_than_the_one_trained_on_is_refused(hub, adapter, base, pus
 
 def test_an_unknown_licence_is_not_guessed(hub, adapter, base, monkeypatch, refused):
     hub.connect(monkeypatch)
-    (base / "README.md").write_text("no metadata")
+    (base / "README.md").write_text("no metadata", encoding="utf-8")
     push_model(base, "org/base")
     at = ("--base", "org/base", "--base_revision", "main")
     assert "names no licence" in refused("push", adapter, "org/a", *at)
@@ -236,7 +238,7 @@ def test_what_is_not_an_adapter_or_model_is_refused(base, adapter, tmp_path, ref
 
 
 def test_a_path_of_this_machine_is_refused(hub, base, refused):
-    (base / "README.md").write_text("see /home/me/notes")
+    (base / "README.md").write_text("see /home/me/notes", encoding="utf-8")
     assert "names a path of this machine (/home/me/notes)" in refused("push", base, "org/a")
 
 
@@ -253,7 +255,7 @@ def test_a_user_without_write_access_is_told_so(hub, base, monkeypatch, refused)
 
 def test_a_bad_card_is_refused_in_the_hubs_words(hub, base, monkeypatch, refused):
     hub.connect(monkeypatch)
-    (base / "README.md").write_text("---\nlicense: my-own\n---\n")
+    (base / "README.md").write_text("---\nlicense: my-own\n---\n", encoding="utf-8")
     message = refused("push", base, "org/a")
     assert '"license" must be one of' in message
     assert "finish with" not in message
@@ -290,7 +292,7 @@ def test_a_busy_hub_is_given_the_time_it_asks_for(hub, base, monkeypatch, waits,
     assert 42 in waits
     assert "too many requests (429); retrying in 42 s" in capsys.readouterr().err
     hub.fail("POST .*commit/main", status=429, retry_after=3600)
-    (base / "README.md").write_text("changed")
+    (base / "README.md").write_text("changed", encoding="utf-8")
     with pytest.raises(PushError, match="too many requests"):
         push_model(base, "org/base")
     assert 3600 not in waits
@@ -313,7 +315,7 @@ def test_what_stays_at_home_is_told(hub, base, monkeypatch, capsys):
     hub.connect(monkeypatch)
     for name in ("studies.csv", "notes/patients.txt", "checkpoint.log"):
         (base / name).parent.mkdir(exist_ok=True)
-        (base / name).write_text("mine")
+        (base / name).write_text("mine", encoding="utf-8")
     capsys.readouterr()
     main(["push", str(base), "org/base"])
     *told, url = capsys.readouterr().out.splitlines()

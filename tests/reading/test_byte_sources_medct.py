@@ -56,7 +56,7 @@ def test_folders_without_slices(tmp_path):
     with pytest.raises(VolumeError, match="it is empty"):
         read_volume(tmp_path)
     for name in "ab":
-        (tmp_path / "deep" / name).write_text("no scan")
+        (tmp_path / "deep" / name).write_text("no scan", encoding="utf-8")
     with pytest.raises(VolumeError, match="2 x no DICOM file"):
         read_volume(tmp_path)
 
@@ -69,7 +69,7 @@ def test_a_folder_of_one_nifti_is_that_nifti(nifti, hu):
 def test_too_many_files(tmp_path, monkeypatch):
     monkeypatch.setattr(byte_sources_medct, "MAX_FILES", 3)
     for name in "abcd":
-        (tmp_path / name).write_text("")
+        (tmp_path / name).write_text("", encoding="utf-8")
     with pytest.raises(VolumeError, match="more than 3 files"):
         read_volume(tmp_path)
 

@@ -43,7 +43,7 @@ def decode_pixel_data(frame, version):
 @pytest.fixture
 def fake(tmp_path, monkeypatch):
     """Helpers of a decoder that does what it is told: `fake(word)` gives the pixels, all of them its process number."""
-    (tmp_path / "openjpeg.py").write_text(FAKE)
+    (tmp_path / "openjpeg.py").write_text(FAKE, encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(decoders_medct, "SECONDS", 1.0)
     monkeypatch.setattr(decoders_medct, "_helpers", decoders_medct._Helpers())
@@ -117,7 +117,7 @@ def test_what_cannot_be_started_is_said(fake, monkeypatch):
 
 def test_no_helper_outlives_its_program(tmp_path):
     """Even one that is killed, and a program that guards nothing by `if __name__ == "__main__"`."""
-    (tmp_path / "openjpeg.py").write_text(FAKE)
+    (tmp_path / "openjpeg.py").write_text(FAKE, encoding="utf-8")
     code = f"""
 import os, sys
 sys.path[:0] = [{str(tmp_path)!r}, {str(Path(decoders_medct.__file__).parent)!r}]
@@ -140,7 +140,7 @@ if sys.argv[1] == "killed":
 
 def _is_running(pid: int) -> bool:
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()[0] != "Z"
     except OSError:
         return False
 

@@ -130,7 +130,7 @@ NAME = b"MUSTERMANN^ERIKA^1964081"
 
 
 def test_what_to_install_is_what_is_declared():
-    declared = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    declared = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     names = {re.match(r"[\w-]+", line)[0] for line in declared["optional-dependencies"]["dicom"]}
     command, option, *packages = INSTALL.split()
     assert (command, option) == ("pip", "install")

@@ -344,8 +344,8 @@ def test_other_files_beside_a_series_are_counted(hu, tmp_path):
         other.SOPClassUID = other.file_meta.MediaStorageSOPClassUID = kind
         other.save_as(folder / f"{kind.keyword}.dcm")
     write_series(folder, hu[:1], localizer, prefix="scout")
-    (folder / "readme.txt").write_text("a scan")
-    (folder / "LICENSE").write_text("a text")
+    (folder / "readme.txt").write_text("a scan", encoding="utf-8")
+    (folder / "LICENSE").write_text("a text", encoding="utf-8")
     (folder / ".DS_Store").write_bytes(b"x")
     (folder / "._slice.dcm").write_bytes(b"x" * 200)
     with pytest.warns(VolumeWarning, match="6 files were left out") as caught:

@@ -97,7 +97,7 @@ def cut_short(path, array, nifti):
 
 
 def text(path, array, nifti):
-    path.write_text("VolumeName,Findings_EN\n" * 40)
+    path.write_text("VolumeName,Findings_EN\n" * 40, encoding="utf-8")
 
 
 def empty(path, array, nifti):

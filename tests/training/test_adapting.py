@@ -63,11 +63,11 @@ def settings(converted, tmp_path) -> TrainingSettings:
 
 
 def results_in(folder: Path) -> dict:
-    return json.loads((folder / "results.json").read_text())
+    return json.loads((folder / "results.json").read_text(encoding="utf-8"))
 
 
 def history_in(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (folder / "history.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def aurocs(folder: Path) -> dict[int, float]:
@@ -114,7 +114,7 @@ def test_a_run_says_what_it_chose_and_what_was_forgotten(settings, converted, pr
         assert results[split]["difference"]["auroc"]["low"] is not None
     assert f"| to be kept ({EVAL} scans) |" in results["table"]
     assert results["table"] in shown and f"Strength: {chosen:g}" in shown
-    assert "On what was to be kept: difference" in (folder / "README.md").read_text()
+    assert "On what was to be kept: difference" in (folder / "README.md").read_text(encoding="utf-8")
     description = read_description(folder)
     assert (description["strength"], description["calibration"]) == (chosen, results["calibration"])
 
@@ -127,7 +127,7 @@ def test_a_strength_of_nothing_is_said(settings, converted, batch, monkeypatch, 
         expected = base(**batch).logits_per_image
         loaded = PeftModel.from_pretrained(base, tmp_path / "run").eval()(**batch).logits_per_image
     assert torch.equal(loaded, expected)
-    for said in (capsys.readouterr().out, (tmp_path / "run/README.md").read_text()):
+    for said in (capsys.readouterr().out, (tmp_path / "run/README.md").read_text(encoding="utf-8")):
         assert "This adapter does not help" in said
     assert results_in(tmp_path / "run")["comparison"]["difference"]["auroc"]["value"] == 0
 
@@ -176,7 +176,7 @@ def test_what_is_worse_than_the_base_is_said(settings, monkeypatch, tmp_path):
     assert "Worse than the base on the tuning patients" in said
     assert "Worse than the base on the held-out patients" in said
     assert "forgets" in said and "more than the allowed 0.01" in said
-    assert all(remark in (tmp_path / "run/README.md").read_text() for remark in results["remarks"])
+    assert all(remark in (tmp_path / "run/README.md").read_text(encoding="utf-8") for remark in results["remarks"])
 
 
 def perfect(trainer: Trainer, split: str):

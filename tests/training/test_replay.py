@@ -72,7 +72,7 @@ def test_bad_studies_of_either_are_listed_and_passed_by(tmp_path):
     stream = loader(mixed, bad_samples_file=tmp_path / "bad.jsonl")
     seen = {name for batch in ids(stream) for name in batch}
     assert seen == {f"own_{key}" for key in range(12) if key != 2} | {"replayed_0", "replayed_2"}
-    assert len((tmp_path / "bad.jsonl").read_text().splitlines()) == stream.num_bad >= 2
+    assert len((tmp_path / "bad.jsonl").read_text(encoding="utf-8").splitlines()) == stream.num_bad >= 2
 
 
 def test_processes_share_the_batches_of_one():

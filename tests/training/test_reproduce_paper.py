@@ -28,16 +28,19 @@ def arguments(checkpoint, sizes_file, tokenizer_folder, tmp_path) -> list[str]:
 def test_one_command_converts_trains_and_compares(arguments, tmp_path, capsys):
     reproduce_paper.main(arguments)
     shown = capsys.readouterr().out
-    table = (tmp_path / "run/beside_the_paper.md").read_text()
+    table = (tmp_path / "run/beside_the_paper.md").read_text(encoding="utf-8")
     assert table in shown
-    results = json.loads((tmp_path / "run/results.json").read_text())
+    results = json.loads((tmp_path / "run/results.json").read_text(encoding="utf-8"))
     auroc = next(line for line in table.splitlines() if line.startswith("| AUROC"))
     assert f"| {100 * results['comparison']['adapted']['auroc']['value']:.1f} (" in auroc
     assert "| 61.3 | 68.9 | +7.6 | 73.1 |" in auroc
     assert "| 67.2 | 73.6 | +6.4 |" in table
     assert "| 32.1 | 36.9 | +4.8 |" in table
     assert (tmp_path / "run-base/model.safetensors").is_file()
-    recipes = [json.loads((tmp_path / name / "train_config.json").read_text()) for name in ("run", "run-vision")]
+    recipes = [
+        json.loads((tmp_path / name / "train_config.json").read_text(encoding="utf-8"))
+        for name in ("run", "run-vision")
+    ]
     assert [each["recipe"] for each in recipes] == ["paper", "vision"]
     assert [each["strength"] for each in recipes] == ["1", "auto"]
     assert [line.split(" | ")[0] for line in table.splitlines()[-3:]] == ["| paper", "| vision", "| vision, replay"]
@@ -50,15 +53,15 @@ def test_another_hospital_is_shown_with_replay(arguments, tmp_path):
     flags = [*arguments, "--replay", "phantoms:A", "--keep", "phantoms:A", "--resume", "True"]
     flags += ["--phantom_tune_patients", "8", "--phantom_eval_patients", "8", "--max_steps", "1"]
     reproduce_paper.main(flags)
-    first = (tmp_path / "run/results.json").read_text()
+    first = (tmp_path / "run/results.json").read_text(encoding="utf-8")
     reproduce_paper.main(flags)
-    assert (tmp_path / "run/results.json").read_text() == first
+    assert (tmp_path / "run/results.json").read_text(encoding="utf-8") == first
     with pytest.raises(SystemExit):
         reproduce_paper.main([*flags, "--seed", "1"])
-    table = (tmp_path / "run/beside_the_paper.md").read_text()
+    table = (tmp_path / "run/beside_the_paper.md").read_text(encoding="utf-8")
     row = table.splitlines()[-1]
     assert row.startswith("| vision, replay |")
-    results = json.loads((tmp_path / "run-vision-replay/results.json").read_text())
+    results = json.loads((tmp_path / "run-vision-replay/results.json").read_text(encoding="utf-8"))
     assert "SYNTHETIC phantoms of site A in between" in results["data"]
     assert f"{100 * results['kept']['difference']['auroc']['value']:+.1f} (" in row
 

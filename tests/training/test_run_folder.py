@@ -11,9 +11,9 @@ from medct.training.run_folder import History, RunFolder
 def folder(tmp_path):
     folder = RunFolder(str(tmp_path / "run"), resume=False)
     (folder.work / "logs").mkdir(parents=True)
-    (folder.work / "logs" / "events").write_text("log")
+    (folder.work / "logs" / "events").write_text("log", encoding="utf-8")
     folder.history(0).add(1, {"loss": 0.5})
-    folder.bad_samples.write_text("{}\n")
+    folder.bad_samples.write_text("{}\n", encoding="utf-8")
     return folder
 
 
@@ -55,8 +55,8 @@ def test_history_beyond_the_step_that_is_gone_on_from_is_dropped(tmp_path):
     history = History(tmp_path / "history.jsonl", 0)
     for step in (1, 2, 10, 11):
         history.add(step, {"loss": step})
-    with (tmp_path / "history.jsonl").open("a") as file:
+    with (tmp_path / "history.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"step": 12, "lo')  # torn
     History(tmp_path / "history.jsonl", 10).add(11, {"loss": 0.0})
-    lines = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [(line["step"], line["loss"]) for line in lines] == [(1, 1), (2, 2), (10, 10), (11, 0.0)]

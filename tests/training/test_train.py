@@ -85,7 +85,7 @@ def adapter_bytes(folder: Path) -> bytes:
 
 
 def losses(folder: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (folder / "history.jsonl").read_text().splitlines()]
+    return [json.loads(line)["loss"] for line in (folder / "history.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def scores_of(model: MedCTModel, processor: MedCTProcessor, patients: int, site: str = "B") -> ScoredStudies:
@@ -118,7 +118,7 @@ def test_a_run_leaves_an_adapter_that_loads_with_equal_logits(
     assert not torch.equal(adapted, untouched)
 
     scored = scores_of(auto.base_model.model, processor, settings.phantom_eval_patients)
-    written = json.loads((folder / "results.json").read_text())
+    written = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     assert written == json.loads(json.dumps(results))
     aurocs = training.zero_shot_scores(scored.scores, scored.labels, CT_CLIP_LABELS)
     for name in ("auroc", "auroc/Lung nodule"):
@@ -126,9 +126,9 @@ def test_a_run_leaves_an_adapter_that_loads_with_equal_logits(
     assert written["steps"] == len(losses(folder)) == 6
     assert written["synthetic"] is True
     assert written["thresholds"].keys() <= set(CT_CLIP_LABELS)
-    assert json.loads((folder / "train_config.json").read_text())["objective"] == objective
-    assert "SYNTHETIC" in (folder / "README.md").read_text()
-    assert json.loads((folder / "adapter_config.json").read_text())["task_type"] == "FEATURE_EXTRACTION"
+    assert json.loads((folder / "train_config.json").read_text(encoding="utf-8"))["objective"] == objective
+    assert "SYNTHETIC" in (folder / "README.md").read_text(encoding="utf-8")
+    assert json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["task_type"] == "FEATURE_EXTRACTION"
 
 
 @pytest.mark.parametrize("variant", sorted(VARIANTS.keys() - {"lora"}))
@@ -214,7 +214,7 @@ def test_same_seed_same_numbers(settings, tmp_path):
         results.pop("seconds")
     assert json.dumps(first) == json.dumps(second)
     assert adapter_bytes(tmp_path / "run") == adapter_bytes(tmp_path / "again")
-    config = [(tmp_path / name / "adapter_config.json").read_text() for name in ("run", "again")]
+    config = [(tmp_path / name / "adapter_config.json").read_text(encoding="utf-8") for name in ("run", "again")]
     assert config[0] == config[1]
 
 
@@ -306,7 +306,9 @@ def test_a_resumed_run_equals_one_that_never_stopped(settings, step, variant, mo
     run(dataclasses.replace(stopped, resume=True, num_workers=1))
     assert losses(tmp_path / "stopped") == losses(tmp_path / "run")
     assert adapter_bytes(tmp_path / "stopped") == adapter_bytes(tmp_path / "run")
-    results = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("run", "stopped")]
+    results = [
+        json.loads((tmp_path / name / "results.json").read_text(encoding="utf-8")) for name in ("run", "stopped")
+    ]
     assert results[0]["comparison"] == results[1]["comparison"]
 
 
@@ -421,11 +423,13 @@ def ct_rate(tmp_path) -> Path:
 def test_bad_studies_are_listed_beside_the_adapter(settings, ct_rate, tmp_path):
     settings = dataclasses.replace(settings, data=str(ct_rate), batch_size=2)
     results = run(settings)
-    listed = [json.loads(line) for line in (tmp_path / "run/bad_samples.jsonl").read_text().splitlines()]
+    listed = [
+        json.loads(line) for line in (tmp_path / "run/bad_samples.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     assert {line["id"].removesuffix(".nii.gz") for line in listed} == set(BROKEN)
     assert all(line["reason"] for line in listed)
     assert results["synthetic"] is False
-    assert "SYNTHETIC" not in (tmp_path / "run/README.md").read_text()
+    assert "SYNTHETIC" not in (tmp_path / "run/README.md").read_text(encoding="utf-8")
     with pytest.raises(DataError, match=r"(train_6|valid_3)_a_1.nii.gz cannot be used"):
         run(dataclasses.replace(settings, on_bad_sample="raise", output_dir=str(tmp_path / "again")))
 
@@ -598,7 +602,7 @@ def test_two_processes_have_the_losses_of_one(settings, fsdp2, without_dropout, 
     launched = launch(*flags(settings, **changes), cwd=tmp_path, processes=2)
     assert launched.returncode == 0, launched.stderr
     assert losses(two) == pytest.approx(losses(one), abs=1e-5)
-    mine, theirs = (json.loads((folder / "results.json").read_text()) for folder in (one, two))
+    mine, theirs = (json.loads((folder / "results.json").read_text(encoding="utf-8")) for folder in (one, two))
     assert theirs["processes"] == 2
     assert theirs["comparison"]["scans"] == 19
     for metric, interval in mine["comparison"]["base"].items():
@@ -661,6 +665,6 @@ def test_the_phantom_base_knows_site_a():
 def test_default_run_lifts_the_base_by_the_papers_difference(tmp_path):
     run = launch("--output_dir", "run", cwd=tmp_path)
     assert run.returncode == 0, run.stderr
-    results = json.loads((tmp_path / "run/results.json").read_text())
+    results = json.loads((tmp_path / "run/results.json").read_text(encoding="utf-8"))
     assert results["comparison"]["base"]["auroc"]["value"] > 0.60
     assert results["comparison"]["difference"]["auroc"]["value"] >= 0.076

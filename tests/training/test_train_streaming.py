@@ -53,8 +53,10 @@ def test_ct_rate_is_trained_on_from_the_hub_whatever_the_network_does(ct_rate, c
     ct_rate.cut_answer(volume_request("valid_2_a_1"), after_bytes=50)
     run = start(ct_rate, tmp_path, training.__file__, *flags(converted, ADDRESS, tmp_path))
     assert run.returncode == 0, run.stderr
-    assert len((tmp_path / "run/history.jsonl").read_text().splitlines()) == 2
-    listed = [json.loads(line) for line in (tmp_path / "run/bad_samples.jsonl").read_text().splitlines()]
+    assert len((tmp_path / "run/history.jsonl").read_text(encoding="utf-8").splitlines()) == 2
+    listed = [
+        json.loads(line) for line in (tmp_path / "run/bad_samples.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     names = [line["id"].removesuffix(".nii.gz") for line in listed]
     assert len(names) == len(set(names)) and "valid_3_a_1" in names and set(names) <= set(BROKEN)
     assert ct_rate.count(volume_request("valid_2_a_1")) == 3  # before and after training, and once more
@@ -84,7 +86,7 @@ def test_prepared_shards_are_trained_on_from_the_hub(hub, converted, tmp_path, m
         hub.fail(f"GET .*{split}-00000", 503)
         hub.cut_answer(f"GET .*{split}-00000", after_bytes=1000)
     training.main(flags(converted, "hf://datasets/org/shards", tmp_path))
-    assert "SYNTHETIC" in json.loads((tmp_path / "run/results.json").read_text())["data"]
+    assert "SYNTHETIC" in json.loads((tmp_path / "run/results.json").read_text(encoding="utf-8"))["data"]
     assert not (tmp_path / "run/bad_samples.jsonl").exists()
     assert not any(fault.times for fault in hub.faults)
 
@@ -118,11 +120,11 @@ def test_two_processes_with_two_workers_each_see_every_study_once(ct_rate, conve
     """Launched by accelerate, over the stream from the Hub, with faults, in each of two epochs."""
     ct_rate.fail(r"GET .*\.nii\.gz", 503, times=3)
     script = tmp_path / "list_what_comes.py"
-    script.write_text(LIST_WHAT_COMES)
+    script.write_text(LIST_WHAT_COMES, encoding="utf-8")
     run = start(ct_rate, tmp_path, *ACCELERATE, script, converted, ADDRESS, tmp_path)
     assert run.returncode == 0, run.stderr
     scans = {f"train_{patient}_a" for patient in (1, 3, 4, 7, 8, 10, 11, 12)} | {"train_10_b"}  # usable and sound
     for epoch in range(2):
-        parts = [(tmp_path / f"{epoch}-{rank}").read_text().split() for rank in range(2)]
+        parts = [(tmp_path / f"{epoch}-{rank}").read_text(encoding="utf-8").split() for rank in range(2)]
         assert all(parts)
         assert sorted(name.rpartition("_")[0] for part in parts for name in part) == sorted(scans)
