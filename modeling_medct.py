@@ -124,7 +124,22 @@ def eager_attention_forward(
     position_bias: torch.Tensor | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention written out, with its weights; arguments as transformers' attention interface has them."""
+    """Attention written out, with its weights, as transformers' attention interface has it.
+
+    Args:
+        module: The attention layer; not used.
+        query: `(sequences, heads, tokens, head_dim)`.
+        key: As `query`.
+        value: As `query`.
+        attention_mask: Not used: all tokens of a volume count.
+        scaling: Factor of the scores.
+        dropout: Not used.
+        position_bias: `(1, heads, tokens, tokens)`, added to the scores.
+        kwargs: Not used.
+
+    Returns:
+        `(sequences, tokens, heads, head_dim)`, and the weights, `(sequences, heads, tokens, tokens)`.
+    """
     scores = query @ key.transpose(-1, -2) * scaling
     if position_bias is not None:
         scores = scores + position_bias
@@ -278,7 +293,16 @@ class MedCTAttention(nn.Module):
         key_value_states: torch.Tensor,
         position_bias: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """`(batch, tokens, hidden_size)` each, bias `(1, heads, tokens, tokens)`, to the first's shape, and weights."""
+        """Attend within sequences.
+
+        Args:
+            hidden_states: `(sequences, tokens, hidden_size)`, which queries are made of.
+            key_value_states: The same shape, which keys and values are made of.
+            position_bias: `(1, heads, tokens, tokens)`.
+
+        Returns:
+            The shape of `hidden_states`, and attention weights where the implementation gives them.
+        """
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
         # (b, n, heads*c) -> (b, heads, n, c)
         query = apply_linear(self.q_proj, hidden_states).view(heads).transpose(1, 2)
@@ -325,6 +349,15 @@ class MedCTLayer(GradientCheckpointingLayer):
         return self.self_attn.q_scale.dtype
 
     def forward(self, hidden_states: torch.Tensor, position_bias: torch.Tensor | None = None) -> torch.Tensor:
+        """Run the layer.
+
+        Args:
+            hidden_states: `(sequences, tokens, hidden_size)`.
+            position_bias: `(1, heads, tokens, tokens)`.
+
+        Returns:
+            The same shape.
+        """
         stream = add(self.position_generator(hidden_states).to(hidden_states.dtype), hidden_states)
         # Gradients need all that a chunk would hand on, and "eager" is there to show the attention as a whole.
         if torch.is_grad_enabled() or self.self_attn.config._attn_implementation == "eager":
@@ -353,7 +386,15 @@ class MedCTEncoder(nn.Module):
         self.gradient_checkpointing = False
 
     def forward(self, hidden_states: torch.Tensor, position_bias: torch.Tensor | None = None) -> torch.Tensor:
-        """`(sequences, tokens, hidden_size)` to the same; attention runs within a sequence."""
+        """Run the stage; attention stays within a sequence.
+
+        Args:
+            hidden_states: `(sequences, tokens, hidden_size)`.
+            position_bias: `(1, heads, tokens, tokens)`.
+
+        Returns:
+            The same shape.
+        """
         for layer in self.layers:
             hidden_states = layer(hidden_states, position_bias)
         return self.norm(hidden_states)
@@ -491,6 +532,12 @@ class MedCTPreTrainedModel(PreTrainedModel):
         """transformers' own, for an adapter that fits this model; see `check_fit` for the rule.
 
         What the adapter remembers is kept, see `adapter_description`.
+
+        Args:
+            peft_model_id: Hub id or folder of the adapter.
+            adapter_name: Name to load it under; "default" by default.
+            args: As for transformers' method.
+            kwargs: Likewise.
 
         Raises:
             AdapterMismatchError: If the adapter was trained on another model or another preprocessing, or is not whole.
@@ -726,7 +773,15 @@ class MedCTModel(MedCTPreTrainedModel):
         )
 
     def get_logits(self, image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
-        """Scaled cosine similarity of `(volumes, projection_dim)` and `(texts, projection_dim)`: `(volumes, texts)`."""
+        """Compute the scaled cosine similarity of volumes and texts.
+
+        Args:
+            image_embeds: `(volumes, projection_dim)`, of length 1.
+            text_embeds: `(texts, projection_dim)`, of length 1.
+
+        Returns:
+            `(volumes, texts)`, float32 or better.
+        """
         with maybe_autocast(image_embeds.device.type, enabled=False):
             return self.logit_scale(image_embeds @ text_embeds.to(image_embeds).t())
 

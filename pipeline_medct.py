@@ -168,6 +168,13 @@ class ZeroShotCTClassificationPipeline(CTPipeline):
         candidate_labels: Sequence[str] | None = None,
         prompt_templates: Sequence[Sequence[str]] | None = None,
     ) -> list[dict[str, Any]]:
+        """Turn logits into findings, highest score first.
+
+        Args:
+            outputs: `logits` of one scan, from `forward`.
+            candidate_labels: Findings that were asked for; the model's own by default.
+            prompt_templates: Those that were used; with templates of one's own there are no operating points.
+        """
         labels = self.model.config.label_names if candidate_labels is None else candidate_labels
         logits = outputs["logits"][0]  # (templates, 2 * labels)
         scores = zero_shot_probabilities(logits).mean(dim=0)

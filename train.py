@@ -82,7 +82,11 @@ from medct.training.strength import Choice, Line, choose_strength
 
 
 def make_accelerator(settings: TrainingSettings, work: Path) -> Accelerator:
-    """The processes, devices and trackers of the run.
+    """Set up the processes, devices and trackers of the run.
+
+    Args:
+        settings: The run's settings.
+        work: Working folder, for the logs of trackers.
 
     Raises:
         TrainingError: If processes were started that do not see each other, or in a precision that is not supported.
@@ -504,6 +508,12 @@ def run(settings: TrainingSettings) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None, prog: str | None = None) -> None:
+    """Run the command.
+
+    Args:
+        arguments: Of the command line; those of the process by default.
+        prog: Name of the command in its help.
+    """
     settings = parse_settings(TrainingSettings, __doc__, arguments, prog)
     keep_freed_memory()
     quiet_libraries()

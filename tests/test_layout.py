@@ -28,17 +28,7 @@ MAY_IMPORT = {
 # The paper's experiment is a run with other settings, so it stands above `train.py`.
 ABOVE_TRAIN = {"training/reproduce_paper.py"}
 # Public functions that do not list their arguments yet. Only ever shorten this.
-TO_BE_LISTED: set[str] = {
-    "modeling_medct.py:eager_attention_forward",
-    "modeling_medct.py:MedCTAttention.forward",
-    "modeling_medct.py:MedCTLayer.forward",
-    "modeling_medct.py:MedCTEncoder.forward",
-    "modeling_medct.py:MedCTPreTrainedModel.load_adapter",
-    "modeling_medct.py:MedCTModel.get_logits",
-    "pipeline_medct.py:ZeroShotCTClassificationPipeline.postprocess",
-    "train.py:make_accelerator",
-    "train.py:main",
-}
+TO_BE_LISTED: set[str] = set()
 # Errors have one base class, which the lowest folder needs to end commands.
 EVERYWHERE = {"medct.errors_medct"}
 
