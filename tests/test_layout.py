@@ -81,7 +81,7 @@ def test_no_folder_hides_another_package():
     names += [path.stem for path in ROOT.glob("*.py") if path.stem != "__init__"]
     code = "import importlib.util, sys\nprint([n for n in sys.argv[1:] if importlib.util.find_spec(n)])"
     found = subprocess.run(
-        [sys.executable, "-P", "-c", code, *names], capture_output=True, text=True, check=True, cwd=ROOT.parent
+        [sys.executable, "-P", "-c", code, *names], capture_output=True, encoding="utf-8", check=True, cwd=ROOT.parent
     )
     assert found.stdout.strip() == "[]"
     assert {"data", "training", "train"} <= set(names)
@@ -100,7 +100,7 @@ finally:
     slow = {"torch", "transformers", "numpy", "pandas", "datasets"} & set(sys.modules)
     print("IMPORTED", sorted(slow))
 """
-    found = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    found = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, encoding="utf-8", check=False)
     assert found.stdout.splitlines()[-1] == "IMPORTED []", found.stderr
     assert found.returncode == (0 if arguments[-1].startswith("--") else 2)
 

@@ -46,6 +46,14 @@ def run(capfd):
     return run
 
 
+@pytest.fixture
+def ctrl_c():
+    """As in a terminal: a process that was started in the background ignores it from the beginning."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def interrupt_second(act):
     """The function, with a Ctrl-C during its second call."""
     calls = []
@@ -69,7 +77,7 @@ def interrupt_second(act):
     ],
     ids=["reading", "reading ahead", "the model", "between scans"],
 )
-def test_predict_goes_on_after_ctrl_c(run, scans, converted, tmp_path, monkeypatch, owner, name, workers):
+def test_predict_resumes_after_ctrl_c(ctrl_c, run, scans, converted, tmp_path, monkeypatch, owner, name, workers):
     options = ["--model", converted, "--cpu", "--num_workers", workers]
     assert run("predict", scans, "--output", tmp_path / "whole.csv", *options)[0] == OK
     whole = (tmp_path / "whole.csv").read_bytes()
@@ -129,7 +137,7 @@ def test_predict_needs_no_home(scans, tmp_path):
         [str(part) for part in command],
         env=os.environ | homes | {"PYTHONPATH": str(tmp_path / "path")},
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         check=False,
     )
     assert done.returncode == OK, done.stderr

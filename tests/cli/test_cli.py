@@ -465,7 +465,7 @@ def test_two_processes_share_the_studies(run, scans, converted, tmp_path):
         [*map(str, command), "--model", str(converted), "--output", str(output)],
         env=os.environ | {"PYTHONPATH": str(package)},
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         check=False,
     )
     assert "2 of 6 studies could not be read" in done.stderr

@@ -174,7 +174,7 @@ class HubServer:
         home.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-c", ("" if medct else WITHOUT_MEDCT) + code, *map(str, arguments)]
         environment = self.environment(home, token)
-        return subprocess.run(command, capture_output=True, text=True, cwd=home, env=environment, check=False)
+        return subprocess.run(command, capture_output=True, encoding="utf-8", cwd=home, env=environment, check=False)
 
     def connect(self, monkeypatch: pytest.MonkeyPatch, token: str | None = OWNER) -> None:
         """Point the clients that this process makes from now on to this Hub."""

@@ -49,7 +49,7 @@ save_file({"logits": output.logits_per_image, "pixel_values": pixel_values}, res
 def run_without_medct(code: str, *arguments: object, home: Path) -> subprocess.CompletedProcess:
     environment = os.environ | {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", WITHOUT_MEDCT + code, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=home, env=environment, check=False)
+    return subprocess.run(command, capture_output=True, encoding="utf-8", cwd=home, env=environment, check=False)
 
 
 def test_the_suffix_says_what_ships():

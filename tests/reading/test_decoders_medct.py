@@ -128,7 +128,7 @@ if sys.argv[1] == "killed":
     os.kill(os.getpid(), 9)
 """
     for end in ("killed", "ended"):
-        run = subprocess.run([sys.executable, "-c", code, end], capture_output=True, text=True, check=False)
+        run = subprocess.run([sys.executable, "-c", code, end], capture_output=True, encoding="utf-8", check=False)
         assert run.stderr == ""
         pid = int(run.stdout)
         for _ in range(100):

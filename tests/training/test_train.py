@@ -567,7 +567,7 @@ def launch_command(*arguments: object, processes: int = 1, precision: str = "no"
 def launch(*arguments: object, cwd: Path, **options) -> subprocess.CompletedProcess:
     command = launch_command(*arguments, **options)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False, env=environment)
+    return subprocess.run(command, capture_output=True, encoding="utf-8", cwd=cwd, check=False, env=environment)
 
 
 def test_launched_run(settings, tmp_path):

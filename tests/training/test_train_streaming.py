@@ -41,7 +41,7 @@ def start(hub, folder: Path, *command: object) -> subprocess.CompletedProcess:
     """A process of its own, whose Hub is the loopback one."""
     environment = hub.environment(folder / "home") | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, *map(str, command)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False, env=environment)
+    return subprocess.run(command, capture_output=True, encoding="utf-8", cwd=folder, check=False, env=environment)
 
 
 def test_ct_rate_is_trained_on_from_the_hub_whatever_the_network_does(ct_rate, converted, tmp_path):
