@@ -22,10 +22,10 @@ def main(argv: list[str] | None = None) -> int:
     args = None if run else make_parser(__doc__ or "").parse_args(argv)
     # Only now what takes seconds to import.
     with one_line_errors():
+        importlib.import_module("medct.publishing.registration").register()
         if run:
             return importlib.import_module(run[0]).main(argv[1:], prog=f"medct {argv[0]}") or 0
         host = importlib.import_module("medct.common.host")
-        importlib.import_module("medct.publishing.registration").register()
         host.keep_freed_memory()
         host.quiet_libraries()
         module, function = args.run.split(".")

@@ -292,6 +292,15 @@ def test_runs_are_reached(name, capsys):
     assert f"usage: medct {name} [-h]" in capsys.readouterr().out
 
 
+def test_train_knows_its_model_in_the_process_of_the_command(tmp_path):
+    """There `import medct` alone registers nothing, so this needs a process of its own."""
+    code = "import sys; sys.argv[0] = 'medct'; from medct.cli import main; sys.exit(main())"
+    flags = ["--data", "nowhere", "--output_dir", tmp_path / "run", "--cpu"]
+    command = [sys.executable, "-c", code, "train", *map(str, flags)]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", stdin=subprocess.DEVNULL, check=False)
+    assert (done.returncode, done.stderr.splitlines()[-1].startswith("error: nowhere: no such folder")) == (2, True)
+
+
 def test_an_adapter_of_unknown_origin_is_remarked_on_in_a_line(run, scans, adapter):
     (adapter / "medct_adapter.json").unlink()
     status, _, err = run("predict", scans / "0.nii.gz", "--adapter", adapter)
