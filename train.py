@@ -325,7 +325,7 @@ class Trainer:
                 checkpoints.save(state)
                 raise StoppedError(
                     f"stopped by SIGTERM after step {state.step} of {self.steps}. The same command with "
-                    f"--output_dir {self.folder.final} --resume True resumes it."
+                    f"--output_dir {self.folder.final} --resume continues it."
                 )
             is_last = state.step == self.steps or best.has_waited_enough
             if state.step % settings.checkpoint_steps == 0 or is_last:

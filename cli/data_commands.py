@@ -9,11 +9,12 @@ from medct.common.lock import only_run
 from medct.configuration_medct import MedCTConfig
 from medct.data import Source, open_source
 from medct.data.overview import as_text, contact_sheet, summarize
-from medct.data.prepare import load_config, prepare
+from medct.data.prepare import prepare
 from medct.data.prepared import MANIFEST
 from medct.data.sources import DataError
 from medct.data.tables import TUNE_SHARE
 from medct.processing_medct import MedCTProcessor
+from medct.publishing.loading import load_config
 from medct.publishing.push import push_shards
 
 
@@ -68,7 +69,7 @@ def prepare_shards(args: argparse.Namespace) -> int:
 
 
 def _config_of(args: argparse.Namespace) -> MedCTConfig:
-    return MedCTConfig() if args.model is None else load_config(args.model, args.model_revision)
+    return MedCTConfig() if args.model is None else load_config(args.model, revision=args.model_revision)
 
 
 def _open(args: argparse.Namespace, split: str, config: MedCTConfig, **options: Any) -> Source:

@@ -26,7 +26,6 @@ from huggingface_hub import DatasetCard, DatasetCardData
 from pyarrow import parquet
 from tqdm import tqdm
 
-from medct.common.errors import first_line
 from medct.common.files import remove_leftovers, whole_file
 from medct.common.lock import LockedError, only_run
 from medct.configuration_medct import MedCTConfig
@@ -420,22 +419,3 @@ def prepare(
 def _is_wanted(shard: Shard, retry_skipped: bool) -> bool:
     record = shard.record()
     return record is None or (retry_skipped and bool(record["skipped"]))
-
-
-def load_config(model: str, revision: str | None) -> MedCTConfig:
-    """The configuration of a model on the Hub or in a folder.
-
-    Args:
-        model: Hub id or folder.
-        revision: Branch, tag or commit on the Hub.
-
-    Raises:
-        DataError: If there is none, or it belongs to another kind of model.
-    """
-    try:
-        values, _ = MedCTConfig.get_config_dict(model, revision=revision)
-        if values.get("model_type") != MedCTConfig.model_type:
-            raise DataError(f"{model}: a model of type {values.get('model_type')!r}. Pass a MedCT model.")
-        return MedCTConfig.from_dict(values)
-    except OSError as error:
-        raise DataError(f"{model}: no model ({first_line(error)}) Pass a Hub id or a folder.") from error

@@ -43,7 +43,7 @@ class RunFolder:
             refuse_taken(self.final)
         if not resume and self.work.exists() and any(self.work.iterdir()):
             raise TrainingError(
-                f"{self.work} holds an unfinished run. Pass --resume True to resume it, or remove the folder."
+                f"{self.work} holds an unfinished run. Pass --resume to continue it, or remove the folder."
             )
 
     @property

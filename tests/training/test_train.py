@@ -375,7 +375,7 @@ def test_a_run_is_not_resumed_by_accident_or_with_other_settings(settings, monke
     at_the_end_of_step(monkeypatch, 3, terminate)
     with pytest.raises(StoppedError):
         run(settings)
-    with pytest.raises(TrainingError, match="Pass --resume True"):
+    with pytest.raises(TrainingError, match="Pass --resume to continue"):
         run(settings)
     with pytest.raises(CheckpointError, match="rank = 4, not 8"):
         run(dataclasses.replace(settings, resume=True, rank=8))
