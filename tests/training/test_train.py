@@ -492,7 +492,7 @@ def test_every_flag_is_explained(capsys):
 def test_bad_input_ends_in_one_line(converted, tmp_path, capsys):
     for arguments, said in (
         (["--model", str(converted), "--data", "nowhere"], "nowhere"),
-        (["--model", "nowhere"], "nowhere: no model ("),
+        (["--model", "nowhere"], "nowhere: cannot load a model ("),
     ):
         with pytest.raises(SystemExit) as stop:
             training.main([*arguments, "--output_dir", str(tmp_path / "run"), "--cpu", "True"])
