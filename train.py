@@ -33,10 +33,11 @@ from medct.common.errors import StoppedError, one_line_errors
 from medct.common.files import refuse_taken
 from medct.common.host import device_name, keep_freed_memory, peak_memory_bytes, quiet_libraries
 from medct.common.lock import only_run
+from medct.common.paths import local_paths, without_paths
 from medct.data import StudyLoader, to_device
 from medct.evaluation.calibration import apply_calibration
 from medct.evaluation.metrics import zero_shot_scores
-from medct.evaluation.plots import calibration_plot, roc_plot
+from medct.evaluation.plots import calibration_plot, roc_plot, save_plot
 from medct.evaluation.scoring import (
     ScoredStudies,
     Texts,
@@ -405,22 +406,26 @@ class Trainer:
         if digest(frozen_tensors(model)) != self.frozen:
             raise TrainingError("The base changed during training, so the adapter would not fit it. Nothing was saved.")
 
+    def _describe(self, split: str) -> str:
+        """What a split holds, as anyone may read it: tables and pictures are handed out."""
+        return without_paths(self.sources[split].description, local_paths(dataclasses.asdict(self.settings)))
+
     def _results(self, before: Scored, after: Scored, choice: Choice) -> dict[str, Any]:
         """What `results.json` holds."""
         settings, names = self.settings, self.config.label_names
         found = compare_all(before, after, names, settings.bootstrap_resamples, settings.seed)
-        held_out = self.sources["valid"].description
+        held_out = self._describe("valid")
         how = "With its head" if is_classifier(self.base) else "Zero-shot"
         measured_on = f"{how} on {found['comparison']['scans']} held-out studies: {held_out}."
         if found["kept"]:
-            measured_on += f" To be kept: {self.sources['keep_valid'].description}."
+            measured_on += f" To be kept: {self._describe('keep_valid')}."
         is_synthetic = self.sources["valid"].is_synthetic
         if is_synthetic:
             measured_on += " These are SYNTHETIC drawings: no patients, and no clinical meaning."
         results = {
             "measured_on": measured_on,
             "synthetic": is_synthetic,
-            "data": f"Trained on {self.sources['train'].description}; scored on {held_out}.",
+            "data": f"Trained on {self._describe('train')}; scored on {held_out}.",
             **found,
             "recipe": settings.recipe,
             "strength": choice.strength,
@@ -445,7 +450,7 @@ class Trainer:
         tensors = weights_to_save(model)
         if not self.accelerator.is_main_process:
             return
-        note = self.sources["valid"].description
+        note = self._describe("valid")
         with self.folder.complete() as folder:
             save_weights(model, tensors, folder, self.folder.work)
             if self.settings.adaptation == "full":
@@ -468,10 +473,10 @@ class Trainer:
                 json.dumps(results, indent=2, allow_nan=False) + "\n", encoding="utf-8"
             )
             models = {"base": before.scores, "adapted": after.scores}
-            roc_plot(models, before.labels, self.config.label_names, note).savefig(folder / "roc.png")
+            save_plot(roc_plot(models, before.labels, self.config.label_names, note), folder / "roc.png")
             if results["calibration"] and len(results["calibration"]) == len(self.config.label_names):
                 models["calibrated"] = apply_calibration(after.scores, results["calibration"], self.config.label_names)
-            calibration_plot(models, before.labels, note).savefig(folder / "calibration.png")
+            save_plot(calibration_plot(models, before.labels, note), folder / "calibration.png")
             if self.settings.adaptation == "full":
                 said = [results["measured_on"], results["table"], *results["remarks"]]
                 (folder / "README.md").write_text("\n\n".join(["# MedCT", *said]) + "\n", encoding="utf-8")

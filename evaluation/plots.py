@@ -7,6 +7,7 @@ such as that the data are synthetic; it is part of the title.
 import math
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -116,6 +117,16 @@ def calibration_plot(models: Mapping[str, np.ndarray], labels: np.ndarray, note:
         panel.grid(color="0.9", linewidth=0.6)
         panel.set_axisbelow(True)
     return figure
+
+
+def save_plot(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG, with its title as text, so that programs can read what people see.
+
+    Args:
+        figure: From this module.
+        path: File to write.
+    """
+    figure.savefig(path, metadata={"Title": figure.get_suptitle(), "Software": None})
 
 
 def _styled(models: Mapping[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray, Style]]:

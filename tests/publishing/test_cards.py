@@ -7,7 +7,8 @@ import pytest
 from adapter_files import RESULTS, save_adapter
 from huggingface_hub import ModelCard, ModelCardData
 
-from medct.publishing.cards import base_license, find_paths, render_card, without_paths, write_card
+from medct.common.paths import find_paths
+from medct.publishing.cards import base_license, render_card, write_card
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 SECTIONS = (
@@ -115,12 +116,6 @@ def test_the_licence_is_that_of_the_base(tmp_path):
     (tmp_path / "ct-clip").mkdir()
     assert base_license(str(tmp_path / "ct-clip")) == "cc-by-nc-sa-4.0"
     assert base_license("nobody/nothing") is None  # offline here
-
-
-def test_paths_are_found_and_shortened():
-    assert find_paths("of /data/ward 3/x, and/or https://hf.co/a/b, org/name, 1/2, /") == ["/data/ward"]
-    assert find_paths(r"in C:\Users\me") == [r"C:\Users\me"]
-    assert without_paths({"a": ["scans of /mnt/x/site-b."], "b": 1}) == {"a": ["scans of site-b."], "b": 1}
 
 
 def test_the_page_tells_the_bases_licence(trained, tmp_path, card):
