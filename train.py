@@ -51,7 +51,7 @@ from medct.evaluation.scoring import (
 from medct.modeling_medct import MedCTModel
 from medct.processing_medct import MedCTProcessor
 from medct.publishing.cards import write_card
-from medct.publishing.loading import AnyMedCT, load_model
+from medct.publishing.loading import AnyMedCT, load_model, named
 from medct.publishing.push import commit_of, push_adapter, push_model
 from medct.training.best import BestSoFar
 from medct.training.checkpoints import Checkpoints, TrainingState
@@ -140,6 +140,7 @@ class Trainer:
     """
 
     def __init__(self, settings: TrainingSettings):
+        settings = dataclasses.replace(settings, model=named(settings.model))
         check(settings)
         self.started = time.monotonic()
         self.folder = RunFolder(settings.output_dir, settings.resume)
@@ -472,11 +473,12 @@ class Trainer:
             (folder / "results.json").write_text(
                 json.dumps(results, indent=2, allow_nan=False) + "\n", encoding="utf-8"
             )
-            models = {"base": before.scores, "adapted": after.scores}
+            models, what = {"base": before.scores, "adapted": after.scores}, "score"
             save_plot(roc_plot(models, before.labels, self.config.label_names, note), folder / "roc.png")
             if results["calibration"] and len(results["calibration"]) == len(self.config.label_names):
                 models["calibrated"] = apply_calibration(after.scores, results["calibration"], self.config.label_names)
-            save_plot(calibration_plot(models, before.labels, note), folder / "calibration.png")
+                what = "score, or calibrated probability"
+            save_plot(calibration_plot(models, before.labels, note, what=what), folder / "calibration.png")
             if self.settings.adaptation == "full":
                 said = [results["measured_on"], results["table"], *results["remarks"]]
                 (folder / "README.md").write_text("\n\n".join(["# MedCT", *said]) + "\n", encoding="utf-8")

@@ -19,7 +19,8 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--model",
         metavar="ID_OR_DIR",
-        help="Hub id or folder of a MedCT model (default: $MEDCT_MODEL, else the base that --adapter names)",
+        help="Hub id or folder of a MedCT model, or `phantom`, the small base of this package (default: $MEDCT_MODEL, "
+        "else the base that --adapter names)",
     )
     group.add_argument("--revision", metavar="COMMIT", help="commit of the model on the Hub")
     group.add_argument("--adapter", metavar="ID_OR_DIR", help="Hub id or folder of a LoRA adapter")
@@ -44,15 +45,19 @@ def _reading_arguments(parser: argparse.ArgumentParser, many: bool = True) -> No
     group = parser.add_argument_group("reading")
     group.add_argument(
         "--series",
-        type=int,
+        type=_number_or_uid,
         metavar="N",
-        help="which of several DICOM series: its number in the list that an error shows",
+        help="which of several DICOM series: its number in the list that an error shows, or its UID",
     )
     group.add_argument(
         "--resample_irregular",
         action="store_true",
         help="resample tilted, oblique and unevenly spaced scans instead of refusing them",
     )
+    for name, unit in (("slope", "HU per stored unit"), ("intercept", "HU of a stored 0")):
+        group.add_argument(
+            f"--rescale_{name}", type=float, metavar="X", help=f"{unit}, of scans whose header does not say"
+        )
     if many:
         _batch_arguments(group, "threads that read ahead; each holds a volume, 0.2 GB for CT-CLIP (default: 1)")
     else:
@@ -75,6 +80,10 @@ def _prompt_arguments(parser: argparse.ArgumentParser, required: bool = False) -
         help='pairs of sentences that contain {label}, such as "There is {label}.|There is no {label}."; the scores of '
         "several pairs are averaged",
     )
+
+
+def _number_or_uid(text: str) -> int | str:
+    return int(text) if text.isdigit() else text
 
 
 def _at_least(least: int) -> Callable[[str], int]:
@@ -222,7 +231,7 @@ def _source_arguments(parser: argparse.ArgumentParser, what: str) -> None:
     group.add_argument(
         "--model",
         metavar="ID_OR_DIR",
-        help="model whose grid, window, labels and tokenizer to use (default: CT-CLIP's)",
+        help="model whose grid, window, labels and tokenizer to use; `phantom`: this package's (default: CT-CLIP's)",
     )
     group.add_argument("--model_revision", metavar="COMMIT", help="commit of the model on the Hub")
     group.add_argument("--revision", metavar="COMMIT", help="commit of the source on the Hub")
@@ -256,7 +265,11 @@ def _add_overview(add: Callable[..., argparse.ArgumentParser]) -> None:
     )
     group.add_argument("--seed", type=int, default=0, help="seed for the choice of samples (default: 0)")
     group.add_argument(
-        "--sheet", type=Path, default=Path("overview.png"), metavar="FILE", help="PNG to write (default: overview.png)"
+        "--sheet",
+        type=Path,
+        default=Path("overview.png"),
+        metavar="FILE",
+        help="PNG or JPEG to write (default: overview.png)",
     )
     group.add_argument("--json", action="store_true", help="print the counts as JSON")
 
@@ -387,7 +400,7 @@ ADD_COMMANDS = (
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
-    """The parser of `medct`; the parsed arguments name the function that runs the command, as `run`."""
+    """The parser of `medct`; of what it parsed, `run` names the command's function, and `explain` gives its help."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("medct", description=description, formatter_class=raw)
     parser.add_argument("--version", action="version", version=f"medct {medct.__version__}")
@@ -396,7 +409,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     def add(name: str, run: str, help: str, example: str, more: str) -> argparse.ArgumentParser:
         text = f"{help[0].upper()}{help[1:]}.\n\n  {example}\n\n{more}"
         command = commands.add_parser(name, help=help, description=text, formatter_class=raw)
-        command.set_defaults(run=run)
+        command.set_defaults(run=run, explain=command.format_help)
         return command
 
     for add_commands in ADD_COMMANDS:

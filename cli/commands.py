@@ -21,6 +21,7 @@ from peft import PeftConfig
 from tqdm import tqdm
 
 from medct.byte_sources_medct import is_address
+from medct.cli.wording import in_flags
 from medct.common.errors import OK, SOME_FAILED, first_line
 from medct.common.files import whole_file, whole_folder
 from medct.common.lock import only_run
@@ -34,7 +35,7 @@ from medct.evaluation.scoring import prompts_for, score_studies
 from medct.inference.bulk import KEY, Csv, JsonLines, Reading, process, process_to_file, read_rows
 from medct.inference.studies import FailedStudy, ReadStudy, Study, find_studies, read_study
 from medct.pipeline_medct import CTPipeline, ZeroShotCTClassificationPipeline
-from medct.publishing.loading import load_model, pipeline_of
+from medct.publishing.loading import load_model, named, pipeline_of
 from medct.volume_io_medct import read_volume
 
 MODEL_VARIABLE = "MEDCT_MODEL"
@@ -63,8 +64,10 @@ def start_processes(args: argparse.Namespace) -> PartialState:
 
 def model_of(args: argparse.Namespace) -> str:
     """The model that the user named, or that the adapter names, then with the commit that it names."""
-    if name := args.model or os.environ.get(MODEL_VARIABLE):
-        return name
+    if args.model:
+        return args.model
+    if name := os.environ.get(MODEL_VARIABLE):
+        return named(name)
     if args.adapter is None:
         raise CommandError(f"Which model? Pass --model ID_OR_FOLDER, or set {MODEL_VARIABLE}.")
     try:
@@ -110,8 +113,14 @@ def reading_of(args: argparse.Namespace, pipe: CTPipeline) -> Reading:
         args: Parsed, with the options for scans.
         pipe: Holds the image processor.
     """
-    options = {"series": args.series, "resample_irregular": args.resample_irregular}
-    return Reading(pipe.processor.image_processor, args.batch_size, args.num_workers, options)
+    reword = functools.partial(in_flags, args=args)
+    return Reading(pipe.processor.image_processor, args.batch_size, args.num_workers, reading_options(args), reword)
+
+
+def reading_options(args: argparse.Namespace) -> dict[str, Any]:
+    """How the user wants scans to be read, as `read_volume` takes it."""
+    names = ("series", "resample_irregular", "rescale_slope", "rescale_intercept")
+    return {name: getattr(args, name) for name in names}
 
 
 def prompts_of(args: argparse.Namespace) -> dict[str, Any]:
@@ -136,7 +145,7 @@ def model_settings(args: argparse.Namespace) -> dict[str, Any]:
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     """What decides about the numbers of a run over scans."""
-    return {**model_settings(args), "series": args.series, "resample_irregular": args.resample_irregular}
+    return {**model_settings(args), **reading_options(args)}
 
 
 def ends(failed: int, studies: int, output: Path | None) -> int:
@@ -483,8 +492,7 @@ def map_scan(args: argparse.Namespace) -> int:
     volume = read_volume(
         study.source,
         orientation=image_processor.orientation,
-        series=args.series,
-        resample_irregular=args.resample_irregular,
+        **reading_options(args),
     )
     pixel_values = image_processor.process_volume(volume)[None, None]
     maps = localization.map_findings(pipe, pixel_values, prompts["candidate_labels"], prompts.get("prompt_templates"))

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from medct.common.files import whole_file
 from medct.configuration_medct import MedCTConfig
 from medct.data.loader import LoadStudy, to_device
-from medct.data.sources import Row, Skipped, Source
+from medct.data.sources import DataError, Row, Skipped, Source
 from medct.image_processing_medct import MedCTImageProcessor
 from medct.volume_medct import affine_from_spacing, axis_order
 
@@ -37,6 +37,7 @@ _HEADER_INCHES = 0.35
 _DOTS_PER_INCH = 110
 _QUANTILES = {"min": 0.0, "q1": 0.25, "median": 0.5, "q3": 0.75, "max": 1.0}
 _TEXTS_AT_ONCE = 256
+_FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -169,19 +170,35 @@ def middle_slices(pixel_values: torch.Tensor, config: MedCTConfig) -> list[tuple
     return [(upright[z], back / left), (upright[:, y], down / left), (upright[:, :, x], down / back)]
 
 
+def sheet_format(path: Path) -> str:
+    """What the name of a sheet asks for: "png" or "jpeg".
+
+    Raises:
+        DataError: If it asks for anything else.
+    """
+    found = _FORMATS.get(path.suffix.lower())
+    if found is None:
+        raise DataError(f"{path}: a sheet is a picture, {', '.join(_FORMATS)}. Name it so.")
+    return found
+
+
 def contact_sheet(source: Source, config: MedCTConfig, path: Path, samples: int, seed: int = 0) -> list[Skipped]:
-    """Write a PNG of some studies as the model sees them.
+    """Write a picture of some studies as the model sees them.
 
     Args:
         source: Any source.
         config: The model's configuration.
-        path: File to write.
+        path: File to write, see `sheet_format`.
         samples: Number of studies to show.
         seed: Seed for their choice.
 
     Returns:
         The studies among them that could not be read; the sheet says why.
+
+    Raises:
+        DataError: If `path` is named like no picture.
     """
+    format = sheet_format(path)
     load = LoadStudy(MedCTImageProcessor.from_config(config.vision_config))
     keys = source.keys(seed=seed)[:samples]
     lines = -(-len(keys) // _STUDIES_A_LINE)
@@ -202,7 +219,7 @@ def contact_sheet(source: Source, config: MedCTConfig, path: Path, samples: int,
             unreadable.append(study)
         _draw_study(panel, row, study, source.label_names, config)
     with whole_file(path) as aside:
-        figure.savefig(aside, format="png", metadata={"Software": None})
+        figure.savefig(aside, format=format, metadata={"Software": None} if format == "png" else None)
     return unreadable
 
 

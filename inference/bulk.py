@@ -194,12 +194,14 @@ class Reading:
         batch_size: Studies that go through the model together.
         num_workers: Threads that read ahead.
         options: Options for `read_volume`.
+        reword: Puts the reason why a study could not be read into the words of the command.
     """
 
     image_processor: MedCTImageProcessor
     batch_size: int = 1
     num_workers: int = 1
     options: dict[str, Any] = field(default_factory=dict)
+    reword: Callable[[str], str] = str
 
 
 def process(
@@ -229,8 +231,9 @@ def process(
         for read in batched_reads(reads, reading.batch_size):
             if isinstance(read, FailedStudy):
                 failed += 1
-                write_failed({KEY: read.study.id, "reason": read.reason})
-                bar.write(f"failed: {read.reason}", file=sys.stderr)
+                reason = reading.reword(read.reason)
+                write_failed({KEY: read.study.id, "reason": reason})
+                bar.write(f"failed: {reason}", file=sys.stderr)
                 bar.update(1)
                 continue
             for row in rows_of(read):

@@ -20,7 +20,7 @@ GENERATED = "<!-- Made from the files of this folder, anew with every push; dele
 PLACEHOLDER_REPO, PLACEHOLDER_BASE, PLACEHOLDER_REVISION = "ORG/NAME", "ORG/BASE", "COMMIT"
 CT_CLIP_LICENSE = "cc-by-nc-sa-4.0"
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 # The Hub's names of metrics, by ours.
 _HUB_METRICS = {"auroc": ("roc_auc", "AUROC"), "macro_f1": ("f1", "F1")}
 _TRAINING_FACTS = {
@@ -148,6 +148,7 @@ def render_card(
         base_in_words=_base_in_words(base),
         license=license,
         has_roc=(folder / "roc.png").is_file(),
+        has_calibration=(folder / "calibration.png").is_file(),
         generated=GENERATED,
         **_facts(folder, results, known),
     )

@@ -33,6 +33,7 @@ from medct.common.lock import only_run
 from medct.data import phantom_source
 from medct.inference.search import read_embeddings
 from medct.inference.studies import find_studies
+from medct.publishing.loading import ModelError, named
 
 PHANTOM_BASE = Path(medct.__file__).with_name("phantom_base")
 
@@ -261,6 +262,46 @@ def test_a_folder_that_is_not_a_model_is_refused(run, scans, tmp_path):
     status, _, err = run("predict", scans, model=tmp_path)
     assert status == 2
     assert "no model (" in err
+
+
+@pytest.mark.parametrize("name", ["ct-clip", "./ct-clip", "models/site/ct-clip", "/models/ct-clip", "ct-clip/", "a\\b"])
+@pytest.mark.parametrize("flag", ["--model", "--adapter"])
+def test_a_slip_in_a_folders_name_is_refused_without_asking_the_hub(refused, scans, converted, flag, name, monkeypatch):
+    monkeypatch.setattr("httpx2.Client.send", lambda *_, **__: pytest.fail("asks the Hub"))
+    others = ["--model", converted] if flag == "--adapter" else []
+    said = refused("predict", scans, "--cpu", *others, flag, name)
+    assert said == (
+        f"{name}: no {flag[2:]} (there is no such folder, and a Hub id reads ORG/NAME). Pass a Hub id or a folder."
+    )
+
+
+def test_a_name_that_begins_as_folders_here_is_one_of_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(
+        ModelError, match="runs is a folder here, but has none of that name; on the Hub it is hf://runs/b"
+    ):
+        named("runs/b")
+    assert named("hf://runs/b") == "runs/b"
+    assert named("org/b") == "org/b"
+    (tmp_path / "runs/b").mkdir()
+    assert named("runs/b") == "runs/b"
+
+
+@pytest.mark.parametrize("command", ["predict", "overview", "variable"])
+def test_the_phantom_base_is_at_hand_everywhere(run, scans, tmp_path, command, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if command == "overview":
+        assert main(["overview", "phantoms", "--model", "phantom", "--limit", "2", "--samples", "0"]) == 0
+        return
+    if command == "variable":
+        monkeypatch.setenv("MEDCT_MODEL", "phantom")
+    status, out, err = run("predict", scans / "0.nii.gz", model=None if command == "variable" else "phantom")
+    assert status == 0, err
+    assert "Lung nodule" in out
+    (tmp_path / "phantom").mkdir()
+    status, _, err = run("predict", scans / "0.nii.gz", model="phantom")
+    assert (status, "no model (" in err) == (2, True)  # a folder of that name comes first
 
 
 @pytest.mark.parametrize("arguments", [["predict"], ["predict", "x", "--batch_size", "0"], ["nothing"], []])

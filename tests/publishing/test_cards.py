@@ -83,10 +83,11 @@ def test_no_path_of_this_machine_is_on_the_card(trained, converted):
 
 
 def test_the_plot_is_shown_where_there_is_one(trained, card):
-    assert "roc.png" not in card.text
-    (trained / "roc.png").touch()
-    assert "![ROC curves](roc.png)" in render_card(trained)
-    (trained / "roc.png").unlink()
+    for name, shown in (("roc.png", "![ROC curves](roc.png)"), ("calibration.png", "![Calibration](calibration.png)")):
+        assert name not in card.text
+        (trained / name).touch()
+        assert shown in render_card(trained)
+        (trained / name).unlink()
 
 
 def test_an_adapter_without_results_has_a_card_too(converted, tmp_path):
