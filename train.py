@@ -13,6 +13,7 @@ import dataclasses
 import json
 import math
 import os
+import shlex
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -157,7 +158,7 @@ class Trainer:
         self.eval_steps = max(1, self.steps // 10) if settings.eval_steps is None else settings.eval_steps
         self.prompts = prompts_for(self.base, self.processor)
         self.folder.work.mkdir(parents=True, exist_ok=True)
-        self.is_preempted = False
+        self.stopped_by = ""
         self.line: Line | None = None
 
     def run(self) -> dict[str, Any]:
@@ -166,10 +167,17 @@ class Trainer:
         Raises:
             LockedError: If another run is writing to the same folder.
             FileExistsError: If another run has completed it meanwhile.
+            StoppedError: If it was stopped by a signal; it names what resumes it.
         """
         with only_run(self.folder.final):
             refuse_taken(self.folder.final)
-            return self._run()
+            try:
+                return self._run()
+            except KeyboardInterrupt:  # before or after the steps, or a second time
+                raise StoppedError(f"stopped by SIGINT. {self._remedy()}") from None
+
+    def _remedy(self) -> str:
+        return f"The same command with --output_dir {shlex.quote(str(self.folder.final))} --resume continues it."
 
     def _run(self) -> dict[str, Any]:
         self.base.to(self.accelerator.device)
@@ -180,7 +188,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             # Adapter, plots and tables.
             self.folder.reserve(8 * self.counts["trainable_parameters"] + 2**23)
-        with self._noting_sigterm():
+        with self._noting_signals():
             self._train(model)
         self._check_base(model)
         choice = self._choose_strength(model, before)
@@ -192,21 +200,27 @@ class Trainer:
         return results
 
     @contextlib.contextmanager
-    def _noting_sigterm(self) -> Iterator[None]:
-        """While training, SIGTERM is a wish to stop after the step."""
+    def _noting_signals(self) -> Iterator[None]:
+        """While training, SIGTERM and Ctrl-C are wishes to stop after the step; a second Ctrl-C is not put off."""
 
-        def note(*_: Any) -> None:
-            self.is_preempted = True
+        def note(number: int, *_: Any) -> None:
+            if self.stopped_by and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self.stopped_by = signal.Signals(number).name
 
+        before: dict[int, Any] = {}
         try:
-            before = signal.signal(signal.SIGTERM, note)
+            for each in (signal.SIGTERM, signal.SIGINT):
+                # A job in the background ignores Ctrl-C, which is meant for another.
+                if signal.getsignal(each) is not signal.SIG_IGN:
+                    before[each] = signal.signal(each, note)
         except (AttributeError, ValueError):  # a system without it, or a thread, which gets no signals
-            yield
-            return
+            pass
         try:
             yield
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for each, handler in before.items():
+                signal.signal(each, handler)
 
     def loader(self, split: str, **options: Any) -> StudyLoader:
         return StudyLoader(
@@ -307,32 +321,29 @@ class Trainer:
         prompts = [texts_to(texts, accelerator.device) for texts in self.prompts]
         constant_prompts = None if trains_text(model) else embed_prompts(core(model).eval(), prompts, accelerator)
         batches = endless(loader)
-        bar = tqdm(
+        with tqdm(
             total=self.steps, initial=state.step, desc="train", unit="step", disable=not accelerator.is_main_process
-        )
-        while state.step < self.steps and not best.has_waited_enough:
-            figures = self._step(model, state, batches, prompts, constant_prompts)
-            bar.update()
-            bar.set_postfix(
-                loss=f"{figures['loss']:.3f}",
-                volumes=f"{figures['volumes_per_second']:.1f}/s",
-                memory=f"{figures['memory_gib']:.1f} GiB",
-                refresh=False,
-            )
-            figures |= self._watch(model, state)
-            if history:
-                history.add(state.step, figures)
-            accelerator.log(figures, step=state.step)
-            if self._must_stop():
-                checkpoints.save(state)
-                raise StoppedError(
-                    f"stopped by SIGTERM after step {state.step} of {self.steps}. The same command with "
-                    f"--output_dir {self.folder.final} --resume continues it."
+        ) as bar:
+            while state.step < self.steps and not best.has_waited_enough:
+                figures = self._step(model, state, batches, prompts, constant_prompts)
+                bar.update()
+                bar.set_postfix(
+                    loss=f"{figures['loss']:.3f}",
+                    volumes=f"{figures['volumes_per_second']:.1f}/s",
+                    memory=f"{figures['memory_gib']:.1f} GiB",
+                    refresh=False,
                 )
-            is_last = state.step == self.steps or best.has_waited_enough
-            if state.step % settings.checkpoint_steps == 0 or is_last:
-                checkpoints.save(state)
-        bar.close()
+                figures |= self._watch(model, state)
+                if history:
+                    history.add(state.step, figures)
+                accelerator.log(figures, step=state.step)
+                if self._must_stop():
+                    checkpoints.save(state)
+                    by = self.stopped_by or "a signal to another process"
+                    raise StoppedError(f"stopped by {by} after step {state.step} of {self.steps}. {self._remedy()}")
+                is_last = state.step == self.steps or best.has_waited_enough
+                if state.step % settings.checkpoint_steps == 0 or is_last:
+                    checkpoints.save(state)
         best.restore()
         self.steps_done, self.best_step = state.step, best.step
         for tracker in accelerator.trackers:
@@ -400,7 +411,7 @@ class Trainer:
 
     def _must_stop(self) -> bool:
         """Whether any process was told to; all of them stop after the same step."""
-        told = torch.tensor(float(self.is_preempted), device=self.accelerator.device)
+        told = torch.tensor(float(bool(self.stopped_by)), device=self.accelerator.device)
         return bool(sum_over_processes(told))
 
     def _check_base(self, model: PeftModel | MedCTModel) -> None:
