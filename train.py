@@ -29,6 +29,7 @@ from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
 from medct.adapters_medct import describe_adapter, fingerprint
+from medct.common.digest import digest
 from medct.common.distributed import shard, sum_gradients, sum_over_processes
 from medct.common.errors import StoppedError, one_line_errors
 from medct.common.files import refuse_taken
@@ -59,7 +60,6 @@ from medct.training.checkpoints import Checkpoints, TrainingState
 from medct.training.lora import (
     add_lora,
     core,
-    digest,
     frozen_tensors,
     note_start,
     save_weights,

@@ -21,6 +21,7 @@ from peft import PeftConfig
 from tqdm import tqdm
 
 from medct.byte_sources_medct import is_address
+from medct.checks_medct import preprocessing
 from medct.cli.wording import in_flags
 from medct.common.errors import OK, SOME_FAILED, first_line
 from medct.common.files import whole_file, whole_folder
@@ -34,6 +35,8 @@ from medct.evaluation.report import MEANS
 from medct.evaluation.scoring import prompts_for, score_studies
 from medct.inference.bulk import KEY, Csv, JsonLines, Reading, process, process_to_file, read_rows
 from medct.inference.studies import FailedStudy, ReadStudy, Study, find_studies, read_study
+from medct.inference.weights import KEY as WEIGHTS
+from medct.inference.weights import weights_of
 from medct.pipeline_medct import CTPipeline, ZeroShotCTClassificationPipeline
 from medct.publishing.loading import load_model, named, pipeline_of
 from medct.volume_io_medct import read_volume
@@ -143,9 +146,15 @@ def model_settings(args: argparse.Namespace) -> dict[str, Any]:
     return {"model": model_of(args), **{name: getattr(args, name) for name in names}}
 
 
-def settings_of(args: argparse.Namespace) -> dict[str, Any]:
-    """What decides about the numbers of a run over scans."""
-    return {**model_settings(args), **reading_options(args)}
+def settings_of(args: argparse.Namespace, pipe: CTPipeline) -> dict[str, Any]:
+    """What decides about the numbers of a run over scans.
+
+    Args:
+        args: Parsed, with the options for the model and for scans.
+        pipe: The model's pipeline.
+    """
+    made_by = {WEIGHTS: weights_of(pipe.model), "preprocessing": preprocessing(pipe.model.config)}
+    return {**model_settings(args), **reading_options(args), **made_by}
 
 
 def ends(failed: int, studies: int, output: Path | None) -> int:
@@ -190,8 +199,9 @@ def _predict(args: argparse.Namespace) -> int:
     rows_as = Csv(columns) if format == "csv" else JsonLines()
     rows_of = functools.partial(prediction_rows, pipe, prompts, flat=format == "csv")
     if args.output is not None:
-        settings = {**settings_of(args), "labels": labels, "templates": args.templates, "thresholds": thresholds}
-        settings["calibration"] = calibration
+        templates = prompts.get("prompt_templates", pipe.model.config.prompt_templates)
+        settings = {**settings_of(args, pipe), "labels": labels, "templates": templates}
+        settings |= {"thresholds": thresholds, "calibration": calibration}
         failed = process_to_file(studies, reading_of(args, pipe), rows_of, args.output, rows_as, settings, state)
         return ends(failed, len(studies), args.output)
     if state.num_processes > 1:
@@ -260,7 +270,7 @@ def _embed(args: argparse.Namespace) -> int:
     reports = search.read_reports(args.reports) if args.reports else {}
     state = start_processes(args)
     pipe = load_pipeline(args, state.device, zero_shot_only=True)
-    settings = settings_of(args)
+    settings = settings_of(args, pipe)
     before = search.read_embeddings(args.output) if args.output.exists() else None
     rows_path = args.output.with_name(f"{args.output.name}.rows")
     failed = process_to_file(
@@ -347,15 +357,20 @@ def search_index(args: argparse.Namespace) -> int:
     from medct.inference import search
 
     embeddings = search.read_embeddings(args.index)
-    for name in ("model", "revision", "adapter", "adapter_revision"):
+    for name in ("model", "revision", "adapter", "adapter_revision", "dtype"):
         made_with = embeddings.settings.get(name)
-        if getattr(args, name) not in (None, made_with):
+        if getattr(args, name) not in (None, "auto", made_with):
             raise CommandError(
                 f"{args.index} was made with {name} {made_with!r}, not {getattr(args, name)!r}. Leave out --{name}, or "
                 "make the index anew."
             )
         setattr(args, name, made_with)
     pipe = load_pipeline(args, PartialState(cpu=args.cpu).device, zero_shot_only=True)
+    if embeddings.settings.get(WEIGHTS) != weights_of(pipe.model):
+        raise CommandError(
+            f"{args.index} was made with other weights than those that {args.adapter or args.model} has now, so nothing in "
+            "it can be compared. Make the index anew."
+        )
     if is_address(args.query) or Path(args.query).exists():
         (study,) = one_study(args.query)
         read = read_one(study, args, pipe)

@@ -24,6 +24,7 @@ from medct.common.files import remove_leftovers, whole_file
 from medct.errors_medct import MedCTError
 from medct.image_processing_medct import MedCTImageProcessor
 from medct.inference.studies import FailedStudy, ReadStudy, Study, batched_reads, read_ahead
+from medct.inference.weights import KEY as WEIGHTS
 
 KEY = "study"
 
@@ -326,11 +327,12 @@ def _keep_settings(output: Path, rows_path: Path, settings: dict[str, Any]) -> N
     if is_begun and path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))
         for name in sorted({*before, *settings}):
-            if before.get(name) != settings.get(name):
-                raise OutputError(
-                    f"{output} was started with {name} {before.get(name)!r}, not {settings.get(name)!r}. Choose "
-                    "another --output, or remove it."
-                )
+            if before.get(name) == settings.get(name):
+                continue
+            said = f"{name} {before.get(name)!r}, not {settings.get(name)!r}"
+            if name == WEIGHTS:
+                said = "other weights than those that model and adapter have now"
+            raise OutputError(f"{output} was started with {said}. Choose another --output, or remove it.")
     elif is_begun:
         raise OutputError(
             f"{output} exists, but {path.name} is missing, so it is not known how it was made. Choose another "
