@@ -367,9 +367,10 @@ def search_index(args: argparse.Namespace) -> int:
         setattr(args, name, made_with)
     pipe = load_pipeline(args, PartialState(cpu=args.cpu).device, zero_shot_only=True)
     if embeddings.settings.get(WEIGHTS) != weights_of(pipe.model):
+        which = args.adapter or args.model
         raise CommandError(
-            f"{args.index} was made with other weights than those that {args.adapter or args.model} has now, so nothing in "
-            "it can be compared. Make the index anew."
+            f"{args.index} was made with other weights than those that {which} has now, so nothing in it can be compared. "
+            "Make the index anew."
         )
     if is_address(args.query) or Path(args.query).exists():
         (study,) = one_study(args.query)
