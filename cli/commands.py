@@ -369,8 +369,8 @@ def search_index(args: argparse.Namespace) -> int:
     if embeddings.settings.get(WEIGHTS) != weights_of(pipe.model):
         which = args.adapter or args.model
         raise CommandError(
-            f"{args.index} was made with other weights than those that {which} has now, so nothing in it can be compared. "
-            "Make the index anew."
+            f"{args.index} was made with other weights than those that {which} has now, so nothing in it can be "
+            "compared. Make the index anew."
         )
     if is_address(args.query) or Path(args.query).exists():
         (study,) = one_study(args.query)
