@@ -265,6 +265,22 @@ def _rank_figures(reach: _Reach) -> dict[str, np.ndarray]:
     }
 
 
+def resampled_aurocs(scores: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """AUROC of each label in each resample, `(labels, resamples)`; NaN where the label does not vary there.
+
+    Args:
+        scores: `(scans, labels)`.
+        labels: `(scans, labels)`, 0, 1 or NaN for unknown.
+        weights: `(scans, resamples)`, how often each scan was drawn.
+    """
+    aurocs = []
+    for score, truth in zip(np.asarray(scores, float).T, np.asarray(labels, float).T, strict=True):
+        reach = _Reach(score, truth, weights)
+        varies = (reach.present > 0) & (reach.absent > 0)
+        aurocs.append(np.where(varies, _rank_figures(reach)["auroc"], np.nan))
+    return np.stack(aurocs)
+
+
 def _decision_figures(reach: _Reach, hits: np.ndarray, false_alarms: np.ndarray) -> dict[str, np.ndarray]:
     """Figures that follow from the counts of hits and false alarms, `(resamples,)` each."""
     misses, rejections = reach.present - hits, reach.absent - false_alarms
