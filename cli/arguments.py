@@ -166,14 +166,14 @@ def _add_overview(add: Callable[..., argparse.ArgumentParser]) -> None:
         "data_commands.show_overview",
         "look at a data source before training on it",
         "medct overview SOURCE --model ct-clip\n"
-        "  medct overview SOURCE --split valid --samples 0         # counts only: reads no volume",
+        "  medct overview SOURCE --split valid --samples 0         # one split, counts only: reads no volume",
         "Counts patients, labels and reports, and draws samples as the model sees them: three middle slices each, "
         "upright,\nwith the patient's right on the left of the picture.",
     )
     _source_arguments(parser, "look at")
     group = parser.add_argument_group("output")
     group.add_argument(
-        "--split", choices=("train", "tune", "valid"), default="train", help="which studies (default: train)"
+        "--split", choices=("train", "tune", "valid", "all"), default="all", help="which studies (default: all)"
     )
     group.add_argument(
         "--samples", type=_at_least(0), default=8, metavar="N", help="studies to draw; 0: none (default: 8)"

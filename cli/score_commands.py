@@ -263,6 +263,7 @@ def _about(name: str, source: Source, split: str, unreadable: int) -> dict[str, 
         "num_studies": source.num_studies,
         "skipped": len(source.skipped),
         "unreadable": unreadable,
+        "left_out": dict(source.elsewhere),
     }
 
 
@@ -285,6 +286,12 @@ def _figures(models: Mapping[str, Scores], names: Sequence[str], what: str, **op
 
 
 def _remarks(about: Mapping[str, Any]) -> Iterator[str]:
+    if about["left_out"]:
+        others = ", ".join(f"{count:,} of {split}" for split, count in about["left_out"].items())
+        yield (
+            f"{about['source']}: only the {about['num_studies']:,} studies of the split {about['split']} were scored; "
+            f"left out: {others}. For a test set that the model has never seen, pass --split all."
+        )
     if about["synthetic"]:
         yield f"{about['source']}: SYNTHETIC drawings: no patients, and no clinical meaning."
 

@@ -98,13 +98,14 @@ def read_predictions(path: Path) -> Predictions:
     Raises:
         DataError: If it is no such file.
     """
-    table = read_csv(path, [*KEYS, NAME, "patient"], _columns(path))
+    known = [*KEYS, NAME, "patient"]
+    table = read_csv(path, known, [column for column in _columns(path) if column not in known])
     names = [name for name in table if _LABEL.format(name) in table]
     if not names:
         raise DataError(f"{path}: it holds no labels. Pass the csv file beside a results.json.")
     scored_rows = table[table["model"] != ""]
     numbers = to_numbers(scored_rows, [*names, *map(_LABEL.format, names)], str(path))
-    groups = [name for name in table if name not in (*KEYS, NAME, "patient", *names, *map(_LABEL.format, names))]
+    groups = [name for name in table if name not in (*known, *names, *map(_LABEL.format, names))]
     found = {}
     for key, rows in numbers.groupby(list(KEYS), sort=False):
         about = rows[groups].to_dict("records") if groups else []

@@ -146,9 +146,7 @@ def subgroups_table(divisions: Sequence[dict[str, Any]], where: str) -> str:
         counts = [f"{group[key]:,}" for key in ("scans", "patients", "labels")]
         lines.append(f"| {division}: {group['group']} | {' | '.join([*counts, *cells])} |")
     smallest = min(group["scans"] for _, group in groups)
-    note = (
-        f"Over the findings that vary in the group, so compare groups with care. The smallest has {smallest:,} scans."
-    )
+    note = f"Over the findings that vary in a group, so compare with care. The smallest group has {smallest:,} scans."
     return "\n".join([*lines, "", note])
 
 
