@@ -18,6 +18,8 @@ _UNKNOWN = (
     rf"(?<![\w.:/\\])(?!/(?:proc|dev)/)(?:(?:/{_PART}){{2,}}/?|[A-Za-z]:\\[\w.@+\\-]+|\\\\{_PART}(?:\\{_PART})+)"
     rf"|file:/+(?:{_PART}/?)+"
 )
+_WHOLE = re.compile(r"(?:/|~/|[A-Za-z]:\\)[^\n]*")
+"""A text that is a path and nothing else, whatever its letters."""
 
 
 def local_paths(settings: Mapping[str, Any]) -> list[str]:
@@ -62,6 +64,8 @@ def without_paths(value: Any, known: Iterable[str] = ()) -> Any:
 
 
 def _shortened(value: Any, pattern: re.Pattern[str]) -> Any:
+    if isinstance(value, str) and _WHOLE.fullmatch(value):
+        return _last_part(value) or value
     if isinstance(value, str):
         return pattern.sub(lambda match: _last_part(match[0]), value)
     if isinstance(value, dict):

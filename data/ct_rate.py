@@ -28,7 +28,7 @@ import pandas as pd
 
 from medct.configuration_medct import MedCTConfig
 from medct.data.folders import Folder, LocalFolder
-from medct.data.sources import DataError, Source
+from medct.data.sources import DataError, NoSuchSplitError, Source
 from medct.data.tables import (
     SPACINGS_MM,
     Selection,
@@ -168,7 +168,7 @@ class CTRate:
     def _missing(self, name: str, columns: Sequence[str]) -> DataError:
         wanted = " or ".join(name.format(split=spelling) for spelling in _SPELLINGS[self.split])
         listed = ", ".join([NAME, *columns][:4]) + (" ..." if len(columns) > 3 else "")
-        return DataError(
+        return NoSuchSplitError(
             f"{self.folder}: no csv file of the {self.split} split with the columns {listed}. In CT-RATE's layout it "
             f"is {_PREFIXES[0]}{wanted}."
         )

@@ -26,6 +26,7 @@ from medct.configuration_medct import MedCTConfig
 from medct.data.folders import HUB_ADDRESS, Folder
 from medct.data.sources import DataError, Deferred, Source, hash_share
 from medct.data.tables import (
+    SPLITS,
     Selection,
     Sieve,
     belongs,
@@ -70,8 +71,8 @@ def split_meanings(names: Sequence[str], where: str) -> dict[str, str]:
     return {name: meanings[name.lower()] for name in names}
 
 
-def choose_split(table: pd.DataFrame, selection: Selection, where: str) -> tuple[pd.DataFrame, str]:
-    """The rows of one split, and how it was made.
+def choose_split(table: pd.DataFrame, selection: Selection, where: str) -> tuple[pd.DataFrame, str, dict[str, int]]:
+    """The rows of one split, how it was made, and how many rows are in the others.
 
     Args:
         table: With `patient` and `split`, the latter empty where unknown.
@@ -98,10 +99,12 @@ def choose_split(table: pd.DataFrame, selection: Selection, where: str) -> tuple
             f"{where}: {int(doubled.sum())} patients are in several splits, so scores would be too good. Give each "
             "patient one split."
         )
-    if "tune" not in set(table["split"]) and selection.split != "valid":
-        trained = table[table["split"] == "train"]
-        return trained[belongs(trained["patient"], selection.split, selection.tune_share)], how
-    return table[table["split"] == selection.split], how
+    if "tune" not in set(table["split"]):
+        is_tune = (table["split"] == "train") & belongs(table["patient"], "tune", selection.tune_share)
+        table = table.assign(split=table["split"].mask(is_tune, "tune"))
+    others = table["split"][table["split"] != selection.split].value_counts()
+    elsewhere = {split: int(others[split]) for split in SPLITS if split in others}
+    return table[table["split"] == selection.split], how, elsewhere
 
 
 def tidy(table: pd.DataFrame, config: MedCTConfig, where: str) -> pd.DataFrame:
@@ -161,10 +164,10 @@ def metadata_source(folder: Folder, files: dict[str, Path], config: MedCTConfig,
         names = f"{split}/" + table["file_name"] if split else table["file_name"]
         table = table.assign(id=names, volume=names)
         tables.append(tidy(table.assign(split=split) if split else table, config, shown))
-    chosen, how = choose_split(pd.concat(tables, ignore_index=True), selection, str(folder))
+    chosen, how, elsewhere = choose_split(pd.concat(tables, ignore_index=True), selection, str(folder))
     sieve = Sieve(chosen.drop(columns="split"))
     sieve.drop(~sieve.table["volume"].map(folder.has_volume).astype(bool), "no such file")
-    return table_source(sieve, config.label_names, folder.volume, selection, f"{folder}{how}")
+    return table_source(sieve, config.label_names, folder.volume, selection, f"{folder}{how}", elsewhere)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -238,9 +241,10 @@ def parquet_source(
     if len(columns) != 1:
         raise DataError(f"{address}: the volume columns of its files differ ({', '.join(sorted(columns))}).")
     table = tidy(merge_doubles(pd.concat(tables, ignore_index=True), "id", address), config, address)
-    chosen, how = choose_split(table, selection, address)
+    chosen, how, elsewhere = choose_split(table, selection, address)
     volumes = ParquetVolumes(paths, columns.pop(), options)
-    return table_source(Sieve(chosen.drop(columns="split")), config.label_names, volumes, selection, f"{address}{how}")
+    sieve = Sieve(chosen.drop(columns="split"))
+    return table_source(sieve, config.label_names, volumes, selection, f"{address}{how}", elsewhere)
 
 
 def _data_files(address: str, revision: str | None, token: str | None) -> dict[str, list[str]]:

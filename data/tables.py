@@ -6,7 +6,7 @@ folder, or whatever its `volume_of` understands), one column per label and, wher
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from medct.data.sources import DataError, Row, Skipped, Source, first_of, hash_share
+from medct.data.sources import DataError, NoSuchSplitError, Row, Skipped, Source, first_of, hash_share
 from medct.volume_io_medct import affine_from_spacing
 
 SPLITS = ("train", "tune", "valid")
@@ -227,6 +227,7 @@ def table_source(
     volume_of: Callable[[Any], Any],
     selection: Selection,
     where: str,
+    elsewhere: Mapping[str, int] | None = None,
 ) -> Source:
     """Make a source of what a sieve has left.
 
@@ -236,9 +237,10 @@ def table_source(
         volume_of: See `TableRows`.
         selection: Which studies; its split serves for messages only.
         where: Name of the data in the description and in messages.
+        elsewhere: See `Source`.
 
     Raises:
-        DataError: If nothing is left.
+        NoSuchSplitError: If nothing is left.
     """
     if selection.need_reports:
         sieve.drop(sieve.table["report"] == "", "no report")
@@ -250,7 +252,9 @@ def table_source(
     groups = sorted(tuple(int(row) for row in rows) for rows in groups)
     if not groups:
         reasons = "; ".join(sorted({study.reason for study in sieve.skipped})) or "its tables are empty"
-        raise DataError(f"{where}: no study of the {selection.split} split is left ({reasons}). Check its tables.")
+        raise NoSuchSplitError(
+            f"{where}: no study of the {selection.split} split is left ({reasons}). Check its tables."
+        )
     scan_or_id = table["scan" if "scan" in table else "id"]
     groups = [groups[index] for index in first_of([scan_or_id[rows[0]] for rows in groups], selection.limit)]
     kept = sorted(row for rows in groups for row in rows)
@@ -260,4 +264,4 @@ def table_source(
     groups = [tuple(number[row] for row in rows) for rows in groups]
     description = f"{len(groups)} {selection.split} studies of {where}"
     rows = TableRows(pa.Table.from_pandas(table, preserve_index=False), tuple(label_names), volume_of)
-    return Source(groups, rows, tuple(label_names), description, tuple(sieve.skipped), names)
+    return Source(groups, rows, tuple(label_names), description, tuple(sieve.skipped), names, elsewhere=elsewhere or {})

@@ -194,6 +194,23 @@ def _fingerprint_of_file(model: PreTrainedModel, tensors: Mapping[str, torch.Ten
     return _digest(saved) if is_whole else None
 
 
+def adapter_fingerprint(adapter: str | Path, **hub: Any) -> str:
+    """A name for the weights of an adapter, the same on every machine.
+
+    Args:
+        adapter: Hub id or folder.
+        hub: `revision` and the like, as for `check_fit`.
+
+    Returns:
+        "sha256:" and 64 hexadecimal digits, over names, shapes, types and bytes.
+    """
+    total = hashlib.sha256()
+    for name, tensor in sorted(read_tensors(adapter, **hub).items()):
+        total.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        total.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return f"sha256:{total.hexdigest()}"
+
+
 def _without_peft(model: PreTrainedModel) -> PreTrainedModel:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
@@ -208,6 +225,7 @@ def describe_adapter(
     thresholds: dict[str, float] | None = None,
     calibration: dict[str, list[float]] | None = None,
     strength: float | None = None,
+    operating_points: dict[str, dict[str, float]] | None = None,
 ) -> dict[str, Any]:
     """Write down what an adapter was trained on, beside its weights.
 
@@ -220,6 +238,7 @@ def describe_adapter(
         thresholds: Operating point of each label: the least score that counts as "present".
         calibration: Slope and intercept of each label, see `calibrated`.
         strength: Share of what was learned that is in the saved weights.
+        operating_points: Others besides `thresholds`, by name ("sensitivity 0.95") and label.
 
     Returns:
         What was written.
@@ -232,6 +251,7 @@ def describe_adapter(
         "thresholds": thresholds,
         "calibration": calibration,
         "strength": strength,
+        "operating_points": operating_points,
     }
     Path(folder, DESCRIPTION_FILE).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
     return description

@@ -45,6 +45,7 @@ FILES = {
     "calibration.png",
     "history.jsonl",
     "medct_adapter.json",
+    "results.csv",
     "results.json",
     "roc.png",
     "train_config.json",
