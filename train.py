@@ -76,6 +76,7 @@ from medct.training.results import (
     SPLITS,
     Scored,
     compare_all,
+    few_steps,
     mean_auroc,
     predictions_of,
     remarks_on,
@@ -90,7 +91,7 @@ from medct.training.settings import (
     complete,
     parse_settings,
 )
-from medct.training.sources import endless, load_sources, number_of_steps
+from medct.training.sources import endless, load_sources, number_of_steps, steps_per_epoch
 from medct.training.strength import Choice, Line, choose_strength
 
 
@@ -118,7 +119,10 @@ class Trainer:
         self.config = self.base.config
         self.settings = settings = complete(settings, self.config)
         self.sources = load_sources(settings, self.config)
-        self.steps = number_of_steps(self.sources["train"], settings, self.accelerator.num_processes)
+        processes = self.accelerator.num_processes
+        self.steps = number_of_steps(self.sources["train"], settings, processes)
+        remark = few_steps(self.steps, steps_per_epoch(self.sources["train"], settings, processes), settings)
+        self.remarks = [remark] if remark else []
         self.eval_steps = max(1, self.steps // 10) if settings.eval_steps is None else settings.eval_steps
         self.prompts = prompts_for(self.base, self.processor)
         self.folder.work.mkdir(parents=True, exist_ok=True)
@@ -146,6 +150,8 @@ class Trainer:
     def _run(self) -> dict[str, Any]:
         self.base.to(self.accelerator.device)
         scored = [split for split in (*SPLITS, *KEPT_SPLITS) if split in self.sources]
+        for remark in self.remarks:
+            self.accelerator.print(f"NOTE: {remark}")
         before = {split: self.score_base(split) for split in scored}
         self._check_labels(before["valid"])
         model = self._attach()
@@ -419,7 +425,8 @@ class Trainer:
             "seconds": round(time.monotonic() - self.started, 1),
         }
         decided = self._provenance(found, before)
-        return results | {"remarks": remarks_on(results, settings.max_forgotten), "provenance": decided}
+        remarks = [*self.remarks, *remarks_on(results, settings.max_forgotten)]
+        return results | {"remarks": remarks, "provenance": decided}
 
     def _provenance(self, found: dict[str, Any], before: Scored) -> dict[str, Any]:
         """What decided the figures; with its settings `medct evaluate` scores the held-out studies again."""

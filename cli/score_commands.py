@@ -274,8 +274,8 @@ def _brought(
     if tuned is None:
         return (args.points or {}).get(name, version.points), version.calibration
     wanted = wanted_points(args.sensitivity, args.specificity)
-    points = choose_points(tuned.scores, tuned.labels, names, wanted)
-    return points, fit_calibration(tuned.scores, tuned.labels, names)
+    points = choose_points(tuned.scores, tuned.labels, names, wanted, tuned.patients)
+    return points, fit_calibration(tuned.scores, tuned.labels, names, tuned.patients)
 
 
 def _figures(models: Mapping[str, Scores], names: Sequence[str], what: str, **options: int) -> dict[str, Any]:

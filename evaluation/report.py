@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from medct.evaluation.metrics import CT_CLIP_PREFIX, RADFINDER_PREFIX, Interval
+from medct.evaluation.metrics import CT_CLIP_PREFIX, FEWEST, RADFINDER_PREFIX, Interval
 
 UNDEFINED = "–"
 _COLUMNS = (("base", ""), ("adapted", ""), ("difference", "+"))
@@ -210,6 +210,11 @@ def _caption(sources: Sequence[dict[str, Any]]) -> str:
         "The CT-CLIP and RadFinder protocols choose their thresholds on the scans that they score: only for comparison "
         "with papers."
     )
+    if few := list(dict.fromkeys(name for each in sources for name in each.get("too_few", ()))):
+        said.append(
+            f"Without an interval: findings that fewer than {FEWEST} patients have, or are without ({', '.join(few)}), "
+            "and means of which more than half are such."
+        )
     if any(interval["value"] is None for each in figures for interval in each.values()):
         said.append(f"{UNDEFINED}: always or never present here, so it has no score and no part in the means.")
     return " ".join(said)
