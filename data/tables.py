@@ -2,7 +2,8 @@
 
 A table of studies has one row per volume and the columns `id`, `patient`, `report`, `volume` (a path in the source's
 folder, or whatever its `volume_of` understands), one column per label and, where there are several reconstructions,
-`scan`. It may have columns of `subgroups`, `rescale_slope`, `rescale_intercept` and the spacings `i_mm`, `j_mm`, `k_mm`.
+`scan`. It may have columns of `subgroups`, `rescale_slope`, `rescale_intercept` and the spacings `i_mm`, `j_mm` and
+`k_mm`.
 """
 
 import math

@@ -47,8 +47,8 @@ FILES = {
     "calibration.png",
     "history.jsonl",
     "medct_adapter.json",
-    "results.csv",
     "results.json",
+    "results.studies.csv",
     "roc.png",
     "train_config.json",
 }
@@ -150,13 +150,13 @@ def test_what_was_reported_is_repeated_to_the_digit(settings, tmp_path, capsys):
     said = capsys.readouterr().out
     assert re.search(r"repeated: \d{3,} figures are the same to the last digit, 0 are not\n", said), said
     # The scores of every study are there, too, and give the same figures.
-    predictions = read_predictions(folder / "results.csv")
+    predictions = read_predictions(folder / "results.studies.csv")
     splits = {(key.model, key.split, len(each.ids)) for key, each in predictions.scored.items()}
     assert splits == {(model, *split) for model in ("base", "adapted") for split in (("tune", 12), ("valid", 20))}
     held_out = predictions.scored[Key("adapted", "phantoms", "valid")]
     found = zero_shot_scores(held_out.scores, held_out.labels, CT_CLIP_LABELS)
     assert found["auroc"] == results["comparison"]["adapted"]["auroc"]["value"]
-    rows = (folder / "results.csv").read_text(encoding="utf-8").splitlines()
+    rows = (folder / "results.studies.csv").read_text(encoding="utf-8").splitlines()
     assert sum(line.startswith(",phantoms,train,phantom_b_") for line in rows) == 24
 
 
