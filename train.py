@@ -428,10 +428,15 @@ class Trainer:
         remarks = [*self.remarks, *remarks_on(results, settings.max_forgotten)]
         return results | {"remarks": remarks, "provenance": decided}
 
+    def _source_names(self) -> list[str]:
+        """What to call the new site and, where there is one, what is to be kept."""
+        return short_names([each for each in (self.settings.data, self.settings.keep) if each != NO_SOURCE])
+
     def _provenance(self, found: dict[str, Any], before: Scored) -> dict[str, Any]:
         """What decided the figures; with its settings `medct evaluate` scores the held-out studies again."""
         accelerator = self.accelerator
         base = {"model": self.settings.model, "revision": self.revision, "fingerprint": self.fingerprint}
+        scored = predictions_of(before, {}, self.config.label_names, self._source_names()).scored
         points = {
             model: {name: each["thresholds"] for name, each in by_name.items()}
             for model, by_name in found["comparison"]["operating_points"].items()
@@ -439,7 +444,7 @@ class Trainer:
         return provenance(
             repeatable(self.settings, self.revision, points),
             {BASE: base, ADAPTED: base},
-            {split: list_checksum(scored) for split, scored in before.items()},
+            {f"{key.source}, {key.split}": list_checksum(each) for key, each in scored.items()},
             accelerator.device,
             seed=self.settings.seed,
             processes=accelerator.num_processes,
@@ -472,7 +477,7 @@ class Trainer:
             (folder / "train_config.json").write_text(
                 json.dumps(dataclasses.asdict(self.settings), indent=2) + "\n", encoding="utf-8"
             )
-            names = short_names([each for each in (self.settings.data, self.settings.keep) if each != NO_SOURCE])
+            names = self._source_names()
             trained = [(names[0], "train", self.sources["train"].names)]
             predictions = predictions_of(before, after, self.config.label_names, names)
             write_record(folder / RESULTS, results, predictions, trained)

@@ -134,10 +134,27 @@ def _figure_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_recall(add: Callable[..., argparse.ArgumentParser]) -> None:
     parser = add(
         "recall",
-        "commands.recall",
+        "score_commands.recall",
         "how often a scan finds its own report, and vice versa",
-        "medct recall --index index.parquet",
-        "Recall at 5, 10, 50 and 100 over the studies in an index that have a report.",
+        "medct recall --index index.parquet\n  medct recall --index index.parquet --metadata metadata.csv --pool 1000",
+        "Recall at 5, 10, 50 and 100 over the studies in an index that have a report, with 95 % intervals; with "
+        "labels, also\nhow well scans find scans that share a finding. CT-CLIP's protocol stands beside, by name.",
     )
     parser.add_argument("--index", type=Path, required=True, metavar="FILE", help="made by `medct embed --reports ...`")
+    parser.add_argument(
+        "--metadata",
+        type=Path,
+        metavar="CSV",
+        help="has file_name or VolumeName (the end of a study's path) and, optionally, patient and labels",
+    )
+    parser.add_argument(
+        "--findings", nargs="+", metavar="LABEL", help="columns of --metadata that are labels (default: CT-CLIP's 18)"
+    )
+    parser.add_argument("--pool", type=at_least(2), metavar="N", help="also among N studies at a time")
+    parser.add_argument(
+        "--bootstrap_resamples", type=at_least(1), default=1000, metavar="N", help="of the patients (default: 1000)"
+    )
+    parser.add_argument(
+        "--seed", type=at_least(0), default=0, metavar="N", help="seed of bootstrap and pools (default: 0)"
+    )
     parser.add_argument("--format", choices=("table", "json"), default="table", help="table for people, or JSON")

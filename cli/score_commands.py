@@ -1,13 +1,16 @@
-"""What `medct evaluate`, `compare` and `metrics` do. Each takes the parsed arguments and returns the exit status."""
+"""What the commands that score do. Each takes the parsed arguments and returns the exit status."""
 
 import argparse
 import contextlib
 import functools
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -16,16 +19,29 @@ from medct.adapters_medct import adapter_fingerprint, fingerprint
 from medct.cli.commands import CommandError, ends, load_pipeline, model_of, start_processes
 from medct.common.errors import OK, SOME_FAILED
 from medct.common.lock import only_run
+from medct.configuration_medct import CT_CLIP_LABELS
 from medct.data import PhantomCohort, Source, open_source
 from medct.data.loader import StudyLoader
+from medct.data.tables import to_numbers
 from medct.evaluation.calibration import fit_calibration
 from medct.evaluation.figures import Scores, source_figures
 from medct.evaluation.operating_points import YOUDEN, Points, choose_points, wanted_points
-from medct.evaluation.predictions import Key, Predictions, join_metadata, paired, short_names
+from medct.evaluation.predictions import (
+    NAME,
+    Key,
+    Predictions,
+    join_metadata,
+    matched,
+    named_table,
+    paired,
+    short_names,
+)
 from medct.evaluation.provenance import changed_figures, list_checksum, provenance, reasons
 from medct.evaluation.record import read_results, read_scores, write_figures, write_record
-from medct.evaluation.report import evaluation_report
+from medct.evaluation.report import evaluation_report, retrieval_report
+from medct.evaluation.retrieval import Pairs, recall_figures, shared_findings
 from medct.evaluation.scoring import ScoredStudies, Texts, prompts_for, score_versions
+from medct.inference.search import read_embeddings
 from medct.pipeline_medct import CTPipeline
 
 BASE = "base"
@@ -413,3 +429,43 @@ def _without_model(args: argparse.Namespace, sources: Sequence[Mapping[str, Any]
     }
     studies = {each["source"]: each["studies"] for each in sources}
     return provenance(settings, {}, studies, torch.device("cpu"), seed=args.seed)
+
+
+def recall(args: argparse.Namespace) -> int:
+    embeddings = read_embeddings(args.index)
+    patients, labels = None, None
+    if args.metadata is not None:
+        patients, labels = _patients_and_labels(args, embeddings.ids)
+    paired_rows = np.flatnonzero(embeddings.has_report)
+    if not len(paired_rows):
+        raise CommandError("No study of this index has a report. Make it with `medct embed ... --reports FILE.csv`.")
+    pairs = Pairs(
+        embeddings.image_embeds[paired_rows],
+        embeddings.text_embeds[paired_rows],
+        embeddings.report_ids[paired_rows],
+        None if patients is None else patients[paired_rows],
+    )
+    options = {"resamples": args.bootstrap_resamples, "seed": args.seed}
+    try:
+        results = recall_figures(pairs, pool=args.pool, **options)
+        if labels is not None:
+            results["findings"] = shared_findings(embeddings.image_embeds, labels, patients, **options)
+    except ValueError as error:
+        raise CommandError(f"{args.index}: {error}") from error
+    print(json.dumps(results, indent=2) if args.format == "json" else retrieval_report(results))
+    return OK
+
+
+def _patients_and_labels(args: argparse.Namespace, studies: Sequence[str]) -> tuple[np.ndarray, np.ndarray | None]:
+    """Of each study of an index; a study that the table does not name is a patient of its own, without findings."""
+    table = named_table(args.metadata).drop_duplicates(NAME).set_index(NAME)
+    names = matched(studies, set(table.index))
+    if not any(names):
+        raise CommandError(f"{args.metadata} names no study of {args.index}. Names must be the ends of their paths.")
+    columns = args.findings or [name for name in CT_CLIP_LABELS if name in table]
+    if missing := [name for name in columns if name not in table]:
+        raise CommandError(f"{args.metadata}: has no column {missing[0]!r}. Pass the names of its labels.")
+    rows = to_numbers(table.reindex(names), columns, str(args.metadata))
+    own = rows["patient"] if "patient" in rows else rows.index.to_series()
+    patients = [study if who is None or pd.isna(who) else str(who) for study, who in zip(studies, own, strict=True)]
+    return np.array(patients), rows[columns].to_numpy(float) if columns else None

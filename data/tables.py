@@ -2,7 +2,8 @@
 
 A table of studies has one row per volume and the columns `id`, `patient`, `report`, `volume` (a path in the source's
 folder, or whatever its `volume_of` understands), one column per label and, where there are several reconstructions,
-`scan`. It may have `rescale_slope`, `rescale_intercept` and the spacings `i_mm`, `j_mm`, `k_mm`.
+`scan`. It may have columns of `subgroups`, `rescale_slope`, `rescale_intercept` and the spacings `i_mm`, `j_mm` and
+`k_mm`.
 """
 
 import math
@@ -16,6 +17,7 @@ import pandas as pd
 import pyarrow as pa
 
 from medct.data.sources import DataError, NoSuchSplitError, Row, Skipped, Source, first_of, hash_share
+from medct.data.subgroups import subgroups_of
 from medct.volume_io_medct import affine_from_spacing
 
 SPLITS = ("train", "tune", "valid")
@@ -110,18 +112,20 @@ def read_csv(path: Path, columns: Sequence[str], optional: Sequence[str] = (), n
         raise DataError(f"{name}: not a readable csv file ({reason}). Save it as csv in UTF-8.") from error
 
 
-def merge_doubles(table: pd.DataFrame, key: str, name: str) -> pd.DataFrame:
+def merge_doubles(table: pd.DataFrame, key: str, name: str, remarks: Sequence[str] = ()) -> pd.DataFrame:
     """Reduce a table to one row per key by merging equal rows.
 
     Args:
         table: Columns of text.
         key: Column that identifies a row.
         name: What to call the table in messages.
+        remarks: Columns in which rows may differ; the first one's counts.
 
     Raises:
         DataError: If two rows with one key contradict each other, or a key is empty.
     """
-    table = table.assign(**{key: table[key].str.strip()}).drop_duplicates()
+    compared = [column for column in table if column not in remarks]
+    table = table.assign(**{key: table[key].str.strip()}).drop_duplicates(compared)
     if (table[key] == "").any():
         raise DataError(f"{name}: {int((table[key] == '').sum())} rows have an empty {key!r}. Fill it in.")
     doubled = table[key][table[key].duplicated()]
@@ -216,6 +220,7 @@ class TableRows:
         row["volume"] = self.volume_of(study["volume"])
         if "rescale_slope" in study:
             row |= {name: study[name] for name in ("rescale_slope", "rescale_intercept")}
+        row["about"] = subgroups_of(study)
         if SPACINGS_MM[0] in study:
             row["affine"] = affine_from_spacing([study[name] for name in SPACINGS_MM], "LPS")
         return row

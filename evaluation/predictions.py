@@ -7,7 +7,7 @@ where unknown. Columns of subgroups may follow. Rows without a model name studie
 The file stays with its user: it names patients, so it is never pushed.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -143,7 +143,7 @@ def join_metadata(predictions: Path, metadata: Path, split: str | None = None) -
     Raises:
         DataError: If a file cannot be read, they share no label or no study, or a study has two rows.
     """
-    scores, labels = (_named_table(path) for path in (predictions, metadata))
+    scores, labels = (named_table(path) for path in (predictions, metadata))
     names = [name for name in scores if name in labels and name not in (*KEYS, NAME, "patient")]
     if not names:
         raise DataError(f"{predictions} and {metadata} have no label in common. Name the columns alike.")
@@ -154,7 +154,7 @@ def join_metadata(predictions: Path, metadata: Path, split: str | None = None) -
         labels = labels[labels["split"] == split]
     _refuse_doubles(labels, [NAME], metadata)
     scores = to_numbers(scores, names, str(predictions))
-    scores = scores.assign(**{NAME: _matched(scores[NAME], set(labels[NAME])), "model": scores.get("model", "scores")})
+    scores = scores.assign(**{NAME: matched(scores[NAME], set(labels[NAME])), "model": scores.get("model", "scores")})
     scores = scores[scores[NAME].notna()]
     _refuse_doubles(scores, ["model", NAME], predictions)
     if scores.empty:
@@ -168,16 +168,25 @@ def join_metadata(predictions: Path, metadata: Path, split: str | None = None) -
     return Predictions(names, found)
 
 
-def _named_table(path: Path) -> pd.DataFrame:
-    """A csv file as text, whose column of names is called `file_name`."""
+def named_table(path: Path) -> pd.DataFrame:
+    """A csv file as text, whose column of names (`file_name`, `VolumeName` or `study`) is called `file_name`.
+
+    Raises:
+        DataError: If it cannot be read, or has no such column.
+    """
     columns = _columns(path)
     name = next((column for column in _NAME_COLUMNS if column in columns), NAME)
     table = read_csv(path, [name], [column for column in columns if column != name])
     return table.rename(columns={name: NAME})
 
 
-def _matched(studies: pd.Series, known: set[str]) -> list[str | None]:
-    """The known name that each study's path ends with; `None` if there is none."""
+def matched(studies: Iterable[str], known: Container[str]) -> list[str | None]:
+    """The known name that each study's path ends with; `None` if there is none.
+
+    Args:
+        studies: Names or paths of studies.
+        known: Names in a table.
+    """
     matched = []
     for study in studies:
         parts = str(study).replace("\\", "/").split("/")

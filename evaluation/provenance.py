@@ -11,7 +11,7 @@ import math
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -159,8 +159,8 @@ def _sha256(lines: Iterator[str]) -> str:
 # A run that is repeated
 # ---------------------------------------------------------------------------------------------------------------------
 
-# What may differ without any figure doing so.
-_NO_REASON = ("command",)
+# What may differ without any figure doing so: where things lie, of which fingerprints and checksums say what they are.
+_PLACES = {"command", "model", "adapter", "against", "revision", "adapter_revision", "against_revision"}
 
 
 def sources_of(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -182,8 +182,8 @@ def changed_figures(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[
         now: The same of the second.
 
     Returns:
-        How many are the same to the last digit, and those that are not: `figure`, its place; `before` and `now`, `None`
-        where there is none; `digits`, how many leading ones agree.
+        How many of the first are the same to the last digit, and those that are not: `figure`, its place; `before` and
+        `now`, `None` where there is none; `digits`, how many leading ones agree.
     """
     old, new = (dict(_numbers(sources_of(each))) for each in (before, now))
     changed = [
@@ -193,10 +193,10 @@ def changed_figures(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[
             "now": new.get(key),
             "digits": _equal_digits(old.get(key), new.get(key)),
         }
-        for key in dict.fromkeys((*old, *new))
-        if key not in old or key not in new or old[key] != new[key]
+        for key in old
+        if key not in new or old[key] != new[key]
     ]
-    return len(old) - sum(each["figure"] in old for each in changed), changed
+    return len(old) - len(changed), changed
 
 
 def _numbers(value: Any, place: str = "") -> Iterator[tuple[str, float | None]]:
@@ -228,23 +228,28 @@ def reasons(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         before: `provenance` of the first.
         now: `provenance` of the second.
     """
-    old, new = (dict(_leaves({k: v for k, v in each.items() if k not in _NO_REASON})) for each in (before, now))
+    # Training also scores studies that are not scored again.
+    common = before.get("studies", {}).keys() & now.get("studies", {}).keys()
+    old, new = (
+        dict(_leaves({**each, "studies": {name: each.get("studies", {})[name] for name in sorted(common)}}))
+        for each in (before, now)
+    )
     said = []
     for key in dict.fromkeys((*old, *new)):
-        first, second = old.get(key, "not recorded"), new.get(key, "not recorded")
-        if first != second:
-            said.append(f"{key}: {_shown(first)}, now {_shown(second)}")
+        if old.get(key) != new.get(key):
+            said.append(f"{key}: {_shown(old.get(key))}, now {_shown(new.get(key))}")
     return said
 
 
 def _leaves(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:
     if isinstance(value, Mapping):
         for key, part in value.items():
-            yield from _leaves(part, f"{place} {key}".strip())
+            if key not in _PLACES or isinstance(part, Mapping):  # which may be a model of that name
+                yield from _leaves(part, f"{place} {key}".strip())
     else:
-        yield place, list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
+        yield place, value
 
 
 def _shown(value: Any) -> str:
-    text = str(value)
+    text = "not recorded" if value is None else str(value)
     return text if len(text) <= 40 else f"{text[:30]}..."

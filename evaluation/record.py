@@ -13,6 +13,11 @@ from medct.evaluation.predictions import Predictions, read_predictions, write_pr
 RESULTS = "results.json"
 
 
+def scores_path(path: Path) -> Path:
+    """The csv file of scores that belongs to a JSON file of figures, such as `results.studies.csv`."""
+    return path.with_name(f"{path.stem}.studies.csv")
+
+
 def write_record(
     path: Path,
     results: Mapping[str, Any],
@@ -22,12 +27,12 @@ def write_record(
     """Write figures, and the scores that they are of.
 
     Args:
-        path: JSON file to make or replace; the scores go into one of the same name with `.csv`.
+        path: JSON file to make or replace; the scores go into `scores_path` of it.
         results: The figures, with `provenance`.
         predictions: The scores.
         others: See `write_predictions`.
     """
-    write_predictions(path.with_suffix(".csv"), predictions, others)
+    write_predictions(scores_path(path), predictions, others)
     write_figures(path, results)
 
 
@@ -74,4 +79,4 @@ def read_scores(run: Path) -> Predictions:
         DataError: If there are none.
     """
     path = run / RESULTS if run.is_dir() else run
-    return read_predictions(path.with_suffix(".csv"))
+    return read_predictions(path if path.suffix == ".csv" else scores_path(path))

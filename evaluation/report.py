@@ -218,3 +218,41 @@ def _caption(sources: Sequence[dict[str, Any]]) -> str:
     if any(interval["value"] is None for each in figures for interval in each.values()):
         said.append(f"{UNDEFINED}: always or never present here, so it has no score and no part in the means.")
     return " ".join(said)
+
+
+def retrieval_report(results: dict[str, Any]) -> str:
+    """What scans and reports find, as Markdown tables.
+
+    Args:
+        results: From `recall_figures`, with `findings` from `shared_findings` where there are labels.
+    """
+    counted = f"{results['studies']:,} studies with a report, {results['reports']:,} different reports"
+    lines = [f"{counted}, {results['patients']:,} patients", "", _retrieval_head("recall at", results["chance"])]
+    protocols = {"": results, "unique reports: ": results["unique_reports"]}
+    protocols["CT-CLIP protocol: "] = results["ct_clip_protocol"]
+    for title, each in protocols.items():
+        for name in ("text_to_image", "image_to_text"):
+            lines.append(_retrieval_row(f"{title}{name.replace('_', ' ')}", each[name], results["chance"]))
+        lines.append(_retrieval_row(f"{title}chance", each["chance"], results["chance"]))
+    if pools := results.get("pools"):
+        for name in ("text_to_image", "image_to_text"):
+            title = f"pools of {pools['size']}: {name.replace('_', ' ')}"
+            lines.append(_retrieval_row(title, pools[name], results["chance"]))
+    if found := results.get("findings"):
+        lines += ["", f"{found['studies']:,} scans with a finding; chance {found['chance']:.3f}", ""]
+        lines.append(_retrieval_head("MAP at", found["image_to_image"]))
+        for title, each in {"": found, "CT-CLIP protocol: ": found["ct_clip_protocol"]}.items():
+            lines.append(_retrieval_row(f"{title}image to image", each["image_to_image"], found["image_to_image"]))
+    return "\n".join(lines)
+
+
+def _retrieval_head(title: str, at: Mapping[int, Any]) -> str:
+    return f"| {title} | {' | '.join(map(str, at))} |\n| --- |{' ---: |' * len(at)}"
+
+
+def _retrieval_row(title: str, figures: Mapping[int, Any], at: Mapping[int, Any]) -> str:
+    cells = []
+    for k in at:
+        figure = figures.get(k)
+        cells.append(_cell(figure) if isinstance(figure, dict) else UNDEFINED if figure is None else f"{figure:.3f}")
+    return f"| {title} | {' | '.join(cells)} |"

@@ -394,7 +394,20 @@ def test_embed_search_and_recall(run, scans, pipe, tmp_path):
     assert "was made with model" in err
     status, out, _ = run("recall", "--index", index, "--format", "json")
     assert status == 0
-    assert json.loads(out)["studies"] == 3
+    results = json.loads(out)
+    assert (results["studies"], results["reports"]) == (3, 2)
+    # Labels and patients from a table, by the ends of the paths.
+    rows = [f"{name},{patient},{finding}" for name, patient, finding in zip(GOOD, "aabc", "1101", strict=True)]
+    (tmp_path / "labels.csv").write_text("\n".join(["file_name,patient,Mass", *rows]), encoding="utf-8")
+    options = ["--metadata", tmp_path / "labels.csv", "--findings", "Mass", "--pool", 2, "--bootstrap_resamples", 9]
+    status, _, err = run("recall", "--index", index, *options)
+    assert status == 2 and "A pool of 2 needs as many studies, and k up to that" in err
+    status, out, _ = run("recall", "--index", index, *options[:4])
+    assert status == 0
+    assert out.startswith("3 studies with a report, 2 different reports, 2 patients\n")
+    assert "3 scans with a finding" in out and "| CT-CLIP protocol: text to image |" in out
+    status, _, err = run("recall", "--index", index, "--metadata", tmp_path / "labels.csv", "--findings", "Nodule")
+    assert status == 2 and "has no column 'Nodule'" in err
 
 
 def test_map(run, scans, tmp_path):

@@ -15,6 +15,7 @@ from medct.cli import main, score_commands
 from medct.data import phantom_source
 from medct.evaluation.operating_points import threshold_for
 from medct.evaluation.predictions import read_predictions
+from medct.evaluation.record import scores_path
 
 PHANTOM_BASE = Path(medct.__file__).with_name("phantom_base")
 BAD = "bad.nii.gz"
@@ -87,7 +88,7 @@ def test_several_sources_are_columns_and_all_splits_are_scored(run, folder, tmp_
         ("two", "all", 1),
     ]
     assert results["table"] in out
-    scored = read_predictions(output.with_suffix(".csv")).scored
+    scored = read_predictions(scores_path(output)).scored
     assert [(key.source, key.split, len(each.ids)) for key, each in scored.items()] == [
         ("one", "all", 6),
         ("two", "all", 4),
@@ -151,11 +152,11 @@ def test_two_adapters_are_compared_on_the_same_studies(run, folder, converted, t
     assert run("evaluate", *options, "--against", old, "--output", output)[0] == 1
     (source,) = read(output)["sources"]
     assert source["models"] == {"base": "old", "adapted": "new"}
-    both = read_predictions(output.with_suffix(".csv")).scored
+    both = read_predictions(scores_path(output)).scored
     # Each is what it is alone, and the difference is theirs.
     for name, adapter in (("old", old), ("new", new)):
         run("evaluate", "--data", root, "--split", "all", "--adapter", adapter, "--output", tmp_path / f"{name}-.json")
-        alone = read_predictions(tmp_path / f"{name}-.csv").scored
+        alone = read_predictions(tmp_path / f"{name}-.studies.csv").scored
         (key,) = alone
         np.testing.assert_allclose(both[(name, "site", "all")].scores, alone[key].scores, rtol=0, atol=1e-6)
     assert not np.allclose(both[("old", "site", "all")].scores, both[("new", "site", "all")].scores)
@@ -165,14 +166,14 @@ def test_two_adapters_are_compared_on_the_same_studies(run, folder, converted, t
     assert models["old"]["adapter_fingerprint"] != models["new"]["adapter_fingerprint"]
     assert models["old"]["fingerprint"] == models["new"]["fingerprint"]
     # From the files alone, without a model.
-    status, out, _ = run("compare", tmp_path / "old-.json", tmp_path / "new-.csv", "--bootstrap_resamples", 20)
+    status, out, _ = run("compare", tmp_path / "old-.json", tmp_path / "new-.studies.csv", "--bootstrap_resamples", 20)
     assert status == 0
     assert f"{aurocs[2]:+.3f}" in out
-    assert "| old-.json | new-.csv | difference |" in out
+    assert "| old-.json | new-.studies.csv | difference |" in out
     run("evaluate", *options, "--against", "base", "--output", output)
-    base = read_predictions(output.with_suffix(".csv")).scored[("base", "site", "all")]
+    base = read_predictions(scores_path(output)).scored[("base", "site", "all")]
     run("evaluate", "--data", root, "--split", "all", "--output", tmp_path / "alone.json")
-    (alone,) = read_predictions(tmp_path / "alone.csv").scored.values()
+    (alone,) = read_predictions(tmp_path / "alone.studies.csv").scored.values()
     np.testing.assert_allclose(base.scores, alone.scores, rtol=0, atol=1e-6)
 
 
@@ -183,10 +184,10 @@ def test_points_are_chosen_on_tuning_patients_and_carried_over(run, folder, conv
     assert run("evaluate", *options)[0] == 1
     (points,) = read(output)["sources"][0]["operating_points"].values()
     run("evaluate", "--data", root, "--split", "tune", "--output", tmp_path / "tune.json")
-    (tuned,) = read_predictions(tmp_path / "tune.csv").scored.values()
+    (tuned,) = read_predictions(tmp_path / "tune.studies.csv").scored.values()
     expected = threshold_for(tuned.scores[:, 0], tuned.labels[:, 0], "sensitivity", 0.7)
     assert points["sensitivity 0.7"]["thresholds"][CT_CLIP_LABELS[0]] == pytest.approx(expected, abs=1e-6)
-    (scored,) = read_predictions(output.with_suffix(".csv")).scored.values()
+    (scored,) = read_predictions(scores_path(output)).scored.values()
     truth = scored.labels[:, 0] == 1
     assert points["sensitivity 0.7"][f"sensitivity/{CT_CLIP_LABELS[0]}"]["value"] == pytest.approx(
         (scored.scores[truth, 0] >= expected - 1e-6).mean()
@@ -222,7 +223,7 @@ def test_figures_from_tables(run, folder, tmp_path):
     root, output = folder("site", 6), tmp_path / "scores.json"
     run("evaluate", "--data", root, "--split", "all", "--output", output)
     expected = read(output)["sources"][0]["scores"]
-    for tables in ([output.with_suffix(".csv")], [output.with_suffix(".csv"), root / "metadata.csv"]):
+    for tables in ([scores_path(output)], [scores_path(output), root / "metadata.csv"]):
         options = ["--bootstrap_resamples", 20, "--output", tmp_path / "again.json"]
         status, out, _ = run("metrics", *tables, *options)
         assert status == 0
