@@ -15,11 +15,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from medct.adapters_medct import adapter_fingerprint, fingerprint
-from medct.cli.commands import CommandError, ends, load_pipeline, model_of, start_processes
-from medct.common.errors import OK, SOME_FAILED
+from medct.adapters_medct import DESCRIPTION_FILE, adapter_fingerprint, fingerprint, read_description
+from medct.cli.commands import CommandError, ends, load_pipeline, model_of, prompts_of, start_processes
+from medct.common.errors import OK, SOME_FAILED, first_line
+from medct.common.files import whole_file
 from medct.common.lock import only_run
-from medct.configuration_medct import CT_CLIP_LABELS
+from medct.configuration_medct import CT_CLIP_LABELS, MedCTConfig
 from medct.data import PhantomCohort, Source, open_source
 from medct.data.loader import StudyLoader
 from medct.data.tables import to_numbers
@@ -36,11 +37,12 @@ from medct.evaluation.predictions import (
     paired,
     short_names,
 )
+from medct.evaluation.prompts import SYNONYMS, TEMPLATES, Template, spread, wording_scores
 from medct.evaluation.provenance import changed_figures, list_checksum, provenance, reasons
 from medct.evaluation.record import read_results, read_scores, write_figures, write_record
-from medct.evaluation.report import evaluation_report, retrieval_report
+from medct.evaluation.report import evaluation_report, prompts_report, retrieval_report
 from medct.evaluation.retrieval import Pairs, recall_figures, shared_findings
-from medct.evaluation.scoring import ScoredStudies, Texts, prompts_for, score_versions
+from medct.evaluation.scoring import ScoredStudies, Texts, embed_studies, prompts_for, score_versions
 from medct.inference.search import read_embeddings
 from medct.pipeline_medct import CTPipeline
 
@@ -201,12 +203,12 @@ def versions_of(args: argparse.Namespace, pipe: CTPipeline) -> dict[str, Version
     if args.adapter is None:
         asked = [*asked, BASE]
     titles = args.names or short_names([adapters.get(key, (base["model"],))[0] for key in asked])
-    prompts = prompts_for(pipe.model, pipe.processor)
     found = {}
     for title, key in zip(titles, asked, strict=True):
         adapter, revision = adapters.get(key, (BASE, None))
         if adapter == BASE:
-            found[title] = Version(functools.partial(_without_adapter, pipe), prompts, base)
+            asks = prompts_for(pipe.model, pipe.processor)
+            found[title] = Version(functools.partial(_without_adapter, pipe), asks, base)
             continue
         described = pipe.model.adapter_description(key)
         points = {YOUDEN: described.get("thresholds") or {}, **(described.get("operating_points") or {})}
@@ -214,7 +216,7 @@ def versions_of(args: argparse.Namespace, pipe: CTPipeline) -> dict[str, Version
         about["adapter_fingerprint"] = adapter_fingerprint(adapter, revision=revision)
         found[title] = Version(
             functools.partial(_with_adapter, pipe, key),
-            prompts,
+            prompts_for(pipe.model, pipe.processor, described.get("wording")),
             about,
             {name: each for name, each in points.items() if each},
             described.get("calibration") or {},
@@ -253,7 +255,15 @@ def _score(
     source: Source,
 ) -> tuple[dict[str, ScoredStudies], int]:
     """What each version says of a source's studies, and how many of them could not be read."""
-    loader = StudyLoader(
+    loader = _loader(args, pipe, accelerator, source)
+    become = [version.become for version in versions.values()]
+    prompts = [version.prompts for version in versions.values()]
+    scored = score_versions(pipe.model, become, loader, prompts, accelerator, source.description)
+    return dict(zip(versions, scored, strict=True)), sum(gather_object([loader.num_bad]))
+
+
+def _loader(args: argparse.Namespace, pipe: CTPipeline, accelerator: Accelerator, source: Source) -> StudyLoader:
+    return StudyLoader(
         source,
         pipe.processor,
         pipe.model.config.label_names,
@@ -263,10 +273,6 @@ def _score(
         world_size=accelerator.num_processes,
         num_workers=args.num_workers,
     )
-    become = [version.become for version in versions.values()]
-    prompts = [version.prompts for version in versions.values()]
-    scored = score_versions(pipe.model, become, loader, prompts, accelerator, source.description)
-    return dict(zip(versions, scored, strict=True)), sum(gather_object([loader.num_bad]))
 
 
 def _about(name: str, source: Source, split: str, unreadable: int) -> dict[str, Any]:
@@ -469,3 +475,89 @@ def _patients_and_labels(args: argparse.Namespace, studies: Sequence[str]) -> tu
     own = rows["patient"] if "patient" in rows else rows.index.to_series()
     patients = [study if who is None or pd.isna(who) else str(who) for study, who in zip(studies, own, strict=True)]
     return np.array(patients), rows[columns].to_numpy(float) if columns else None
+
+
+def try_prompts(args: argparse.Namespace) -> int:
+    if args.store and (args.adapter is None or not (Path(args.adapter) / DESCRIPTION_FILE).is_file()):
+        raise CommandError(f"--store writes into an adapter's {DESCRIPTION_FILE}. Pass its folder as --adapter.")
+    with _only_run(args.output):
+        return _try_prompts(args)
+
+
+def _try_prompts(args: argparse.Namespace) -> int:
+    pipe = load_pipeline(args, start_processes(args).device, zero_shot_only=True)
+    accelerator = Accelerator(cpu=args.cpu)
+    config = pipe.model.config
+    templates, names = _wordings(args, config)
+    source = open_source(args.data, args.split, config, limit=args.limit, revision=args.data_revision)
+    loader = _loader(args, pipe, accelerator, source)
+    embeds, studies = embed_studies(pipe.model, loader, accelerator, source.description)
+    failed = sum(gather_object([loader.num_bad]))
+    if not accelerator.is_main_process:
+        return OK
+    scores = wording_scores(pipe.model, pipe.processor, embeds, templates, names, accelerator)
+    try:
+        found = spread(scores, studies.labels, templates, names)
+    except ValueError as error:
+        raise CommandError(f"{source.description}: {error}") from error
+    print(f"{source.description}\n\n{prompts_report(found)}")
+    if args.store:
+        _store_wording(Path(args.adapter), found, scores, studies, templates, names)
+        print(f"\nstored in {Path(args.adapter) / DESCRIPTION_FILE}, with operating points and calibration for it")
+    if args.output is not None:
+        about = {"data": source.description, "split": args.split, "studies_scored": list_checksum(studies)}
+        write_figures(args.output, about | found)
+    return ends(failed, source.num_studies, None)
+
+
+def _wordings(args: argparse.Namespace, config: MedCTConfig) -> tuple[list[Template], dict[str, list[str]]]:
+    """Templates and names to try; first those that the model uses anyway."""
+    asked = prompts_of(args).get("prompt_templates", TEMPLATES)
+    templates = [tuple(each) for each in config.prompt_templates]
+    templates += [each for each in asked if each not in templates]
+    synonyms: Mapping[str, Sequence[str]] = SYNONYMS if args.names is None else _read_names(args.names, config)
+    return templates, {label: list(dict.fromkeys([label, *synonyms.get(label, ())])) for label in config.label_names}
+
+
+def _read_names(path: Path, config: MedCTConfig) -> dict[str, list[str]]:
+    try:
+        names = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CommandError(f"{path}: not a readable JSON file ({first_line(error)}).") from error
+    is_names = isinstance(names, dict) and all(
+        isinstance(each, list) and all(isinstance(name, str) and name.strip() for name in each)
+        for each in names.values()
+    )
+    if not is_names:
+        raise CommandError(
+            f'{path}: write a list of other names for each finding, such as {{"Emphysema": ["Bullae"]}}.'
+        )
+    if unknown := sorted(set(names) - set(config.label_names)):
+        raise CommandError(f"{path}: the model has no finding {unknown[0]!r}. Name its own: {config.label_names}.")
+    return names
+
+
+def _store_wording(
+    folder: Path,
+    found: Mapping[str, Any],
+    scores: Mapping[str, np.ndarray],
+    studies: ScoredStudies,
+    templates: Sequence[Template],
+    names: Mapping[str, Sequence[str]],
+) -> None:
+    """Write the choice into an adapter, with operating points and calibration of the scores that it gives."""
+    chosen = found["chosen"]
+    used = [templates.index(tuple(each)) for each in chosen["prompt_templates"]]
+    columns = [
+        each[used, names[label].index(chosen["names"].get(label, label))].mean(axis=0) for label, each in scores.items()
+    ]
+    values = np.stack(columns, axis=-1)
+    described = read_description(folder) or {}
+    described |= {
+        "wording": {"prompt_templates": chosen["prompt_templates"], "names": chosen["names"]},
+        "thresholds": choose_points(values, studies.labels, list(names), {}).get(YOUDEN),
+        "calibration": fit_calibration(values, studies.labels, list(names)) or None,
+        "operating_points": None,
+    }
+    with whole_file(folder / DESCRIPTION_FILE) as aside:
+        aside.write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
