@@ -86,7 +86,7 @@ def _add_evaluate(add: Callable[..., argparse.ArgumentParser]) -> None:
 def _add_compare(add: Callable[..., argparse.ArgumentParser]) -> None:
     parser = add(
         "compare",
-        "score_commands.compare_runs",
+        "figure_commands.compare_runs",
         "compare the scores of two runs on the same studies",
         "medct compare runs/old runs/new --output difference.json",
         "A run is a folder that `medct train` made, a JSON file of `medct evaluate --output`, or the csv file beside "
@@ -105,7 +105,7 @@ def _add_compare(add: Callable[..., argparse.ArgumentParser]) -> None:
 def _add_metrics(add: Callable[..., argparse.ArgumentParser]) -> None:
     parser = add(
         "metrics",
-        "score_commands.score_tables",
+        "figure_commands.score_tables",
         "compute figures from a table of scores and a table of labels",
         "medct metrics scores.csv metadata.csv",
         "Takes scores of any origin: what `medct predict --output` wrote, the csv file beside a results.json, or a "
@@ -135,7 +135,7 @@ def _figure_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_prompts(add: Callable[..., argparse.ArgumentParser]) -> None:
     parser = add(
         "prompts",
-        "score_commands.try_prompts",
+        "prompt_commands.try_prompts",
         "try wordings of the findings on tuning patients",
         "medct prompts --data site-b --model ct-clip\n"
         "  medct prompts --data site-b --model ct-clip --adapter runs/site-b --store",
@@ -174,7 +174,7 @@ def _add_prompts(add: Callable[..., argparse.ArgumentParser]) -> None:
 def _add_recall(add: Callable[..., argparse.ArgumentParser]) -> None:
     parser = add(
         "recall",
-        "score_commands.recall",
+        "figure_commands.recall",
         "how often a scan finds its own report, and vice versa",
         "medct recall --index index.parquet\n  medct recall --index index.parquet --metadata metadata.csv --pool 1000",
         "Recall at 5, 10, 50 and 100 over the studies in an index that have a report, with 95 % intervals; with "
