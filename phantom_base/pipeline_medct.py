@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import Pipeline, PreTrainedModel
 
-from .adapters_medct import calibrated
+from .adapters_medct import calibrated, reworded
 from .checks_medct import check_processor
 from .errors_medct import MedCTError
 from .modeling_medct import zero_shot_probabilities
@@ -197,11 +197,16 @@ class ZeroShotCTClassificationPipeline(CTPipeline):
 
         Args:
             candidate_labels: The model's own by default.
-            prompt_templates: Likewise.
+            prompt_templates: Likewise; those that the adapter in use has chosen, and its names of the labels, if it has
+                (`medct prompts --store`).
 
         Returns:
             For each template `(2 * labels, projection_dim)`, float32, of length 1.
         """
+        wording = self._description().get("wording") if prompt_templates is None else None
+        if wording:
+            labels = self.model.config.label_names if candidate_labels is None else candidate_labels
+            candidate_labels, prompt_templates = reworded(labels, wording)
         sentences = self.model.config.label_prompts(candidate_labels, prompt_templates)
         state = state_of((self.model.text_model, self.model.text_projection))
         kept = self._kept
