@@ -54,7 +54,7 @@ def _reading_arguments(parser: argparse.ArgumentParser, many: bool = True) -> No
         help="resample tilted, oblique and unevenly spaced scans instead of refusing them",
     )
     if many:
-        _batch_arguments(group, "threads that read ahead; each holds a volume, 0.2 GB for CT-CLIP (default: 1)")
+        _batch_arguments(group, "processes that read ahead; each takes 0.8 GB for CT-CLIP (default: 1)")
     else:
         parser.set_defaults(batch_size=1, num_workers=0)
 

@@ -32,7 +32,7 @@ from medct.evaluation.metrics import with_intervals
 from medct.evaluation.report import MEANS
 from medct.evaluation.scoring import prompts_for, score_studies
 from medct.inference.bulk import KEY, Csv, JsonLines, Reading, process, process_to_file, read_rows
-from medct.inference.studies import FailedStudy, ReadStudy, Study, find_studies, read_study
+from medct.inference.studies import FailedStudy, LoadStudy, ReadStudy, Study, find_studies, read_study, stacked
 from medct.pipeline_medct import CTPipeline, ZeroShotCTClassificationPipeline
 from medct.publishing.loading import load_model, pipeline_of
 from medct.volume_io_medct import read_volume
@@ -111,7 +111,7 @@ def reading_of(args: argparse.Namespace, pipe: CTPipeline) -> Reading:
         pipe: Holds the image processor.
     """
     options = {"series": args.series, "resample_irregular": args.resample_irregular}
-    return Reading(pipe.processor.image_processor, args.batch_size, args.num_workers, options)
+    return Reading(LoadStudy(pipe.processor.image_processor, pipe.device, options), args.batch_size, args.num_workers)
 
 
 def prompts_of(args: argparse.Namespace) -> dict[str, Any]:
@@ -210,7 +210,7 @@ def prediction_rows(
         reads: The studies, as one batch.
         flat: One column per score instead of a list of findings.
     """
-    inputs = {"pixel_values": torch.stack([read.pixel_values for read in reads])}
+    inputs = {"pixel_values": stacked(reads)}
     for read, logits in zip(reads, pipe.forward(inputs, **prompts)["logits"], strict=True):
         findings = pipe.postprocess({"logits": logits[None]}, **prompts)
         if flat:
@@ -315,8 +315,7 @@ def embed_images(pipe: ZeroShotCTClassificationPipeline, reads: list[ReadStudy])
     Returns:
         `(studies, projection_dim)`, float32, of length 1.
     """
-    pixel_values = torch.stack([read.pixel_values for read in reads]).to(pipe.device)
-    return pipe.model.get_image_features(pixel_values).pooler_output.float().cpu()
+    return pipe.model.get_image_features(stacked(reads)).pooler_output.float().cpu()
 
 
 @torch.no_grad()
@@ -385,8 +384,7 @@ def read_one(study: Study, args: argparse.Namespace, pipe: ZeroShotCTClassificat
     Raises:
         CommandError: If it cannot be read.
     """
-    reading = reading_of(args, pipe)
-    read = read_study(study, reading.image_processor, **reading.options)
+    read = read_study(study, reading_of(args, pipe).load)
     if isinstance(read, FailedStudy):
         raise CommandError(read.reason)
     return read
@@ -413,6 +411,7 @@ def evaluate(args: argparse.Namespace) -> int:
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
         num_workers=args.num_workers,
+        device=accelerator.device,
     )
     prompts = prompts_for(pipe.model, pipe.processor)
     scored = score_studies(pipe.model, loader, prompts, accelerator, source.description)

@@ -12,16 +12,7 @@ from scan_files import at, make_hu, write_series
 from torch.nn import functional as F
 
 from medct import CTVolume, MedCTConfig, MedCTImageProcessor, read_volume
-from medct.image_processing_medct import (
-    AxisPlan,
-    clip_hu,
-    crop_window,
-    pad_to_size,
-    reorient,
-    resampled_length,
-    resampled_slabs,
-    scale_hu,
-)
+from medct.resampling_medct import AxisPlan, ScanPart, crop_window, inside, reorient, resampled_length, scale_hu
 from medct.volume_io_medct import affine_from_spacing
 
 
@@ -101,11 +92,6 @@ def test_reorient_follows_the_nearest_axes_of_an_oblique_scan():
     assert spacing_mm == (2.5, 0.7, 0.8)
 
 
-def test_clip_hu_keeps_the_type():
-    volume = torch.tensor([-8192, -1000, 5, 3071], dtype=torch.int16)
-    assert torch.equal(clip_hu(volume, -1000, 1000), torch.tensor([-1000, -1000, 5, 1000], dtype=torch.int16))
-
-
 @pytest.mark.parametrize(
     ("length", "spacing_mm", "target_mm", "expected"),
     [
@@ -157,7 +143,8 @@ def test_crop_window(length, size, expected):
 
 def test_resampling_keeps_the_centre():
     ramp = torch.arange(12, dtype=torch.float32).view(12, 1, 1).expand(12, 3, 3)
-    halved = torch.cat(list(resampled_slabs(ramp.numpy(), (1.0, 1.0, 1.0), (2.0, 1.0, 1.0), (4, 3, 3))))
+    part = ScanPart.of(CTVolume(ramp.numpy(), affine_from_spacing((1, 1, 1), "SLP")), "SLP", (2.0, 1.0, 1.0), (4, 3, 3))
+    halved = torch.cat(list(part.resampled(-1000, 1000)))
     assert halved[:, 1, 1].tolist() == [2.5, 4.5, 6.5, 8.5]
 
 
@@ -165,10 +152,11 @@ def test_scale_hu_divides():
     assert scale_hu(torch.tensor([-1000.0, 250.0]), 1000).tolist() == [-1.0, 0.25]
 
 
-def test_pad_to_size_puts_the_odd_voxel_at_the_end():
-    padded = pad_to_size(torch.ones(1, 1, 2), (2, 1, 5), value=-1.0)
-    assert padded[0, 0].tolist() == [-1, 1, 1, -1, -1]
-    assert padded[1, 0].tolist() == [-1] * 5
+def test_padding_puts_the_odd_voxel_at_the_end():
+    out = torch.full((2, 1, 5), torch.nan)
+    inside(out, (1, 1, 2), value=-1.0).fill_(1)
+    assert out[0, 0].tolist() == [-1, 1, 1, -1, -1]
+    assert out[1, 0].tolist() == [-1] * 5
 
 
 @pytest.mark.filterwarnings("ignore::medct.VolumeWarning")  # these values are not a scan
