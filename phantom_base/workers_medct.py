@@ -107,7 +107,7 @@ def load_ahead(
     """Studies in their order, loaded by other processes.
 
     At most `num_workers * max(2, ceil(batch_size / num_workers))` studies are loaded, or being loaded, beyond the one
-    that is given out: about a batch. Memory is that of so many, and of those that the user still holds.
+    that is given out: about a batch. Memory is that of so many, of one more a process, and of what the user holds.
 
     Args:
         items: What is to be loaded; taken one by one. With processes, each pickles.
@@ -157,6 +157,8 @@ class _Pool:
 
     def has(self, place: int, ahead: int) -> bool:
         """Wait for a study; returns whether there is one."""
+        for worker in self.workers:
+            worker.tell()  # what the last study has freed
         self._hand_out(place + ahead)
         while place not in self.done:
             if place == self.num_taken:
@@ -183,7 +185,7 @@ class _Pool:
             self._idlest().give(place, item)
 
     def _idlest(self) -> "_Worker":
-        worker = min(self.workers, key=lambda each: len(each.places), default=None)
+        worker = min(self.workers, key=_Worker.load, default=None)
         if worker is None or (worker.places and len(self.workers) < self.num_workers):
             worker = _Worker(self.load, self.pinned)
             self.workers.append(worker)
@@ -216,23 +218,33 @@ class _Worker:
         theirs.close()
         self.pinned = pinned
         self.memories: dict[int, _Memory] = {}
+        self.lent: set[int] = set()  # those with something that was loaded and is still used
         self.freed: deque[int] = deque()
         self.places: deque[tuple[int, Any]] = deque()  # in their order; the first is being loaded
         self.begun: str | None = None  # name of that one; none while it waits
         self.has_served = False
 
+    def load(self) -> int:
+        """Studies that it has to load, and that lie in its memory: so one that is fast gets no more than the others."""
+        return len(self.places) + len(self.lent)
+
     def give(self, place: int, item: Any) -> None:
         self.places.append((place, item))
+        self.tell(item)
+
+    def tell(self, *items: Any) -> None:
+        """What to load, and which memory is free again."""
         freed = [self.freed.popleft() for _ in range(len(self.freed))]
-        with contextlib.suppress(OSError):  # it has died, which `take` will find
-            self.connection.send((item, freed))
+        if items or freed:
+            with contextlib.suppress(OSError):  # it has died, which `take` will find
+                self.connection.send((items, freed))
 
     def take(self, done: dict[int, Any]) -> bool:
         """Put what has come into `done`; returns whether the process lives."""
         is_alive = self.process.is_alive()  # asked before looking for the last that it has sent
         try:
             while self.connection.poll():
-                self._note(done, *_Unpickler(self.connection.recv_bytes(), self.memories, self.freed).load())
+                self._note(done, *_Unpickler(self.connection.recv_bytes(), self).load())
         except (EOFError, OSError):
             return False
         return is_alive
@@ -293,12 +305,15 @@ class _Memory:
     def __init__(self, num_bytes: int, file: int | None = None, tensor: torch.Tensor | None = None):
         self.file, self.tensor = file, tensor
         if _HAS_ANONYMOUS_FILES:
+            is_received = file is not None
             if self.file is None:
                 self.file = os.memfd_create("medct")
                 os.ftruncate(self.file, num_bytes)
             mapped = mmap.mmap(self.file, num_bytes)
             with contextlib.suppress(AttributeError, OSError):
                 mapped.madvise(mmap.MADV_HUGEPAGE)
+                if is_received:  # processes that are forked later must not hold it, too
+                    mapped.madvise(mmap.MADV_DONTFORK)
             self.array = np.frombuffer(mapped, np.uint8)
         else:
             self.tensor = torch.empty(num_bytes, dtype=torch.uint8).share_memory_() if tensor is None else tensor
@@ -332,22 +347,25 @@ class _Memory:
 class _Unpickler(pickle.Unpickler):
     """Tensors that lie in shared memory come as their place there, which is free again when the last of them ends."""
 
-    def __init__(self, message: bytes, memories: dict[int, _Memory], freed: deque[int]):
+    def __init__(self, message: bytes, worker: _Worker):
         super().__init__(io.BytesIO(message))
-        self.memories, self.freed = memories, freed
+        self.worker = worker
         self.storages: dict[int, torch.UntypedStorage] = {}
 
     def persistent_load(self, place: tuple) -> torch.Tensor:
         index, dtype, *layout = place
         if index not in self.storages:
-            view = self.memories[index].array[:]
-            weakref.finalize(view, _let_go, self.freed, index, self.memories[index]).atexit = False
+            memory = self.worker.memories[index]
+            view = memory.array[:]
+            weakref.finalize(view, _let_go, self.worker.lent, self.worker.freed, index, memory).atexit = False
+            self.worker.lent.add(index)
             self.storages[index] = torch.from_numpy(view).untyped_storage()  # holds the view as long as it lives
         return torch.empty(0, dtype=dtype).set_(self.storages[index], *layout)
 
 
-def _let_go(freed: deque[int], index: int, memory: _Memory) -> None:
-    """Called with the memory, so that it is mapped, and pinned, until then."""
+def _let_go(lent: set[int], freed: deque[int], index: int, memory: _Memory) -> None:
+    """Nothing uses a piece of memory any more; it is named here so that it is mapped, and pinned, until now."""
+    lent.discard(index)
     freed.append(index)
 
 
@@ -390,8 +408,10 @@ class _SharedPlace(Place):
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
         num_bytes = max(1, math.prod(shape)) * dtype.itemsize
-        index = max(self.free, key=lambda each: self.memories[each].array.nbytes, default=len(self.memories))
-        if index == len(self.memories) or self.memories[index].array.nbytes < num_bytes:
+        sizes = {index: self.memories[index].array.nbytes for index in self.free}
+        fitting = {index: size for index, size in sizes.items() if size >= num_bytes}
+        index = min(fitting or sizes, key=sizes.__getitem__, default=len(self.memories))
+        if not fitting:
             memory = _Memory(num_bytes)
             self.memories[index : index + 1] = [memory]
             self.tell("memory", (index, num_bytes))
@@ -429,12 +449,13 @@ class _Serving(PicklesAnywhere):
         waiting: deque[Any] = deque()
         with contextlib.suppress(EOFError, OSError):  # nobody listens any more
             while True:
-                while not waiting and not connection.poll(_LOOK_S):
-                    if os.getppid() != parent:  # processes that were forked later hold the pipe open
-                        return
-                while connection.poll():
-                    item, freed = connection.recv()
-                    waiting.append(item)
+                while not waiting or connection.poll():
+                    if not connection.poll(_LOOK_S):
+                        if os.getppid() != parent:  # processes that were forked later hold the pipe open
+                            return
+                        continue
+                    items, freed = connection.recv()
+                    waiting.extend(items)
                     place.free.update(freed)
                 place.begin("")  # until its name is known
                 place.give_back(self._loaded(waiting.popleft(), place))
