@@ -127,7 +127,7 @@ class CTPipeline(Pipeline):
             steps = (preprocess_params, forward_params, postprocess_params)
             return super().get_iterator(inputs, 0, batch_size, *steps)
         if hasattr(inputs, "__len__"):  # a dataset need not say where it ends
-            inputs = (inputs[index] for index in range(len(inputs)))
+            inputs = map(inputs.__getitem__, range(len(inputs)))
         load = _LoadScan(self.processor.image_processor, self.device, preprocess_params)
         loaded = load_ahead(inputs, load, num_workers, batch_size, pinned=self.device.type == "cuda")
         batches = overlapped(_batches(loaded, load, batch_size), self.device, dict.values)
