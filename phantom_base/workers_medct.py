@@ -3,15 +3,12 @@
 Torch's loader raises wherever its user happens to be when a worker dies, cannot tell which study it was at, and can
 wait for ever for the rest of a message. Here each process has a pipe of its own and says which study it begins.
 
-Unusual: volumes are written straight into memory that both sides map, and that a process uses again once its user has
-let go of all tensors in it. So nothing is copied or zeroed on the way, and a GPU driver needs to pin it only once.
+Unusual: volumes are written straight into memory that both sides map; see `shared_memory_medct`.
 """
 
 import contextlib
 import importlib
-import io
 import math
-import mmap
 import multiprocessing
 import operator
 import os
@@ -20,22 +17,20 @@ import queue
 import signal
 import sys
 import threading
-import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from multiprocessing import reduction
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-import numpy as np
 import torch
 from transformers.dynamic_module_utils import init_hf_modules
+
+from .shared_memory_medct import MEMORY, Receiver, Sender
 
 _LOOK_S = 1.0
 """How often it is looked whether a process still lives, should its end of the pipe not tell."""
 _LIKELY = {"SIGKILL": "the machine's memory was full", "SIGBUS": "shared memory was full"}
-_HAS_ANONYMOUS_FILES = hasattr(os, "memfd_create")
 
 
 class PicklesAnywhere:
@@ -216,17 +211,14 @@ class _Worker:
         self.process = context.Process(target=_Serving(load), args=(theirs, ours), daemon=True)
         self.process.start()
         theirs.close()
-        self.pinned = pinned
-        self.memories: dict[int, _Memory] = {}
-        self.lent: set[int] = set()  # those with something that was loaded and is still used
-        self.freed: deque[int] = deque()
+        self.receiver = Receiver(self.connection, pinned)
         self.places: deque[tuple[int, Any]] = deque()  # in their order; the first is being loaded
         self.begun: str | None = None  # name of that one; none while it waits
         self.has_served = False
 
     def load(self) -> int:
         """Studies that it has to load, and that lie in its memory: so one that is fast gets no more than the others."""
-        return len(self.places) + len(self.lent)
+        return len(self.places) + len(self.receiver.lent)
 
     def give(self, place: int, item: Any) -> None:
         self.places.append((place, item))
@@ -234,7 +226,7 @@ class _Worker:
 
     def tell(self, *items: Any) -> None:
         """What to load, and which memory is free again."""
-        freed = [self.freed.popleft() for _ in range(len(self.freed))]
+        freed = self.receiver.take_freed()
         if items or freed:
             with contextlib.suppress(OSError):  # it has died, which `take` will find
                 self.connection.send((items, freed))
@@ -244,7 +236,7 @@ class _Worker:
         is_alive = self.process.is_alive()  # asked before looking for the last that it has sent
         try:
             while self.connection.poll():
-                self._note(done, *_Unpickler(self.connection.recv_bytes(), self).load())
+                self._note(done, *self.receiver.receive())
         except (EOFError, OSError):
             return False
         return is_alive
@@ -253,12 +245,7 @@ class _Worker:
         self.has_served = True
         if kind == "begun":
             self.begun = content
-        elif kind == "memory":
-            index, num_bytes = content
-            self.memories[index] = _Memory.received(self.connection, num_bytes)
-            if self.pinned:
-                self.memories[index].pin()
-        else:
+        elif kind != MEMORY:
             done[self.places.popleft()[0]], self.begun = content, None
 
     def left(self, done: dict[int, Any]) -> list[tuple[int, Any]]:
@@ -291,145 +278,16 @@ def _end_of(status: int | None) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Shared memory
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class _Memory:
-    """Memory that two processes map. Nothing of it is left when both have let go, however they ended.
-
-    Where there are no anonymous files, torch's shared memory takes their place. They are limited by the machine's
-    memory alone, and not by /dev/shm, which containers keep small.
-    """
-
-    def __init__(self, num_bytes: int, file: int | None = None, tensor: torch.Tensor | None = None):
-        self.file, self.tensor = file, tensor
-        if _HAS_ANONYMOUS_FILES:
-            is_received = file is not None
-            if self.file is None:
-                self.file = os.memfd_create("medct")
-                os.ftruncate(self.file, num_bytes)
-            mapped = mmap.mmap(self.file, num_bytes)
-            with contextlib.suppress(AttributeError, OSError):
-                mapped.madvise(mmap.MADV_HUGEPAGE)
-                if is_received:  # processes that are forked later must not hold it, too
-                    mapped.madvise(mmap.MADV_DONTFORK)
-            self.array = np.frombuffer(mapped, np.uint8)
-        else:
-            self.tensor = torch.empty(num_bytes, dtype=torch.uint8).share_memory_() if tensor is None else tensor
-            self.array = self.tensor.numpy()
-
-    def send(self, connection: Connection) -> None:
-        """To the process that a pipe leads to; it remains mapped here."""
-        if self.file is None:
-            connection.send(self.tensor)
-        else:
-            reduction.send_handle(connection, self.file, None)
-            os.close(self.file)
-
-    @classmethod
-    def received(cls, connection: Connection, num_bytes: int) -> "_Memory":
-        if not _HAS_ANONYMOUS_FILES:
-            return cls(num_bytes, tensor=connection.recv())
-        file = reduction.recv_handle(connection)
-        try:
-            return cls(num_bytes, file)
-        finally:
-            os.close(file)
-
-    def pin(self) -> None:
-        """Let GPUs read it by themselves, as long as it is mapped; if they refuse, they read it more slowly."""
-        runtime, address = torch.cuda.cudart(), self.array.ctypes.data
-        if int(runtime.cudaHostRegister(address, self.array.nbytes, 0)) == 0:
-            weakref.finalize(self, runtime.cudaHostUnregister, address).atexit = False
-
-
-class _Unpickler(pickle.Unpickler):
-    """Tensors that lie in shared memory come as their place there, which is free again when the last of them ends."""
-
-    def __init__(self, message: bytes, worker: _Worker):
-        super().__init__(io.BytesIO(message))
-        self.worker = worker
-        self.storages: dict[int, torch.UntypedStorage] = {}
-
-    def persistent_load(self, place: tuple) -> torch.Tensor:
-        index, dtype, *layout = place
-        if index not in self.storages:
-            memory = self.worker.memories[index]
-            view = memory.array[:]
-            weakref.finalize(view, _let_go, self.worker.lent, self.worker.freed, index, memory).atexit = False
-            self.worker.lent.add(index)
-            self.storages[index] = torch.from_numpy(view).untyped_storage()  # holds the view as long as it lives
-        return torch.empty(0, dtype=dtype).set_(self.storages[index], *layout)
-
-
-def _let_go(lent: set[int], freed: deque[int], index: int, memory: _Memory) -> None:
-    """Nothing uses a piece of memory any more; it is named here so that it is mapped, and pinned, until now."""
-    lent.discard(index)
-    freed.append(index)
-
-
-class _Pickler(pickle.Pickler):
-    """The other side of `_Unpickler`."""
-
-    def __init__(self, file: Any, index_of: dict[int, int]):
-        super().__init__(file)
-        self.index_of, self.sent = index_of, set()
-
-    def persistent_id(self, content: Any) -> tuple | None:
-        if not isinstance(content, torch.Tensor) or content.device.type != "cpu":
-            return None
-        index = self.index_of.get(content.untyped_storage().data_ptr())
-        if index is None:
-            return None
-        self.sent.add(index)
-        return index, content.dtype, content.storage_offset(), tuple(content.shape), content.stride()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # In a loader process
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 class _SharedPlace(Place):
-    """A loader process."""
-
-    def __init__(self, connection: Connection):
-        self.connection = connection
-        self.memories: list[_Memory] = []
-        self.free: set[int] = set()
-        self.in_use: set[int] = set()  # by the study that is being loaded
-
-    def tell(self, kind: str, content: Any) -> None:
-        self.connection.send_bytes(pickle.dumps((kind, content)))
+    def __init__(self, sender: Sender):
+        self.empty, self.sender = sender.empty, sender
 
     def begin(self, name: str) -> None:
-        self.tell("begun", name)
-
-    def empty(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        num_bytes = max(1, math.prod(shape)) * dtype.itemsize
-        sizes = {index: self.memories[index].array.nbytes for index in self.free}
-        fitting = {index: size for index, size in sizes.items() if size >= num_bytes}
-        index = min(fitting or sizes, key=sizes.__getitem__, default=len(self.memories))
-        if not fitting:
-            memory = _Memory(num_bytes)
-            self.memories[index : index + 1] = [memory]
-            self.tell("memory", (index, num_bytes))
-            memory.send(self.connection)
-        self.free.discard(index)
-        self.in_use.add(index)
-        bytes_of = torch.from_numpy(self.memories[index].array)[: math.prod(shape) * dtype.itemsize]
-        return bytes_of.view(dtype).view(tuple(shape))
-
-    def give_back(self, result: Any) -> None:
-        """Send what was loaded; memory that is not part of it is free again."""
-        message = io.BytesIO()
-        index_of = {self.memories[index].array.ctypes.data: index for index in self.in_use}
-        pickler = _Pickler(message, index_of)
-        pickler.dump(("done", result))
-        self.free |= self.in_use - pickler.sent
-        self.in_use = set()
-        self.connection.send_bytes(message.getbuffer())
+        self.sender.tell("begun", name)
 
 
 class _Serving(PicklesAnywhere):
@@ -445,7 +303,8 @@ class _Serving(PicklesAnywhere):
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         torch.set_num_threads(1)
-        place, parent = _SharedPlace(connection), os.getppid()
+        sender, parent = Sender(connection), os.getppid()
+        place = _SharedPlace(sender)
         waiting: deque[Any] = deque()
         with contextlib.suppress(EOFError, OSError):  # nobody listens any more
             while True:
@@ -456,9 +315,9 @@ class _Serving(PicklesAnywhere):
                         continue
                     items, freed = connection.recv()
                     waiting.extend(items)
-                    place.free.update(freed)
+                    sender.take_back(freed)
                 place.begin("")  # until its name is known
-                place.give_back(self._loaded(waiting.popleft(), place))
+                sender.send("done", self._loaded(waiting.popleft(), place))
 
     def _loaded(self, item: Any, place: Place) -> Any:
         try:

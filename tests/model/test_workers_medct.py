@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from medct import workers_medct
+from medct import shared_memory_medct
 from medct.workers_medct import Lost, load_ahead, overlapped
 
 needs_proc = pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="looks at processes there")
@@ -36,8 +36,8 @@ def assert_filled(found, length):
 def memory(request, monkeypatch):
     """Both kinds of shared memory."""
     if request.param == "torch":
-        monkeypatch.setattr(workers_medct, "_HAS_ANONYMOUS_FILES", False)
-    elif not workers_medct._HAS_ANONYMOUS_FILES:
+        monkeypatch.setattr(shared_memory_medct, "_HAS_ANONYMOUS_FILES", False)
+    elif not shared_memory_medct._HAS_ANONYMOUS_FILES:
         pytest.skip("there are none")
 
 
