@@ -44,8 +44,6 @@ class _Memory:
         mapped = mmap.mmap(self.file, num_bytes)
         with contextlib.suppress(AttributeError, OSError):
             mapped.madvise(mmap.MADV_HUGEPAGE)
-            if file is not None:  # received: processes that are forked later must not hold it, too
-                mapped.madvise(mmap.MADV_DONTFORK)
         self.array = np.frombuffer(mapped, np.uint8)
 
     def send(self, connection: Connection) -> None:
@@ -70,7 +68,12 @@ class _Memory:
         """Let GPUs read it by themselves, as long as it is mapped; if they refuse, they read it more slowly."""
         runtime, address = torch.cuda.cudart(), self.array.ctypes.data
         if int(runtime.cudaHostRegister(address, self.array.nbytes, 0)) == 0:
-            weakref.finalize(self, runtime.cudaHostUnregister, address).atexit = False
+            weakref.finalize(self, _unpin, os.getpid(), runtime, address).atexit = False
+
+
+def _unpin(process: int, runtime: Any, address: int) -> None:
+    if os.getpid() == process:  # forked ones inherit the memory, but not the driver
+        runtime.cudaHostUnregister(address)
 
 
 class Sender:

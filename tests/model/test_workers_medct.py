@@ -72,7 +72,7 @@ def mapped() -> set[str]:
     return {line.split()[4] for line in lines if "memfd:medct" in line}
 
 
-def test_a_study_that_dies_keeps_those_before_it(memory):
+def test_a_study_that_dies_keeps_those_before_it():
     """What a process had sent stays readable when it is gone."""
     studies = load_ahead(range(1, 9), die_at_five, 2)
     held = [next(studies) for _ in range(3)]
