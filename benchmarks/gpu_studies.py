@@ -8,11 +8,12 @@ core, and reading and decompressing a prepared shard, alone in the same run.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -143,7 +144,10 @@ def inflate(path: Path, buffer: np.ndarray) -> None:
 
 
 def rate(
-    batches: Iterable[torch.Tensor], skipped: int, counted: int, use: Callable[[torch.Tensor], Any] | None = None
+    batches: Generator[torch.Tensor, None, None],
+    skipped: int,
+    counted: int,
+    use: Callable[[torch.Tensor], Any] | None = None,
 ) -> float:
     """Studies a second, while all processes are busy.
 
@@ -154,19 +158,22 @@ def rate(
         use: What is done with each, such as the model.
     """
     start = 0.0
-    for index, pixel_values in enumerate(batches):
-        if use is not None:
-            use(pixel_values)
-        if pixel_values.is_cuda:
-            torch.cuda.synchronize()
-        if index == skipped - 1:
-            start = time.perf_counter()
-        if index == skipped + counted - 1:
-            break
+    with contextlib.closing(batches):
+        for index, pixel_values in enumerate(batches):
+            if use is not None:
+                use(pixel_values)
+            if pixel_values.is_cuda:
+                torch.cuda.synchronize()
+            if index == skipped - 1:
+                start = time.perf_counter()
+            if index == skipped + counted - 1:
+                break
     return counted / (time.perf_counter() - start)
 
 
-def of_files(paths: Sequence[Path], image_processor: Any, device: torch.device, processes: int) -> Iterable[Any]:
+def of_files(
+    paths: Sequence[Path], image_processor: Any, device: torch.device, processes: int
+) -> Generator[torch.Tensor, None, None]:
     """`pixel_values` of files, as `medct predict` reads them.
 
     Args:
@@ -185,7 +192,7 @@ def of_files(paths: Sequence[Path], image_processor: Any, device: torch.device, 
 
 def of_shards(
     folder: Path, config: Any, image_processor: Any, device: torch.device, processes: int, count: int
-) -> Iterable[Any]:
+) -> Generator[torch.Tensor, None, None]:
     """`pixel_values` of prepared shards, as training and `medct evaluate` read them.
 
     Args:
@@ -259,7 +266,6 @@ def whole_studies(
             for source, batches in sources.items():
                 found = rate(batches, skipped, counted, use)
                 share = found * floors[source] / min(count, os.cpu_count() or 1)
-                del batches
                 row = {"source": source, "processes": count, "studies_per_second": found}
                 rows.append({**row, "floor_s": floors[source], "share_of_floor": share})
         return rows
