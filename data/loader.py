@@ -64,7 +64,8 @@ class LoadStudy:
             part = self._prepared(row, place) if row.get("prepared") else self._read(row, place)
         except Exception as error:  # libraries and file systems each raise their own; none may end days of training
             return Skipped(row["id"], _reason(error))
-        return {**{name: row[name] for name in ("id", "patient", "report", "labels")}, "part": part}
+        kept = {name: row[name] for name in ("id", "patient", "report", "labels")}
+        return {**kept, "about": row.get("about", {}), "part": part}
 
     def _read(self, row: Row, place: Place) -> ScanPart | torch.Tensor:
         return self.image_processor.load(read_study(row, self.image_processor.orientation), place, self.device)
@@ -152,8 +153,9 @@ class StudyLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         """One pass: `pixel_values` `(batch, 1, z, y, x)`, float32, in the model's unit; `labels` `(batch, labels)`,
-        float32, NaN if unknown; `report_ids` `(batch,)`, equal for equal reports and 0 without one; `ids` and
-        `patients`; and, with text, `input_ids` and `attention_mask` `(batch, tokens)`. Tensors are on `device`."""
+        float32, NaN if unknown; `report_ids` `(batch,)`, equal for equal reports and 0 without one; `ids`, `patients`
+        and `about` (subgroups); and, with text, `input_ids` and `attention_mask` `(batch, tokens)`. Tensors are on
+        `device`."""
         self._position, self._start = self._start, 0
         is_whole, num_batches = not self._position, 0
         if is_whole:
@@ -279,6 +281,7 @@ class _Gathered:
             "report_ids": torch.tensor([report_id(row["report"]) for row in rows]),
             "ids": [row["id"] for row in rows],
             "patients": [row["patient"] for row in rows],
+            "about": [row["about"] for row in rows],
         }
         if loader.with_text:
             texts = loader.processor(text=[row["report"] for row in rows], return_tensors="pt")

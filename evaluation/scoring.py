@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -31,12 +31,24 @@ class ScoredStudies:
         patients: `(studies,)`.
         scores: `(studies, labels)`, in [0, 1]: "present" against "not present".
         labels: `(studies, labels)`, 0, 1 or NaN for unknown.
+        about: For each study the subgroups that it belongs to, by what divides them; nothing where nothing is known.
     """
 
     ids: list[str]
     patients: list[str]
     scores: np.ndarray
     labels: np.ndarray
+    about: list[dict[str, str]] = field(default_factory=list)
+
+    def take(self, rows: Sequence[int]) -> "ScoredStudies":
+        """Some of the studies.
+
+        Args:
+            rows: Their indices.
+        """
+        about = [self.about[row] for row in rows] if self.about else []
+        ids, patients = [self.ids[row] for row in rows], [self.patients[row] for row in rows]
+        return ScoredStudies(ids, patients, self.scores[rows], self.labels[rows], about)
 
 
 def is_classifier(model: torch.nn.Module) -> bool:
@@ -116,7 +128,7 @@ def score_versions(
     model: AnyModel,
     versions: Sequence[Callable[[], None]],
     loader: StudyLoader,
-    prompts: list[Texts],
+    prompts: list[Texts] | Sequence[list[Texts]],
     accelerator: Accelerator,
     what: str,
 ) -> list[ScoredStudies]:
@@ -125,18 +137,20 @@ def score_versions(
     Args:
         model: With or without adapters; left in evaluation mode, as the last version.
         versions: Each turns the model into the version to be scored.
-        loader, prompts, accelerator, what: See `score_studies`.
+        loader, accelerator, what: See `score_studies`.
+        prompts: Likewise, the same for all versions or a list of them, one a version.
 
     Returns:
         For each version, the studies of all processes, in every process.
     """
     model.eval()
     templates = []
-    for become in versions:
+    of_each = prompts if prompts and isinstance(prompts[0], list) else [prompts] * len(versions)
+    for become, asked in zip(versions, of_each, strict=True):
         become()
-        templates.append(embed_prompts(model, prompts, accelerator))
+        templates.append(embed_prompts(model, asked, accelerator))
     total = math.ceil(loader.source.num_studies / loader.world_size / loader.batch_size)
-    rows: list[tuple[str, str, np.ndarray, np.ndarray]] = []
+    rows: list[tuple[str, str, np.ndarray, np.ndarray, dict[str, str]]] = []
     bar = tqdm(
         _in_step(loader, accelerator), desc=what, total=total, unit="batch", disable=not accelerator.is_main_process
     )
@@ -147,11 +161,12 @@ def score_versions(
             scores.append(_scores(model, batch["pixel_values"], texts, accelerator))
         if is_own:
             by_study = torch.stack(scores, dim=1).cpu().numpy()  # (batch, versions, labels)
-            rows += zip(batch["ids"], batch["patients"], by_study, batch["labels"].cpu().numpy(), strict=True)
+            labels = batch["labels"].cpu().numpy()
+            rows += zip(batch["ids"], batch["patients"], by_study, labels, batch["about"], strict=True)
     rows = sorted(gather_object(rows), key=lambda row: row[0])
-    ids, patients, scores, labels = zip(*rows, strict=True)
+    ids, patients, scores, labels, about = zip(*rows, strict=True)
     return [
-        ScoredStudies(list(ids), list(patients), by_version, np.stack(labels))
+        ScoredStudies(list(ids), list(patients), by_version, np.stack(labels), list(about) if any(about) else [])
         for by_version in np.stack(scores).swapaxes(0, 1)
     ]
 

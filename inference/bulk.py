@@ -23,6 +23,7 @@ from tqdm import tqdm
 from medct.common.files import remove_leftovers, whole_file
 from medct.errors_medct import MedCTError
 from medct.inference.studies import FailedStudy, LoadStudy, ReadStudy, Study, batched_reads, read_ahead
+from medct.inference.weights import KEY as WEIGHTS
 
 KEY = "study"
 
@@ -192,11 +193,13 @@ class Reading:
         load: Reads a study.
         batch_size: Studies that go through the model together.
         num_workers: Processes that read ahead.
+        reword: Puts the reason why a study could not be read into the words of the command.
     """
 
     load: LoadStudy
     batch_size: int = 1
     num_workers: int = 1
+    reword: Callable[[str], str] = str
 
 
 def process(
@@ -229,8 +232,9 @@ def process(
         for read in batched_reads(reads, reading.batch_size):
             if isinstance(read, FailedStudy):
                 failed += 1
-                write_failed({KEY: read.study.id, "reason": read.reason})
-                bar.write(f"failed: {read.reason}", file=sys.stderr)
+                reason = reading.reword(read.reason)
+                write_failed({KEY: read.study.id, "reason": reason})
+                bar.write(f"failed: {reason}", file=sys.stderr)
                 bar.update(1)
                 continue
             for row in rows_of(read):
@@ -323,11 +327,12 @@ def _keep_settings(output: Path, rows_path: Path, settings: dict[str, Any]) -> N
     if is_begun and path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))
         for name in sorted({*before, *settings}):
-            if before.get(name) != settings.get(name):
-                raise OutputError(
-                    f"{output} was started with {name} {before.get(name)!r}, not {settings.get(name)!r}. Choose "
-                    "another --output, or remove it."
-                )
+            if before.get(name) == settings.get(name):
+                continue
+            said = f"{name} {before.get(name)!r}, not {settings.get(name)!r}"
+            if name == WEIGHTS:
+                said = "other weights than those that model and adapter have now"
+            raise OutputError(f"{output} was started with {said}. Choose another --output, or remove it.")
     elif is_begun:
         raise OutputError(
             f"{output} exists, but {path.name} is missing, so it is not known how it was made. Choose another "

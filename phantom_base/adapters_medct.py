@@ -5,9 +5,11 @@ the labels, prompts and operating points. `MedCTModel.load_adapter`, and with it
 adapter, asks `check_fit`. PEFT's own loaders know nothing of it; call it before them.
 """
 
+import contextlib
 import copy
 import hashlib
 import json
+import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -43,6 +45,7 @@ _COMPARABLE = (torch.float32, torch.bfloat16)
 # What PEFT writes before every name, and looks for when it loads.
 _SAVED = "base_model.model."
 _CHUNK_ELEMENTS = 2**22
+_REPORTS = logging.getLogger("transformers.integrations.peft")
 _SMALLEST_SCORE = 1e-7  # float32 tells no smaller ones from 0, or from 1
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
@@ -92,6 +95,35 @@ def adapter_tensors(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
     """
     named = (*model.named_parameters(), *model.named_buffers())
     return {key: tensor.detach().cpu() for key, tensor in named if name in key.split(".") and not tensor.is_meta}
+
+
+@contextlib.contextmanager
+def without_load_report() -> Iterator[None]:
+    """Hold back transformers' report on an adapter's weights, unless loading fails, and PEFT's remarks of each loading.
+
+    The report calls all weights missing that are the base's, or an earlier adapter's; which are, says
+    `MedCTModel.load_adapter`. PEFT remarks on a second adapter, and on a name that transformers has changed.
+    """
+    held: list[logging.LogRecord] = []
+
+    def passes(record: logging.LogRecord) -> bool:
+        if is_report := "LOAD REPORT" in record.getMessage():
+            held.append(record)
+        return not is_report
+
+    _REPORTS.addFilter(passes)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")
+            yield
+    except BaseException:
+        _REPORTS.removeFilter(passes)
+        for record in held:
+            _REPORTS.handle(record)
+        raise
+    finally:
+        _REPORTS.removeFilter(passes)
 
 
 def refuse_adapter_without_values(model: PreTrainedModel, name: str) -> None:
@@ -162,6 +194,23 @@ def _fingerprint_of_file(model: PreTrainedModel, tensors: Mapping[str, torch.Ten
     return _digest(saved) if is_whole else None
 
 
+def adapter_fingerprint(adapter: str | Path, **hub: Any) -> str:
+    """A name for the weights of an adapter, the same on every machine.
+
+    Args:
+        adapter: Hub id or folder.
+        hub: `revision` and the like, as for `check_fit`.
+
+    Returns:
+        "sha256:" and 64 hexadecimal digits, over names, shapes, types and bytes.
+    """
+    total = hashlib.sha256()
+    for name, tensor in sorted(read_tensors(adapter, **hub).items()):
+        total.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        total.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return f"sha256:{total.hexdigest()}"
+
+
 def _without_peft(model: PreTrainedModel) -> PreTrainedModel:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
@@ -176,6 +225,7 @@ def describe_adapter(
     thresholds: dict[str, float] | None = None,
     calibration: dict[str, list[float]] | None = None,
     strength: float | None = None,
+    operating_points: dict[str, dict[str, float]] | None = None,
 ) -> dict[str, Any]:
     """Write down what an adapter was trained on, beside its weights.
 
@@ -188,6 +238,7 @@ def describe_adapter(
         thresholds: Operating point of each label: the least score that counts as "present".
         calibration: Slope and intercept of each label, see `calibrated`.
         strength: Share of what was learned that is in the saved weights.
+        operating_points: Others besides `thresholds`, by name ("sensitivity 0.95") and label.
 
     Returns:
         What was written.
@@ -200,6 +251,7 @@ def describe_adapter(
         "thresholds": thresholds,
         "calibration": calibration,
         "strength": strength,
+        "operating_points": operating_points,
     }
     Path(folder, DESCRIPTION_FILE).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
     return description

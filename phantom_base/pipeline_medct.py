@@ -21,6 +21,7 @@ from transformers.pipelines.pt_utils import PipelineIterator
 
 from .adapters_medct import calibrated
 from .checks_medct import check_processor
+from .errors_medct import MedCTError
 from .image_processing_medct import MedCTImageProcessor
 from .modeling_medct import zero_shot_probabilities
 from .processing_medct import MedCTProcessor
@@ -30,6 +31,10 @@ from .volume_io_medct import VolumeError, read_volume
 from .workers_medct import Lost, PicklesAnywhere, Place, load_ahead, overlapped
 
 _READING = ("spacing_mm", "affine", "rescale_slope", "rescale_intercept", "series", "resample_irregular")
+
+
+class PromptError(MedCTError, ValueError):
+    """Labels or templates that a model cannot be asked; the message says what they should be."""
 
 
 class CTPipeline(Pipeline):
@@ -92,7 +97,7 @@ class CTPipeline(Pipeline):
 
         Raises:
             VolumeError: If a source is no usable CT volume.
-            ValueError: If labels or templates are not what they should be.
+            PromptError: If labels or templates are not what they should be.
         """
         if isinstance(inputs, list) and not inputs:
             return []
@@ -250,11 +255,11 @@ class CTClassificationPipeline(CTPipeline):
 
     def _sanitize_parameters(self, candidate_labels=None, prompt_templates=None, **kwargs):
         if prompt_templates is not None:
-            raise ValueError("A classifier asks nothing in words. Leave out the templates of prompts.")
+            raise PromptError("A classifier asks nothing in words. Leave out `prompt_templates`.")
         reading, prompts, _ = super()._sanitize_parameters(candidate_labels, **kwargs)
         unknown = sorted(set(prompts.get("candidate_labels", ())) - set(self.model.config.label_names))
         if unknown:
-            raise ValueError(
+            raise PromptError(
                 f"This classifier was not trained on {', '.join(unknown)}. Its labels: "
                 f"{', '.join(self.model.config.label_names)}."
             )
@@ -322,13 +327,13 @@ def _processor_of(model: PreTrainedModel) -> MedCTProcessor:
 def _checked_labels(labels: Any) -> list[str]:
     labels = [labels] if isinstance(labels, str) else list(labels)
     if not labels or not all(isinstance(label, str) and label.strip() for label in labels):
-        raise ValueError(f"`candidate_labels` is a list of findings in words, not {labels!r}.")
+        raise PromptError(f"`candidate_labels` is a list of findings in words, not {labels!r}.")
     return labels
 
 
 def _checked_templates(templates: Any) -> Sequence[Sequence[str]]:
     if isinstance(templates, str) or not len(templates):
-        raise ValueError(
+        raise PromptError(
             '`prompt_templates` is a list of pairs of sentences, such as [("There is {label}.", "There is no '
             f'{{label}}.")], not {templates!r}.'
         )

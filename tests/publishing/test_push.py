@@ -14,8 +14,9 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from medct.cli import main
+from medct.common.paths import find_paths
 from medct.publishing import push as hub_module
-from medct.publishing.cards import GENERATED, find_paths
+from medct.publishing.cards import GENERATED
 from medct.publishing.push import PushError, commit_of, push_adapter, push_model, push_shards
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -246,11 +247,12 @@ def test_a_private_push_does_not_become_public(hub, base, pushed_base, refused):
     assert "org/base is already public" in refused("push", base, "org/base", "--private")
 
 
-def test_a_user_without_write_access_is_told_so(hub, base, monkeypatch, refused):
+def test_a_user_without_write_access_is_told_so_at_once(hub, base, monkeypatch, waits, refused):
     for token, words in ((READER, "403"), ("hf_wrong", "401"), (None, "401")):
         hub.connect(monkeypatch, token)
         assert words in refused("push", base, "org/a")
     assert ("model", "org/a") not in hub.repos
+    assert waits == []  # a retry cannot help
 
 
 def test_a_bad_card_is_refused_in_the_hubs_words(hub, base, monkeypatch, refused):
