@@ -32,7 +32,7 @@ from medct.common.files import refuse_taken
 from medct.common.host import device_name, keep_freed_memory, peak_memory_bytes, quiet_libraries
 from medct.common.lock import only_run
 from medct.common.paths import local_paths, without_paths
-from medct.data import StudyLoader, to_device
+from medct.data import StudyLoader
 from medct.evaluation.calibration import apply_calibration
 from medct.evaluation.metrics import zero_shot_scores
 from medct.evaluation.operating_points import wanted_points
@@ -204,6 +204,7 @@ class Trainer:
             on_bad_sample=self.settings.on_bad_sample,
             max_bad_share=self.settings.max_bad_share,
             bad_samples_file=self.folder.bad_samples,
+            device=self.accelerator.device,
             **options,
         )
 
@@ -333,9 +334,7 @@ class Trainer:
         model.train()
         if constant_prompts:
             core(model).text_model.eval()  # what is not trained has no dropout
-        micro_batches = [
-            to_device(next(batches), accelerator.device, self.config) for _ in range(settings.accumulation_steps)
-        ]
+        micro_batches = [next(batches) for _ in range(settings.accumulation_steps)]
         loss_of = StepLoss(settings.objective, settings.report_weight, accelerator.autocast)
         loss = loss_of.backward(core(model), micro_batches, prompts, constant_prompts).item()
         if not math.isfinite(loss):

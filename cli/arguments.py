@@ -36,7 +36,7 @@ def _reading_arguments(parser: argparse.ArgumentParser, many: bool = True) -> No
             f"--rescale_{name}", type=float, metavar="X", help=f"{unit}, of scans whose header does not say"
         )
     if many:
-        _batch_arguments(group, "threads that read ahead; each holds a volume, 0.2 GB for CT-CLIP (default: 1)")
+        _batch_arguments(group, "processes that read ahead; each takes 0.8 GB for CT-CLIP (default: 1)")
     else:
         parser.set_defaults(batch_size=1, num_workers=0)
 

@@ -28,7 +28,7 @@ from medct.configuration_medct import MedCTConfig
 from medct.data.loader import report_id
 from medct.errors_medct import MedCTError
 from medct.inference.bulk import KEY, Csv, JsonLines, Reading, process, process_to_file, read_rows
-from medct.inference.studies import FailedStudy, ReadStudy, Study, find_studies, read_study
+from medct.inference.studies import FailedStudy, LoadStudy, ReadStudy, Study, find_studies, read_study, stacked
 from medct.inference.weights import KEY as WEIGHTS
 from medct.inference.weights import weights_of
 from medct.pipeline_medct import CTPipeline, ZeroShotCTClassificationPipeline
@@ -110,8 +110,8 @@ def reading_of(args: argparse.Namespace, pipe: CTPipeline) -> Reading:
         args: Parsed, with the options for scans.
         pipe: Holds the image processor.
     """
-    reword = functools.partial(in_flags, args=args)
-    return Reading(pipe.processor.image_processor, args.batch_size, args.num_workers, reading_options(args), reword)
+    load = LoadStudy(pipe.processor.image_processor, pipe.device, reading_options(args))
+    return Reading(load, args.batch_size, args.num_workers, functools.partial(in_flags, args=args))
 
 
 def reading_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -223,7 +223,7 @@ def prediction_rows(
         reads: The studies, as one batch.
         flat: One column per score instead of a list of findings.
     """
-    inputs = {"pixel_values": torch.stack([read.pixel_values for read in reads])}
+    inputs = {"pixel_values": stacked(reads)}
     for read, logits in zip(reads, pipe.forward(inputs, **prompts)["logits"], strict=True):
         findings = pipe.postprocess({"logits": logits[None]}, **prompts)
         if flat:
@@ -328,8 +328,7 @@ def embed_images(pipe: ZeroShotCTClassificationPipeline, reads: list[ReadStudy])
     Returns:
         `(studies, projection_dim)`, float32, of length 1.
     """
-    pixel_values = torch.stack([read.pixel_values for read in reads]).to(pipe.device)
-    return pipe.model.get_image_features(pixel_values).pooler_output.float().cpu()
+    return pipe.model.get_image_features(stacked(reads)).pooler_output.float().cpu()
 
 
 @torch.no_grad()
@@ -404,8 +403,7 @@ def read_one(study: Study, args: argparse.Namespace, pipe: ZeroShotCTClassificat
     Raises:
         CommandError: If it cannot be read.
     """
-    reading = reading_of(args, pipe)
-    read = read_study(study, reading.image_processor, **reading.options)
+    read = read_study(study, reading_of(args, pipe).load)
     if isinstance(read, FailedStudy):
         raise CommandError(read.reason)
     return read

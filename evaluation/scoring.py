@@ -14,7 +14,7 @@ from tqdm import tqdm
 from medct.adapters_medct import reworded
 from medct.common.distributed import sum_over_processes
 from medct.configuration_medct import MedCTConfig
-from medct.data import StudyLoader, to_device
+from medct.data import StudyLoader
 from medct.modeling_medct import MedCTForImageClassification, MedCTModel, zero_shot_probabilities
 from medct.processing_medct import MedCTProcessor
 
@@ -119,7 +119,7 @@ def score_studies(
 
     Args:
         model: With or without adapters; left in evaluation mode.
-        loader: This process's loader.
+        loader: This process's loader, for the device of the model.
         prompts: From `prompts_for`; scores are averaged over templates.
         accelerator: Its processes share the work.
         what: Name for the progress bar.
@@ -205,7 +205,6 @@ def _of_every_study(
         _in_step(loader, accelerator), desc=what, total=total, unit="batch", disable=not accelerator.is_main_process
     )
     for batch, is_own in bar:
-        batch = to_device(batch, accelerator.device, model.config)
         values = compute(batch["pixel_values"])
         if is_own:
             labels = batch["labels"].cpu().numpy()

@@ -13,7 +13,7 @@ import io
 import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,8 +22,7 @@ from tqdm import tqdm
 
 from medct.common.files import remove_leftovers, whole_file
 from medct.errors_medct import MedCTError
-from medct.image_processing_medct import MedCTImageProcessor
-from medct.inference.studies import FailedStudy, ReadStudy, Study, batched_reads, read_ahead
+from medct.inference.studies import FailedStudy, LoadStudy, ReadStudy, Study, batched_reads, read_ahead
 from medct.inference.weights import KEY as WEIGHTS
 
 KEY = "study"
@@ -191,17 +190,15 @@ class Reading:
     """How studies are read and batched.
 
     Args:
-        image_processor: The model's.
+        load: Reads a study.
         batch_size: Studies that go through the model together.
-        num_workers: Threads that read ahead.
-        options: Options for `read_volume`.
+        num_workers: Processes that read ahead.
         reword: Puts the reason why a study could not be read into the words of the command.
     """
 
-    image_processor: MedCTImageProcessor
+    load: LoadStudy
     batch_size: int = 1
     num_workers: int = 1
-    options: dict[str, Any] = field(default_factory=dict)
     reword: Callable[[str], str] = str
 
 
@@ -227,8 +224,11 @@ def process(
         Number of studies that could not be read.
     """
     failed = 0
-    reads = read_ahead(studies, reading.image_processor, reading.num_workers, **reading.options)
-    with tqdm(total=len(studies), unit="study", disable=not show_progress) as bar:
+    reads = read_ahead(studies, reading.load, reading.num_workers, reading.batch_size)
+    with (
+        contextlib.closing(reads),  # at once, if this run is stopped
+        tqdm(total=len(studies), unit="study", disable=not show_progress) as bar,
+    ):
         for read in batched_reads(reads, reading.batch_size):
             if isinstance(read, FailedStudy):
                 failed += 1
