@@ -36,7 +36,7 @@ from medct.common.lock import only_run
 from medct.data import StudyLoader, to_device
 from medct.evaluation.calibration import apply_calibration
 from medct.evaluation.metrics import zero_shot_scores
-from medct.evaluation.plots import calibration_plot, roc_plot
+from medct.evaluation.plots import calibration_plot, change_plot, roc_plot
 from medct.evaluation.scoring import (
     ScoredStudies,
     Texts,
@@ -472,6 +472,10 @@ class Trainer:
             if results["calibration"] and len(results["calibration"]) == len(self.config.label_names):
                 models["calibrated"] = apply_calibration(after.scores, results["calibration"], self.config.label_names)
             calibration_plot(models, before.labels, note).savefig(folder / "calibration.png")
+            if results["kept"]:
+                note = f"{note}; to be kept: {self.sources['keep_valid'].description}"
+                change = change_plot(results["comparison"], results["kept"], self.config.label_names, note)
+                change.savefig(folder / "learned.png")
             if self.settings.adaptation == "full":
                 said = [results["measured_on"], results["table"], *results["remarks"]]
                 (folder / "README.md").write_text("\n\n".join(["# MedCT", *said]) + "\n", encoding="utf-8")

@@ -25,6 +25,10 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _ABSOLUTE_PATH = re.compile(r"(?<![\w.:/\\])(?!/(?:proc|dev)/)(?:(?:/[\w.@+-]+){2,}/?|[A-Za-z]:\\[\w.@+\\-]+)")
 # The Hub's names of metrics, by ours.
 _HUB_METRICS = {"auroc": ("roc_auc", "AUROC"), "macro_f1": ("f1", "F1")}
+_PICTURES = {
+    "learned.png": "Change of AUROC of each finding on the new site, and on what was to be kept",
+    "roc.png": "ROC curves",
+}
 _TRAINING_FACTS = {
     "recipe": "recipe: {}",
     "objective": "objective: {}",
@@ -151,7 +155,7 @@ def render_card(
         revision=(revision if is_hub_id(base) else None) or PLACEHOLDER_REVISION,
         base_in_words=_base_in_words(base),
         license=license,
-        has_roc=(folder / "roc.png").is_file(),
+        pictures={name: words for name, words in _PICTURES.items() if (folder / name).is_file()},
         generated=GENERATED,
         **_facts(folder, results),
     )

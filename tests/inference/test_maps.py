@@ -86,6 +86,16 @@ def test_interpolation_is_torchs_and_zero_outside():
     assert not values[:, :4].any() and not values[:, 16:].any()
 
 
+@pytest.mark.parametrize("orientation", ["SLP", "RAS", "PSR"])
+def test_a_part_of_the_scan_is_that_part(orientation):
+    processor = MedCTImageProcessor(image_size=(8, 12, 12), target_spacing_mm=(3.0, 2.0, 2.0))
+    volume = CTVolume(np.zeros((30, 32, 20), np.int16), affine_from_spacing((1.5, 1.0, 2.0), orientation))
+    patches = torch.randn(4, 3, 3, generator=torch.Generator().manual_seed(0))
+    where = (patches, (2, 4, 4), processor.geometry(volume), volume.array.shape)
+    part = (slice(4, 11), slice(None), slice(13, 14))
+    np.testing.assert_array_equal(to_scan(*where, part), to_scan(*where)[part])
+
+
 def test_slices_are_the_highest_and_apart():
     values = np.zeros((12, 3, 3))
     values[:, 1, 1] = [0, 9, 8, 7, 0, 0, 5, 0, 0, 0, 0, 6]
