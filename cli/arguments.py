@@ -112,8 +112,28 @@ def _add_predict(add: Callable[..., argparse.ArgumentParser]) -> None:
         "of --output, else table)",
     )
     group.add_argument("--output", type=Path, metavar="FILE", help="write here (.csv, .jsonl), row by row")
+    _report_arguments(parser)
     _model_arguments(parser)
     _reading_arguments(parser)
+
+
+def _report_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("reports, for research only")
+    group.add_argument(
+        "--dicom_sr", type=Path, metavar="DIR", help="a DICOM Structured Report for each study; of DICOM studies only"
+    )
+    group.add_argument(
+        "--dicom_page",
+        type=Path,
+        metavar="DIR",
+        help="a page with scores and slices for each study, as DICOM Secondary Capture; of DICOM studies only",
+    )
+    group.add_argument(
+        "--fhir", type=Path, metavar="FILE", help="a FHIR R4 bundle of one study; nothing in it says whose study it is"
+    )
+    group.add_argument(
+        "--fhir_identity", action="store_true", help="put patient id, study UID and accession number into the bundle"
+    )
 
 
 def _add_search(add: Callable[..., argparse.ArgumentParser]) -> None:

@@ -21,6 +21,7 @@ from peft import PeftConfig
 from tqdm import tqdm
 
 from medct.byte_sources_medct import is_address
+from medct.cli.reports import Writer, asked_for, check_reports, report_writer, reported
 from medct.common.errors import OK, SOME_FAILED, first_line
 from medct.common.files import whole_file, whole_folder
 from medct.common.lock import only_run
@@ -111,6 +112,8 @@ def reading_of(args: argparse.Namespace, pipe: CTPipeline) -> Reading:
         pipe: Holds the image processor.
     """
     options = {"series": args.series, "resample_irregular": args.resample_irregular}
+    if getattr(args, "dicom_page", None) is not None:
+        options["keep_volume"] = True
     return Reading(pipe.processor.image_processor, args.batch_size, args.num_workers, options)
 
 
@@ -168,6 +171,7 @@ def _predict(args: argparse.Namespace) -> int:
     if args.output is not None and format not in ("csv", "json"):
         raise CommandError(f"{args.output}: rows are written as .csv or .jsonl. Name it so, or pass --format csv|json.")
     studies = find_studies(args.scans)
+    check_reports(args, studies)
     state = start_processes(args)
     prompts = prompts_of(args)
     pipe = load_pipeline(args, state.device)
@@ -177,12 +181,13 @@ def _predict(args: argparse.Namespace) -> int:
     has_thresholds = args.templates is None and not thresholds.keys().isdisjoint(labels)
     calibrated = [label for label in labels if args.templates is None and label in calibration]
     columns = [KEY, *labels, *(f"{label} present" for label in labels if has_thresholds)]
-    columns += [*(f"{label} probability" for label in calibrated), "notes"]
+    columns += [*(f"{label} probability" for label in calibrated), "notes", *(["reports"] if asked_for(args) else [])]
     rows_as = Csv(columns) if format == "csv" else JsonLines()
-    rows_of = functools.partial(prediction_rows, pipe, prompts, flat=format == "csv")
+    write_reports = report_writer(args, pipe, prompts, model_of(args))
+    rows_of = functools.partial(prediction_rows, pipe, prompts, flat=format == "csv", write_reports=write_reports)
     if args.output is not None:
         settings = {**settings_of(args), "labels": labels, "templates": args.templates, "thresholds": thresholds}
-        settings["calibration"] = calibration
+        settings |= {"calibration": calibration, "reports": asked_for(args) or None}
         failed = process_to_file(studies, reading_of(args, pipe), rows_of, args.output, rows_as, settings, state)
         return ends(failed, len(studies), args.output)
     if state.num_processes > 1:
@@ -200,20 +205,28 @@ def _predict(args: argparse.Namespace) -> int:
 
 
 def prediction_rows(
-    pipe: CTPipeline, prompts: dict[str, Any], reads: list[ReadStudy], flat: bool
-) -> Iterator[dict[str, Any]]:
-    """Score studies: one row per study.
+    pipe: CTPipeline,
+    prompts: dict[str, Any],
+    reads: list[ReadStudy],
+    flat: bool,
+    write_reports: Writer | None = None,
+) -> Iterator[dict[str, Any] | FailedStudy]:
+    """Score studies: one row per study, or why its reports could not be made.
 
     Args:
         pipe: The model's pipeline.
         prompts: From `prompts_of`.
         reads: The studies, as one batch.
         flat: One column per score instead of a list of findings.
+        write_reports: From `report_writer`; a study has a row only once its reports are written.
     """
     inputs = {"pixel_values": torch.stack([read.pixel_values for read in reads])}
     for read, logits in zip(reads, pipe.forward(inputs, **prompts)["logits"], strict=True):
         findings = pipe.postprocess({"logits": logits[None]}, **prompts)
-        if flat:
+        reports = reported(write_reports, read, findings)
+        if isinstance(reports, str):
+            yield FailedStudy(read.study, reports)
+        elif flat:
             scores = {finding["label"]: f"{finding['score']:.6f}" for finding in findings}
             called = [finding for finding in findings if "present" in finding]
             calls = {f"{finding['label']} present": int(finding["present"]) for finding in called}
@@ -222,9 +235,10 @@ def prediction_rows(
                 for finding in findings
                 if "probability" in finding
             }
-            yield {KEY: read.study.id, **scores, **calls, "notes": " | ".join(read.notes)}
+            listed = {name: " | ".join(paths) for name, paths in reports.items()}
+            yield {KEY: read.study.id, **scores, **calls, "notes": " | ".join(read.notes), **listed}
         else:
-            yield {KEY: read.study.id, "findings": findings, "notes": list(read.notes)}
+            yield {KEY: read.study.id, "findings": findings, "notes": list(read.notes), **reports}
 
 
 def prediction_table(row: dict[str, Any]) -> str:
@@ -236,6 +250,7 @@ def prediction_table(row: dict[str, Any]) -> str:
         + (f"  probability {finding['probability']:.2f}" if "probability" in finding else "")
         for finding in row["findings"]
     ]
+    lines += [f"  report: {path}" for path in row.get("reports", ())]
     return "\n".join(lines) + "\n\n"
 
 

@@ -136,6 +136,29 @@ def to_scan(
     return values.numpy()
 
 
+def strongest_slice(
+    patches: torch.Tensor,
+    patch_size: Sequence[int],
+    geometry: VolumeGeometry,
+    shape: Sequence[int],
+    slices: AxialSlices,
+) -> int:
+    """The axial slice with the highest value, to a quarter of a patch.
+
+    Args:
+        patches, patch_size, geometry, shape: See `to_scan`.
+        slices: The scan.
+
+    Returns:
+        From 0, at the feet.
+    """
+    voxels = np.abs(geometry.voxel_of_position[:3, :3]) @ patch_size  # of a patch, along each axis of the scan
+    steps = [max(1, int(length / 4)) for length in voxels]
+    values = to_scan(patches, patch_size, geometry, shape, [slice(None, None, step) for step in steps])
+    highest = np.unravel_index(values.argmax(), values.shape)
+    return slices.flipped(int(highest[slices.axis]) * steps[slices.axis])
+
+
 def file_names(labels: Sequence[str]) -> list[str]:
     """A name for the files of each label, without suffix: telling, and its own on every file system.
 

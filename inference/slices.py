@@ -36,11 +36,15 @@ class AxialSlices:
         hu: `(slice, row, column)`, HU; a view of the scan.
         spacing_mm: `(slice, row, column)`, mm.
         z_mm: `(slices,)`, place of each slice's centre along the axis of the body, mm, growing towards the head.
+        axis: The scan's axis that runs across the slices.
+        is_from_feet: Whether its indices grow towards the head.
     """
 
     hu: np.ndarray
     spacing_mm: tuple[float, float, float]
     z_mm: np.ndarray
+    axis: int
+    is_from_feet: bool
 
     @classmethod
     def of(cls, volume: CTVolume) -> "AxialSlices":
@@ -50,7 +54,7 @@ class AxialSlices:
         centres = np.tile((np.array(volume.array.shape) - 1) / 2, (len(hu), 1))
         centres[:, axes[0]] = np.arange(len(hu))[:: signs[0]]
         z_mm = centres @ volume.affine[2, :3] + volume.affine[2, 3]
-        return cls(hu, (thickness, height, width), z_mm)
+        return cls(hu, (thickness, height, width), z_mm, axes[0], signs[0] > 0)
 
     def __len__(self) -> int:
         return len(self.hu)
@@ -59,6 +63,14 @@ class AxialSlices:
     def pixel_aspect(self) -> float:
         """Height of a pixel over its width."""
         return self.spacing_mm[1] / self.spacing_mm[2]
+
+    def flipped(self, index: int) -> int:
+        """A slice's index along the scan's own axis, and the other way round.
+
+        Args:
+            index: From 0.
+        """
+        return index if self.is_from_feet else len(self) - 1 - index
 
     def caption(self, index: int) -> str:
         """Which slice it is, and where it lies in the scan.

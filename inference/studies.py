@@ -20,7 +20,7 @@ import torch
 from medct.byte_sources_medct import is_address
 from medct.dicom_io_medct import is_dicom, series_of
 from medct.image_processing_medct import MedCTImageProcessor
-from medct.volume_io_medct import VolumeError, read_volume
+from medct.volume_io_medct import CTVolume, VolumeError, read_volume
 
 _VOLUME_SUFFIXES = (".nii", ".nii.gz", ".nrrd", ".nhdr", ".mha", ".mhd", ".zip")
 _DICOM_HEAD_BYTES = 600
@@ -49,11 +49,13 @@ class ReadStudy:
         study: The study.
         pixel_values: `(1, z, y, x)`.
         notes: Remarks from reading it.
+        volume: The scan itself, where it was asked for.
     """
 
     study: Study
     pixel_values: torch.Tensor
     notes: tuple[str, ...] = ()
+    volume: CTVolume | None = None
 
 
 @dataclass(frozen=True)
@@ -170,17 +172,21 @@ def _is_dicom_file(path: Path) -> bool:
     return is_dicom(head) and _DICOMDIR_CLASS + b"\0" not in head and _DICOMDIR_CLASS + b"\2" not in head
 
 
-def read_study(study: Study, image_processor: MedCTImageProcessor, **options: Any) -> ReadStudy | FailedStudy:
+def read_study(
+    study: Study, image_processor: MedCTImageProcessor, keep_volume: bool = False, **options: Any
+) -> ReadStudy | FailedStudy:
     """Read one study, or say why not.
 
     Args:
         study: The study to read.
         image_processor: The model's.
+        keep_volume: Whether the scan itself is wanted, besides what the model sees of it.
         **options: `series` and `resample_irregular`, see `read_volume`.
     """
     try:
         volume = read_volume(study.source, orientation=image_processor.orientation, **options)
-        return ReadStudy(study, image_processor.process_volume(volume)[None], volume.notes)
+        pixel_values = image_processor.process_volume(volume)[None]
+        return ReadStudy(study, pixel_values, volume.notes, volume if keep_volume else None)
     except VolumeError as error:
         # A list of files has no name of its own; here it is one folder's.
         is_list = isinstance(study.source, list)
