@@ -233,6 +233,27 @@ def _add_map(add: Callable[..., argparse.ArgumentParser]) -> None:
     _reading_arguments(parser, many=False)
 
 
+def _add_app(add: Callable[..., argparse.ArgumentParser]) -> None:
+    parser = add(
+        "app",
+        "app.run_app",
+        "look at the findings of a scan in a browser",
+        "medct app                                   # the phantom base, which knows drawings only\n"
+        "  medct app --model ct-clip --adapter ORG/NAME",
+        "Serves a page on this machine until it is stopped. For research only. Nothing is kept, and no other machine is\n"
+        "asked for anything. Without --model and --adapter it is the phantom base that answers.",
+    )
+    group = parser.add_argument_group("page")
+    group.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine)")
+    group.add_argument(
+        "--port", type=_at_least(1), metavar="N", help="port to listen on (default: the first free one from 7860)"
+    )
+    group.add_argument(
+        "--max_file_mb", type=_at_least(1), default=1024, metavar="N", help="largest file, MiB (default: 1024)"
+    )
+    _model_arguments(parser)
+
+
 def _source_arguments(parser: argparse.ArgumentParser, what: str) -> None:
     """Add the arguments that say where studies come from, for commands that run no model."""
     parser.add_argument(
@@ -399,6 +420,7 @@ ADD_COMMANDS = (
     _add_search,
     _add_evaluate,
     _add_map,
+    _add_app,
     _add_overview,
     _add_prepare,
     _add_convert,

@@ -1,5 +1,7 @@
 """DICOM reports and pages: what they say, whose they are, and that others take them."""
 
+from functools import cache
+
 import numpy as np
 import pydicom
 import pytest
@@ -33,16 +35,18 @@ def saved(report, tmp_path):
     return path
 
 
-def page_of(source, volume):
-    slices = AxialSlices.of(volume)
-    pictures = [Picture(each.label, 2) for each in worth_a_picture(FINDINGS)]
-    return secondary_capture(draw_page(FINDINGS, ALGORITHM, slices, pictures), ALGORITHM, source)
+@cache
+def drawn() -> np.ndarray:
+    """A page; drawing it takes longer than all the rest."""
+    slices = AxialSlices.of(read_volume(make_hu(), spacing_mm=(2, 2, 2)))
+    return draw_page(FINDINGS, ALGORITHM, slices, [Picture(each.label, 2) for each in worth_a_picture(FINDINGS)])
 
 
 def make(kind: str, path):
     """A report or a page of a study."""
     source = read_source(study_of(path))
-    return structured_report(FINDINGS, ALGORITHM, source) if kind == "sr" else page_of(source, read_volume(path))
+    is_report = kind == "sr"
+    return structured_report(FINDINGS, ALGORITHM, source) if is_report else secondary_capture(drawn(), ALGORITHM, source)
 
 
 def test_the_report_holds_what_is_known_of_each_finding(series, tmp_path):
