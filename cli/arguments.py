@@ -240,8 +240,8 @@ def _add_app(add: Callable[..., argparse.ArgumentParser]) -> None:
         "look at the findings of a scan in a browser",
         "medct app                                   # the phantom base, which knows drawings only\n"
         "  medct app --model ct-clip --adapter ORG/NAME",
-        "Serves a page on this machine until it is stopped. For research only. Nothing is kept, and no other machine is\n"
-        "asked for anything. Without --model and --adapter it is the phantom base that answers.",
+        "Serves a page on this machine until it is stopped. For research only. Nothing is kept, and no other machine\n"
+        "is asked for anything. Without --model and --adapter it is the phantom base that answers.",
     )
     group = parser.add_argument_group("page")
     group.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine)")

@@ -45,8 +45,9 @@ def drawn() -> np.ndarray:
 def make(kind: str, path):
     """A report or a page of a study."""
     source = read_source(study_of(path))
-    is_report = kind == "sr"
-    return structured_report(FINDINGS, ALGORITHM, source) if is_report else secondary_capture(drawn(), ALGORITHM, source)
+    if kind == "sr":
+        return structured_report(FINDINGS, ALGORITHM, source)
+    return secondary_capture(drawn(), ALGORITHM, source)
 
 
 def test_the_report_holds_what_is_known_of_each_finding(series, tmp_path):
