@@ -3,7 +3,7 @@ FROM python:3.11-slim-bookworm
 
 WORKDIR /opt/medct
 COPY . .
-RUN pip install --no-cache-dir -c constraints.txt '.[dicom_sr,app,serve]' \
+RUN pip install --no-cache-dir -c constraints.txt '.[reports,app,serve]' \
     && useradd --create-home medct
 
 # Not in the sources' folder, which would hide the installed package.

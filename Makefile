@@ -25,7 +25,7 @@ test-slow: $(VENV)/installed  ## what takes minutes or gigabytes
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
 test-app: $(VENV)/installed  ## the app in a real browser (Debian: chromium)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test_app]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test,browser]'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'slow or not slow' tests/app $(ARGS)
 
 style: $(VENV)/installed-dev  ## format, fix what can be fixed, and renew the code in phantom_base/

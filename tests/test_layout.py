@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -118,6 +119,14 @@ def test_every_package_is_installed():
     assert all(f'"medct.{folder}"' in declared for folder in FOLDERS)
     unknown = {path.parent.name for path in ROOT.glob("*/__init__.py")} - FOLDERS
     assert not unknown
+
+
+def test_extras_have_names_that_every_pip_knows():
+    """The pip that comes with Python 3.11 finds no extra whose name holds an underscore, and goes on without it."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    extras = tomllib.loads(text)["project"]["optional-dependencies"]
+    assert all(re.fullmatch("[a-z]+", name) for name in extras)
+    assert {each for listed in re.findall(r"medct\[([^\]]*)\]", text) for each in listed.split(",")} <= set(extras)
 
 
 def parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> list[str]:
