@@ -36,7 +36,7 @@ from medct.data import StudyLoader
 from medct.evaluation.calibration import apply_calibration
 from medct.evaluation.metrics import zero_shot_scores
 from medct.evaluation.operating_points import wanted_points
-from medct.evaluation.plots import calibration_plot, roc_plot, save_plot
+from medct.evaluation.plots import calibration_plot, change_plot, roc_plot, save_plot
 from medct.evaluation.predictions import short_names
 from medct.evaluation.provenance import list_checksum, provenance
 from medct.evaluation.record import RESULTS, write_record
@@ -487,6 +487,10 @@ class Trainer:
                 models["calibrated"] = apply_calibration(scores, results["calibration"], self.config.label_names)
                 what = "score, or calibrated probability"
             save_plot(calibration_plot(models, held_out.labels, note, what=what), folder / "calibration.png")
+            if results["kept"]:
+                note = f"{note}; to be kept: {self.sources['keep_valid'].description}"
+                change = change_plot(results["comparison"], results["kept"], self.config.label_names, note)
+                save_plot(change, folder / "learned.png")
             if self.settings.adaptation == "full":
                 said = [results["measured_on"], results["table"], *results["remarks"]]
                 (folder / "README.md").write_text("\n\n".join(["# MedCT", *said]) + "\n", encoding="utf-8")

@@ -205,7 +205,7 @@ class Reading:
 def process(
     studies: Sequence[Study],
     reading: Reading,
-    rows_of: Callable[[list[ReadStudy]], Iterable[dict[str, Any]]],
+    rows_of: Callable[[list[ReadStudy]], Iterable[dict[str, Any] | FailedStudy]],
     write: Callable[[dict[str, Any]], None],
     write_failed: Callable[[dict[str, Any]], None],
     show_progress: bool = True,
@@ -215,7 +215,7 @@ def process(
     Args:
         studies: Studies in reading order.
         reading: How to read and batch them.
-        rows_of: Makes one row for each study of a batch.
+        rows_of: Makes one row for each study of a batch, or says why that cannot be done.
         write: Takes each row.
         write_failed: Takes a row for each study that could not be read, which is reported on stderr, too.
         show_progress: Whether to show a bar on stderr.
@@ -230,23 +230,22 @@ def process(
         tqdm(total=len(studies), unit="study", disable=not show_progress) as bar,
     ):
         for read in batched_reads(reads, reading.batch_size):
-            if isinstance(read, FailedStudy):
-                failed += 1
-                reason = reading.reword(read.reason)
-                write_failed({KEY: read.study.id, "reason": reason})
-                bar.write(f"failed: {reason}", file=sys.stderr)
+            for row in [read] if isinstance(read, FailedStudy) else rows_of(read):
+                if isinstance(row, FailedStudy):
+                    failed += 1
+                    reason = reading.reword(row.reason)
+                    write_failed({KEY: row.study.id, "reason": reason})
+                    bar.write(f"failed: {reason}", file=sys.stderr)
+                else:
+                    write(row)
                 bar.update(1)
-                continue
-            for row in rows_of(read):
-                write(row)
-            bar.update(len(read))
     return failed
 
 
 def process_to_file(
     studies: Sequence[Study],
     reading: Reading,
-    rows_of: Callable[[list[ReadStudy]], Iterable[dict[str, Any]]],
+    rows_of: Callable[[list[ReadStudy]], Iterable[dict[str, Any] | FailedStudy]],
     output: Path,
     format: RowFormat,
     settings: dict[str, Any],
