@@ -43,6 +43,7 @@ from medct.evaluation.record import RESULTS, write_record
 from medct.evaluation.scoring import (
     ScoredStudies,
     Texts,
+    about_model,
     embed_prompts,
     is_classifier,
     prompts_for,
@@ -435,6 +436,7 @@ class Trainer:
         """What decided the figures; with its settings `medct evaluate` scores the held-out studies again."""
         accelerator = self.accelerator
         base = {"model": self.settings.model, "revision": self.revision, "fingerprint": self.fingerprint}
+        base |= about_model(self.base)
         scored = predictions_of(before, {}, self.config.label_names, self._source_names()).scored
         points = {
             model: {name: each["thresholds"] for name, each in by_name.items()}
