@@ -262,6 +262,7 @@ def _score(
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
         num_workers=args.num_workers,
+        device=accelerator.device,
     )
     become = [version.become for version in versions.values()]
     prompts = [version.prompts for version in versions.values()]
