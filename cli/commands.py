@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from peft import PeftConfig
 from tqdm import tqdm
 
 from medct.byte_sources_medct import is_address
@@ -26,7 +25,6 @@ from medct.common.errors import OK, SOME_FAILED, first_line
 from medct.common.files import whole_folder
 from medct.common.lock import only_run
 from medct.configuration_medct import MedCTConfig
-from medct.data.loader import report_id
 from medct.errors_medct import MedCTError
 from medct.inference.bulk import KEY, Csv, JsonLines, Reading, process, process_to_file, read_rows
 from medct.inference.studies import FailedStudy, LoadStudy, ReadStudy, Study, find_studies, read_study, stacked
@@ -68,6 +66,8 @@ def model_of(args: argparse.Namespace) -> str:
         return named(name)
     if args.adapter is None:
         raise CommandError(f"Which model? Pass --model ID_OR_FOLDER, or set {MODEL_VARIABLE}.")
+    from peft import PeftConfig  # takes long to import, like all that is imported late here
+
     try:
         config = PeftConfig.from_pretrained(args.adapter, revision=args.adapter_revision)
     except (OSError, ValueError) as error:
@@ -322,6 +322,7 @@ def with_report(pipe: ZeroShotCTClassificationPipeline, reports: dict[str, str],
         reports: Text of each report by study.
         row: As `embedding_rows` makes it.
     """
+    from medct.data.loader import report_id
     from medct.inference import search
 
     report = search.report_of(row[KEY], reports) if row["text_embeds"] is None else None

@@ -272,6 +272,7 @@ def loader_of(args: argparse.Namespace, pipe: CTPipeline, accelerator: Accelerat
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
         num_workers=args.num_workers,
+        device=accelerator.device,
     )
 
 
