@@ -3,13 +3,18 @@
 Each has a plain formulation that gives the same up to rounding: `linear` is `F.linear`, `nearest` an argmax. Layers
 narrower than `WIDE` take the plain one, so that a small model rounds as the original does.
 
+On NVIDIA cards the passes between the products are kernels of Triton; `fused` decides, for all of them.
+
 The model's Linears are torch's own, so that quantisers, PEFT and offloading know them, and nothing but a Linear touches
 its weight: `apply_linear` calls it and, if it multiplies plain tensors, only changes how.
 """
 
 import functools
 import math
+import os
+import sys
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -29,6 +34,67 @@ WIDE = 256
 ROW_ELEMENTS = 16
 """Rows of results that begin at multiples of so many elements are written 1.5 times as fast."""
 CONVOLVES_ON_CPU = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX")
+
+TRITON_SWITCH = "MEDCT_TRITON"
+"""Environment variable: "0" leaves the kernels of Triton out, read whenever the model is called."""
+_PLAIN = (torch.Tensor, nn.Parameter, type(None))
+_FUSIBLE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_OLDEST_CARD = (8, 0)  # compute capability; older ones have no bfloat16
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# Classes whose forward pass kernels may compute in their place.
+_fusible: set[type] = {nn.Linear, nn.Conv3d}
+
+
+def fusible(module_class: type) -> type:
+    """Class decorator: kernels may compute the forward pass of modules of this very class."""
+    _fusible.add(module_class)
+    return module_class
+
+
+@functools.cache
+def triton_kernels() -> ModuleType | None:
+    """`triton_kernels_medct`, imported when it is first needed; `None` where Triton is missing."""
+    try:
+        from .triton_kernels_medct import mix  # noqa: F401, which loads the module
+    except ImportError:
+        return None
+    return sys.modules[f"{__package__}.triton_kernels_medct"]
+
+
+@functools.cache
+def _runs_kernels(device: torch.device) -> bool:
+    if device.type == "cpu":
+        # Triton can interpret kernels there, to test them.
+        return os.environ.get("TRITON_INTERPRET") == "1" and triton_kernels() is not None
+    if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device) < _OLDEST_CARD:
+        return False
+    return triton_kernels() is not None
+
+
+def fused(tensor: torch.Tensor, *parts: nn.Module | torch.Tensor | None) -> bool:
+    """Whether kernels of Triton compute what some modules would, past their `forward`.
+
+    Not where anybody but the model has a part in it: modules that have hooks or are not of the very class (adapters,
+    quantizers, parametrizations), parameters that are sharded, offloaded or trained. And not while `torch.compile`
+    traces, which fuses as well.
+
+    Args:
+        tensor: What they are called with.
+        parts: The modules, and parameters besides.
+    """
+    if torch.compiler.is_compiling() or tensor.dtype not in _FUSIBLE_DTYPES or type(tensor) is not torch.Tensor:
+        return False
+    if os.environ.get(TRITON_SWITCH) == "0" or not _runs_kernels(tensor.device):
+        return False
+    return all(_is_constant(part, tensor.device) for part in parts)
+
+
+def _is_constant(part: nn.Module | torch.Tensor | None, device: torch.device) -> bool:
+    if isinstance(part, nn.Module):
+        is_bare = type(part) in _fusible and "forward" not in vars(part) and not any(map(vars(part).get, _HOOKS))
+        return is_bare and all(_is_constant(parameter, device) for parameter in part._parameters.values())
+    is_trained = part is not None and part.requires_grad and torch.is_grad_enabled()
+    return part is None or (type(part) in _PLAIN and part.device == device and not is_trained)
 
 
 def add(stream: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
@@ -75,6 +141,9 @@ def linear(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None =
         missing = -width % ROW_ELEMENTS  # that of the gated feed-forward is odd
         bias = None if bias is None else F.pad(bias, (0, missing))
         return linear(rows, F.pad(weight, (0, 0, 0, missing)), bias)[..., :width]
+    if min(weight.shape) >= WIDE and rows.is_cuda and rows.shape[-1] % ROW_ELEMENTS:
+        missing = -rows.shape[-1] % ROW_ELEMENTS
+        rows, weight = F.pad(rows, (0, missing)), F.pad(weight, (0, missing))
     is_faster = rows.dtype == torch.float32 or (rows.dtype == torch.bfloat16 and width > weight.shape[1])
     is_faster = is_faster and min(weight.shape) >= WIDE
     if not (CONVOLVES_ON_CPU and is_faster and rows.dtype == weight.dtype and rows.device.type == "cpu"):
@@ -102,9 +171,6 @@ class _Products(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-_PLAIN = (torch.Tensor, nn.Parameter, type(None))
-
-
 def apply_linear(module: nn.Module, rows: torch.Tensor, product: Callable[..., torch.Tensor] = linear) -> torch.Tensor:
     """Call a Linear, or what adapters or quantizers have made of it.
 
@@ -120,16 +186,37 @@ def apply_linear(module: nn.Module, rows: torch.Tensor, product: Callable[..., t
         return module(rows)
 
 
-def times_gelu(value: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-    """`value * gelu(gate)`.
+def gated(hidden: torch.Tensor) -> torch.Tensor:
+    """The first half of each row times gelu of the second.
 
     Args:
-        value: `(..., width)`; may be half of a wider row.
-        gate: `(..., width)`; likewise.
+        hidden: `(..., 2 * width)`.
+
+    Returns:
+        `(..., width)`.
     """
+    if fused(hidden):
+        return triton_kernels().gate(hidden)
+    value, gate = hidden.chunk(2, dim=-1)
     if gate.shape[-1] >= WIDE:
         gate = gate.contiguous()  # gelu takes three times as long on half of each row
     return value * F.gelu(gate)
+
+
+def feed_forward(rows: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """A gated feed-forward whose halves are made as wide as cards multiply well; what is added is zero.
+
+    Args:
+        rows: `(..., d)`.
+        first: `(2 * width, d)`, weight of the first product.
+        second: `(d, width)`, of the second.
+
+    Returns:
+        `(..., d)`.
+    """
+    missing = -second.shape[-1] % ROW_ELEMENTS
+    halves = F.pad(first.unflatten(0, (2, -1)), (0, 0, 0, missing)).flatten(0, 1)
+    return F.linear(gated(F.linear(rows.to(first.dtype), halves)), F.pad(second, (0, missing)))
 
 
 def nearest(tokens: torch.Tensor, codes: torch.Tensor, coarse_codes: torch.Tensor) -> torch.Tensor:
