@@ -27,6 +27,7 @@ from torch.overrides import TorchFunctionMode
 # out again; larger blocks are new pages from the system each time, which costs as much as the products themselves.
 CPU_CHUNK_BYTES = 2**24
 CHUNK_BYTES = 2**28
+FUSED_CHUNK_BYTES = 2**29
 CODEBOOK_PARTS = 16
 # From this width on layers take ways that are faster, and round otherwise. The size of the batch has no part in it, so
 # that a model never mixes both.
@@ -35,12 +36,13 @@ ROW_ELEMENTS = 16
 """Rows of results that begin at multiples of so many elements are written 1.5 times as fast."""
 CONVOLVES_ON_CPU = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX")
 
-TRITON_SWITCH = "MEDCT_TRITON"
-"""Environment variable: "0" leaves the kernels of Triton out, read whenever the model is called."""
+use_triton = os.environ.get("MEDCT_TRITON") != "0"
+"""Whether kernels of Triton are used where they can be."""
 _PLAIN = (torch.Tensor, nn.Parameter, type(None))
 _FUSIBLE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_HALF = (torch.float16, torch.bfloat16)
+_GATED_DEPTH = 64  # channels that its kernel takes at a time
 _OLDEST_CARD = (8, 0)  # compute capability; older ones have no bfloat16
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # Classes whose forward pass kernels may compute in their place.
 _fusible: set[type] = {nn.Linear, nn.Conv3d}
 
@@ -84,17 +86,43 @@ def fused(tensor: torch.Tensor, *parts: nn.Module | torch.Tensor | None) -> bool
     """
     if torch.compiler.is_compiling() or tensor.dtype not in _FUSIBLE_DTYPES or type(tensor) is not torch.Tensor:
         return False
-    if os.environ.get(TRITON_SWITCH) == "0" or not _runs_kernels(tensor.device):
+    if not use_triton or not _runs_kernels(tensor.device):
         return False
     return all(_is_constant(part, tensor.device) for part in parts)
 
 
 def _is_constant(part: nn.Module | torch.Tensor | None, device: torch.device) -> bool:
     if isinstance(part, nn.Module):
-        is_bare = type(part) in _fusible and "forward" not in vars(part) and not any(map(vars(part).get, _HOOKS))
-        return is_bare and all(_is_constant(parameter, device) for parameter in part._parameters.values())
+        is_known = type(part) in _fusible and _is_bare(part)
+        return is_known and all(_is_constant(parameter, device) for parameter in part._parameters.values())
     is_trained = part is not None and part.requires_grad and torch.is_grad_enabled()
     return part is None or (type(part) in _PLAIN and part.device == device and not is_trained)
+
+
+def _is_bare(module: nn.Module) -> bool:
+    """Whether nothing but its class has a part in what a module computes."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return not hooks and "forward" not in vars(module)
+
+
+def split_sequences(rows: torch.Tensor, width: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """Split `(sequences, tokens, d)` so that rows of `width` of all tokens stay within the chunk size of a card."""
+    return rows.split(max(1, FUSED_CHUNK_BYTES // (rows.shape[1] * width * dtype.itemsize)))
+
+
+def is_autocast(tensor: torch.Tensor) -> bool:
+    """Whether torch's autocast is on where the tensor lies."""
+    return torch.is_autocast_enabled(tensor.device.type)
+
+
+def row_dtype(tensor: torch.Tensor, dtype: torch.dtype) -> torch.dtype:
+    """The precision in which rows are handed to products: autocast's if it is on.
+
+    Args:
+        tensor: Lies where the products are made.
+        dtype: Precision of the products' weights.
+    """
+    return torch.get_autocast_dtype(tensor.device.type) if is_autocast(tensor) else dtype
 
 
 def add(stream: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
@@ -167,7 +195,7 @@ class _Products(TorchFunctionMode):
     def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if function is F.linear and not kwargs and all(type(each) in _PLAIN for each in args):
             rows, weight, *bias = args
-            return self.product(rows.to(weight.dtype), weight, *bias)
+            return self.product(rows if is_autocast(rows) else rows.to(weight.dtype), weight, *bias)
         return function(*args, **(kwargs or {}))
 
 
@@ -182,6 +210,10 @@ def apply_linear(module: nn.Module, rows: torch.Tensor, product: Callable[..., t
     Returns:
         `(..., out_features)`.
     """
+    if type(module) is nn.Linear and _is_bare(module) and type(module.weight) in _PLAIN:
+        # As below; a call of the module costs as much of a processor's time as the product itself.
+        rows = rows if is_autocast(rows) else rows.to(module.weight.dtype)
+        return product(rows, module.weight, *([] if module.bias is None else [module.bias]))
     with _Products(product):
         return module(rows)
 
@@ -203,6 +235,46 @@ def gated(hidden: torch.Tensor) -> torch.Tensor:
     return value * F.gelu(gate)
 
 
+def padded_width(weight: torch.Tensor) -> int:
+    """The width that cards multiply well, next to that of the rows that `weight`, `(out, width)`, takes."""
+    return weight.shape[1] + -weight.shape[1] % ROW_ELEMENTS
+
+
+def gated_product(rows: torch.Tensor, weight: torch.Tensor, width: int) -> torch.Tensor:
+    """The first half of a product times gelu of the second, by kernels.
+
+    Args:
+        rows: `(..., d)`.
+        weight: `(2 * narrow, d)`.
+        width: That of the result, of which what is beyond `narrow` is zero.
+
+    Returns:
+        `(..., width)`.
+    """
+    if rows.dtype in _HALF and weight.dtype == rows.dtype and rows.shape[-1] % _GATED_DEPTH == 0:
+        product = triton_kernels().gated_product(rows.reshape(-1, rows.shape[-1]), weight, width)
+        return product.view(*rows.shape[:-1], width)
+    halves = F.pad(weight.unflatten(0, (2, -1)), (0, 0, 0, width - len(weight) // 2)).flatten(0, 1)
+    return triton_kernels().gate(F.linear(rows, halves))
+
+
+def add_product(stream: torch.Tensor, rows: torch.Tensor, weight: torch.Tensor) -> None:
+    """Add a product to the stream, in its memory; never rounded in between where the stream is the more precise one.
+
+    Args:
+        stream: `(..., d)`, on a card.
+        rows: `(..., width)`.
+        weight: `(d, width)`.
+    """
+    stream, rows = stream.view(-1, stream.shape[-1]), rows.reshape(-1, rows.shape[-1])
+    if stream.dtype == rows.dtype:
+        torch.addmm(stream, rows, weight.t(), out=stream)
+    elif stream.is_cuda:
+        torch.addmm(stream, rows, weight.t(), out_dtype=stream.dtype, out=stream)
+    else:
+        stream.add_(F.linear(rows, weight))
+
+
 def feed_forward(rows: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     """A gated feed-forward whose halves are made as wide as cards multiply well; what is added is zero.
 
@@ -214,9 +286,10 @@ def feed_forward(rows: torch.Tensor, first: torch.Tensor, second: torch.Tensor) 
     Returns:
         `(..., d)`.
     """
-    missing = -second.shape[-1] % ROW_ELEMENTS
+    missing = padded_width(second) - second.shape[1]
     halves = F.pad(first.unflatten(0, (2, -1)), (0, 0, 0, missing)).flatten(0, 1)
-    return F.linear(gated(F.linear(rows.to(first.dtype), halves)), F.pad(second, (0, missing)))
+    rows = rows if is_autocast(rows) else rows.to(first.dtype)
+    return F.linear(gated(F.linear(rows, halves)), F.pad(second, (0, missing)))
 
 
 def nearest(tokens: torch.Tensor, codes: torch.Tensor, coarse_codes: torch.Tensor) -> torch.Tensor:

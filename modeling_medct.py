@@ -40,13 +40,19 @@ from .checks_medct import refuse_other_weights
 from .configuration_medct import CLASSIFIER_TASK, CODE, CUSTOM_PIPELINES, ZERO_SHOT_TASK, MedCTConfig, MedCTVisionConfig
 from .kernels_medct import (
     add,
+    add_product,
     apply_linear,
     feed_forward,
     fused,
     fusible,
     gated,
+    gated_product,
+    is_autocast,
     nearest,
+    padded_width,
+    row_dtype,
     split_rows,
+    split_sequences,
     triton_kernels,
 )
 from .snapshots_medct import Snapshot
@@ -208,6 +214,7 @@ class MedCTPatchEmbeddings(nn.Module):
         (t, h, w), (pz, py, px) = self.grid_size, self.patch_size
         if fused(pixel_values, pixel_values, self.patch_norm):
             # (b, 1, t*pz, h*py, w*px) -> (b*t, pz, h*py, w*px)
+            dtype = row_dtype(pixel_values, dtype)
             slabs = split_rows(pixel_values.reshape(-1, pz, h * py, w * px), h * w * pz * py * px, dtype)
             tokens = torch.cat([apply_linear(self.projection, self._norm_patches(slab, dtype)) for slab in slabs])
             return self.norm(tokens).unflatten(1, (h, w)).unflatten(0, (-1, t))
@@ -295,6 +302,7 @@ class MedCTPositionGenerator(nn.Module):
         return grid.permute(0, 2, 3, 4, 1).reshape(hidden_states.shape)
 
 
+@fusible
 class MedCTAttention(nn.Module):
     """Multi-head attention on queries and keys of unit length, with learned scales shared by the heads."""
 
@@ -348,7 +356,8 @@ class MedCTAttention(nn.Module):
         if self.config._attn_implementation == "sdpa" and fused(query, query, key, value, position_bias):
             kernels = triton_kernels()
             if kernels.can_attend(query):
-                return kernels.attention(query, key, value, position_bias, self.scaling), None
+                bias = None if position_bias is None else position_bias.contiguous()
+                return kernels.attention(*(each.contiguous() for each in (query, key, value)), bias, self.scaling), None
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -357,6 +366,7 @@ class MedCTAttention(nn.Module):
         return attention(self, query, key, value, None, scaling=self.scaling, position_bias=position_bias)
 
 
+@fusible
 class MedCTMLP(nn.Module):
     """Gated feed-forward: one half of the first product, times gelu of the other."""
 
@@ -397,6 +407,8 @@ class MedCTLayer(GradientCheckpointingLayer):
         Returns:
             The same shape.
         """
+        if self._is_constant(hidden_states, position_bias):
+            return self._infer(hidden_states, position_bias)
         stream, *rows = self._mix(hidden_states)
         # Gradients need all that a chunk would hand on, and "eager" is there to show the attention as a whole.
         if torch.is_grad_enabled() or self.self_attn.config._attn_implementation == "eager":
@@ -407,6 +419,40 @@ class MedCTLayer(GradientCheckpointingLayer):
             self._within_sequences(*chunk, position_bias=position_bias)
         return stream
 
+    def _is_constant(self, hidden_states: torch.Tensor, position_bias: torch.Tensor | None) -> bool:
+        """Whether kernels may run the layer as a whole: no gradients, adapters, hooks or other attention."""
+        attention, mlp = self.self_attn, self.mlp
+        if torch.is_grad_enabled() or attention.config._attn_implementation != "sdpa" or is_autocast(hidden_states):
+            return False
+        products = (attention.q_proj, attention.k_proj, attention.v_proj, attention.out_proj, mlp.fc1, mlp.fc2)
+        generator = self.position_generator
+        others = (attention, mlp, generator, generator.conv, self.layer_norm1, self.layer_norm2, position_bias)
+        return fused(hidden_states, *others, *products) and triton_kernels().can_attend(attention.q_scale)
+
+    def _infer(self, hidden_states: torch.Tensor, position_bias: torch.Tensor | None) -> torch.Tensor:
+        """The layer in as few passes over memory, and as few calls, as can be."""
+        kernels, attention, mlp, dtype = triton_kernels(), self.self_attn, self.mlp, self.dtype
+        conv, norm1, norm2 = self.position_generator.conv, self.layer_norm1, self.layer_norm2
+        taps, keys, fc2 = kernels.prepare(
+            conv.weight, attention.k_proj.weight, attention.v_proj.weight, mlp.fc2.weight, padded_width(mlp.fc2.weight)
+        )
+        grid = hidden_states.reshape(-1, *self.position_generator.grid_size, hidden_states.shape[-1])
+        mixed = kernels.mix_prepared(grid, taps, conv.bias, (norm1.weight, norm1.eps), dtype)
+        bias = None if position_bias is None else position_bias.to(dtype)
+        rows_of = [each.view(hidden_states.shape) for each in mixed]
+        chunks = zip(*(split_sequences(each, fc2.shape[1], dtype) for each in rows_of), strict=True)
+        for stream, low, normed in chunks:
+            # (b, n, d) -> (b, n, heads, c)
+            query = F.linear(normed, attention.q_proj.weight).unflatten(-1, (-1, attention.head_dim))
+            key, value = F.linear(low, keys).unflatten(-1, (2, -1, attention.head_dim)).unbind(2)
+            kernels.unit_(key.flatten(0, 1), attention.k_scale)
+            attended = kernels.attention(query, key, value, bias, attention.scaling, attention.q_scale)
+            add_product(stream, attended.flatten(-2), attention.out_proj.weight)
+            rows = kernels.norm(stream, norm2.weight, norm2.bias, norm2.eps, dtype)
+            gated = gated_product(rows, mlp.fc1.weight, fc2.shape[1])
+            add_product(stream, gated, fc2)
+        return rows_of[0]
+
     def _mix(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The stream after the position generator; from kernels also what `_within_sequences` takes with it."""
         generator, norm = self.position_generator, self.layer_norm1
@@ -414,9 +460,8 @@ class MedCTLayer(GradientCheckpointingLayer):
             return (add(generator(hidden_states).to(hidden_states.dtype), hidden_states),)
         grid = hidden_states.reshape(-1, *generator.grid_size, hidden_states.shape[-1])
         weights = (generator.conv.weight, generator.conv.bias, norm.weight)
-        return tuple(
-            each.view_as(hidden_states) for each in triton_kernels().mix(grid, *weights, norm.eps, self.dtype)
-        )
+        mixed = triton_kernels().mix(grid, *weights, norm.eps, row_dtype(grid, self.dtype))
+        return tuple(each.view_as(hidden_states) for each in mixed)
 
     def _within_sequences(
         self,
@@ -433,7 +478,8 @@ class MedCTLayer(GradientCheckpointingLayer):
         attended, _ = self.self_attn(normed, rows, position_bias=position_bias)
         norm = self.layer_norm2
         if fused(stream, norm):
-            stream, rows = triton_kernels().add_norm(stream, attended, norm.weight, norm.bias, norm.eps, self.dtype)
+            dtype = row_dtype(stream, self.dtype)
+            stream, rows = triton_kernels().add_norm(stream, attended, norm.weight, norm.bias, norm.eps, dtype)
         else:
             stream = add(stream, attended)
             rows = norm(stream).to(self.dtype)
@@ -750,7 +796,7 @@ class MedCTVisionModel(MedCTPreTrainedModel):
         tokens = self.temporal_encoder(tokens)
         # (b*h*w, t, d) -> (b, t, h*w, d)
         tokens = tokens.unflatten(0, (batch, h * w)).transpose(1, 2)
-        tokens, codebook_ids = self.quantizer(tokens, dtype)
+        tokens, codebook_ids = self.quantizer(tokens, row_dtype(tokens, dtype))
         return MedCTVisionOutput(
             last_hidden_state=tokens.flatten(1, 2),
             pooler_output=tokens.mean(dim=1).flatten(1),

@@ -19,11 +19,13 @@ try:  # in `try`, so that nobody is asked to install it; who imports this file e
 except ImportError:
     raise
 
-from .triton_products_medct import attention, can_attend, quantize
+from .triton_products_medct import attention, can_attend, gated_product, on_device_of, quantize
 
 _TILE_FRAMES, _TILE_ROWS = 2, 2  # places of the grid that one program of the convolution makes at a time
 _NORM_ROWS = 4
+_MIX_NORM_ROWS = 8
 _GATE_ELEMENTS = 1024
+_COPIED = 2048
 _UNIT_ROWS = 128
 _TINIEST_NORM = tl.constexpr(1e-12)  # as `F.normalize`
 _SQRT_HALF = tl.constexpr(math.sqrt(0.5))
@@ -54,6 +56,7 @@ def _mix_kernel(
     BLOCK: tl.constexpr,
     TILE_FRAMES: tl.constexpr,
     TILE_ROWS: tl.constexpr,
+    NORM_ROWS: tl.constexpr,
     FIRST: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_LOW: tl.constexpr,
@@ -88,33 +91,44 @@ def _mix_kernel(
                 near_row = row + (b - 1)
                 is_near = (near_frame >= 0) & (near_frame < FRAMES) & (near_row >= 0) & (near_row < ROWS)
                 offset = ((a + FIRST) * ROWS + (b - 1)) * COLUMNS * CHANNELS + column * CHANNELS
-                value = tl.load(grid + (place + offset), mask=is_near & is_channel & (column < COLUMNS), other=0.0)
-                value = value.to(tl.float32)
+                near_value = tl.load(grid + (place + offset), mask=is_near & is_channel & (column < COLUMNS), other=0.0)
+                near_value = near_value.to(tl.float32)
                 tap = weights + (a * 9 + b * 3) * CHANNELS + channel
-                after += value * tl.load(tap, mask=is_channel, other=0.0)
-                here += value * tl.load(tap + CHANNELS, mask=is_channel, other=0.0)
-                before += value * tl.load(tap + 2 * CHANNELS, mask=is_channel, other=0.0)
+                after += near_value * tl.load(tap, mask=is_channel, other=0.0)
+                here += near_value * tl.load(tap + CHANNELS, mask=is_channel, other=0.0)
+                before += near_value * tl.load(tap + 2 * CHANNELS, mask=is_channel, other=0.0)
                 if a + FIRST == 0 and b == 1:
-                    middle = value
+                    middle = near_value
         total = before + shift + centre
         is_done = is_place & (column > 0)
         done = place + (column - 1) * CHANNELS
         tl.store(stream + done, total, mask=is_done)
-        if HAS_LOW:
-            tl.store(low + done, total.to(low.dtype.element_ty), mask=is_done)
-        if HAS_NORM:
-            mean = tl.sum(total, axis=1, keep_dims=True) / CHANNELS
-            centred = tl.where(is_channel, total - mean, 0.0)
-            variance = tl.sum(centred * centred, axis=1, keep_dims=True) / CHANNELS
-            scale = tl.load(norm_weight + channel, mask=is_channel, other=0.0).to(tl.float32)
-            unit = centred * tl.rsqrt(variance + eps) * scale
-            tl.store(normed + done, unit.to(normed.dtype.element_ty), mask=is_done)
         before = here
         here = after
         centre = middle
+    if HAS_NORM:
+        # Of what this program has just written, still in the cache, many rows at a time: their sums take turns.
+        tl.debug_barrier()
+        scale = tl.load(norm_weight + channel, mask=is_channel, other=0.0).to(tl.float32)
+        places: tl.constexpr = TILE_FRAMES * TILE_ROWS * COLUMNS
+        for begin in range(0, places, NORM_ROWS):
+            near = begin + tl.arange(0, NORM_ROWS)[:, None]
+            line = near // COLUMNS
+            its_frame = program // row_tiles % frame_tiles * TILE_FRAMES + line // TILE_ROWS
+            its_row = program % row_tiles * TILE_ROWS + line % TILE_ROWS
+            is_its = (near < places) & (its_frame < FRAMES) & (its_row < ROWS) & is_channel
+            its = (((volume * FRAMES + its_frame) * ROWS + its_row) * COLUMNS + near % COLUMNS) * CHANNELS + channel
+            value = tl.load(stream + its, mask=is_its, other=0.0)
+            if HAS_LOW:
+                tl.store(low + its, value.to(low.dtype.element_ty), mask=is_its)
+            mean = tl.sum(value, axis=1, keep_dims=True) / CHANNELS
+            centred = tl.where(is_channel, value - mean, 0.0)
+            variance = tl.sum(centred * centred, axis=1, keep_dims=True) / CHANNELS
+            unit = centred * tl.rsqrt(variance + eps) * scale
+            tl.store(normed + its, unit.to(normed.dtype.element_ty), mask=is_its)
 
 
-def _mix(grid, weights, bias, norm, dtype, first, tile=(_TILE_FRAMES, _TILE_ROWS), warps=4):
+def _mix(grid, weights, bias, norm, dtype, first=-2, tile=(_TILE_FRAMES, _TILE_ROWS), warps=4):
     """`grid + convolution(grid)`; with the `norm`, weight and epsilon, also its copy in `dtype` and its LayerNorm."""
     volumes, frames, rows, columns, channels = grid.shape
     stream = torch.empty_like(grid)
@@ -123,7 +137,7 @@ def _mix(grid, weights, bias, norm, dtype, first, tile=(_TILE_FRAMES, _TILE_ROWS
         low = stream if dtype == grid.dtype else torch.empty_like(grid, dtype=dtype)
         normed = torch.empty_like(grid, dtype=dtype)
     programs = volumes * triton.cdiv(frames, tile[0]) * triton.cdiv(rows, tile[1])
-    with torch.cuda.device_of(grid):
+    with on_device_of(grid):
         _mix_kernel[(programs,)](
             grid,
             weights,
@@ -140,6 +154,7 @@ def _mix(grid, weights, bias, norm, dtype, first, tile=(_TILE_FRAMES, _TILE_ROWS
             BLOCK=triton.next_power_of_2(channels),
             TILE_FRAMES=tile[0],
             TILE_ROWS=tile[1],
+            NORM_ROWS=_MIX_NORM_ROWS,
             FIRST=first,
             HAS_BIAS=bias is not None,
             HAS_LOW=low is not stream,
@@ -147,6 +162,9 @@ def _mix(grid, weights, bias, norm, dtype, first, tile=(_TILE_FRAMES, _TILE_ROWS
             num_warps=warps,
         )
     return stream, low, normed
+
+
+mix_prepared = _mix
 
 
 class _Mix(torch.autograd.Function):
@@ -195,6 +213,87 @@ def mix(
     return _Mix.apply(grid.contiguous(), weight, bias, norm_weight, eps, dtype)
 
 
+# Weights in the form in which kernels and products take them, made anew for each call: no copy can be out of date.
+
+
+@triton.jit
+def _prepare_kernel(
+    convolution,
+    key,
+    value,
+    second,
+    taps,
+    keys,
+    padded,
+    CHANNELS: tl.constexpr,
+    KEYS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PADDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    program = tl.program_id(0)
+    tap_programs = tl.cdiv(27 * CHANNELS, BLOCK)
+    key_programs = tl.cdiv(KEYS * CHANNELS, BLOCK)
+    place = tl.arange(0, BLOCK)
+    if program < tap_programs:
+        place += program * BLOCK
+        is_place = place < 27 * CHANNELS
+        tap = tl.load(convolution + place % CHANNELS * 27 + place // CHANNELS, mask=is_place, other=0.0)
+        tl.store(taps + place, tap.to(tl.float32), mask=is_place)
+    elif program < tap_programs + 2 * key_programs:
+        place += (program - tap_programs) % key_programs * BLOCK
+        is_place = place < KEYS * CHANNELS
+        if program < tap_programs + key_programs:
+            tl.store(keys + place, tl.load(key + place, mask=is_place), mask=is_place)
+        else:
+            tl.store(keys + KEYS * CHANNELS + place, tl.load(value + place, mask=is_place), mask=is_place)
+    else:
+        place += (program - tap_programs - 2 * key_programs) * BLOCK
+        is_place = place < CHANNELS * PADDED
+        column = place % PADDED
+        entry = tl.load(second + place // PADDED * WIDTH + column, mask=is_place & (column < WIDTH), other=0.0)
+        tl.store(padded + place, entry, mask=is_place)
+
+
+def prepare(
+    convolution: torch.Tensor, key: torch.Tensor, value: torch.Tensor, second: torch.Tensor, padded: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Bring the weights of a layer in the form in which kernels and products take them.
+
+    Args:
+        convolution: `(channels, 1, 3, 3, 3)`, of the position generator.
+        key: `(heads * width, channels)`, that makes keys.
+        value: Same shape, that makes values.
+        second: `(channels, width)`, of the feed-forward's second product.
+        padded: Width to which that is filled up with zeros.
+
+    Returns:
+        `(27, channels)`, float32; `(2 * heads * width, channels)`, keys before values; `(channels, padded)`.
+    """
+    channels, width = second.shape
+    taps = torch.empty((27, channels), dtype=torch.float32, device=second.device)
+    keys = key.new_empty((2 * len(key), channels))
+    filled = second.new_empty((channels, padded))
+    blocks = [triton.cdiv(each.numel(), _COPIED) for each in (taps, key, value, filled)]
+    with on_device_of(second):
+        _prepare_kernel[(sum(blocks),)](
+            convolution,
+            key,
+            value,
+            second,
+            taps,
+            keys,
+            filled,
+            CHANNELS=channels,
+            KEYS=len(key),
+            WIDTH=width,
+            PADDED=padded,
+            BLOCK=_COPIED,
+            num_warps=4,
+        )
+    return taps, keys, filled
+
+
 # LayerNorm, of a sum if there is an update.
 
 
@@ -238,7 +337,7 @@ def _norm(values, update, total, weight, bias, eps, dtype):
     channels = values.shape[-1]
     normed = torch.empty_like(values, dtype=dtype)
     rows = values.numel() // channels
-    with torch.cuda.device_of(values):
+    with on_device_of(values):
         _norm_kernel[_grid(rows, _NORM_ROWS)](
             values,
             values if update is None else update,
@@ -309,7 +408,7 @@ def _norm_backward(values, weight, eps, of_normed, of_values=None, of_low=None, 
     gradients = [None if each is None else each.contiguous() for each in (of_normed, of_values, of_low)]
     result = torch.empty_like(values)
     low = result if dtype in (None, result.dtype) else torch.empty_like(values, dtype=dtype)
-    with torch.cuda.device_of(values):
+    with on_device_of(values):
         _norm_backward_kernel[_grid(rows, _NORM_ROWS)](
             values,
             weight,
@@ -397,6 +496,8 @@ def norm(
         eps: Epsilon.
         dtype: Precision of the result.
     """
+    if not torch.is_grad_enabled():
+        return _norm(values.contiguous(), None, None, weight, bias, eps, dtype)
     return _Norm.apply(values.contiguous(), weight, bias, eps, dtype)
 
 
@@ -458,7 +559,7 @@ def norm_patches(
     rows, columns = pixels.shape[2] // patch_size[1], pixels.shape[3] // patch_size[2]
     size = math.prod(patch_size)
     patches = pixels.new_empty((len(pixels), rows * columns, size), dtype=dtype)
-    with torch.cuda.device_of(pixels):
+    with on_device_of(pixels):
         _patches_kernel[(len(pixels) * rows * columns,)](
             pixels.contiguous(),
             weight,
@@ -536,7 +637,7 @@ class _Gate(torch.autograd.Function):
 
 def _launch_gate(kernel, hidden, *more):
     rows, width = len(hidden), hidden.shape[1] // 2
-    with torch.cuda.device_of(hidden):
+    with on_device_of(hidden):
         kernel[_grid(rows * width, _GATE_ELEMENTS)](
             hidden, *more, rows, ROW=hidden.stride(0), GATE=width, WIDTH=width, BLOCK=_GATE_ELEMENTS, num_warps=4
         )
@@ -560,19 +661,39 @@ def gate(hidden: torch.Tensor) -> torch.Tensor:
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _unit_kernel(values, scale, result, rows, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+def _unit_kernel(
+    values,
+    scale,
+    result,
+    rows,
+    HEADS: tl.constexpr,
+    ROW: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, BLOCK)[None, :]
     is_place = (row < rows) & (column < WIDTH)
-    value = tl.load(values + row * WIDTH + column, mask=is_place, other=0.0).to(tl.float32)
+    place = row // HEADS * ROW + row % HEADS * WIDTH + column
+    value = tl.load(values + place, mask=is_place, other=0.0).to(tl.float32)
     length = tl.maximum(tl.sqrt(tl.sum(value * value, axis=1, keep_dims=True)), _TINIEST_NORM)
     unit = value / length * tl.load(scale + column, mask=column < WIDTH, other=0.0).to(tl.float32)
-    tl.store(result + row * WIDTH + column, unit.to(result.dtype.element_ty), mask=is_place)
+    tl.store(result + place, unit.to(result.dtype.element_ty), mask=is_place)
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _unit_backward_kernel(
-    values, scale, of_result, of_values, rows, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr
+    values,
+    scale,
+    of_result,
+    of_values,
+    rows,
+    HEADS: tl.constexpr,
+    ROW: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, BLOCK)[None, :]
@@ -590,40 +711,66 @@ class _Unit(torch.autograd.Function):
     @staticmethod
     def forward(ctx, values, scale):
         ctx.save_for_backward(values, scale)
-        return _launch_unit(_unit_kernel, values, scale)
+        return _launch_unit(_unit_kernel, values, scale, torch.empty_like(values))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, of_result):
-        return _launch_unit(_unit_backward_kernel, *ctx.saved_tensors, of_result.contiguous()), None
+        values, scale = ctx.saved_tensors
+        return _launch_unit(_unit_backward_kernel, values, scale, of_result.contiguous(), torch.empty_like(values)), None
 
 
 def _launch_unit(kernel, values, scale, *more):
-    width, result = values.shape[-1], torch.empty_like(values)
+    heads, width = values.shape[-2:]
     rows = values.numel() // width
-    with torch.cuda.device_of(values):
+    with on_device_of(values):
         kernel[_grid(rows, _UNIT_ROWS)](
             values,
             scale,
             *more,
-            result,
             rows,
+            HEADS=heads,
+            ROW=values.stride(-3),
             WIDTH=width,
             BLOCK=triton.next_power_of_2(width),
             ROWS=_UNIT_ROWS,
             num_warps=4,
         )
-    return result
+    return more[-1]
+
+
+def unit_(values: torch.Tensor, scale: torch.Tensor) -> None:
+    """`unit`, in place and without gradients, of rows that may lie apart.
+
+    Args:
+        values: `(rows, heads, width)`.
+        scale: `(width,)`.
+    """
+    _launch_unit(_unit_kernel, values, scale, values)
 
 
 def unit(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Rows of unit length, times a scale of each column.
 
     Args:
-        values: `(..., width)`.
+        values: `(rows..., heads, width)`.
         scale: `(width,)`.
     """
     return _Unit.apply(values.contiguous(), scale)
 
 
-__all__ = ["add_norm", "attention", "can_attend", "gate", "mix", "norm", "norm_patches", "quantize", "unit"]
+__all__ = [
+    "add_norm",
+    "attention",
+    "can_attend",
+    "gate",
+    "gated_product",
+    "mix",
+    "mix_prepared",
+    "norm",
+    "norm_patches",
+    "prepare",
+    "quantize",
+    "unit",
+    "unit_",
+]

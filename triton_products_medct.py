@@ -4,6 +4,7 @@ What they compute is `modeling_medct`'s; `kernels_medct.fused` says when they ar
 """
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -14,13 +15,22 @@ except ImportError:
     raise
 
 _LOG2_E = tl.constexpr(math.log2(math.e))
+_SQRT_HALF = tl.constexpr(math.sqrt(0.5))
+_TINIEST_NORM = tl.constexpr(1e-12)  # as `F.normalize`
 
 # Tiles: rows, columns, warps, stages.
-_LONG = (128, 64, 4, 3)
+_LONG = (64, 64, 4, 3)
 _SHORT = (32, 32, 1, 2)  # sequences of up to so many tokens
 _SHORT_TOKENS = 32
 _CODES = (128, 128, 64, 8, 3)  # tokens, codes, channels, warps, stages
+_GATED = (128, 128, 64, 8, 8, 4)  # rows, columns, channels, group, warps, stages
 _CHOICE_ROWS = 4
+
+
+def on_device_of(tensor: torch.Tensor) -> AbstractContextManager:
+    """A context in which kernels are launched where a tensor lies; costs nothing where they are anyway."""
+    is_here = not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device()
+    return nullcontext() if is_here else torch.cuda.device(tensor.get_device())
 
 
 def _precision(dtype: torch.dtype) -> str:
@@ -34,14 +44,17 @@ def _attention_kernel(
     query,
     key,
     value,
+    query_scale,
     bias,
     result,
     scaling,
     TOKENS: tl.constexpr,
     HEADS: tl.constexpr,
     WIDTH: tl.constexpr,
+    KEY_ROW: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     IS_EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -53,28 +66,37 @@ def _attention_kernel(
     row = program % blocks * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)
     channel = tl.arange(0, WIDTH)
-    first = (sequence * TOKENS * HEADS + head) * WIDTH
     is_row = row < TOKENS
-    rows = first + row[:, None] * (HEADS * WIDTH) + channel[None, :]
+    rows = (sequence * TOKENS * HEADS + head) * WIDTH + row[:, None] * (HEADS * WIDTH) + channel[None, :]
+    first = sequence * TOKENS * KEY_ROW + head * WIDTH
     queries = tl.load(query + rows, mask=is_row[:, None], other=0.0)
+    if HAS_SCALE:
+        wide = queries.to(tl.float32)
+        length = tl.maximum(tl.sqrt(tl.sum(wide * wide, axis=1)), _TINIEST_NORM)
+        scale = tl.load(query_scale + channel).to(tl.float32) * (scaling * _LOG2_E)
+        queries = (wide / length[:, None] * scale[None, :]).to(queries.dtype)
     greatest = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     mixed = tl.zeros((ROWS, WIDTH), tl.float32)
     for start in range(0, TOKENS, COLUMNS):
         at = start + column
-        columns = first + at[:, None] * (HEADS * WIDTH) + channel[None, :]
+        columns = first + at[:, None] * KEY_ROW + channel[None, :]
         if IS_EVEN:
             keys = tl.load(key + columns)
         else:
             keys = tl.load(key + columns, mask=(at < TOKENS)[:, None], other=0.0)
-        scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * (scaling * _LOG2_E)
+        scores = tl.zeros((ROWS, COLUMNS), tl.float32)
         if HAS_BIAS:
             places = (head * TOKENS + row[:, None]) * TOKENS + at[None, :]
             if IS_EVEN:
-                added = tl.load(bias + places)
+                scores = tl.load(bias + places).to(tl.float32) * _LOG2_E
             else:
-                added = tl.load(bias + places, mask=is_row[:, None] & (at < TOKENS)[None, :], other=0.0)
-            scores += added.to(tl.float32) * _LOG2_E
+                is_place = is_row[:, None] & (at < TOKENS)[None, :]
+                scores = tl.load(bias + places, mask=is_place, other=0.0).to(tl.float32) * _LOG2_E
+        if HAS_SCALE:  # whose product with the queries holds the scaling
+            scores = tl.dot(queries, tl.trans(keys), scores, input_precision=PRECISION)
+        else:
+            scores += tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * (scaling * _LOG2_E)
         if not IS_EVEN:
             scores = tl.where((at < TOKENS)[None, :], scores, float("-inf"))
         now = tl.maximum(greatest, tl.max(scores, axis=1))
@@ -103,41 +125,127 @@ def attention(
     value: torch.Tensor,
     bias: torch.Tensor | None,
     scaling: float,
+    query_scale: torch.Tensor | None = None,
     tile: tuple[int, int, int, int] | None = None,
 ) -> torch.Tensor:
     """Attention of every token on all of its sequence.
 
     Args:
-        query: `(sequences, tokens, heads, width)`; the width is a power of 2 of at least 16.
-        key: Same shape.
-        value: Same shape.
-        bias: `(1, heads, tokens, tokens)`, added to the scores.
+        query: `(sequences, tokens, heads, width)`, contiguous; the width is a power of 2 of at least 16.
+        key: Same shape; rows of tokens may lie apart.
+        value: As `key`, with the same strides.
+        bias: `(1, heads, tokens, tokens)`, contiguous, added to the scores.
         scaling: Factor of the scores.
+        query_scale: `(width,)`; with it queries are made of unit length and multiplied by it.
         tile: Rows, columns, warps and stages of a program.
 
     Returns:
         The shape of `query`.
     """
     sequences, tokens, heads, width = query.shape
-    query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
     result = torch.empty_like(query)
     rows, columns, warps, stages = tile or (_SHORT if tokens <= _SHORT_TOKENS else _LONG)
-    with torch.cuda.device_of(query):
+    with on_device_of(query):
         _attention_kernel[(triton.cdiv(tokens, rows) * heads * sequences,)](
             query,
             key,
             value,
-            query if bias is None else bias.contiguous(),
+            query if query_scale is None else query_scale,
+            query if bias is None else bias,
             result,
             scaling,
             TOKENS=tokens,
             HEADS=heads,
             WIDTH=width,
+            KEY_ROW=key.stride(1),
             ROWS=rows,
             COLUMNS=columns,
+            HAS_SCALE=query_scale is not None,
             HAS_BIAS=bias is not None,
             IS_EVEN=tokens % rows == 0 and tokens % columns == 0,
             PRECISION=_precision(query.dtype),
+            num_warps=warps,
+            num_stages=stages,
+        )
+    return result
+
+
+@triton.jit(do_not_specialize=["number"])
+def _gated_product_kernel(
+    rows,
+    weight,
+    result,
+    number,
+    CHANNELS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PADDED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    # Programs that run together share rows and weights: a group of row tiles, for one column tile after the other.
+    column_tiles: tl.constexpr = (PADDED + COLUMNS - 1) // COLUMNS
+    row_tiles = tl.cdiv(number, ROWS)
+    program = tl.program_id(0)
+    group = program // (GROUP * column_tiles)
+    in_group = tl.minimum(row_tiles - group * GROUP, GROUP)
+    row_tile = group * GROUP + program % (GROUP * column_tiles) % in_group
+    column_tile = program % (GROUP * column_tiles) // in_group
+    row = row_tile.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = column_tile * COLUMNS + tl.arange(0, COLUMNS)
+    depth = tl.arange(0, DEPTH)
+    left = rows + row[:, None] * CHANNELS + depth[None, :]
+    right = weight + column[:, None] * CHANNELS + depth[None, :]
+    is_row = (row < number)[:, None]
+    is_column = (column < WIDTH)[:, None]
+    values = tl.zeros((ROWS, COLUMNS), tl.float32)
+    gates = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in range(0, CHANNELS, DEPTH):
+        some = tl.load(left + start, mask=is_row, other=0.0)
+        one = tl.load(right + start, mask=is_column, other=0.0)
+        other = tl.load(right + (WIDTH * CHANNELS + start), mask=is_column, other=0.0)
+        values = tl.dot(some, tl.trans(one), values)
+        gates = tl.dot(some, tl.trans(other), gates)
+    # Rounded as the product is where it is written.
+    values = values.to(result.dtype.element_ty).to(tl.float32)
+    gates = gates.to(result.dtype.element_ty).to(tl.float32)
+    gated = values * gates * (0.5 + 0.5 * tl.erf(gates * _SQRT_HALF))
+    place = result + row[:, None] * PADDED + column[None, :]
+    tl.store(place, gated.to(result.dtype.element_ty), mask=is_row & (column < PADDED)[None, :])
+
+
+def gated_product(
+    rows: torch.Tensor, weight: torch.Tensor, padded: int, tile: tuple[int, int, int, int, int, int] = _GATED
+) -> torch.Tensor:
+    """The first half of a product times gelu of the second.
+
+    Args:
+        rows: `(rows, d)`, contiguous, in half precision; d is a multiple of 64.
+        weight: `(2 * width, d)`.
+        padded: Width of the result, of which what is beyond `width` is zero.
+        tile: Rows, columns and channels, group, warps and stages of a program.
+
+    Returns:
+        `(rows, padded)`.
+    """
+    (number, channels), width = rows.shape, len(weight) // 2
+    result = rows.new_empty((number, padded))
+    tile_rows, columns, depth, group, warps, stages = tile
+    programs = triton.cdiv(number, tile_rows) * triton.cdiv(padded, columns)
+    with on_device_of(rows):
+        _gated_product_kernel[(programs,)](
+            rows,
+            weight,
+            result,
+            number,
+            CHANNELS=channels,
+            WIDTH=width,
+            PADDED=padded,
+            ROWS=tile_rows,
+            COLUMNS=columns,
+            DEPTH=depth,
+            GROUP=group,
             num_warps=warps,
             num_stages=stages,
         )
@@ -177,7 +285,8 @@ def _top_two_kernel(
             other = tl.load(right + start, mask=is_code & is_deep, other=0.0)
             similar = tl.dot(one, tl.trans(other), similar, input_precision=PRECISION)
         # The lowest bits tell which block it was: they are beyond what the product's rounding lets count.
-        tagged = ((similar.to(tl.int32, bitcast=True) & ~TAG) | block).to(tl.float32, bitcast=True)
+        # Added zero: ptxas of CUDA 12.8 leaves out products whose only use is of their bits.
+        tagged = (((similar + 0.0).to(tl.int32, bitcast=True) & ~TAG) | block).to(tl.float32, bitcast=True)
         tagged = tl.where((code < CODES)[None, :], tagged, float("-inf"))
         second = tl.maximum(second, tl.minimum(first, tagged))
         first = tl.maximum(first, tagged)
@@ -240,7 +349,7 @@ def quantize(
     found = tokens.new_empty((number, 2), dtype=torch.int32)
     ids = tokens.new_empty((number,), dtype=torch.int64)
     chosen = codebook.new_empty((number, channels))
-    with torch.cuda.device_of(tokens):
+    with on_device_of(tokens):
         _top_two_kernel[(triton.cdiv(number, rows),)](
             tokens.to(dtype),
             codes.to(dtype),
