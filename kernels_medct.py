@@ -37,7 +37,9 @@ ROW_ELEMENTS = 16
 CONVOLVES_ON_CPU = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX")
 
 use_triton = os.environ.get("MEDCT_TRITON") != "0"
-"""Whether kernels of Triton are used where they can be."""
+"""Whether kernels of Triton are used where they can be; the environment variable "0" leaves them out."""
+interprets_triton = False
+"""Whether they are used on the CPU, too, where Triton only interprets them (`TRITON_INTERPRET=1`): for tests."""
 _PLAIN = (torch.Tensor, nn.Parameter, type(None))
 _FUSIBLE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _HALF = (torch.float16, torch.bfloat16)
@@ -65,9 +67,6 @@ def triton_kernels() -> ModuleType | None:
 
 @functools.cache
 def _runs_kernels(device: torch.device) -> bool:
-    if device.type == "cpu":
-        # Triton can interpret kernels there, to test them.
-        return os.environ.get("TRITON_INTERPRET") == "1" and triton_kernels() is not None
     if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device) < _OLDEST_CARD:
         return False
     return triton_kernels() is not None
@@ -86,7 +85,7 @@ def fused(tensor: torch.Tensor, *parts: nn.Module | torch.Tensor | None) -> bool
     """
     if torch.compiler.is_compiling() or tensor.dtype not in _FUSIBLE_DTYPES or type(tensor) is not torch.Tensor:
         return False
-    if not use_triton or not _runs_kernels(tensor.device):
+    if not use_triton or not (interprets_triton if tensor.device.type == "cpu" else _runs_kernels(tensor.device)):
         return False
     return all(_is_constant(part, tensor.device) for part in parts)
 

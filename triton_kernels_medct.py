@@ -717,7 +717,9 @@ class _Unit(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, of_result):
         values, scale = ctx.saved_tensors
-        return _launch_unit(_unit_backward_kernel, values, scale, of_result.contiguous(), torch.empty_like(values)), None
+        return _launch_unit(
+            _unit_backward_kernel, values, scale, of_result.contiguous(), torch.empty_like(values)
+        ), None
 
 
 def _launch_unit(kernel, values, scale, *more):

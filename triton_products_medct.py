@@ -23,7 +23,7 @@ _LONG = (64, 64, 4, 3)
 _SHORT = (32, 32, 1, 2)  # sequences of up to so many tokens
 _SHORT_TOKENS = 32
 _CODES = (128, 128, 64, 8, 3)  # tokens, codes, channels, warps, stages
-_GATED = (128, 128, 64, 8, 8, 4)  # rows, columns, channels, group, warps, stages
+_GATED = (128, 64, 64, 8, 4, 3)  # rows, columns, channels, group, warps, stages
 _CHOICE_ROWS = 4
 
 
@@ -81,7 +81,7 @@ def _attention_kernel(
     for start in range(0, TOKENS, COLUMNS):
         at = start + column
         columns = first + at[:, None] * KEY_ROW + channel[None, :]
-        if IS_EVEN:
+        if IS_EVEN:  # noqa: SIM108, as Triton takes constants in statements only
             keys = tl.load(key + columns)
         else:
             keys = tl.load(key + columns, mask=(at < TOKENS)[:, None], other=0.0)
