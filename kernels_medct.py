@@ -66,7 +66,8 @@ def triton_kernels() -> ModuleType | None:
 
 
 @functools.cache
-def _runs_kernels(device: torch.device) -> bool:
+def runs_kernels(device: torch.device) -> bool:
+    """Whether a device is a card that kernels are made for, and Triton is there."""
     if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device) < _OLDEST_CARD:
         return False
     return triton_kernels() is not None
@@ -85,7 +86,7 @@ def fused(tensor: torch.Tensor, *parts: nn.Module | torch.Tensor | None) -> bool
     """
     if torch.compiler.is_compiling() or tensor.dtype not in _FUSIBLE_DTYPES or type(tensor) is not torch.Tensor:
         return False
-    if not use_triton or not (interprets_triton if tensor.device.type == "cpu" else _runs_kernels(tensor.device)):
+    if not use_triton or not (interprets_triton if tensor.device.type == "cpu" else runs_kernels(tensor.device)):
         return False
     return all(_is_constant(part, tensor.device) for part in parts)
 
@@ -111,7 +112,8 @@ def split_sequences(rows: torch.Tensor, width: int, dtype: torch.dtype) -> tuple
 
 def is_autocast(tensor: torch.Tensor) -> bool:
     """Whether torch's autocast is on where the tensor lies."""
-    return torch.is_autocast_enabled(tensor.device.type)
+    kind = tensor.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def row_dtype(tensor: torch.Tensor, dtype: torch.dtype) -> torch.dtype:
