@@ -163,6 +163,12 @@ class Bench:
         self.config = MedCTConfig.from_pretrained(folder)
 
     def load(self, dtype: torch.dtype, device: torch.device | None = None) -> MedCTModel:
+        """The model, anew.
+
+        Args:
+            dtype: Precision of its weights.
+            device: Where; that of all measurements by default.
+        """
         return MedCTModel.from_pretrained(self.folder, dtype=dtype, device_map=device or self.device).eval()
 
     def volumes(self, batch: int) -> torch.Tensor:

@@ -106,7 +106,13 @@ def _is_bare(module: nn.Module) -> bool:
 
 
 def split_sequences(rows: torch.Tensor, width: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    """Split `(sequences, tokens, d)` so that rows of `width` of all tokens stay within the chunk size of a card."""
+    """Split sequences so that what kernels make of them stays within the chunk size of a card.
+
+    Args:
+        rows: `(sequences, tokens, d)`.
+        width: Elements per token of the widest intermediate result.
+        dtype: Precision of that result.
+    """
     return rows.split(max(1, FUSED_CHUNK_BYTES // (rows.shape[1] * width * dtype.itemsize)))
 
 
