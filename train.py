@@ -62,6 +62,7 @@ from medct.training.lora import (
     add_lora,
     core,
     frozen_tensors,
+    leave_casts_to_autocast,
     note_start,
     save_weights,
     trains_text,
@@ -247,6 +248,8 @@ class Trainer:
                 train_logit_scale=settings.train_logit_scale,
                 revision=self.revision,
             )
+            if self.accelerator.mixed_precision == "bf16":
+                leave_casts_to_autocast(model)
             if self.accelerator.is_main_process:
                 note_start(model, self.folder.work)
         parameters = trainable_parameters(model).values()

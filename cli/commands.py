@@ -90,7 +90,7 @@ def load_pipeline(args: argparse.Namespace, device: torch.device, zero_shot_only
     name = model_of(args)
     # The code is this package's.
     options = {"revision": args.revision, "trust_remote_code": False}
-    model, processor = load_model(name, dtype=args.dtype, zero_shot_only=zero_shot_only, **options)
+    model, processor = load_model(name, dtype=args.dtype, device=device, zero_shot_only=zero_shot_only, **options)
     try:
         return pipeline_of(
             model.to(device),
