@@ -5,11 +5,13 @@ the labels, prompts and operating points. `MedCTModel.load_adapter`, and with it
 adapter, asks `check_fit`. PEFT's own loaders know nothing of it; call it before them.
 """
 
+import contextlib
 import copy
 import hashlib
 import json
+import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +24,10 @@ from transformers.utils.hub import cached_file
 from .checks_medct import preprocessing
 from .errors_medct import MedCTError
 
-try:  # transformers needs the one, and adapters the other
-    from peft import PeftConfig, get_peft_model_state_dict, inject_adapter_in_model
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-except ImportError:
-    PeftConfig = None
 try:  # transformers needs both
     from huggingface_hub import _CACHED_NO_EXIST, try_to_load_from_cache
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
+    from safetensors.torch import load_file
 except ImportError:  # pragma: no cover
     pass
 
@@ -43,8 +40,18 @@ _COMPARABLE = (torch.float32, torch.bfloat16)
 # What PEFT writes before every name, and looks for when it loads.
 _SAVED = "base_model.model."
 _CHUNK_ELEMENTS = 2**22
+_REPORTS = logging.getLogger("transformers.integrations.peft")
 _SMALLEST_SCORE = 1e-7  # float32 tells no smaller ones from 0, or from 1
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+
+
+def _peft() -> Any:
+    """PEFT, which takes most of a second to import and only adapters need; none if it is not installed."""
+    try:
+        import peft
+    except ImportError:
+        return None
+    return peft
 
 
 class AdapterMismatchError(MedCTError, ValueError):
@@ -92,6 +99,35 @@ def adapter_tensors(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
     """
     named = (*model.named_parameters(), *model.named_buffers())
     return {key: tensor.detach().cpu() for key, tensor in named if name in key.split(".") and not tensor.is_meta}
+
+
+@contextlib.contextmanager
+def without_load_report() -> Iterator[None]:
+    """Hold back transformers' report on an adapter's weights, unless loading fails, and PEFT's remarks of each loading.
+
+    The report calls all weights missing that are the base's, or an earlier adapter's; which are, says
+    `MedCTModel.load_adapter`. PEFT remarks on a second adapter, and on a name that transformers has changed.
+    """
+    held: list[logging.LogRecord] = []
+
+    def passes(record: logging.LogRecord) -> bool:
+        if is_report := "LOAD REPORT" in record.getMessage():
+            held.append(record)
+        return not is_report
+
+    _REPORTS.addFilter(passes)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")
+            yield
+    except BaseException:
+        _REPORTS.removeFilter(passes)
+        for record in held:
+            _REPORTS.handle(record)
+        raise
+    finally:
+        _REPORTS.removeFilter(passes)
 
 
 def refuse_adapter_without_values(model: PreTrainedModel, name: str) -> None:
@@ -162,6 +198,23 @@ def _fingerprint_of_file(model: PreTrainedModel, tensors: Mapping[str, torch.Ten
     return _digest(saved) if is_whole else None
 
 
+def adapter_fingerprint(adapter: str | Path, **hub: Any) -> str:
+    """A name for the weights of an adapter, the same on every machine.
+
+    Args:
+        adapter: Hub id or folder.
+        hub: `revision` and the like, as for `check_fit`.
+
+    Returns:
+        "sha256:" and 64 hexadecimal digits, over names, shapes, types and bytes.
+    """
+    total = hashlib.sha256()
+    for name, tensor in sorted(read_tensors(adapter, **hub).items()):
+        total.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        total.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return f"sha256:{total.hexdigest()}"
+
+
 def _without_peft(model: PreTrainedModel) -> PreTrainedModel:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
@@ -176,6 +229,7 @@ def describe_adapter(
     thresholds: dict[str, float] | None = None,
     calibration: dict[str, list[float]] | None = None,
     strength: float | None = None,
+    operating_points: dict[str, dict[str, float]] | None = None,
 ) -> dict[str, Any]:
     """Write down what an adapter was trained on, beside its weights.
 
@@ -188,6 +242,7 @@ def describe_adapter(
         thresholds: Operating point of each label: the least score that counts as "present".
         calibration: Slope and intercept of each label, see `calibrated`.
         strength: Share of what was learned that is in the saved weights.
+        operating_points: Others besides `thresholds`, by name ("sensitivity 0.95") and label.
 
     Returns:
         What was written.
@@ -200,9 +255,20 @@ def describe_adapter(
         "thresholds": thresholds,
         "calibration": calibration,
         "strength": strength,
+        "operating_points": operating_points,
     }
     Path(folder, DESCRIPTION_FILE).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
     return description
+
+
+def reworded(labels: Sequence[str], wording: Mapping[str, Any]) -> tuple[list[str], list[Any]]:
+    """Names and templates by which an adapter asks for labels, for `MedCTConfig.label_prompts`.
+
+    Args:
+        labels: Names of the labels; those that have no other name keep theirs.
+        wording: `wording` of the adapter's description: `names` by label, and `prompt_templates`.
+    """
+    return [wording["names"].get(label, label) for label in labels], wording["prompt_templates"]
 
 
 def calibrated(scores: Any, slope: Any, intercept: Any) -> np.ndarray:
@@ -275,7 +341,7 @@ def check_fit(model: PreTrainedModel, adapter: str | Path, **hub: Any) -> dict[s
         _check_base(model, adapter, description["base"])
         _check_preprocessing(model, adapter, description["preprocessing"])
     tensors = read_tensors(adapter, **hub)
-    check_tensors(model, tensors, PeftConfig.from_pretrained(str(Path(config_file).parent)), str(adapter))
+    check_tensors(model, tensors, _peft().PeftConfig.from_pretrained(str(Path(config_file).parent)), str(adapter))
     if description is None:
         warnings.warn(
             f"{adapter} has no {DESCRIPTION_FILE}: nobody can tell whether it was trained on this model.", stacklevel=3
@@ -301,7 +367,7 @@ def read_tensors(adapter: str | Path, **hub: Any) -> dict[str, torch.Tensor]:
     Raises:
         AdapterMismatchError: If PEFT is not installed, or the file is damaged.
     """
-    if PeftConfig is None:
+    if _peft() is None:
         raise AdapterMismatchError(f"{adapter} is an adapter, and those need PEFT. Install it: pip install peft.")
     try:
         return load_file(_file(adapter, WEIGHTS_FILE, hub, is_optional=False))
@@ -317,9 +383,7 @@ def loadable_tensors(adapter: str | Path, **hub: Any) -> dict[str, torch.Tensor]
     }
 
 
-def check_tensors(
-    model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], config: "PeftConfig", adapter: str
-) -> None:
+def check_tensors(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], config: Any, adapter: str) -> None:
     """Refuse tensors that are not exactly those which an adapter of this configuration has on this model.
 
     Loaders pass over what they do not know and leave what they do not find as it was drawn, with a warning at best.
@@ -354,7 +418,7 @@ def check_tensors(
             raise AdapterMismatchError(f"{adapter} has NaN or infinity in {name}. {remedy}")
 
 
-def _wanted(model: PreTrainedModel, config: "PeftConfig") -> dict[str, torch.Size]:
+def _wanted(model: PreTrainedModel, config: Any) -> dict[str, torch.Size]:
     """Shapes of the tensors that an adapter has on a model, by name: of one that is put on an empty copy."""
     model, config = _without_peft(model), copy.deepcopy(config)
     if hasattr(config, "init_lora_weights"):
@@ -362,12 +426,12 @@ def _wanted(model: PreTrainedModel, config: "PeftConfig") -> dict[str, torch.Siz
     with torch.device("meta"):
         skeleton = type(model)(copy.deepcopy(model.config))
     try:
-        inject_adapter_in_model(config, skeleton, "wanted")
+        _peft().inject_adapter_in_model(config, skeleton, "wanted")
     except ValueError as error:  # of PEFT: the targets are not in this model
         raise AdapterMismatchError(
             f"The adapter's configuration fits no module of this model ({str(error).splitlines()[0]}). Load its base."
         ) from error
-    found = get_peft_model_state_dict(skeleton, adapter_name="wanted")
+    found = _peft().get_peft_model_state_dict(skeleton, adapter_name="wanted")
     return {name: tensor.shape for name, tensor in found.items()}
 
 

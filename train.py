@@ -12,34 +12,38 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
+import shlex
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, set_seed
-from huggingface_hub.errors import HfHubHTTPError
+from accelerate.utils import set_seed
 from peft import PeftModel
 from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
-from medct.adapters_medct import describe_adapter, fingerprint
+from medct.adapters_medct import adapter_fingerprint, describe_adapter, fingerprint
+from medct.common.digest import digest
 from medct.common.distributed import shard, sum_gradients, sum_over_processes
 from medct.common.errors import StoppedError, one_line_errors
 from medct.common.files import refuse_taken
 from medct.common.host import device_name, keep_freed_memory, peak_memory_bytes, quiet_libraries
 from medct.common.lock import only_run
-from medct.data import StudyLoader, to_device
+from medct.common.paths import local_paths, without_paths
+from medct.data import StudyLoader
 from medct.evaluation.calibration import apply_calibration
 from medct.evaluation.metrics import zero_shot_scores
-from medct.evaluation.plots import calibration_plot, change_plot, roc_plot
+from medct.evaluation.operating_points import wanted_points
+from medct.evaluation.plots import calibration_plot, change_plot, roc_plot, save_plot
+from medct.evaluation.predictions import short_names
+from medct.evaluation.provenance import list_checksum, provenance
+from medct.evaluation.record import RESULTS, write_record
 from medct.evaluation.scoring import (
     ScoredStudies,
     Texts,
+    about_model,
     embed_prompts,
     is_classifier,
     prompts_for,
@@ -48,17 +52,17 @@ from medct.evaluation.scoring import (
     texts_to,
 )
 from medct.modeling_medct import MedCTModel
-from medct.processing_medct import MedCTProcessor
 from medct.publishing.cards import write_card
-from medct.publishing.loading import AnyMedCT, load_model
-from medct.publishing.push import commit_of, push_adapter, push_model
+from medct.publishing.loading import named
+from medct.publishing.push import push_adapter, push_model
 from medct.training.best import BestSoFar
 from medct.training.checkpoints import Checkpoints, TrainingState
+from medct.training.launch import commit_of_base, load_base, make_accelerator
 from medct.training.lora import (
     add_lora,
     core,
-    digest,
     frozen_tensors,
+    leave_casts_to_autocast,
     note_start,
     save_weights,
     trains_text,
@@ -67,65 +71,30 @@ from medct.training.lora import (
 )
 from medct.training.lora import trainable as trainable_parameters
 from medct.training.objectives import StepLoss
-from medct.training.results import KEPT_SPLITS, SPLITS, Scored, compare_all, mean_auroc, remarks_on
+from medct.training.results import (
+    ADAPTED,
+    BASE,
+    KEPT_SPLITS,
+    SPLITS,
+    Scored,
+    compare_all,
+    few_steps,
+    mean_auroc,
+    predictions_of,
+    remarks_on,
+    repeatable,
+)
 from medct.training.run_folder import RunFolder
 from medct.training.settings import (
+    NO_SOURCE,
     TrainingError,
     TrainingSettings,
     check,
     complete,
     parse_settings,
-    refuse_for_classifier,
 )
-from medct.training.sources import endless, load_sources, number_of_steps
+from medct.training.sources import endless, load_sources, number_of_steps, steps_per_epoch
 from medct.training.strength import Choice, Line, choose_strength
-
-
-def make_accelerator(settings: TrainingSettings, work: Path) -> Accelerator:
-    """Set up the processes, devices and trackers of the run.
-
-    Args:
-        settings: The run's settings.
-        work: Working folder, for the logs of trackers.
-
-    Raises:
-        TrainingError: If processes were started that do not see each other, or in a precision that is not supported.
-    """
-    tracker = None if settings.report_to == "none" else settings.report_to
-    os.environ.setdefault("TRACKIO_DIR", str(work / "logs"))
-    try:
-        places = ProjectConfiguration(project_dir=str(work), logging_dir=str(work / "logs"))
-        accelerator = Accelerator(cpu=settings.cpu, log_with=tracker, project_config=places)
-    except (ImportError, ValueError) as error:
-        raise TrainingError(f"--report_to {tracker}: {error} Try `pip install {tracker}`.") from error
-    started = int(os.environ.get("WORLD_SIZE", "1"))
-    if accelerator.num_processes != started:
-        raise TrainingError(
-            f"{started} processes were started, but each is alone. Without GPUs pass --cpu True, so that they meet."
-        )
-    if accelerator.mixed_precision == "fp16":
-        raise TrainingError("fp16 needs scaled gradients, which this trainer has not. Launch with bf16 or no.")
-    return accelerator
-
-
-def load_base(settings: TrainingSettings) -> tuple[AnyMedCT, MedCTProcessor]:
-    """The base model and its processor.
-
-    Raises:
-        MedCTError: If there is no such model, or it cannot be trained with these settings.
-    """
-    model, processor = load_model(settings.model, revision=settings.revision)
-    if is_classifier(model):
-        refuse_for_classifier(complete(settings, model.config))
-    return model, processor
-
-
-def commit_of_base(settings: TrainingSettings) -> str | None:
-    """What `--revision` stands for, so that an adapter names a commit; as it was given where no Hub answers."""
-    try:
-        return commit_of(settings.model, settings.revision)
-    except (HfHubHTTPError, OSError):
-        return settings.revision
 
 
 class Trainer:
@@ -139,6 +108,7 @@ class Trainer:
     """
 
     def __init__(self, settings: TrainingSettings):
+        settings = dataclasses.replace(settings, model=named(settings.model))
         check(settings)
         self.started = time.monotonic()
         self.folder = RunFolder(settings.output_dir, settings.resume)
@@ -151,11 +121,14 @@ class Trainer:
         self.config = self.base.config
         self.settings = settings = complete(settings, self.config)
         self.sources = load_sources(settings, self.config)
-        self.steps = number_of_steps(self.sources["train"], settings, self.accelerator.num_processes)
+        processes = self.accelerator.num_processes
+        self.steps = number_of_steps(self.sources["train"], settings, processes)
+        remark = few_steps(self.steps, steps_per_epoch(self.sources["train"], settings, processes), settings)
+        self.remarks = [remark] if remark else []
         self.eval_steps = max(1, self.steps // 10) if settings.eval_steps is None else settings.eval_steps
         self.prompts = prompts_for(self.base, self.processor)
         self.folder.work.mkdir(parents=True, exist_ok=True)
-        self.is_preempted = False
+        self.stopped_by = ""
         self.line: Line | None = None
 
     def run(self) -> dict[str, Any]:
@@ -164,21 +137,30 @@ class Trainer:
         Raises:
             LockedError: If another run is writing to the same folder.
             FileExistsError: If another run has completed it meanwhile.
+            StoppedError: If it was stopped by a signal; it names what resumes it.
         """
         with only_run(self.folder.final):
             refuse_taken(self.folder.final)
-            return self._run()
+            try:
+                return self._run()
+            except KeyboardInterrupt:  # before or after the steps, or a second time
+                raise StoppedError(f"stopped by SIGINT. {self._remedy()}") from None
+
+    def _remedy(self) -> str:
+        return f"The same command with --output_dir {shlex.quote(str(self.folder.final))} --resume continues it."
 
     def _run(self) -> dict[str, Any]:
         self.base.to(self.accelerator.device)
         scored = [split for split in (*SPLITS, *KEPT_SPLITS) if split in self.sources]
+        for remark in self.remarks:
+            self.accelerator.print(f"NOTE: {remark}")
         before = {split: self.score_base(split) for split in scored}
         self._check_labels(before["valid"])
         model = self._attach()
         if self.accelerator.is_main_process:
             # Adapter, plots and tables.
             self.folder.reserve(8 * self.counts["trainable_parameters"] + 2**23)
-        with self._noting_sigterm():
+        with self._noting_signals():
             self._train(model)
         self._check_base(model)
         choice = self._choose_strength(model, before)
@@ -186,25 +168,31 @@ class Trainer:
             split: self._score(core(model), split, "adapted") for split in scored if split not in choice.scored
         }
         results = self._results(before, after, choice)
-        self._save(model, results, before["valid"], after["valid"])
+        self._save(model, results, before, after)
         return results
 
     @contextlib.contextmanager
-    def _noting_sigterm(self) -> Iterator[None]:
-        """While training, SIGTERM is a wish to stop after the step."""
+    def _noting_signals(self) -> Iterator[None]:
+        """While training, SIGTERM and Ctrl-C are wishes to stop after the step; a second Ctrl-C is not put off."""
 
-        def note(*_: Any) -> None:
-            self.is_preempted = True
+        def note(number: int, *_: Any) -> None:
+            if self.stopped_by and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self.stopped_by = signal.Signals(number).name
 
+        before: dict[int, Any] = {}
         try:
-            before = signal.signal(signal.SIGTERM, note)
+            for each in (signal.SIGTERM, signal.SIGINT):
+                # A job in the background ignores Ctrl-C, which is meant for another.
+                if signal.getsignal(each) is not signal.SIG_IGN:
+                    before[each] = signal.signal(each, note)
         except (AttributeError, ValueError):  # a system without it, or a thread, which gets no signals
-            yield
-            return
+            pass
         try:
             yield
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for each, handler in before.items():
+                signal.signal(each, handler)
 
     def loader(self, split: str, **options: Any) -> StudyLoader:
         return StudyLoader(
@@ -218,6 +206,7 @@ class Trainer:
             on_bad_sample=self.settings.on_bad_sample,
             max_bad_share=self.settings.max_bad_share,
             bad_samples_file=self.folder.bad_samples,
+            device=self.accelerator.device,
             **options,
         )
 
@@ -259,6 +248,8 @@ class Trainer:
                 train_logit_scale=settings.train_logit_scale,
                 revision=self.revision,
             )
+            if self.accelerator.mixed_precision == "bf16":
+                leave_casts_to_autocast(model)
             if self.accelerator.is_main_process:
                 note_start(model, self.folder.work)
         parameters = trainable_parameters(model).values()
@@ -305,32 +296,29 @@ class Trainer:
         prompts = [texts_to(texts, accelerator.device) for texts in self.prompts]
         constant_prompts = None if trains_text(model) else embed_prompts(core(model).eval(), prompts, accelerator)
         batches = endless(loader)
-        bar = tqdm(
+        with tqdm(
             total=self.steps, initial=state.step, desc="train", unit="step", disable=not accelerator.is_main_process
-        )
-        while state.step < self.steps and not best.has_waited_enough:
-            figures = self._step(model, state, batches, prompts, constant_prompts)
-            bar.update()
-            bar.set_postfix(
-                loss=f"{figures['loss']:.3f}",
-                volumes=f"{figures['volumes_per_second']:.1f}/s",
-                memory=f"{figures['memory_gib']:.1f} GiB",
-                refresh=False,
-            )
-            figures |= self._watch(model, state)
-            if history:
-                history.add(state.step, figures)
-            accelerator.log(figures, step=state.step)
-            if self._must_stop():
-                checkpoints.save(state)
-                raise StoppedError(
-                    f"stopped by SIGTERM after step {state.step} of {self.steps}. The same command with "
-                    f"--output_dir {self.folder.final} --resume continues it."
+        ) as bar:
+            while state.step < self.steps and not best.has_waited_enough:
+                figures = self._step(model, state, batches, prompts, constant_prompts)
+                bar.update()
+                bar.set_postfix(
+                    loss=f"{figures['loss']:.3f}",
+                    volumes=f"{figures['volumes_per_second']:.1f}/s",
+                    memory=f"{figures['memory_gib']:.1f} GiB",
+                    refresh=False,
                 )
-            is_last = state.step == self.steps or best.has_waited_enough
-            if state.step % settings.checkpoint_steps == 0 or is_last:
-                checkpoints.save(state)
-        bar.close()
+                figures |= self._watch(model, state)
+                if history:
+                    history.add(state.step, figures)
+                accelerator.log(figures, step=state.step)
+                if self._must_stop():
+                    checkpoints.save(state)
+                    by = self.stopped_by or "a signal to another process"
+                    raise StoppedError(f"stopped by {by} after step {state.step} of {self.steps}. {self._remedy()}")
+                is_last = state.step == self.steps or best.has_waited_enough
+                if state.step % settings.checkpoint_steps == 0 or is_last:
+                    checkpoints.save(state)
         best.restore()
         self.steps_done, self.best_step = state.step, best.step
         for tracker in accelerator.trackers:
@@ -350,9 +338,7 @@ class Trainer:
         model.train()
         if constant_prompts:
             core(model).text_model.eval()  # what is not trained has no dropout
-        micro_batches = [
-            to_device(next(batches), accelerator.device, self.config) for _ in range(settings.accumulation_steps)
-        ]
+        micro_batches = [next(batches) for _ in range(settings.accumulation_steps)]
         loss_of = StepLoss(settings.objective, settings.report_weight, accelerator.autocast)
         loss = loss_of.backward(core(model), micro_batches, prompts, constant_prompts).item()
         if not math.isfinite(loss):
@@ -398,29 +384,34 @@ class Trainer:
 
     def _must_stop(self) -> bool:
         """Whether any process was told to; all of them stop after the same step."""
-        told = torch.tensor(float(self.is_preempted), device=self.accelerator.device)
+        told = torch.tensor(float(bool(self.stopped_by)), device=self.accelerator.device)
         return bool(sum_over_processes(told))
 
     def _check_base(self, model: PeftModel | MedCTModel) -> None:
         if digest(frozen_tensors(model)) != self.frozen:
             raise TrainingError("The base changed during training, so the adapter would not fit it. Nothing was saved.")
 
+    def _describe(self, split: str) -> str:
+        """What a split holds, as anyone may read it: tables and pictures are handed out."""
+        return without_paths(self.sources[split].description, local_paths(dataclasses.asdict(self.settings)))
+
     def _results(self, before: Scored, after: Scored, choice: Choice) -> dict[str, Any]:
         """What `results.json` holds."""
         settings, names = self.settings, self.config.label_names
-        found = compare_all(before, after, names, settings.bootstrap_resamples, settings.seed)
-        held_out = self.sources["valid"].description
+        wanted = wanted_points(settings.sensitivity, settings.specificity)
+        found = compare_all(before, after, names, settings.bootstrap_resamples, settings.seed, wanted)
+        held_out = self._describe("valid")
         how = "With its head" if is_classifier(self.base) else "Zero-shot"
         measured_on = f"{how} on {found['comparison']['scans']} held-out studies: {held_out}."
         if found["kept"]:
-            measured_on += f" To be kept: {self.sources['keep_valid'].description}."
+            measured_on += f" To be kept: {self._describe('keep_valid')}."
         is_synthetic = self.sources["valid"].is_synthetic
         if is_synthetic:
             measured_on += " These are SYNTHETIC drawings: no patients, and no clinical meaning."
         results = {
             "measured_on": measured_on,
             "synthetic": is_synthetic,
-            "data": f"Trained on {self.sources['train'].description}; scored on {held_out}.",
+            "data": f"Trained on {self._describe('train')}; scored on {held_out}.",
             **found,
             "recipe": settings.recipe,
             "strength": choice.strength,
@@ -436,16 +427,40 @@ class Trainer:
             "device": device_name(self.accelerator.device),
             "seconds": round(time.monotonic() - self.started, 1),
         }
-        return results | {"remarks": remarks_on(results, settings.max_forgotten)}
+        decided = self._provenance(found, before)
+        remarks = [*self.remarks, *remarks_on(results, settings.max_forgotten)]
+        return results | {"remarks": remarks, "provenance": decided}
 
-    def _save(
-        self, model: PeftModel | MedCTModel, results: dict[str, Any], before: ScoredStudies, after: ScoredStudies
-    ) -> None:
+    def _source_names(self) -> list[str]:
+        """What to call the new site and, where there is one, what is to be kept."""
+        return short_names([each for each in (self.settings.data, self.settings.keep) if each != NO_SOURCE])
+
+    def _provenance(self, found: dict[str, Any], before: Scored) -> dict[str, Any]:
+        """What decided the figures; with its settings `medct evaluate` scores the held-out studies again."""
+        accelerator = self.accelerator
+        base = {"model": self.settings.model, "revision": self.revision, "fingerprint": self.fingerprint}
+        base |= about_model(self.base)
+        scored = predictions_of(before, {}, self.config.label_names, self._source_names()).scored
+        points = {
+            model: {name: each["thresholds"] for name, each in by_name.items()}
+            for model, by_name in found["comparison"]["operating_points"].items()
+        }
+        return provenance(
+            repeatable(self.settings, self.revision, points),
+            {BASE: base, ADAPTED: base},
+            {f"{key.source}, {key.split}": list_checksum(each) for key, each in scored.items()},
+            accelerator.device,
+            seed=self.settings.seed,
+            processes=accelerator.num_processes,
+            precision=accelerator.mixed_precision,
+        )
+
+    def _save(self, model: PeftModel | MedCTModel, results: dict[str, Any], before: Scored, after: Scored) -> None:
         """Put everything into the output folder, and the folder where it belongs."""
         tensors = weights_to_save(model)
         if not self.accelerator.is_main_process:
             return
-        note = self.sources["valid"].description
+        note = self._describe("valid")
         with self.folder.complete() as folder:
             save_weights(model, tensors, folder, self.folder.work)
             if self.settings.adaptation == "full":
@@ -460,22 +475,27 @@ class Trainer:
                     thresholds=results["thresholds"],
                     calibration=results["calibration"],
                     strength=results["strength"],
+                    operating_points=results["operating_points"],
                 )
+                results["provenance"]["models"][ADAPTED]["adapter_fingerprint"] = adapter_fingerprint(folder)
             (folder / "train_config.json").write_text(
                 json.dumps(dataclasses.asdict(self.settings), indent=2) + "\n", encoding="utf-8"
             )
-            (folder / "results.json").write_text(
-                json.dumps(results, indent=2, allow_nan=False) + "\n", encoding="utf-8"
-            )
-            models = {"base": before.scores, "adapted": after.scores}
-            roc_plot(models, before.labels, self.config.label_names, note).savefig(folder / "roc.png")
+            names = self._source_names()
+            trained = [(names[0], "train", self.sources["train"].names)]
+            predictions = predictions_of(before, after, self.config.label_names, names)
+            write_record(folder / RESULTS, results, predictions, trained)
+            held_out, scores = before["valid"], after["valid"].scores
+            models, what = {BASE: held_out.scores, ADAPTED: scores}, "score"
+            save_plot(roc_plot(models, held_out.labels, self.config.label_names, note), folder / "roc.png")
             if results["calibration"] and len(results["calibration"]) == len(self.config.label_names):
-                models["calibrated"] = apply_calibration(after.scores, results["calibration"], self.config.label_names)
-            calibration_plot(models, before.labels, note).savefig(folder / "calibration.png")
+                models["calibrated"] = apply_calibration(scores, results["calibration"], self.config.label_names)
+                what = "score, or calibrated probability"
+            save_plot(calibration_plot(models, held_out.labels, note, what=what), folder / "calibration.png")
             if results["kept"]:
                 note = f"{note}; to be kept: {self.sources['keep_valid'].description}"
                 change = change_plot(results["comparison"], results["kept"], self.config.label_names, note)
-                change.savefig(folder / "learned.png")
+                save_plot(change, folder / "learned.png")
             if self.settings.adaptation == "full":
                 said = [results["measured_on"], results["table"], *results["remarks"]]
                 (folder / "README.md").write_text("\n\n".join(["# MedCT", *said]) + "\n", encoding="utf-8")

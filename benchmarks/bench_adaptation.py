@@ -1,6 +1,6 @@
 """How much of full fine-tuning's gain an adapter keeps, and what either forgets, on SYNTHETIC phantoms.
 
-    python benchmarks/bench_adaptation.py            # hours on 2 CPU cores; resumes where it stopped
+    python benchmarks/bench_adaptation.py --processes 2      # hours on 2 CPU cores, minutes with a GPU and 16
 
 The phantom base knows site A and is adapted to site B, with the same number of optimizer steps in every run and three
 seeds, each with other patients and another initialisation. The adapter is that of `medct train`: recipe `vision` with
@@ -8,22 +8,32 @@ replay, early stopping and a strength chosen on tuning patients. The reference i
 Learning rates are chosen by the tuning patients of site B, at 100 training patients, once for each. Scores are those of
 300 other patients of each site. Site C has no part in any choice; its rows come last.
 
+Each phantom is drawn once and kept: 20 GB in all. Runs are made on a GPU if there is one; what is there is not made
+again.
+
 The table is written after every run and says which runs are missing. Writes `adaptation.md` and `adaptation.json`.
 """
 
 import argparse
 import functools
 import json
+import multiprocessing
+import os
 import shutil
 import statistics
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import torch
 
 from medct import data as medct_data
 from medct.common.files import whole_file
+from medct.data import PhantomCohort
+from medct.data.phantoms import make_phantom
 from medct.train import Trainer
 from medct.training.recipes import RECIPES
 from medct.training.settings import TrainingSettings
@@ -34,7 +44,6 @@ PATIENTS = (400, 25, 100)
 SEEDS = (0, 1, 2)
 TUNE_PATIENTS = 200
 EVAL_PATIENTS = 300
-PHANTOMS_KEPT = 2500  # in memory, 1.5 MB each
 # Of each kind of run, the settings by which it differs from the defaults.
 KINDS: dict[str, dict[str, Any]] = {
     "full": {"recipe": "full", "replay": "none", "strength": "1", "eval_steps": 0},
@@ -56,6 +65,9 @@ RATES = (0.5, 1.0, 2.0)
 GOALS = {400: "95 %, .010", 100: "90 %, .010", 25: "+.03, .010"}
 
 
+Site = Literal["A", "B", "C"]
+
+
 @dataclass(frozen=True)
 class Key:
     """What a run is known by."""
@@ -63,7 +75,7 @@ class Key:
     kind: str
     patients: int
     seed: int
-    site: str = "B"
+    site: Site = "B"
     rate: float = 1.0
 
 
@@ -80,7 +92,7 @@ def settings_of(key: Key, folder: str) -> TrainingSettings:
         keep="phantoms:A",
         learning_rate=key.rate * recipe.learning_rate,
         seed=key.seed,
-        phantom_site=key.site,  # type: ignore[arg-type]
+        phantom_site=key.site,
         phantom_train_patients=key.patients,
         phantom_tune_patients=TUNE_PATIENTS,
         phantom_eval_patients=EVAL_PATIENTS,
@@ -91,7 +103,6 @@ def settings_of(key: Key, folder: str) -> TrainingSettings:
         output_dir=str(Path(folder) / "run"),
         resume=True,  # takes the scores of the base that lie there
         num_workers=0,
-        cpu=True,
     )
 
 
@@ -110,6 +121,7 @@ class BaseScores:
         """
         kept = self.folder / f"{key.site}-{key.seed}"
         if not kept.exists():
+            trainer.base.to(trainer.accelerator.device)
             for split in set(trainer.sources) - {"train"}:
                 trainer.score_base(split)
             kept.mkdir()
@@ -119,26 +131,78 @@ class BaseScores:
             shutil.copy(path, trainer.folder.work)
 
 
+def make(key: Key) -> dict[str, Any]:
+    """Make a run in a process that `start` has prepared.
+
+    Args:
+        key: Which run.
+
+    Returns:
+        Its row.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(settings_of(key, folder))
+        base_scores().put_into(trainer, key)
+        return asdict(key) | _figures(trainer.run())
+
+
+@functools.cache
+def base_scores() -> BaseScores:
+    """Those of this process."""
+    return BaseScores()
+
+
+_drawn: dict[tuple[int, str, int], dict[str, Any]] = {}  # 1.5 MB each
+
+
+def _draw(phantom: tuple[int, str, int]) -> dict[str, Any]:
+    return _drawn[phantom] if phantom in _drawn else make_phantom(*phantom)
+
+
+def draw_phantoms(keys: list[Key], pool: Executor) -> None:
+    """Draw each phantom of some runs once; processes that are forked later share them.
+
+    Args:
+        keys: The runs.
+        pool: Draws them.
+    """
+    scored = {"tune_patients": TUNE_PATIENTS, "eval_patients": EVAL_PATIENTS}
+    cohorts = [PhantomCohort(key.site, key.patients, seed=key.seed, **scored) for key in keys]
+    cohorts += [PhantomCohort("A", seed=key.seed, **scored) for key in keys]
+    wanted = {
+        (patient, cohort.site, cohort.seed)
+        for cohort in cohorts
+        for split in ("train", "tune", "valid")
+        for patient in cohort.patients(split)
+    }
+    missing = sorted(wanted - _drawn.keys())
+    for phantom, made in zip(missing, pool.map(_draw, missing, chunksize=20), strict=True):
+        _drawn[phantom] = made
+
+
+def start(threads: int) -> None:
+    """Prepare a process.
+
+    Args:
+        threads: For torch.
+    """
+    torch.set_num_threads(threads)
+    medct_data.make_phantom = lambda *phantom: _draw(phantom)
+
+
 class Runs:
     """Runs that are made once; a JSON file keeps them."""
 
     def __init__(self, path: Path):
         self.path = path
         self.rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-        self.base = BaseScores()
 
     def found(self, key: Key) -> dict[str, Any] | None:
         return next((row for row in self.rows if asdict(key).items() <= row.items()), None)
 
-    def make(self, key: Key) -> None:
-        """Make a run, unless there is one."""
-        if self.found(key):
-            return
-        with tempfile.TemporaryDirectory() as folder:
-            trainer = Trainer(settings_of(key, folder))
-            self.base.put_into(trainer, key)
-            results = trainer.run()
-        self.rows.append(asdict(key) | _figures(results))
+    def add(self, row: dict[str, Any]) -> None:
+        """Keep the row of a run."""
+        self.rows.append(row)
         with whole_file(self.path) as aside:
             aside.write_text(json.dumps(self.rows, indent=1) + "\n", encoding="utf-8")
 
@@ -160,19 +224,21 @@ def _figures(results: dict[str, Any]) -> dict[str, Any]:
         "best_step": results["best_step"],
         "trainable": results["trainable_parameters"],
         "seconds": results["seconds"],
+        "device": results["device"],
     }
 
 
-def wanted(runs: Runs, with_rates: bool) -> Iterator[Key]:
-    """All runs: first those on which others depend, then by importance.
+def choosing() -> list[Key]:
+    """The runs that choose the learning rates."""
+    return [Key(kind, CHOSEN_AT, SEEDS[0], rate=rate) for kind in (REFERENCE, ADAPTER) for rate in RATES]
+
+
+def scored(runs: Runs) -> Iterator[Key]:
+    """The runs of the tables, by importance.
 
     Args:
-        runs: Those that there are.
-        with_rates: Whether the runs that choose learning rates are among them.
+        runs: Those that there are; they decide about the learning rates.
     """
-    if with_rates:
-        for kind in (REFERENCE, ADAPTER):
-            yield from (Key(kind, CHOSEN_AT, SEEDS[0], rate=rate) for rate in RATES)
     for site, sizes in (("B", PATIENTS), ("C", PATIENTS[:1])):
         for patients in sizes:
             for seed in SEEDS:
@@ -226,14 +292,13 @@ def table(runs: Runs, site: str) -> str:
     return "\n".join(lines) if len(lines) > 2 else "No run yet."
 
 
-def report(runs: Runs, with_rates: bool) -> str:
+def report(runs: Runs) -> str:
     """The whole page.
 
     Args:
         runs: Those that there are.
-        with_rates: See `wanted`.
     """
-    missing = [key for key in wanted(runs, with_rates) if not runs.found(key)]
+    missing = [key for key in (*choosing(), *scored(runs)) if not runs.found(key)]
     chosen = {
         kind: runs.best_rate(kind) * RECIPES[KINDS[kind]["recipe"]].learning_rate for kind in (REFERENCE, ADAPTER)
     }
@@ -247,6 +312,7 @@ def report(runs: Runs, with_rates: bool) -> str:
         f"Learning rates: {chosen[ADAPTER]:g} (adapter), {chosen[REFERENCE]:g} (reference); of {2 * len(RATES)} runs "
         f"that choose them, {tried} were made"
         + ("." if tried == 2 * len(RATES) else ", so they are the recipes' own, found in earlier trials on site B."),
+        "Made on: " + (", ".join(sorted({row["device"] for row in runs.rows})) or "nothing yet") + ".",
         "## Site B",
         table(runs, "B"),
         "## Site C, which had no part in any choice",
@@ -263,23 +329,27 @@ def main() -> None:
     parser.add_argument(
         "--output", type=Path, default=Path(__file__).with_name("adaptation.md"), help="Table to write."
     )
-    parser.add_argument(
-        "--rates_last", action="store_true", help="Take the recipes' learning rates and leave out the runs that choose."
-    )
+    parser.add_argument("--processes", type=int, default=1, help="Most runs at a time; they share the cores.")
     parser.add_argument("--report_only", action="store_true", help="Make no run.")
     arguments = parser.parse_args()
-    draw = medct_data.make_phantom
-    medct_data.make_phantom = functools.lru_cache(maxsize=PHANTOMS_KEPT)(draw)  # each is drawn once
     runs = Runs(arguments.output.with_suffix(".json"))
-    with_rates = not arguments.rates_last
-    for key in () if arguments.report_only else wanted(runs, with_rates):
-        runs.make(key)
-        with whole_file(arguments.output) as aside:
-            aside.write_text(report(runs, with_rates), encoding="utf-8")
-    text = report(runs, True)
+    cores = os.cpu_count() or 1
+    fork = multiprocessing.get_context("fork")
+    for keys in () if arguments.report_only else (choosing, lambda: scored(runs)):
+        missing = [key for key in keys() if not runs.found(key)]
+        if not missing:
+            continue
+        with ProcessPoolExecutor(cores, fork) as pool:
+            draw_phantoms(missing, pool)
+        processes = min(arguments.processes, len(missing))
+        with ProcessPoolExecutor(processes, fork, initializer=start, initargs=(max(1, cores // processes),)) as pool:
+            for future in as_completed(pool.submit(make, key) for key in missing):
+                runs.add(future.result())
+                with whole_file(arguments.output) as aside:
+                    aside.write_text(report(runs), encoding="utf-8")
     with whole_file(arguments.output) as aside:
-        aside.write_text(text, encoding="utf-8")
-    print(text)
+        aside.write_text(report(runs), encoding="utf-8")
+    print(report(runs))
 
 
 if __name__ == "__main__":

@@ -8,34 +8,30 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from accelerate import Accelerator, PartialState
-from accelerate.utils import gather_object
-from peft import PeftConfig
+from accelerate import PartialState
 from tqdm import tqdm
 
 from medct.byte_sources_medct import is_address
+from medct.checks_medct import preprocessing
 from medct.cli.reports import Writer, asked_for, check_reports, report_writer, reported
+from medct.cli.wording import in_flags
 from medct.common.errors import OK, SOME_FAILED, first_line
-from medct.common.files import whole_file, whole_folder
+from medct.common.files import whole_folder
 from medct.common.lock import only_run
 from medct.configuration_medct import MedCTConfig
-from medct.data import open_source
-from medct.data.loader import StudyLoader, report_id
 from medct.errors_medct import MedCTError
-from medct.evaluation.metrics import with_intervals
-from medct.evaluation.report import MEANS
-from medct.evaluation.scoring import prompts_for, score_studies
 from medct.inference.bulk import KEY, Csv, JsonLines, Reading, process, process_to_file, read_rows
-from medct.inference.studies import FailedStudy, ReadStudy, Study, find_studies, read_study
+from medct.inference.studies import FailedStudy, LoadStudy, ReadStudy, Study, find_studies, read_study, stacked
+from medct.inference.weights import KEY as WEIGHTS
+from medct.inference.weights import weights_of
 from medct.pipeline_medct import CTPipeline, ZeroShotCTClassificationPipeline
-from medct.publishing.loading import load_model, pipeline_of
+from medct.publishing.loading import load_model, named, pipeline_of
 from medct.volume_io_medct import read_volume
 
 MODEL_VARIABLE = "MEDCT_MODEL"
@@ -64,10 +60,14 @@ def start_processes(args: argparse.Namespace) -> PartialState:
 
 def model_of(args: argparse.Namespace) -> str:
     """The model that the user named, or that the adapter names, then with the commit that it names."""
-    if name := args.model or os.environ.get(MODEL_VARIABLE):
-        return name
+    if args.model:
+        return args.model
+    if name := os.environ.get(MODEL_VARIABLE):
+        return named(name)
     if args.adapter is None:
         raise CommandError(f"Which model? Pass --model ID_OR_FOLDER, or set {MODEL_VARIABLE}.")
+    from peft import PeftConfig  # takes long to import, like all that is imported late here
+
     try:
         config = PeftConfig.from_pretrained(args.adapter, revision=args.adapter_revision)
     except (OSError, ValueError) as error:
@@ -90,7 +90,7 @@ def load_pipeline(args: argparse.Namespace, device: torch.device, zero_shot_only
     name = model_of(args)
     # The code is this package's.
     options = {"revision": args.revision, "trust_remote_code": False}
-    model, processor = load_model(name, dtype=args.dtype, zero_shot_only=zero_shot_only, **options)
+    model, processor = load_model(name, dtype=args.dtype, device=device, zero_shot_only=zero_shot_only, **options)
     try:
         return pipeline_of(
             model.to(device),
@@ -111,10 +111,14 @@ def reading_of(args: argparse.Namespace, pipe: CTPipeline) -> Reading:
         args: Parsed, with the options for scans.
         pipe: Holds the image processor.
     """
-    options = {"series": args.series, "resample_irregular": args.resample_irregular}
-    if getattr(args, "dicom_page", None) is not None:
-        options["keep_volume"] = True
-    return Reading(pipe.processor.image_processor, args.batch_size, args.num_workers, options)
+    load = LoadStudy(pipe.processor.image_processor, pipe.device, reading_options(args))
+    return Reading(load, args.batch_size, args.num_workers, functools.partial(in_flags, args=args))
+
+
+def reading_options(args: argparse.Namespace) -> dict[str, Any]:
+    """How the user wants scans to be read, as `read_volume` takes it."""
+    names = ("series", "resample_irregular", "rescale_slope", "rescale_intercept")
+    return {name: getattr(args, name) for name in names}
 
 
 def prompts_of(args: argparse.Namespace) -> dict[str, Any]:
@@ -137,9 +141,15 @@ def model_settings(args: argparse.Namespace) -> dict[str, Any]:
     return {"model": model_of(args), **{name: getattr(args, name) for name in names}}
 
 
-def settings_of(args: argparse.Namespace) -> dict[str, Any]:
-    """What decides about the numbers of a run over scans."""
-    return {**model_settings(args), "series": args.series, "resample_irregular": args.resample_irregular}
+def settings_of(args: argparse.Namespace, pipe: CTPipeline) -> dict[str, Any]:
+    """What decides about the numbers of a run over scans.
+
+    Args:
+        args: Parsed, with the options for the model and for scans.
+        pipe: The model's pipeline.
+    """
+    made_by = {WEIGHTS: weights_of(pipe.model), "preprocessing": preprocessing(pipe.model.config)}
+    return {**model_settings(args), **reading_options(args), **made_by}
 
 
 def ends(failed: int, studies: int, output: Path | None) -> int:
@@ -186,8 +196,9 @@ def _predict(args: argparse.Namespace) -> int:
     write_reports = report_writer(args, pipe, prompts, model_of(args))
     rows_of = functools.partial(prediction_rows, pipe, prompts, flat=format == "csv", write_reports=write_reports)
     if args.output is not None:
-        settings = {**settings_of(args), "labels": labels, "templates": args.templates, "thresholds": thresholds}
-        settings |= {"calibration": calibration, "reports": asked_for(args) or None}
+        templates = prompts.get("prompt_templates", pipe.model.config.prompt_templates)
+        settings = {**settings_of(args, pipe), "labels": labels, "templates": templates}
+        settings |= {"thresholds": thresholds, "calibration": calibration, "reports": asked_for(args) or None}
         failed = process_to_file(studies, reading_of(args, pipe), rows_of, args.output, rows_as, settings, state)
         return ends(failed, len(studies), args.output)
     if state.num_processes > 1:
@@ -220,7 +231,7 @@ def prediction_rows(
         flat: One column per score instead of a list of findings.
         write_reports: From `report_writer`; a study has a row only once its reports are written.
     """
-    inputs = {"pixel_values": torch.stack([read.pixel_values for read in reads])}
+    inputs = {"pixel_values": stacked(reads)}
     for read, logits in zip(reads, pipe.forward(inputs, **prompts)["logits"], strict=True):
         findings = pipe.postprocess({"logits": logits[None]}, **prompts)
         reports = reported(write_reports, read, findings)
@@ -266,7 +277,7 @@ def _embed(args: argparse.Namespace) -> int:
     reports = search.read_reports(args.reports) if args.reports else {}
     state = start_processes(args)
     pipe = load_pipeline(args, state.device, zero_shot_only=True)
-    settings = settings_of(args)
+    settings = settings_of(args, pipe)
     before = search.read_embeddings(args.output) if args.output.exists() else None
     rows_path = args.output.with_name(f"{args.output.name}.rows")
     failed = process_to_file(
@@ -311,6 +322,7 @@ def with_report(pipe: ZeroShotCTClassificationPipeline, reports: dict[str, str],
         reports: Text of each report by study.
         row: As `embedding_rows` makes it.
     """
+    from medct.data.loader import report_id
     from medct.inference import search
 
     report = search.report_of(row[KEY], reports) if row["text_embeds"] is None else None
@@ -330,8 +342,7 @@ def embed_images(pipe: ZeroShotCTClassificationPipeline, reads: list[ReadStudy])
     Returns:
         `(studies, projection_dim)`, float32, of length 1.
     """
-    pixel_values = torch.stack([read.pixel_values for read in reads]).to(pipe.device)
-    return pipe.model.get_image_features(pixel_values).pooler_output.float().cpu()
+    return pipe.model.get_image_features(stacked(reads)).pooler_output.float().cpu()
 
 
 @torch.no_grad()
@@ -353,15 +364,21 @@ def search_index(args: argparse.Namespace) -> int:
     from medct.inference import search
 
     embeddings = search.read_embeddings(args.index)
-    for name in ("model", "revision", "adapter", "adapter_revision"):
+    for name in ("model", "revision", "adapter", "adapter_revision", "dtype"):
         made_with = embeddings.settings.get(name)
-        if getattr(args, name) not in (None, made_with):
+        if getattr(args, name) not in (None, "auto", made_with):
             raise CommandError(
                 f"{args.index} was made with {name} {made_with!r}, not {getattr(args, name)!r}. Leave out --{name}, or "
                 "make the index anew."
             )
         setattr(args, name, made_with)
     pipe = load_pipeline(args, PartialState(cpu=args.cpu).device, zero_shot_only=True)
+    if embeddings.settings.get(WEIGHTS) != weights_of(pipe.model):
+        which = args.adapter or args.model
+        raise CommandError(
+            f"{args.index} was made with other weights than those that {which} has now, so nothing in it can be "
+            "compared. Make the index anew."
+        )
     if is_address(args.query) or Path(args.query).exists():
         (study,) = one_study(args.query)
         read = read_one(study, args, pipe)
@@ -400,92 +417,10 @@ def read_one(study: Study, args: argparse.Namespace, pipe: ZeroShotCTClassificat
     Raises:
         CommandError: If it cannot be read.
     """
-    reading = reading_of(args, pipe)
-    read = read_study(study, reading.image_processor, **reading.options)
+    read = read_study(study, reading_of(args, pipe).load)
     if isinstance(read, FailedStudy):
         raise CommandError(read.reason)
     return read
-
-
-def evaluate(args: argparse.Namespace) -> int:
-    pipe = load_pipeline(args, start_processes(args).device)
-    accelerator = Accelerator(cpu=args.cpu)
-    config = pipe.model.config
-    source = open_source(
-        args.data,
-        args.split,
-        config,
-        reconstructions=args.reconstructions,
-        limit=args.limit,
-        revision=args.data_revision,
-    )
-    loader = StudyLoader(
-        source,
-        pipe.processor,
-        config.label_names,
-        batch_size=args.batch_size,
-        with_text=False,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-        num_workers=args.num_workers,
-    )
-    prompts = prompts_for(pipe.model, pipe.processor)
-    scored = score_studies(pipe.model, loader, prompts, accelerator, source.description)
-    failed = sum(gather_object([loader.num_bad]))
-    if not accelerator.is_main_process:
-        return OK
-    thresholds = np.array([pipe.thresholds.get(name, np.nan) for name in config.label_names])
-    has_thresholds = bool(np.isfinite(thresholds).any())
-    try:
-        results = with_intervals(
-            scored.scores, scored.labels, scored.patients, config.label_names, thresholds if has_thresholds else None
-        )
-    except ValueError as error:
-        raise CommandError(f"{source.description}: {error}") from error
-    about = {"measured_on": source.description, "split": args.split, "skipped": len(source.skipped)}
-    results = {**about, **model_settings(args), **results}
-    print(evaluation_table(results, config.label_names))
-    if args.output is not None:
-        with whole_file(args.output) as aside:
-            aside.write_text(json.dumps({**results, "unreadable": failed}, indent=2) + "\n", encoding="utf-8")
-    return ends(failed, source.num_studies, None)
-
-
-def evaluation_table(results: dict[str, Any], names: Sequence[str]) -> str:
-    """Format the scores of one model for people.
-
-    Args:
-        results: Scores with intervals, as `evaluate` collects them.
-        names: Labels, in the order of the rows.
-    """
-    rows = [(f"{name} ({results['present'][name]} with it)", f"auroc/{name}") for name in names]
-    rows += [(f"mean: {title}", key) for key, title in MEANS.items() if key in results["scores"]]
-    width = max(len(title) for title, _ in rows)
-    lines = [f"{results['measured_on']}: {results['scans']} scans of {results['patients']} patients", ""]
-    lines.append(f"{'AUROC':{width}}  value  95 % interval")
-    for title, key in rows:
-        score = results["scores"][key]
-        known = score["value"] is not None
-        said = (
-            f"{score['value']:.3f}  {score['low']:.3f} to {score['high']:.3f}" if known else "always or never present"
-        )
-        lines.append(f"{title:{width}}  {said}")
-    return "\n".join(lines)
-
-
-def recall(args: argparse.Namespace) -> int:
-    from medct.inference import search
-
-    results = search.recall(search.read_embeddings(args.index))
-    if args.format == "json":
-        print(json.dumps(results, indent=2))
-        return OK
-    names = [name for name in results if name != "studies"]
-    print(f"recall over {results['studies']} studies with a report\n")
-    print("".join(f"{name.replace('_', ' '):>16}" for name in ["k", *names]))
-    for k in results["chance"]:
-        print(f"{k:16d}" + "".join(f"{results[name][k]:16.3f}" for name in names))
-    return OK
 
 
 def map_scan(args: argparse.Namespace) -> int:
@@ -498,8 +433,7 @@ def map_scan(args: argparse.Namespace) -> int:
     volume = read_volume(
         study.source,
         orientation=image_processor.orientation,
-        series=args.series,
-        resample_irregular=args.resample_irregular,
+        **reading_options(args),
     )
     pixel_values = image_processor.process_volume(volume)[None, None]
     maps = localization.map_findings(pipe, pixel_values, prompts["candidate_labels"], prompts.get("prompt_templates"))

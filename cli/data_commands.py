@@ -7,8 +7,8 @@ from typing import Any
 from medct.common.errors import OK, first_line
 from medct.common.lock import only_run
 from medct.configuration_medct import MedCTConfig
-from medct.data import Source, open_source
-from medct.data.overview import as_text, contact_sheet, summarize
+from medct.data import ALL, Source, joined, open_source, open_splits
+from medct.data.overview import as_text, contact_sheet, sheet_format, summarize
 from medct.data.prepare import prepare
 from medct.data.prepared import MANIFEST
 from medct.data.sources import DataError
@@ -21,6 +21,7 @@ from medct.publishing.push import push_shards
 def show_overview(args: argparse.Namespace) -> int:
     if not args.samples:
         return _show_overview(args)
+    sheet_format(args.sheet)  # refuses, before anything is read, what is no picture
     with only_run(args.sheet):
         return _show_overview(args)
 
@@ -32,8 +33,14 @@ def _show_overview(args: argparse.Namespace) -> int:
             tokenizer = MedCTProcessor.from_pretrained(args.model, revision=args.model_revision).tokenizer
         except (OSError, ValueError) as error:
             raise DataError(f"{args.model}: no processor ({first_line(error)}) Pass a MedCT model.") from error
-    source = _open(args, args.split, config, reconstructions=args.reconstructions)
-    summary = summarize(source, tokenizer)
+    options = {"version": args.version, "revision": args.revision, "reconstructions": args.reconstructions}
+    splits: dict[str, Source] = {}
+    if args.split == ALL:
+        splits = open_splits(args.source, config, limit=args.limit, **options)
+        source = joined(list(splits.values()), f"studies of {', '.join(splits)} of {args.source}")
+    else:
+        source = open_source(args.source, args.split, config, limit=args.limit, **options)
+    summary = summarize(source, tokenizer, {split: each.num_studies for split, each in splits.items()})
     summary["unreadable_samples"] = {}
     if args.samples:
         unreadable = contact_sheet(source, config, args.sheet, args.samples, args.seed)

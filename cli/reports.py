@@ -14,6 +14,7 @@ from medct.pipeline_medct import CTPipeline, ZeroShotCTClassificationPipeline
 from medct.reporting import fhir
 from medct.reporting.findings import Algorithm, Finding, algorithm_of, findings_of
 from medct.reporting.source import ReportError, SourceStudy, read_source, refuse_without_study
+from medct.volume_io_medct import CTVolume, read_volume
 
 if TYPE_CHECKING:
     from medct.reporting.page import Picture
@@ -77,7 +78,7 @@ def report_writer(args: argparse.Namespace, pipe: CTPipeline, prompts: dict[str,
             report = structured_report(findings, algorithm, source)
             written.append(_save(report, args.dicom_sr, source, algorithm, findings, "sr"))
         if args.dicom_page is not None:
-            written.append(_write_page(args.dicom_page, read, findings, algorithm, source, pipe, prompts))
+            written.append(_write_page(args.dicom_page, read, findings, algorithm, source, pipe, prompts, options))
         if args.fhir is not None:
             found = fhir.bundle(findings, algorithm, source.identity if args.fhir_identity else None)
             with whole_file(args.fhir) as aside:
@@ -109,17 +110,20 @@ def _write_page(
     source: SourceStudy,
     pipe: CTPipeline,
     prompts: dict[str, Any],
+    options: dict[str, Any],
 ) -> str:
     from medct.inference.slices import AxialSlices
     from medct.reporting.page import draw_page, secondary_capture
 
-    slices = AxialSlices.of(read.volume)
-    page = draw_page(findings, algorithm, slices, _pictures(read, findings, slices, pipe, prompts))
+    # Read again: a loader process hands on only what the model sees of a scan.
+    volume = read_volume(read.study.source, orientation=pipe.processor.image_processor.orientation, **options)
+    slices = AxialSlices.of(volume)
+    page = draw_page(findings, algorithm, slices, _pictures(read, volume, findings, slices, pipe, prompts))
     return _save(secondary_capture(page, algorithm, source), folder, source, algorithm, findings, "page")
 
 
 def _pictures(
-    read: ReadStudy, findings: list[Finding], slices: Any, pipe: CTPipeline, prompts: dict[str, Any]
+    read: ReadStudy, volume: CTVolume, findings: list[Finding], slices: Any, pipe: CTPipeline, prompts: dict[str, Any]
 ) -> "list[Picture]":
     """The highest slices of some findings; the middle slice where a model cannot say which those are."""
     from medct.inference.maps import map_findings, strongest_slice
@@ -129,8 +133,8 @@ def _pictures(
         return [Picture("Middle slice", len(slices) // 2)]
     labels = [finding.label for finding in worth_a_picture(findings)]
     maps = map_findings(pipe, read.pixel_values[None], labels, prompts.get("prompt_templates"))
-    geometry = pipe.processor.image_processor.geometry(read.volume)
-    where = (pipe.model.config.vision_config.patch_size, geometry, read.volume.array.shape, slices)
+    geometry = pipe.processor.image_processor.geometry(volume)
+    where = (pipe.model.config.vision_config.patch_size, geometry, volume.array.shape, slices)
     return [Picture(each.label, strongest_slice(each.patches, *where)) for each in maps]
 
 

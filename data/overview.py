@@ -1,6 +1,6 @@
 """Show what a source holds before training on it.
 
-    medct overview SOURCE --model ct-clip                # counts, and overview.png: samples as the model sees them
+    medct overview SOURCE --model ct-clip                # all splits: counts, and samples as the model sees them
     medct overview SOURCE --split valid --samples 0      # counts only: reads no volume
 
 Takes any source that training takes. Samples are drawn with a seed; each is shown as its three middle slices, upright,
@@ -9,7 +9,7 @@ with the patient's right on the left of the picture.
 
 import textwrap
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,11 @@ from transformers import PreTrainedTokenizerBase
 
 from medct.common.files import whole_file
 from medct.configuration_medct import MedCTConfig
-from medct.data.loader import LoadStudy, to_device
-from medct.data.sources import Row, Skipped, Source
+from medct.data.loader import LoadStudy
+from medct.data.sources import DataError, Row, Skipped, Source
 from medct.image_processing_medct import MedCTImageProcessor
 from medct.volume_medct import affine_from_spacing, axis_order
+from medct.workers_medct import Place
 
 # Rows of a picture run towards the feet or the back, columns towards the back or the patient's left.
 _UPRIGHT = "IPL"
@@ -37,6 +38,7 @@ _HEADER_INCHES = 0.35
 _DOTS_PER_INCH = 110
 _QUANTILES = {"min": 0.0, "q1": 0.25, "median": 0.5, "q3": 0.75, "max": 1.0}
 _TEXTS_AT_ONCE = 256
+_FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -44,40 +46,59 @@ _TEXTS_AT_ONCE = 256
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def summarize(source: Source, tokenizer: PreTrainedTokenizerBase | None = None) -> dict[str, Any]:
+def summarize(
+    source: Source,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    splits: Mapping[str, int] | None = None,
+) -> dict[str, Any]:
     """Count what a source holds, without reading any volume.
 
     Args:
         source: Any source.
         tokenizer: The model's; without one, reports are counted in words only.
+        splits: If it is several splits joined, how many studies of each follow each other.
 
     Returns:
         `description`; `num_studies` (in one epoch), `num_volumes` (with all reconstructions), `num_patients`; `labels`:
         `present`, `absent`, `unknown` and `prevalence` among the known (`None` if there are none), by name;
         `no_finding`: studies without any finding, among those with all labels known; `reports`: `missing`, `distinct`,
-        quartiles of `words` and `tokens`, and `cut`, those longer than the model reads; `skipped`: ids by reason.
+        quartiles of `words` and `tokens`, and `cut`, those longer than the model reads; `skipped`: ids by reason;
+        `splits`: of each, `num_studies`, `num_patients` and `labels`.
     """
-    patients: set[str] = set()
+    patients: list[str] = []
     reports: Counter[str] = Counter()
     labels = np.empty((source.num_studies, len(source.label_names)))
     for index, row in enumerate(tqdm(source.stream(), "overview", source.num_studies, unit="study")):
-        patients.add(row["patient"])
+        patients.append(row["patient"])
         reports[row["report"]] += 1
         labels[index] = row["labels"]
     skipped: dict[str, list[str]] = {}
     for study in source.skipped:
         skipped.setdefault(study.reason, []).append(study.id)
     is_known = np.isfinite(labels).all(axis=1)
+    by_split, start = {}, 0
+    for split, count in (splits or {}).items():
+        rows = slice(start, start := start + count)
+        by_split[split] = {
+            "num_studies": count,
+            "num_patients": len(set(patients[rows])),
+            "labels": _count_labels(labels[rows], source.label_names),
+        }
     return {
         "description": source.description,
         "num_studies": source.num_studies,
         "num_volumes": sum(map(len, source.groups)),
-        "num_patients": len(patients),
-        "labels": {name: _count_label(labels[:, index]) for index, name in enumerate(source.label_names)},
+        "num_patients": len(set(patients)),
+        "labels": _count_labels(labels, source.label_names),
         "no_finding": {"studies": int((labels[is_known] == 0).all(axis=1).sum()), "known": int(is_known.sum())},
         "reports": _count_reports(reports, tokenizer),
         "skipped": skipped,
+        "splits": by_split,
     }
+
+
+def _count_labels(labels: np.ndarray, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    return {name: _count_label(labels[:, index]) for index, name in enumerate(names)}
 
 
 def _count_label(values: np.ndarray) -> dict[str, Any]:
@@ -127,11 +148,24 @@ def as_text(summary: dict[str, Any]) -> str:
         prevalence = "-" if of["prevalence"] is None else f"{of['prevalence']:.3f}"
         lines.append(f"{name:{width}}  {prevalence:>10}  {of['present']:7}  {of['absent']:7}  {of['unknown']:7}")
     lines.append(f"no finding: {summary['no_finding']['studies']} of {summary['no_finding']['known']} studies")
+    lines += _split_lines(summary["splits"], width)
     lines += ["", *_report_lines(summary["reports"], summary["num_studies"]), ""]
     lines.append(f"{sum(map(len, summary['skipped'].values()))} studies left out before reading")
     for reason, ids in summary["skipped"].items():
         lines.append(f"{len(ids):7}  {reason} ({', '.join(ids[:3])}{' ...' if len(ids) > 3 else ''})")
     return "\n".join(lines)
+
+
+def _split_lines(splits: dict[str, Any], width: int) -> list[str]:
+    """Studies with each finding, splits as columns."""
+    if len(splits) < 2:
+        return []
+    lines = ["", f"{'with the finding':{width}}  " + "  ".join(f"{split:>9}" for split in splits)]
+    for name in next(iter(splits.values()))["labels"]:
+        lines.append(f"{name:{width}}  " + "  ".join(f"{of['labels'][name]['present']:9}" for of in splits.values()))
+    for title, key in (("studies", "num_studies"), ("patients", "num_patients")):
+        lines.append(f"{title:{width}}  " + "  ".join(f"{of[key]:9}" for of in splits.values()))
+    return lines
 
 
 def _report_lines(reports: dict[str, Any], num_studies: int) -> list[str]:
@@ -169,20 +203,36 @@ def middle_slices(pixel_values: torch.Tensor, config: MedCTConfig) -> list[tuple
     return [(upright[z], back / left), (upright[:, y], down / left), (upright[:, :, x], down / back)]
 
 
+def sheet_format(path: Path) -> str:
+    """What the name of a sheet asks for: "png" or "jpeg".
+
+    Raises:
+        DataError: If it asks for anything else.
+    """
+    found = _FORMATS.get(path.suffix.lower())
+    if found is None:
+        raise DataError(f"{path}: a sheet is a picture, {', '.join(_FORMATS)}. Name it so.")
+    return found
+
+
 def contact_sheet(source: Source, config: MedCTConfig, path: Path, samples: int, seed: int = 0) -> list[Skipped]:
-    """Write a PNG of some studies as the model sees them.
+    """Write a picture of some studies as the model sees them.
 
     Args:
         source: Any source.
         config: The model's configuration.
-        path: File to write.
+        path: File to write, see `sheet_format`.
         samples: Number of studies to show.
         seed: Seed for their choice.
 
     Returns:
         The studies among them that could not be read; the sheet says why.
+
+    Raises:
+        DataError: If `path` is named like no picture.
     """
-    load = LoadStudy(MedCTImageProcessor.from_config(config.vision_config))
+    format = sheet_format(path)
+    load = LoadStudy(source.read, MedCTImageProcessor.from_config(config.vision_config))
     keys = source.keys(seed=seed)[:samples]
     lines = -(-len(keys) // _STUDIES_A_LINE)
     heights = [_HEADER_INCHES, _LINE_INCHES * lines]
@@ -197,12 +247,12 @@ def contact_sheet(source: Source, config: MedCTConfig, path: Path, samples: int,
     for panel, row in zip(
         panels, tqdm(source.stream_keys(keys), "contact sheet", len(keys), unit="study"), strict=False
     ):
-        study = load(row)
+        study = load.load_row(row, Place())
         if isinstance(study, Skipped):
             unreadable.append(study)
         _draw_study(panel, row, study, source.label_names, config)
     with whole_file(path) as aside:
-        figure.savefig(aside, format="png", metadata={"Software": None})
+        figure.savefig(aside, format=format, metadata={"Software": None} if format == "png" else None)
     return unreadable
 
 
@@ -221,8 +271,8 @@ def _draw_study(
     if isinstance(study, Skipped):
         panel.text(0.02, 0.6, textwrap.fill(f"cannot be read: {study.reason}", 90), fontsize=7, color="darkred")
         return
-    pixel_values = to_device({"pixel_values": study["pixel_values"]}, "cpu", config)["pixel_values"][0]
     vision = config.vision_config
+    pixel_values = MedCTImageProcessor.from_config(vision).finish(study["part"])
     low, high = vision.hu_min / vision.hu_per_unit, vision.hu_max / vision.hu_per_unit
     axes = panel.subplots(1, 3, gridspec_kw={"left": 0.02, "right": 0.98, "bottom": 0.02, "top": 0.79, "wspace": 0.04})
     for axis, (picture, aspect), (view, first, last) in zip(

@@ -40,7 +40,7 @@ from medct.byte_sources_medct import is_address
 from medct.common.errors import first_line
 from medct.common.retry import keep_trying
 from medct.configuration_medct import MedCTConfig
-from medct.data.sources import DataError, Deferred, Row, Skipped, Source, first_of
+from medct.data.sources import DataError, Deferred, NoSuchSplitError, Row, Skipped, Source, first_of
 from medct.volume_medct import VolumeError
 
 FORMAT = 2
@@ -376,7 +376,7 @@ def prepared_source(
     Raises:
         DataError: If there are no such shards, they are not for this model, or a file is missing.
     """
-    address = _with_revision(str(address).rstrip("/"), revision)
+    address = with_revision(str(address).rstrip("/"), revision)
     options = {"token": token} if address.startswith("hf://") and token is not None else {}
     manifest = read_manifest(address, options)
     if manifest is None:
@@ -384,7 +384,7 @@ def prepared_source(
     check_grid(address, manifest, config)
     check_tune_share(address, manifest, tune_share)
     if split not in manifest["splits"]:
-        raise DataError(
+        raise NoSuchSplitError(
             f"{address}: it has the splits {', '.join(manifest['splits'])}, not {split}. Prepare that one as well."
         )
     found = manifest["splits"][split]
@@ -406,6 +406,7 @@ def prepared_source(
         tuple(Skipped(**study) for study in found["skipped"]),
         [scans[rows[0]] for rows in groups],
         found["synthetic"],
+        {name: each["num_studies"] for name, each in manifest["splits"].items() if name != split},
     )
 
 
@@ -423,8 +424,13 @@ def _groups(files: list[dict[str, Any]], reconstructions: str, need_reports: boo
     return [tuple(numbers) for _, numbers in itertools.groupby(kept, key=lambda number: rows[number][0])]
 
 
-def _with_revision(address: str, revision: str | None) -> str:
-    """`hf://datasets/ORG/NAME/...` at a commit."""
+def with_revision(address: str, revision: str | None) -> str:
+    """`hf://datasets/ORG/NAME/...` at a commit.
+
+    Args:
+        address: Of a source; any other than on the Hub stays as it is.
+        revision: Branch, tag or commit.
+    """
     if revision is None or not address.startswith("hf://datasets/"):
         return address
     kind, organisation, name, *rest = address.removeprefix("hf://").split("/")

@@ -7,6 +7,7 @@ such as that the data are synthetic; it is part of the title.
 import math
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,7 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from sklearn.metrics import roc_curve
 
-from medct.evaluation.metrics import calibration_bins, expected_calibration_error, zero_shot_scores
+from medct.evaluation.calibration import calibration_bins, expected_calibration_error
+from medct.evaluation.metrics import zero_shot_scores
 
 
 class Style(NamedTuple):
@@ -38,7 +40,8 @@ TITLE_SIZE, TEXT_SIZE, SMALL_SIZE = 13, 11, 8.5  # points
 DOTS_PER_INCH = 150
 LABEL_ROWS = 3  # rows of small panels
 MEAN_PANEL_INCHES, LABEL_PANEL_INCHES = 5.6, 1.75
-FALSE_ALARM_RATES = np.linspace(0, 1, 201)
+FALSE_ALARM_RATES = np.array([0, *np.linspace(0, 1, 201)])
+"""Twice 0: a curve starts with no scan at all, and may rise before the first false alarm."""
 
 
 def roc_plot(models: Mapping[str, np.ndarray], labels: np.ndarray, names: Sequence[str], note: str = "") -> Figure:
@@ -82,14 +85,21 @@ def roc_plot(models: Mapping[str, np.ndarray], labels: np.ndarray, names: Sequen
     return figure
 
 
-def calibration_plot(models: Mapping[str, np.ndarray], labels: np.ndarray, note: str = "", bins: int = 10) -> Figure:
-    """Reliability diagram over all labels together, with the number of probabilities in each bin below it.
+def calibration_plot(
+    models: Mapping[str, np.ndarray],
+    labels: np.ndarray,
+    note: str = "",
+    bins: int = 10,
+    what: str = "score",
+) -> Figure:
+    """Reliability diagram over all labels together, with the number of scores in each bin below it.
 
     Args:
-        models: Probabilities `(scans, labels)` by name; at most four.
+        models: Scores or probabilities `(scans, labels)`, in [0, 1], by name; at most four.
         labels: `(scans, labels)`, 0, 1 or NaN for unknown.
         note: Text added to the title.
         bins: Number of bins, of equal width.
+        what: What the numbers are, for the axis.
 
     Raises:
         ValueError: If shapes do not match, arrays hold other values, scores are outside [0, 1], or there are more than
@@ -109,13 +119,23 @@ def calibration_plot(models: Mapping[str, np.ndarray], labels: np.ndarray, note:
         lower.bar(middles, counts, width, color=style.colour, hatch=style.hatch, edgecolor="white", linewidth=0)
     upper.set(ylabel="share that is present", xlim=(0, 1), ylim=(-0.03, 1.03))
     upper.legend(loc="lower left", bbox_to_anchor=(0, 1), frameon=False, fontsize=TEXT_SIZE)  # never over a curve
-    lower.set(xlabel=f"probability given, in {bins} bins", ylabel="scans x labels", yscale="log")
+    lower.set(xlabel=f"{what}, in {bins} bins", ylabel="scans x labels", yscale="log")
     lower.set_ylim(0.7, lower.get_ylim()[1] * 1.3)  # so that a bar of height 1 is visible
     lower.yaxis.set_major_formatter("{x:,.0f}")
     for panel in (upper, lower):
         panel.grid(color="0.9", linewidth=0.6)
         panel.set_axisbelow(True)
     return figure
+
+
+def save_plot(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG, with its title as text, so that programs can read what people see.
+
+    Args:
+        figure: From this module.
+        path: File to write.
+    """
+    figure.savefig(path, metadata={"Title": figure.get_suptitle(), "Software": None})
 
 
 def change_plot(comparison: dict[str, Any], kept: dict[str, Any], names: Sequence[str], note: str = "") -> Figure:
@@ -177,8 +197,8 @@ def _empty_roc(panel: Axes) -> None:
     """Set up a square panel with the chance line."""
     panel.plot([0, 1], [0, 1], color=GREY, linewidth=0.8, zorder=0)
     panel.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal")
-    panel.set_xticks([0, 0.5, 1], ["0", "½", "1"])
-    panel.set_yticks([0, 0.5, 1], ["0", "½", "1"])
+    panel.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
+    panel.set_yticks([0, 0.5, 1], ["0", "0.5", "1"])
 
 
 def _label_curves(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -188,7 +208,7 @@ def _label_curves(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
         known = ~np.isnan(truth)
         if len(np.unique(truth[known])) == 2:
             false_alarms, sensitivity, _ = roc_curve(truth[known], score[known])
-            curve[:] = np.interp(FALSE_ALARM_RATES, false_alarms, sensitivity)
+            curve[0], curve[1:] = 0, np.interp(FALSE_ALARM_RATES[1:], false_alarms, sensitivity)
     return curves
 
 

@@ -13,17 +13,19 @@ import io
 import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from accelerate import PartialState
 from tqdm import tqdm
 
 from medct.common.files import remove_leftovers, whole_file
 from medct.errors_medct import MedCTError
-from medct.image_processing_medct import MedCTImageProcessor
-from medct.inference.studies import FailedStudy, ReadStudy, Study, batched_reads, read_ahead
+from medct.inference.studies import FailedStudy, LoadStudy, ReadStudy, Study, batched_reads, read_ahead
+from medct.inference.weights import KEY as WEIGHTS
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
 KEY = "study"
 
@@ -190,16 +192,16 @@ class Reading:
     """How studies are read and batched.
 
     Args:
-        image_processor: The model's.
+        load: Reads a study.
         batch_size: Studies that go through the model together.
-        num_workers: Threads that read ahead.
-        options: Options for `read_volume`.
+        num_workers: Processes that read ahead.
+        reword: Puts the reason why a study could not be read into the words of the command.
     """
 
-    image_processor: MedCTImageProcessor
+    load: LoadStudy
     batch_size: int = 1
     num_workers: int = 1
-    options: dict[str, Any] = field(default_factory=dict)
+    reword: Callable[[str], str] = str
 
 
 def process(
@@ -224,14 +226,18 @@ def process(
         Number of studies that could not be read.
     """
     failed = 0
-    reads = read_ahead(studies, reading.image_processor, reading.num_workers, **reading.options)
-    with tqdm(total=len(studies), unit="study", disable=not show_progress) as bar:
+    reads = read_ahead(studies, reading.load, reading.num_workers, reading.batch_size)
+    with (
+        contextlib.closing(reads),  # at once, if this run is stopped
+        tqdm(total=len(studies), unit="study", disable=not show_progress) as bar,
+    ):
         for read in batched_reads(reads, reading.batch_size):
             for row in [read] if isinstance(read, FailedStudy) else rows_of(read):
                 if isinstance(row, FailedStudy):
                     failed += 1
-                    write_failed({KEY: row.study.id, "reason": row.reason})
-                    bar.write(f"failed: {row.reason}", file=sys.stderr)
+                    reason = reading.reword(row.reason)
+                    write_failed({KEY: row.study.id, "reason": reason})
+                    bar.write(f"failed: {reason}", file=sys.stderr)
                 else:
                     write(row)
                 bar.update(1)
@@ -245,7 +251,7 @@ def process_to_file(
     output: Path,
     format: RowFormat,
     settings: dict[str, Any],
-    state: PartialState,
+    state: "PartialState",
     done: Iterable[str] = (),
     rows_path: Path | None = None,
 ) -> int:
@@ -322,11 +328,12 @@ def _keep_settings(output: Path, rows_path: Path, settings: dict[str, Any]) -> N
     if is_begun and path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))
         for name in sorted({*before, *settings}):
-            if before.get(name) != settings.get(name):
-                raise OutputError(
-                    f"{output} was started with {name} {before.get(name)!r}, not {settings.get(name)!r}. Choose "
-                    "another --output, or remove it."
-                )
+            if before.get(name) == settings.get(name):
+                continue
+            said = f"{name} {before.get(name)!r}, not {settings.get(name)!r}"
+            if name == WEIGHTS:
+                said = "other weights than those that model and adapter have now"
+            raise OutputError(f"{output} was started with {said}. Choose another --output, or remove it.")
     elif is_begun:
         raise OutputError(
             f"{output} exists, but {path.name} is missing, so it is not known how it was made. Choose another "

@@ -24,9 +24,10 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from torch.nn import functional as F
 
-from medct.image_processing_medct import AxisPlan, VolumeGeometry, reorient
+from medct.image_processing_medct import VolumeGeometry
 from medct.inference.slices import AXIAL, AxialSlices, draw_places, draw_slice, fonts
 from medct.pipeline_medct import ZeroShotCTClassificationPipeline
+from medct.resampling_medct import AxisPlan, reorient
 from medct.volume_io_medct import CTVolume
 
 CAVEAT = "Debugging aid, not a finding: published CT-CLIP localises poorly (Dice about 0.004)"

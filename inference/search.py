@@ -24,7 +24,6 @@ from medct.data.tables import join_text
 from medct.errors_medct import MedCTError
 from medct.inference.bulk import KEY
 
-RECALL_AT = (5, 10, 50, 100)
 _NAME_COLUMNS = ("file_name", "VolumeName")
 _METADATA_KEY = b"medct"
 # The similarities of this many to 50,000 studies take 0.2 GB.
@@ -173,32 +172,3 @@ def nearest(vectors: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarra
         for some in torch.as_tensor(queries).split(_QUERIES_AT_ONCE)
     ]
     return torch.cat([part.values for part in found]).numpy(), torch.cat([part.indices for part in found]).numpy()
-
-
-def recall(embeddings: Embeddings, at: Sequence[int] = RECALL_AT) -> dict[str, Any]:
-    """How often a study's own report is among the k nearest, and vice versa.
-
-    Studies that share the very same report all count as right answers for it, since no text can tell them apart.
-
-    Args:
-        embeddings: Those with a report are searched.
-        at: Values of k; those above the number of studies are left out.
-
-    Returns:
-        `studies`; `text_to_image` and `image_to_text`, each a dictionary from k to a share in [0, 1]; `chance`,
-        likewise.
-
-    Raises:
-        SearchError: If no study has a report.
-    """
-    paired = embeddings.has_report
-    count = int(paired.sum())
-    if not count:
-        raise SearchError("No study of this index has a report. Make it with `medct embed ... --reports FILE.csv`.")
-    images, texts, ids = embeddings.image_embeds[paired], embeddings.text_embeds[paired], embeddings.report_ids[paired]
-    at = [k for k in at if k <= count] or [count]
-    results: dict[str, Any] = {"studies": count, "chance": {k: k / count for k in at}}
-    for name, queries, vectors in (("text_to_image", texts, images), ("image_to_text", images, texts)):
-        found = ids[nearest(vectors, queries, max(at))[1]] == ids[:, None]
-        results[name] = {k: float(found[:, :k].any(axis=1).mean()) for k in at}
-    return results

@@ -1,14 +1,14 @@
 """What is trained: low-rank matrices beside chosen Linears of the base or, for comparison, the base itself."""
 
-import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 
-from medct.common.distributed import local_part, whole
+from medct.common.distributed import whole
 from medct.evaluation.scoring import is_classifier
 from medct.modeling_medct import MedCTForImageClassification, MedCTModel
 
@@ -84,6 +84,19 @@ def add_lora(
     return get_peft_model(model, config)
 
 
+def leave_casts_to_autocast(model: PeftModel) -> None:
+    """Keep PEFT from casting what goes into adapters to their float32, where autocast casts it back at once.
+
+    Not with DoRA, which measures its matrices in the precision of what goes in.
+
+    Args:
+        model: To be run under autocast only.
+    """
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer) and not any(getattr(module, "use_dora", {}).values()):
+            module.cast_input_dtype_enabled = False
+
+
 def unlock(model: MedCTModel | MedCTForImageClassification, targets: Target = "all") -> torch.nn.Module:
     """Make the parameters of the model, or of one half, trainable. The codebook is not a parameter: it never moves.
 
@@ -119,15 +132,6 @@ def frozen_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if not tensor.requires_grad:
             yield name, tensor
-
-
-def digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """SHA-256 over the names and bytes of tensors; for sharded ones, over this process's part."""
-    total = hashlib.sha256()
-    for name, tensor in sorted(tensors, key=lambda item: item[0]):
-        total.update(name.encode())
-        total.update(local_part(tensor).detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return total.hexdigest()
 
 
 def note_start(model: PeftModel, folder: Path) -> None:

@@ -1,18 +1,25 @@
 """What a run found: scores before and after, what was forgotten, operating points, calibration, and remarks."""
 
+import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
-from medct.evaluation.calibration import compare_calibration, fit_calibration
-from medct.evaluation.metrics import choose_thresholds, compare, zero_shot_scores
-from medct.evaluation.report import calibration_table, results_table, sites_table
+from medct.data.prepared import with_revision
+from medct.evaluation.calibration import fit_calibration
+from medct.evaluation.figures import Scores, source_figures
+from medct.evaluation.metrics import FEWEST, zero_shot_scores
+from medct.evaluation.operating_points import YOUDEN, choose_points
+from medct.evaluation.predictions import Key, Predictions
+from medct.evaluation.report import calibration_table, points_table, results_table, sites_table
 from medct.evaluation.scoring import ScoredStudies
+from medct.training.settings import NO_SOURCE, TrainingSettings
 
 SPLITS = ("tune", "valid")
 KEPT_SPLITS = ("keep_tune", "keep_valid")
+BASE, ADAPTED = "base", "adapted"
+FEW_STEPS = 50
+"""Optimizer steps below which a run is remarked on."""
 
 Scored = dict[str, ScoredStudies]
 """By split: "tune" and "valid" of the new site, and where something is to be kept "keep_tune" and "keep_valid"."""
@@ -31,25 +38,14 @@ def mean_auroc(scored: ScoredStudies, names: Sequence[str]) -> float | None:
         return None
 
 
-def thresholds_from(scored: ScoredStudies) -> np.ndarray | None:
-    """Operating points; None if no label varies among these studies."""
-    try:
-        return choose_thresholds(scored.scores, scored.labels)
-    except ValueError:
-        return None
-
-
-def operating_points(thresholds: np.ndarray, names: list[str]) -> dict[str, float]:
-    """Thresholds by label, of those that have one.
-
-    Args:
-        thresholds: `(labels,)`, NaN where a label has none.
-        names: Of the labels.
-    """
-    return {name: float(each) for name, each in zip(names, thresholds, strict=True) if not math.isnan(each)}
-
-
-def compare_all(before: Scored, after: Scored, names: list[str], resamples: int, seed: int) -> dict[str, Any]:
+def compare_all(
+    before: Scored,
+    after: Scored,
+    names: list[str],
+    resamples: int,
+    seed: int,
+    wanted: Mapping[str, tuple[str, float]] | None = None,
+) -> dict[str, Any]:
     """Base and adapted model on held-out studies.
 
     Args:
@@ -58,45 +54,73 @@ def compare_all(before: Scored, after: Scored, names: list[str], resamples: int,
         names: Of the labels.
         resamples: Of the bootstrap over patients.
         seed: Of the bootstrap.
+        wanted: Operating points besides Youden's, see `wanted_points`.
 
     Returns:
-        Ready for JSON. `comparison`: on the new site, see `metrics.compare`. `kept`: the same on what is to be kept, or
+        Ready for JSON. `comparison`: on the new site, see `source_figures`. `kept`: the same on what is to be kept, or
         `None`. `tune_auroc`: mean AUROC of each model on the new site's tuning studies, `keep_tune_auroc` on those to
-        be kept. `thresholds` and `calibration`: of the adapted model, from the tuning studies. `calibration_error`: see
-        `compare_calibration`. `table`: all of it in Markdown.
+        be kept. `thresholds`, `operating_points` (those that were wanted) and `calibration`: of the adapted model, from
+        the tuning studies. `table`: all of it in Markdown.
     """
-    thresholds = [thresholds_from(scored["tune"]) for scored in (before, after)]
     options = {"resamples": resamples, "seed": seed}
-    comparison = _compared(before["valid"], after["valid"], names, *thresholds, **options)
-    kept = None
+    patients = after["tune"].patients
+    points = [
+        choose_points(each["tune"].scores, each["tune"].labels, names, wanted or {}, patients)
+        for each in (before, after)
+    ]
+    calibration = fit_calibration(after["tune"].scores, after["tune"].labels, names, patients)
+
+    def figures(split: str) -> dict[str, Any]:
+        models = {BASE: Scores(before[split], points[0]), ADAPTED: Scores(after[split], points[1], calibration)}
+        return source_figures(models, names, **options)
+
+    comparison, kept = figures("valid"), None
     if KEPT_SPLITS[1] in before and mean_auroc(before["keep_valid"], names) is not None:
-        kept = _compared(before["keep_valid"], after["keep_valid"], names, **options)
-    tune, valid = after["tune"], after["valid"]
-    calibration = fit_calibration(tune.scores, tune.labels, names)
-    errors = compare_calibration(valid.scores, valid.labels, valid.patients, names, calibration, **options)
-    tables = [results_table(comparison, names), sites_table(comparison, kept), calibration_table(errors)]
+        kept = figures("keep_valid")
+    chosen = dict(points[1])
+    thresholds = chosen.pop(YOUDEN, None)
+    tables = [
+        results_table(comparison, names),
+        sites_table(comparison, kept),
+        points_table(comparison["operating_points"], "the new site") if chosen else "",
+        calibration_table(comparison["calibration_error"].get(ADAPTED)),
+    ]
     return {
         "comparison": comparison,
         "kept": kept,
         "tune_auroc": _by_model(before, after, "tune", names),
         "keep_tune_auroc": _by_model(before, after, "keep_tune", names),
-        "thresholds": None if thresholds[1] is None else operating_points(thresholds[1], names),
+        "thresholds": thresholds,
+        "operating_points": chosen or None,
         "calibration": calibration or None,
-        "calibration_error": errors,
         "table": "\n\n".join(table for table in tables if table),
     }
 
 
-def _compared(
-    before: ScoredStudies, after: ScoredStudies, names: list[str], *thresholds: np.ndarray | None, **options: int
-) -> dict[str, Any]:
-    return compare(before.scores, after.scores, before.labels, before.patients, names, *thresholds, **options)
+def predictions_of(before: Scored, after: Scored, names: list[str], sources: Sequence[str]) -> Predictions:
+    """The scores of both models, as they are written down.
+
+    Args:
+        before: Of the base.
+        after: Of the adapted model.
+        names: Of the labels.
+        sources: What to call the new site and, where there is one, what is to be kept.
+    """
+    where = dict(zip((*SPLITS, *KEPT_SPLITS), [*sources[:1] * 2, *sources[1:] * 2], strict=False))
+    return Predictions(
+        names,
+        {
+            Key(model, where[split], split.removeprefix("keep_")): scored
+            for model, by_split in ((BASE, before), (ADAPTED, after))
+            for split, scored in by_split.items()
+        },
+    )
 
 
 def _by_model(before: Scored, after: Scored, split: str, names: list[str]) -> dict[str, float | None] | None:
     if split not in before:
         return None
-    return {"base": mean_auroc(before[split], names), "adapted": mean_auroc(after[split], names)}
+    return {BASE: mean_auroc(before[split], names), ADAPTED: mean_auroc(after[split], names)}
 
 
 def remarks_on(results: dict[str, Any], max_forgotten: float) -> list[str]:
@@ -106,12 +130,13 @@ def remarks_on(results: dict[str, Any], max_forgotten: float) -> list[str]:
         results: With `strength` and what `compare_all` returns.
         max_forgotten: Most that the mean AUROC on what is to be kept may fall.
     """
+    remarks = few_patients(results)
     if results["strength"] == 0:
         return [
             "This adapter does not help: on the tuning patients no strength of it scores above the base within what "
-            "may be forgotten. Its strength is 0, so what is saved is the base, unchanged."
+            "may be forgotten. Its strength is 0, so what is saved is the base, unchanged.",
+            *remarks,
         ]
-    remarks = []
     tune = results["tune_auroc"]
     if tune["base"] is None:
         remarks.append("No label varies among the tuning patients, so nothing could be chosen there.")
@@ -128,3 +153,73 @@ def remarks_on(results: dict[str, Any], max_forgotten: float) -> list[str]:
             f"{max_forgotten:g}."
         )
     return remarks
+
+
+def few_patients(results: dict[str, Any]) -> list[str]:
+    """What could not be told, or chosen, because too few patients have a finding or are without it.
+
+    Args:
+        results: With `label_names` and what `compare_all` returns.
+    """
+    remarks, comparison = [], results["comparison"]
+    if comparison["adapted"]["auroc"]["low"] is None:
+        remarks.append(
+            f"{comparison['patients']} held-out patients are too few to tell how far the figures are to be trusted, so "
+            "there are no intervals. With --folds 5 every patient is held out once."
+        )
+    if lacking := [name for name in results["label_names"] if name not in (results["thresholds"] or {})]:
+        which = "any finding" if len(lacking) == len(results["label_names"]) else ", ".join(lacking)
+        remarks.append(
+            f"No operating point for {which}: fewer than {FEWEST} tuning patients have it, or are without it."
+        )
+    return remarks
+
+
+def few_steps(steps: int, per_epoch: int, settings: TrainingSettings) -> str | None:
+    """What to say of a run that is too short to learn much; `None` of any other.
+
+    Args:
+        steps: Of the run.
+        per_epoch: Of an epoch.
+        settings: Of the run.
+    """
+    if steps >= FEW_STEPS:
+        return None
+    epochs = math.ceil(FEW_STEPS / per_epoch)
+    is_cut = settings.max_steps == steps < per_epoch * settings.epochs
+    remedy = f"a higher --max_steps than {steps}" if is_cut else f"--epochs {epochs}"
+    return f"{steps} steps are few: an adapter learns little in less than {FEW_STEPS}. Pass {remedy}."
+
+
+def repeatable(settings: TrainingSettings, revision: str | None, points: dict[str, Any]) -> dict[str, Any] | None:
+    """The settings with which `medct evaluate` scores a run's held-out studies again.
+
+    Args:
+        settings: Of the run, completed.
+        revision: Commit of its base.
+        points: Operating points of both models.
+
+    Returns:
+        `None` for a run that trained all weights: its model is no adapter of the base.
+    """
+    if settings.adaptation == "full":
+        return None
+    sources = [with_revision(settings.data, settings.data_revision), settings.keep]
+    sources = [source for source in sources if source != NO_SOURCE]
+    return {
+        "model": settings.model,
+        "revision": revision,
+        "adapter": ".",
+        "against": BASE,
+        "names": [BASE, ADAPTED],
+        "points": points,
+        "data": sources,
+        "split": "valid",
+        "reconstructions": settings.reconstructions,
+        "limit": settings.max_eval_studies,
+        "phantoms": dataclasses.asdict(settings.phantoms),
+        "bootstrap_resamples": settings.bootstrap_resamples,
+        "seed": settings.seed,
+        "batch_size": settings.batch_size,
+        "dtype": "auto",
+    }

@@ -3,7 +3,6 @@
 import dataclasses
 from argparse import RawDescriptionHelpFormatter
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from transformers import HfArgumentParser
@@ -11,12 +10,13 @@ from transformers import HfArgumentParser
 from medct.configuration_medct import MedCTConfig
 from medct.data import PHANTOMS, PhantomCohort
 from medct.errors_medct import MedCTError
+from medct.evaluation.operating_points import WANTED
 from medct.publishing.cards import is_hub_id
+from medct.publishing.loading import PHANTOM_BASE
 from medct.training.lora import Adaptation, Target
 from medct.training.objectives import Objective
 from medct.training.recipes import RECIPES, RecipeName, learning_rate_of
 
-PHANTOM_BASE = Path(__file__).parents[1] / "phantom_base"
 PHANTOM_BASE_SITE = f"{PHANTOMS}:A"
 """Where the phantom base comes from."""
 NO_SOURCE = "none"
@@ -41,7 +41,7 @@ class TrainingSettings:
     """Everything about a run that does not travel with the weights; saved as `train_config.json`."""
 
     model: str = setting(
-        str(PHANTOM_BASE), "Base model: Hub id or folder. Default: the phantom base of this repository."
+        str(PHANTOM_BASE), "Base model: Hub id or folder. `phantom`, the default: the phantom base of this package."
     )
     revision: str | None = setting(None, "Commit of the base on the Hub. Pin it: the repository's code is run.")
 
@@ -140,6 +140,11 @@ class TrainingSettings:
     max_eval_studies: int | None = setting(None, "Score this many held-out studies instead of all.")
     bootstrap_resamples: int = setting(1000, "Bootstrap resamples of the patients for the intervals.")
 
+    sensitivity: float | None = setting(
+        None, "Also choose, on the tuning patients, the operating point that reaches this sensitivity, such as 0.95."
+    )
+    specificity: float | None = setting(None, "The same for a wanted specificity.")
+
     output_dir: str | None = setting(None, "Folder to make. Default: runs/ and the time.")
     resume: bool = setting(
         False, "Resume from the newest checkpoint of --output_dir, or start if there is none; suits a requeued job."
@@ -209,6 +214,9 @@ def check(settings: TrainingSettings) -> None:
         )
     if not 0 <= settings.max_forgotten <= 1:
         raise TrainingError(f"--max_forgotten is {settings.max_forgotten:g}. Pass a difference of AUROC, 0 to 1.")
+    for name in WANTED:
+        if (value := getattr(settings, name)) is not None and not 0 < value <= 1:
+            raise TrainingError(f"--{name} is {value:g}. Pass a share above 0, up to 1.")
     if settings.replay == settings.data:
         raise TrainingError("--replay names the source of --data itself. Name another, or leave it out.")
     if settings.keep == settings.data:

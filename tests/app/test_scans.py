@@ -108,7 +108,7 @@ def test_a_refusal_names_the_file_alone(engine, tmp_path):
     with pytest.raises(ScanError) as refusal:
         engine.read(path)
     said = str(refusal.value)
-    assert said.startswith("wrong.nii.gz: it is no NIfTI file") and str(tmp_path) not in said
+    assert said.startswith("wrong.nii.gz: it is not a NIfTI") and str(tmp_path) not in said
 
 
 def test_an_unknown_failure_quotes_nothing(engine, tmp_path, monkeypatch):

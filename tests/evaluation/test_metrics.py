@@ -13,12 +13,13 @@ from scipy.special import expit
 from sklearn import metrics as sklearn_metrics
 
 from medct.evaluation import metrics as metrics
+from medct.evaluation.calibration import calibration_bins, expected_calibration_error
 from medct.evaluation.metrics import (
-    calibration_bins,
+    FEWEST,
     choose_thresholds,
     compare,
     ct_clip_protocol,
-    expected_calibration_error,
+    radfinder_protocol,
     with_intervals,
     zero_shot_scores,
 )
@@ -114,6 +115,29 @@ def test_protocol_equals_its_slow_definition(seed):
         known = ~np.isnan(labels[:, index])
         expected = slow_protocol(scores[known, index].tolist(), labels[known, index].astype(int).tolist())
         assert {metric: figures[f"{metric}/{name}"] for metric in expected} == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_radfinders_protocol_equals_scikit_learns(seed):
+    """Youden's threshold from the ROC curve of the scored scans, and what its authors report there."""
+    scores, labels, _ = study(seed=seed)
+    figures = radfinder_protocol(scores, labels, NAMES)
+    for index, name in enumerate(NAMES):
+        known = ~np.isnan(labels[:, index])
+        score, truth = scores[known, index], labels[known, index]
+        false_alarms, hits, thresholds = sklearn_metrics.roc_curve(truth, score, drop_intermediate=False)
+        best = np.argmax(np.round(hits - false_alarms, 12))
+        said = score >= thresholds[best]
+        expected = {
+            "threshold": thresholds[best],
+            "sensitivity": hits[best],
+            "specificity": 1 - false_alarms[best],
+            "balanced_accuracy": sklearn_metrics.balanced_accuracy_score(truth, said),
+            "precision": sklearn_metrics.precision_score(truth, said),
+            "weighted_f1": sklearn_metrics.f1_score(truth, said, average="weighted"),
+        }
+        assert {key: figures[f"{key}/{name}"] for key in expected} == pytest.approx(expected, abs=1e-12)
+    assert figures["weighted_f1"] == pytest.approx(np.mean([figures[f"weighted_f1/{name}"] for name in NAMES]))
 
 
 @settings(deadline=None, max_examples=60)
@@ -222,8 +246,12 @@ def test_resamples_equal_repeated_scans(monkeypatch):
     assert (weights[::2] == weights[1::2]).all()  # both scans of a patient
     for column in range(21):
         again = np.repeat(np.arange(24), weights[:, column])
-        protocol = ct_clip_protocol(scores[again], labels[again], NAMES)
-        expected = {f"ct_clip_protocol/{key}": value for key, value in protocol.items()}
+        protocols = {"ct_clip_protocol": ct_clip_protocol, "radfinder_protocol": radfinder_protocol}
+        expected = {
+            f"{prefix}/{key}": value
+            for prefix, protocol in protocols.items()
+            for key, value in protocol(scores[again], labels[again], NAMES).items()
+        }
         expected |= zero_shot_scores(scores[again], labels[again], NAMES, thresholds)
         for key, values in drawn.items():
             assert values[column] == pytest.approx(expected[key], abs=1e-12, nan_ok=True), key
@@ -301,15 +329,17 @@ def test_a_rare_label_is_left_out_of_resamples_that_lack_it():
     means = (drawn["auroc/nodule"] + drawn["auroc/mass"])[lacking] / 2
     np.testing.assert_allclose(drawn["auroc"][lacking], means, atol=1e-12)
     defined = drawn["auroc/effusion"][1:][~lacking[1:]]
-    bias = defined.mean() - all_three["auroc/effusion"]["value"]
-    assert all_three["auroc/effusion"]["low"] == pytest.approx(np.quantile(defined, 0.025) - bias, abs=1e-12)
-    assert all_three["auroc/effusion"]["high"] == pytest.approx(np.quantile(defined, 0.975) - bias, abs=1e-12)
+    rare = metrics.intervals_of(drawn)["auroc/effusion"]
+    bias = defined.mean() - rare["value"]
+    assert rare["low"] == pytest.approx(np.quantile(defined, 0.025) - bias, abs=1e-12)
+    assert rare["high"] == pytest.approx(np.quantile(defined, 0.975) - bias, abs=1e-12)
+    assert all_three["auroc/effusion"] == {"value": rare["value"], "low": None, "high": None}  # of a single patient
 
 
 def test_intervals_stay_in_range():
     """Few patients give wide intervals, which the shift could push out of range."""
-    labels = np.array([0, 0, 1, 0, 1, 1])[:, None]
-    scores = np.linspace(0, 1, 6)[:, None]  # AUROC 8/9
+    labels = np.array([0, 0, 1, 0, 1, 1] * 2)[:, None]
+    scores = np.tile(np.linspace(0, 1, 6), 2)[:, None]  # AUROC 8/9
     compared = compare(1 - scores, scores, labels, None, ["nodule"], resamples=200)
     ends = {
         model: [interval[end] for interval in compared[model].values() for end in ("low", "high")]
@@ -317,6 +347,45 @@ def test_intervals_stay_in_range():
     }
     assert min(ends["base"]) == 0 and max(ends["adapted"]) == 1
     assert min(ends["difference"]) >= -1 and max(ends["difference"]) <= 1
+
+
+def test_a_finding_of_few_patients_has_a_value_and_no_interval():
+    """Nine studies of five patients, whose scores happen to be in order: nothing tells how far to trust that."""
+    patients = ["a", "a", "b", "b", "c", "c", "d", "d", "e"]
+    labels = np.array([[1, 1, 0], [1, 0, 0], *[[0, 1, 0]] * 7], float)
+    scores = np.clip(labels * 0.8 + 0.1, 0, 1)
+    compared = compare(1 - scores, scores, labels, patients, NAMES, resamples=100)
+    assert compared["adapted"]["auroc"] == {"value": 1, "low": None, "high": None}
+    for version in ("base", "adapted", "difference"):
+        assert all(interval["low"] is None is interval["high"] for interval in compared[version].values())
+    assert compared["difference"]["auroc"]["value"] == 1
+    assert compared["too_few"] == NAMES[:2]  # the third never varies
+
+
+@pytest.mark.parametrize("few", ["with", "without"])
+@pytest.mark.parametrize("patients", [FEWEST - 1, FEWEST])
+def test_patients_count_not_scans(few, patients):
+    """Four scans each; those of one kind are rare, and the other label is common."""
+    generator = np.random.default_rng(0)
+    people = np.repeat(np.arange(60), 4)
+    rare = people < patients
+    labels = np.stack([rare if few == "with" else ~rare, generator.random(240) < 0.5], axis=1).astype(float)
+    scores = np.clip(labels / 5 + generator.random(labels.shape), 0, 1)
+    found = with_intervals(scores, labels, people, ["rare", "common"], resamples=50)
+    assert metrics.enough(labels, people).tolist() == [patients == FEWEST, True]
+    assert (found["scores"]["auroc/rare"]["low"] is None) == (patients < FEWEST)
+    assert found["scores"]["auroc/common"]["low"] < found["scores"]["auroc/common"]["value"]
+    assert found["scores"]["auroc"]["low"] is not None  # half of the labels have enough
+    assert found["too_few"] == (["rare"] if patients < FEWEST else [])
+
+
+def test_a_figure_that_no_resample_moves_from_the_end_of_its_range_has_no_interval():
+    scores, labels, patients = study()
+    labels = np.nan_to_num(labels)
+    found = compare(scores, labels, labels, patients, NAMES, resamples=50)
+    assert found["adapted"]["auroc"] == found["adapted"]["auroc/mass"] == {"value": 1, "low": None, "high": None}
+    assert found["base"]["auroc"]["low"] < found["base"]["auroc"]["value"]
+    assert found["difference"]["auroc"]["low"] is None
 
 
 def test_comparison_is_json_without_nan():

@@ -14,9 +14,10 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from medct.cli import main
+from medct.common.paths import find_paths
 from medct.publishing import push as hub_module
-from medct.publishing.cards import GENERATED, find_paths
-from medct.publishing.push import PushError, commit_of, push_adapter, push_model, push_shards
+from medct.publishing.cards import GENERATED
+from medct.publishing.push import PushError, commit_of, left_out, push_adapter, push_model, push_shards
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -237,6 +238,25 @@ def test_what_is_not_an_adapter_or_model_is_refused(base, adapter, tmp_path, ref
     assert "no safetensors" in refused("push", base, "org/a")
 
 
+def test_what_decided_the_figures_is_pushed_without_where_it_lay(hub, base, adapter, pushed_base):
+    """Settings name the base's repository, and neither paths nor the table of studies are pushed."""
+    models = {"adapted": {"model": str(base), "revision": None, "fingerprint": "f"}}
+    settings = {"model": str(base), "revision": None, "data": ["/my scans"], "adapter": "."}
+    decided = {"settings": settings, "models": models, "command": ["medct", "train"], "studies": {}, "versions": {}}
+    decided |= {"code": {"version": "1", "commit": None, "modified": None}, "seed": 0}
+    decided["machine"] = {"device": "d", "processes": 1, "threads": 1, "mixed_precision": "no"}
+    (adapter / "results.json").write_text(json.dumps(RESULTS | {"provenance": decided}), encoding="utf-8")
+    (adapter / "results.studies.csv").write_text("file_name,patient\nDOE.nii,DOE\n", encoding="utf-8")
+    assert "results.studies.csv" in left_out(adapter)
+    push_adapter(adapter, "org/site-b", base="org/base", base_revision=pushed_base)
+    files = hub.files("org/site-b")
+    found = json.loads(files["results.json"])["provenance"]
+    assert found["settings"] == {"model": "org/base", "revision": pushed_base, "data": ["my scans"], "adapter": "."}
+    assert found["models"]["adapted"] == {"model": "org/base", "revision": pushed_base, "fingerprint": "f"}
+    assert "results.studies.csv" not in files
+    assert not any(b"DOE" in content or str(base).encode() in content for content in files.values())
+
+
 def test_a_path_of_this_machine_is_refused(hub, base, refused):
     (base / "README.md").write_text("see /home/me/notes", encoding="utf-8")
     assert "names a path of this machine (/home/me/notes)" in refused("push", base, "org/a")
@@ -246,11 +266,12 @@ def test_a_private_push_does_not_become_public(hub, base, pushed_base, refused):
     assert "org/base is already public" in refused("push", base, "org/base", "--private")
 
 
-def test_a_user_without_write_access_is_told_so(hub, base, monkeypatch, refused):
+def test_a_user_without_write_access_is_told_so_at_once(hub, base, monkeypatch, waits, refused):
     for token, words in ((READER, "403"), ("hf_wrong", "401"), (None, "401")):
         hub.connect(monkeypatch, token)
         assert words in refused("push", base, "org/a")
     assert ("model", "org/a") not in hub.repos
+    assert waits == []  # a retry cannot help
 
 
 def test_a_bad_card_is_refused_in_the_hubs_words(hub, base, monkeypatch, refused):

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import math
 import os
 import random
 import re
@@ -26,10 +27,13 @@ from transformers import AutoModelForImageClassification
 
 from medct import CT_CLIP_LABELS, MedCTForImageClassification, MedCTModel, MedCTProcessor
 from medct import train as training
+from medct.cli import main
 from medct.common.errors import FAILED, STOPPED, StoppedError
 from medct.common.lock import LockedError, only_run
 from medct.data import DataError, StudyLoader, phantom_source
 from medct.data.phantoms import make_phantom
+from medct.evaluation.metrics import zero_shot_scores
+from medct.evaluation.predictions import Key, read_predictions
 from medct.evaluation.scoring import ScoredStudies, score_studies, tokenize_prompts
 from medct.publishing.push import push_model
 from medct.train import Trainer, number_of_steps, run
@@ -45,6 +49,7 @@ FILES = {
     "history.jsonl",
     "medct_adapter.json",
     "results.json",
+    "results.studies.csv",
     "roc.png",
     "train_config.json",
 }
@@ -129,6 +134,31 @@ def test_a_run_leaves_an_adapter_that_loads_with_equal_logits(
     assert json.loads((folder / "train_config.json").read_text(encoding="utf-8"))["objective"] == objective
     assert "SYNTHETIC" in (folder / "README.md").read_text(encoding="utf-8")
     assert json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["task_type"] == "FEATURE_EXTRACTION"
+
+
+def test_what_was_reported_is_repeated_to_the_digit(settings, tmp_path, capsys):
+    """From `results.json` alone, another command scores the same studies with both models again."""
+    run(dataclasses.replace(settings, sensitivity=0.8, keep="phantoms:A", seed=3))
+    folder = tmp_path / "run"
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    points = results["comparison"]["operating_points"]
+    assert list(points) == ["base", "adapted"] and list(points["adapted"]) == ["youden", "sensitivity 0.8"]
+    described = json.loads((folder / "medct_adapter.json").read_text(encoding="utf-8"))
+    assert described["operating_points"] == {"sensitivity 0.8": points["adapted"]["sensitivity 0.8"]["thresholds"]}
+    assert described["thresholds"] == points["adapted"]["youden"]["thresholds"]
+    capsys.readouterr()
+    assert main(["evaluate", "--repeat", str(folder / "results.json"), "--cpu", "--num_workers", "0"]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"repeated: \d{3,} figures are the same to the last digit, 0 are not\n", said), said
+    # The scores of every study are there, too, and give the same figures.
+    predictions = read_predictions(folder / "results.studies.csv")
+    splits = {(key.model, key.split, len(each.ids)) for key, each in predictions.scored.items()}
+    assert splits == {(model, *split) for model in ("base", "adapted") for split in (("tune", 12), ("valid", 20))}
+    held_out = predictions.scored[Key("adapted", "phantoms", "valid")]
+    found = zero_shot_scores(held_out.scores, held_out.labels, CT_CLIP_LABELS)
+    assert found["auroc"] == results["comparison"]["adapted"]["auroc"]["value"]
+    rows = (folder / "results.studies.csv").read_text(encoding="utf-8").splitlines()
+    assert sum(line.startswith(",phantoms,train,phantom_b_") for line in rows) == 24
 
 
 @pytest.mark.parametrize("variant", sorted(VARIANTS.keys() - {"lora"}))
@@ -317,18 +347,62 @@ def flags(settings: TrainingSettings, **changes) -> list[str]:
     return [part for name, value in values.items() if value is not None for part in (f"--{name}", str(value))]
 
 
-def test_sigterm_saves_and_has_an_exit_code_of_its_own(settings, monkeypatch, tmp_path, capsys):
+@pytest.fixture
+def ctrl_c():
+    """As in a terminal: a process that was started in the background ignores it from the beginning."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield lambda: os.kill(os.getpid(), signal.SIGINT)
+    assert signal.signal(signal.SIGINT, before) == signal.default_int_handler
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_saves_and_has_an_exit_code_of_its_own(settings, name, ctrl_c, monkeypatch, tmp_path, capsys):
     run(settings)
-    arguments = flags(settings, output_dir=tmp_path / "stopped")
-    at_the_end_of_step(monkeypatch, 3, terminate)
+    arguments = flags(settings, output_dir=tmp_path / "stopped here")
+    at_the_end_of_step(monkeypatch, 3, terminate if name == "SIGTERM" else ctrl_c)
     with pytest.raises(SystemExit) as stop:
         training.main(arguments)
     assert stop.value.code == STOPPED
-    assert "after step 3 of 6" in capsys.readouterr().err
-    assert [path.name for path in (tmp_path / "stopped.unfinished/checkpoints").iterdir()] == ["step-00000003"]
+    *_, line = capsys.readouterr().err.splitlines()
+    assert line.endswith(f"stopped by {name} after step 3 of 6. The same command with --output_dir "
+                         f"'{tmp_path}/stopped here' --resume continues it.")  # fmt: skip
+    assert [path.name for path in (tmp_path / "stopped here.unfinished/checkpoints").iterdir()] == ["step-00000003"]
+    training.main([*arguments, "--resume", "True"])
+    assert adapter_bytes(tmp_path / "stopped here") == adapter_bytes(tmp_path / "run")
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_second_ctrl_c_is_not_put_off(settings, ctrl_c, monkeypatch, tmp_path, capsys):
+    run(settings)
+    arguments = flags(settings, output_dir=tmp_path / "stopped", checkpoint_steps=2)
+    at_the_end_of_step(monkeypatch, 3, lambda: (ctrl_c(), ctrl_c(), pytest.fail("goes on")))
+    with pytest.raises(SystemExit, match=str(STOPPED)):
+        training.main(arguments)
+    assert "stopped by SIGINT. The same command with" in capsys.readouterr().err.splitlines()[-1]
     training.main([*arguments, "--resume", "True"])
     assert adapter_bytes(tmp_path / "stopped") == adapter_bytes(tmp_path / "run")
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+@pytest.mark.parametrize("when", ["score_base", "_choose_strength"])
+def test_ctrl_c_before_and_after_the_steps_is_told_in_a_line(settings, when, ctrl_c, monkeypatch, tmp_path, capsys):
+    arguments = flags(settings, output_dir=tmp_path / "stopped")
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, when, lambda *_: ctrl_c())
+        with pytest.raises(SystemExit, match=str(STOPPED)):
+            training.main(arguments)
+    assert "stopped by SIGINT. The same command with" in capsys.readouterr().err.splitlines()[-1]
+    training.main([*arguments, "--resume", "True"])
+    assert (tmp_path / "stopped/adapter_model.safetensors").is_file()
+
+
+def test_a_run_in_the_background_ignores_the_ctrl_c_of_others(settings, monkeypatch, tmp_path):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        at_the_end_of_step(monkeypatch, 3, lambda: os.kill(os.getpid(), signal.SIGINT))
+        run(settings)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert len(losses(tmp_path / "run")) == 6
 
 
 def test_an_output_that_another_run_writes_is_refused(settings, monkeypatch, tmp_path):
@@ -443,6 +517,35 @@ def test_number_of_steps(settings):
         number_of_steps(source, dataclasses.replace(settings, batch_size=64), processes=1)
 
 
+def test_the_optimizer_is_set_as_the_settings_say(settings, monkeypatch, tmp_path):
+    """A warm-up of a tenth of the steps, then a cosine; `max_steps` goes before the epochs."""
+    used = {}
+
+    class Optimizer(torch.optim.AdamW):
+        def __init__(self, parameters, **options):
+            used.update(options)
+            super().__init__(parameters, **options)
+
+    clip = torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(torch.optim, "AdamW", Optimizer)
+    monkeypatch.setattr(
+        torch.nn.utils, "clip_grad_norm_", lambda weights, norm: used.update(norm=norm) or clip(weights, norm)
+    )
+    run(dataclasses.replace(settings, weight_decay=0.25, max_grad_norm=0.5, batch_size=1, max_steps=20))
+    assert used == {"lr": 3e-3, "weight_decay": 0.25, "norm": 0.5}
+    lines = (tmp_path / "run/history.jsonl").read_text(encoding="utf-8").splitlines()
+    rates = [json.loads(line)["learning_rate"] for line in lines]
+    cosine = [(1 + math.cos(math.pi * (step - 2) / 18)) / 2 for step in range(2, 20)]
+    assert rates == pytest.approx([3e-3 * share for share in (0, 0.5, *cosine)])
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(settings, monkeypatch, tmp_path):
+    monkeypatch.setattr("medct.train.StepLoss.backward", lambda *_: torch.tensor(math.nan))
+    with pytest.raises(TrainingError, match="loss became nan in step 1"):
+        run(settings)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     "changes, said",
     [
@@ -473,7 +576,7 @@ def test_held_out_studies_that_cannot_be_scored_are_refused_before_training(sett
 
 def test_processes_that_do_not_meet_are_refused(settings, monkeypatch):
     accelerator = Accelerator(cpu=True)
-    monkeypatch.setattr(training, "Accelerator", lambda **_: accelerator)
+    monkeypatch.setattr("medct.training.launch.Accelerator", lambda **_: accelerator)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(TrainingError, match="each is alone"):
         run(settings)
@@ -492,7 +595,7 @@ def test_every_flag_is_explained(capsys):
 def test_bad_input_ends_in_one_line(converted, tmp_path, capsys):
     for arguments, said in (
         (["--model", str(converted), "--data", "nowhere"], "nowhere"),
-        (["--model", "nowhere"], "nowhere: no model ("),
+        (["--model", "nowhere"], "nowhere: cannot load a model ("),
     ):
         with pytest.raises(SystemExit) as stop:
             training.main([*arguments, "--output_dir", str(tmp_path / "run"), "--cpu", "True"])

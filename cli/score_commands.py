@@ -1,0 +1,351 @@
+"""What `medct evaluate` does. It takes the parsed arguments and returns the exit status."""
+
+import argparse
+import contextlib
+import functools
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from medct.adapters_medct import adapter_fingerprint, fingerprint
+from medct.cli.commands import CommandError, ends, load_pipeline, model_of, start_processes
+from medct.common.errors import OK, SOME_FAILED
+from medct.common.lock import only_run
+from medct.data import PhantomCohort, Source, open_source
+from medct.data.loader import StudyLoader
+from medct.evaluation.calibration import fit_calibration
+from medct.evaluation.figures import Scores, source_figures
+from medct.evaluation.operating_points import YOUDEN, Points, choose_points, wanted_points
+from medct.evaluation.predictions import (
+    Key,
+    Predictions,
+    short_names,
+)
+from medct.evaluation.provenance import changed_figures, list_checksum, provenance, reasons
+from medct.evaluation.record import read_results, write_record
+from medct.evaluation.report import evaluation_report
+from medct.evaluation.scoring import ScoredStudies, Texts, about_model, prompts_for, score_versions
+from medct.pipeline_medct import CTPipeline
+
+BASE = "base"
+BESIDE = "."
+"""As an adapter in recorded settings: the one in the folder of the results."""
+DEFAULTS: dict[str, Any] = {
+    "split": "valid",
+    "reconstructions": "one",
+    "bootstrap_resamples": 1000,
+    "seed": 0,
+    "batch_size": 1,
+    "dtype": "auto",
+}
+# Flags that decide about no figure.
+_NOT_RECORDED = {"command", "run", "explain", "output", "repeat", "num_workers", "cpu"}
+# Settings that no flag has, of a training run: sizes of a cohort of phantoms, what its models are called, and the
+# operating points of each.
+_ONLY_RECORDED = ("phantoms", "names", "points")
+_MOST_SHOWN = 10
+
+
+@dataclass(frozen=True)
+class Version:
+    """A version of the model that is scored.
+
+    Args:
+        become: Turns the model into it.
+        prompts: What it is asked.
+        about: Where it came from.
+        points: Operating points that it brings along.
+        calibration: Likewise, slope and intercept by label.
+    """
+
+    become: Callable[[], None]
+    prompts: list[Texts]
+    about: dict[str, Any]
+    points: Points = field(default_factory=dict)
+    calibration: dict[str, list[float]] = field(default_factory=dict)
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    recorded = None if args.repeat is None else read_results(args.repeat)
+    settle(args, recorded)
+    with only_json(args.output):
+        return _evaluate(args, recorded)
+
+
+@contextlib.contextmanager
+def only_json(output: Path | None) -> Iterator[None]:
+    """Refuse, before any work, an output that is no JSON file, cannot be written, or is written by another run.
+
+    Args:
+        output: Where figures go; nowhere by default.
+    """
+    if output is not None and output.suffix != ".json":
+        raise CommandError(f"{output}: figures are written as JSON, and scores into a csv file beside. Name it .json.")
+    with contextlib.nullcontext() if output is None else only_run(output):
+        yield
+
+
+def settle(args: argparse.Namespace, recorded: Mapping[str, Any] | None) -> None:
+    """Fill in what no flag says: as in the run that is repeated, else by default.
+
+    Args:
+        args: Parsed; changed.
+        recorded: Results of the run that is repeated.
+
+    Raises:
+        CommandError: If there is nothing to score, or flags contradict each other.
+    """
+    known = {} if recorded is None else (recorded.get("provenance") or {}).get("settings")
+    if known is None:
+        raise CommandError(f"{args.repeat} does not say how it was made, so it cannot be repeated. Run it anew.")
+    for name in {*known, *vars(args), *_ONLY_RECORDED}:
+        if getattr(args, name, None) is None:
+            value = known.get(name)
+            setattr(args, name, DEFAULTS.get(name) if value is None else value)
+    if not args.data:
+        raise CommandError("Which studies? Pass --data ADDRESS, or --repeat FILE.")
+    for name in ("adapter", "against"):
+        if getattr(args, name) == BESIDE and args.repeat is not None:
+            setattr(args, name, str(args.repeat.parent))
+    if args.data_revision is not None and len(args.data) > 1:
+        raise CommandError("--data_revision is that of one source. Write hf://datasets/ORG/NAME@COMMIT for several.")
+    if args.against == BASE and args.adapter is None:
+        raise CommandError("--against base compares an adapter with its base. Pass --adapter.")
+    if (args.sensitivity or args.specificity) and args.tune_on is None:
+        raise CommandError("A wanted sensitivity or specificity needs tuning patients to choose it on. Pass --tune_on.")
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What decides about figures, ready for JSON; for those of an evaluation, what `--repeat` starts from."""
+    settings = {name: value for name, value in vars(args).items() if name not in _NOT_RECORDED}
+    return json.loads(json.dumps(settings, default=str))
+
+
+def _evaluate(args: argparse.Namespace, recorded: Mapping[str, Any] | None) -> int:
+    args.model = model_of(args)  # whatever named it
+    pipe = load_pipeline(args, start_processes(args).device)
+    accelerator = Accelerator(cpu=args.cpu)
+    names = pipe.model.config.label_names
+    versions = versions_of(args, pipe)
+    score = functools.partial(_score, args, pipe, versions, accelerator)
+    tuned = None if args.tune_on is None else score(_open(args, pipe, args.tune_on, "tune"))[0]
+    scored, sources, lists, failed = {}, [], {}, 0
+    if tuned is not None:
+        lists[f"{short_names([args.tune_on])[0]}, tune"] = list_checksum(next(iter(tuned.values())))
+    for name, address in zip(short_names(args.data), args.data, strict=True):
+        source = _open(args, pipe, address, args.split)
+        scored[name], unreadable = score(source)
+        failed += unreadable
+        sources.append(_about(name, source, args.split, unreadable))
+    if not accelerator.is_main_process:
+        return OK
+    brought = {name: _brought(args, name, version, tuned and tuned[name], names) for name, version in versions.items()}
+    options = {"resamples": args.bootstrap_resamples, "seed": args.seed}
+    for about in sources:
+        by_model = scored[about["source"]]
+        models = {name: Scores(each, *brought[name]) for name, each in by_model.items()}
+        about |= figures_of(models, names, about["description"], **options)
+        about["studies"] = lists[f"{about['source']}, {args.split}"] = list_checksum(next(iter(by_model.values())))
+    results = {
+        "measured_on": "; ".join(about["description"] for about in sources),
+        "synthetic": any(about["synthetic"] for about in sources),
+        "label_names": list(names),
+        "sources": sources,
+        "table": evaluation_report(sources, names),
+        "remarks": [remark for about in sources for remark in _remarks(about)],
+        "provenance": provenance(
+            settings_of(args),
+            {name: version.about for name, version in versions.items()},
+            lists,
+            accelerator.device,
+            seed=args.seed,
+            processes=accelerator.num_processes,
+            precision=accelerator.mixed_precision,
+        ),
+    }
+    _show(results)
+    keys = {Key(model, name, args.split): each for name, by_model in scored.items() for model, each in by_model.items()}
+    if args.output is not None:
+        write_record(args.output, results, Predictions(list(names), keys))
+    status = ends(failed, sum(about["num_studies"] for about in sources), None)
+    return max(status, OK if recorded is None else _tell_changes(recorded, results))
+
+
+def versions_of(args: argparse.Namespace, pipe: CTPipeline) -> dict[str, Version]:
+    """What is scored, by name: the model with its adapter and, first, what it is compared with.
+
+    Args:
+        args: Parsed and settled.
+        pipe: Holds the model, with the adapter.
+    """
+    base = {"model": args.model, "revision": args.revision, "fingerprint": fingerprint(pipe.model)}
+    base |= about_model(pipe.model)
+    if args.against not in (None, BASE):
+        pipe.model.load_adapter(
+            args.against, adapter_name="against", adapter_kwargs={"revision": args.against_revision}
+        )
+    adapters = {"against": (args.against, args.against_revision), "default": (args.adapter, args.adapter_revision)}
+    asked = [key for key, (adapter, _) in adapters.items() if adapter is not None]
+    if args.adapter is None:
+        asked = [*asked, BASE]
+    titles = args.names or short_names([adapters.get(key, (base["model"],))[0] for key in asked])
+    found = {}
+    for title, key in zip(titles, asked, strict=True):
+        adapter, revision = adapters.get(key, (BASE, None))
+        if adapter == BASE:
+            asks = prompts_for(pipe.model, pipe.processor)
+            found[title] = Version(functools.partial(_without_adapter, pipe), asks, base)
+            continue
+        described = pipe.model.adapter_description(key)
+        points = {YOUDEN: described.get("thresholds") or {}, **(described.get("operating_points") or {})}
+        about = base | about_model(pipe.model, described.get("wording"))
+        about |= {"adapter": adapter, "adapter_revision": revision}
+        about["adapter_fingerprint"] = adapter_fingerprint(adapter, revision=revision)
+        found[title] = Version(
+            functools.partial(_with_adapter, pipe, key),
+            prompts_for(pipe.model, pipe.processor, described.get("wording")),
+            about,
+            {name: each for name, each in points.items() if each},
+            described.get("calibration") or {},
+        )
+    return found
+
+
+def _with_adapter(pipe: CTPipeline, key: str) -> None:
+    pipe.model.enable_adapters()
+    pipe.model.set_adapter(key)
+
+
+def _without_adapter(pipe: CTPipeline) -> None:
+    if getattr(pipe.model, "_hf_peft_config_loaded", False):
+        pipe.model.disable_adapters()
+
+
+def _open(args: argparse.Namespace, pipe: CTPipeline, address: str, split: str) -> Source:
+    options = {} if args.phantoms is None else {"phantoms": PhantomCohort(**args.phantoms)}
+    return open_source(
+        address,
+        split,
+        pipe.model.config,
+        reconstructions=args.reconstructions,
+        limit=args.limit,
+        revision=args.data_revision if address in args.data else None,
+        **options,
+    )
+
+
+def _score(
+    args: argparse.Namespace,
+    pipe: CTPipeline,
+    versions: Mapping[str, Version],
+    accelerator: Accelerator,
+    source: Source,
+) -> tuple[dict[str, ScoredStudies], int]:
+    """What each version says of a source's studies, and how many of them could not be read."""
+    loader = loader_of(args, pipe, accelerator, source)
+    become = [version.become for version in versions.values()]
+    prompts = [version.prompts for version in versions.values()]
+    scored = score_versions(pipe.model, become, loader, prompts, accelerator, source.description)
+    return dict(zip(versions, scored, strict=True)), sum(gather_object([loader.num_bad]))
+
+
+def loader_of(args: argparse.Namespace, pipe: CTPipeline, accelerator: Accelerator, source: Source) -> StudyLoader:
+    """This process's loader of a source.
+
+    Args:
+        args: Parsed, with `batch_size` and `num_workers`.
+        pipe: Holds model and processor.
+        accelerator: Its processes share the work.
+        source: What to load.
+    """
+    return StudyLoader(
+        source,
+        pipe.processor,
+        pipe.model.config.label_names,
+        batch_size=args.batch_size,
+        with_text=False,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        num_workers=args.num_workers,
+        device=accelerator.device,
+    )
+
+
+def _about(name: str, source: Source, split: str, unreadable: int) -> dict[str, Any]:
+    """What is known of a source besides its figures."""
+    return {
+        "source": name,
+        "description": source.description,
+        "split": split,
+        "synthetic": source.is_synthetic,
+        "num_studies": source.num_studies,
+        "skipped": len(source.skipped),
+        "unreadable": unreadable,
+        "left_out": dict(source.elsewhere),
+    }
+
+
+def _brought(
+    args: argparse.Namespace, name: str, version: Version, tuned: ScoredStudies | None, names: Sequence[str]
+) -> tuple[Points, dict[str, list[float]]]:
+    """Operating points and calibration of a version: from tuning patients where they are asked for, else its own."""
+    if tuned is None:
+        return (args.points or {}).get(name, version.points), version.calibration
+    wanted = wanted_points(args.sensitivity, args.specificity)
+    points = choose_points(tuned.scores, tuned.labels, names, wanted, tuned.patients)
+    return points, fit_calibration(tuned.scores, tuned.labels, names, tuned.patients)
+
+
+def figures_of(models: Mapping[str, Scores], names: Sequence[str], what: str, **options: int) -> dict[str, Any]:
+    """`source_figures`.
+
+    Args:
+        models, names: See there.
+        what: Name of the source in messages.
+        options: `resamples` and `seed`.
+
+    Raises:
+        CommandError: If there is nothing to score.
+    """
+    try:
+        return source_figures(models, names, **options)
+    except ValueError as error:
+        raise CommandError(f"{what}: {error}") from error
+
+
+def _remarks(about: Mapping[str, Any]) -> Iterator[str]:
+    if about["left_out"]:
+        others = ", ".join(f"{count:,} of {split}" for split, count in about["left_out"].items())
+        yield (
+            f"{about['source']}: only the {about['num_studies']:,} studies of the split {about['split']} were scored; "
+            f"left out: {others}. For a test set that the model has never seen, pass --split all."
+        )
+    if about["synthetic"]:
+        yield f"{about['source']}: SYNTHETIC drawings: no patients, and no clinical meaning."
+
+
+def _show(results: Mapping[str, Any]) -> None:
+    print(f"{results['measured_on']}\n\n{results['table']}")
+    for remark in results["remarks"]:
+        print(f"NOTE: {remark}")
+
+
+def _tell_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> int:
+    """Say which digits differ from the run that was repeated, and what else does; returns the exit status."""
+    same, changed = changed_figures(before, now)
+    print(f"\nrepeated: {same} figures are the same to the last digit, {len(changed)} are not")
+    for each in sorted(changed, key=lambda each: each["digits"])[:_MOST_SHOWN]:
+        print(f"  {each['figure']}: {each['before']}, now {each['now']} ({each['digits']} digits agree)")
+    if len(changed) > _MOST_SHOWN:
+        print(f"  and {len(changed) - _MOST_SHOWN} more, of which more digits agree")
+    differing = reasons(before["provenance"], now["provenance"])
+    for reason in differing:
+        print(f"  differs: {reason}")
+    if changed and not differing:
+        print("  nothing that is recorded differs, so the computation itself is not repeatable here")
+    return SOME_FAILED if changed else OK
