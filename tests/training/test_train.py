@@ -576,7 +576,7 @@ def test_held_out_studies_that_cannot_be_scored_are_refused_before_training(sett
 
 def test_processes_that_do_not_meet_are_refused(settings, monkeypatch):
     accelerator = Accelerator(cpu=True)
-    monkeypatch.setattr(training, "Accelerator", lambda **_: accelerator)
+    monkeypatch.setattr("medct.training.launch.Accelerator", lambda **_: accelerator)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(TrainingError, match="each is alone"):
         run(settings)
