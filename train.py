@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from accelerate.utils import set_seed
 from peft import PeftModel
-from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
 from medct.adapters_medct import CONFIG_FILE, adapter_fingerprint, describe_adapter, fingerprint
@@ -33,6 +32,7 @@ from medct.common.files import refuse_taken
 from medct.common.host import device_name, keep_freed_memory, peak_memory_bytes, quiet_libraries
 from medct.common.lock import only_run
 from medct.common.paths import local_paths, without_paths
+from medct.common.progress import be_quiet, tqdm
 from medct.data import StudyLoader, to_device
 from medct.evaluation.calibration import apply_calibration
 from medct.evaluation.metrics import zero_shot_scores
@@ -545,6 +545,7 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> None:
     settings = parse_settings(TrainingSettings, __doc__, arguments, prog)
     keep_freed_memory()
     quiet_libraries()
+    be_quiet(settings.quiet)
     with one_line_errors():
         run(settings)
 

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from peft import PeftConfig
-from tqdm import tqdm
 
 from medct.byte_sources_medct import is_address
 from medct.checks_medct import preprocessing
@@ -24,6 +23,7 @@ from medct.cli.wording import in_flags
 from medct.common.errors import OK, SOME_FAILED, first_line
 from medct.common.files import whole_folder
 from medct.common.lock import only_run
+from medct.common.progress import tqdm
 from medct.configuration_medct import MedCTConfig
 from medct.data.loader import report_id
 from medct.errors_medct import MedCTError

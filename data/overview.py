@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure, SubFigure
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from medct.common.files import whole_file
+from medct.common.progress import tqdm
 from medct.configuration_medct import MedCTConfig
 from medct.data.loader import LoadStudy, to_device
 from medct.data.sources import DataError, Row, Skipped, Source

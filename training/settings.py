@@ -164,6 +164,7 @@ class TrainingSettings:
     hub_base: str | None = setting(None, "The base's repository on the Hub, if --model is a folder.")
     hub_base_revision: str | None = setting(None, "The base's commit there.")
 
+    quiet: bool = setting(False, "Show no progress, only results and errors.")
     seed: int = setting(0, "Seed for the initialisation, the order of studies and the phantoms; makes runs repeatable.")
     cpu: bool = setting(False, "Stay on the CPU even if there is a GPU.")
 
@@ -180,7 +181,7 @@ class TrainingSettings:
 
     def fixed(self) -> dict[str, Any]:
         """The settings that a resumed run must share with the one that it resumes."""
-        free = {"output_dir", "resume", "checkpoint_steps", "keep_checkpoints", "report_to", "num_workers"}
+        free = {"output_dir", "resume", "checkpoint_steps", "keep_checkpoints", "report_to", "num_workers", "quiet"}
         free |= {name for name in dataclasses.asdict(self) if name.startswith(("hub_", "push_"))}
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in free}
 
