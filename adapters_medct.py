@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -255,6 +255,16 @@ def describe_adapter(
     }
     Path(folder, DESCRIPTION_FILE).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
     return description
+
+
+def reworded(labels: Sequence[str], wording: Mapping[str, Any]) -> tuple[list[str], list[Any]]:
+    """Names and templates by which an adapter asks for labels, for `MedCTConfig.label_prompts`.
+
+    Args:
+        labels: Names of the labels; those that have no other name keep theirs.
+        wording: `wording` of the adapter's description: `names` by label, and `prompt_templates`.
+    """
+    return [wording["names"].get(label, label) for label in labels], wording["prompt_templates"]
 
 
 def calibrated(scores: Any, slope: Any, intercept: Any) -> np.ndarray:

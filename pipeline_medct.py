@@ -8,18 +8,27 @@ set of labels, however many scans follow. "ct-classification" is the same for a 
 and asks nothing in words.
 """
 
-from collections.abc import Sequence
+import contextlib
+import os
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
 from transformers import Pipeline, PreTrainedModel
+from transformers.pipelines.pt_utils import PipelineIterator
 
-from .adapters_medct import calibrated
+from .adapters_medct import calibrated, reworded
 from .checks_medct import check_processor
 from .errors_medct import MedCTError
+from .image_processing_medct import MedCTImageProcessor
 from .modeling_medct import zero_shot_probabilities
 from .processing_medct import MedCTProcessor
+from .resampling_medct import ScanPart
 from .snapshots_medct import Snapshot, state_of
+from .volume_io_medct import VolumeError, read_volume
+from .workers_medct import Lost, PicklesAnywhere, Place, load_ahead, overlapped
 
 _ON_ERROR = ("raise", "return")
 _READING = ("spacing_mm", "affine", "rescale_slope", "rescale_intercept", "series", "resample_irregular")
@@ -124,14 +133,15 @@ class CTPipeline(Pipeline):
             reading: Likewise.
 
         Returns:
-            `pixel_values`, `(1, 1, z, y, x)`, and where errors are returned `error`, "" if there is none.
+            `pixel_values`, `(1, 1, z, y, x)`, on the model's device, and where errors are returned `error`, "" if there
+            is none.
         """
         try:
-            batch = self.processor.image_processor([volume], return_tensors="pt", **reading)
+            batch = self.processor.image_processor([volume], return_tensors="pt", device=self.device, **reading)
         except Exception as error:
             if on_error == "raise":
                 raise
-            empty = torch.zeros(1, 1, *self.processor.image_processor.image_size)
+            empty = torch.zeros(1, 1, *self.processor.image_processor.image_size, device=self.device)
             return {"pixel_values": empty, "error": _sentence(error)}
         found = {"pixel_values": batch["pixel_values"]}
         return found if on_error == "raise" else found | {"error": ""}
@@ -144,6 +154,28 @@ class CTPipeline(Pipeline):
         is_empty = bool(errors) and all(errors)
         logits = torch.zeros(len(errors), 1) if is_empty else self._logits(inputs["pixel_values"], **prompts)
         return {"logits": logits} if error is None else {"logits": logits, "error": error}
+
+    def get_iterator(self, inputs, num_workers, batch_size, preprocess_params, forward_params, postprocess_params):
+        """Results one by one; with `num_workers`, other processes read ahead.
+
+        Args:
+            inputs: Scans, see `__call__`.
+            num_workers: Processes; the library's own would be one at most, and read float volumes through a pipe.
+            batch_size: Scans that go through the model together.
+            preprocess_params, forward_params, postprocess_params: From `_sanitize_parameters`.
+        """
+        if not num_workers:
+            steps = (preprocess_params, forward_params, postprocess_params)
+            return super().get_iterator(inputs, 0, batch_size, *steps)
+        if hasattr(inputs, "__len__"):  # a dataset need not say where it ends
+            inputs = map(inputs.__getitem__, range(len(inputs)))
+        reading = dict(preprocess_params)
+        gives_errors = reading.pop("on_error", "raise") == "return"
+        load = _LoadScan(self.processor.image_processor, self.device, reading, gives_errors)
+        loaded = load_ahead(inputs, load, num_workers, batch_size, pinned=self.device.type == "cuda")
+        batches = overlapped(_batches(loaded, load, batch_size), self.device, _tensors_of)
+        outputs = PipelineIterator(batches, self.forward, forward_params, loader_batch_size=batch_size)
+        return PipelineIterator(outputs, self.postprocess, postprocess_params)
 
     def _results(
         self,
@@ -244,11 +276,16 @@ class ZeroShotCTClassificationPipeline(CTPipeline):
 
         Args:
             candidate_labels: The model's own by default.
-            prompt_templates: Likewise.
+            prompt_templates: Likewise; those that the adapter in use has chosen, and its names of the labels, if it has
+                (`medct prompts --store`).
 
         Returns:
             For each template `(2 * labels, projection_dim)`, float32, of length 1.
         """
+        wording = self._description().get("wording") if prompt_templates is None else None
+        if wording:
+            labels = self.model.config.label_names if candidate_labels is None else candidate_labels
+            candidate_labels, prompt_templates = reworded(labels, wording)
         sentences = self.model.config.label_prompts(candidate_labels, prompt_templates)
         state = state_of((self.model.text_model, self.model.text_projection))
         kept = self._kept
@@ -304,6 +341,63 @@ class CTClassificationPipeline(CTPipeline):
         # Each label's logit is that of its presence against its absence.
         margins = outputs["logits"][0][[names.index(label) for label in labels]]
         return self._results(labels, margins.sigmoid(), margins, self._description(), **shown)
+
+
+@dataclass(frozen=True)
+class _LoadScan(PicklesAnywhere):
+    """Reads scans in other processes."""
+
+    image_processor: MedCTImageProcessor
+    device: torch.device
+    reading: dict[str, Any]
+    gives_errors: bool
+
+    def __call__(self, source: Any, place: Place) -> "ScanPart | torch.Tensor | _Failed":
+        try:
+            return self._load(source, place)
+        except Exception as error:
+            if not self.gives_errors:
+                raise
+            return _Failed(_sentence(error))
+
+    def _load(self, source: Any, place: Place) -> ScanPart | torch.Tensor:
+        place.begin(str(source) if isinstance(source, str | os.PathLike) else "")
+        options = {"orientation": self.image_processor.orientation, **self.reading}
+        return self.image_processor.load(read_volume(source, **options), place, self.device)
+
+
+@dataclass(frozen=True)
+class _Failed:
+    """A scan that cannot be read, and why, in a sentence."""
+
+    reason: str
+
+
+def _tensors_of(batch: dict[str, Any]) -> list[torch.Tensor]:
+    return [batch["pixel_values"]]
+
+
+def _batches(loaded: Generator[Any, None, None], load: _LoadScan, size: int) -> Generator[dict[str, Any], None, None]:
+    shape = (1, *load.image_processor.image_size)
+    with contextlib.closing(loaded):
+        while parts := list(islice(loaded, size)):
+            pixel_values = torch.empty(len(parts), *shape, device=load.device)
+            errors = []
+            for part, out in zip(parts, pixel_values, strict=True):
+                if isinstance(part, Lost):
+                    lost = VolumeError(part.name or "a scan", part.reason, "Try it alone")
+                    if not load.gives_errors:
+                        raise lost
+                    part = _Failed(str(lost))
+                errors.append(part.reason if isinstance(part, _Failed) else "")
+                if isinstance(part, _Failed):
+                    out.zero_()
+                else:
+                    load.image_processor.finish(part, out[0])
+            del part, parts  # their memory can be used again
+            batch = {"pixel_values": pixel_values}
+            # Of one scan a text and of several a list, as the library's own batches have it.
+            yield batch | {"error": errors[0] if size == 1 else errors} if load.gives_errors else batch
 
 
 def _processor_of(model: PreTrainedModel) -> MedCTProcessor:

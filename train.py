@@ -33,11 +33,11 @@ from medct.common.host import device_name, keep_freed_memory, peak_memory_bytes,
 from medct.common.lock import only_run
 from medct.common.paths import local_paths, without_paths
 from medct.common.progress import be_quiet, tqdm
-from medct.data import StudyLoader, to_device
+from medct.data import StudyLoader
 from medct.evaluation.calibration import apply_calibration
 from medct.evaluation.metrics import zero_shot_scores
 from medct.evaluation.operating_points import wanted_points
-from medct.evaluation.plots import calibration_plot, roc_plot, save_plot
+from medct.evaluation.plots import calibration_plot, change_plot, roc_plot, save_plot
 from medct.evaluation.predictions import short_names
 from medct.evaluation.provenance import list_checksum, provenance
 from medct.evaluation.record import RESULTS, write_record
@@ -206,6 +206,7 @@ class Trainer:
             on_bad_sample=self.settings.on_bad_sample,
             max_bad_share=self.settings.max_bad_share,
             bad_samples_file=self.folder.bad_samples,
+            device=self.accelerator.device,
             **options,
         )
 
@@ -335,9 +336,7 @@ class Trainer:
         model.train()
         if constant_prompts:
             core(model).text_model.eval()  # what is not trained has no dropout
-        micro_batches = [
-            to_device(next(batches), accelerator.device, self.config) for _ in range(settings.accumulation_steps)
-        ]
+        micro_batches = [next(batches) for _ in range(settings.accumulation_steps)]
         loss_of = StepLoss(settings.objective, settings.report_weight, accelerator.autocast)
         loss = loss_of.backward(core(model), micro_batches, prompts, constant_prompts).item()
         if not math.isfinite(loss):
@@ -490,6 +489,10 @@ class Trainer:
                 models["calibrated"] = apply_calibration(scores, results["calibration"], self.config.label_names)
                 what = "score, or calibrated probability"
             save_plot(calibration_plot(models, held_out.labels, note, what=what), folder / "calibration.png")
+            if results["kept"]:
+                note = f"{note}; to be kept: {self.sources['keep_valid'].description}"
+                change = change_plot(results["comparison"], results["kept"], self.config.label_names, note)
+                save_plot(change, folder / "learned.png")
             if self.settings.adaptation == "full":
                 said = [results["measured_on"], results["table"], *results["remarks"]]
                 (folder / "README.md").write_text("\n\n".join(["# MedCT", *said]) + "\n", encoding="utf-8")

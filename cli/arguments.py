@@ -36,7 +36,7 @@ def _reading_arguments(parser: argparse.ArgumentParser, many: bool = True) -> No
             f"--rescale_{name}", type=float, metavar="X", help=f"{unit}, of scans whose header does not say"
         )
     if many:
-        _batch_arguments(group, "threads that read ahead; each holds a volume, 0.2 GB for CT-CLIP (default: 1)")
+        _batch_arguments(group, "processes that read ahead; each takes 0.8 GB for CT-CLIP (default: 1)")
     else:
         parser.set_defaults(batch_size=1, num_workers=0)
 
@@ -89,8 +89,28 @@ def _add_predict(add: Callable[..., argparse.ArgumentParser]) -> None:
         "of --output, else table)",
     )
     group.add_argument("--output", type=Path, metavar="FILE", help="write here (.csv, .jsonl), row by row")
+    _report_arguments(parser)
     _model_arguments(parser)
     _reading_arguments(parser)
+
+
+def _report_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("reports, for research only")
+    group.add_argument(
+        "--dicom_sr", type=Path, metavar="DIR", help="a DICOM Structured Report for each study; of DICOM studies only"
+    )
+    group.add_argument(
+        "--dicom_page",
+        type=Path,
+        metavar="DIR",
+        help="a page with scores and slices for each study, as DICOM Secondary Capture; of DICOM studies only",
+    )
+    group.add_argument(
+        "--fhir", type=Path, metavar="FILE", help="a FHIR R4 bundle of one study; nothing in it says whose study it is"
+    )
+    group.add_argument(
+        "--fhir_identity", action="store_true", help="put patient id, study UID and accession number into the bundle"
+    )
 
 
 def _add_search(add: Callable[..., argparse.ArgumentParser]) -> None:
@@ -143,6 +163,27 @@ def _add_map(add: Callable[..., argparse.ArgumentParser]) -> None:
     _prompt_arguments(parser, required=True)
     _model_arguments(parser)
     _reading_arguments(parser, many=False)
+
+
+def _add_app(add: Callable[..., argparse.ArgumentParser]) -> None:
+    parser = add(
+        "app",
+        "app.run_app",
+        "look at the findings of a scan in a browser",
+        "medct app                                   # the phantom base, which knows drawings only\n"
+        "  medct app --model ct-clip --adapter ORG/NAME",
+        "Serves a page on this machine until it is stopped. For research only. Nothing is kept, and no other machine\n"
+        "is asked for anything. Without --model and --adapter it is the phantom base that answers.",
+    )
+    group = parser.add_argument_group("page")
+    group.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine)")
+    group.add_argument(
+        "--port", type=_at_least(1), metavar="N", help="port to listen on (default: the first free one from 7860)"
+    )
+    group.add_argument(
+        "--max_file_mb", type=_at_least(1), default=1024, metavar="N", help="largest file, MiB (default: 1024)"
+    )
+    _model_arguments(parser)
 
 
 def _source_arguments(parser: argparse.ArgumentParser, what: str) -> None:
@@ -315,6 +356,7 @@ ADD_COMMANDS = (
     _add_search,
     add_scores,
     _add_map,
+    _add_app,
     _add_overview,
     _add_prepare,
     _add_convert,

@@ -19,6 +19,7 @@ from peft import PeftConfig
 
 from medct.byte_sources_medct import is_address
 from medct.checks_medct import preprocessing
+from medct.cli.reports import Writer, asked_for, check_reports, report_writer, reported
 from medct.cli.wording import in_flags
 from medct.common.errors import OK, SOME_FAILED, first_line
 from medct.common.files import whole_folder
@@ -28,7 +29,7 @@ from medct.configuration_medct import MedCTConfig
 from medct.data.loader import report_id
 from medct.errors_medct import MedCTError
 from medct.inference.bulk import KEY, Csv, JsonLines, Reading, process, process_to_file, read_rows
-from medct.inference.studies import FailedStudy, ReadStudy, Study, find_studies, read_study
+from medct.inference.studies import FailedStudy, LoadStudy, ReadStudy, Study, find_studies, read_study, stacked
 from medct.inference.weights import KEY as WEIGHTS
 from medct.inference.weights import weights_of
 from medct.pipeline_medct import CTPipeline, ZeroShotCTClassificationPipeline
@@ -110,8 +111,8 @@ def reading_of(args: argparse.Namespace, pipe: CTPipeline) -> Reading:
         args: Parsed, with the options for scans.
         pipe: Holds the image processor.
     """
-    reword = functools.partial(in_flags, args=args)
-    return Reading(pipe.processor.image_processor, args.batch_size, args.num_workers, reading_options(args), reword)
+    load = LoadStudy(pipe.processor.image_processor, pipe.device, reading_options(args))
+    return Reading(load, args.batch_size, args.num_workers, functools.partial(in_flags, args=args))
 
 
 def reading_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -180,6 +181,7 @@ def _predict(args: argparse.Namespace) -> int:
     if args.output is not None and format not in ("csv", "json"):
         raise CommandError(f"{args.output}: rows are written as .csv or .jsonl. Name it so, or pass --format csv|json.")
     studies = find_studies(args.scans)
+    check_reports(args, studies)
     state = start_processes(args)
     prompts = prompts_of(args)
     pipe = load_pipeline(args, state.device)
@@ -189,13 +191,14 @@ def _predict(args: argparse.Namespace) -> int:
     has_thresholds = args.templates is None and not thresholds.keys().isdisjoint(labels)
     calibrated = [label for label in labels if args.templates is None and label in calibration]
     columns = [KEY, *labels, *(f"{label} present" for label in labels if has_thresholds)]
-    columns += [*(f"{label} probability" for label in calibrated), "notes"]
+    columns += [*(f"{label} probability" for label in calibrated), "notes", *(["reports"] if asked_for(args) else [])]
     rows_as = Csv(columns) if format == "csv" else JsonLines()
-    rows_of = functools.partial(prediction_rows, pipe, prompts, flat=format == "csv")
+    write_reports = report_writer(args, pipe, prompts, model_of(args))
+    rows_of = functools.partial(prediction_rows, pipe, prompts, flat=format == "csv", write_reports=write_reports)
     if args.output is not None:
         templates = prompts.get("prompt_templates", pipe.model.config.prompt_templates)
         settings = {**settings_of(args, pipe), "labels": labels, "templates": templates}
-        settings |= {"thresholds": thresholds, "calibration": calibration}
+        settings |= {"thresholds": thresholds, "calibration": calibration, "reports": asked_for(args) or None}
         failed = process_to_file(studies, reading_of(args, pipe), rows_of, args.output, rows_as, settings, state)
         return ends(failed, len(studies), args.output)
     if state.num_processes > 1:
@@ -213,20 +216,28 @@ def _predict(args: argparse.Namespace) -> int:
 
 
 def prediction_rows(
-    pipe: CTPipeline, prompts: dict[str, Any], reads: list[ReadStudy], flat: bool
-) -> Iterator[dict[str, Any]]:
-    """Score studies: one row per study.
+    pipe: CTPipeline,
+    prompts: dict[str, Any],
+    reads: list[ReadStudy],
+    flat: bool,
+    write_reports: Writer | None = None,
+) -> Iterator[dict[str, Any] | FailedStudy]:
+    """Score studies: one row per study, or why its reports could not be made.
 
     Args:
         pipe: The model's pipeline.
         prompts: From `prompts_of`.
         reads: The studies, as one batch.
         flat: One column per score instead of a list of findings.
+        write_reports: From `report_writer`; a study has a row only once its reports are written.
     """
-    inputs = {"pixel_values": torch.stack([read.pixel_values for read in reads])}
+    inputs = {"pixel_values": stacked(reads)}
     for read, logits in zip(reads, pipe.forward(inputs, **prompts)["logits"], strict=True):
         findings = pipe.postprocess({"logits": logits[None]}, **prompts)
-        if flat:
+        reports = reported(write_reports, read, findings)
+        if isinstance(reports, str):
+            yield FailedStudy(read.study, reports)
+        elif flat:
             scores = {finding["label"]: f"{finding['score']:.6f}" for finding in findings}
             called = [finding for finding in findings if "present" in finding]
             calls = {f"{finding['label']} present": int(finding["present"]) for finding in called}
@@ -235,9 +246,10 @@ def prediction_rows(
                 for finding in findings
                 if "probability" in finding
             }
-            yield {KEY: read.study.id, **scores, **calls, "notes": " | ".join(read.notes)}
+            listed = {name: " | ".join(paths) for name, paths in reports.items()}
+            yield {KEY: read.study.id, **scores, **calls, "notes": " | ".join(read.notes), **listed}
         else:
-            yield {KEY: read.study.id, "findings": findings, "notes": list(read.notes)}
+            yield {KEY: read.study.id, "findings": findings, "notes": list(read.notes), **reports}
 
 
 def prediction_table(row: dict[str, Any]) -> str:
@@ -249,6 +261,7 @@ def prediction_table(row: dict[str, Any]) -> str:
         + (f"  probability {finding['probability']:.2f}" if "probability" in finding else "")
         for finding in row["findings"]
     ]
+    lines += [f"  report: {path}" for path in row.get("reports", ())]
     return "\n".join(lines) + "\n\n"
 
 
@@ -328,8 +341,7 @@ def embed_images(pipe: ZeroShotCTClassificationPipeline, reads: list[ReadStudy])
     Returns:
         `(studies, projection_dim)`, float32, of length 1.
     """
-    pixel_values = torch.stack([read.pixel_values for read in reads]).to(pipe.device)
-    return pipe.model.get_image_features(pixel_values).pooler_output.float().cpu()
+    return pipe.model.get_image_features(stacked(reads)).pooler_output.float().cpu()
 
 
 @torch.no_grad()
@@ -404,8 +416,7 @@ def read_one(study: Study, args: argparse.Namespace, pipe: ZeroShotCTClassificat
     Raises:
         CommandError: If it cannot be read.
     """
-    reading = reading_of(args, pipe)
-    read = read_study(study, reading.image_processor, **reading.options)
+    read = read_study(study, reading_of(args, pipe).load)
     if isinstance(read, FailedStudy):
         raise CommandError(read.reason)
     return read

@@ -22,10 +22,11 @@ from transformers import PreTrainedTokenizerBase
 from medct.common.files import whole_file
 from medct.common.progress import tqdm
 from medct.configuration_medct import MedCTConfig
-from medct.data.loader import LoadStudy, to_device
+from medct.data.loader import LoadStudy
 from medct.data.sources import DataError, Row, Skipped, Source
 from medct.image_processing_medct import MedCTImageProcessor
 from medct.volume_medct import affine_from_spacing, axis_order
+from medct.workers_medct import Place
 
 # Rows of a picture run towards the feet or the back, columns towards the back or the patient's left.
 _UPRIGHT = "IPL"
@@ -231,7 +232,7 @@ def contact_sheet(source: Source, config: MedCTConfig, path: Path, samples: int,
         DataError: If `path` is named like no picture.
     """
     format = sheet_format(path)
-    load = LoadStudy(MedCTImageProcessor.from_config(config.vision_config))
+    load = LoadStudy(source.read, MedCTImageProcessor.from_config(config.vision_config))
     keys = source.keys(seed=seed)[:samples]
     lines = -(-len(keys) // _STUDIES_A_LINE)
     heights = [_HEADER_INCHES, _LINE_INCHES * lines]
@@ -246,7 +247,7 @@ def contact_sheet(source: Source, config: MedCTConfig, path: Path, samples: int,
     for panel, row in zip(
         panels, tqdm(source.stream_keys(keys), "contact sheet", len(keys), unit="study"), strict=False
     ):
-        study = load(row)
+        study = load.load_row(row, Place())
         if isinstance(study, Skipped):
             unreadable.append(study)
         _draw_study(panel, row, study, source.label_names, config)
@@ -270,8 +271,8 @@ def _draw_study(
     if isinstance(study, Skipped):
         panel.text(0.02, 0.6, textwrap.fill(f"cannot be read: {study.reason}", 90), fontsize=7, color="darkred")
         return
-    pixel_values = to_device({"pixel_values": study["pixel_values"]}, "cpu", config)["pixel_values"][0]
     vision = config.vision_config
+    pixel_values = MedCTImageProcessor.from_config(vision).finish(study["part"])
     low, high = vision.hu_min / vision.hu_per_unit, vision.hu_max / vision.hu_per_unit
     axes = panel.subplots(1, 3, gridspec_kw={"left": 0.02, "right": 0.98, "bottom": 0.02, "top": 0.79, "wspace": 0.04})
     for axis, (picture, aspect), (view, first, last) in zip(

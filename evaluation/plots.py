@@ -1,4 +1,4 @@
-"""ROC curves and calibration of one or more models, as matplotlib figures: `roc_plot(...).savefig("roc.png")`.
+"""ROC curves, calibration and changes of one or more models, as matplotlib figures: `roc_plot(...).savefig("roc.png")`.
 
 Models are given as `{"base": scores, "adapted": scores}`, in drawing order. `note` is for what a reader must not miss,
 such as that the data are synthetic; it is part of the title.
@@ -8,7 +8,7 @@ import math
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -138,6 +138,44 @@ def save_plot(figure: Figure, path: Path) -> None:
     figure.savefig(path, metadata={"Title": figure.get_suptitle(), "Software": None})
 
 
+def change_plot(comparison: dict[str, Any], kept: dict[str, Any], names: Sequence[str], note: str = "") -> Figure:
+    """What was learned and what was forgotten: two dots a finding, the change of its AUROC on the new site and the old.
+
+    Args:
+        comparison: From `metrics.compare`, on the new site.
+        kept: The same on what was to be kept.
+        names: Names of the labels; the one that gained most on the new site is drawn on top.
+        note: Text added to the title.
+    """
+
+    def change(where: dict[str, Any], key: str) -> tuple[float, float, float]:
+        found = where["difference"][key]
+        value, low, high = (math.nan if found[part] is None else found[part] for part in ("value", "low", "high"))
+        return value, low, high
+
+    gained = {name: change(comparison, f"auroc/{name}")[0] for name in names}
+    ordered = sorted(names, key=lambda name: (not math.isnan(gained[name]), gained[name]))
+    keys = ["auroc", *(f"auroc/{name}" for name in ordered)]
+    figure = _figure(8, 2 + 0.33 * len(keys), "What was learned and what was forgotten", None, note)
+    panel = figure.subplots()
+    panel.axvline(0, color=GREY, linewidth=1)
+    panel.axhline(0.5, color=GREY, linewidth=0.6)  # between the mean and the findings
+    sites = (("new site", comparison, STYLES[1], 0.13), ("to be kept", kept, STYLES[0], -0.13))
+    for title, where, style, offset in sites:
+        value, low, high = np.array([change(where, key) for key in keys]).T
+        rows = np.arange(len(keys)) + offset
+        panel.hlines(rows, low, high, color=style.colour, linewidth=1.2, alpha=0.6)
+        said = f"{title} ({where['scans']:,} scans)"
+        panel.plot(value, rows, style.marker, color=style.colour, markersize=6, label=said)
+    panel.set_yticks(range(len(keys)), ["mean", *ordered], fontsize=TEXT_SIZE)
+    panel.set_ylim(-0.6, len(keys) - 0.4)
+    panel.set_xlabel("change of AUROC, adapted - base (line: 95 % interval)", fontsize=TEXT_SIZE)
+    panel.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, fontsize=TEXT_SIZE)
+    panel.grid(axis="x", color="0.9", linewidth=0.6)
+    panel.set_axisbelow(True)
+    return figure
+
+
 def _styled(models: Mapping[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray, Style]]:
     """Models, each with a style of its own."""
     if len(models) > len(STYLES):
@@ -146,10 +184,11 @@ def _styled(models: Mapping[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray,
         yield model, scores, style
 
 
-def _figure(width: float, height: float, what: str, scans: int, note: str) -> Figure:
+def _figure(width: float, height: float, what: str, scans: int | None, note: str) -> Figure:
     """An empty figure, sizes in inches, whose title names the data."""
     figure = Figure(figsize=(width, height), dpi=DOTS_PER_INCH, layout="constrained")
-    lines = [f"{what}, {scans:,} scans", *textwrap.wrap(note, width=int(9.5 * width))]  # 9.5 letters per inch
+    title = what if scans is None else f"{what}, {scans:,} scans"
+    lines = [title, *textwrap.wrap(note, width=int(9.5 * width))]  # 9.5 letters per inch
     figure.suptitle("\n".join(lines), fontsize=TITLE_SIZE)
     return figure
 

@@ -1,7 +1,7 @@
 """Scores of labelled studies, zero-shot or by a classifier, spread over processes."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,10 +10,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from medct.adapters_medct import reworded
 from medct.common.distributed import sum_over_processes
 from medct.common.progress import tqdm
 from medct.configuration_medct import MedCTConfig
-from medct.data import StudyLoader, to_device
+from medct.data import StudyLoader
 from medct.modeling_medct import MedCTForImageClassification, MedCTModel, zero_shot_probabilities
 from medct.processing_medct import MedCTProcessor
 
@@ -66,14 +67,20 @@ def tokenize_prompts(config: MedCTConfig, processor: MedCTProcessor) -> list[Tex
     return [dict(processor(text=sentences, return_tensors="pt")) for sentences in config.label_prompts()]
 
 
-def prompts_for(model: AnyModel, processor: MedCTProcessor) -> list[Texts]:
+def prompts_for(model: AnyModel, processor: MedCTProcessor, wording: Mapping[str, Any] | None = None) -> list[Texts]:
     """What a model is asked: its own prompts, or nothing if it is a classifier.
 
     Args:
         model: With or without adapters.
         processor: The model's.
+        wording: What an adapter has chosen instead of the model's own, see `reworded`.
     """
-    return [] if is_classifier(model) else tokenize_prompts(model.config, processor)
+    if is_classifier(model):
+        return []
+    if not wording:
+        return tokenize_prompts(model.config, processor)
+    sentences = model.config.label_prompts(*reworded(model.config.label_names, wording))
+    return [dict(processor(text=each, return_tensors="pt")) for each in sentences]
 
 
 def texts_to(texts: Texts, device: torch.device) -> Texts:
@@ -112,7 +119,7 @@ def score_studies(
 
     Args:
         model: With or without adapters; left in evaluation mode.
-        loader: This process's loader.
+        loader: This process's loader, for the device of the model.
         prompts: From `prompts_for`; scores are averaged over templates.
         accelerator: Its processes share the work.
         what: Name for the progress bar.
@@ -149,27 +156,62 @@ def score_versions(
     for become, asked in zip(versions, of_each, strict=True):
         become()
         templates.append(embed_prompts(model, asked, accelerator))
+
+    def scores(pixel_values: torch.Tensor) -> torch.Tensor:
+        found = []
+        for become, texts in zip(versions, templates, strict=True):
+            become()
+            found.append(_scores(model, pixel_values, texts, accelerator))
+        return torch.stack(found, dim=1)  # (batch, versions, labels)
+
+    ids, patients, values, labels, about = _of_every_study(model, loader, accelerator, what, scores)
+    return [ScoredStudies(ids, patients, by_version, labels, about) for by_version in values.swapaxes(0, 1)]
+
+
+@torch.no_grad()
+def embed_studies(
+    model: AnyModel, loader: StudyLoader, accelerator: Accelerator, what: str
+) -> tuple[np.ndarray, ScoredStudies]:
+    """Encode every study of a source into the common space.
+
+    Args:
+        model: Zero-shot model; left in evaluation mode.
+        loader, accelerator, what: See `score_studies`.
+
+    Returns:
+        `(studies, d)`, float32, and the studies of all processes, without scores.
+    """
+    model.eval()
+
+    def embeds(pixel_values: torch.Tensor) -> torch.Tensor:
+        with accelerator.autocast():
+            return model.get_image_features(pixel_values).pooler_output.float()
+
+    ids, patients, values, labels, about = _of_every_study(model, loader, accelerator, what, embeds)
+    return values, ScoredStudies(ids, patients, np.full(labels.shape, np.nan), labels, about)
+
+
+def _of_every_study(
+    model: AnyModel,
+    loader: StudyLoader,
+    accelerator: Accelerator,
+    what: str,
+    compute: Callable[[torch.Tensor], torch.Tensor],
+) -> tuple[list[str], list[str], np.ndarray, np.ndarray, list[dict[str, str]]]:
+    """What is computed of each study of all processes, with its id, patient, labels and subgroups, by id."""
     total = math.ceil(loader.source.num_studies / loader.world_size / loader.batch_size)
     rows: list[tuple[str, str, np.ndarray, np.ndarray, dict[str, str]]] = []
     bar = tqdm(
         _in_step(loader, accelerator), desc=what, total=total, unit="batch", disable=not accelerator.is_main_process
     )
     for batch, is_own in bar:
-        batch = to_device(batch, accelerator.device, model.config)
-        scores = []
-        for become, texts in zip(versions, templates, strict=True):
-            become()
-            scores.append(_scores(model, batch["pixel_values"], texts, accelerator))
+        values = compute(batch["pixel_values"])
         if is_own:
-            by_study = torch.stack(scores, dim=1).cpu().numpy()  # (batch, versions, labels)
             labels = batch["labels"].cpu().numpy()
-            rows += zip(batch["ids"], batch["patients"], by_study, labels, batch["about"], strict=True)
+            rows += zip(batch["ids"], batch["patients"], values.cpu().numpy(), labels, batch["about"], strict=True)
     rows = sorted(gather_object(rows), key=lambda row: row[0])
-    ids, patients, scores, labels, about = zip(*rows, strict=True)
-    return [
-        ScoredStudies(list(ids), list(patients), by_version, np.stack(labels), list(about) if any(about) else [])
-        for by_version in np.stack(scores).swapaxes(0, 1)
-    ]
+    ids, patients, values, labels, about = zip(*rows, strict=True)
+    return list(ids), list(patients), np.stack(values), np.stack(labels), list(about) if any(about) else []
 
 
 def _scores(

@@ -23,6 +23,11 @@ CT_CLIP_LICENSE = "cc-by-nc-sa-4.0"
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 # The Hub's names of metrics, by ours.
 _HUB_METRICS = {"auroc": ("roc_auc", "AUROC"), "macro_f1": ("f1", "F1")}
+_PICTURES = {
+    "learned.png": "Change of AUROC of each finding on the new site, and on what was to be kept",
+    "roc.png": "ROC curves",
+    "calibration.png": "Calibration: how often findings were present among scans of such a score",
+}
 _TRAINING_FACTS = {
     "recipe": "recipe: {}",
     "objective": "objective: {}",
@@ -147,8 +152,7 @@ def render_card(
         revision=(revision if is_hub_id(base) else None) or PLACEHOLDER_REVISION,
         base_in_words=_base_in_words(base),
         license=license,
-        has_roc=(folder / "roc.png").is_file(),
-        has_calibration=(folder / "calibration.png").is_file(),
+        pictures={name: words for name, words in _PICTURES.items() if (folder / name).is_file()},
         generated=GENERATED,
         **_facts(folder, results, known),
     )

@@ -7,7 +7,7 @@ import PIL.Image
 import pytest
 from matplotlib.text import Text
 
-from medct.evaluation.plots import STYLES, calibration_plot, roc_plot, save_plot
+from medct.evaluation.plots import STYLES, calibration_plot, change_plot, roc_plot, save_plot
 
 NAMES = ["Lung nodule", "Coronary artery wall calcification", "Emphysema", "Mass"]
 NOTE = "SYNTHETIC phantoms of site B: drawings, no patients, and no clinical meaning; " * 2
@@ -137,3 +137,27 @@ def test_each_model_has_the_look_of_its_place(study):
     drawn = {line.get_label().split(":")[0]: line for line in panel.lines if ": AUROC" in line.get_label()}
     assert [line.get_color() for line in drawn.values()] == [style.colour for style in STYLES[: len(models)]]
     assert list(drawn) == list(models)
+
+
+def changed(auroc: dict[str, float | None], scans: int = 300) -> dict:
+    """What `compare` gives, as far as it is drawn."""
+    around = {
+        key: {"value": value, "low": None if value is None else value - 0.02, "high": value and value + 0.02}
+        for key, value in auroc.items()
+    }
+    return {"scans": scans, "difference": around}
+
+
+def test_change_plot_has_two_dots_a_finding(tmp_path):
+    new = {"auroc": 0.1, "auroc/a": 0.05, "auroc/b": 0.2, "auroc/never here": None}
+    old = {"auroc": -0.01, "auroc/a": -0.03, "auroc/b": 0.01, "auroc/never here": -0.02}
+    figure = change_plot(changed(new), changed(old, scans=40), ["a", "b", "never here"], NOTE)
+    (panel,) = figure.axes
+    assert [label.get_text() for label in panel.get_yticklabels()] == ["mean", "never here", "a", "b"]
+    learned, forgotten = (line for line in panel.lines if "scans)" in line.get_label())
+    np.testing.assert_array_equal(learned.get_xdata(), [0.1, np.nan, 0.05, 0.2])
+    np.testing.assert_array_equal(forgotten.get_xdata(), [-0.01, -0.02, -0.03, 0.01])
+    assert "(40 scans)" in forgotten.get_label() and learned.get_marker() != forgotten.get_marker()
+    written = " ".join(texts(figure)).replace("\n", " ")
+    assert " ".join(NOTE.split()) in written
+    figure.savefig(tmp_path / "learned.png")

@@ -1,6 +1,7 @@
 """Scans in, findings out; with and without the package, adapters and operating points."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -72,9 +73,10 @@ def test_templates_are_averaged(pipe, scans):
 def test_lists_batches_generators_and_series(pipe, scans):
     single = [pipe(scan, candidate_labels=LABELS) for scan in scans]
     assert pipe([], candidate_labels=LABELS) == []
-    for batch_size in (1, 2):
-        many = pipe(scans, candidate_labels=LABELS, batch_size=batch_size)
-        lazy = pipe((scan for scan in scans), candidate_labels=LABELS, batch_size=batch_size)
+    for batch_size, num_workers in ((1, 0), (2, 0), (1, 2), (2, 1)):
+        options = {"batch_size": batch_size, "num_workers": num_workers, "candidate_labels": LABELS}
+        many = pipe(scans, **options)
+        lazy = pipe((scan for scan in scans), **options)
         assert not isinstance(lazy, list)
         for results in (many, list(lazy)):
             for found, expected in zip(results, single, strict=True):
@@ -84,6 +86,15 @@ def test_lists_batches_generators_and_series(pipe, scans):
                     )
     with pytest.raises(VolumeError, match="it holds 2 scans"):  # a tuple is one series
         pipe((scans[0], scans[1]))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_bad_scan_ends_a_stream_after_those_before_it(pipe, scans, num_workers):
+    Path(scans[1]).write_bytes(b"nothing")
+    results = pipe((scan for scan in scans), candidate_labels=LABELS, num_workers=num_workers)
+    assert len(next(iter(results))) == 3
+    with pytest.raises(VolumeError, match=r"1\.nii\.gz: it is no NIfTI file"):
+        next(results)
 
 
 def test_arrays_take_a_spacing(pipe):
@@ -174,19 +185,20 @@ def test_other_amounts_are_refused(pipe, scans, name, value):
         pipe(scans[0], **{name: value})
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 3])
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("batch_size", [1, 3])
 @pytest.mark.parametrize("kind", ["zero-shot", "classifier"])
-def test_a_bad_scan_costs_no_other_its_findings(pipe, classifier_folder, scans, tmp_path, kind, batch_size):
+def test_a_bad_scan_costs_no_other_its_findings(pipe, classifier_folder, scans, tmp_path, kind, batch_size, workers):
     if kind == "classifier":
         pipe = pipeline("ct-classification", model=str(classifier_folder), device="cpu", trust_remote_code=True)
     bad = tmp_path / "bad.nii.gz"
     bad.write_bytes(b"nothing")
     mixed = [scans[0], bad, tmp_path / "missing.nii.gz", bad, scans[1], {"no": "scan"}]
     with pytest.raises(VolumeError):
-        pipe(mixed, batch_size=batch_size)
+        pipe(mixed, batch_size=batch_size, num_workers=workers)
     calls = []
     pipe.model.vision_model.register_forward_hook(lambda *_: calls.append(1))
-    found = pipe(mixed, batch_size=batch_size, on_error="return", top_k=2)
+    found = pipe(mixed, batch_size=batch_size, num_workers=workers, on_error="return", top_k=2)
     for place, scan in ((0, scans[0]), (4, scans[1])):
         expected = pipe(scan, top_k=2)
         assert [each["label"] for each in found[place]] == [each["label"] for each in expected]
@@ -230,7 +242,7 @@ assert type(pipe).__module__.startswith("transformers_modules.org.base."), type(
 results = pipe(scans, candidate_labels=json.loads(labels), batch_size=2)
 pipe.save_pretrained(folder)
 pipe = pipeline(model=folder, **options)  # the task is in the configuration
-assert pipe(scans, candidate_labels=json.loads(labels), batch_size=2) == results
+assert pipe(scans, candidate_labels=json.loads(labels), batch_size=2, num_workers=2) == results
 adapter = {"adapter": "org/site-b", "adapter_revision": adapter_commit}
 adapted = pipeline(task, model="org/base", revision=commit, **adapter, **options)
 alone = pipeline(task, model="org/site-b", **options)

@@ -84,12 +84,12 @@ def test_no_path_of_this_machine_is_on_the_card(trained, converted):
     assert f"the MedCT model `{converted.name}`" in text
 
 
-def test_the_plot_is_shown_where_there_is_one(trained, card):
-    for name, shown in (("roc.png", "![ROC curves](roc.png)"), ("calibration.png", "![Calibration](calibration.png)")):
-        assert name not in card.text
-        (trained / name).touch()
-        assert shown in render_card(trained)
-        (trained / name).unlink()
+@pytest.mark.parametrize("name", ["roc.png", "calibration.png", "learned.png"])
+def test_a_plot_is_shown_where_there_is_one(trained, card, name):
+    assert name not in card.text
+    (trained / name).touch()
+    assert f"]({name})" in render_card(trained)
+    (trained / name).unlink()
 
 
 def test_an_adapter_without_results_has_a_card_too(converted, tmp_path):

@@ -144,6 +144,8 @@ def test_a_classifier_has_strength_calibration_and_something_to_keep(
     results = trainer.run()
     assert results["prompts"] == [] and results["strength"] == 0.5
     assert len(results["strengths_tried"]) == len(GRID) and results["kept"]["scans"] == EVAL
+    assert (tmp_path / "run/learned.png").is_file()
+    assert "(learned.png)" in (tmp_path / "run/README.md").read_text(encoding="utf-8")
     base = MedCTForImageClassification.from_pretrained(classifier_folder).eval()
     with torch.no_grad():
         before = base(batch["pixel_values"]).logits
