@@ -29,7 +29,7 @@ from medct.evaluation.predictions import (
 from medct.evaluation.provenance import changed_figures, list_checksum, provenance, reasons
 from medct.evaluation.record import read_results, write_record
 from medct.evaluation.report import evaluation_report
-from medct.evaluation.scoring import ScoredStudies, Texts, prompts_for, score_versions
+from medct.evaluation.scoring import ScoredStudies, Texts, about_model, prompts_for, score_versions
 from medct.pipeline_medct import CTPipeline
 
 BASE = "base"
@@ -127,13 +127,16 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _evaluate(args: argparse.Namespace, recorded: Mapping[str, Any] | None) -> int:
+    args.model = model_of(args)  # whatever named it
     pipe = load_pipeline(args, start_processes(args).device)
     accelerator = Accelerator(cpu=args.cpu)
     names = pipe.model.config.label_names
     versions = versions_of(args, pipe)
     score = functools.partial(_score, args, pipe, versions, accelerator)
     tuned = None if args.tune_on is None else score(_open(args, pipe, args.tune_on, "tune"))[0]
-    scored, sources, failed = {}, [], 0
+    scored, sources, lists, failed = {}, [], {}, 0
+    if tuned is not None:
+        lists[f"{short_names([args.tune_on])[0]}, tune"] = list_checksum(next(iter(tuned.values())))
     for name, address in zip(short_names(args.data), args.data, strict=True):
         source = _open(args, pipe, address, args.split)
         scored[name], unreadable = score(source)
@@ -147,7 +150,7 @@ def _evaluate(args: argparse.Namespace, recorded: Mapping[str, Any] | None) -> i
         by_model = scored[about["source"]]
         models = {name: Scores(each, *brought[name]) for name, each in by_model.items()}
         about |= figures_of(models, names, about["description"], **options)
-        about["studies"] = list_checksum(next(iter(by_model.values())))
+        about["studies"] = lists[f"{about['source']}, {args.split}"] = list_checksum(next(iter(by_model.values())))
     results = {
         "measured_on": "; ".join(about["description"] for about in sources),
         "synthetic": any(about["synthetic"] for about in sources),
@@ -158,7 +161,7 @@ def _evaluate(args: argparse.Namespace, recorded: Mapping[str, Any] | None) -> i
         "provenance": provenance(
             settings_of(args),
             {name: version.about for name, version in versions.items()},
-            {f"{about['source']}, {args.split}": about["studies"] for about in sources},
+            lists,
             accelerator.device,
             seed=args.seed,
             processes=accelerator.num_processes,
@@ -180,7 +183,8 @@ def versions_of(args: argparse.Namespace, pipe: CTPipeline) -> dict[str, Version
         args: Parsed and settled.
         pipe: Holds the model, with the adapter.
     """
-    base = {"model": model_of(args), "revision": args.revision, "fingerprint": fingerprint(pipe.model)}
+    base = {"model": args.model, "revision": args.revision, "fingerprint": fingerprint(pipe.model)}
+    base |= about_model(pipe.model)
     if args.against not in (None, BASE):
         pipe.model.load_adapter(
             args.against, adapter_name="against", adapter_kwargs={"revision": args.against_revision}
@@ -199,7 +203,8 @@ def versions_of(args: argparse.Namespace, pipe: CTPipeline) -> dict[str, Version
             continue
         described = pipe.model.adapter_description(key)
         points = {YOUDEN: described.get("thresholds") or {}, **(described.get("operating_points") or {})}
-        about = base | {"adapter": adapter, "adapter_revision": revision}
+        about = base | about_model(pipe.model, described.get("wording"))
+        about |= {"adapter": adapter, "adapter_revision": revision}
         about["adapter_fingerprint"] = adapter_fingerprint(adapter, revision=revision)
         found[title] = Version(
             functools.partial(_with_adapter, pipe, key),
@@ -229,7 +234,7 @@ def _open(args: argparse.Namespace, pipe: CTPipeline, address: str, split: str) 
         pipe.model.config,
         reconstructions=args.reconstructions,
         limit=args.limit,
-        revision=args.data_revision,
+        revision=args.data_revision if address in args.data else None,
         **options,
     )
 
@@ -267,6 +272,7 @@ def loader_of(args: argparse.Namespace, pipe: CTPipeline, accelerator: Accelerat
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
         num_workers=args.num_workers,
+        device=accelerator.device,
     )
 
 

@@ -83,6 +83,23 @@ def prompts_for(model: AnyModel, processor: MedCTProcessor, wording: Mapping[str
     return [dict(processor(text=each, return_tensors="pt")) for each in sentences]
 
 
+def about_model(model: AnyModel, wording: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What decides about the scores of a model besides its weights, ready for JSON.
+
+    Args:
+        model: With or without adapters.
+        wording: See `prompts_for`.
+
+    Returns:
+        `dtype`; unless it is a classifier, `prompt_templates` and `names`, other names of labels.
+    """
+    about: dict[str, Any] = {"dtype": str(model.dtype).removeprefix("torch.")}
+    if is_classifier(model):
+        return about
+    own = {"prompt_templates": [list(template) for template in model.config.prompt_templates], "names": {}}
+    return about | own | dict(wording or {})
+
+
 def texts_to(texts: Texts, device: torch.device) -> Texts:
     """Move texts to a device.
 

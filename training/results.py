@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from medct.data.prepared import with_revision
 from medct.evaluation.calibration import fit_calibration
 from medct.evaluation.figures import Scores, source_figures
 from medct.evaluation.metrics import FEWEST, zero_shot_scores
@@ -204,6 +205,8 @@ def repeatable(settings: TrainingSettings, revision: str | None, points: dict[st
     """
     if settings.adaptation == "full":
         return None
+    sources = [with_revision(settings.data, settings.data_revision), settings.keep]
+    sources = [source for source in sources if source != NO_SOURCE]
     return {
         "model": settings.model,
         "revision": revision,
@@ -211,8 +214,7 @@ def repeatable(settings: TrainingSettings, revision: str | None, points: dict[st
         "against": BASE,
         "names": [BASE, ADAPTED],
         "points": points,
-        "data": [each for each in (settings.data, settings.keep) if each != NO_SOURCE],
-        "data_revision": settings.data_revision,
+        "data": sources,
         "split": "valid",
         "reconstructions": settings.reconstructions,
         "limit": settings.max_eval_studies,
