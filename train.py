@@ -495,7 +495,7 @@ class Trainer:
                 what = "score, or calibrated probability"
             save_plot(calibration_plot(models, held_out.labels, note, what=what), folder / "calibration.png")
             if results["kept"]:
-                note = f"{note}; to be kept: {self.sources['keep_valid'].description}"
+                note = f"{note}; to be kept: {self._describe('keep_valid')}"
                 change = change_plot(results["comparison"], results["kept"], self.config.label_names, note)
                 save_plot(change, folder / "learned.png")
             if self.settings.adaptation == "full":

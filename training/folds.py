@@ -151,6 +151,7 @@ def _gather(folder: RunFolder, runs: Sequence[Path], settings: TrainingSettings)
     kept = runs[KEPT_FOLD - 1]
     with folder.complete() as final:
         shutil.copytree(kept, final, dirs_exist_ok=True)
+        (final / "learned.png").unlink(missing_ok=True)  # of one fold alone
         config = read_json(final, "train_config.json") | {"output_dir": str(folder.final)}
         (final / "train_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         keys = {Key(model, source, "valid"): scored for model, scored in pooled.items()}
