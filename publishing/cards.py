@@ -23,11 +23,12 @@ CT_CLIP_LICENSE = "cc-by-nc-sa-4.0"
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 # The Hub's names of metrics, by ours.
 _HUB_METRICS = {"auroc": ("roc_auc", "AUROC"), "macro_f1": ("f1", "F1")}
-_PICTURES = {
+PICTURES = {
     "learned.png": "Change of AUROC of each finding on the new site, and on what was to be kept",
     "roc.png": "ROC curves",
     "calibration.png": "Calibration: how often findings were present among scans of such a score",
 }
+"""The pictures that a card shows where they lie beside it, and no others are pushed."""
 _TRAINING_FACTS = {
     "recipe": "recipe: {}",
     "objective": "objective: {}",
@@ -152,7 +153,7 @@ def render_card(
         revision=(revision if is_hub_id(base) else None) or PLACEHOLDER_REVISION,
         base_in_words=_base_in_words(base),
         license=license,
-        pictures={name: words for name, words in _PICTURES.items() if (folder / name).is_file()},
+        pictures={name: words for name, words in PICTURES.items() if (folder / name).is_file()},
         generated=GENERATED,
         **_facts(folder, results, known),
     )
