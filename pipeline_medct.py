@@ -8,14 +8,16 @@ set of labels, however many scans follow. "ct-classification" is the same for a 
 and asks nothing in words.
 """
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from transformers import Pipeline, PreTrainedModel
 
-from .adapters_medct import calibrated
+from .adapters_medct import asked_config, calibrated, description_in_use
 from .checks_medct import check_processor
+from .configuration_medct import MedCTConfig, Prompt
 from .modeling_medct import zero_shot_probabilities
 from .processing_medct import MedCTProcessor
 from .snapshots_medct import Snapshot, state_of
@@ -63,7 +65,9 @@ class CTPipeline(Pipeline):
         Args:
             inputs: What `read_volume` takes. A list holds one scan an entry, so a series as a list of DICOM files is a
                 list in a list, or a tuple. A generator or dataset gives results one by one, as they are asked for.
-            candidate_labels: Findings to score; the model's own by default. A classifier takes no others.
+            candidate_labels: Findings to score: names, or a dictionary from names to words for the prompts or pairs of
+                sentences, see `MedCTConfig.prompts`. By default those of the adapter in use, else the model's own. A
+                classifier takes no others.
             prompt_templates: Pairs of sentences (present, not present) with `{label}` where the finding goes; the
                 model's own by default. The scores of several are averaged. A classifier takes none.
             batch_size: Scans that go through the model together.
@@ -130,17 +134,14 @@ class CTPipeline(Pipeline):
         """Slope and intercept of the adapter in use, by label; see `calibrated`."""
         return self._description().get("calibration") or {}
 
+    @property
+    def asked(self) -> MedCTConfig:
+        """The configuration with the labels and prompts that are asked for: the adapter's, if one is in use."""
+        return asked_config(self.model)
+
     def _description(self) -> dict[str, Any]:
         """What the adapter in use remembers; nothing if several are."""
-        in_use = self._adapters_in_use()
-        return self.model.adapter_description(in_use[0]) if len(in_use) == 1 else {}
-
-    def _adapters_in_use(self) -> list[str]:
-        # Layers of PEFT know whether they are disabled; `active_adapters` names them all the same.
-        is_disabled = any(getattr(module, "disable_adapters", None) is True for module in self.model.modules())
-        if is_disabled or not getattr(self.model, "_hf_peft_config_loaded", False):
-            return []
-        return self.model.active_adapters()
+        return description_in_use(self.model)
 
     def save_pretrained(self, save_directory: str, **kwargs) -> None:
         """Save model and processor; the library's own method would leave out the processor."""
@@ -173,17 +174,23 @@ class ZeroShotCTClassificationPipeline(CTPipeline):
         Args:
             outputs: `logits` of one scan, from `forward`.
             candidate_labels: Findings that were asked for; the model's own by default.
-            prompt_templates: Those that were used; with templates of one's own there are no operating points.
+            prompt_templates: Those that were used; with words of one's own there are no operating points.
         """
-        labels = self.model.config.label_names if candidate_labels is None else candidate_labels
+        labels = self._asked_names(candidate_labels)
+        has_own_words = prompt_templates is not None or isinstance(candidate_labels, Mapping)
         logits = outputs["logits"][0]  # (templates, 2 * labels)
         scores = zero_shot_probabilities(logits).mean(dim=0)
         present, absent = logits.mean(dim=0).unflatten(-1, (-1, 2)).unbind(-1)
-        return self._results(labels, scores, present - absent, self._description() if prompt_templates is None else {})
+        return self._results(labels, scores, present - absent, {} if has_own_words else self._description())
+
+    def _asked_names(self, candidate_labels: Sequence[str] | Mapping[str, Prompt] | None) -> Sequence[str]:
+        return self.asked.label_names if candidate_labels is None else list(candidate_labels)
 
     @torch.no_grad()
     def prompt_embeds(
-        self, candidate_labels: Sequence[str] | None = None, prompt_templates: Sequence[Sequence[str]] | None = None
+        self,
+        candidate_labels: Sequence[str] | Mapping[str, Prompt] | None = None,
+        prompt_templates: Sequence[Sequence[str]] | None = None,
     ) -> list[torch.Tensor]:
         """The prompts in the common space; those of the last labels and templates are kept as long as they hold.
 
@@ -197,12 +204,14 @@ class ZeroShotCTClassificationPipeline(CTPipeline):
         Returns:
             For each template `(2 * labels, projection_dim)`, float32, of length 1.
         """
-        sentences = self.model.config.label_prompts(candidate_labels, prompt_templates)
+        sentences = self.asked.label_prompts(candidate_labels, prompt_templates)
         state = state_of((self.model.text_model, self.model.text_projection))
         kept = self._kept
         if kept is not None and state is not None and kept[0] == sentences and kept[1].equals(*state):
             return kept[2]
         snapshot = None if state is None else Snapshot(*state)
+        if remark := self.processor.remark_on_words(sentences, self._asked_names(candidate_labels)):
+            warnings.warn(remark, stacklevel=2)
         embeds = []
         for template in sentences:
             texts = self.processor(text=template, return_tensors="pt").to(self.device)
@@ -261,8 +270,8 @@ def _processor_of(model: PreTrainedModel) -> MedCTProcessor:
         raise ValueError(f"A pipeline needs the model's processor ({said}): pass `processor=`.") from error
 
 
-def _checked_labels(labels: Any) -> list[str]:
-    labels = [labels] if isinstance(labels, str) else list(labels)
+def _checked_labels(labels: Any) -> list[str] | dict[str, Prompt]:
+    labels = [labels] if isinstance(labels, str) else dict(labels) if isinstance(labels, Mapping) else list(labels)
     if not labels or not all(isinstance(label, str) and label.strip() for label in labels):
         raise ValueError(f"`candidate_labels` is a list of findings in words, not {labels!r}.")
     return labels

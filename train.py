@@ -10,6 +10,7 @@ same name with `.unfinished`, and `--resume` continues from there.
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -34,6 +35,7 @@ from medct.common.files import refuse_taken
 from medct.common.host import device_name, keep_freed_memory, peak_memory_bytes, quiet_libraries
 from medct.common.lock import only_run
 from medct.data import StudyLoader, to_device
+from medct.data.label_space import asked
 from medct.evaluation.calibration import apply_calibration
 from medct.evaluation.metrics import zero_shot_scores
 from medct.evaluation.plots import calibration_plot, roc_plot
@@ -43,6 +45,7 @@ from medct.evaluation.scoring import (
     embed_prompts,
     is_classifier,
     prompts_for,
+    remark_on_words,
     score_studies,
     score_versions,
     texts_to,
@@ -146,14 +149,18 @@ class Trainer:
         self.is_sharded = settings.fsdp2 or self.accelerator.is_fsdp2
         set_seed(settings.seed)
         self.base, self.processor = load_base(settings)
+        asks = (settings.labels, settings.templates, settings.mapping)
+        self.base.config, mapping = asked(self.base.config, *asks)
         self.revision = commit_of_base(settings)
         self.fingerprint = fingerprint(self.base)
         self.config = self.base.config
         self.settings = settings = complete(settings, self.config)
-        self.sources = load_sources(settings, self.config)
+        self.sources = load_sources(settings, self.config, mapping)
         self.steps = number_of_steps(self.sources["train"], settings, self.accelerator.num_processes)
         self.eval_steps = max(1, self.steps // 10) if settings.eval_steps is None else settings.eval_steps
         self.prompts = prompts_for(self.base, self.processor)
+        remark = remark_on_words(self.base, self.processor, self.config)
+        self.remarks = [remark] if remark else []
         self.folder.work.mkdir(parents=True, exist_ok=True)
         self.is_preempted = False
         self.line: Line | None = None
@@ -172,6 +179,8 @@ class Trainer:
     def _run(self) -> dict[str, Any]:
         self.base.to(self.accelerator.device)
         scored = [split for split in (*SPLITS, *KEPT_SPLITS) if split in self.sources]
+        for remark in self.remarks:
+            self.accelerator.print(f"NOTE: {remark}")
         before = {split: self.score_base(split) for split in scored}
         self._check_labels(before["valid"])
         model = self._attach()
@@ -239,7 +248,7 @@ class Trainer:
     def _check_labels(self, scored: ScoredStudies) -> None:
         """Refuse, before any training, held-out studies that no score can be computed on."""
         try:
-            zero_shot_scores(scored.scores, scored.labels, self.config.label_names)
+            zero_shot_scores(scored.scores, scored.labels, scored.names)
         except ValueError as error:
             raise TrainingError(f"{self.sources['valid'].description}: {error}") from error
 
@@ -295,9 +304,8 @@ class Trainer:
         loader = self.loader("train", with_text=settings.objective != "prompts", seed=settings.seed, drop_last=True)
         best = BestSoFar(parameters, settings.patience)
         state = TrainingState(parameters, optimizer, schedule, loader, best)
-        checkpoints = Checkpoints(
-            self.folder.checkpoints, settings.keep_checkpoints, accelerator, settings.fixed() | {"steps": self.steps}
-        )
+        fixed = settings.fixed() | {"steps": self.steps, "labels, prompts and mappings": self._digest_of_labels()}
+        checkpoints = Checkpoints(self.folder.checkpoints, settings.keep_checkpoints, accelerator, fixed)
         if checkpoints.load(state):
             accelerator.print(f"resumed after step {state.step} of {self.steps}")
         history = self.folder.history(state.step) if accelerator.is_main_process else None
@@ -379,14 +387,13 @@ class Trainer:
         if not self.eval_steps or (state.step % self.eval_steps and state.step != self.steps):
             return {}
         scored = self._score(core(model), "tune", f"step {state.step}")
-        auroc = mean_auroc(scored, self.config.label_names)
+        auroc = mean_auroc(scored)
         state.best.note(state.step, auroc)
         return {"tune_auroc": auroc}
 
     def _choose_strength(self, model: PeftModel | MedCTModel, before: Scored) -> Choice:
         """How much of the training is handed out, chosen on tuning patients; afterwards the model has that strength."""
-        names = self.config.label_names
-        if self.line is None or mean_auroc(before["tune"], names) is None:
+        if self.line is None or mean_auroc(before["tune"]) is None:
             return Choice(1.0)
 
         def score(split: str, versions: Sequence[Callable[[], None]]) -> list[ScoredStudies]:
@@ -394,7 +401,13 @@ class Trainer:
             what = f"score strengths, {split}"
             return score_versions(core(model), versions, loader, self.prompts, self.accelerator, what)
 
-        return choose_strength(self.line, score, before, names, self.settings.max_forgotten)
+        return choose_strength(self.line, score, before, self.settings.max_forgotten)
+
+    def _digest_of_labels(self) -> str:
+        """Of what is learned, which stands in files that may change before a run is resumed."""
+        mappings = [source.mapping for _, source in sorted(self.sources.items())]
+        learned = json.dumps([self.config.label_names, self.config.label_prompts(), mappings])
+        return hashlib.sha256(learned.encode()).hexdigest()[:16]
 
     def _must_stop(self) -> bool:
         """Whether any process was told to; all of them stop after the same step."""
@@ -407,8 +420,8 @@ class Trainer:
 
     def _results(self, before: Scored, after: Scored, choice: Choice) -> dict[str, Any]:
         """What `results.json` holds."""
-        settings, names = self.settings, self.config.label_names
-        found = compare_all(before, after, names, settings.bootstrap_resamples, settings.seed)
+        settings, names = self.settings, before["valid"].names
+        found = compare_all(before, after, settings.bootstrap_resamples, settings.seed)
         held_out = self.sources["valid"].description
         how = "With its head" if is_classifier(self.base) else "Zero-shot"
         measured_on = f"{how} on {found['comparison']['scans']} held-out studies: {held_out}."
@@ -427,6 +440,7 @@ class Trainer:
             "strengths_tried": [dataclasses.asdict(trial) for trial in choice.trials],
             "prompts": self.config.label_prompts() if self.prompts else [],
             "label_names": names,
+            "mappings": {split: source.mapping for split, source in self.sources.items() if source.mapping},
             "base": {"model": settings.model, "revision": self.revision, "fingerprint": self.fingerprint},
             **self.counts,
             "steps": self.steps_done,
@@ -436,7 +450,7 @@ class Trainer:
             "device": device_name(self.accelerator.device),
             "seconds": round(time.monotonic() - self.started, 1),
         }
-        return results | {"remarks": remarks_on(results, settings.max_forgotten)}
+        return results | {"remarks": [*self.remarks, *remarks_on(results, settings.max_forgotten)]}
 
     def _save(
         self, model: PeftModel | MedCTModel, results: dict[str, Any], before: ScoredStudies, after: ScoredStudies
@@ -468,9 +482,9 @@ class Trainer:
                 json.dumps(results, indent=2, allow_nan=False) + "\n", encoding="utf-8"
             )
             models = {"base": before.scores, "adapted": after.scores}
-            roc_plot(models, before.labels, self.config.label_names, note).savefig(folder / "roc.png")
-            if results["calibration"] and len(results["calibration"]) == len(self.config.label_names):
-                models["calibrated"] = apply_calibration(after.scores, results["calibration"], self.config.label_names)
+            roc_plot(models, before.labels, before.names, note).savefig(folder / "roc.png")
+            if results["calibration"] and len(results["calibration"]) == len(after.names):
+                models["calibrated"] = apply_calibration(after.scores, results["calibration"], after.names)
             calibration_plot(models, before.labels, note).savefig(folder / "calibration.png")
             if self.settings.adaptation == "full":
                 said = [results["measured_on"], results["table"], *results["remarks"]]

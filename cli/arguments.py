@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import medct
+from medct.cli.label_flags import add_label_flags
 
 RUNS = {
     "train": ("medct.train", "adapt a model to your scans with LoRA"),
@@ -66,7 +67,8 @@ def _prompt_arguments(parser: argparse.ArgumentParser, required: bool = False) -
         nargs="+",
         required=required,
         metavar="LABEL",
-        help="findings to ask for, in words" + ("" if required else " (default: the model's own)"),
+        help="findings to ask for, in words, or a table of them with a column `label`"
+        + ("" if required else " (default: the adapter's, else the model's own)"),
     )
     group.add_argument(
         "--templates",
@@ -192,6 +194,7 @@ def _add_evaluate(add: Callable[..., argparse.ArgumentParser]) -> None:
         "--limit", type=_at_least(1), metavar="N", help="only the first N studies of a fixed pseudo-random order"
     )
     group.add_argument("--output", type=Path, metavar="FILE", help="JSON file for all figures")
+    add_label_flags(parser)
     _model_arguments(parser)
     _batch_arguments(parser.add_argument_group("reading"), "processes that load studies (default: 1)")
 
@@ -234,6 +237,7 @@ def _source_arguments(parser: argparse.ArgumentParser, what: str) -> None:
         help="of a scan with several reconstructions: one, or all (default: one)",
     )
     group.add_argument("--version", type=int, choices=(1, 2), default=2, help="version of CT-RATE (default: 2)")
+    add_label_flags(parser)
 
 
 def _add_overview(add: Callable[..., argparse.ArgumentParser]) -> None:

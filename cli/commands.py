@@ -8,6 +8,7 @@ import functools
 import json
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -26,11 +27,13 @@ from medct.common.files import whole_file, whole_folder
 from medct.common.lock import only_run
 from medct.configuration_medct import MedCTConfig
 from medct.data import open_source
+from medct.data.label_space import asked, read_labels
 from medct.data.loader import StudyLoader, report_id
+from medct.data.table_files import SUFFIXES
 from medct.errors_medct import MedCTError
 from medct.evaluation.metrics import with_intervals
 from medct.evaluation.report import MEANS
-from medct.evaluation.scoring import prompts_for, score_studies
+from medct.evaluation.scoring import prompts_for, remark_on_words, score_studies
 from medct.inference.bulk import KEY, Csv, JsonLines, Reading, process, process_to_file, read_rows
 from medct.inference.studies import FailedStudy, ReadStudy, Study, find_studies, read_study
 from medct.pipeline_medct import CTPipeline, ZeroShotCTClassificationPipeline
@@ -118,7 +121,7 @@ def prompts_of(args: argparse.Namespace) -> dict[str, Any]:
     """Labels and templates as the pipeline takes them."""
     prompts: dict[str, Any] = {}
     if args.labels:
-        prompts["candidate_labels"] = list(dict.fromkeys(args.labels))
+        prompts["candidate_labels"] = _labels_of(args.labels)
     if args.templates:
         prompts["prompt_templates"] = [tuple(template.split("|")) for template in args.templates]
         try:
@@ -126,6 +129,14 @@ def prompts_of(args: argparse.Namespace) -> dict[str, Any]:
         except ValueError as error:
             raise CommandError(f"--templates: {error}") from error
     return prompts
+
+
+def _labels_of(named: Sequence[str]) -> list[str] | dict[str, Any]:
+    """Labels in words, or with their prompts from a table."""
+    if len(named) > 1 or not named[0].lower().endswith(SUFFIXES):
+        return list(dict.fromkeys(named))
+    table = read_labels(named[0])
+    return {finding: table.prompts.get(finding, finding) for finding in table.findings}
 
 
 def model_settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -172,16 +183,18 @@ def _predict(args: argparse.Namespace) -> int:
     prompts = prompts_of(args)
     pipe = load_pipeline(args, state.device)
     pipe._sanitize_parameters(**prompts)  # refuses, before any scan is read, what the model cannot be asked
-    labels = prompts.get("candidate_labels", pipe.model.config.label_names)
-    thresholds, calibration = pipe.thresholds, pipe.calibration
-    has_thresholds = args.templates is None and not thresholds.keys().isdisjoint(labels)
-    calibrated = [label for label in labels if args.templates is None and label in calibration]
+    labels = list(prompts.get("candidate_labels", pipe.asked.label_names))
+    has_own_words = args.templates is not None or isinstance(prompts.get("candidate_labels"), dict)
+    thresholds, calibration = ({}, {}) if has_own_words else (pipe.thresholds, pipe.calibration)
+    has_thresholds = not thresholds.keys().isdisjoint(labels)
+    calibrated = [label for label in labels if label in calibration]
     columns = [KEY, *labels, *(f"{label} present" for label in labels if has_thresholds)]
     columns += [*(f"{label} probability" for label in calibrated), "notes"]
     rows_as = Csv(columns) if format == "csv" else JsonLines()
     rows_of = functools.partial(prediction_rows, pipe, prompts, flat=format == "csv")
     if args.output is not None:
         settings = {**settings_of(args), "labels": labels, "templates": args.templates, "thresholds": thresholds}
+        settings["prompts"] = prompts.get("candidate_labels") if has_own_words else pipe.asked.prompts
         settings["calibration"] = calibration
         failed = process_to_file(studies, reading_of(args, pipe), rows_of, args.output, rows_as, settings, state)
         return ends(failed, len(studies), args.output)
@@ -395,11 +408,14 @@ def read_one(study: Study, args: argparse.Namespace, pipe: ZeroShotCTClassificat
 def evaluate(args: argparse.Namespace) -> int:
     pipe = load_pipeline(args, start_processes(args).device)
     accelerator = Accelerator(cpu=args.cpu)
-    config = pipe.model.config
+    config, mapping = asked(pipe.asked, args.labels, args.templates, args.mapping)
+    if remark := remark_on_words(pipe.model, pipe.processor, config):
+        warnings.warn(remark, stacklevel=1)
     source = open_source(
         args.data,
         args.split,
         config,
+        mapping=mapping,
         reconstructions=args.reconstructions,
         limit=args.limit,
         revision=args.data_revision,
@@ -414,22 +430,25 @@ def evaluate(args: argparse.Namespace) -> int:
         world_size=accelerator.num_processes,
         num_workers=args.num_workers,
     )
-    prompts = prompts_for(pipe.model, pipe.processor)
+    prompts = prompts_for(pipe.model, pipe.processor, config)
     scored = score_studies(pipe.model, loader, prompts, accelerator, source.description)
     failed = sum(gather_object([loader.num_bad]))
     if not accelerator.is_main_process:
         return OK
-    thresholds = np.array([pipe.thresholds.get(name, np.nan) for name in config.label_names])
+    # An operating point holds for the words that it was chosen with.
+    holds = {name for name in config.label_names if config.label_prompts([name]) == pipe.asked.label_prompts([name])}
+    thresholds = np.array([pipe.thresholds.get(name, np.nan) if name in holds else np.nan for name in scored.names])
     has_thresholds = bool(np.isfinite(thresholds).any())
     try:
         results = with_intervals(
-            scored.scores, scored.labels, scored.patients, config.label_names, thresholds if has_thresholds else None
+            scored.scores, scored.labels, scored.patients, scored.names, thresholds if has_thresholds else None
         )
     except ValueError as error:
         raise CommandError(f"{source.description}: {error}") from error
     about = {"measured_on": source.description, "split": args.split, "skipped": len(source.skipped)}
+    about |= {"mapping": source.mapping, "prompts": config.label_prompts() if prompts else []}
     results = {**about, **model_settings(args), **results}
-    print(evaluation_table(results, config.label_names))
+    print(evaluation_table(results, scored.names))
     if args.output is not None:
         with whole_file(args.output) as aside:
             aside.write_text(json.dumps({**results, "unreadable": failed}, indent=2) + "\n", encoding="utf-8")

@@ -2,12 +2,14 @@
 
 import argparse
 import json
+import warnings
 from typing import Any
 
 from medct.common.errors import OK, first_line
 from medct.common.lock import only_run
 from medct.configuration_medct import MedCTConfig
 from medct.data import Source, open_source
+from medct.data.label_space import LabelTable, asked
 from medct.data.overview import as_text, contact_sheet, summarize
 from medct.data.prepare import prepare
 from medct.data.prepared import MANIFEST
@@ -26,14 +28,17 @@ def show_overview(args: argparse.Namespace) -> int:
 
 
 def _show_overview(args: argparse.Namespace) -> int:
-    config, tokenizer = _config_of(args), None
+    config, mapping = _config_of(args)
+    processor = None
     if args.model is not None:
         try:
-            tokenizer = MedCTProcessor.from_pretrained(args.model, revision=args.model_revision).tokenizer
+            processor = MedCTProcessor.from_pretrained(args.model, revision=args.model_revision)
         except (OSError, ValueError) as error:
             raise DataError(f"{args.model}: no processor ({first_line(error)}) Pass a MedCT model.") from error
-    source = _open(args, args.split, config, reconstructions=args.reconstructions)
-    summary = summarize(source, tokenizer)
+        if remark := processor.remark_on_words(config.label_prompts(), config.label_names):
+            warnings.warn(remark, stacklevel=1)
+    source = _open(args, args.split, config, mapping=mapping, reconstructions=args.reconstructions)
+    summary = summarize(source, processor and processor.tokenizer)
     summary["unreadable_samples"] = {}
     if args.samples:
         unreadable = contact_sheet(source, config, args.sheet, args.samples, args.seed)
@@ -48,10 +53,10 @@ def _show_overview(args: argparse.Namespace) -> int:
 def prepare_shards(args: argparse.Namespace) -> int:
     if args.rank >= args.world_size:
         raise DataError(f"--rank is {args.rank}, with --world_size {args.world_size}. Ranks count from 0.")
-    config = _config_of(args)
+    config, mapping = _config_of(args)
     tune_share = TUNE_SHARE if args.tune_share is None else args.tune_share
     # All reconstructions of a scan are in its group, whichever of them are prepared.
-    sources = {split: _open(args, split, config, tune_share=tune_share) for split in args.splits}
+    sources = {split: _open(args, split, config, mapping=mapping, tune_share=tune_share) for split in args.splits}
     settings = {"source": args.source, "tune_share": tune_share}
     names = ("limit", "version", "revision", "reconstructions", "studies_per_shard")
     settings |= {name: getattr(args, name) for name in names}
@@ -68,8 +73,10 @@ def prepare_shards(args: argparse.Namespace) -> int:
     return OK
 
 
-def _config_of(args: argparse.Namespace) -> MedCTConfig:
-    return MedCTConfig() if args.model is None else load_config(args.model, revision=args.model_revision)
+def _config_of(args: argparse.Namespace) -> tuple[MedCTConfig, LabelTable | None]:
+    """The model's configuration with what it is asked, and what the data call it."""
+    config = MedCTConfig() if args.model is None else load_config(args.model, revision=args.model_revision)
+    return asked(config, args.labels, args.templates, args.mapping)
 
 
 def _open(args: argparse.Namespace, split: str, config: MedCTConfig, **options: Any) -> Source:

@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from medct.common.files import whole_file
 from medct.configuration_medct import MedCTConfig
+from medct.data.label_space import merge_columns
 from medct.data.loader import LoadStudy, to_device
 from medct.data.sources import Row, Skipped, Source
 from medct.image_processing_medct import MedCTImageProcessor
@@ -67,13 +68,14 @@ def summarize(source: Source, tokenizer: PreTrainedTokenizerBase | None = None) 
     skipped: dict[str, list[str]] = {}
     for study in source.skipped:
         skipped.setdefault(study.reason, []).append(study.id)
+    labels, names = merge_columns(labels, source.label_names, source.merged)
     is_known = np.isfinite(labels).all(axis=1)
     return {
         "description": source.description,
         "num_studies": source.num_studies,
         "num_volumes": sum(map(len, source.groups)),
         "num_patients": len(patients),
-        "labels": {name: _count_label(labels[:, index]) for index, name in enumerate(source.label_names)},
+        "labels": {name: _count_label(labels[:, index]) for index, name in enumerate(names)},
         "no_finding": {"studies": int((labels[is_known] == 0).all(axis=1).sum()), "known": int(is_known.sum())},
         "reports": _count_reports(reports, tokenizer),
         "skipped": skipped,
@@ -200,7 +202,8 @@ def contact_sheet(source: Source, config: MedCTConfig, path: Path, samples: int,
         study = load(row)
         if isinstance(study, Skipped):
             unreadable.append(study)
-        _draw_study(panel, row, study, source.label_names, config)
+        labels, names = merge_columns(np.array([row["labels"]]), source.label_names, source.merged)
+        _draw_study(panel, {**row, "labels": labels[0]}, study, names, config)
     with whole_file(path) as aside:
         figure.savefig(aside, format="png", metadata={"Software": None})
     return unreadable

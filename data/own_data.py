@@ -22,17 +22,17 @@ import pyarrow as pa
 from datasets import Features, Nifti, load_dataset_builder
 from pyarrow import parquet
 
-from medct.configuration_medct import MedCTConfig
 from medct.data.folders import HUB_ADDRESS, Folder
 from medct.data.sources import DataError, Deferred, Source, hash_share
+from medct.data.table_files import read_table
 from medct.data.tables import (
+    MAPPING_HINT,
     Selection,
     Sieve,
     belongs,
     check_labels,
     join_text,
     merge_doubles,
-    read_csv,
     table_source,
 )
 
@@ -104,12 +104,12 @@ def choose_split(table: pd.DataFrame, selection: Selection, where: str) -> tuple
     return table[table["split"] == selection.split], how
 
 
-def tidy(table: pd.DataFrame, config: MedCTConfig, where: str) -> pd.DataFrame:
+def tidy(table: pd.DataFrame, label_names: Sequence[str], where: str) -> pd.DataFrame:
     """Make a table of studies as `tables` describes it, with a column `split`.
 
     Args:
         table: With `id`, `volume`, labels, and any of the other columns, as text.
-        config: The model's configuration, which names the labels.
+        label_names: Labels to read.
         where: Name of the source in messages.
 
     Raises:
@@ -117,14 +117,14 @@ def tidy(table: pd.DataFrame, config: MedCTConfig, where: str) -> pd.DataFrame:
     """
     parts = [table[column] for column in REPORT_COLUMNS if column in table]
     reports = [join_text(*part) for part in zip(*parts, strict=True)] if parts else [""] * len(table)
-    table = check_labels(table, config.label_names, where)
+    table = check_labels(table, label_names, where)
     for column in ("patient", "split"):
         if column not in table:
             table = table.assign(**{column: table["id"] if column == "patient" else ""})
         table = table.assign(**{column: table[column].astype(str).str.strip()})
     if (table["patient"] == "").any():
         raise DataError(f"{where}: {int((table['patient'] == '').sum())} rows have an empty 'patient'. Fill it in.")
-    columns = ["id", "patient", "split", "volume", *config.label_names]
+    columns = ["id", "patient", "split", "volume", *label_names]
     return table[columns].assign(report=reports)
 
 
@@ -134,20 +134,35 @@ def tidy(table: pd.DataFrame, config: MedCTConfig, where: str) -> pd.DataFrame:
 
 
 def metadata_files(folder: Folder) -> dict[str, Path]:
-    """`metadata.csv` at the top (keyed by ""), or those of the split folders (keyed by their names)."""
-    if path := folder.file(METADATA):
+    """`metadata.csv` at the top (keyed by ""), or those of the split folders (keyed by their names).
+
+    In a local folder, `metadata.xlsx` will do.
+
+    Raises:
+        DataError: If there are both.
+    """
+    if path := _metadata_file(folder, ""):
         return {"": path}
-    found = {name: folder.file(f"{name}/{METADATA}") for name in ("train", "tune", *_VALID, *_TEST)}
+    found = {name: _metadata_file(folder, f"{name}/") for name in ("train", "tune", *_VALID, *_TEST)}
     return {name: path for name, path in found.items() if path}
 
 
-def metadata_source(folder: Folder, files: dict[str, Path], config: MedCTConfig, selection: Selection) -> Source:
+def _metadata_file(folder: Folder, within: str) -> Path | None:
+    # A repository is asked once for each name, and each costs a request.
+    names = (METADATA, str(Path(METADATA).with_suffix(".xlsx"))) if folder.is_local else (METADATA,)
+    found = [path for name in names if (path := folder.file(within + name))]
+    if len(found) > 1:
+        raise DataError(f"{folder}: it has both {within}{names[0]} and {within}{names[1]}. Keep the one that holds.")
+    return found[0] if found else None
+
+
+def metadata_source(folder: Folder, files: dict[str, Path], label_names: Sequence[str], selection: Selection) -> Source:
     """A split of a folder with `metadata.csv`; see the top of this file.
 
     Args:
         folder: Folder that `files` and the volumes lie in.
         files: From `metadata_files`.
-        config: The model's configuration, whose labels are read.
+        label_names: Labels to read.
         selection: Which studies.
 
     Raises:
@@ -155,16 +170,17 @@ def metadata_source(folder: Folder, files: dict[str, Path], config: MedCTConfig,
     """
     tables = []
     for split, path in files.items():
-        shown = f"{folder}/{split}/{METADATA}" if split else f"{folder}/{METADATA}"
-        table = read_csv(path, ["file_name", *config.label_names], ("patient", "split", *REPORT_COLUMNS), shown)
+        shown = f"{folder}/{split}/{path.name}" if split else f"{folder}/{path.name}"
+        optional = ("patient", "split", *REPORT_COLUMNS)
+        table = read_table(path, ["file_name", *label_names], optional, shown, dict.fromkeys(label_names, MAPPING_HINT))
         table = merge_doubles(table, "file_name", shown)
         names = f"{split}/" + table["file_name"] if split else table["file_name"]
         table = table.assign(id=names, volume=names)
-        tables.append(tidy(table.assign(split=split) if split else table, config, shown))
+        tables.append(tidy(table.assign(split=split) if split else table, label_names, shown))
     chosen, how = choose_split(pd.concat(tables, ignore_index=True), selection, str(folder))
     sieve = Sieve(chosen.drop(columns="split"))
     sieve.drop(~sieve.table["volume"].map(folder.has_volume).astype(bool), "no such file")
-    return table_source(sieve, config.label_names, folder.volume, selection, f"{folder}{how}")
+    return table_source(sieve, label_names, folder.volume, selection, f"{folder}{how}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -210,7 +226,11 @@ class ParquetVolumes:
 
 
 def parquet_source(
-    address: str, config: MedCTConfig, selection: Selection, revision: str | None = None, token: str | None = None
+    address: str,
+    label_names: Sequence[str],
+    selection: Selection,
+    revision: str | None = None,
+    token: str | None = None,
 ) -> Source:
     """A split of Parquet files, or of a `datasets` repository stored as Parquet, with a `Nifti()` column.
 
@@ -218,7 +238,7 @@ def parquet_source(
 
     Args:
         address: Parquet file, folder, or `hf://datasets/ORG/NAME`.
-        config: The model's configuration, whose labels are read.
+        label_names: Labels to read.
         selection: Which studies.
         revision: Branch, tag or commit of the repository.
         token: Token for the repository.
@@ -232,15 +252,15 @@ def parquet_source(
     paths = tuple(split_of)
     tables, columns = [], set()
     for number, path in enumerate(paths):
-        table, column = _light_columns(path, number, options, config)
+        table, column = _light_columns(path, number, options, label_names)
         tables.append(table.assign(split=split_of[path] if len(files) > 1 else table.get("split", "")))
         columns.add(column)
     if len(columns) != 1:
         raise DataError(f"{address}: the volume columns of its files differ ({', '.join(sorted(columns))}).")
-    table = tidy(merge_doubles(pd.concat(tables, ignore_index=True), "id", address), config, address)
+    table = tidy(merge_doubles(pd.concat(tables, ignore_index=True), "id", address), label_names, address)
     chosen, how = choose_split(table, selection, address)
     volumes = ParquetVolumes(paths, columns.pop(), options)
-    return table_source(Sieve(chosen.drop(columns="split")), config.label_names, volumes, selection, f"{address}{how}")
+    return table_source(Sieve(chosen.drop(columns="split")), label_names, volumes, selection, f"{address}{how}")
 
 
 def _data_files(address: str, revision: str | None, token: str | None) -> dict[str, list[str]]:
@@ -263,16 +283,18 @@ def _data_files(address: str, revision: str | None, token: str | None) -> dict[s
     return {str(split): [str(path) for path in paths] for split, paths in builder.config.data_files.items()}
 
 
-def _light_columns(path: str, number: int, options: dict[str, Any], config: MedCTConfig) -> tuple[pd.DataFrame, str]:
+def _light_columns(
+    path: str, number: int, options: dict[str, Any], label_names: Sequence[str]
+) -> tuple[pd.DataFrame, str]:
     """All columns of a Parquet file but the volumes, with where each volume lies; and the name of their column."""
     try:
         with fsspec.open(path, "rb", **options) as file:
             shard = parquet.ParquetFile(file)
             column = _volume_column(path, shard.schema_arrow)
-            wanted = [*config.label_names, *ID_COLUMNS, *REPORT_COLUMNS, "patient", "split"]
-            missing = [name for name in config.label_names if name not in shard.schema_arrow.names]
+            wanted = [*label_names, *ID_COLUMNS, *REPORT_COLUMNS, "patient", "split"]
+            missing = [name for name in label_names if name not in shard.schema_arrow.names]
             if missing:
-                raise DataError(f"{path}: it has no column {missing[0]!r}. Add it, or pass a model with its labels.")
+                raise DataError(f"{path}: it has no column {missing[0]!r}. Add it. {MAPPING_HINT}")
             table = shard.read([name for name in wanted if name in shard.schema_arrow.names]).to_pandas()
             sizes = [shard.metadata.row_group(group).num_rows for group in range(shard.num_row_groups)]
     except (OSError, pa.ArrowException) as error:
@@ -281,7 +303,7 @@ def _light_columns(path: str, number: int, options: dict[str, Any], config: MedC
     names = next((table[name].astype(str) for name in ID_COLUMNS if name in table), None)
     if names is None:
         names = [f"{Path(path).name}, row {row}" for row in range(len(cells))]
-    text = {name: table[name].fillna("").astype(str) for name in table if name not in config.label_names}
+    text = {name: table[name].fillna("").astype(str) for name in table if name not in label_names}
     return table.assign(**text).assign(id=names, volume=cells), column
 
 

@@ -41,6 +41,24 @@ class Skipped:
     reason: str
 
 
+@dataclass(frozen=True)
+class Merged:
+    """Findings that the labels of a source cannot tell apart, so that they are scored as one.
+
+    Args:
+        findings: Their names, two or more.
+        rule: How their scores become one: "max", or "max_or_min", the highest if it is above 0.5, else the lowest.
+    """
+
+    findings: tuple[str, ...]
+    rule: str = "max"
+
+    @property
+    def name(self) -> str:
+        """What they are called together."""
+        return " or ".join(self.findings)
+
+
 FEWEST_JUDGED = 100
 """With fewer studies, bad ones are judged as if there were this many: at 5 %, five may always be bad."""
 
@@ -102,6 +120,8 @@ class Source:
         skipped: Studies left out before any volume is read.
         names: Names of the groups' scans, by which a `limit` chooses; their indices by default.
         is_synthetic: Whether these are drawings and not patients.
+        merged: Findings whose labels hold for all of them together. Each has the label of all in a row.
+        mapping: Which names of the data the labels come from, ready for JSON; `None` if they have the same names.
     """
 
     groups: Sequence[Sequence[int]]
@@ -111,6 +131,8 @@ class Source:
     skipped: tuple[Skipped, ...] = ()
     names: Sequence[str] = ()
     is_synthetic: bool = False
+    merged: tuple[Merged, ...] = ()
+    mapping: dict[str, Any] | None = None
 
     def __post_init__(self):
         if not self.names:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from medct.common.distributed import sum_over_processes
 from medct.configuration_medct import MedCTConfig
 from medct.data import StudyLoader, to_device
+from medct.data.label_space import merge_columns
 from medct.modeling_medct import MedCTForImageClassification, MedCTModel, zero_shot_probabilities
 from medct.processing_medct import MedCTProcessor
 
@@ -31,12 +32,14 @@ class ScoredStudies:
         patients: `(studies,)`.
         scores: `(studies, labels)`, in [0, 1]: "present" against "not present".
         labels: `(studies, labels)`, 0, 1 or NaN for unknown.
+        names: Of the labels: the model's, but that findings which the source cannot tell apart are one.
     """
 
     ids: list[str]
     patients: list[str]
     scores: np.ndarray
     labels: np.ndarray
+    names: list[str]
 
 
 def is_classifier(model: torch.nn.Module) -> bool:
@@ -54,14 +57,26 @@ def tokenize_prompts(config: MedCTConfig, processor: MedCTProcessor) -> list[Tex
     return [dict(processor(text=sentences, return_tensors="pt")) for sentences in config.label_prompts()]
 
 
-def prompts_for(model: AnyModel, processor: MedCTProcessor) -> list[Texts]:
-    """What a model is asked: its own prompts, or nothing if it is a classifier.
+def prompts_for(model: AnyModel, processor: MedCTProcessor, config: MedCTConfig | None = None) -> list[Texts]:
+    """What a model is asked: prompts, or nothing if it is a classifier.
 
     Args:
         model: With or without adapters.
         processor: The model's.
+        config: Has the labels and templates; the model's own by default.
     """
-    return [] if is_classifier(model) else tokenize_prompts(model.config, processor)
+    return [] if is_classifier(model) else tokenize_prompts(config or model.config, processor)
+
+
+def remark_on_words(model: AnyModel, processor: MedCTProcessor, config: MedCTConfig) -> str | None:
+    """A remark if the tokenizer does not know words of the prompts; see `MedCTProcessor.remark_on_words`.
+
+    Args:
+        model: With or without adapters; nothing is said of a classifier.
+        processor: The model's.
+        config: Has the labels and templates.
+    """
+    return None if is_classifier(model) else processor.remark_on_words(config.label_prompts(), config.label_names)
 
 
 def texts_to(texts: Texts, device: torch.device) -> Texts:
@@ -151,8 +166,16 @@ def score_versions(
             rows += zip(batch["ids"], batch["patients"], by_study, batch["labels"].cpu().numpy(), strict=True)
     rows = sorted(gather_object(rows), key=lambda row: row[0])
     ids, patients, scores, labels = zip(*rows, strict=True)
+    source = loader.source
+    known, names = merge_columns(np.stack(labels), source.label_names, source.merged)
     return [
-        ScoredStudies(list(ids), list(patients), by_version, np.stack(labels))
+        ScoredStudies(
+            list(ids),
+            list(patients),
+            merge_columns(by_version, source.label_names, source.merged)[0],
+            known,
+            list(names),
+        )
         for by_version in np.stack(scores).swapaxes(0, 1)
     ]
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils.hub import cached_file
 
 from .checks_medct import preprocessing
@@ -197,12 +197,45 @@ def describe_adapter(
         "preprocessing": preprocessing(model.config),
         "label_names": list(model.config.label_names),
         "prompt_templates": [list(pair) for pair in model.config.prompt_templates],
+        "prompts": model.config.prompts,
         "thresholds": thresholds,
         "calibration": calibration,
         "strength": strength,
     }
     Path(folder, DESCRIPTION_FILE).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
     return description
+
+
+def adapters_in_use(model: PreTrainedModel) -> list[str]:
+    """Names of the adapters that take part in a model's calls."""
+    # Layers of PEFT know whether they are disabled; `active_adapters` names them all the same.
+    is_disabled = any(getattr(module, "disable_adapters", None) is True for module in model.modules())
+    if is_disabled or not getattr(model, "_hf_peft_config_loaded", False):
+        return []
+    return model.active_adapters()
+
+
+def description_in_use(model: PreTrainedModel) -> dict[str, Any]:
+    """What the adapter in use remembers, see `describe_adapter`; empty if there is none, or several."""
+    in_use = adapters_in_use(model)
+    return model.adapter_description(in_use[0]) if len(in_use) == 1 else {}
+
+
+def asked_config(model: PreTrainedModel) -> PreTrainedConfig:
+    """What a model is asked: its own configuration, or with an adapter in use the labels and prompts of its training.
+
+    Args:
+        model: MedCT model, with or without adapters. A classifier has its own labels whatever adapter is in use.
+    """
+    description = {} if hasattr(model, "classifier") else description_in_use(model)
+    if not description.get("label_names"):
+        return model.config
+    config = copy.copy(model.config)
+    config.id2label = dict(enumerate(description["label_names"]))
+    config.label2id = {label: index for index, label in config.id2label.items()}
+    config.prompt_templates = description["prompt_templates"]
+    config.prompts = description.get("prompts")
+    return config
 
 
 def calibrated(scores: Any, slope: Any, intercept: Any) -> np.ndarray:
@@ -281,11 +314,11 @@ def check_fit(model: PreTrainedModel, adapter: str | Path, **hub: Any) -> dict[s
             f"{adapter} has no {DESCRIPTION_FILE}: nobody can tell whether it was trained on this model.", stacklevel=3
         )
         return None
-    for name in ("label_names", "prompt_templates"):
-        if [*map(_plain, description[name])] != [*map(_plain, getattr(model.config, name))]:
+    for name in ("label_names", "prompt_templates", "prompts"):
+        if _plain(description.get(name)) != _plain(getattr(model.config, name)):
             warnings.warn(
                 f"{adapter} was trained with other {name} than this model's: its scores and thresholds hold for its "
-                "own.",
+                "own, which pipelines ask for while it is in use.",
                 stacklevel=3,
             )
     return description
@@ -406,7 +439,8 @@ def _check_preprocessing(model: PreTrainedModel, adapter: str | Path, described:
 
 
 def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+    """As JSON gives it back; nothing and an empty dictionary are one."""
+    return json.loads(json.dumps(value or None))
 
 
 def _file(adapter: str | Path, name: str, hub: dict[str, Any], is_optional: bool = True) -> str | None:
@@ -438,4 +472,12 @@ def _is_known_missing(adapter: str, name: str, options: dict[str, Any]) -> bool:
     return try_to_load_from_cache(adapter, within, **known) is _CACHED_NO_EXIST
 
 
-__all__ = ["AdapterMismatchError", "calibrated", "check_fit", "describe_adapter", "fingerprint", "read_description"]
+__all__ = [
+    "AdapterMismatchError",
+    "asked_config",
+    "calibrated",
+    "check_fit",
+    "describe_adapter",
+    "fingerprint",
+    "read_description",
+]

@@ -1,7 +1,6 @@
 """What a run found: scores before and after, what was forgotten, operating points, calibration, and remarks."""
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,15 +17,14 @@ Scored = dict[str, ScoredStudies]
 """By split: "tune" and "valid" of the new site, and where something is to be kept "keep_tune" and "keep_valid"."""
 
 
-def mean_auroc(scored: ScoredStudies, names: Sequence[str]) -> float | None:
+def mean_auroc(scored: ScoredStudies) -> float | None:
     """Mean AUROC over labels; `None` if none of them varies among these studies.
 
     Args:
         scored: Studies with their scores.
-        names: Of the labels.
     """
     try:
-        return zero_shot_scores(scored.scores, scored.labels, names)["auroc"]
+        return zero_shot_scores(scored.scores, scored.labels, scored.names)["auroc"]
     except ValueError:
         return None
 
@@ -49,13 +47,12 @@ def operating_points(thresholds: np.ndarray, names: list[str]) -> dict[str, floa
     return {name: float(each) for name, each in zip(names, thresholds, strict=True) if not math.isnan(each)}
 
 
-def compare_all(before: Scored, after: Scored, names: list[str], resamples: int, seed: int) -> dict[str, Any]:
+def compare_all(before: Scored, after: Scored, resamples: int, seed: int) -> dict[str, Any]:
     """Base and adapted model on held-out studies.
 
     Args:
         before: Of the base.
         after: Of the adapted model.
-        names: Of the labels.
         resamples: Of the bootstrap over patients.
         seed: Of the bootstrap.
 
@@ -67,19 +64,19 @@ def compare_all(before: Scored, after: Scored, names: list[str], resamples: int,
     """
     thresholds = [thresholds_from(scored["tune"]) for scored in (before, after)]
     options = {"resamples": resamples, "seed": seed}
-    comparison = _compared(before["valid"], after["valid"], names, *thresholds, **options)
+    comparison = _compared(before["valid"], after["valid"], *thresholds, **options)
     kept = None
-    if KEPT_SPLITS[1] in before and mean_auroc(before["keep_valid"], names) is not None:
-        kept = _compared(before["keep_valid"], after["keep_valid"], names, **options)
-    tune, valid = after["tune"], after["valid"]
+    if KEPT_SPLITS[1] in before and mean_auroc(before["keep_valid"]) is not None:
+        kept = _compared(before["keep_valid"], after["keep_valid"], **options)
+    tune, valid, names = after["tune"], after["valid"], after["valid"].names
     calibration = fit_calibration(tune.scores, tune.labels, names)
     errors = compare_calibration(valid.scores, valid.labels, valid.patients, names, calibration, **options)
     tables = [results_table(comparison, names), sites_table(comparison, kept), calibration_table(errors)]
     return {
         "comparison": comparison,
         "kept": kept,
-        "tune_auroc": _by_model(before, after, "tune", names),
-        "keep_tune_auroc": _by_model(before, after, "keep_tune", names),
+        "tune_auroc": _by_model(before, after, "tune"),
+        "keep_tune_auroc": _by_model(before, after, "keep_tune"),
         "thresholds": None if thresholds[1] is None else operating_points(thresholds[1], names),
         "calibration": calibration or None,
         "calibration_error": errors,
@@ -88,15 +85,15 @@ def compare_all(before: Scored, after: Scored, names: list[str], resamples: int,
 
 
 def _compared(
-    before: ScoredStudies, after: ScoredStudies, names: list[str], *thresholds: np.ndarray | None, **options: int
+    before: ScoredStudies, after: ScoredStudies, *thresholds: np.ndarray | None, **options: int
 ) -> dict[str, Any]:
-    return compare(before.scores, after.scores, before.labels, before.patients, names, *thresholds, **options)
+    return compare(before.scores, after.scores, before.labels, before.patients, before.names, *thresholds, **options)
 
 
-def _by_model(before: Scored, after: Scored, split: str, names: list[str]) -> dict[str, float | None] | None:
+def _by_model(before: Scored, after: Scored, split: str) -> dict[str, float | None] | None:
     if split not in before:
         return None
-    return {"base": mean_auroc(before[split], names), "adapted": mean_auroc(after[split], names)}
+    return {"base": mean_auroc(before[split]), "adapted": mean_auroc(after[split])}
 
 
 def remarks_on(results: dict[str, Any], max_forgotten: float) -> list[str]:

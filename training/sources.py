@@ -5,17 +5,21 @@ from typing import Any
 
 from medct.configuration_medct import MedCTConfig
 from medct.data import Source, StudyLoader, open_source
+from medct.data.label_space import LabelTable, told_apart
 from medct.training.replay import with_replay
 from medct.training.results import SPLITS
 from medct.training.settings import NO_SOURCE, TrainingError, TrainingSettings, complete
 
 
-def load_sources(settings: TrainingSettings, config: MedCTConfig) -> dict[str, Source]:
+def load_sources(
+    settings: TrainingSettings, config: MedCTConfig, mapping: LabelTable | None = None
+) -> dict[str, Source]:
     """Studies to train on, to tune on and, as "valid", to score on; no patient is in two of them.
 
     Args:
         settings: The run's settings.
-        config: Configuration of its base.
+        config: Configuration of its base, with what it is asked.
+        mapping: Of the names in `--data`; see `label_space.asked`.
 
     Returns:
         By split. Replayed studies are among those to train on; "keep_tune" and "keep_valid" are of the source to keep.
@@ -26,16 +30,19 @@ def load_sources(settings: TrainingSettings, config: MedCTConfig) -> dict[str, S
     def source(address: str, split: str, **options: Any) -> Source:
         options |= {"reconstructions": settings.reconstructions, "limit": limits[split]}
         reports = settings.objective != "prompts" and split == "train"
-        return open_source(address, split, config, need_reports=reports, **options)
+        opened = open_source(address, split, config, need_reports=reports, **options)
+        return told_apart(opened) if split == "train" else opened
 
-    own = {"revision": settings.data_revision, "phantoms": settings.phantoms}
+    own = {"revision": settings.data_revision, "phantoms": settings.phantoms, "mapping": mapping}
     sources = {split: source(settings.data, split, **own) for split in limits}
-    others = {"phantoms": settings.other_phantoms}
+    others: dict[str, Any] = {"phantoms": settings.other_phantoms}
     if settings.replay != NO_SOURCE and settings.replay_share:
-        replayed = source(settings.replay, "train", **others)
+        replayed = source(settings.replay, "train", **others, mapping=settings.replay_mapping)
         sources["train"] = with_replay(sources["train"], replayed, settings.replay_share)
     if settings.keep != NO_SOURCE:
-        sources |= {f"keep_{split}": source(settings.keep, split, **others) for split in SPLITS}
+        sources |= {
+            f"keep_{split}": source(settings.keep, split, **others, mapping=settings.keep_mapping) for split in SPLITS
+        }
     return sources
 
 
