@@ -292,6 +292,8 @@ class LabelSpace:
         """
         if self.table is None and source.label_names == self.findings:
             return source
+        if self.table is not None and source.mapping is not None:
+            raise DataError(f"{source.description}: its labels are mapped already. Leave out --mapping.")
         if missing := [name for name in self.columns if name not in source.label_names]:
             raise DataError(
                 f"{source.description}: it has no label {missing[0]!r}, but {_few(source.label_names)}. Say with "
@@ -301,8 +303,6 @@ class LabelSpace:
             places = tuple((source.label_names.index(name),) for name in self.findings)
             kept = tuple(each for each in source.merged if set(each.findings) <= set(self.findings))
             return replace(source, read=ReadMapped(source.read, places), label_names=self.findings, merged=kept)
-        if source.mapping is not None:
-            raise DataError(f"{source.description}: its labels are mapped already. Leave out --mapping.")
         rows = self.table.rows
         names = {finding: [row.data for row in rows if finding in row.findings] for finding in self.findings}
         places = tuple(tuple(map(source.label_names.index, names[finding])) for finding in self.findings)

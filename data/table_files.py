@@ -59,11 +59,11 @@ def read_table(
     found = [tidy_name(cell) for cell in next(rows, [])]
     missing = [column for column in columns if tidy_name(column) not in found]
     if missing:
+        more = f" (and {len(missing) - 1} others that are needed)" if len(missing) > 1 else ""
+        shown = ", ".join(map(repr, found[:4])) + (" ..." if len(found) > 4 else "")
+        hint = f" {hints[missing[0]]}" if hints and missing[0] in hints else ""
         raise DataError(
-            f"{name}: has no column {missing[0]!r}"
-            + (f" (and {len(missing) - 1} others that are needed)" if len(missing) > 1 else "")
-            + f", but {', '.join(map(repr, found[:4]))}{' ...' if len(found) > 4 else ''}. Add it to the file."
-            + (f" {hints[missing[0]]}" if hints and missing[0] in hints else "")
+            f"{name}: has no column {missing[0]!r}{more}, but {shown or 'nothing'}. Add it to the file.{hint}"
         )
     wanted = [column for column in (*columns, *optional) if tidy_name(column) in found]
     for column in wanted:
