@@ -49,7 +49,7 @@ class MedCTProcessor(PicklesAnywhere, ProcessorMixin):
     def remark_on_words(self, prompts: Sequence[Sequence[str]], labels: Sequence[str]) -> str | None:
         """What should be said of labels in whose prompts the tokenizer finds words that it does not know.
 
-        Such words are all one to the model, so that labels in another script get one and the same score.
+        Such words are all one to the model, so that labels in another script cannot be told from one another.
 
         Args:
             prompts: From `MedCTConfig.label_prompts`.
@@ -65,7 +65,8 @@ class MedCTProcessor(PicklesAnywhere, ProcessorMixin):
         if unknown is None or not strange:
             return None
         alike = [label for label in strange if sum(told[label] == texts for texts in told.values()) > 1]
-        said = f"; {_few(alike)} cannot be told apart and get the same score" if alike else ""
+        which = "they" if alike == strange else _few(alike)
+        said = f": {which} cannot be told from one another" if alike else ""
         return (
             f"The model's tokenizer does not know words in the prompts of {len(strange)} of {len(labels)} labels "
             f"({_few(strange)}){said}. Give them words that it knows, in the column `words` of a table of labels."

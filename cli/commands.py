@@ -409,8 +409,6 @@ def evaluate(args: argparse.Namespace) -> int:
     pipe = load_pipeline(args, start_processes(args).device)
     accelerator = Accelerator(cpu=args.cpu)
     config, mapping = asked(pipe.asked, args.labels, args.templates, args.mapping)
-    if remark := remark_on_words(pipe.model, pipe.processor, config):
-        warnings.warn(remark, stacklevel=1)
     source = open_source(
         args.data,
         args.split,
@@ -430,6 +428,8 @@ def evaluate(args: argparse.Namespace) -> int:
         world_size=accelerator.num_processes,
         num_workers=args.num_workers,
     )
+    if remark := remark_on_words(pipe.model, pipe.processor, config):
+        warnings.warn(remark, stacklevel=1)
     prompts = prompts_for(pipe.model, pipe.processor, config)
     scored = score_studies(pipe.model, loader, prompts, accelerator, source.description)
     failed = sum(gather_object([loader.num_bad]))
