@@ -51,6 +51,10 @@ class AdapterMismatchError(MedCTError, ValueError):
     """An adapter that does not belong to this model; the message says why and what to do."""
 
 
+class OtherWordsWarning(UserWarning):
+    """An adapter that was trained to be asked in other words than its model."""
+
+
 def base_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """The weights of a model by their own names, whatever adapters have been put around its layers.
 
@@ -314,13 +318,14 @@ def check_fit(model: PreTrainedModel, adapter: str | Path, **hub: Any) -> dict[s
             f"{adapter} has no {DESCRIPTION_FILE}: nobody can tell whether it was trained on this model.", stacklevel=3
         )
         return None
-    for name in ("label_names", "prompt_templates", "prompts"):
-        if _plain(description.get(name)) != _plain(getattr(model.config, name)):
-            warnings.warn(
-                f"{adapter} was trained with other {name} than this model's: its scores and thresholds hold for its "
-                "own, which pipelines ask for while it is in use.",
-                stacklevel=3,
-            )
+    words = ("label_names", "prompt_templates", "prompts")
+    if other := [name for name in words if _plain(description.get(name)) != _plain(getattr(model.config, name))]:
+        warnings.warn(
+            f"{adapter} was trained with other {' and '.join(other)} than this model's: its scores and thresholds hold "
+            "for its own, which pipelines ask for while it is in use.",
+            OtherWordsWarning,
+            stacklevel=3,
+        )
     return description
 
 

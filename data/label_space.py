@@ -293,16 +293,16 @@ class LabelSpace:
         if self.table is None and source.label_names == self.findings:
             return source
         if self.table is not None and source.mapping is not None:
-            raise DataError(f"{source.description}: its labels are mapped already. Leave out --mapping.")
+            if source.mapping["labels"] != self._described()["labels"]:
+                raise DataError(f"{source.description}: its labels are mapped already. Leave out --mapping.")
+            return LabelSpace(self.findings).apply(source)
         if missing := [name for name in self.columns if name not in source.label_names]:
             raise DataError(
                 f"{source.description}: it has no label {missing[0]!r}, but {_few(source.label_names)}. Say with "
                 "--mapping which of its labels mean the model's."
             )
         if self.table is None:
-            places = tuple((source.label_names.index(name),) for name in self.findings)
-            kept = tuple(each for each in source.merged if set(each.findings) <= set(self.findings))
-            return replace(source, read=ReadMapped(source.read, places), label_names=self.findings, merged=kept)
+            return self._among(source)
         rows = self.table.rows
         names = {finding: [row.data for row in rows if finding in row.findings] for finding in self.findings}
         places = tuple(tuple(map(source.label_names.index, names[finding])) for finding in self.findings)
@@ -316,6 +316,16 @@ class LabelSpace:
             merged=tuple(merged),
             mapping=self._described(),
         )
+
+    def _among(self, source: Source) -> Source:
+        """A source of whose labels the model has some, by the same names."""
+        # Where the model has a part of what is told together, nobody knows what is true of that part.
+        torn = {
+            name for each in source.merged if not set(each.findings) <= set(self.findings) for name in each.findings
+        }
+        places = tuple(() if name in torn else (source.label_names.index(name),) for name in self.findings)
+        merged = tuple(each for each in source.merged if torn.isdisjoint(each.findings))
+        return replace(source, read=ReadMapped(source.read, places), label_names=self.findings, merged=merged)
 
     def _described(self) -> dict[str, Any]:
         """The mapping as JSON holds it: for each class the names in the data."""

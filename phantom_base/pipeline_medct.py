@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import Pipeline, PreTrainedModel
 
-from .adapters_medct import asked_config, calibrated, description_in_use
+from .adapters_medct import OtherWordsWarning, asked_config, calibrated, description_in_use
 from .checks_medct import check_processor
 from .configuration_medct import MedCTConfig, Prompt
 from .modeling_medct import zero_shot_probabilities
@@ -56,7 +56,9 @@ class CTPipeline(Pipeline):
             self.processor = _processor_of(self.model)
         check_processor(self.model.config, self.processor)
         if adapter is not None:
-            self.model.load_adapter(adapter, adapter_kwargs={"revision": adapter_revision})
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", OtherWordsWarning)  # here its own are asked for
+                self.model.load_adapter(adapter, adapter_kwargs={"revision": adapter_revision})
         self.model.eval()
 
     def __call__(self, inputs: Any, **kwargs) -> Any:

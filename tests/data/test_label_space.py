@@ -231,6 +231,17 @@ def test_any_source_takes_a_mapping(table):
     assert all(math.isnan(row["labels"][1]) for row in rows)
 
 
+def test_labels_that_are_mapped_already(table):
+    config, mapping = asked(CONFIG, mapping=table("label,data\nCardiomegaly|Pericardial effusion,heart\n"))
+    mapped = LabelSpace.of(config, mapping).apply(source_of(("heart",), (1,)))
+    assert LabelSpace.of(config, mapping).apply(mapped) == mapped, "the same once more, as shards have it"
+    one = LabelSpace.of(MedCTConfig(id2label={0: "Cardiomegaly", 1: "Emphysema"})).apply(mapped)
+    assert same(labels_of(one), [[NAN, NAN]]) and one.merged == (), "a part of what is told together is unknown"
+    config, other = asked(CONFIG, mapping=table("label,data\nCardiomegaly,heart\n"))
+    with pytest.raises(DataError, match=r"its labels are mapped already\. Leave out --mapping"):
+        LabelSpace.of(config, other).apply(mapped)
+
+
 def test_what_the_data_lack_is_named(table):
     config, mapping = asked(CONFIG, mapping=table("label,data\nEmphysema,bullae\n"))
     with pytest.raises(DataError, match=r"1 studies: it has no label 'bullae', but a, b\. Say with --mapping"):
