@@ -2,8 +2,8 @@
 
 `metadata.csv` follows the folder convention of `datasets`: `file_name` (a NIfTI file or a DICOM folder, relative to the
 csv file), `report`, one column per label and, optionally, `patient` and `split`. It lies at the top of the folder, or
-there is one in each of `train/`, `valid/` (or `validation/`) and `test/`. Parquet has the same columns, with `volume`
-or any other `Nifti()` column in place of `file_name`, and the splits of its repository.
+there is one in each of `train/`, `valid/` (or `validation/`) and `test/`; `metadata.xlsx` will do. Parquet has the
+same columns, with `volume` or any other `Nifti()` column in place of `file_name`, and the splits of its repository.
 
 Splits: "valid" is the split called valid, validation, val or test. If there is both a test split and one of the others,
 test is "valid" and the other is "tune". Without any of them, a tenth of the patients is held out. Without a `patient`
@@ -149,7 +149,7 @@ def metadata_files(folder: Folder) -> dict[str, Path]:
 
 def _metadata_file(folder: Folder, within: str) -> Path | None:
     # A repository is asked once for each name, and each costs a request.
-    names = (METADATA, str(Path(METADATA).with_suffix(".xlsx"))) if folder.is_local else (METADATA,)
+    names = [METADATA, METADATA.replace(".csv", ".xlsx")] if folder.is_local else [METADATA]
     found = [path for name in names if (path := folder.file(within + name))]
     if len(found) > 1:
         raise DataError(f"{folder}: it has both {within}{names[0]} and {within}{names[1]}. Keep the one that holds.")
