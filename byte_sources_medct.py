@@ -215,13 +215,13 @@ def _of_file(path: Path, in_folder: bool = False) -> ByteSource | None:
             # Reading a pipe or a device may never end.
             if in_folder:
                 return None
-            raise VolumeError(str(path), "it is no regular file", "Pass a file or a folder")
+            raise VolumeError(str(path), "it is not a regular file", "Pass a file or a folder")
         with path.open("rb"):
             pass
     except OSError as error:
         raise VolumeError(str(path), f"it cannot be read ({error.strerror})", "Check the path") from error
     except ValueError as error:  # a null character
-        raise VolumeError(repr(str(path)), f"it is no path ({error})", "Check the path") from error
+        raise VolumeError(repr(str(path)), f"it is not a path ({error})", "Check the path") from error
     return ByteSource(str(path), lambda: path.open("rb"), status.st_size)
 
 

@@ -135,7 +135,7 @@ class _Helper:
             status = self._process.wait()
         if not self._is_ready:
             return f"the process that decodes cannot be started (exit status {status})"
-        return "decoding it takes too long" if status == _OUT_OF_TIME else "it ends the decoder"
+        return "decoding it takes too long" if status == _OUT_OF_TIME else "it crashes the decoder"
 
     def close(self) -> None:
         self._process.kill()
@@ -228,7 +228,7 @@ def decode_frame(module: str, frame: bytes, shape: tuple[int, int], bits: int) -
         `shape`, integers as the code stream has them.
 
     Raises:
-        DecodeError: If it is damaged, ends the decoder, or takes too much time or memory.
+        DecodeError: If it is damaged, crashes the decoder, or takes too much time or memory.
     """
     reason = ""
     for _ in range(2):  # one that dies may have been somebody else's victim

@@ -10,6 +10,7 @@ refused too, unless the step that the headers write fits the whole stack.
 Source: DICOM PS3.3 (C.7.6.2).
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -27,6 +28,7 @@ _MISSING_STEPS = 1.75
 _MAX_GAP_STEPS = 5
 """Usual steps that interpolation bridges when the caller asks for it."""
 _LISTED_GAP = 0.02
+_HALF_STEP = 0.02
 _ONE_STACK = "Pass the files of one stack of slices"
 _STRAIGHT = "Pass `resample_irregular=True` to have the slices interpolated"
 
@@ -52,7 +54,7 @@ def check_alike(slices: list[Slice]) -> None:
     row, column = first.orientation[:3], first.orientation[3:]
     lengths = np.linalg.norm((row, column), axis=1)
     if np.abs(lengths - 1).max() > _UNIT_VECTOR_TOLERANCE or abs(row @ column) > _UNIT_VECTOR_TOLERANCE:
-        raise VolumeError(first.name, "its ImageOrientationPatient is no pair of perpendicular unit vectors", AGAIN)
+        raise VolumeError(first.name, "its ImageOrientationPatient is not a pair of perpendicular unit vectors", AGAIN)
 
 
 def _turned(one: Slice, first: Slice, half: np.ndarray) -> float:
@@ -94,13 +96,14 @@ def order(slices: list[Slice], source: str, resample_irregular: bool) -> tuple[l
     if len(slices) < 2:
         raise VolumeError(
             source,
-            "it holds one slice, which is no volume",
+            "it holds one slice, which is not a volume",
             "Pass all files of the series together: a folder or a list",
         )
     _check_interleaved(slices, source)
     if _is_uneven(slices):
         _check_gaps(slices, source, resample_irregular)
     _check_line(slices, source, resample_irregular)
+    notes += _remarks_on_overlap(slices)
     if not (_is_uneven(slices) or _is_leaning(slices)):
         notes += remark_on_offset("its slices", max(_unevenness(slices), _off_place(slices)))
     return slices, notes
@@ -143,6 +146,19 @@ def _check_interleaved(slices: list[Slice], source: str) -> None:
             "each other",
             _ONE_STACK,
         )
+
+
+def _remarks_on_overlap(slices: list[Slice]) -> list[str]:
+    """Two passes half a step apart that no attribute tells apart look like one reconstruction with overlap."""
+    step = float(np.diff(_places(slices)[:, 2]).mean())
+    # A thickness alone says nothing: chest CT is often reconstructed with overlap.
+    written = min(slices[0].written_steps_mm) if len(slices[0].written_steps_mm) > 1 else math.nan
+    if not abs(written / step - 2) < _HALF_STEP:
+        return []
+    return [
+        f"its slices lie {step:g} mm apart, half of the {written:g} mm that its headers say: they overlap, or are two "
+        "passes"
+    ]
 
 
 def _check_gaps(slices: list[Slice], source: str, resample_irregular: bool) -> None:

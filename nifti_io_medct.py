@@ -153,7 +153,7 @@ def _read_header(source: ByteSource, stream: Any) -> Any:
         header = header_class.from_fileobj(io.BytesIO(block), check=False)
         magic = bytes(header["magic"])[:2]
     except Exception as error:  # as above
-        raise VolumeError(source.name, f"it is no NIfTI file ({error})", _NO_NIFTI) from error
+        raise VolumeError(source.name, f"it is not a NIfTI file ({error})", _NO_NIFTI) from error
     if magic not in (b"n+", b"ni"):
         raise VolumeError(
             source.name,
@@ -171,7 +171,7 @@ def _layout(source: ByteSource, header: Any) -> tuple[tuple[int, ...], np.dtype,
         first = 0 if _is_pair(header) else int(header["sizeof_hdr"])
         offset = int(header["vox_offset"]) or (first and first + 4)
     except Exception as error:  # as above
-        raise VolumeError(source.name, f"it is no NIfTI file ({error})", _NO_NIFTI) from error
+        raise VolumeError(source.name, f"it is not a NIfTI file ({error})", _NO_NIFTI) from error
     if min(shape, default=0) <= 0 or not first <= offset <= _MAX_OFFSET:
         raise VolumeError(
             source.name,

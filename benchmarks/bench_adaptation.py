@@ -1,6 +1,6 @@
 """How much of full fine-tuning's gain an adapter keeps, and what either forgets, on SYNTHETIC phantoms.
 
-    python benchmarks/bench_adaptation.py            # hours on 2 CPU cores; resumes where it stopped
+    python benchmarks/bench_adaptation.py --processes 2     # 1 to 2 hours on 2 CPU cores; resumes where it stopped
 
 The phantom base knows site A and is adapted to site B, with the same number of optimizer steps in every run and three
 seeds, each with other patients and another initialisation. The adapter is that of `medct train`: recipe `vision` with
@@ -14,13 +14,18 @@ The table is written after every run and says which runs are missing. Writes `ad
 import argparse
 import functools
 import json
+import multiprocessing
+import os
 import shutil
 import statistics
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from medct import data as medct_data
 from medct.common.files import whole_file
@@ -34,7 +39,7 @@ PATIENTS = (400, 25, 100)
 SEEDS = (0, 1, 2)
 TUNE_PATIENTS = 200
 EVAL_PATIENTS = 300
-PHANTOMS_KEPT = 2500  # in memory, 1.5 MB each
+PHANTOMS_KEPT = 1600  # in the memory of each process, 1.5 MB each; a seed and site has 1,500
 # Of each kind of run, the settings by which it differs from the defaults.
 KINDS: dict[str, dict[str, Any]] = {
     "full": {"recipe": "full", "replay": "none", "strength": "1", "eval_steps": 0},
@@ -119,26 +124,50 @@ class BaseScores:
             shutil.copy(path, trainer.folder.work)
 
 
+def make(key: Key) -> dict[str, Any]:
+    """Make a run in a process that `start` has prepared.
+
+    Args:
+        key: Which run.
+
+    Returns:
+        Its row.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(settings_of(key, folder))
+        base_scores().put_into(trainer, key)
+        return asdict(key) | _figures(trainer.run())
+
+
+@functools.cache
+def base_scores() -> BaseScores:
+    """Those of this process."""
+    return BaseScores()
+
+
+def start(threads: int) -> None:
+    """Prepare a process: each phantom is drawn once.
+
+    Args:
+        threads: For torch.
+    """
+    torch.set_num_threads(threads)
+    medct_data.make_phantom = functools.lru_cache(maxsize=PHANTOMS_KEPT)(medct_data.make_phantom)
+
+
 class Runs:
     """Runs that are made once; a JSON file keeps them."""
 
     def __init__(self, path: Path):
         self.path = path
         self.rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-        self.base = BaseScores()
 
     def found(self, key: Key) -> dict[str, Any] | None:
         return next((row for row in self.rows if asdict(key).items() <= row.items()), None)
 
-    def make(self, key: Key) -> None:
-        """Make a run, unless there is one."""
-        if self.found(key):
-            return
-        with tempfile.TemporaryDirectory() as folder:
-            trainer = Trainer(settings_of(key, folder))
-            self.base.put_into(trainer, key)
-            results = trainer.run()
-        self.rows.append(asdict(key) | _figures(results))
+    def add(self, row: dict[str, Any]) -> None:
+        """Keep the row of a run."""
+        self.rows.append(row)
         with whole_file(self.path) as aside:
             aside.write_text(json.dumps(self.rows, indent=1) + "\n", encoding="utf-8")
 
@@ -163,16 +192,17 @@ def _figures(results: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def wanted(runs: Runs, with_rates: bool) -> Iterator[Key]:
-    """All runs: first those on which others depend, then by importance.
+def choosing() -> list[Key]:
+    """The runs that choose the learning rates."""
+    return [Key(kind, CHOSEN_AT, SEEDS[0], rate=rate) for kind in (REFERENCE, ADAPTER) for rate in RATES]
+
+
+def scored(runs: Runs) -> Iterator[Key]:
+    """The runs of the tables, by importance.
 
     Args:
-        runs: Those that there are.
-        with_rates: Whether the runs that choose learning rates are among them.
+        runs: Those that there are; they decide about the learning rates.
     """
-    if with_rates:
-        for kind in (REFERENCE, ADAPTER):
-            yield from (Key(kind, CHOSEN_AT, SEEDS[0], rate=rate) for rate in RATES)
     for site, sizes in (("B", PATIENTS), ("C", PATIENTS[:1])):
         for patients in sizes:
             for seed in SEEDS:
@@ -226,14 +256,13 @@ def table(runs: Runs, site: str) -> str:
     return "\n".join(lines) if len(lines) > 2 else "No run yet."
 
 
-def report(runs: Runs, with_rates: bool) -> str:
+def report(runs: Runs) -> str:
     """The whole page.
 
     Args:
         runs: Those that there are.
-        with_rates: See `wanted`.
     """
-    missing = [key for key in wanted(runs, with_rates) if not runs.found(key)]
+    missing = [key for key in (*choosing(), *scored(runs)) if not runs.found(key)]
     chosen = {
         kind: runs.best_rate(kind) * RECIPES[KINDS[kind]["recipe"]].learning_rate for kind in (REFERENCE, ADAPTER)
     }
@@ -263,23 +292,23 @@ def main() -> None:
     parser.add_argument(
         "--output", type=Path, default=Path(__file__).with_name("adaptation.md"), help="Table to write."
     )
-    parser.add_argument(
-        "--rates_last", action="store_true", help="Take the recipes' learning rates and leave out the runs that choose."
-    )
+    parser.add_argument("--processes", type=int, default=1, help="Runs at a time; each has its share of the cores.")
     parser.add_argument("--report_only", action="store_true", help="Make no run.")
     arguments = parser.parse_args()
-    draw = medct_data.make_phantom
-    medct_data.make_phantom = functools.lru_cache(maxsize=PHANTOMS_KEPT)(draw)  # each is drawn once
     runs = Runs(arguments.output.with_suffix(".json"))
-    with_rates = not arguments.rates_last
-    for key in () if arguments.report_only else wanted(runs, with_rates):
-        runs.make(key)
-        with whole_file(arguments.output) as aside:
-            aside.write_text(report(runs, with_rates), encoding="utf-8")
-    text = report(runs, True)
+    threads = max(1, (os.cpu_count() or 1) // arguments.processes)
+    with ProcessPoolExecutor(
+        arguments.processes, multiprocessing.get_context("spawn"), initializer=start, initargs=(threads,)
+    ) as pool:
+        for keys in () if arguments.report_only else (choosing, lambda: scored(runs)):
+            missing = [key for key in keys() if not runs.found(key)]
+            for future in as_completed(pool.submit(make, key) for key in missing):
+                runs.add(future.result())
+                with whole_file(arguments.output) as aside:
+                    aside.write_text(report(runs), encoding="utf-8")
     with whole_file(arguments.output) as aside:
-        aside.write_text(text, encoding="utf-8")
-    print(text)
+        aside.write_text(report(runs), encoding="utf-8")
+    print(report(runs))
 
 
 if __name__ == "__main__":

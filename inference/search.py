@@ -85,8 +85,8 @@ def read_reports(path: Path) -> dict[str, str]:
     columns = ["report"] if "report" in table else [column for column in REPORT_COLUMNS if column in table]
     if name is None or not columns:
         raise SearchError(
-            f"{path}: it has the columns {', '.join(sorted(header_of(path)))}. Name one {' or '.join(_NAME_COLUMNS)}, and one "
-            f"report, or {' and '.join(REPORT_COLUMNS)}."
+            f"{path}: it has the columns {', '.join(sorted(header_of(path)))}. Name one {' or '.join(_NAME_COLUMNS)}, "
+            f"and one report, or {' and '.join(REPORT_COLUMNS)}."
         )
     reports = [join_text(*parts) for parts in table[columns].itertuples(index=False)]
     return {study: report for study, report in zip(table[name], reports, strict=True) if report}

@@ -51,10 +51,11 @@ def refuse_other_weights(
     unexpected = sorted(key for key in loading_info["unexpected_keys"] if not key.startswith(may_hold))
     if not missing and not unexpected:
         return
-    said = f"it lacks {_named(missing)}" if missing else f"it has {_named(unexpected)}, which that class has not"
+    said = f"it lacks {_named(missing)}" if missing else f"it has {_named(unexpected)}, which that class does not have"
     holds = ", ".join(config.architectures or ()) or "another model"
     raise CheckpointMismatchError(
-        f"{name} is no {model_class.__name__}: {said}. It was saved as {holds}: load it as that, or pass another model."
+        f"{name} is not a {model_class.__name__}: {said}. It was saved as {holds}: load it as that, or pass "
+        "another model."
     )
 
 

@@ -65,7 +65,7 @@ def frames_of(element: bytes, count: int, offsets: list[int] | None = None) -> l
         lasts = [number for number, part in enumerate(fragments) if b"\xff\xd9" in part[-10:]]
         firsts = [0, *(last + 1 for last in lasts[:-1])]
         if len(firsts) != count or lasts[-1:] != [len(fragments) - 1]:
-            raise StreamError(f"{len(fragments)} fragments make no {count} frames")
+            raise StreamError(f"{len(fragments)} fragments do not make {count} frames")
     return [b"".join(fragments[a:b]) for a, b in zip(firsts, [*firsts[1:], len(fragments)], strict=True)]
 
 

@@ -133,7 +133,7 @@ def _collect(files: Sequence[ByteSource], source: str) -> tuple[list[_CTFile], C
     names = {_place_and_suffix(file) for file, _, _ in found}
     for file in others:
         _check_other(file, names)
-        left_out["no DICOM file"] += 1
+        left_out["not a DICOM file"] += 1
     if not found:
         kinds = ", ".join(f"{count} x {kind}" for kind, count in left_out.most_common(5)) or "it is empty"
         raise VolumeError(source, f"it holds no CT slices ({kinds})", "Pass the files of a CT series")
@@ -147,13 +147,13 @@ def _place_and_suffix(file: ByteSource) -> tuple[str, str]:
 
 
 def _check_other(file: ByteSource, names: set[tuple[str, str]]) -> None:
-    """Refuse what is no DICOM file and lies in the place of one, which its name or its emptiness shows."""
+    """Refuse what is not a DICOM file and lies in the place of one, which its name or its emptiness shows."""
     what, remedy = what_is(file) or (None, AGAIN)
     name = _place_and_suffix(file)
     is_alike = name in names and (what is None or remedy in STANDS_FOR_A_FILE)
     if is_alike or name[1] in _SUFFIXES or (not names and remedy in STANDS_FOR_A_FILE):
         lacks = "it is damaged: it lacks the mark of a DICOM file"
-        raise VolumeError(file.name, lacks if what is None else f"it is no DICOM file, but {what}", remedy)
+        raise VolumeError(file.name, lacks if what is None else f"it is not a DICOM file, but {what}", remedy)
 
 
 def _read_header(file: ByteSource, stream: BinaryIO) -> tuple[Elements, int]:
@@ -186,7 +186,7 @@ def series_of(path: Path) -> str | None:
 
 
 def _why_no_slice(file: ByteSource, header: Elements) -> str | None:
-    """What a file is if it is no CT slice; none if it is one."""
+    """What a file is if it is not a CT slice; none if it is one."""
     try:
         # The file meta information has it where a data set leaves it empty, as some anonymizers do.
         stored_as = str(header.file_meta.get("MediaStorageSOPClassUID") or "")
@@ -226,10 +226,10 @@ def _slices_of(
     if min(pixels.shape) < 1 or number < 1:
         raise VolumeError(file.name, f"it promises {number} frames of {pixels.shape} pixels", AGAIN)
     if samples != 1 or not grey:
-        raise VolumeError(file.name, "it is no grey image", "Pass the files of a CT series")
+        raise VolumeError(file.name, "it is not a greyscale image", "Pass the files of a CT series")
     if frames is None:
         if number != 1:
-            raise VolumeError(file.name, f"its {number} frames have no positions", "Export the series anew")
+            raise VolumeError(file.name, f"its {number} frames have no positions", "Export the series again")
         return [_slice(file, header, None, None, None, pixels, rescale)]
     if len(frames) != number:
         raise VolumeError(file.name, f"it promises {number} frames and describes {len(frames)}", AGAIN)
@@ -264,7 +264,7 @@ def _slice(
             raise VolumeError(name, f"it has no {attribute}", "Export the series with its geometry")
         array = np.array(found, dtype=float).reshape(-1)
         if array.shape != (count,) or not np.isfinite(array).all():
-            raise VolumeError(name, f"its {attribute} is no list of {count} numbers", AGAIN)
+            raise VolumeError(name, f"its {attribute} is not a list of {count} numbers", AGAIN)
         return array
 
     try:

@@ -241,7 +241,7 @@ def _nrrd_affine(source: ByteSource, fields: dict[str, str]) -> tuple[np.ndarray
         affine[:3, 3] = origin
     except (KeyError, ValueError) as error:
         raise VolumeError(
-            source.name, "its header gives no three `space directions`", "Write it with directions and origin"
+            source.name, "its header does not give three `space directions`", "Write it with directions and origin"
         ) from error
     units = {unit.strip() for unit in fields.get("space units", "").split('"')} - {""}
     unit_mm, notes = _unit(source, units.pop() if len(units) == 1 else "several" if units else "")
@@ -286,7 +286,7 @@ def _nrrd_voxels(
     elif encoding != "raw" and not is_text:
         raise VolumeError(source.name, "its encoding is not known", "Write it raw or with gzip")
     if byte_skip < 0:
-        raise VolumeError(source.name, f"its header skips {byte_skip} bytes", "Write it anew")
+        raise VolumeError(source.name, f"its header skips {byte_skip} bytes", "Write it again")
     _skip_bytes(source, file, byte_skip)  # of what is inflated, as the format has it
     if encoding == "hex":
         return _hex_voxels(source, file, shape, dtype)
@@ -308,7 +308,9 @@ def _hex_voxels(source: ByteSource, file: BinaryIO, shape: tuple[int, ...], dtyp
             raise ValueError("too long")
         values = np.frombuffer(bytes.fromhex(text.decode("ascii")), dtype).reshape(shape, order="F")
     except ValueError as error:
-        raise VolumeError(source.name, "its voxels are no hex: its encoding is not known", "Write it raw") from error
+        raise VolumeError(
+            source.name, "its voxels are not hexadecimal: its encoding is not known", "Write it raw"
+        ) from error
     return values.astype(dtype.newbyteorder("="))
 
 

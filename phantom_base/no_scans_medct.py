@@ -1,4 +1,4 @@
-"""What a file is that is no scan, so that a message can say the cause: a page, a pointer, an archive, or nothing."""
+"""What a file is that is not a scan, so that a message can say the cause: a page, a pointer, an archive, or nothing."""
 
 from collections.abc import Callable
 

@@ -186,7 +186,7 @@ def _files_of(source: Any) -> tuple[list[ByteSource], str, Path | None]:
     if hasattr(source, "read"):
         name = Path(str(getattr(source, "name", "") or "file object")).name
         return [of_file_object(source, name)], name, None
-    raise VolumeError(type(source).__name__, "it is no CT source", f"Pass a {_KNOWN} path, an array or an image")
+    raise VolumeError(type(source).__name__, "it is not a CT source", f"Pass a {_KNOWN} path, an array or an image")
 
 
 def _kind_of(files: list[ByteSource], source: str) -> tuple[str, list[ByteSource], list[ByteSource]]:
@@ -199,7 +199,7 @@ def _kind_of(files: list[ByteSource], source: str) -> tuple[str, list[ByteSource
         kind = _format_of(files[0])
         if kind is None:
             what, remedy = what_is(files[0]) or ("", f"Pass a {_KNOWN} file")
-            reason = "it is no NIfTI file, nor DICOM, NRRD or MetaImage" + (f", but {what}" if what else "")
+            reason = "it is not a NIfTI, DICOM, NRRD or MetaImage file" + (f", but {what}" if what else "")
             raise VolumeError(files[0].name, reason, remedy)
         return kind, files, []
     scans = []
@@ -220,7 +220,7 @@ def _kind_of(files: list[ByteSource], source: str) -> tuple[str, list[ByteSource
 
 
 def _format_of(file: ByteSource) -> str | None:
-    """The format of a file by its content; none if it is no scan."""
+    """The format of a file by its content; none if it is not a scan."""
     head = file.head(_HEAD_BYTES)
     if is_dicom(head):
         return "dicom"

@@ -184,7 +184,7 @@ def check_voxels(source: str, shape: Sequence[int], dtype: np.dtype) -> None:
     if len(shape) != 3 or 0 in shape:
         raise VolumeError(source, f"it has shape {tuple(shape)}", "Pass one volume with three axes, one at a time")
     if 1 in shape:
-        raise VolumeError(source, f"it is one slice (shape {tuple(shape)}), which is no volume", "Pass all slices")
+        raise VolumeError(source, f"it is one slice (shape {tuple(shape)}), which is not a volume", "Pass all slices")
     if dtype.kind not in "iuf":
         raise VolumeError(source, f"its values are of type {dtype}", "Pass whole or real numbers")
     if np.prod(shape, dtype=float) > MAX_VOXELS:

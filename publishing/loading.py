@@ -88,7 +88,7 @@ def _no_model(name: str, error: Exception) -> Exception:
     """What to raise; what the system reports, of a home that is read-only, say, is not about the model."""
     if getattr(error, "errno", None):
         return error
-    return ModelError(f"{name}: no model ({first_line(error)}) Pass a Hub id or a folder.")
+    return ModelError(f"{name}: cannot load a model ({first_line(error)}) Pass a Hub id or a folder.")
 
 
 def _class_of(name: str, config: MedCTConfig) -> type[AnyMedCT]:

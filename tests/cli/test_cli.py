@@ -131,7 +131,7 @@ def test_a_file_has_a_row_per_study_and_the_bad_ones_beside_it(run, scans, pipe,
     assert {label: float(rows[3][label]) for label in CT_CLIP_LABELS} == pytest.approx(expected, abs=2e-6)
     failed = read_csv(tmp_path / "out/scores.csv.failed.csv")
     assert names(failed, scans) == BAD
-    assert "it is no NIfTI file" in failed[0]["reason"]
+    assert "it is not a NIfTI" in failed[0]["reason"]
     settings = json.loads((tmp_path / "out/scores.csv.settings.json").read_text(encoding="utf-8"))
     assert settings["labels"] == list(CT_CLIP_LABELS)
     assert not list((tmp_path / "out").glob("*part*"))
@@ -260,7 +260,7 @@ def test_what_cannot_be_done_is_reported_in_a_sentence(run, scans, tmp_path, arg
 def test_a_folder_that_is_not_a_model_is_refused(run, scans, tmp_path):
     status, _, err = run("predict", scans, model=tmp_path)
     assert status == 2
-    assert "no model (" in err
+    assert "cannot load a model (" in err
 
 
 @pytest.mark.parametrize("arguments", [["predict"], ["predict", "x", "--batch_size", "0"], ["nothing"], []])

@@ -108,6 +108,13 @@ def test_a_run_stays_at_the_commit_that_it_started_with(ct_rate):
         read_study(row_of(open_source(ADDRESS, "train", CONFIG, tune_share=0), "train_11_a_1"), "SLP")
 
 
+def test_the_revision_of_an_address_goes_before_the_argument(ct_rate):
+    with pytest.raises(DataError, match="no such revision"):
+        open_source(ADDRESS.replace("CT-RATE", "CT-RATE@nowhere"), "train", CONFIG, revision="main")
+    pinned = open_source(ADDRESS.replace("CT-RATE", "CT-RATE@main"), "train", CONFIG, revision="nowhere", tune_share=0)
+    assert row_of(pinned, "train_11_a_1")
+
+
 def test_a_missing_volume_is_a_bad_sample_with_a_reason_in_one_line(ct_rate):
     missing = HubFile(REPO, "dataset/nowhere.nii.gz", "main")
     with pytest.raises(VolumeError, match=r"hf://datasets/org/CT-RATE/dataset/nowhere.nii.gz: it does not exist"):

@@ -150,6 +150,13 @@ def test_reports_are_found_by_the_end_of_a_path(tmp_path, header, row, report):
     assert report_of("/data/2.nii.gz", reports) is None  # empty
 
 
+def test_the_longest_end_of_a_path_is_the_studys(tmp_path):
+    (tmp_path / "reports.csv").write_text("file_name,report\n1.nii.gz,Short.\na/1.nii.gz,Long.\n", encoding="utf-8")
+    reports = read_reports(tmp_path / "reports.csv")
+    assert report_of("/data/a/1.nii.gz", reports) == "Long."
+    assert report_of("/data/b/1.nii.gz", reports) == "Short."
+
+
 def test_a_csv_without_reports_is_refused(tmp_path):
     (tmp_path / "reports.csv").write_text("name,text\na,b\n", encoding="utf-8")
     with pytest.raises(SearchError, match="Name one file_name or VolumeName"):

@@ -80,7 +80,7 @@ def test_a_failure_names_its_study_and_nothing_from_a_header(hospital, image_pro
     (hospital / "a/scan.nii").write_bytes(b"nothing")
     failed = read_study(Study("a", str(hospital / "a/scan.nii")), image_processor)
     assert isinstance(failed, FailedStudy)
-    assert "it is no NIfTI file" in failed.reason
+    assert "it is not a NIfTI" in failed.reason
     for path in list((hospital / "mixed").glob("*.dcm"))[:2]:
         path.unlink()
     mixed = find_studies([hospital / "mixed"])[0]

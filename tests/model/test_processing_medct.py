@@ -43,7 +43,7 @@ def test_a_series_as_a_list_and_the_way_back(processor, tmp_path):
     assert torch.equal(batch["pixel_values"], processor(images=tmp_path, return_tensors="pt")["pixel_values"])
     (geometry,) = batch["geometry"]
     np.testing.assert_allclose(geometry.affine, AFFINE, atol=1e-6)
-    with pytest.raises(VolumeError, match="one slice, which is no volume"):
+    with pytest.raises(VolumeError, match="one slice, which is not a volume"):
         processor(images=files, return_tensors="pt")
 
 

@@ -246,11 +246,12 @@ def test_a_private_push_does_not_become_public(hub, base, pushed_base, refused):
     assert "org/base is already public" in refused("push", base, "org/base", "--private")
 
 
-def test_a_user_without_write_access_is_told_so(hub, base, monkeypatch, refused):
+def test_a_user_without_write_access_is_told_so_at_once(hub, base, monkeypatch, waits, refused):
     for token, words in ((READER, "403"), ("hf_wrong", "401"), (None, "401")):
         hub.connect(monkeypatch, token)
         assert words in refused("push", base, "org/a")
     assert ("model", "org/a") not in hub.repos
+    assert waits == []  # a retry cannot help
 
 
 def test_a_bad_card_is_refused_in_the_hubs_words(hub, base, monkeypatch, refused):

@@ -73,8 +73,8 @@ def test_an_extended_table_tells_frames_apart():
         (items(b""), "cut short"),
         (b"", "cut short"),
         (items(b"", b"ab") + b"\xfe\xff\x0d\xe0" + bytes(4), "cut short"),
-        (items(b"", b"a", b"b", b"c") + END, "3 fragments make no 2 frames"),
-        (items(b"", b"a\xff\xd9", b"b\xff\xd9", b"c") + END, "3 fragments make no 2 frames"),
+        (items(b"", b"a", b"b", b"c") + END, "3 fragments do not make 2 frames"),
+        (items(b"", b"a\xff\xd9", b"b\xff\xd9", b"c") + END, "3 fragments do not make 2 frames"),
         (items(struct.pack("<2I", 0, 5), b"ab", b"cd", b"ef") + END, "table of frames"),
     ],
 )

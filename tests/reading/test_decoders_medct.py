@@ -59,7 +59,7 @@ def test_one_helper_serves_one_thread(fake):
 @pytest.mark.parametrize(
     ("word", "reason"),
     [
-        ("die", "ends the decoder"),
+        ("die", "crashes the decoder"),
         ("hang", "too long"),
         ("grow", "too much memory"),
         ("speak", "the decoder reports damage"),

@@ -270,9 +270,9 @@ REFUSED = {
     zero_spacing: r"spacing is \(0.0, 0.7\) mm",
     without_position: "no ImagePositionPatient",
     without_orientation: "no ImageOrientationPatient",
-    not_perpendicular: "no pair of perpendicular unit vectors",
-    one_slice: "one slice, which is no volume",
-    colour: "no grey image",
+    not_perpendicular: "not a pair of perpendicular unit vectors",
+    one_slice: "one slice, which is not a volume",
+    colour: "not a greyscale image",
     magnetic: r"no CT slices \(6 x MR Image Storage\)",
     emission: r"no CT slices \(6 x modality PT\)",
     localizer: r"no CT slices \(6 x localizer\)",
@@ -350,7 +350,7 @@ def test_other_files_beside_a_series_are_counted(hu, tmp_path):
     (folder / "._slice.dcm").write_bytes(b"x" * 200)
     with pytest.warns(VolumeWarning, match="6 files were left out") as caught:
         assert_is(read_volume(folder), hu)
-    for part in ("2 x no DICOM file", "1 x localizer", "1 x Segmentation Storage", "1 x Encapsulated PDF Storage"):
+    for part in ("2 x not a DICOM file", "1 x localizer", "1 x Segmentation Storage", "1 x Encapsulated PDF Storage"):
         assert part in str(caught[0].message)
 
 

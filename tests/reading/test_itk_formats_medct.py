@@ -92,8 +92,8 @@ def nrrd_text(array, **changes) -> bytes:
     [
         ({"space": None}, "does not name the patient's axes"),
         ({"space": "3D-right-handed"}, "does not name the patient's axes"),
-        ({"space_directions": None}, "no three `space directions`"),
-        ({"space_directions": "none (1,0,0) (0,1,0) (0,0,1)"}, "no three `space directions`"),
+        ({"space_directions": None}, "not give three `space directions`"),
+        ({"space_directions": "none (1,0,0) (0,1,0) (0,0,1)"}, "not give three `space directions`"),
         ({"space_directions": "(1,0,0) (0,1,0) (0,0,0)"}, "affine is singular"),
         ({"sizes": "5 6 7 2"}, r"shape \(5, 6, 7, 2\)"),
         ({"sizes": "5 6 -7"}, r"shape \(5, 6, -7\)"),

@@ -165,7 +165,7 @@ def test_14_odd_headers(folder):
         volume = read_volume([folder("14") / "0.dcm", folder("14") / "1.dcm"])
     assert volume.spacing_mm == (0.625, 0.625, 1.0)
     refused(folder("14") / "rt-utils_oriented_rescale0.001", "RescaleType is US")
-    refused(next(folder("14").glob("pydicom-data*.dcm")), "one slice, which is no volume")
+    refused(next(folder("14").glob("pydicom-data*.dcm")), "one slice, which is not a volume")
 
 
 def test_15_a_segmentation_is_not_a_slice(folder):

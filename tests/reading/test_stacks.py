@@ -52,6 +52,21 @@ def assert_two(folder, reason) -> None:
     assert {array.tobytes() for array in found} == {HU[:COUNT].T.tobytes(), HU[COUNT:].T.tobytes()}
 
 
+@pytest.mark.parametrize(
+    ("spacing", "thickness", "is_remarked"),
+    [(2, 2, True), (2, 3, True), (1, 2, False), (None, 2, False), (1.5, 2, False), (3, 3, False)],
+)
+def test_half_the_written_step_is_remarked_on(spacing, thickness, is_remarked, tmp_path):
+    def write(ds, k):
+        ds.SliceThickness = thickness * STEP_MM
+        if spacing:
+            ds.SpacingBetweenSlices = spacing * STEP_MM
+        ds.ImagePositionPatient = at(0, 0, STEP_MM * k)
+
+    notes = read_volume(write_series(tmp_path, HU, write)).notes
+    assert any("they overlap, or are two passes" in note for note in notes) == is_remarked
+
+
 @pytest.mark.parametrize("name", TELLING.values())
 def test_every_attribute_that_tells(name, tmp_path):
     assert_two(two_scans(tmp_path, 0.5, name, instance=None), name)

@@ -215,5 +215,5 @@ def test_a_single_slice_is_no_volume_in_any_format(axis, tmp_path):
     image = nibabel.Nifti1Image(array, AFFINE)
     sources = (tmp_path / "scan.nii.gz", tmp_path / "scan.mha", CTVolume(array, AFFINE), image)
     for source, options in (*((source, {}) for source in sources), (array, {"affine": AFFINE})):
-        with pytest.raises(VolumeError, match=r"one slice .* which is no volume"):
+        with pytest.raises(VolumeError, match=r"one slice .* which is not a volume"):
             read_volume(source, **options)

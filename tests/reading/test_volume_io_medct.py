@@ -149,8 +149,8 @@ def terabyte(path, array, nifti):
         (damaged_gzip, "gzip stream is damaged"),
         (without_checksum, "gzip stream is damaged"),
         (cut_short, "voxels cannot be read"),
-        (text, "no NIfTI file"),
-        (empty, "no NIfTI file"),
+        (text, "not a NIfTI, DICOM"),
+        (empty, "not a NIfTI, DICOM"),
         (two_volumes, r"shape \(5, 6, 7, 2\)"),
         (with_nan, "1 of its 210 voxels are NaN"),
         (complex_values, "type complex64"),
@@ -178,7 +178,7 @@ def test_other_bad_sources(array, tmp_path):
         read_volume(array)
     with pytest.raises(VolumeError, match=r"shape \(6, 7\)"):
         read_volume(array[0], affine=np.eye(4))
-    with pytest.raises(VolumeError, match="no CT source"):
+    with pytest.raises(VolumeError, match="not a CT source"):
         read_volume({"volume": array})
 
 

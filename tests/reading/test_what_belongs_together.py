@@ -167,7 +167,7 @@ def test_what_never_was_dicom_is_left_out(name, tmp_path):
     heads = {"pdf": b"%PDF-1.4\0\0", "EXE": b"MZ\x90\0\3", "jpg": b"\xff\xd8\xff\xe0\0\x10JFIF", "json": b"{}"}
     folder = write_series(tmp_path / "series", HU)
     (folder / name).write_bytes(heads.get(name.rpartition(".")[2], HTML if name == "index.html" else b"a text\n"))
-    with pytest.warns(VolumeWarning, match=r"1 files were left out \(1 x no DICOM file\)"):
+    with pytest.warns(VolumeWarning, match=r"1 files were left out \(1 x not a DICOM file\)"):
         assert np.array_equal(read_volume(folder).array, HU.T)
 
 
@@ -204,7 +204,7 @@ def test_data_sets_without_the_mark_are_read(is_implicit, which, meta, tmp_path)
         ("scan.nii.gz", gzip.compress(b"no scan at all, but a text", mtime=0), "a text in gzip"),
         ("scan.img", b"\x17\xf0" * 400, r"voxels without their header. Pass the path of the \.hdr"),
         ("scan.npy", b"\x93NUMPY\1\0" + bytes(200), "a NumPy array"),
-        ("scan.bin", b"\x17\xf0" * 400, "MetaImage. Pass a"),
+        ("scan.bin", b"\x17\xf0" * 400, "MetaImage file. Pass a"),
     ],
 )
 def test_messages_name_what_a_file_is(name, data, reason, tmp_path):

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import math
 import os
 import random
 import re
@@ -443,6 +444,35 @@ def test_number_of_steps(settings):
         number_of_steps(source, dataclasses.replace(settings, batch_size=64), processes=1)
 
 
+def test_the_optimizer_is_set_as_the_settings_say(settings, monkeypatch, tmp_path):
+    """A warm-up of a tenth of the steps, then a cosine; `max_steps` goes before the epochs."""
+    used = {}
+
+    class Optimizer(torch.optim.AdamW):
+        def __init__(self, parameters, **options):
+            used.update(options)
+            super().__init__(parameters, **options)
+
+    clip = torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(torch.optim, "AdamW", Optimizer)
+    monkeypatch.setattr(
+        torch.nn.utils, "clip_grad_norm_", lambda weights, norm: used.update(norm=norm) or clip(weights, norm)
+    )
+    run(dataclasses.replace(settings, weight_decay=0.25, max_grad_norm=0.5, batch_size=1, max_steps=20))
+    assert used == {"lr": 3e-3, "weight_decay": 0.25, "norm": 0.5}
+    lines = (tmp_path / "run/history.jsonl").read_text(encoding="utf-8").splitlines()
+    rates = [json.loads(line)["learning_rate"] for line in lines]
+    cosine = [(1 + math.cos(math.pi * (step - 2) / 18)) / 2 for step in range(2, 20)]
+    assert rates == pytest.approx([3e-3 * share for share in (0, 0.5, *cosine)])
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(settings, monkeypatch, tmp_path):
+    monkeypatch.setattr("medct.train.StepLoss.backward", lambda *_: torch.tensor(math.nan))
+    with pytest.raises(TrainingError, match="loss became nan in step 1"):
+        run(settings)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     "changes, said",
     [
@@ -492,7 +522,7 @@ def test_every_flag_is_explained(capsys):
 def test_bad_input_ends_in_one_line(converted, tmp_path, capsys):
     for arguments, said in (
         (["--model", str(converted), "--data", "nowhere"], "nowhere"),
-        (["--model", "nowhere"], "nowhere: no model ("),
+        (["--model", "nowhere"], "nowhere: cannot load a model ("),
     ):
         with pytest.raises(SystemExit) as stop:
             training.main([*arguments, "--output_dir", str(tmp_path / "run"), "--cpu", "True"])
