@@ -575,7 +575,11 @@ class MedCTPreTrainedModel(PreTrainedModel):
         strengths = [_strength_of(layer, name) for layer in self._lora_layers(name)]
         if all(math.isclose(strength, 1, rel_tol=_STRENGTH_ROUNDING) for strength in strengths):
             return description
-        return {key: value for key, value in description.items() if key not in ("thresholds", "calibration")}
+        return {
+            key: value
+            for key, value in description.items()
+            if key not in ("thresholds", "calibration", "operating_points")
+        }
 
     def adapter_strength(self, name: str = "default") -> float:
         """How much of a LoRA adapter is in use: 1 as it was loaded, 0 nothing of it; NaN if its layers differ.

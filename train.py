@@ -24,7 +24,7 @@ from peft import PeftModel
 from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
-from medct.adapters_medct import describe_adapter, fingerprint
+from medct.adapters_medct import adapter_fingerprint, describe_adapter, fingerprint
 from medct.common.distributed import shard, sum_gradients, sum_over_processes
 from medct.common.errors import StoppedError, one_line_errors
 from medct.common.files import refuse_taken
@@ -34,7 +34,11 @@ from medct.data import StudyLoader, to_device
 from medct.data.label_space import asked
 from medct.evaluation.calibration import apply_calibration
 from medct.evaluation.metrics import zero_shot_scores
+from medct.evaluation.operating_points import wanted_points
 from medct.evaluation.plots import calibration_plot, roc_plot
+from medct.evaluation.predictions import short_names
+from medct.evaluation.provenance import list_checksum, provenance
+from medct.evaluation.record import RESULTS, write_record
 from medct.evaluation.scoring import (
     ScoredStudies,
     Texts,
@@ -65,9 +69,21 @@ from medct.training.lora import (
 )
 from medct.training.lora import trainable as trainable_parameters
 from medct.training.objectives import StepLoss
-from medct.training.results import KEPT_SPLITS, SPLITS, Scored, compare_all, mean_auroc, remarks_on
+from medct.training.results import (
+    ADAPTED,
+    BASE,
+    KEPT_SPLITS,
+    SPLITS,
+    Scored,
+    compare_all,
+    mean_auroc,
+    predictions_of,
+    remarks_on,
+    repeatable,
+)
 from medct.training.run_folder import RunFolder
 from medct.training.settings import (
+    NO_SOURCE,
     TrainingError,
     TrainingSettings,
     check,
@@ -142,7 +158,7 @@ class Trainer:
             split: self._score(core(model), split, "adapted") for split in scored if split not in choice.scored
         }
         results = self._results(before, after, choice)
-        self._save(model, results, before["valid"], after["valid"])
+        self._save(model, results, before, after)
         return results
 
     @contextlib.contextmanager
@@ -368,7 +384,8 @@ class Trainer:
     def _results(self, before: Scored, after: Scored, choice: Choice) -> dict[str, Any]:
         """What `results.json` holds."""
         settings, names = self.settings, before["valid"].names
-        found = compare_all(before, after, settings.bootstrap_resamples, settings.seed)
+        wanted = wanted_points(settings.sensitivity, settings.specificity)
+        found = compare_all(before, after, settings.bootstrap_resamples, settings.seed, wanted)
         held_out = self.sources["valid"].description
         how = "With its head" if is_classifier(self.base) else "Zero-shot"
         measured_on = f"{how} on {found['comparison']['scans']} held-out studies: {held_out}."
@@ -397,11 +414,33 @@ class Trainer:
             "device": device_name(self.accelerator.device),
             "seconds": round(time.monotonic() - self.started, 1),
         }
-        return results | {"remarks": [*self.remarks, *remarks_on(results, settings.max_forgotten)]}
+        remarks = [*self.remarks, *remarks_on(results, settings.max_forgotten)]
+        return results | {"remarks": remarks, "provenance": self._provenance(found, before)}
 
-    def _save(
-        self, model: PeftModel | MedCTModel, results: dict[str, Any], before: ScoredStudies, after: ScoredStudies
-    ) -> None:
+    def _source_names(self) -> list[str]:
+        """What to call the new site and, where there is one, what is to be kept."""
+        return short_names([each for each in (self.settings.data, self.settings.keep) if each != NO_SOURCE])
+
+    def _provenance(self, found: dict[str, Any], before: Scored) -> dict[str, Any]:
+        """What decided the figures; with its settings `medct evaluate` scores the held-out studies again."""
+        accelerator = self.accelerator
+        base = {"model": self.settings.model, "revision": self.revision, "fingerprint": self.fingerprint}
+        scored = predictions_of(before, {}, self._source_names()).scored
+        points = {
+            model: {name: each["thresholds"] for name, each in by_name.items()}
+            for model, by_name in found["comparison"]["operating_points"].items()
+        }
+        return provenance(
+            repeatable(self.settings, self.revision, points),
+            {BASE: base, ADAPTED: base},
+            {f"{key.source}, {key.split}": list_checksum(each) for key, each in scored.items()},
+            accelerator.device,
+            seed=self.settings.seed,
+            processes=accelerator.num_processes,
+            precision=accelerator.mixed_precision,
+        )
+
+    def _save(self, model: PeftModel | MedCTModel, results: dict[str, Any], before: Scored, after: Scored) -> None:
         """Put everything into the output folder, and the folder where it belongs."""
         tensors = weights_to_save(model)
         if not self.accelerator.is_main_process:
@@ -421,18 +460,21 @@ class Trainer:
                     thresholds=results["thresholds"],
                     calibration=results["calibration"],
                     strength=results["strength"],
+                    operating_points=results["operating_points"],
                 )
+                results["provenance"]["models"][ADAPTED]["adapter_fingerprint"] = adapter_fingerprint(folder)
             (folder / "train_config.json").write_text(
                 json.dumps(dataclasses.asdict(self.settings), indent=2) + "\n", encoding="utf-8"
             )
-            (folder / "results.json").write_text(
-                json.dumps(results, indent=2, allow_nan=False) + "\n", encoding="utf-8"
-            )
-            models = {"base": before.scores, "adapted": after.scores}
-            roc_plot(models, before.labels, before.names, note).savefig(folder / "roc.png")
-            if results["calibration"] and len(results["calibration"]) == len(after.names):
-                models["calibrated"] = apply_calibration(after.scores, results["calibration"], after.names)
-            calibration_plot(models, before.labels, note).savefig(folder / "calibration.png")
+            names = self._source_names()
+            trained = [(names[0], "train", self.sources["train"].names)]
+            write_record(folder / RESULTS, results, predictions_of(before, after, names), trained)
+            held_out, scored = before["valid"], after["valid"]
+            models = {BASE: held_out.scores, ADAPTED: scored.scores}
+            roc_plot(models, held_out.labels, held_out.names, note).savefig(folder / "roc.png")
+            if results["calibration"] and len(results["calibration"]) == len(scored.names):
+                models["calibrated"] = apply_calibration(scored.scores, results["calibration"], scored.names)
+            calibration_plot(models, held_out.labels, note).savefig(folder / "calibration.png")
             if self.settings.adaptation == "full":
                 said = [results["measured_on"], results["table"], *results["remarks"]]
                 (folder / "README.md").write_text("\n\n".join(["# MedCT", *said]) + "\n", encoding="utf-8")

@@ -6,39 +6,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import medct
+from medct.cli.flags import at_least as _at_least
+from medct.cli.flags import batch_arguments as _batch_arguments
+from medct.cli.flags import model_arguments as _model_arguments
 from medct.cli.label_flags import add_label_flags
+from medct.cli.score_arguments import add_scores
 
 RUNS = {
     "train": ("medct.train", "adapt a model to your scans with LoRA"),
     "reproduce-paper": ("medct.training.reproduce_paper", "repeat the experiment of MedCT-VLM"),
 }
 """Commands whose many settings form a dataclass and are parsed from it."""
-
-
-def _model_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("model")
-    group.add_argument(
-        "--model",
-        metavar="ID_OR_DIR",
-        help="Hub id or folder of a MedCT model (default: $MEDCT_MODEL, else the base that --adapter names)",
-    )
-    group.add_argument("--revision", metavar="COMMIT", help="commit of the model on the Hub")
-    group.add_argument("--adapter", metavar="ID_OR_DIR", help="Hub id or folder of a LoRA adapter")
-    group.add_argument("--adapter_revision", metavar="COMMIT", help="commit of the adapter on the Hub")
-    group.add_argument(
-        "--dtype",
-        choices=("auto", "float32", "bfloat16"),
-        default="auto",
-        help="precision of the weights; auto: as saved (default: auto)",
-    )
-    group.add_argument("--cpu", action="store_true", help="stay on the CPU even if there is a GPU")
-
-
-def _batch_arguments(group: argparse._ArgumentGroup, workers: str) -> None:
-    group.add_argument(
-        "--batch_size", type=_at_least(1), default=1, metavar="N", help="studies per forward pass (default: 1)"
-    )
-    group.add_argument("--num_workers", type=_at_least(0), default=1, metavar="N", help=workers)
 
 
 def _reading_arguments(parser: argparse.ArgumentParser, many: bool = True) -> None:
@@ -77,15 +55,6 @@ def _prompt_arguments(parser: argparse.ArgumentParser, required: bool = False) -
         help='pairs of sentences that contain {label}, such as "There is {label}.|There is no {label}."; the scores of '
         "several pairs are averaged",
     )
-
-
-def _at_least(least: int) -> Callable[[str], int]:
-    def number(text: str) -> int:
-        if not text.isdigit() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
-        return int(text)
-
-    return number
 
 
 SCANS_HELP = (
@@ -152,52 +121,6 @@ def _add_search(add: Callable[..., argparse.ArgumentParser]) -> None:
     _model_arguments(parser)
     _reading_arguments(parser, many=False)
 
-    parser = add(
-        "recall",
-        "commands.recall",
-        "how often a scan finds its own report, and vice versa",
-        "medct recall --index index.parquet",
-        "Recall at 5, 10, 50 and 100 over the studies in an index that have a report.",
-    )
-    parser.add_argument("--index", type=Path, required=True, metavar="FILE", help="made by `medct embed --reports ...`")
-    parser.add_argument("--format", choices=("table", "json"), default="table", help="table for people, or JSON")
-
-
-def _add_evaluate(add: Callable[..., argparse.ArgumentParser]) -> None:
-    parser = add(
-        "evaluate",
-        "commands.evaluate",
-        "score a model on labelled studies",
-        "medct evaluate --data CT-RATE/ --model ct-clip --adapter ORG/NAME --output scores.json",
-        "AUROC of each finding, and means, with 95 % intervals over patients; with an adapter that has operating "
-        "points,\nalso accuracy and F1 at these. `accelerate launch -m medct.cli evaluate ...` spreads studies over "
-        "processes.",
-    )
-    group = parser.add_argument_group("data")
-    group.add_argument(
-        "--data",
-        required=True,
-        metavar="ADDRESS",
-        help="folder or hf:// address: in CT-RATE's layout, with metadata.csv, of prepared shards, or a dataset",
-    )
-    group.add_argument("--data_revision", metavar="COMMIT", help="commit of the data on the Hub")
-    group.add_argument(
-        "--split", choices=("train", "tune", "valid"), default="valid", help="which studies (default: valid)"
-    )
-    group.add_argument(
-        "--reconstructions",
-        choices=("one", "all"),
-        default="one",
-        help="of a scan with several reconstructions: one, or all (default: one)",
-    )
-    group.add_argument(
-        "--limit", type=_at_least(1), metavar="N", help="only the first N studies of a fixed pseudo-random order"
-    )
-    group.add_argument("--output", type=Path, metavar="FILE", help="JSON file for all figures")
-    add_label_flags(parser)
-    _model_arguments(parser)
-    _batch_arguments(parser.add_argument_group("reading"), "processes that load studies (default: 1)")
-
 
 def _add_map(add: Callable[..., argparse.ArgumentParser]) -> None:
     parser = add(
@@ -246,14 +169,14 @@ def _add_overview(add: Callable[..., argparse.ArgumentParser]) -> None:
         "data_commands.show_overview",
         "look at a data source before training on it",
         "medct overview SOURCE --model ct-clip\n"
-        "  medct overview SOURCE --split valid --samples 0         # counts only: reads no volume",
+        "  medct overview SOURCE --split valid --samples 0         # one split, counts only: reads no volume",
         "Counts patients, labels and reports, and draws samples as the model sees them: three middle slices each, "
         "upright,\nwith the patient's right on the left of the picture.",
     )
     _source_arguments(parser, "look at")
     group = parser.add_argument_group("output")
     group.add_argument(
-        "--split", choices=("train", "tune", "valid"), default="train", help="which studies (default: train)"
+        "--split", choices=("train", "tune", "valid", "all"), default="all", help="which studies (default: all)"
     )
     group.add_argument(
         "--samples", type=_at_least(0), default=8, metavar="N", help="studies to draw; 0: none (default: 8)"
@@ -381,7 +304,7 @@ def _add_push(add: Callable[..., argparse.ArgumentParser]) -> None:
 ADD_COMMANDS = (
     _add_predict,
     _add_search,
-    _add_evaluate,
+    add_scores,
     _add_map,
     _add_overview,
     _add_prepare,

@@ -8,32 +8,25 @@ import functools
 import json
 import os
 import sys
-import warnings
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from accelerate import Accelerator, PartialState
-from accelerate.utils import gather_object
+from accelerate import PartialState
 from peft import PeftConfig
 from tqdm import tqdm
 
 from medct.byte_sources_medct import is_address
 from medct.common.errors import OK, SOME_FAILED, first_line
-from medct.common.files import whole_file, whole_folder
+from medct.common.files import whole_folder
 from medct.common.lock import only_run
 from medct.configuration_medct import MedCTConfig
-from medct.data import open_source
-from medct.data.label_space import asked, read_labels
-from medct.data.loader import StudyLoader, report_id
+from medct.data.label_space import read_labels
+from medct.data.loader import report_id
 from medct.data.table_files import SUFFIXES
 from medct.errors_medct import MedCTError
-from medct.evaluation.metrics import with_intervals
-from medct.evaluation.report import MEANS
-from medct.evaluation.scoring import prompts_for, remark_on_words, score_studies
 from medct.inference.bulk import KEY, Csv, JsonLines, Reading, process, process_to_file, read_rows
 from medct.inference.studies import FailedStudy, ReadStudy, Study, find_studies, read_study
 from medct.pipeline_medct import CTPipeline, ZeroShotCTClassificationPipeline
@@ -403,93 +396,6 @@ def read_one(study: Study, args: argparse.Namespace, pipe: ZeroShotCTClassificat
     if isinstance(read, FailedStudy):
         raise CommandError(read.reason)
     return read
-
-
-def evaluate(args: argparse.Namespace) -> int:
-    pipe = load_pipeline(args, start_processes(args).device)
-    accelerator = Accelerator(cpu=args.cpu)
-    config, mapping = asked(pipe.asked, args.labels, args.templates, args.mapping)
-    source = open_source(
-        args.data,
-        args.split,
-        config,
-        mapping=mapping,
-        reconstructions=args.reconstructions,
-        limit=args.limit,
-        revision=args.data_revision,
-    )
-    loader = StudyLoader(
-        source,
-        pipe.processor,
-        config.label_names,
-        batch_size=args.batch_size,
-        with_text=False,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-        num_workers=args.num_workers,
-    )
-    if remark := remark_on_words(pipe.model, pipe.processor, config):
-        warnings.warn(remark, stacklevel=1)
-    prompts = prompts_for(pipe.model, pipe.processor, config)
-    scored = score_studies(pipe.model, loader, prompts, accelerator, source.description)
-    failed = sum(gather_object([loader.num_bad]))
-    if not accelerator.is_main_process:
-        return OK
-    # An operating point holds for the words that it was chosen with.
-    holds = {name for name in config.label_names if config.label_prompts([name]) == pipe.asked.label_prompts([name])}
-    thresholds = np.array([pipe.thresholds.get(name, np.nan) if name in holds else np.nan for name in scored.names])
-    has_thresholds = bool(np.isfinite(thresholds).any())
-    try:
-        results = with_intervals(
-            scored.scores, scored.labels, scored.patients, scored.names, thresholds if has_thresholds else None
-        )
-    except ValueError as error:
-        raise CommandError(f"{source.description}: {error}") from error
-    about = {"measured_on": source.description, "split": args.split, "skipped": len(source.skipped)}
-    about |= {"mapping": source.mapping, "prompts": config.label_prompts() if prompts else []}
-    results = {**about, **model_settings(args), **results}
-    print(evaluation_table(results, scored.names))
-    if args.output is not None:
-        with whole_file(args.output) as aside:
-            aside.write_text(json.dumps({**results, "unreadable": failed}, indent=2) + "\n", encoding="utf-8")
-    return ends(failed, source.num_studies, None)
-
-
-def evaluation_table(results: dict[str, Any], names: Sequence[str]) -> str:
-    """Format the scores of one model for people.
-
-    Args:
-        results: Scores with intervals, as `evaluate` collects them.
-        names: Labels, in the order of the rows.
-    """
-    rows = [(f"{name} ({results['present'][name]} with it)", f"auroc/{name}") for name in names]
-    rows += [(f"mean: {title}", key) for key, title in MEANS.items() if key in results["scores"]]
-    width = max(len(title) for title, _ in rows)
-    lines = [f"{results['measured_on']}: {results['scans']} scans of {results['patients']} patients", ""]
-    lines.append(f"{'AUROC':{width}}  value  95 % interval")
-    for title, key in rows:
-        score = results["scores"][key]
-        known = score["value"] is not None
-        said = (
-            f"{score['value']:.3f}  {score['low']:.3f} to {score['high']:.3f}" if known else "always or never present"
-        )
-        lines.append(f"{title:{width}}  {said}")
-    return "\n".join(lines)
-
-
-def recall(args: argparse.Namespace) -> int:
-    from medct.inference import search
-
-    results = search.recall(search.read_embeddings(args.index))
-    if args.format == "json":
-        print(json.dumps(results, indent=2))
-        return OK
-    names = [name for name in results if name != "studies"]
-    print(f"recall over {results['studies']} studies with a report\n")
-    print("".join(f"{name.replace('_', ' '):>16}" for name in ["k", *names]))
-    for k in results["chance"]:
-        print(f"{k:16d}" + "".join(f"{results[name][k]:16.3f}" for name in names))
-    return OK
 
 
 def map_scan(args: argparse.Namespace) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 from medct.common.errors import OK, first_line
 from medct.common.lock import only_run
 from medct.configuration_medct import MedCTConfig
-from medct.data import Source, open_source
+from medct.data import ALL, Source, joined, open_source, open_splits
 from medct.data.label_space import LabelTable, asked
 from medct.data.overview import as_text, contact_sheet, summarize
 from medct.data.prepare import prepare
@@ -37,8 +37,16 @@ def _show_overview(args: argparse.Namespace) -> int:
             raise DataError(f"{args.model}: no processor ({first_line(error)}) Pass a MedCT model.") from error
         if remark := processor.remark_on_words(config.label_prompts(), config.label_names):
             warnings.warn(remark, stacklevel=1)
-    source = _open(args, args.split, config, mapping=mapping, reconstructions=args.reconstructions)
-    summary = summarize(source, processor and processor.tokenizer)
+    options = {"version": args.version, "revision": args.revision, "reconstructions": args.reconstructions}
+    options["mapping"] = mapping
+    splits: dict[str, Source] = {}
+    if args.split == ALL:
+        splits = open_splits(args.source, config, limit=args.limit, **options)
+        source = joined(list(splits.values()), f"studies of {', '.join(splits)} of {args.source}")
+    else:
+        source = open_source(args.source, args.split, config, limit=args.limit, **options)
+    counts = {split: each.num_studies for split, each in splits.items()}
+    summary = summarize(source, processor and processor.tokenizer, counts)
     summary["unreadable_samples"] = {}
     if args.samples:
         unreadable = contact_sheet(source, config, args.sheet, args.samples, args.seed)

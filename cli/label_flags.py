@@ -3,11 +3,12 @@
 import argparse
 
 
-def add_label_flags(parser: argparse.ArgumentParser) -> None:
+def add_label_flags(parser: argparse.ArgumentParser, several: bool = False) -> None:
     """Add `--labels`, `--templates` and `--mapping`; `label_space.asked` takes them in this order.
 
     Args:
         parser: Of the command.
+        several: Whether the command takes several sources, and so a mapping for each.
     """
     group = parser.add_argument_group("labels")
     group.add_argument(
@@ -24,7 +25,9 @@ def add_label_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--mapping",
-        metavar="FILE",
+        nargs="+" if several else None,
+        metavar="[SOURCE=]FILE" if several else "FILE",
         help="table, or name of a published mapping, that says which names in the data (`data`) mean which finding "
-        "(`label`); findings that it does not name are unknown",
+        "(`label`); findings that it does not name are unknown"
+        + ("; SOURCE: for this one of the sources only" if several else ""),
     )

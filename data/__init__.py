@@ -16,7 +16,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from medct.configuration_medct import CT_CLIP_LABELS, MedCTConfig
 from medct.data.ct_rate import REPORT_COLUMNS, ct_rate_source, is_ct_rate
@@ -27,9 +27,21 @@ from medct.data.own_data import metadata_files, metadata_source, parquet_source
 from medct.data.phantoms import SITES, make_phantom
 from medct.data.prepared import MANIFEST, prepared_source
 from medct.data.rad_chestct import is_rad_chestct, rad_chestct_source, rad_chestct_space
-from medct.data.sources import DataError, Deferred, Row, Skipped, Source, first_of, read_study
-from medct.data.tables import TUNE_SHARE, Selection
+from medct.data.sources import (
+    DataError,
+    Deferred,
+    NoSuchSplitError,
+    Row,
+    Skipped,
+    Source,
+    first_of,
+    joined,
+    read_study,
+)
+from medct.data.tables import SPLITS, TUNE_SHARE, Selection
 
+ALL = "all"
+"""All splits of a source together, such as of a test set that a model has never seen."""
 PHANTOMS = "phantoms"
 """An address that needs no files; with a colon and a site after it, such as `phantoms:A`, phantoms of that site."""
 
@@ -85,7 +97,7 @@ def open_source(
             shards, or of Parquet with a `Nifti()` column; or one Parquet file. The kind is recognised by its content.
             "phantoms": SYNTHETIC studies; "phantoms:A": those of site A.
         split: "train", "tune" or "valid". No patient is in two of them; thresholds are chosen on "tune", so that
-            "valid" stays unseen.
+            "valid" stays unseen. Or "all": whatever of these the source has.
         config: The model's configuration, whose labels are read.
         reconstructions: "one" per scan and epoch, in turn, so that no two studies of a batch share a report; or "all",
             as studies of their own.
@@ -108,6 +120,11 @@ def open_source(
         DataError: If the address holds none of these, or not what the model needs.
     """
     table = read_labels(mapping, "--mapping") if isinstance(mapping, str) else mapping
+    if split == ALL:
+        options = {"reconstructions": reconstructions, "tune_share": tune_share, "version": version, "mapping": table}
+        options |= {"need_reports": need_reports, "revision": revision, "token": token, "phantoms": phantoms}
+        splits = open_splits(address, config, **options)
+        return joined(list(splits.values()), f"studies of {', '.join(splits)} of {address}", limit)
     share = TUNE_SHARE if tune_share is None else tune_share
     selection = Selection(split, reconstructions, share, limit, need_reports)
     space = LabelSpace.of(config, table)
@@ -130,6 +147,28 @@ def open_source(
     if is_ct_rate(folder):
         return space.apply(ct_rate_source(folder, space.columns, selection, version))
     return space.apply(parquet_source(address, space.columns, selection, revision, token))
+
+
+def open_splits(address: str, config: MedCTConfig, **options: Any) -> dict[str, Source]:
+    """Every split that a source has.
+
+    Args:
+        address: See `open_source`.
+        config: The model's configuration, whose labels are read.
+        options: Of `open_source`.
+
+    Raises:
+        DataError: If the address holds nothing, or not what the model needs.
+    """
+    found: dict[str, Source] = {}
+    for split in SPLITS:
+        try:
+            found[split] = open_source(address, split, config, **options)
+        except NoSuchSplitError as error:
+            last = error
+    if not found:
+        raise last
+    return found
 
 
 def _prepared_split(
@@ -202,15 +241,19 @@ class _DrawPhantom:
 
 
 __all__ = [
+    "ALL",
     "PHANTOMS",
     "DataError",
     "Deferred",
+    "NoSuchSplitError",
     "PhantomCohort",
     "Row",
     "Skipped",
     "Source",
     "StudyLoader",
+    "joined",
     "open_source",
+    "open_splits",
     "phantom_source",
     "read_study",
     "report_id",

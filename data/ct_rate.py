@@ -27,8 +27,10 @@ from pathlib import Path
 import pandas as pd
 
 from medct.data.folders import Folder, LocalFolder
-from medct.data.sources import DataError, Source
-from medct.data.table_files import header_of, read_table
+from medct.data.sources import DataError, NoSuchSplitError, Source
+from medct.data.subgroups import COLUMNS as SUBGROUPS
+from medct.data.subgroups import PREFIX, subgroup_columns
+from medct.data.table_files import columns_of, read_table
 from medct.data.tables import (
     MAPPING_HINT,
     SPACINGS_MM,
@@ -77,12 +79,13 @@ class CTRate:
                     return prefix, path
         return None
 
-    def table(self, name: str, columns: Sequence[str]) -> pd.DataFrame | None:
+    def table(self, name: str, columns: Sequence[str], optional: Sequence[str] = ()) -> pd.DataFrame | None:
         """`VolumeName` and columns of one of its tables; in a local folder, of any csv file of the split that has them.
 
         Args:
             name: The table's path, with `{split}`.
             columns: Columns besides `VolumeName`.
+            optional: Columns that it may have.
 
         Returns:
             Columns of text, one row per volume; `None` if there is no such table.
@@ -96,12 +99,13 @@ class CTRate:
             return None
         shown = str(path) if self.folder.is_local else f"{self.folder}: {path.name}"
         hints = dict.fromkeys(columns, MAPPING_HINT) if name == _LABELS else None
-        return merge_doubles(read_table(path, [NAME, *columns], name=shown, hints=hints), NAME, shown)
+        table = read_table(path, [NAME, *columns], optional, shown, hints)
+        return merge_doubles(table, NAME, shown, optional)
 
     def _file_with(self, columns: Sequence[str]) -> Path | None:
         """The first csv file of the split, at most two folders deep, that has all columns."""
         for path in _shallow(self.folder, "*.csv"):
-            if path.name.split("_")[0] in _SPELLINGS[self.split] and {NAME, *columns} <= header_of(path):
+            if path.name.split("_")[0] in _SPELLINGS[self.split] and {NAME, *columns} <= set(columns_of(path)):
                 return path
         return None
 
@@ -129,12 +133,13 @@ class CTRate:
         return pd.DataFrame({NAME: table[NAME], "report": [join_text(*part) for part in parts]})
 
     def metadata(self) -> pd.DataFrame | None:
-        """Rescaling and spacing of each volume; `None` if version 2 has no such table.
+        """Rescaling, spacing and subgroups of each volume; `None` if version 2 has no such table.
 
         Raises:
             DataError: If version 1 lacks it.
         """
-        table = self.table(_METADATA, METADATA_COLUMNS)
+        others = [column for column in SUBGROUPS if column not in METADATA_COLUMNS]
+        table = self.table(_METADATA, METADATA_COLUMNS, others)
         if table is None:
             if self.version == 1:
                 raise self._missing(_METADATA, METADATA_COLUMNS)
@@ -144,7 +149,8 @@ class CTRate:
         table = table.assign(i_mm=spacing[0], j_mm=spacing[1], k_mm=table["ZSpacing"])
         table = table.rename(columns={"RescaleSlope": "rescale_slope", "RescaleIntercept": "rescale_intercept"})
         columns = ["rescale_slope", "rescale_intercept", *SPACINGS_MM]
-        return to_numbers(table[[NAME, *columns]], columns, f"{self.folder}: metadata")
+        groups = subgroup_columns(table)
+        return to_numbers(table[[NAME, *columns]], columns, f"{self.folder}: metadata").assign(**groups)
 
     def no_chest(self) -> set[str]:
         """Names of volumes that show head or neck; CT-RATE lists them by version 1 paths."""
@@ -169,7 +175,7 @@ class CTRate:
     def _missing(self, name: str, columns: Sequence[str]) -> DataError:
         wanted = " or ".join(name.format(split=spelling) for spelling in _SPELLINGS[self.split])
         listed = ", ".join([NAME, *columns][:4]) + (" ..." if len(columns) > 3 else "")
-        return DataError(
+        return NoSuchSplitError(
             f"{self.folder}: no csv file of the {self.split} split with the columns {listed}. In CT-RATE's layout it "
             f"is {_PREFIXES[0]}{wanted}."
         )
@@ -186,7 +192,7 @@ def is_ct_rate(folder: Folder) -> bool:
     """Whether a folder has a table in CT-RATE's layout."""
     if any(CTRate(folder, split).find(_LABELS) for split in _SPELLINGS):
         return True
-    return any(NAME in header_of(path) for path in _shallow(folder, "*.csv"))
+    return any(NAME in columns_of(path) for path in _shallow(folder, "*.csv"))
 
 
 def ct_rate_source(folder: Folder, label_names: Sequence[str], selection: Selection, version: int = 2) -> Source:
@@ -221,6 +227,7 @@ def ct_rate_source(folder: Folder, label_names: Sequence[str], selection: Select
     sieve.table["volume"] = data.volume_paths(sieve.table[NAME])
     sieve.drop(sieve.table["volume"].isna(), "no such file")
     columns = ["id", "patient", "scan", "report", "volume", *label_names]
+    columns += [column for column in sieve.table if column.startswith(PREFIX)]
     if version == 1:
         columns += ["rescale_slope", "rescale_intercept", *SPACINGS_MM]
     sieve.table = sieve.table[columns]

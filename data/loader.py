@@ -50,7 +50,7 @@ class LoadStudy:
         except Exception as error:  # libraries and file systems each raise their own; none may end days of training
             return Skipped(row["id"], _reason(error))
         kept = {name: row[name] for name in ("id", "patient", "report", "labels")}
-        return {**kept, "pixel_values": pixel_values[None]}
+        return {**kept, "about": row.get("about", {}), "pixel_values": pixel_values[None]}
 
     def _read(self, row: Row) -> torch.Tensor:
         return self.image_processor.process_volume(read_study(row, self.image_processor.orientation))
@@ -137,7 +137,8 @@ class StudyLoader:
     def __iter__(self) -> Iterator[Batch]:
         """One pass: `pixel_values` `(batch, 1, z, y, x)`, float32, or int16 HU from prepared shards (see `to_device`);
         `labels` `(batch, labels)`, float32, NaN if unknown; `report_ids` `(batch,)`, equal for equal reports and 0
-        without one; `ids` and `patients`; and, with text, `input_ids` and `attention_mask` `(batch, tokens)`."""
+        without one; `ids`, `patients` and `about` (subgroups); and, with text, `input_ids` and `attention_mask`
+        `(batch, tokens)`."""
         self._position, self._start = self._start, 0
         is_whole, num_batches = not self._position, 0
         if is_whole:
@@ -207,6 +208,7 @@ class StudyLoader:
             "report_ids": torch.tensor([report_id(study["report"]) for study in studies]),
             "ids": [study["id"] for study in studies],
             "patients": [study["patient"] for study in studies],
+            "about": [study["about"] for study in studies],
         }
         if self.with_text:
             texts = self.processor(text=[study["report"] for study in studies], return_tensors="pt")

@@ -1,6 +1,6 @@
 """Show what a source holds before training on it.
 
-    medct overview SOURCE --model ct-clip                # counts, and overview.png: samples as the model sees them
+    medct overview SOURCE --model ct-clip                # all splits: counts, and samples as the model sees them
     medct overview SOURCE --split valid --samples 0      # counts only: reads no volume
 
 Takes any source that training takes. Samples are drawn with a seed; each is shown as its three middle slices, upright,
@@ -9,7 +9,7 @@ with the patient's right on the left of the picture.
 
 import textwrap
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,24 +45,30 @@ _TEXTS_AT_ONCE = 256
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def summarize(source: Source, tokenizer: PreTrainedTokenizerBase | None = None) -> dict[str, Any]:
+def summarize(
+    source: Source,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    splits: Mapping[str, int] | None = None,
+) -> dict[str, Any]:
     """Count what a source holds, without reading any volume.
 
     Args:
         source: Any source.
         tokenizer: The model's; without one, reports are counted in words only.
+        splits: If it is several splits joined, how many studies of each follow each other.
 
     Returns:
         `description`; `num_studies` (in one epoch), `num_volumes` (with all reconstructions), `num_patients`; `labels`:
         `present`, `absent`, `unknown` and `prevalence` among the known (`None` if there are none), by name;
         `no_finding`: studies without any finding, among those with all labels known; `reports`: `missing`, `distinct`,
-        quartiles of `words` and `tokens`, and `cut`, those longer than the model reads; `skipped`: ids by reason.
+        quartiles of `words` and `tokens`, and `cut`, those longer than the model reads; `skipped`: ids by reason;
+        `splits`: of each, `num_studies`, `num_patients` and `labels`.
     """
-    patients: set[str] = set()
+    patients: list[str] = []
     reports: Counter[str] = Counter()
     labels = np.empty((source.num_studies, len(source.label_names)))
     for index, row in enumerate(tqdm(source.stream(), "overview", source.num_studies, unit="study")):
-        patients.add(row["patient"])
+        patients.append(row["patient"])
         reports[row["report"]] += 1
         labels[index] = row["labels"]
     skipped: dict[str, list[str]] = {}
@@ -70,16 +76,29 @@ def summarize(source: Source, tokenizer: PreTrainedTokenizerBase | None = None) 
         skipped.setdefault(study.reason, []).append(study.id)
     labels, names = merge_columns(labels, source.label_names, source.merged)
     is_known = np.isfinite(labels).all(axis=1)
+    by_split, start = {}, 0
+    for split, count in (splits or {}).items():
+        rows = slice(start, start := start + count)
+        by_split[split] = {
+            "num_studies": count,
+            "num_patients": len(set(patients[rows])),
+            "labels": _count_labels(labels[rows], names),
+        }
     return {
         "description": source.description,
         "num_studies": source.num_studies,
         "num_volumes": sum(map(len, source.groups)),
-        "num_patients": len(patients),
-        "labels": {name: _count_label(labels[:, index]) for index, name in enumerate(names)},
+        "num_patients": len(set(patients)),
+        "labels": _count_labels(labels, names),
         "no_finding": {"studies": int((labels[is_known] == 0).all(axis=1).sum()), "known": int(is_known.sum())},
         "reports": _count_reports(reports, tokenizer),
         "skipped": skipped,
+        "splits": by_split,
     }
+
+
+def _count_labels(labels: np.ndarray, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    return {name: _count_label(labels[:, index]) for index, name in enumerate(names)}
 
 
 def _count_label(values: np.ndarray) -> dict[str, Any]:
@@ -129,11 +148,24 @@ def as_text(summary: dict[str, Any]) -> str:
         prevalence = "-" if of["prevalence"] is None else f"{of['prevalence']:.3f}"
         lines.append(f"{name:{width}}  {prevalence:>10}  {of['present']:7}  {of['absent']:7}  {of['unknown']:7}")
     lines.append(f"no finding: {summary['no_finding']['studies']} of {summary['no_finding']['known']} studies")
+    lines += _split_lines(summary["splits"], width)
     lines += ["", *_report_lines(summary["reports"], summary["num_studies"]), ""]
     lines.append(f"{sum(map(len, summary['skipped'].values()))} studies left out before reading")
     for reason, ids in summary["skipped"].items():
         lines.append(f"{len(ids):7}  {reason} ({', '.join(ids[:3])}{' ...' if len(ids) > 3 else ''})")
     return "\n".join(lines)
+
+
+def _split_lines(splits: dict[str, Any], width: int) -> list[str]:
+    """Studies with each finding, splits as columns."""
+    if len(splits) < 2:
+        return []
+    lines = ["", f"{'with the finding':{width}}  " + "  ".join(f"{split:>9}" for split in splits)]
+    for name in next(iter(splits.values()))["labels"]:
+        lines.append(f"{name:{width}}  " + "  ".join(f"{of['labels'][name]['present']:9}" for of in splits.values()))
+    for title, key in (("studies", "num_studies"), ("patients", "num_patients")):
+        lines.append(f"{title:{width}}  " + "  ".join(f"{of[key]:9}" for of in splits.values()))
+    return lines
 
 
 def _report_lines(reports: dict[str, Any], num_studies: int) -> list[str]:

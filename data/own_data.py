@@ -1,9 +1,10 @@
 """Your own studies: a folder with `metadata.csv`, or Parquet with a `Nifti()` column.
 
 `metadata.csv` follows the folder convention of `datasets`: `file_name` (a NIfTI file or a DICOM folder, relative to the
-csv file), `report`, one column per label and, optionally, `patient` and `split`. It lies at the top of the folder, or
-there is one in each of `train/`, `valid/` (or `validation/`) and `test/`; `metadata.xlsx` will do. Parquet has the
-same columns, with `volume` or any other `Nifti()` column in place of `file_name`, and the splits of its repository.
+csv file), `report`, one column per label and, optionally, `patient`, `split` and `subgroups`. It lies at the top of the
+folder, or there is one in each of `train/`, `valid/` (or `validation/`) and `test/`; `metadata.xlsx` will do. Parquet
+has the same columns, with `volume` or any other `Nifti()` column in place of `file_name`, and the splits of its
+repository.
 
 Splits: "valid" is the split called valid, validation, val or test. If there is both a test split and one of the others,
 test is "valid" and the other is "tune". Without any of them, a tenth of the patients is held out. Without a `patient`
@@ -24,9 +25,12 @@ from pyarrow import parquet
 
 from medct.data.folders import HUB_ADDRESS, Folder
 from medct.data.sources import DataError, Deferred, Source, hash_share
+from medct.data.subgroups import COLUMNS as SUBGROUPS
+from medct.data.subgroups import subgroup_columns
 from medct.data.table_files import read_table
 from medct.data.tables import (
     MAPPING_HINT,
+    SPLITS,
     Selection,
     Sieve,
     belongs,
@@ -70,8 +74,8 @@ def split_meanings(names: Sequence[str], where: str) -> dict[str, str]:
     return {name: meanings[name.lower()] for name in names}
 
 
-def choose_split(table: pd.DataFrame, selection: Selection, where: str) -> tuple[pd.DataFrame, str]:
-    """The rows of one split, and how it was made.
+def choose_split(table: pd.DataFrame, selection: Selection, where: str) -> tuple[pd.DataFrame, str, dict[str, int]]:
+    """The rows of one split, how it was made, and how many rows are in the others.
 
     Args:
         table: With `patient` and `split`, the latter empty where unknown.
@@ -98,10 +102,12 @@ def choose_split(table: pd.DataFrame, selection: Selection, where: str) -> tuple
             f"{where}: {int(doubled.sum())} patients are in several splits, so scores would be too good. Give each "
             "patient one split."
         )
-    if "tune" not in set(table["split"]) and selection.split != "valid":
-        trained = table[table["split"] == "train"]
-        return trained[belongs(trained["patient"], selection.split, selection.tune_share)], how
-    return table[table["split"] == selection.split], how
+    if "tune" not in set(table["split"]):
+        is_tune = (table["split"] == "train") & belongs(table["patient"], "tune", selection.tune_share)
+        table = table.assign(split=table["split"].mask(is_tune, "tune"))
+    others = table["split"][table["split"] != selection.split].value_counts()
+    elsewhere = {split: int(others[split]) for split in SPLITS if split in others}
+    return table[table["split"] == selection.split], how, elsewhere
 
 
 def tidy(table: pd.DataFrame, label_names: Sequence[str], where: str) -> pd.DataFrame:
@@ -125,7 +131,7 @@ def tidy(table: pd.DataFrame, label_names: Sequence[str], where: str) -> pd.Data
     if (table["patient"] == "").any():
         raise DataError(f"{where}: {int((table['patient'] == '').sum())} rows have an empty 'patient'. Fill it in.")
     columns = ["id", "patient", "split", "volume", *label_names]
-    return table[columns].assign(report=reports)
+    return table[columns].assign(report=reports, **subgroup_columns(table))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -171,16 +177,17 @@ def metadata_source(folder: Folder, files: dict[str, Path], label_names: Sequenc
     tables = []
     for split, path in files.items():
         shown = f"{folder}/{split}/{path.name}" if split else f"{folder}/{path.name}"
-        optional = ("patient", "split", *REPORT_COLUMNS)
+        groups = [name for name in SUBGROUPS if name not in label_names]
+        optional = ("patient", "split", *REPORT_COLUMNS, *groups)
         table = read_table(path, ["file_name", *label_names], optional, shown, dict.fromkeys(label_names, MAPPING_HINT))
-        table = merge_doubles(table, "file_name", shown)
+        table = merge_doubles(table, "file_name", shown, groups)
         names = f"{split}/" + table["file_name"] if split else table["file_name"]
         table = table.assign(id=names, volume=names)
         tables.append(tidy(table.assign(split=split) if split else table, label_names, shown))
-    chosen, how = choose_split(pd.concat(tables, ignore_index=True), selection, str(folder))
+    chosen, how, elsewhere = choose_split(pd.concat(tables, ignore_index=True), selection, str(folder))
     sieve = Sieve(chosen.drop(columns="split"))
     sieve.drop(~sieve.table["volume"].map(folder.has_volume).astype(bool), "no such file")
-    return table_source(sieve, label_names, folder.volume, selection, f"{folder}{how}")
+    return table_source(sieve, label_names, folder.volume, selection, f"{folder}{how}", elsewhere)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -257,10 +264,11 @@ def parquet_source(
         columns.add(column)
     if len(columns) != 1:
         raise DataError(f"{address}: the volume columns of its files differ ({', '.join(sorted(columns))}).")
-    table = tidy(merge_doubles(pd.concat(tables, ignore_index=True), "id", address), label_names, address)
-    chosen, how = choose_split(table, selection, address)
+    table = tidy(merge_doubles(pd.concat(tables, ignore_index=True), "id", address, SUBGROUPS), label_names, address)
+    chosen, how, elsewhere = choose_split(table, selection, address)
     volumes = ParquetVolumes(paths, columns.pop(), options)
-    return table_source(Sieve(chosen.drop(columns="split")), label_names, volumes, selection, f"{address}{how}")
+    sieve = Sieve(chosen.drop(columns="split"))
+    return table_source(sieve, label_names, volumes, selection, f"{address}{how}", elsewhere)
 
 
 def _data_files(address: str, revision: str | None, token: str | None) -> dict[str, list[str]]:
@@ -291,7 +299,8 @@ def _light_columns(
         with fsspec.open(path, "rb", **options) as file:
             shard = parquet.ParquetFile(file)
             column = _volume_column(path, shard.schema_arrow)
-            wanted = [*label_names, *ID_COLUMNS, *REPORT_COLUMNS, "patient", "split"]
+            groups = [name for name in SUBGROUPS if name not in label_names]
+            wanted = [*label_names, *ID_COLUMNS, *REPORT_COLUMNS, *groups, "patient", "split"]
             missing = [name for name in label_names if name not in shard.schema_arrow.names]
             if missing:
                 raise DataError(f"{path}: it has no column {missing[0]!r}. Add it. {MAPPING_HINT}")

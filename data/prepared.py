@@ -40,7 +40,7 @@ from medct.byte_sources_medct import is_address
 from medct.common.errors import first_line
 from medct.common.retry import keep_trying
 from medct.configuration_medct import MedCTConfig
-from medct.data.sources import DataError, Deferred, Merged, Row, Skipped, Source, first_of
+from medct.data.sources import DataError, Deferred, Merged, NoSuchSplitError, Row, Skipped, Source, first_of
 from medct.volume_medct import VolumeError
 
 FORMAT = 2
@@ -388,7 +388,7 @@ def prepared_source(
     label_names = tuple(manifest["settings"]["label_names"])
     check_tune_share(address, manifest, tune_share)
     if split not in manifest["splits"]:
-        raise DataError(
+        raise NoSuchSplitError(
             f"{address}: it has the splits {', '.join(manifest['splits'])}, not {split}. Prepare that one as well."
         )
     found = manifest["splits"][split]
@@ -408,6 +408,7 @@ def prepared_source(
         tuple(Skipped(**study) for study in found["skipped"]),
         [scans[rows[0]] for rows in groups],
         found["synthetic"],
+        {name: each["num_studies"] for name, each in manifest["splits"].items() if name != split},
         tuple(Merged(tuple(each["findings"]), each["rule"]) for each in manifest["settings"].get("merged", ())),
         manifest["settings"].get("mapping"),
     )

@@ -20,7 +20,6 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -29,8 +28,8 @@ from medct.byte_sources_medct import ByteSource, find_among, of_bytes, of_path, 
 from medct.configuration_medct import MedCTConfig
 from medct.data.folders import Folder
 from medct.data.label_space import LabelSpace, LabelTable, read_labels
-from medct.data.sources import DataError, Deferred, Source
-from medct.data.table_files import header_of, read_table
+from medct.data.sources import DataError, Deferred, NoSuchSplitError, Source
+from medct.data.table_files import columns_of, read_table
 from medct.data.tables import Selection, Sieve, merge_doubles, table_source
 from medct.no_scans_medct import what_is
 from medct.volume_medct import MAX_VOXELS, CTVolume, VolumeError, affine_from_spacing, check_voxels
@@ -167,25 +166,27 @@ def rad_chestct_source(folder: Folder, label_names: Sequence[str], selection: Se
     Args:
         folder: Folder with its tables.
         label_names: Abnormalities, such as "nodule", or one at a place, such as "nodule*left_lung".
-        selection: Which studies; "all" takes all three splits.
+        selection: Which studies.
 
     Raises:
-        DataError: If a table or an abnormality is missing, tables contradict each other, or nothing is left.
+        NoSuchSplitError: If the split has no table.
+        DataError: If another table or an abnormality is missing, tables contradict each other, or nothing is left.
     """
     files = {split: folder.file(LABELS.format(split=split)) for split in SPLITS}
-    wanted = [split for split, ours in SPLITS.items() if selection.split in (ours, "all")]
-    for split in wanted:
-        if files[split] is None:
-            raise DataError(f"{folder}: it has no {LABELS.format(split=split)}. Put it there, or choose another split.")
+    (split,) = (theirs for theirs, ours in SPLITS.items() if ours == selection.split)
+    path = files[split]
+    if path is None:
+        name = LABELS.format(split=split)
+        raise NoSuchSplitError(f"{folder}: it has no {name}. Put it there, or choose another split.")
     patients = _patients(folder)
-    _refuse_shared_patients(folder, {split: path for split, path in files.items() if path}, patients)
-    tables = [_labels(path, label_names, f"{folder}: {path.name}") for split in wanted if (path := files[split])]
-    table = merge_doubles(pd.concat(tables, ignore_index=True), "id", str(folder))
+    counts = _count_scans(folder, {split: path for split, path in files.items() if path}, patients)
+    table = merge_doubles(_labels(path, label_names, f"{folder}: {path.name}"), "id", str(folder))
     sieve = Sieve(table.assign(patient=table["id"].map(patients), report=""))
     sieve.drop(sieve.table["patient"].isna(), f"no row in {METADATA}, so nobody knows whose it is")
     sieve.table = sieve.table.assign(volume=[_place(folder, name) for name in sieve.table["id"]])
     sieve.drop(sieve.table["volume"].isna(), "no such file")
-    return table_source(sieve, label_names, _Volumes(folder), selection, f"RAD-ChestCT ({folder})")
+    elsewhere = {SPLITS[other]: count for other, count in counts.items() if other != split}
+    return table_source(sieve, label_names, _Volumes(folder), selection, f"RAD-ChestCT ({folder})", elsewhere)
 
 
 @dataclass(frozen=True)
@@ -210,7 +211,7 @@ def _volume_name(names: pd.Series) -> pd.Series:
 
 def _labels(path: Path, label_names: Sequence[str], where: str) -> pd.DataFrame:
     """`id` and the labels, 0 or 1, of each volume: present where it is so at any location."""
-    header = header_of(path)
+    header = set(columns_of(path))
     places = {name: _columns_of(name, header, where) for name in label_names}
     columns = list(dict.fromkeys(column for found in places.values() for column in found))
     table = read_table(path, [_ID, *columns], name=where)
@@ -246,10 +247,14 @@ def _patients(folder: Folder) -> dict[str, str]:
     return dict(zip(table[_VOLUME], table[_PATIENT].str.strip(), strict=True))
 
 
-def _refuse_shared_patients(folder: Folder, files: dict[str, Path], patients: dict[str, str]) -> None:
-    seen: dict[str, Any] = {}
+def _count_scans(folder: Folder, files: dict[str, Path], patients: dict[str, str]) -> dict[str, int]:
+    """Scans of each split in its table; refuses a patient in two of them."""
+    seen: dict[str, set[str]] = {}
+    counts = {}
     for split, path in files.items():
-        for volume in _volume_name(read_table(path, [_ID], name=f"{folder}: {path.name}")[_ID]):
+        volumes = _volume_name(read_table(path, [_ID], name=f"{folder}: {path.name}")[_ID])
+        counts[split] = len(volumes)
+        for volume in volumes:
             if patient := patients.get(volume):
                 seen.setdefault(patient, set()).add(split)
     shared = sum(len(splits) > 1 for splits in seen.values())
@@ -258,6 +263,7 @@ def _refuse_shared_patients(folder: Folder, files: dict[str, Path], patients: di
             f"{folder}: {shared} patients are in several splits, so scores would be too good. Take the tables as they "
             "were published."
         )
+    return counts
 
 
 __all__ = ["LABELS", "MAPPING", "METADATA", "is_rad_chestct", "rad_chestct_source", "rad_chestct_space", "read_npz"]

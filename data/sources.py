@@ -10,14 +10,15 @@ A row describes one study before its volume is read:
 | `labels` | one number per label, in the order of `Source.label_names`; NaN if unknown |
 | `volume` | anything `read_volume` takes, or a `Deferred`; `read_study` reads both |
 | `affine`, `rescale_slope`, `rescale_intercept`, `spacing_mm` | only where the volume itself does not say |
+| `about` | only where something is known: the subgroups that the study belongs to, such as `{"sex": "F"}` |
 | `prepared` | only in prepared shards: `volume` is int16 HU `(z, y, x)` on the model's grid |
 """
 
 import contextlib
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,10 @@ Row = dict[str, Any]
 
 class DataError(MedCTError, ValueError):
     """A source that does not hold what it should; the message says what is wrong and what to do."""
+
+
+class NoSuchSplitError(DataError):
+    """A split that a source does not have, or of which nothing is left."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +125,8 @@ class Source:
         skipped: Studies left out before any volume is read.
         names: Names of the groups' scans, by which a `limit` chooses; their indices by default.
         is_synthetic: Whether these are drawings and not patients.
+        elsewhere: Studies that the address holds in other splits, by split, where the division is this package's or in
+            the user's own table; nothing where a data set comes divided.
         merged: Findings whose labels hold for all of them together. Each has the label of all in a row.
         mapping: Which names of the data the labels come from, ready for JSON; `None` if they have the same names.
     """
@@ -131,6 +138,7 @@ class Source:
     skipped: tuple[Skipped, ...] = ()
     names: Sequence[str] = ()
     is_synthetic: bool = False
+    elsewhere: Mapping[str, int] = field(default_factory=dict)
     merged: tuple[Merged, ...] = ()
     mapping: dict[str, Any] | None = None
 
@@ -173,6 +181,51 @@ class Source:
 def _read_rows(keys: list[int], read: Callable[[int], Row]) -> Iterator[Row]:
     for key in keys:
         yield read(key)
+
+
+@dataclass(frozen=True)
+class _ReadJoined:
+    """Rows of several sources by keys that say which; picklable, for loader processes.
+
+    Args:
+        reads: Of each source.
+    """
+
+    reads: tuple[Callable[[int], Row], ...]
+
+    def __call__(self, key: int) -> Row:
+        within, source = divmod(key, len(self.reads))
+        return self.reads[source](within)
+
+
+def joined(sources: Sequence[Source], description: str, limit: int | None = None) -> Source:
+    """Several sources of the same labels as one, in their order.
+
+    Args:
+        sources: With no study in two of them.
+        description: Of the whole, without its number of studies.
+        limit: Take only this many studies, the first of a fixed pseudo-random order.
+    """
+    groups = [
+        tuple(key * len(sources) + index for key in group)
+        for index, source in enumerate(sources)
+        for group in source.groups
+    ]
+    names = [name for source in sources for name in source.names]
+    chosen = first_of(names, limit)
+    mapping = sources[0].mapping
+    by = "" if mapping is None else f", labels by {mapping['name']}"
+    return Source(
+        [groups[index] for index in chosen],
+        _ReadJoined(tuple(source.read for source in sources)),
+        sources[0].label_names,
+        f"{len(chosen)} {description}{by}",
+        tuple(study for source in sources for study in source.skipped),
+        [names[index] for index in chosen],
+        any(source.is_synthetic for source in sources),
+        merged=sources[0].merged,
+        mapping=mapping,
+    )
 
 
 def read_study(row: Row, orientation: str) -> CTVolume:

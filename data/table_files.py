@@ -81,12 +81,12 @@ def read_table(
     return pd.DataFrame(cells, columns=wanted, dtype=str)
 
 
-def header_of(path: Path) -> set[str]:
-    """The names of a table's columns; none if it is no readable table."""
+def columns_of(path: Path) -> list[str]:
+    """The names of a table's columns, in their order; none if it is no readable table."""
     try:
-        return {tidy_name(cell) for cell in next(_rows_of(path, (), str(path)), [])}
+        return [tidy_name(cell) for cell in next(_rows_of(path, (), str(path)), [])]
     except DataError:
-        return set()
+        return []
 
 
 def tidy_name(name: str) -> str:
@@ -154,4 +154,4 @@ def _text(cell: Any) -> str:
     return str(int(cell)) if isinstance(cell, float) and cell.is_integer() else str(cell)
 
 
-__all__ = ["SUFFIXES", "header_of", "read_table", "tidy_name"]
+__all__ = ["SUFFIXES", "columns_of", "read_table", "tidy_name"]

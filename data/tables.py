@@ -2,12 +2,13 @@
 
 A table of studies has one row per volume and the columns `id`, `patient`, `report`, `volume` (a path in the source's
 folder, or whatever its `volume_of` understands), one column per label and, where there are several reconstructions,
-`scan`. It may have `rescale_slope`, `rescale_intercept` and the spacings `i_mm`, `j_mm`, `k_mm`.
+`scan`. It may have columns of `subgroups`, `rescale_slope`, `rescale_intercept` and the spacings `i_mm`, `j_mm` and
+`k_mm`.
 """
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,7 +16,8 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from medct.data.sources import DataError, Row, Skipped, Source, first_of, hash_share
+from medct.data.sources import DataError, NoSuchSplitError, Row, Skipped, Source, first_of, hash_share
+from medct.data.subgroups import subgroups_of
 from medct.volume_io_medct import affine_from_spacing
 
 SPLITS = ("train", "tune", "valid")
@@ -88,18 +90,20 @@ def join_text(*parts: object) -> str:
     return " ".join(text for text in texts if text.lower() not in _NO_TEXT)
 
 
-def merge_doubles(table: pd.DataFrame, key: str, name: str) -> pd.DataFrame:
+def merge_doubles(table: pd.DataFrame, key: str, name: str, remarks: Sequence[str] = ()) -> pd.DataFrame:
     """Reduce a table to one row per key by merging equal rows.
 
     Args:
         table: Columns of text.
         key: Column that identifies a row.
         name: What to call the table in messages.
+        remarks: Columns in which rows may differ; the first one's counts.
 
     Raises:
         DataError: If two rows with one key contradict each other, or a key is empty.
     """
-    table = table.assign(**{key: table[key].str.strip()}).drop_duplicates()
+    compared = [column for column in table if column not in remarks]
+    table = table.assign(**{key: table[key].str.strip()}).drop_duplicates(compared)
     if (table[key] == "").any():
         raise DataError(f"{name}: {int((table[key] == '').sum())} rows have an empty {key!r}. Fill it in.")
     doubled = table[key][table[key].duplicated()]
@@ -221,6 +225,7 @@ class TableRows:
         row["volume"] = self.volume_of(study["volume"])
         if "rescale_slope" in study:
             row |= {name: study[name] for name in ("rescale_slope", "rescale_intercept")}
+        row["about"] = subgroups_of(study)
         if SPACINGS_MM[0] in study:
             row["affine"] = affine_from_spacing([study[name] for name in SPACINGS_MM], "LPS")
         return row
@@ -232,6 +237,7 @@ def table_source(
     volume_of: Callable[[Any], Any],
     selection: Selection,
     where: str,
+    elsewhere: Mapping[str, int] | None = None,
 ) -> Source:
     """Make a source of what a sieve has left.
 
@@ -241,9 +247,10 @@ def table_source(
         volume_of: See `TableRows`.
         selection: Which studies; its split serves for messages only.
         where: Name of the data in the description and in messages.
+        elsewhere: See `Source`.
 
     Raises:
-        DataError: If nothing is left.
+        NoSuchSplitError: If nothing is left.
     """
     if selection.need_reports:
         sieve.drop(sieve.table["report"] == "", "no report")
@@ -255,7 +262,9 @@ def table_source(
     groups = sorted(tuple(int(row) for row in rows) for rows in groups)
     if not groups:
         reasons = "; ".join(sorted({study.reason for study in sieve.skipped})) or "its tables are empty"
-        raise DataError(f"{where}: no study of the {selection.split} split is left ({reasons}). Check its tables.")
+        raise NoSuchSplitError(
+            f"{where}: no study of the {selection.split} split is left ({reasons}). Check its tables."
+        )
     scan_or_id = table["scan" if "scan" in table else "id"]
     groups = [groups[index] for index in first_of([scan_or_id[rows[0]] for rows in groups], selection.limit)]
     kept = sorted(row for rows in groups for row in rows)
@@ -265,4 +274,4 @@ def table_source(
     groups = [tuple(number[row] for row in rows) for rows in groups]
     description = f"{len(groups)} {selection.split} studies of {where}"
     rows = TableRows(pa.Table.from_pandas(table, preserve_index=False), tuple(label_names), volume_of)
-    return Source(groups, rows, tuple(label_names), description, tuple(sieve.skipped), names)
+    return Source(groups, rows, tuple(label_names), description, tuple(sieve.skipped), names, elsewhere=elsewhere or {})

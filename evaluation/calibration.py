@@ -11,7 +11,7 @@ import numpy as np
 from sklearn.linear_model import LogisticRegression
 
 from medct.adapters_medct import calibrated
-from medct.evaluation.metrics import Interval, intervals_of, patient_draws
+from medct.evaluation.metrics import Interval, checked, intervals_of, patient_draws
 
 FEWEST = 5
 """Studies with a finding, and without it, that a calibration needs."""
@@ -123,6 +123,45 @@ def compare_calibration(
         "reliability": {version: _reliability(each) for version, each in figures.items()},
         "labels": [names[index] for index in columns],
     }
+
+
+def calibration_bins(scores: np.ndarray, labels: np.ndarray, bins: int = BINS) -> tuple[np.ndarray, ...]:
+    """Probabilities against how often they come true, in bins of equal width over all labels together.
+
+    Args:
+        scores: `(scans, labels)`, probabilities.
+        labels: `(scans, labels)`, 0, 1 or NaN for unknown.
+        bins: Number of bins.
+
+    Returns:
+        Mean probability and share that is present, both NaN in an empty bin, and count; each `(bins,)`.
+
+    Raises:
+        ValueError: If shapes do not match, arrays hold other values, or scores are outside [0, 1].
+    """
+    scores, labels = checked(scores, labels, must_vary=False, probabilities=True)
+    known = ~np.isnan(labels)
+    bin_of = np.minimum((scores[known] * bins).astype(int), bins - 1)
+    counts = np.bincount(bin_of, minlength=bins)
+    with np.errstate(invalid="ignore"):  # an empty bin is 0 / 0
+        means = [np.bincount(bin_of, values[known], minlength=bins) / counts for values in (scores, labels)]
+    return means[0], means[1], counts
+
+
+def expected_calibration_error(scores: np.ndarray, labels: np.ndarray, bins: int = BINS) -> float:
+    """How far probabilities are from how often they come true: mean over `calibration_bins`, weighted by count.
+
+    Args:
+        scores: `(scans, labels)`, probabilities.
+        labels: `(scans, labels)`, 0, 1 or NaN for unknown.
+        bins: Number of bins.
+
+    Returns:
+        A number in [0, 1].
+    """
+    probability, share, counts = calibration_bins(scores, labels, bins)
+    filled = counts > 0
+    return float(np.average(np.abs(probability - share)[filled], weights=counts[filled]))
 
 
 def _figures(probabilities: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:

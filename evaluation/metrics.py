@@ -7,8 +7,8 @@ What holds throughout:
 * Labels are 0, 1 or NaN; NaN means unknown, and such a scan is skipped for that label alone.
 * A label that is always or never present among its known scans has no score, and no part in the mean over labels. The
   same holds within a resample, so the mean there may be over fewer labels.
-* A label is predicted where its score reaches the threshold. Thresholds come from scans that are not scored; the one
-  exception, CT-CLIP's protocol, is marked by its name.
+* A label is predicted where its score reaches the threshold. Thresholds come from scans that are not scored; the
+  exceptions, CT-CLIP's and RadFinder's protocols, are marked by their names.
 * Precision and F1 are 0 where nothing is predicted.
 * Intervals are the middle 95 % of a bootstrap over patients: a patient drawn comes with all their scans. Two models are
   compared on the same resamples. Resamples repeat scans, which inflates average precision and CT-CLIP's protocol, so an
@@ -28,6 +28,7 @@ import numpy as np
 # CT-CLIP searches its thresholds here, and takes the one whose ROC point is closest to the corner as the best.
 CT_CLIP_GRID = np.linspace(0, 1, 100)
 CT_CLIP_PREFIX = "ct_clip_protocol/"
+RADFINDER_PREFIX = "radfinder_protocol/"
 # How good a threshold is, given the shares of present and of absent scans that reach it.
 THRESHOLD_RULES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "youden": lambda sensitivity, false_alarms: sensitivity - false_alarms,
@@ -63,9 +64,9 @@ def zero_shot_scores(
     Raises:
         ValueError: If shapes do not match, arrays hold other values, or no label varies.
     """
-    scores, labels = _checked(scores, labels, names)
+    scores, labels = checked(scores, labels, names)
     figures = _figures(scores, labels, thresholds, np.ones((len(labels), 1)))
-    figures = {key: values for key, values in figures.items() if not key.startswith(CT_CLIP_PREFIX)}
+    figures = {key: values for key, values in figures.items() if "/" not in key}
     return {**_once(figures, names), "scans": len(labels)}
 
 
@@ -86,12 +87,32 @@ def ct_clip_protocol(scores: np.ndarray, labels: np.ndarray, names: Sequence[str
     Raises:
         ValueError: If shapes do not match, arrays hold other values, or no label varies.
     """
-    scores, labels = _checked(scores, labels, names, probabilities=True)
+    return _protocol(scores, labels, names, CT_CLIP_PREFIX)
+
+
+def radfinder_protocol(scores: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> dict[str, float]:
+    """The figures that RadFinder (arXiv 2603.02026) and CheXzero report, for comparison with theirs.
+
+    As in `ct_clip_protocol`, thresholds are chosen on the very labels that are scored, here by Youden's index among the
+    scores that occur.
+
+    Args:
+        scores, labels, names: See `ct_clip_protocol`. RadFinder's own come from an ensemble of templates.
+
+    Returns:
+        `balanced_accuracy` (its "accuracy"), `weighted_f1`, `precision`, `sensitivity`, `specificity` and `threshold`:
+        means over labels. `precision/NAME`, ...: the figure of one label, NaN where it has no score.
+
+    Raises:
+        ValueError: If shapes do not match, arrays hold other values, or no label varies.
+    """
+    return _protocol(scores, labels, names, RADFINDER_PREFIX)
+
+
+def _protocol(scores: np.ndarray, labels: np.ndarray, names: Sequence[str], prefix: str) -> dict[str, float]:
+    scores, labels = checked(scores, labels, names, probabilities=True)
     figures = _figures(scores, labels, None, np.ones((len(labels), 1)))
-    return _once(
-        {key.removeprefix(CT_CLIP_PREFIX): values for key, values in figures.items() if key.startswith(CT_CLIP_PREFIX)},
-        names,
-    )
+    return _once({key.removeprefix(prefix): values for key, values in figures.items() if key.startswith(prefix)}, names)
 
 
 def choose_thresholds(scores: np.ndarray, labels: np.ndarray, rule: str = "youden") -> np.ndarray:
@@ -110,7 +131,7 @@ def choose_thresholds(scores: np.ndarray, labels: np.ndarray, rule: str = "youde
     """
     if rule not in THRESHOLD_RULES:
         raise ValueError(f"There is no threshold rule {rule!r}. Pass one of {', '.join(THRESHOLD_RULES)}.")
-    scores, labels = _checked(scores, labels)
+    scores, labels = checked(scores, labels)
     once = np.ones((len(labels), 1))
     thresholds = np.full(labels.shape[1], np.nan)
     for index in np.flatnonzero(_varies(labels)):
@@ -143,9 +164,9 @@ def with_intervals(
 
     Returns:
         Ready for JSON. `scores`: `{"value", "low", "high"}` by metric, with None where undefined; the means of
-        `zero_shot_scores`, those of CT-CLIP's protocol prefixed with `ct_clip_protocol/`, and `auroc/NAME` and
-        `average_precision/NAME`. Besides, `scans`, `patients`, `resamples`, and `present` and `absent`, which count
-        the scans by label.
+        `zero_shot_scores`, those of the protocols prefixed with `ct_clip_protocol/` and `radfinder_protocol/`, and
+        `auroc/NAME` and `average_precision/NAME`. Besides, `scans`, `patients`, `resamples`, and `present` and
+        `absent`, which count the scans by label.
 
     Raises:
         ValueError: If shapes do not match, arrays hold other values, or no label varies.
@@ -190,45 +211,6 @@ def compare(
         "adapted": intervals_of(adapted),
         "difference": intervals_of({key: adapted[key] - base[key] for key in base}, lowest=-1),
     }
-
-
-def calibration_bins(scores: np.ndarray, labels: np.ndarray, bins: int = 10) -> tuple[np.ndarray, ...]:
-    """Probabilities against how often they come true, in bins of equal width over all labels together.
-
-    Args:
-        scores: `(scans, labels)`, probabilities.
-        labels: `(scans, labels)`, 0, 1 or NaN for unknown.
-        bins: Number of bins.
-
-    Returns:
-        Mean probability and share that is present, both NaN in an empty bin, and count; each `(bins,)`.
-
-    Raises:
-        ValueError: If shapes do not match, arrays hold other values, or scores are outside [0, 1].
-    """
-    scores, labels = _checked(scores, labels, must_vary=False, probabilities=True)
-    known = ~np.isnan(labels)
-    bin_of = np.minimum((scores[known] * bins).astype(int), bins - 1)
-    counts = np.bincount(bin_of, minlength=bins)
-    with np.errstate(invalid="ignore"):  # an empty bin is 0 / 0
-        means = [np.bincount(bin_of, values[known], minlength=bins) / counts for values in (scores, labels)]
-    return means[0], means[1], counts
-
-
-def expected_calibration_error(scores: np.ndarray, labels: np.ndarray, bins: int = 10) -> float:
-    """How far probabilities are from how often they come true: mean over `calibration_bins`, weighted by count.
-
-    Args:
-        scores: `(scans, labels)`, probabilities.
-        labels: `(scans, labels)`, 0, 1 or NaN for unknown.
-        bins: Number of bins.
-
-    Returns:
-        A number in [0, 1].
-    """
-    probability, share, counts = calibration_bins(scores, labels, bins)
-    filled = counts > 0
-    return float(np.average(np.abs(probability - share)[filled], weights=counts[filled]))
 
 
 class _Reach:
@@ -283,6 +265,22 @@ def _rank_figures(reach: _Reach) -> dict[str, np.ndarray]:
     }
 
 
+def resampled_aurocs(scores: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """AUROC of each label in each resample, `(labels, resamples)`; NaN where the label does not vary there.
+
+    Args:
+        scores: `(scans, labels)`.
+        labels: `(scans, labels)`, 0, 1 or NaN for unknown.
+        weights: `(scans, resamples)`, how often each scan was drawn.
+    """
+    aurocs = []
+    for score, truth in zip(np.asarray(scores, float).T, np.asarray(labels, float).T, strict=True):
+        reach = _Reach(score, truth, weights)
+        varies = (reach.present > 0) & (reach.absent > 0)
+        aurocs.append(np.where(varies, _rank_figures(reach)["auroc"], np.nan))
+    return np.stack(aurocs)
+
+
 def _decision_figures(reach: _Reach, hits: np.ndarray, false_alarms: np.ndarray) -> dict[str, np.ndarray]:
     """Figures that follow from the counts of hits and false alarms, `(resamples,)` each."""
     misses, rejections = reach.present - hits, reach.absent - false_alarms
@@ -308,22 +306,40 @@ def _best(reach: _Reach, candidates: np.ndarray, rule: str) -> np.ndarray:
     return merit.argmax(axis=0)
 
 
-def _protocol_figures(reach: _Reach) -> dict[str, np.ndarray]:
-    """Figures of CT-CLIP's protocol, `(resamples,)` each, with thresholds chosen anew in each resample."""
-    best = _best(reach, CT_CLIP_GRID, "closest_corner")
-    hits, false_alarms = (np.take_along_axis(counts, best[None], 0)[0] for counts in reach.counts(CT_CLIP_GRID))
-    figures = _decision_figures(reach, hits, false_alarms)
-    return {
-        "accuracy": figures["accuracy"],
-        "weighted_f1": figures["weighted_f1"],
-        "binary_f1": figures["f1"],
-        "precision": figures["precision"],
-        "threshold": CT_CLIP_GRID[best],
-    }
+# Protocols that choose their thresholds on the scans that they score: by which rule, and what they report, by our names
+# and theirs.
+_PROTOCOLS: dict[str, tuple[str, dict[str, str]]] = {
+    CT_CLIP_PREFIX: (
+        "closest_corner",
+        {"accuracy": "accuracy", "weighted_f1": "weighted_f1", "f1": "binary_f1", "precision": "precision"},
+    ),
+    RADFINDER_PREFIX: (
+        "youden",
+        {name: name for name in ("balanced_accuracy", "weighted_f1", "precision", "sensitivity", "specificity")},
+    ),
+}
 
 
-def _label_figures(reach: _Reach, threshold: float | None) -> dict[str, np.ndarray]:
+def _protocol_figures(reach: _Reach, scores: np.ndarray) -> dict[str, np.ndarray]:
+    """Figures of the protocols, `(resamples,)` each, with thresholds chosen anew in each resample."""
+    found = {}
+    for prefix, (rule, reported) in _PROTOCOLS.items():
+        # Of a label that is unknown throughout there are no scores, and nothing is reported.
+        candidates = CT_CLIP_GRID if prefix == CT_CLIP_PREFIX or not len(scores) else np.unique(scores)[::-1]
+        best = _best(reach, candidates, rule)
+        hits, false_alarms = (np.take_along_axis(counts, best[None], 0)[0] for counts in reach.counts(candidates))
+        figures = _decision_figures(reach, hits, false_alarms)
+        found |= {prefix + theirs: figures[ours] for ours, theirs in reported.items()}
+        found[f"{prefix}threshold"] = candidates[best]
+    return found
+
+
+def _label_figures(
+    scores: np.ndarray, truth: np.ndarray, weights: np.ndarray, threshold: float | None
+) -> dict[str, np.ndarray]:
     """All figures of one label, `(resamples,)` each; NaN where it does not vary."""
+    reach = _Reach(scores, truth, weights)
+    scores = scores[~np.isnan(truth)]
     figures = _rank_figures(reach)
     if threshold is not None:
         hits, false_alarms = (counts[0] for counts in reach.counts(np.array([threshold])))
@@ -331,7 +347,7 @@ def _label_figures(reach: _Reach, threshold: float | None) -> dict[str, np.ndarr
         del decisions["weighted_f1"]
         chosen = np.nan if np.isnan(threshold) else 1
         figures |= {key: chosen * values for key, values in decisions.items()}
-    figures |= {CT_CLIP_PREFIX + key: values for key, values in _protocol_figures(reach).items()}
+    figures |= _protocol_figures(reach, scores)
     varies = (reach.present > 0) & (reach.absent > 0)
     return {key: np.where(varies, values, np.nan) for key, values in figures.items()}
 
@@ -344,21 +360,21 @@ def _figures(
     if len(chosen) != labels.shape[1]:
         raise ValueError(f"{labels.shape[1]} labels have {len(chosen)} thresholds. Pass one for each label.")
     by_label = [
-        _label_figures(_Reach(score, truth, weights), threshold)
+        _label_figures(score, truth, weights, threshold)
         for score, truth, threshold in zip(scores.T, labels.T, chosen, strict=True)
     ]
     return {key: np.stack([figures[key] for figures in by_label]) for key in by_label[0]}
 
 
-def _mean_over_labels(values: np.ndarray) -> np.ndarray:
-    """`(labels, resamples)` -> `(resamples,)`, over the labels that have a figure; NaN where none has."""
+def mean_over_labels(values: np.ndarray) -> np.ndarray:
+    """`(labels, resamples)` to `(resamples,)`, over the labels that have a figure; NaN where none has."""
     defined = (~np.isnan(values)).sum(axis=0)
     return np.where(defined > 0, np.nansum(values, axis=0) / np.maximum(defined, 1), np.nan)
 
 
 def _named(figures: dict[str, np.ndarray], names: Sequence[str], singly: Collection[str]) -> dict[str, np.ndarray]:
     """Means over labels and, for some metrics, also the figures of each label; `(resamples,)` each."""
-    means = {MEAN_NAMES.get(key, key): _mean_over_labels(values) for key, values in figures.items()}
+    means = {MEAN_NAMES.get(key, key): mean_over_labels(values) for key, values in figures.items()}
     return means | {f"{key}/{name}": row for key in singly for name, row in zip(names, figures[key], strict=True)}
 
 
@@ -393,14 +409,14 @@ def _resampled(
     seed: int,
 ) -> list[dict[str, np.ndarray]]:
     """For each model and metric, `(1 + resamples,)`: on the scans as they are, then on each resample."""
-    checked = [_checked(scores, labels, names, probabilities=True)[0] for scores, _ in models]
+    all_scores = [checked(scores, labels, names, probabilities=True)[0] for scores, _ in models]
     labels = np.asarray(labels, float)
     people = np.arange(len(labels)) if patients is None else np.asarray(patients)
     if people.shape != labels.shape[:1]:
         raise ValueError(f"{len(labels)} scans have {len(people)} patients. Pass one for each scan.")
     blocks: list[list[dict[str, np.ndarray]]] = [[] for _ in models]
     for weights in patient_draws(people, resamples, seed):
-        for model, scores, (_, thresholds) in zip(blocks, checked, models, strict=True):
+        for model, scores, (_, thresholds) in zip(blocks, all_scores, models, strict=True):
             figures = _figures(scores, labels, thresholds, weights)
             model.append(_named(figures, names, singly=RANK_METRICS))
     return [{key: np.concatenate([block[key] for block in model]) for key in model[0]} for model in blocks]
@@ -443,7 +459,7 @@ def _varies(labels: np.ndarray) -> np.ndarray:
     return (labels == 1).any(axis=0) & (labels == 0).any(axis=0)
 
 
-def _checked(
+def checked(
     scores: np.ndarray,
     labels: np.ndarray,
     names: Sequence[str] | None = None,
@@ -451,6 +467,13 @@ def _checked(
     probabilities: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Scores and labels as float64.
+
+    Args:
+        scores: `(scans, labels)`.
+        labels: `(scans, labels)`, 0, 1 or NaN for unknown.
+        names: Of the labels; their number is compared where they are given.
+        must_vary: Refuse labels of which none is both present and absent.
+        probabilities: Refuse scores outside [0, 1].
 
     Raises:
         ValueError: If shapes do not match, arrays hold other values, or no label varies.

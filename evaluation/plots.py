@@ -14,7 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from sklearn.metrics import roc_curve
 
-from medct.evaluation.metrics import calibration_bins, expected_calibration_error, zero_shot_scores
+from medct.evaluation.calibration import calibration_bins, expected_calibration_error
+from medct.evaluation.metrics import zero_shot_scores
 
 
 class Style(NamedTuple):

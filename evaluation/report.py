@@ -1,9 +1,9 @@
 """Scores as Markdown tables."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from medct.evaluation.metrics import CT_CLIP_PREFIX, Interval
+from medct.evaluation.metrics import CT_CLIP_PREFIX, RADFINDER_PREFIX, Interval
 
 UNDEFINED = "–"
 _COLUMNS = (("base", ""), ("adapted", ""), ("difference", "+"))
@@ -16,6 +16,9 @@ MEANS = {
     f"{CT_CLIP_PREFIX}accuracy": "CT-CLIP protocol: accuracy",
     f"{CT_CLIP_PREFIX}weighted_f1": "CT-CLIP protocol: weighted F1",
     f"{CT_CLIP_PREFIX}precision": "CT-CLIP protocol: precision",
+    f"{RADFINDER_PREFIX}balanced_accuracy": "RadFinder protocol: accuracy (balanced)",
+    f"{RADFINDER_PREFIX}weighted_f1": "RadFinder protocol: weighted F1",
+    f"{RADFINDER_PREFIX}precision": "RadFinder protocol: precision",
 }
 
 
@@ -23,7 +26,7 @@ def results_table(comparison: dict[str, Any], names: Sequence[str]) -> str:
     """Two models side by side: AUROC of each label, then means over labels, all with intervals.
 
     Args:
-        comparison: From `metrics.compare`.
+        comparison: From `metrics.compare` or `source_figures`.
         names: Names of the labels, in display order.
 
     Returns:
@@ -36,7 +39,7 @@ def results_table(comparison: dict[str, Any], names: Sequence[str]) -> str:
         [
             _table("AUROC: finding (scans with it)", rows, comparison),
             _table("mean over findings", means, comparison),
-            _caption(comparison),
+            _caption([comparison]),
         ]
     )
 
@@ -48,26 +51,122 @@ def sites_table(comparison: dict[str, Any], kept: dict[str, Any] | None) -> str:
         comparison: From `metrics.compare`, on the new site.
         kept: The same on what is to be kept; without it there is no table.
     """
-    if kept is None:
-        return ""
-    lines = ["| mean AUROC | base | adapted | difference |", "| --- | ---: | ---: | ---: |"]
-    for title, each in (("new site", comparison), ("to be kept", kept)):
+    return "" if kept is None else _differences({"new site": comparison, "to be kept": kept})
+
+
+def evaluation_report(sources: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
+    """An evaluation of one model, or of two, on one source or several.
+
+    Args:
+        sources: Each from `source_figures`, with `source`, its name.
+        names: Names of the labels, in display order.
+
+    Returns:
+        Markdown tables, sources as columns, and a caption. Of two models: their difference by source, then a pair of
+        tables for each source.
+    """
+    by_name = {each["source"]: each for each in sources}
+    if "scores" in sources[0]:
+        tables = [_across("AUROC (scans with the finding)", _finding_rows(by_name, names), by_name)]
+        means = [(title, [_cell(each["scores"][key]) for each in sources]) for key, title in _means_of(sources)]
+        tables += [_across("mean over findings", means, by_name), _caption(sources)]
+    else:
+        tables = [_differences(by_name)] if len(sources) > 1 else []
+        for name, each in by_name.items():
+            tables += [f"**{name}**", results_table(each, [label for label in names if label in each["present"]])]
+    for name, each in by_name.items():
+        tables += [points_table(each["operating_points"], name), subgroups_table(each["subgroups"], name)]
+        tables += [calibration_table(error, f"{model} on {name}") for model, error in each["calibration_error"].items()]
+    return "\n\n".join(table for table in tables if table)
+
+
+def _finding_rows(by_name: Mapping[str, dict[str, Any]], names: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+    for name in names:
+        yield name, [_finding_cell(each, name) for each in by_name.values()]
+    yield "**mean**", [_cell(each["scores"]["auroc"]) for each in by_name.values()]
+
+
+def _finding_cell(source: Mapping[str, Any], name: str) -> str:
+    if name not in source["present"]:  # it has other labels
+        return UNDEFINED
+    return f"{_cell(source['scores'][f'auroc/{name}'])}, {source['present'][name]:,}"
+
+
+def _means_of(sources: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
+    return [(key, title) for key, title in MEANS.items() if all(key in each["scores"] for each in sources)]
+
+
+def _across(heading: str, rows: Any, by_name: Mapping[str, dict[str, Any]]) -> str:
+    """One Markdown table whose columns are sources."""
+    titles = [f"{name} ({each['scans']:,} scans)" for name, each in by_name.items()]
+    lines = [f"| {heading} | {' | '.join(titles)} |", f"| --- |{' ---: |' * len(titles)}"]
+    return "\n".join([*lines, *(f"| {title} | {' | '.join(cells)} |" for title, cells in rows)])
+
+
+def _differences(by_name: Mapping[str, dict[str, Any]]) -> str:
+    """Mean AUROC of two models by source, and their paired difference."""
+    titles = _titles(next(iter(by_name.values())))
+    lines = [f"| mean AUROC | {' | '.join(titles)} |", "| --- | ---: | ---: | ---: |"]
+    for title, each in by_name.items():
         cells = [_cell(each[which]["auroc"], sign) for which, sign in _COLUMNS]
         lines.append(f"| {title} ({each['scans']:,} scans) | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def calibration_table(errors: dict[str, Any] | None) -> str:
+def points_table(points: Mapping[str, Any], where: str) -> str:
+    """What operating points give on a source.
+
+    Args:
+        points: By model, from `carried_over`; without any there is no table.
+        where: Name of the source.
+    """
+    if not points:
+        return ""
+    lines = [f"| operating points on {where} | sensitivity | specificity |", "| --- | ---: | ---: |"]
+    for model, by_point in points.items():
+        for name, each in by_point.items():
+            cells = [_cell(each[key]) for key in ("sensitivity", "specificity")]
+            lines.append(f"| {model}: {name}, {len(each['thresholds'])} findings | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", "Means over findings; thresholds were chosen on other patients."])
+
+
+def subgroups_table(divisions: Sequence[dict[str, Any]], where: str) -> str:
+    """Mean AUROC in the subgroups of a source.
+
+    Args:
+        divisions: From `subgroup_figures`; without any there is no table.
+        where: Name of the source.
+    """
+    if not divisions:
+        return ""
+    groups = [(each["division"], group) for each in divisions for group in each["groups"]]
+    models = next((list(group["auroc"]) for _, group in groups if group["auroc"]), ["AUROC"])
+    lines = [f"| {where}: mean AUROC of | scans | patients | findings | {' | '.join(models)} |"]
+    lines.append(f"| --- |{' ---: |' * (3 + len(models))}")
+    for division, group in groups:
+        aurocs = group["auroc"] or {}
+        cells = [
+            _cell(aurocs[model], "+" if model == "difference" else "") if aurocs else "too few" for model in models
+        ]
+        counts = [f"{group[key]:,}" for key in ("scans", "patients", "labels")]
+        lines.append(f"| {division}: {group['group']} | {' | '.join([*counts, *cells])} |")
+    smallest = min(group["scans"] for _, group in groups)
+    note = f"Over the findings that vary in a group, so compare with care. The smallest group has {smallest:,} scans."
+    return "\n".join([*lines, "", note])
+
+
+def calibration_table(errors: dict[str, Any] | None, title: str = "") -> str:
     """Scores as probabilities, before and after calibration.
 
     Args:
         errors: From `compare_calibration`; without it there is no table.
+        title: Whose they are.
     """
     if errors is None:
         return ""
-    count = len(errors["labels"])
+    whose = f"{title}: " if title else ""
     lines = [
-        f"| probabilities of {count} findings | score | calibrated | difference |",
+        f"| {whose}probabilities of {len(errors['labels'])} findings | score | calibrated | difference |",
         "| --- | ---: | ---: | ---: |",
     ]
     for title, key in (("expected calibration error", "expected_calibration_error"), ("Brier score", "brier")):
@@ -78,12 +177,18 @@ def calibration_table(errors: dict[str, Any] | None) -> str:
     return "\n".join(lines)
 
 
+def _titles(comparison: dict[str, Any]) -> list[str]:
+    """Names of the two models that are compared, and of their difference."""
+    models = comparison.get("models", {})
+    return [models.get("base", "base"), models.get("adapted", "adapted"), "difference"]
+
+
 def _table(heading: str, rows: Sequence[tuple[str, str]], comparison: dict[str, Any]) -> str:
     """One Markdown table; a row is given as its title and the metric's key."""
-    lines = [f"| {heading} | base | adapted | difference |", "| --- | ---: | ---: | ---: |"]
+    lines = [f"| {heading} | {' | '.join(_titles(comparison))} |", "| --- | ---: | ---: | ---: |"]
     for title, key in rows:
-        base, adapted = _cell(comparison["base"][key]), _cell(comparison["adapted"][key])
-        lines.append(f"| {title} | {base} | {adapted} | {_cell(comparison['difference'][key], sign='+')} |")
+        cells = [_cell(comparison[which][key], sign) for which, sign in _COLUMNS]
+        lines.append(f"| {title} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -91,21 +196,65 @@ def _cell(interval: Interval, sign: str = "") -> str:
     """A value and its interval, as text."""
     if interval["value"] is None:
         return UNDEFINED
-    value, low, high = (f"{interval[part]:{sign}.3f}" for part in ("value", "low", "high"))
-    return f"{value} ({low} to {high})"
+    value, low, high = (
+        "" if interval[key] is None else f"{interval[key]:{sign}.3f}" for key in ("value", "low", "high")
+    )
+    return f"{value} ({low} to {high})" if low else value
 
 
-def _caption(comparison: dict[str, Any]) -> str:
+def _caption(sources: Sequence[dict[str, Any]]) -> str:
     """Where the figures come from, and their limits."""
-    said = [
-        f"{comparison['scans']:,} scans of {comparison['patients']:,} patients. In brackets: 95 % intervals, bootstrap "
-        f"over patients, {comparison['resamples']:,} resamples; the difference is paired."
-    ]
-    if "accuracy" in comparison["base"]:
+    counted = "; ".join(f"{each['scans']:,} scans of {each['patients']:,} patients" for each in sources)
+    paired = "; the difference is paired" if "base" in sources[0] else ""
+    resamples = f"{sources[0]['resamples']:,} resamples"
+    said = [f"{counted}. In brackets: 95 % intervals, bootstrap over patients, {resamples}{paired}."]
+    figures = [each.get("base") or each["scores"] for each in sources]
+    if any("accuracy" in each for each in figures):
         said.append("Accuracy and F1 are at thresholds chosen on other scans.")
     said.append(
-        "The CT-CLIP protocol chooses its thresholds on the scans that it scores: only for comparison with papers."
+        "The CT-CLIP and RadFinder protocols choose their thresholds on the scans that they score: only for comparison "
+        "with papers."
     )
-    if any(interval["value"] is None for interval in comparison["base"].values()):
-        said.append(f"{UNDEFINED}: always or never present here, so it has no score and no part in the means.")
+    differ = len({tuple(each["present"]) for each in sources}) > 1
+    if differ or any(interval["value"] is None for each in figures for interval in each.values()):
+        others = " or not among its labels," if differ else ""
+        said.append(f"{UNDEFINED}: always or never present there,{others} so it has no score and no part in the means.")
     return " ".join(said)
+
+
+def retrieval_report(results: dict[str, Any]) -> str:
+    """What scans and reports find, as Markdown tables.
+
+    Args:
+        results: From `recall_figures`, with `findings` from `shared_findings` where there are labels.
+    """
+    counted = f"{results['studies']:,} studies with a report, {results['reports']:,} different reports"
+    lines = [f"{counted}, {results['patients']:,} patients", "", _retrieval_head("recall at", results["chance"])]
+    protocols = {"": results, "unique reports: ": results["unique_reports"]}
+    protocols["CT-CLIP protocol: "] = results["ct_clip_protocol"]
+    for title, each in protocols.items():
+        for name in ("text_to_image", "image_to_text"):
+            lines.append(_retrieval_row(f"{title}{name.replace('_', ' ')}", each[name], results["chance"]))
+        lines.append(_retrieval_row(f"{title}chance", each["chance"], results["chance"]))
+    if pools := results.get("pools"):
+        for name in ("text_to_image", "image_to_text"):
+            title = f"pools of {pools['size']}: {name.replace('_', ' ')}"
+            lines.append(_retrieval_row(title, pools[name], results["chance"]))
+    if found := results.get("findings"):
+        lines += ["", f"{found['studies']:,} scans with a finding; chance {found['chance']:.3f}", ""]
+        lines.append(_retrieval_head("MAP at", found["image_to_image"]))
+        for title, each in {"": found, "CT-CLIP protocol: ": found["ct_clip_protocol"]}.items():
+            lines.append(_retrieval_row(f"{title}image to image", each["image_to_image"], found["image_to_image"]))
+    return "\n".join(lines)
+
+
+def _retrieval_head(title: str, at: Mapping[int, Any]) -> str:
+    return f"| {title} | {' | '.join(map(str, at))} |\n| --- |{' ---: |' * len(at)}"
+
+
+def _retrieval_row(title: str, figures: Mapping[int, Any], at: Mapping[int, Any]) -> str:
+    cells = []
+    for k in at:
+        figure = figures.get(k)
+        cells.append(_cell(figure) if isinstance(figure, dict) else UNDEFINED if figure is None else f"{figure:.3f}")
+    return f"| {title} | {' | '.join(cells)} |"

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,7 @@ class ScoredStudies:
         patients: `(studies,)`.
         scores: `(studies, labels)`, in [0, 1]: "present" against "not present".
         labels: `(studies, labels)`, 0, 1 or NaN for unknown.
+        about: For each study the subgroups that it belongs to, by what divides them; nothing where nothing is known.
         names: Of the labels: the model's, but that findings which the source cannot tell apart are one.
     """
 
@@ -39,7 +40,27 @@ class ScoredStudies:
     patients: list[str]
     scores: np.ndarray
     labels: np.ndarray
-    names: list[str]
+    about: list[dict[str, str]] = field(default_factory=list)
+    names: list[str] = field(kw_only=True)
+
+    def take(self, rows: Sequence[int]) -> "ScoredStudies":
+        """Some of the studies.
+
+        Args:
+            rows: Their indices.
+        """
+        about = [self.about[row] for row in rows] if self.about else []
+        ids, patients = [self.ids[row] for row in rows], [self.patients[row] for row in rows]
+        return ScoredStudies(ids, patients, self.scores[rows], self.labels[rows], about, names=self.names)
+
+    def only(self, names: Sequence[str]) -> "ScoredStudies":
+        """Some of the labels.
+
+        Args:
+            names: Of these, in their order.
+        """
+        columns = [self.names.index(name) for name in names]
+        return replace(self, scores=self.scores[:, columns], labels=self.labels[:, columns], names=list(names))
 
 
 def is_classifier(model: torch.nn.Module) -> bool:
@@ -131,7 +152,7 @@ def score_versions(
     model: AnyModel,
     versions: Sequence[Callable[[], None]],
     loader: StudyLoader,
-    prompts: list[Texts],
+    prompts: list[Texts] | Sequence[list[Texts]],
     accelerator: Accelerator,
     what: str,
 ) -> list[ScoredStudies]:
@@ -140,18 +161,20 @@ def score_versions(
     Args:
         model: With or without adapters; left in evaluation mode, as the last version.
         versions: Each turns the model into the version to be scored.
-        loader, prompts, accelerator, what: See `score_studies`.
+        loader, accelerator, what: See `score_studies`.
+        prompts: Likewise, the same for all versions or a list of them, one a version.
 
     Returns:
         For each version, the studies of all processes, in every process.
     """
     model.eval()
     templates = []
-    for become in versions:
+    of_each = prompts if prompts and isinstance(prompts[0], list) else [prompts] * len(versions)
+    for become, asked in zip(versions, of_each, strict=True):
         become()
-        templates.append(embed_prompts(model, prompts, accelerator))
+        templates.append(embed_prompts(model, asked, accelerator))
     total = math.ceil(loader.source.num_studies / loader.world_size / loader.batch_size)
-    rows: list[tuple[str, str, np.ndarray, np.ndarray]] = []
+    rows: list[tuple[str, str, np.ndarray, np.ndarray, dict[str, str]]] = []
     bar = tqdm(
         _in_step(loader, accelerator), desc=what, total=total, unit="batch", disable=not accelerator.is_main_process
     )
@@ -163,10 +186,11 @@ def score_versions(
             scores.append(_scores(model, batch["pixel_values"], texts, accelerator))
         if is_own:
             by_study = torch.stack(scores, dim=1).cpu().numpy()  # (batch, versions, labels)
-            rows += zip(batch["ids"], batch["patients"], by_study, batch["labels"].cpu().numpy(), strict=True)
+            labels = batch["labels"].cpu().numpy()
+            rows += zip(batch["ids"], batch["patients"], by_study, labels, batch["about"], strict=True)
     rows = sorted(gather_object(rows), key=lambda row: row[0])
-    ids, patients, scores, labels = zip(*rows, strict=True)
-    source = loader.source
+    ids, patients, scores, labels, about = zip(*rows, strict=True)
+    source, said = loader.source, list(about) if any(about) else []
     known, names = merge_columns(np.stack(labels), source.label_names, source.merged)
     return [
         ScoredStudies(
@@ -174,7 +198,8 @@ def score_versions(
             list(patients),
             merge_columns(by_version, source.label_names, source.merged)[0],
             known,
-            list(names),
+            said,
+            names=list(names),
         )
         for by_version in np.stack(scores).swapaxes(0, 1)
     ]

@@ -18,12 +18,11 @@ import torch
 
 from medct.common.files import whole_file
 from medct.data.ct_rate import REPORT_COLUMNS
-from medct.data.table_files import header_of, read_table
+from medct.data.table_files import columns_of, read_table
 from medct.data.tables import join_text
 from medct.errors_medct import MedCTError
 from medct.inference.bulk import KEY
 
-RECALL_AT = (5, 10, 50, 100)
 _NAME_COLUMNS = ("file_name", "VolumeName")
 _METADATA_KEY = b"medct"
 # The similarities of this many to 50,000 studies take 0.2 GB.
@@ -85,7 +84,7 @@ def read_reports(path: Path) -> dict[str, str]:
     columns = ["report"] if "report" in table else [column for column in REPORT_COLUMNS if column in table]
     if name is None or not columns:
         raise SearchError(
-            f"{path}: it has the columns {', '.join(sorted(header_of(path)))}. Name one {' or '.join(_NAME_COLUMNS)}, "
+            f"{path}: it has the columns {', '.join(columns_of(path))}. Name one {' or '.join(_NAME_COLUMNS)}, "
             f"and one report, or {' and '.join(REPORT_COLUMNS)}."
         )
     reports = [join_text(*parts) for parts in table[columns].itertuples(index=False)]
@@ -169,32 +168,3 @@ def nearest(vectors: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarra
         for some in torch.as_tensor(queries).split(_QUERIES_AT_ONCE)
     ]
     return torch.cat([part.values for part in found]).numpy(), torch.cat([part.indices for part in found]).numpy()
-
-
-def recall(embeddings: Embeddings, at: Sequence[int] = RECALL_AT) -> dict[str, Any]:
-    """How often a study's own report is among the k nearest, and vice versa.
-
-    Studies that share the very same report all count as right answers for it, since no text can tell them apart.
-
-    Args:
-        embeddings: Those with a report are searched.
-        at: Values of k; those above the number of studies are left out.
-
-    Returns:
-        `studies`; `text_to_image` and `image_to_text`, each a dictionary from k to a share in [0, 1]; `chance`,
-        likewise.
-
-    Raises:
-        SearchError: If no study has a report.
-    """
-    paired = embeddings.has_report
-    count = int(paired.sum())
-    if not count:
-        raise SearchError("No study of this index has a report. Make it with `medct embed ... --reports FILE.csv`.")
-    images, texts, ids = embeddings.image_embeds[paired], embeddings.text_embeds[paired], embeddings.report_ids[paired]
-    at = [k for k in at if k <= count] or [count]
-    results: dict[str, Any] = {"studies": count, "chance": {k: k / count for k in at}}
-    for name, queries, vectors in (("text_to_image", texts, images), ("image_to_text", images, texts)):
-        found = ids[nearest(vectors, queries, max(at))[1]] == ids[:, None]
-        results[name] = {k: float(found[:, :k].any(axis=1).mean()) for k in at}
-    return results

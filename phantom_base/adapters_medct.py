@@ -166,6 +166,23 @@ def _fingerprint_of_file(model: PreTrainedModel, tensors: Mapping[str, torch.Ten
     return _digest(saved) if is_whole else None
 
 
+def adapter_fingerprint(adapter: str | Path, **hub: Any) -> str:
+    """A name for the weights of an adapter, the same on every machine.
+
+    Args:
+        adapter: Hub id or folder.
+        hub: `revision` and the like, as for `check_fit`.
+
+    Returns:
+        "sha256:" and 64 hexadecimal digits, over names, shapes, types and bytes.
+    """
+    total = hashlib.sha256()
+    for name, tensor in sorted(read_tensors(adapter, **hub).items()):
+        total.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        total.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return f"sha256:{total.hexdigest()}"
+
+
 def _without_peft(model: PreTrainedModel) -> PreTrainedModel:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
@@ -180,6 +197,7 @@ def describe_adapter(
     thresholds: dict[str, float] | None = None,
     calibration: dict[str, list[float]] | None = None,
     strength: float | None = None,
+    operating_points: dict[str, dict[str, float]] | None = None,
 ) -> dict[str, Any]:
     """Write down what an adapter was trained on, beside its weights.
 
@@ -192,6 +210,7 @@ def describe_adapter(
         thresholds: Operating point of each label: the least score that counts as "present".
         calibration: Slope and intercept of each label, see `calibrated`.
         strength: Share of what was learned that is in the saved weights.
+        operating_points: Others besides `thresholds`, by name ("sensitivity 0.95") and label.
 
     Returns:
         What was written.
@@ -205,6 +224,7 @@ def describe_adapter(
         "thresholds": thresholds,
         "calibration": calibration,
         "strength": strength,
+        "operating_points": operating_points,
     }
     Path(folder, DESCRIPTION_FILE).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
     return description
@@ -231,10 +251,19 @@ def asked_config(model: PreTrainedModel) -> PreTrainedConfig:
     Args:
         model: MedCT model, with or without adapters. A classifier has its own labels whatever adapter is in use.
     """
-    description = {} if hasattr(model, "classifier") else description_in_use(model)
+    return model.config if hasattr(model, "classifier") else as_described(model.config, description_in_use(model))
+
+
+def as_described(config: PreTrainedConfig, description: Mapping[str, Any]) -> PreTrainedConfig:
+    """A configuration with the labels and prompts that an adapter was trained with.
+
+    Args:
+        config: The model's; not changed.
+        description: What the adapter remembers, see `describe_adapter`.
+    """
     if not description.get("label_names"):
-        return model.config
-    config = copy.copy(model.config)
+        return config
+    config = copy.copy(config)
     config.id2label = dict(enumerate(description["label_names"]))
     config.label2id = {label: index for index, label in config.id2label.items()}
     config.prompt_templates = description["prompt_templates"]

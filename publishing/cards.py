@@ -23,6 +23,7 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # At least two parts, since "and/or" and "/" are not paths; not after a letter or colon, as in web addresses; not what
 # every Linux has.
 _ABSOLUTE_PATH = re.compile(r"(?<![\w.:/\\])(?!/(?:proc|dev)/)(?:(?:/[\w.@+-]+){2,}/?|[A-Za-z]:\\[\w.@+\\-]+)")
+_WHOLE_PATH = re.compile(r"(?:/|~/|[A-Za-z]:\\)[^\n]*")
 # The Hub's names of metrics, by ours.
 _HUB_METRICS = {"auroc": ("roc_auc", "AUROC"), "macro_f1": ("f1", "F1")}
 _TRAINING_FACTS = {
@@ -49,6 +50,8 @@ def find_paths(text: str) -> list[str]:
 def without_paths(value: Any) -> Any:
     """The same value, with every absolute path in its texts reduced to the last part."""
     if isinstance(value, str):
+        if _WHOLE_PATH.fullmatch(value):  # whatever its letters
+            return re.split(r"[/\\]", value.rstrip("/\\"))[-1] or value
         return _ABSOLUTE_PATH.sub(lambda match: re.split(r"[/\\]", match[0].rstrip("/\\"))[-1], value)
     if isinstance(value, dict):
         return {key: without_paths(part) for key, part in value.items()}

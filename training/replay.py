@@ -87,5 +87,6 @@ def with_replay(own: Source, replayed: Source, share: float) -> Source:
         label_names=own.label_names,
         description=f"{own.description}, with {count} of {replayed.description} in between",
         skipped=(*own.skipped, *replayed.skipped),
+        names=[*own.names, *replayed.names],
         is_synthetic=own.is_synthetic,
     )

@@ -1,17 +1,21 @@
 """What a run found: scores before and after, what was forgotten, operating points, calibration, and remarks."""
 
-import math
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
-from medct.evaluation.calibration import compare_calibration, fit_calibration
-from medct.evaluation.metrics import choose_thresholds, compare, zero_shot_scores
-from medct.evaluation.report import calibration_table, results_table, sites_table
+from medct.evaluation.calibration import fit_calibration
+from medct.evaluation.figures import Scores, source_figures
+from medct.evaluation.metrics import zero_shot_scores
+from medct.evaluation.operating_points import YOUDEN, Points, choose_points
+from medct.evaluation.predictions import Key, Predictions
+from medct.evaluation.report import calibration_table, points_table, results_table, sites_table
 from medct.evaluation.scoring import ScoredStudies
+from medct.training.settings import NO_SOURCE, TrainingSettings
 
 SPLITS = ("tune", "valid")
 KEPT_SPLITS = ("keep_tune", "keep_valid")
+BASE, ADAPTED = "base", "adapted"
 
 Scored = dict[str, ScoredStudies]
 """By split: "tune" and "valid" of the new site, and where something is to be kept "keep_tune" and "keep_valid"."""
@@ -29,25 +33,13 @@ def mean_auroc(scored: ScoredStudies) -> float | None:
         return None
 
 
-def thresholds_from(scored: ScoredStudies) -> np.ndarray | None:
-    """Operating points; None if no label varies among these studies."""
-    try:
-        return choose_thresholds(scored.scores, scored.labels)
-    except ValueError:
-        return None
-
-
-def operating_points(thresholds: np.ndarray, names: list[str]) -> dict[str, float]:
-    """Thresholds by label, of those that have one.
-
-    Args:
-        thresholds: `(labels,)`, NaN where a label has none.
-        names: Of the labels.
-    """
-    return {name: float(each) for name, each in zip(names, thresholds, strict=True) if not math.isnan(each)}
-
-
-def compare_all(before: Scored, after: Scored, resamples: int, seed: int) -> dict[str, Any]:
+def compare_all(
+    before: Scored,
+    after: Scored,
+    resamples: int,
+    seed: int,
+    wanted: Mapping[str, tuple[str, float]] | None = None,
+) -> dict[str, Any]:
     """Base and adapted model on held-out studies.
 
     Args:
@@ -55,45 +47,72 @@ def compare_all(before: Scored, after: Scored, resamples: int, seed: int) -> dic
         after: Of the adapted model.
         resamples: Of the bootstrap over patients.
         seed: Of the bootstrap.
+        wanted: Operating points besides Youden's, see `wanted_points`.
 
     Returns:
-        Ready for JSON. `comparison`: on the new site, see `metrics.compare`. `kept`: the same on what is to be kept, or
+        Ready for JSON. `comparison`: on the new site, see `source_figures`. `kept`: the same on what is to be kept, or
         `None`. `tune_auroc`: mean AUROC of each model on the new site's tuning studies, `keep_tune_auroc` on those to
-        be kept. `thresholds` and `calibration`: of the adapted model, from the tuning studies. `calibration_error`: see
-        `compare_calibration`. `table`: all of it in Markdown.
+        be kept. `thresholds`, `operating_points` (those that were wanted) and `calibration`: of the adapted model, from
+        the tuning studies. `table`: all of it in Markdown.
     """
-    thresholds = [thresholds_from(scored["tune"]) for scored in (before, after)]
     options = {"resamples": resamples, "seed": seed}
-    comparison = _compared(before["valid"], after["valid"], *thresholds, **options)
-    kept = None
+    points = [_points(each["tune"], wanted) for each in (before, after)]
+    calibration = fit_calibration(after["tune"].scores, after["tune"].labels, after["tune"].names)
+
+    def figures(split: str) -> dict[str, Any]:
+        models = {BASE: Scores(before[split], points[0]), ADAPTED: Scores(after[split], points[1], calibration)}
+        return source_figures(models, before[split].names, **options)
+
+    comparison, kept = figures("valid"), None
     if KEPT_SPLITS[1] in before and mean_auroc(before["keep_valid"]) is not None:
-        kept = _compared(before["keep_valid"], after["keep_valid"], **options)
-    tune, valid, names = after["tune"], after["valid"], after["valid"].names
-    calibration = fit_calibration(tune.scores, tune.labels, names)
-    errors = compare_calibration(valid.scores, valid.labels, valid.patients, names, calibration, **options)
-    tables = [results_table(comparison, names), sites_table(comparison, kept), calibration_table(errors)]
+        kept = figures("keep_valid")
+    chosen = dict(points[1])
+    thresholds = chosen.pop(YOUDEN, None)
+    tables = [
+        results_table(comparison, before["valid"].names),
+        sites_table(comparison, kept),
+        points_table(comparison["operating_points"], "the new site") if chosen else "",
+        calibration_table(comparison["calibration_error"].get(ADAPTED)),
+    ]
     return {
         "comparison": comparison,
         "kept": kept,
         "tune_auroc": _by_model(before, after, "tune"),
         "keep_tune_auroc": _by_model(before, after, "keep_tune"),
-        "thresholds": None if thresholds[1] is None else operating_points(thresholds[1], names),
+        "thresholds": thresholds,
+        "operating_points": chosen or None,
         "calibration": calibration or None,
-        "calibration_error": errors,
         "table": "\n\n".join(table for table in tables if table),
     }
 
 
-def _compared(
-    before: ScoredStudies, after: ScoredStudies, *thresholds: np.ndarray | None, **options: int
-) -> dict[str, Any]:
-    return compare(before.scores, after.scores, before.labels, before.patients, before.names, *thresholds, **options)
+def _points(tuned: ScoredStudies, wanted: Mapping[str, tuple[str, float]] | None) -> Points:
+    return choose_points(tuned.scores, tuned.labels, tuned.names, wanted or {})
+
+
+def predictions_of(before: Scored, after: Scored, sources: Sequence[str]) -> Predictions:
+    """The scores of both models, as they are written down.
+
+    Args:
+        before: Of the base.
+        after: Of the adapted model.
+        sources: What to call the new site and, where there is one, what is to be kept.
+    """
+    where = dict(zip((*SPLITS, *KEPT_SPLITS), [*sources[:1] * 2, *sources[1:] * 2], strict=False))
+    return Predictions(
+        list(dict.fromkeys(name for scored in before.values() for name in scored.names)),
+        {
+            Key(model, where[split], split.removeprefix("keep_")): scored
+            for model, by_split in ((BASE, before), (ADAPTED, after))
+            for split, scored in by_split.items()
+        },
+    )
 
 
 def _by_model(before: Scored, after: Scored, split: str) -> dict[str, float | None] | None:
     if split not in before:
         return None
-    return {"base": mean_auroc(before[split]), "adapted": mean_auroc(after[split])}
+    return {BASE: mean_auroc(before[split]), ADAPTED: mean_auroc(after[split])}
 
 
 def remarks_on(results: dict[str, Any], max_forgotten: float) -> list[str]:
@@ -125,3 +144,43 @@ def remarks_on(results: dict[str, Any], max_forgotten: float) -> list[str]:
             f"{max_forgotten:g}."
         )
     return remarks
+
+
+def repeatable(settings: TrainingSettings, revision: str | None, points: dict[str, Any]) -> dict[str, Any] | None:
+    """The settings with which `medct evaluate` scores a run's held-out studies again.
+
+    Args:
+        settings: Of the run, completed.
+        revision: Commit of its base.
+        points: Operating points of both models.
+
+    Returns:
+        `None` for a run that trained all weights: its model is no adapter of the base.
+    """
+    if settings.adaptation == "full":
+        return None
+    return {
+        "model": settings.model,
+        "revision": revision,
+        "adapter": ".",
+        "against": BASE,
+        "names": [BASE, ADAPTED],
+        "points": points,
+        "data": [each for each in (settings.data, settings.keep) if each != NO_SOURCE],
+        "data_revision": settings.data_revision,
+        "labels": settings.labels,
+        "templates": settings.templates,
+        "mapping": [
+            f"{address}={mapping}"
+            for address, mapping in ((settings.data, settings.mapping), (settings.keep, settings.keep_mapping))
+            if mapping is not None
+        ],
+        "split": "valid",
+        "reconstructions": settings.reconstructions,
+        "limit": settings.max_eval_studies,
+        "phantoms": dataclasses.asdict(settings.phantoms),
+        "bootstrap_resamples": settings.bootstrap_resamples,
+        "seed": settings.seed,
+        "batch_size": settings.batch_size,
+        "dtype": "auto",
+    }

@@ -11,6 +11,7 @@ from transformers import HfArgumentParser
 from medct.configuration_medct import MedCTConfig
 from medct.data import PHANTOMS, PhantomCohort
 from medct.errors_medct import MedCTError
+from medct.evaluation.operating_points import WANTED
 from medct.publishing.cards import is_hub_id
 from medct.training.lora import Adaptation, Target
 from medct.training.objectives import Objective
@@ -156,6 +157,11 @@ class TrainingSettings:
     max_eval_studies: int | None = setting(None, "Score this many held-out studies instead of all.")
     bootstrap_resamples: int = setting(1000, "Bootstrap resamples of the patients for the intervals.")
 
+    sensitivity: float | None = setting(
+        None, "Also choose, on the tuning patients, the operating point that reaches this sensitivity, such as 0.95."
+    )
+    specificity: float | None = setting(None, "The same for a wanted specificity.")
+
     output_dir: str | None = setting(None, "Folder to make. Default: runs/ and the time.")
     resume: bool = setting(
         False, "Resume from the newest checkpoint of --output_dir, or start if there is none; suits a requeued job."
@@ -225,6 +231,9 @@ def check(settings: TrainingSettings) -> None:
         )
     if not 0 <= settings.max_forgotten <= 1:
         raise TrainingError(f"--max_forgotten is {settings.max_forgotten:g}. Pass a difference of AUROC, 0 to 1.")
+    for name in WANTED:
+        if (value := getattr(settings, name)) is not None and not 0 < value <= 1:
+            raise TrainingError(f"--{name} is {value:g}. Pass a share above 0, up to 1.")
     if settings.replay == settings.data:
         raise TrainingError("--replay names the source of --data itself. Name another, or leave it out.")
     if settings.keep == settings.data:

@@ -27,7 +27,7 @@ from medct import (
     ZeroShotCTClassificationPipeline,
 )
 from medct.adapters_medct import DESCRIPTION_FILE, calibrated
-from medct.cli import commands, main
+from medct.cli import commands, main, score_commands
 from medct.cli.arguments import RUNS, make_parser
 from medct.common.lock import only_run
 from medct.data import phantom_source
@@ -353,7 +353,20 @@ def test_embed_search_and_recall(run, scans, pipe, tmp_path):
     assert "was made with model" in err
     status, out, _ = run("recall", "--index", index, "--format", "json")
     assert status == 0
-    assert json.loads(out)["studies"] == 3
+    results = json.loads(out)
+    assert (results["studies"], results["reports"]) == (3, 2)
+    # Labels and patients from a table, by the ends of the paths.
+    rows = [f"{name},{patient},{finding}" for name, patient, finding in zip(GOOD, "aabc", "1101", strict=True)]
+    (tmp_path / "labels.csv").write_text("\n".join(["file_name,patient,Mass", *rows]), encoding="utf-8")
+    options = ["--metadata", tmp_path / "labels.csv", "--findings", "Mass", "--pool", 2, "--bootstrap_resamples", 9]
+    status, _, err = run("recall", "--index", index, *options)
+    assert status == 2 and "A pool of 2 needs as many studies, and k up to that" in err
+    status, out, _ = run("recall", "--index", index, *options[:4])
+    assert status == 0
+    assert out.startswith("3 studies with a report, 2 different reports, 2 patients\n")
+    assert "3 scans with a finding" in out and "| CT-CLIP protocol: text to image |" in out
+    status, _, err = run("recall", "--index", index, "--metadata", tmp_path / "labels.csv", "--findings", "Nodule")
+    assert status == 2 and "has no column 'Nodule'" in err
 
 
 def test_map(run, scans, tmp_path):
@@ -375,34 +388,6 @@ def test_map(run, scans, tmp_path):
     status, _, err = run("map", scans, "--labels", "a", "--output", tmp_path / "more")
     assert status == 2
     assert "holds 6 studies" in err
-
-
-def test_evaluate(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(commands, "open_source", lambda *_, **__: phantom_source("A", range(12), 0))
-    output = tmp_path / "scores.json"
-    options = ["--data", "anywhere", "--batch_size", 4, "--num_workers", 0, "--output", output]
-    status, out, _ = run("evaluate", *options, model=PHANTOM_BASE)
-    assert status == 0
-    assert out.startswith("12 SYNTHETIC phantoms of site A: 12 scans of 12 patients\n")
-    results = json.loads(output.read_text(encoding="utf-8"))
-    assert results["scores"]["auroc"]["value"] > 0.7
-    assert f"{results['scores']['auroc']['value']:.3f}" in out
-
-
-def test_evaluate_reads_a_folder_and_skips_what_is_broken(run, scans, tmp_path):
-    header = ",".join(["file_name", "split", *CT_CLIP_LABELS])
-    rows = [f"{name},valid,{','.join([str(index % 2)] * 18)}" for index, name in enumerate([*GOOD, "bad.nii.gz"])]
-    (scans / "metadata.csv").write_text("\n".join([header, *rows]) + "\n", encoding="utf-8")
-    output = tmp_path / "scores.json"
-    status, out, err = run("evaluate", "--data", scans, "--num_workers", 0, "--output", output)
-    assert status == 1
-    assert "1 of 5 studies could not be read" in err
-    results = json.loads(output.read_text(encoding="utf-8"))
-    assert (results["scans"], results["unreadable"], results["split"]) == (4, 1, "valid")
-    assert "Lung nodule (2 with it)" in out
-    status, _, err = run("evaluate", "--data", tmp_path / "nowhere")
-    assert status == 2
-    assert err.startswith("error: ")
 
 
 def test_a_classifier_gives_its_findings(run, scans, classifier_folder, tmp_path, monkeypatch):
@@ -429,10 +414,10 @@ def test_a_classifier_gives_its_findings(run, scans, classifier_folder, tmp_path
         status, _, err = run(command[0], scans / "0.nii.gz", *command[1:], model=classifier_folder)
         assert status == 2
         assert "is a classifier" in err
-    monkeypatch.setattr(commands, "open_source", lambda *_, **__: phantom_source("A", range(6), 0))
+    monkeypatch.setattr(score_commands, "open_source", lambda *_, **__: phantom_source("A", range(6), 0))
     data = ["--data", "anywhere", "--num_workers", 0, "--output", tmp_path / "scores.json"]
     assert run("evaluate", *data, model=classifier_folder)[0] == 0
-    assert json.loads((tmp_path / "scores.json").read_text(encoding="utf-8"))["scans"] == 6
+    assert json.loads((tmp_path / "scores.json").read_text(encoding="utf-8"))["sources"][0]["scans"] == 6
 
 
 @pytest.mark.parametrize("what", ["architectures", "processor", "weights"])

@@ -5,8 +5,13 @@ import pytest
 from sklearn.metrics import brier_score_loss, roc_auc_score
 
 from medct.adapters_medct import calibrated
-from medct.evaluation.calibration import FEWEST, apply_calibration, compare_calibration, fit_calibration
-from medct.evaluation.metrics import expected_calibration_error
+from medct.evaluation.calibration import (
+    FEWEST,
+    apply_calibration,
+    compare_calibration,
+    expected_calibration_error,
+    fit_calibration,
+)
 
 NAMES = ["nodule", "effusion"]
 TRUE = {"nodule": (0.5, -1.0), "effusion": (1.5, 0.5)}

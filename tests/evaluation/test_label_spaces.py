@@ -68,15 +68,44 @@ def test_a_small_case_by_hand(rad, model, processor, monkeypatch, mapping):
     assert found["auroc"] == pytest.approx(sum(by_hand.values()) / len(by_hand))
 
 
+def results_of(output, *arguments):
+    command = ["evaluate", "--num_workers", "0", "--cpu", "--bootstrap_resamples", "20", "--output", str(output)]
+    assert main([*command, *map(str, arguments)]) == 0
+    return json.loads(output.read_text(encoding="utf-8"))
+
+
 def test_evaluate_names_the_mapping_and_the_positives(rad, converted, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(scoring, "_scores", given_scores)
-    output = tmp_path / "scores.json"
-    command = ["evaluate", "--data", rad, "--model", str(converted), "--num_workers", "0", "--output", str(output)]
-    assert main([*command, "--cpu"]) == 0
+    results = results_of(tmp_path / "scores.json", "--data", rad, "--model", converted)
     printed = capsys.readouterr().out
     assert "16 labels by radfinder-standard" in printed
-    assert f"{MERGED} (3 with it)" in printed and "Medical material (1 with it)" in printed
-    results = json.loads(output.read_text(encoding="utf-8"))
-    assert results["mapping"]["labels"][MERGED] == ["calcification"]
-    assert results["scores"][f"auroc/{MERGED}"]["value"] == pytest.approx(BY_HAND["radfinder-standard", MERGED])
-    assert (results["scans"], results["patients"]) == (6, 5)
+    auroc = BY_HAND["radfinder-standard", MERGED]
+    assert f"| {MERGED} | {auroc:.3f} (" in printed and "), 3 |" in printed
+    assert "left out: 6 of train, 2 of tune. For a test set that the model has never seen, pass --split all" in printed
+    (source,) = results["sources"]
+    assert source["mapping"]["labels"][MERGED] == ["calcification"]
+    assert source["scores"][f"auroc/{MERGED}"]["value"] == pytest.approx(auroc)
+    assert (source["scans"], source["patients"], source["present"]["Medical material"]) == (6, 5, 1)
+
+
+def test_several_sources_each_with_its_own_names(rad, converted, tmp_path, capsys):
+    """Findings that a source cannot tell have no figure there, and do not stand in the way of the others."""
+    site = tmp_path / "b.csv"
+    site.write_text("label,data\nEmphysema,Emphysema\nLung nodule,Lung opacity\n", encoding="utf-8")
+    data = ["--data", "phantoms:A", "phantoms:B", rad, "--limit", "12", "--split", "all", "--model", converted]
+    results = results_of(tmp_path / "scores.json", *data, "--mapping", f"phantoms:B={site}", "rad=hlip")
+    a, b, c = results["sources"]
+    assert a["mapping"] is None and (b["mapping"]["name"], c["mapping"]["name"]) == ("b", "hlip")
+    assert b["scores"]["auroc/Atelectasis"]["value"] is None and b["present"]["Atelectasis"] == 0
+    assert MERGED in c["present"] and "Arterial wall calcification" not in c["present"]
+    table = {line.split("|")[1].strip(): line for line in results["table"].splitlines() if line.startswith("|")}
+    assert table[MERGED].count("\N{EN DASH}") == 2
+    assert c["description"].startswith("12 studies of train, tune, valid of") and c["scans"] == 12
+    assert c["description"].endswith(", labels by hlip")
+    repeated = ["evaluate", "--repeat", str(tmp_path / "scores.json"), "--num_workers", "0", "--cpu"]
+    capsys.readouterr()
+    assert main(repeated) == 0
+    assert ", 0 are not" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main([*repeated, "--mapping", "nowhere=hlip"])
+    assert "there is no source 'nowhere'. Pass one of phantoms:A, phantoms:B, rad" in capsys.readouterr().err

@@ -13,12 +13,12 @@ from scipy.special import expit
 from sklearn import metrics as sklearn_metrics
 
 from medct.evaluation import metrics as metrics
+from medct.evaluation.calibration import calibration_bins, expected_calibration_error
 from medct.evaluation.metrics import (
-    calibration_bins,
     choose_thresholds,
     compare,
     ct_clip_protocol,
-    expected_calibration_error,
+    radfinder_protocol,
     with_intervals,
     zero_shot_scores,
 )
@@ -114,6 +114,29 @@ def test_protocol_equals_its_slow_definition(seed):
         known = ~np.isnan(labels[:, index])
         expected = slow_protocol(scores[known, index].tolist(), labels[known, index].astype(int).tolist())
         assert {metric: figures[f"{metric}/{name}"] for metric in expected} == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_radfinders_protocol_equals_scikit_learns(seed):
+    """Youden's threshold from the ROC curve of the scored scans, and what its authors report there."""
+    scores, labels, _ = study(seed=seed)
+    figures = radfinder_protocol(scores, labels, NAMES)
+    for index, name in enumerate(NAMES):
+        known = ~np.isnan(labels[:, index])
+        score, truth = scores[known, index], labels[known, index]
+        false_alarms, hits, thresholds = sklearn_metrics.roc_curve(truth, score, drop_intermediate=False)
+        best = np.argmax(np.round(hits - false_alarms, 12))
+        said = score >= thresholds[best]
+        expected = {
+            "threshold": thresholds[best],
+            "sensitivity": hits[best],
+            "specificity": 1 - false_alarms[best],
+            "balanced_accuracy": sklearn_metrics.balanced_accuracy_score(truth, said),
+            "precision": sklearn_metrics.precision_score(truth, said),
+            "weighted_f1": sklearn_metrics.f1_score(truth, said, average="weighted"),
+        }
+        assert {key: figures[f"{key}/{name}"] for key in expected} == pytest.approx(expected, abs=1e-12)
+    assert figures["weighted_f1"] == pytest.approx(np.mean([figures[f"weighted_f1/{name}"] for name in NAMES]))
 
 
 @settings(deadline=None, max_examples=60)
@@ -222,8 +245,12 @@ def test_resamples_equal_repeated_scans(monkeypatch):
     assert (weights[::2] == weights[1::2]).all()  # both scans of a patient
     for column in range(21):
         again = np.repeat(np.arange(24), weights[:, column])
-        protocol = ct_clip_protocol(scores[again], labels[again], NAMES)
-        expected = {f"ct_clip_protocol/{key}": value for key, value in protocol.items()}
+        protocols = {"ct_clip_protocol": ct_clip_protocol, "radfinder_protocol": radfinder_protocol}
+        expected = {
+            f"{prefix}/{key}": value
+            for prefix, protocol in protocols.items()
+            for key, value in protocol(scores[again], labels[again], NAMES).items()
+        }
         expected |= zero_shot_scores(scores[again], labels[again], NAMES, thresholds)
         for key, values in drawn.items():
             assert values[column] == pytest.approx(expected[key], abs=1e-12, nan_ok=True), key

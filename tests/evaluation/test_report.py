@@ -26,7 +26,7 @@ def test_figures_are_those_of_the_comparison():
     assert f"({low:.3f} to " in base
     assert rows(table)["**mean**"] == rows(table)["AUROC"] == [base, adapted, difference]
     assert "4 scans of 3 patients" in table and "200 resamples" in table
-    assert "CT-CLIP protocol: weighted F1" in table and "on the scans that it scores" in table
+    assert "CT-CLIP protocol: weighted F1" in table and "on the scans that they score" in table
 
 
 def test_a_label_without_a_score_is_shown_as_such():

@@ -1,4 +1,4 @@
-"""Embeddings in Parquet, exact search, recall by its definition."""
+"""Embeddings in Parquet, exact search."""
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -11,7 +11,6 @@ from medct.inference.search import (
     nearest,
     read_embeddings,
     read_reports,
-    recall,
     report_of,
     write_embeddings,
 )
@@ -65,12 +64,6 @@ def test_others_can_read_the_file(tmp_path):
     assert table["text_embeds"].null_count == 1
 
 
-def test_no_reports_at_all(tmp_path):
-    write_embeddings(tmp_path / "index.parquet", make_rows(4, missing=4), SETTINGS)
-    with pytest.raises(SearchError, match="No study of this index has a report"):
-        recall(read_embeddings(tmp_path / "index.parquet"))
-
-
 def test_nearest_is_the_sorted_cosine(embeddings):
     queries = embeddings.text_embeds[:5]
     similarity, index = nearest(embeddings.image_embeds, queries, 10)
@@ -80,34 +73,6 @@ def test_nearest_is_the_sorted_cosine(embeddings):
         np.testing.assert_array_equal(index[row], order)
         np.testing.assert_allclose(similarity[row], cosines[order], atol=1e-6)
     assert nearest(embeddings.image_embeds[:3], queries, 10)[1].shape == (5, 3)
-
-
-def slow_recall(queries, vectors, ids, k: int) -> float:
-    """Share of queries with a right answer among the k of greatest cosine, one by one."""
-    hits = 0
-    for query, own in zip(queries, ids, strict=True):
-        ranked = sorted(range(len(vectors)), key=lambda j: -sum(a * b for a, b in zip(query, vectors[j], strict=True)))
-        hits += any(ids[j] == own for j in ranked[:k])
-    return hits / len(queries)
-
-
-def test_recall_is_its_definition(embeddings):
-    results = recall(embeddings)
-    paired = embeddings.has_report
-    images, texts = (of[paired].astype(float).tolist() for of in (embeddings.image_embeds, embeddings.text_embeds))
-    ids = embeddings.report_ids[paired].tolist()
-    assert results["studies"] == 123
-    assert list(results["text_to_image"]) == [5, 10, 50, 100]
-    for k in (5, 10, 50, 100):
-        assert results["text_to_image"][k] == pytest.approx(slow_recall(texts, images, ids, k))
-        assert results["image_to_text"][k] == pytest.approx(slow_recall(images, texts, ids, k))
-        assert results["chance"][k] == k / 123
-    assert 0.3 < results["text_to_image"][5] < results["text_to_image"][50] <= 1
-
-
-def test_ks_beyond_the_studies_are_left_out(tmp_path):
-    write_embeddings(tmp_path / "index.parquet", make_rows(17), SETTINGS)
-    assert list(recall(read_embeddings(tmp_path / "index.parquet"))["chance"]) == [5, 10]
 
 
 def test_reports_that_say_nothing_count_as_missing(tmp_path):

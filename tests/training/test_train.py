@@ -27,10 +27,13 @@ from transformers import AutoModelForImageClassification
 
 from medct import CT_CLIP_LABELS, MedCTForImageClassification, MedCTModel, MedCTProcessor
 from medct import train as training
+from medct.cli import main
 from medct.common.errors import FAILED, STOPPED, StoppedError
 from medct.common.lock import LockedError, only_run
 from medct.data import DataError, StudyLoader, phantom_source
 from medct.data.phantoms import make_phantom
+from medct.evaluation.metrics import zero_shot_scores
+from medct.evaluation.predictions import Key, read_predictions
 from medct.evaluation.scoring import ScoredStudies, score_studies, tokenize_prompts
 from medct.publishing.push import push_model
 from medct.train import Trainer, number_of_steps, run
@@ -46,6 +49,7 @@ FILES = {
     "history.jsonl",
     "medct_adapter.json",
     "results.json",
+    "results.studies.csv",
     "roc.png",
     "train_config.json",
 }
@@ -130,6 +134,31 @@ def test_a_run_leaves_an_adapter_that_loads_with_equal_logits(
     assert json.loads((folder / "train_config.json").read_text(encoding="utf-8"))["objective"] == objective
     assert "SYNTHETIC" in (folder / "README.md").read_text(encoding="utf-8")
     assert json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["task_type"] == "FEATURE_EXTRACTION"
+
+
+def test_what_was_reported_is_repeated_to_the_digit(settings, tmp_path, capsys):
+    """From `results.json` alone, another command scores the same studies with both models again."""
+    run(dataclasses.replace(settings, sensitivity=0.8, keep="phantoms:A", seed=3))
+    folder = tmp_path / "run"
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    points = results["comparison"]["operating_points"]
+    assert list(points) == ["base", "adapted"] and list(points["adapted"]) == ["youden", "sensitivity 0.8"]
+    described = json.loads((folder / "medct_adapter.json").read_text(encoding="utf-8"))
+    assert described["operating_points"] == {"sensitivity 0.8": points["adapted"]["sensitivity 0.8"]["thresholds"]}
+    assert described["thresholds"] == points["adapted"]["youden"]["thresholds"]
+    capsys.readouterr()
+    assert main(["evaluate", "--repeat", str(folder / "results.json"), "--cpu", "--num_workers", "0"]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"repeated: \d{3,} figures are the same to the last digit, 0 are not\n", said), said
+    # The scores of every study are there, too, and give the same figures.
+    predictions = read_predictions(folder / "results.studies.csv")
+    splits = {(key.model, key.split, len(each.ids)) for key, each in predictions.scored.items()}
+    assert splits == {(model, *split) for model in ("base", "adapted") for split in (("tune", 12), ("valid", 20))}
+    held_out = predictions.scored[Key("adapted", "phantoms", "valid")]
+    found = zero_shot_scores(held_out.scores, held_out.labels, CT_CLIP_LABELS)
+    assert found["auroc"] == results["comparison"]["adapted"]["auroc"]["value"]
+    rows = (folder / "results.studies.csv").read_text(encoding="utf-8").splitlines()
+    assert sum(line.startswith(",phantoms,train,phantom_b_") for line in rows) == 24
 
 
 @pytest.mark.parametrize("variant", sorted(VARIANTS.keys() - {"lora"}))

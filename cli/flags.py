@@ -1,0 +1,59 @@
+"""Flags that several commands share."""
+
+import argparse
+from collections.abc import Callable
+
+
+def model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say which model, with which adapter, and where it runs."""
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model",
+        metavar="ID_OR_DIR",
+        help="Hub id or folder of a MedCT model (default: $MEDCT_MODEL, else the base that --adapter names)",
+    )
+    group.add_argument("--revision", metavar="COMMIT", help="commit of the model on the Hub")
+    group.add_argument("--adapter", metavar="ID_OR_DIR", help="Hub id or folder of a LoRA adapter")
+    group.add_argument("--adapter_revision", metavar="COMMIT", help="commit of the adapter on the Hub")
+    group.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="precision of the weights; auto: as saved (default: auto)",
+    )
+    group.add_argument("--cpu", action="store_true", help="stay on the CPU even if there is a GPU")
+
+
+def batch_arguments(group: argparse._ArgumentGroup, workers: str) -> None:
+    """Add the flags that say how many studies are worked on at once.
+
+    Args:
+        group: Where to add them.
+        workers: Help text of `--num_workers`.
+    """
+    group.add_argument(
+        "--batch_size", type=at_least(1), default=1, metavar="N", help="studies per forward pass (default: 1)"
+    )
+    group.add_argument("--num_workers", type=at_least(0), default=1, metavar="N", help=workers)
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """A type of arguments: whole numbers from `least` on."""
+
+    def number(text: str) -> int:
+        if not text.isdigit() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+        return int(text)
+
+    return number
+
+
+def share(text: str) -> float:
+    """A type of arguments: shares above 0, up to 1."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0
+    if not 0 < number <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share above 0, up to 1")
+    return number

@@ -1,0 +1,505 @@
+"""What the commands that score do. Each takes the parsed arguments and returns the exit status."""
+
+import argparse
+import contextlib
+import functools
+import json
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from medct.adapters_medct import adapter_fingerprint, as_described, fingerprint
+from medct.cli.commands import CommandError, ends, load_pipeline, model_of, start_processes
+from medct.common.errors import OK, SOME_FAILED
+from medct.common.lock import only_run
+from medct.configuration_medct import CT_CLIP_LABELS, MedCTConfig
+from medct.data import PhantomCohort, Source, open_source
+from medct.data.label_space import LabelTable, asked
+from medct.data.loader import StudyLoader
+from medct.data.tables import to_numbers
+from medct.evaluation.calibration import fit_calibration
+from medct.evaluation.figures import Scores, source_figures
+from medct.evaluation.operating_points import YOUDEN, Points, choose_points, wanted_points
+from medct.evaluation.predictions import (
+    NAME,
+    Key,
+    Predictions,
+    join_metadata,
+    matched,
+    named_table,
+    paired,
+    short_names,
+)
+from medct.evaluation.provenance import changed_figures, list_checksum, provenance, reasons
+from medct.evaluation.record import read_results, read_scores, write_figures, write_record
+from medct.evaluation.report import evaluation_report, retrieval_report
+from medct.evaluation.retrieval import Pairs, recall_figures, shared_findings
+from medct.evaluation.scoring import ScoredStudies, Texts, prompts_for, remark_on_words, score_versions
+from medct.inference.search import read_embeddings
+from medct.pipeline_medct import CTPipeline
+
+BASE = "base"
+BESIDE = "."
+"""As an adapter in recorded settings: the one in the folder of the results."""
+DEFAULTS: dict[str, Any] = {
+    "split": "valid",
+    "reconstructions": "one",
+    "bootstrap_resamples": 1000,
+    "seed": 0,
+    "batch_size": 1,
+    "dtype": "auto",
+}
+# Flags that decide about no figure.
+_NOT_RECORDED = {"command", "run", "output", "repeat", "num_workers", "cpu"}
+# Settings that no flag has, of a training run: sizes of a cohort of phantoms, what its models are called, and the
+# operating points of each.
+_ONLY_RECORDED = ("phantoms", "names", "points")
+_MOST_SHOWN = 10
+
+
+@dataclass(frozen=True)
+class Version:
+    """A version of the model that is scored.
+
+    Args:
+        become: Turns the model into it.
+        prompts: What it is asked.
+        about: Where it came from.
+        points: Operating points that it brings along.
+        calibration: Likewise, slope and intercept by label.
+        asks: The prompts as sentences.
+    """
+
+    become: Callable[[], None]
+    prompts: list[Texts]
+    about: dict[str, Any]
+    points: Points = field(default_factory=dict)
+    calibration: dict[str, list[float]] = field(default_factory=dict)
+    asks: list[list[str]] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, pipe: CTPipeline, config: MedCTConfig, become: Callable[[], None], *about: Any) -> "Version":
+        """A version that is asked what a configuration says."""
+        prompts = prompts_for(pipe.model, pipe.processor, config)
+        return cls(become, prompts, *about, asks=config.label_prompts() if prompts else [])
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    recorded = None if args.repeat is None else read_results(args.repeat)
+    settle(args, recorded)
+    with _only_run(args.output):
+        return _evaluate(args, recorded)
+
+
+@contextlib.contextmanager
+def _only_run(output: Path | None) -> Iterator[None]:
+    """Refuse an output that cannot be written, or that another run writes, before any work."""
+    if output is not None and output.suffix != ".json":
+        raise CommandError(f"{output}: figures are written as JSON, and scores into a csv file beside. Name it .json.")
+    with contextlib.nullcontext() if output is None else only_run(output):
+        yield
+
+
+def settle(args: argparse.Namespace, recorded: Mapping[str, Any] | None) -> None:
+    """Fill in what no flag says: as in the run that is repeated, else by default.
+
+    Args:
+        args: Parsed; changed.
+        recorded: Results of the run that is repeated.
+
+    Raises:
+        CommandError: If there is nothing to score, or flags contradict each other.
+    """
+    known = {} if recorded is None else (recorded.get("provenance") or {}).get("settings")
+    if known is None:
+        raise CommandError(f"{args.repeat} does not say how it was made, so it cannot be repeated. Run it anew.")
+    for name in {*known, *vars(args), *_ONLY_RECORDED}:
+        if getattr(args, name, None) is None:
+            value = known.get(name)
+            setattr(args, name, DEFAULTS.get(name) if value is None else value)
+    if not args.data:
+        raise CommandError("Which studies? Pass --data ADDRESS, or --repeat FILE.")
+    for name in ("adapter", "against"):
+        if getattr(args, name) == BESIDE and args.repeat is not None:
+            setattr(args, name, str(args.repeat.parent))
+    if args.data_revision is not None and len(args.data) > 1:
+        raise CommandError("--data_revision is that of one source. Write hf://datasets/ORG/NAME@COMMIT for several.")
+    if args.against == BASE and args.adapter is None:
+        raise CommandError("--against base compares an adapter with its base. Pass --adapter.")
+    if (args.sensitivity or args.specificity) and args.tune_on is None:
+        raise CommandError("A wanted sensitivity or specificity needs tuning patients to choose it on. Pass --tune_on.")
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What decides about the figures of an evaluation, for `--repeat`."""
+    return {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in vars(args).items()
+        if name not in _NOT_RECORDED
+    }
+
+
+def _evaluate(args: argparse.Namespace, recorded: Mapping[str, Any] | None) -> int:
+    pipe = load_pipeline(args, start_processes(args).device)
+    accelerator = Accelerator(cpu=args.cpu)
+    config, mappings = _asked(args, pipe)
+    if remark := remark_on_words(pipe.model, pipe.processor, config):
+        warnings.warn(remark, stacklevel=1)
+    versions = versions_of(args, pipe, config)
+    score = functools.partial(_score, args, pipe, versions, accelerator)
+    opened = functools.partial(_open, args, config, mappings)
+    tuned = None if args.tune_on is None else score(opened(args.tune_on, "tune"))[0]
+    scored, sources, failed = {}, [], 0
+    for name, address in zip(short_names(args.data), args.data, strict=True):
+        source = opened(address, args.split)
+        scored[name], unreadable = score(source)
+        failed += unreadable
+        sources.append(_about(name, source, args.split, unreadable))
+    if not accelerator.is_main_process:
+        return OK
+    brought = {name: _brought(args, name, version, tuned and tuned[name]) for name, version in versions.items()}
+    options = {"resamples": args.bootstrap_resamples, "seed": args.seed}
+    for about in sources:
+        by_model = scored[about["source"]]
+        models = {name: Scores(each, *brought[name]) for name, each in by_model.items()}
+        about |= _figures(models, about["description"], **options)
+        about["studies"] = list_checksum(next(iter(by_model.values())))
+    names = list(dict.fromkeys(name for about in sources for name in about["present"]))
+    results = {
+        "measured_on": "; ".join(about["description"] for about in sources),
+        "synthetic": any(about["synthetic"] for about in sources),
+        "label_names": names,
+        "prompts": {name: version.asks for name, version in versions.items()},
+        "sources": sources,
+        "table": evaluation_report(sources, names),
+        "remarks": [remark for about in sources for remark in _remarks(about)],
+        "provenance": provenance(
+            settings_of(args),
+            {name: version.about for name, version in versions.items()},
+            {f"{about['source']}, {args.split}": about["studies"] for about in sources},
+            accelerator.device,
+            seed=args.seed,
+            processes=accelerator.num_processes,
+            precision=accelerator.mixed_precision,
+        ),
+    }
+    _show(results)
+    keys = {Key(model, name, args.split): each for name, by_model in scored.items() for model, each in by_model.items()}
+    if args.output is not None:
+        write_record(args.output, results, Predictions(names, keys))
+    status = ends(failed, sum(about["num_studies"] for about in sources), None)
+    return max(status, OK if recorded is None else _tell_changes(recorded, results))
+
+
+def _asked(args: argparse.Namespace, pipe: CTPipeline) -> tuple[MedCTConfig, dict[str, LabelTable | None]]:
+    """What the model is asked, and what each source calls it; of all others under ""."""
+    config, own = asked(pipe.asked, args.labels, args.templates)
+    mappings = {"": own}
+    addresses = [*args.data, *([] if args.tune_on is None else [args.tune_on])]
+    known = dict(zip(short_names(args.data), args.data, strict=True)) | {each: each for each in addresses}
+    for named in [args.mapping] if isinstance(args.mapping, str) else args.mapping or []:
+        source, _, file = named.rpartition("=")
+        if source and source not in known:
+            raise CommandError(f"--mapping {named}: there is no source {source!r}. Pass one of {', '.join(known)}.")
+        config, mappings[known.get(source, "")] = asked(config, mapping=file)
+    return config, mappings
+
+
+def versions_of(args: argparse.Namespace, pipe: CTPipeline, config: MedCTConfig) -> dict[str, Version]:
+    """What is scored, by name: the model with its adapter and, first, what it is compared with.
+
+    Args:
+        args: Parsed and settled.
+        pipe: Holds the model, with the adapter.
+        config: What is asked, but where an adapter was trained to be asked for the same labels in other words.
+    """
+    base = {"model": model_of(args), "revision": args.revision, "fingerprint": fingerprint(pipe.model)}
+    if args.against not in (None, BASE):
+        pipe.model.load_adapter(
+            args.against, adapter_name="against", adapter_kwargs={"revision": args.against_revision}
+        )
+    adapters = {"against": (args.against, args.against_revision), "default": (args.adapter, args.adapter_revision)}
+    wanted = [key for key, (adapter, _) in adapters.items() if adapter is not None]
+    if args.adapter is None:
+        wanted = [*wanted, BASE]
+    titles = args.names or short_names([adapters.get(key, (base["model"],))[0] for key in wanted])
+    found = {}
+    for title, key in zip(titles, wanted, strict=True):
+        adapter, revision = adapters.get(key, (BASE, None))
+        if adapter == BASE:
+            found[title] = Version.of(pipe, config, functools.partial(_without_adapter, pipe), base)
+            continue
+        described = pipe.model.adapter_description(key)
+        own = as_described(pipe.model.config, described)
+        is_asked_anew = bool(args.labels or args.templates)
+        asks = config if is_asked_anew or own.label_names != config.label_names else own
+        # An operating point holds for the words that it was chosen with.
+        holds = {name for name in asks.label_names if own.label_prompts([name]) == asks.label_prompts([name])}
+        points = {YOUDEN: described.get("thresholds") or {}, **(described.get("operating_points") or {})}
+        points = {name: {label: at for label, at in each.items() if label in holds} for name, each in points.items()}
+        calibration = {label: each for label, each in (described.get("calibration") or {}).items() if label in holds}
+        about = base | {"adapter": adapter, "adapter_revision": revision}
+        about["adapter_fingerprint"] = adapter_fingerprint(adapter, revision=revision)
+        become = functools.partial(_with_adapter, pipe, key)
+        found[title] = Version.of(
+            pipe, asks, become, about, {name: each for name, each in points.items() if each}, calibration
+        )
+    return found
+
+
+def _with_adapter(pipe: CTPipeline, key: str) -> None:
+    pipe.model.enable_adapters()
+    pipe.model.set_adapter(key)
+
+
+def _without_adapter(pipe: CTPipeline) -> None:
+    if getattr(pipe.model, "_hf_peft_config_loaded", False):
+        pipe.model.disable_adapters()
+
+
+def _open(
+    args: argparse.Namespace,
+    config: MedCTConfig,
+    mappings: Mapping[str, LabelTable | None],
+    address: str,
+    split: str,
+) -> Source:
+    options = {} if args.phantoms is None else {"phantoms": PhantomCohort(**args.phantoms)}
+    return open_source(
+        address,
+        split,
+        config,
+        mapping=mappings.get(address, mappings[""]),
+        reconstructions=args.reconstructions,
+        limit=args.limit,
+        revision=args.data_revision,
+        **options,
+    )
+
+
+def _score(
+    args: argparse.Namespace,
+    pipe: CTPipeline,
+    versions: Mapping[str, Version],
+    accelerator: Accelerator,
+    source: Source,
+) -> tuple[dict[str, ScoredStudies], int]:
+    """What each version says of a source's studies, and how many of them could not be read."""
+    loader = StudyLoader(
+        source,
+        pipe.processor,
+        source.label_names,
+        batch_size=args.batch_size,
+        with_text=False,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        num_workers=args.num_workers,
+    )
+    become = [version.become for version in versions.values()]
+    prompts = [version.prompts for version in versions.values()]
+    scored = score_versions(pipe.model, become, loader, prompts, accelerator, source.description)
+    return dict(zip(versions, scored, strict=True)), sum(gather_object([loader.num_bad]))
+
+
+def _about(name: str, source: Source, split: str, unreadable: int) -> dict[str, Any]:
+    """What is known of a source besides its figures."""
+    return {
+        "source": name,
+        "description": source.description,
+        "split": split,
+        "synthetic": source.is_synthetic,
+        "num_studies": source.num_studies,
+        "skipped": len(source.skipped),
+        "unreadable": unreadable,
+        "left_out": dict(source.elsewhere),
+        "mapping": source.mapping,
+    }
+
+
+def _brought(
+    args: argparse.Namespace, name: str, version: Version, tuned: ScoredStudies | None
+) -> tuple[Points, dict[str, list[float]]]:
+    """Operating points and calibration of a version: from tuning patients where they are asked for, else its own."""
+    if tuned is None:
+        return (args.points or {}).get(name, version.points), version.calibration
+    wanted = wanted_points(args.sensitivity, args.specificity)
+    points = choose_points(tuned.scores, tuned.labels, tuned.names, wanted)
+    return points, fit_calibration(tuned.scores, tuned.labels, tuned.names)
+
+
+def _figures(models: Mapping[str, Scores], what: str, **options: int) -> dict[str, Any]:
+    try:
+        return source_figures(models, next(iter(models.values())).scored.names, **options)
+    except ValueError as error:
+        raise CommandError(f"{what}: {error}") from error
+
+
+def _remarks(about: Mapping[str, Any]) -> Iterator[str]:
+    if about["left_out"]:
+        others = ", ".join(f"{count:,} of {split}" for split, count in about["left_out"].items())
+        yield (
+            f"{about['source']}: only the {about['num_studies']:,} studies of the split {about['split']} were scored; "
+            f"left out: {others}. For a test set that the model has never seen, pass --split all."
+        )
+    if about["synthetic"]:
+        yield f"{about['source']}: SYNTHETIC drawings: no patients, and no clinical meaning."
+
+
+def _show(results: Mapping[str, Any]) -> None:
+    print(f"{results['measured_on']}\n\n{results['table']}")
+    for remark in results["remarks"]:
+        print(f"NOTE: {remark}")
+
+
+def _tell_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> int:
+    """Say which digits differ from the run that was repeated, and what else does; returns the exit status."""
+    same, changed = changed_figures(before, now)
+    print(f"\nrepeated: {same} figures are the same to the last digit, {len(changed)} are not")
+    for each in sorted(changed, key=lambda each: each["digits"])[:_MOST_SHOWN]:
+        print(f"  {each['figure']}: {each['before']}, now {each['now']} ({each['digits']} digits agree)")
+    if len(changed) > _MOST_SHOWN:
+        print(f"  and {len(changed) - _MOST_SHOWN} more, of which more digits agree")
+    differing = reasons(before["provenance"], now["provenance"])
+    for reason in differing:
+        print(f"  differs: {reason}")
+    if changed and not differing:
+        print("  nothing that is recorded differs, so the computation itself is not repeatable here")
+    return SOME_FAILED if changed else OK
+
+
+def compare_runs(args: argparse.Namespace) -> int:
+    with _only_run(args.output):
+        runs = [read_scores(run) for run in args.runs]
+        pairs = _pairs(runs, args)
+        sources = []
+        for title, (old, new) in pairs.items():
+            names = [name for name in old.names if name in new.names]
+            if not names:
+                raise CommandError(f"{args.runs[0]} and {args.runs[1]} have no label in common on {title}.")
+            one, two = old.only(names), new.only(names)
+            left = len(one.ids), len(two.ids)
+            one, two = paired(one, two, title)
+            models = dict(zip(_run_names(args), (Scores(one), Scores(two)), strict=True))
+            options = {"resamples": args.bootstrap_resamples, "seed": args.seed}
+            sources.append({"source": title, "unpaired": sum(left) - 2 * len(one.ids), "studies": list_checksum(one)})
+            sources[-1] |= _figures(models, title, **options)
+        _finish(args, sources)
+    return OK
+
+
+def _run_names(args: argparse.Namespace) -> list[str]:
+    names = short_names([str(run) for run in args.runs])
+    return (
+        names
+        if args.models is None
+        else short_names([f"{name}: {model}" for name, model in zip(names, args.models, strict=True)])
+    )
+
+
+def _pairs(runs: Sequence[Predictions], args: argparse.Namespace) -> dict[str, tuple[ScoredStudies, ScoredStudies]]:
+    """What the two runs have both scored, by source and split; if each has scored one, that one whatever its name."""
+    of_each = []
+    for run, path, model in zip(runs, args.runs, args.models or (None, None), strict=True):
+        model = list(run.scored)[-1].model if model is None else model
+        found = {f"{key.source}, {key.split}": each for key, each in run.scored.items() if key.model == model}
+        if not found:
+            has = ", ".join(dict.fromkeys(key.model for key in run.scored))
+            raise CommandError(f"{path}: it has no scores of {model!r}, but of {has}. Pass one of these to --models.")
+        of_each.append(found)
+    old, new = of_each
+    if len(old) == len(new) == 1 and old.keys() != new.keys():
+        return {next(iter(new)): (*old.values(), *new.values())}
+    common = [title for title in old if title in new]
+    if not common:
+        raise CommandError(
+            f"{args.runs[0]} was scored on {'; '.join(old)}, and {args.runs[1]} on {'; '.join(new)}. Score both on the "
+            "same studies."
+        )
+    return {title: (old[title], new[title]) for title in common}
+
+
+def score_tables(args: argparse.Namespace) -> int:
+    with _only_run(args.output):
+        if args.metadata is None:
+            found = read_scores(args.predictions)
+        else:
+            found = join_metadata(args.predictions, args.metadata, args.split)
+        sources = []
+        for key, scored in found.scored.items():
+            title = key.source if len({each.model for each in found.scored}) == 1 else f"{key.source}: {key.model}"
+            options = {"resamples": args.bootstrap_resamples, "seed": args.seed}
+            figures = _figures({key.model: Scores(scored)}, title, **options)
+            sources.append({"source": f"{title}, {key.split}", "studies": list_checksum(scored), **figures})
+        _finish(args, sources)
+    return OK
+
+
+def _finish(args: argparse.Namespace, sources: list[dict[str, Any]]) -> None:
+    """Print figures that were computed from tables, and write them if asked to."""
+    names = list(dict.fromkeys(name for each in sources for name in each["present"]))
+    results = {"label_names": names, "sources": sources, "table": evaluation_report(sources, names)}
+    print(results["table"])
+    for each in sources:
+        if each.get("unpaired"):
+            print(f"NOTE: {each['source']}: {each['unpaired']} scores have no partner in the other run; left out.")
+    if args.output is not None:
+        write_figures(args.output, results | {"provenance": _without_model(args, sources)})
+
+
+def _without_model(args: argparse.Namespace, sources: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Provenance of figures that were computed from tables."""
+    settings = {
+        name: [str(each) for each in value] if isinstance(value, list) else value and str(value)
+        for name, value in vars(args).items()
+        if name not in _NOT_RECORDED
+    }
+    studies = {each["source"]: each["studies"] for each in sources}
+    return provenance(settings, {}, studies, torch.device("cpu"), seed=args.seed)
+
+
+def recall(args: argparse.Namespace) -> int:
+    embeddings = read_embeddings(args.index)
+    patients, labels = None, None
+    if args.metadata is not None:
+        patients, labels = _patients_and_labels(args, embeddings.ids)
+    paired_rows = np.flatnonzero(embeddings.has_report)
+    if not len(paired_rows):
+        raise CommandError("No study of this index has a report. Make it with `medct embed ... --reports FILE.csv`.")
+    pairs = Pairs(
+        embeddings.image_embeds[paired_rows],
+        embeddings.text_embeds[paired_rows],
+        embeddings.report_ids[paired_rows],
+        None if patients is None else patients[paired_rows],
+    )
+    options = {"resamples": args.bootstrap_resamples, "seed": args.seed}
+    try:
+        results = recall_figures(pairs, pool=args.pool, **options)
+        if labels is not None:
+            results["findings"] = shared_findings(embeddings.image_embeds, labels, patients, **options)
+    except ValueError as error:
+        raise CommandError(f"{args.index}: {error}") from error
+    print(json.dumps(results, indent=2) if args.format == "json" else retrieval_report(results))
+    return OK
+
+
+def _patients_and_labels(args: argparse.Namespace, studies: Sequence[str]) -> tuple[np.ndarray, np.ndarray | None]:
+    """Of each study of an index; a study that the table does not name is a patient of its own, without findings."""
+    table = named_table(args.metadata).drop_duplicates(NAME).set_index(NAME)
+    names = matched(studies, set(table.index))
+    if not any(names):
+        raise CommandError(f"{args.metadata} names no study of {args.index}. Names must be the ends of their paths.")
+    columns = args.findings or [name for name in CT_CLIP_LABELS if name in table]
+    if missing := [name for name in columns if name not in table]:
+        raise CommandError(f"{args.metadata}: has no column {missing[0]!r}. Pass the names of its labels.")
+    rows = to_numbers(table.reindex(names), columns, str(args.metadata))
+    own = rows["patient"] if "patient" in rows else rows.index.to_series()
+    patients = [study if who is None or pd.isna(who) else str(who) for study, who in zip(studies, own, strict=True)]
+    return np.array(patients), rows[columns].to_numpy(float) if columns else None

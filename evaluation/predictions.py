@@ -1,0 +1,226 @@
+"""The score of every study in a csv file, so that any figure can be computed again and any plot drawn again.
+
+One row for each study and model: `model`, `source`, `split`, `file_name` (the study's name in its source, as in
+`metadata.csv`), `patient`, one column per label with the score, and one with the label itself, `LABEL label`, empty
+where unknown. Columns of subgroups may follow. Rows without a model name studies that were only trained on.
+
+The file stays with its user: it names patients, so it is never pushed.
+"""
+
+from collections.abc import Container, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from medct.common.files import whole_file
+from medct.data.sources import DataError
+from medct.data.table_files import columns_of, read_table
+from medct.data.tables import check_labels, to_numbers
+from medct.evaluation.scoring import ScoredStudies
+
+NAME = "file_name"
+KEYS = ("model", "source", "split")
+_NAME_COLUMNS = (NAME, "VolumeName", "study")
+_LABEL = "{} label"
+
+
+class Key(NamedTuple):
+    """Which scores: of which model, on which source and split."""
+
+    model: str
+    source: str
+    split: str
+
+
+def short_names(addresses: Sequence[str]) -> list[str]:
+    """What to call sources or models in tables: the last part of a path, each of them only once.
+
+    Args:
+        addresses: As the user gave them.
+    """
+    found: list[str] = []
+    for address in addresses:
+        name = short = Path(address).name if "://" not in address and Path(address).name else address
+        while name in found:
+            name = f"{short} ({sum(each.split(' (')[0] == short for each in found) + 1})"
+        found.append(name)
+    return found
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a csv file of scores holds.
+
+    Args:
+        names: Of the labels.
+        scored: By model, source and split, in the order of the file.
+    """
+
+    names: list[str]
+    scored: dict[Key, ScoredStudies]
+
+
+def write_predictions(
+    path: Path, predictions: Predictions, others: Iterable[tuple[str, str, Sequence[str]]] = ()
+) -> None:
+    """Write scores.
+
+    Args:
+        path: csv file to make or replace.
+        predictions: What to write.
+        others: Source, split and names of studies that have no scores, such as those trained on.
+    """
+    parts = [_table(key, scored) for key, scored in predictions.scored.items()]
+    for source, split, studies in others:
+        parts.append(pd.DataFrame({"model": "", "source": source, "split": split, NAME: list(studies)}))
+    with whole_file(path) as aside:
+        pd.concat(parts, ignore_index=True).to_csv(aside, index=False, lineterminator="\n")
+
+
+def _table(key: Key, scored: ScoredStudies) -> pd.DataFrame:
+    table = {**key._asdict(), NAME: scored.ids, "patient": scored.patients}
+    names = scored.names
+    # As float64, whose text is read back to the bit.
+    table |= dict(zip(names, np.asarray(scored.scores, float).T, strict=True))
+    labels = np.asarray(scored.labels, float).T
+    table |= {_LABEL.format(name): column for name, column in zip(names, labels, strict=True)}
+    groups = dict.fromkeys(group for about in scored.about for group in about)
+    return pd.DataFrame(table | {group: [about.get(group, "") for about in scored.about] for group in groups})
+
+
+def read_predictions(path: Path) -> Predictions:
+    """Read what `write_predictions` wrote.
+
+    Args:
+        path: csv file.
+
+    Raises:
+        DataError: If it is no such file.
+    """
+    known = [*KEYS, NAME, "patient"]
+    table = read_table(path, known, [column for column in columns_of(path) if column not in known])
+    names = [name for name in table if _LABEL.format(name) in table]
+    if not names:
+        raise DataError(f"{path}: it holds no labels. Pass the csv file beside a results.json.")
+    scored_rows = table[table["model"] != ""]
+    numbers = to_numbers(scored_rows, [*names, *map(_LABEL.format, names)], str(path))
+    groups = [name for name in table if name not in (*known, *names, *map(_LABEL.format, names))]
+    found = {}
+    for key, rows in numbers.groupby(list(KEYS), sort=False):
+        about = rows[groups].to_dict("records") if groups else []
+        of_source = [name for name in names if rows[name].notna().any()]  # others may have other labels
+        found[Key(*key)] = ScoredStudies(
+            rows[NAME].tolist(),
+            rows["patient"].tolist(),
+            rows[of_source].to_numpy(float),
+            rows[list(map(_LABEL.format, of_source))].to_numpy(float),
+            about,
+            names=of_source,
+        )
+    return Predictions(names, found)
+
+
+def join_metadata(predictions: Path, metadata: Path, split: str | None = None) -> Predictions:
+    """Scores of any origin, with the labels and patients of a table of studies.
+
+    Args:
+        predictions: csv file with the study's name (`file_name`, `VolumeName` or, as `medct predict` writes it,
+            `study`) and a column of scores per label; with several models, `model`.
+        metadata: csv file with the study's name, a column per label (1, 0 or empty) and, optionally, `patient` and
+            `split`.
+        split: Only studies of this split of the metadata.
+
+    Returns:
+        Of the labels that both have. A study is found by its whole name or the end of its path.
+
+    Raises:
+        DataError: If a file cannot be read, they share no label or no study, or a study has two rows.
+    """
+    scores, labels = (named_table(path) for path in (predictions, metadata))
+    names = [name for name in scores if name in labels and name not in (*KEYS, NAME, "patient")]
+    if not names:
+        raise DataError(f"{predictions} and {metadata} have no label in common. Name the columns alike.")
+    labels = check_labels(labels, names, str(metadata)).assign(patient=labels.get("patient", labels[NAME]))
+    if split is not None:
+        if "split" not in labels:
+            raise DataError(f"{metadata}: it has no column 'split'. Leave out --split.")
+        labels = labels[labels["split"] == split]
+    _refuse_doubles(labels, [NAME], metadata)
+    scores = to_numbers(scores, names, str(predictions))
+    scores = scores.assign(**{NAME: matched(scores[NAME], set(labels[NAME])), "model": scores.get("model", "scores")})
+    scores = scores[scores[NAME].notna()]
+    _refuse_doubles(scores, ["model", NAME], predictions)
+    if scores.empty:
+        raise DataError(f"No study of {predictions} is in {metadata}. Their names must end alike.")
+    found = {}
+    for model, rows in scores.groupby("model", sort=False):
+        truth = labels.set_index(NAME).loc[rows[NAME]]
+        found[Key(str(model), metadata.name, split or "all")] = ScoredStudies(
+            rows[NAME].tolist(),
+            truth["patient"].tolist(),
+            rows[names].to_numpy(float),
+            truth[names].to_numpy(float),
+            names=names,
+        )
+    return Predictions(names, found)
+
+
+def named_table(path: Path) -> pd.DataFrame:
+    """A csv file as text, whose column of names (`file_name`, `VolumeName` or `study`) is called `file_name`.
+
+    Raises:
+        DataError: If it cannot be read, or has no such column.
+    """
+    columns = columns_of(path)
+    name = next((column for column in _NAME_COLUMNS if column in columns), NAME)
+    table = read_table(path, [name], [column for column in columns if column != name])
+    return table.rename(columns={name: NAME})
+
+
+def matched(studies: Iterable[str], known: Container[str]) -> list[str | None]:
+    """The known name that each study's path ends with; `None` if there is none.
+
+    Args:
+        studies: Names or paths of studies.
+        known: Names in a table.
+    """
+    matched = []
+    for study in studies:
+        parts = str(study).replace("\\", "/").split("/")
+        ends = ("/".join(parts[start:]) for start in range(len(parts)))
+        matched.append(next((end for end in (study, *ends) if end in known), None))
+    return matched
+
+
+def _refuse_doubles(table: pd.DataFrame, key: list[str], path: Path) -> None:
+    if (doubled := table.duplicated(key)).any():
+        raise DataError(
+            f"{path}: {int(doubled.sum())} studies have several rows, such as {table[NAME][doubled].iloc[0]!r}. Keep "
+            "one of each."
+        )
+
+
+def paired(first: ScoredStudies, second: ScoredStudies, what: str) -> tuple[ScoredStudies, ScoredStudies]:
+    """The studies that two models have both scored, in the same order.
+
+    Args:
+        first: Of the one model.
+        second: Of the other.
+        what: Name of the studies in messages.
+
+    Raises:
+        DataError: If they share none, or differ in a label or a patient: then one of them was not scored on these.
+    """
+    place = {study: index for index, study in enumerate(second.ids)}
+    rows = [(index, place[study]) for index, study in enumerate(first.ids) if study in place]
+    if not rows:
+        raise DataError(f"{what}: the two runs have no study in common. Pass runs on the same studies.")
+    one, two = (scored.take([pair[side] for pair in rows]) for side, scored in enumerate((first, second)))
+    same = np.array_equal(one.labels, two.labels, equal_nan=True)
+    if not same or one.patients != two.patients:
+        unlike = "labels" if not same else "patients"
+        raise DataError(f"{what}: the two runs were scored on different {unlike}. Score both on the same table.")
+    return one, two

@@ -1,0 +1,82 @@
+"""What a run leaves of its scores: figures in a JSON file, and the score of every study in a csv file beside it."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from medct.common.errors import first_line
+from medct.common.files import whole_file
+from medct.data.sources import DataError
+from medct.evaluation.predictions import Predictions, read_predictions, write_predictions
+
+RESULTS = "results.json"
+
+
+def scores_path(path: Path) -> Path:
+    """The csv file of scores that belongs to a JSON file of figures, such as `results.studies.csv`."""
+    return path.with_name(f"{path.stem}.studies.csv")
+
+
+def write_record(
+    path: Path,
+    results: Mapping[str, Any],
+    predictions: Predictions,
+    others: Iterable[tuple[str, str, Sequence[str]]] = (),
+) -> None:
+    """Write figures, and the scores that they are of.
+
+    Args:
+        path: JSON file to make or replace; the scores go into `scores_path` of it.
+        results: The figures, with `provenance`.
+        predictions: The scores.
+        others: See `write_predictions`.
+    """
+    write_predictions(scores_path(path), predictions, others)
+    write_figures(path, results)
+
+
+def write_figures(path: Path, results: Mapping[str, Any]) -> None:
+    """Write figures alone.
+
+    Args:
+        path: JSON file to make or replace.
+        results: The figures, with `provenance`.
+    """
+    with whole_file(path) as aside:
+        aside.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def read_results(run: Path) -> dict[str, Any]:
+    """The figures of a run.
+
+    Args:
+        run: Its folder, or the JSON file.
+
+    Raises:
+        DataError: If there are none.
+    """
+    path = run / RESULTS if run.is_dir() else run
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{path}: no results ({first_line(error)}). Pass a training run's folder, or the JSON file of `medct "
+            "evaluate --output`."
+        ) from error
+    if not isinstance(results, dict):
+        raise DataError(f"{path}: these are no results. Pass what `medct train` or `medct evaluate` wrote.")
+    return results
+
+
+def read_scores(run: Path) -> Predictions:
+    """The scores of a run.
+
+    Args:
+        run: Its folder, its JSON file, or the csv file itself.
+
+    Raises:
+        DataError: If there are none.
+    """
+    path = run / RESULTS if run.is_dir() else run
+    return read_predictions(path if path.suffix == ".csv" else scores_path(path))

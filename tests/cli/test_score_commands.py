@@ -1,0 +1,245 @@
+"""Evaluate, compare and metrics: sources and models side by side, what is left out, and a run that is repeated."""
+
+import json
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pandas as pd
+import pytest
+from adapter_files import RESULTS, save_adapter
+
+import medct
+from medct import CT_CLIP_LABELS
+from medct.cli import main, score_commands
+from medct.data import phantom_source
+from medct.evaluation.operating_points import threshold_for
+from medct.evaluation.predictions import read_predictions
+from medct.evaluation.record import scores_path
+
+PHANTOM_BASE = Path(medct.__file__).with_name("phantom_base")
+BAD = "bad.nii.gz"
+
+
+@pytest.fixture
+def run(converted, capfd):
+    """`run("evaluate", ...)`: exit status, stdout, stderr; evaluations with the small model on the CPU."""
+
+    def run(command: str, *arguments: object, model: object = converted) -> tuple[int, str, str]:
+        options = ["--cpu", "--num_workers", "0", "--bootstrap_resamples", "20"] if command == "evaluate" else []
+        options += ["--model", str(model)] if model and command == "evaluate" else []
+        capfd.readouterr()  # output of the fixtures
+        try:
+            status = main([command, *map(str, arguments), *options])
+        except SystemExit as stop:
+            status = stop.code
+        return status, *capfd.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """`folder("site", 6)`: studies with labels in a metadata.csv, without a split; one more cannot be read."""
+
+    def make(name: str, count: int = 6, **columns) -> Path:
+        root = tmp_path / name
+        root.mkdir()
+        rows = []
+        for index in range(count):
+            array = np.random.default_rng(index).integers(-1000, 1000, (9, 12, 5)).astype(np.int16)
+            nibabel.save(nibabel.Nifti1Image(array, np.diag([-3.0, -2, 4, 1])), root / f"{index}.nii.gz")
+            rows.append({"file_name": f"{index}.nii.gz", **dict.fromkeys(CT_CLIP_LABELS, index % 2)})
+        (root / BAD).write_bytes(b"nothing")
+        rows.append({"file_name": BAD, **dict.fromkeys(CT_CLIP_LABELS, 1)})
+        table = pd.DataFrame(rows).assign(patient=[f"patient-{index // 2}" for index in range(count + 1)], **columns)
+        table.to_csv(root / "metadata.csv", index=False)
+        return root
+
+    return make
+
+
+def read(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_evaluate_a_known_model(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(score_commands, "open_source", lambda *_, **__: phantom_source("A", range(12), 0))
+    output = tmp_path / "scores.json"
+    status, out, _ = run("evaluate", "--data", "x", "--batch_size", 4, "--output", output, model=PHANTOM_BASE)
+    assert status == 0
+    assert out.startswith("12 SYNTHETIC phantoms of site A\n")
+    assert "NOTE: x: SYNTHETIC drawings" in out
+    (source,) = read(output)["sources"]
+    assert source["scores"]["auroc"]["value"] > 0.7
+    assert f"{source['scores']['auroc']['value']:.3f}" in out
+
+
+def test_several_sources_are_columns_and_all_splits_are_scored(run, folder, tmp_path):
+    one, two = folder("one", 6), folder("two", 4)
+    output = tmp_path / "out" / "scores.json"
+    status, out, err = run("evaluate", "--data", one, two, "--split", "all", "--output", output)
+    assert status == 1
+    assert "2 of 12 studies could not be read" in err
+    assert "| AUROC (scans with the finding) | one (6 scans) | two (4 scans) |" in out
+    results = read(output)
+    assert [(each["source"], each["split"], each["unreadable"]) for each in results["sources"]] == [
+        ("one", "all", 1),
+        ("two", "all", 1),
+    ]
+    assert results["table"] in out
+    scored = read_predictions(scores_path(output)).scored
+    assert [(key.source, key.split, len(each.ids)) for key, each in scored.items()] == [
+        ("one", "all", 6),
+        ("two", "all", 4),
+    ]
+    assert scored[next(iter(scored))].patients == [f"patient-{index // 2}" for index in range(6)]
+
+
+def test_what_is_left_out_is_said(run, folder, tmp_path):
+    """Without a split, only the patients that a hash holds out are scored by default."""
+    root = folder("site", 40)
+    _, out, _ = run("evaluate", "--data", root, "--output", tmp_path / "scores.json")
+    results = read(tmp_path / "scores.json")
+    (source,) = results["sources"]
+    left = source["left_out"]
+    assert source["num_studies"] + sum(left.values()) == 41 and min(left.values()) > 0
+    said = (
+        f"site: only the {source['num_studies']} studies of the split valid were scored; left out: {left['train']} of "
+    )
+    assert f"NOTE: {said}train, {left['tune']} of tune. For a test set" in out
+    assert results["remarks"][0].startswith(said)
+    _, out, _ = run("evaluate", "--data", root, "--split", "all")
+    assert "left out" not in out and "(40 scans)" in out
+
+
+def test_limit_is_kept(run, folder):
+    _, out, _ = run("evaluate", "--data", folder("site", 8), "--split", "all", "--limit", 5)
+    assert out.startswith("5 studies of ")
+
+
+@pytest.mark.parametrize("arguments", [["evaluate", "--data", "x", "--batch_size", "0"], ["evaluate", "--limit", "0"]])
+def test_numbers_that_make_no_sense_are_refused(arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert "is not a whole number of at least 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--output", "{tmp}/file/scores.json"], "{tmp}/file"),
+        (["--output", "{tmp}/scores.csv"], "{tmp}/scores.csv: figures are written as JSON"),
+        (["--sensitivity", "0.9"], "A wanted sensitivity or specificity needs tuning patients"),
+        (["--against", "base"], "--against base compares an adapter with its base. Pass --adapter."),
+        (["--repeat", "{tmp}/none.json"], "{tmp}/none.json: no results"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_before_the_work(run, tmp_path, monkeypatch, arguments, said):
+    monkeypatch.setattr(score_commands, "load_pipeline", lambda *_, **__: pytest.fail("nothing is loaded for it"))
+    (tmp_path / "file").write_text("of others", encoding="utf-8")
+    status, _, err = run("evaluate", "--data", "x", *(each.format(tmp=tmp_path) for each in arguments))
+    assert status == 2
+    assert err.startswith(f"error: {said.format(tmp=tmp_path)}")
+    assert len(err.splitlines()) == 1
+
+
+def test_two_adapters_are_compared_on_the_same_studies(run, folder, converted, tmp_path):
+    root, output = folder("site", 6), tmp_path / "scores.json"
+    new, old = (save_adapter(converted, tmp_path / name, seed) for seed, name in enumerate(("new", "old")))
+    options = ["--data", root, "--split", "all", "--adapter", new]
+    assert run("evaluate", *options, "--against", old, "--output", output)[0] == 1
+    (source,) = read(output)["sources"]
+    assert source["models"] == {"base": "old", "adapted": "new"}
+    both = read_predictions(scores_path(output)).scored
+    # Each is what it is alone, and the difference is theirs.
+    for name, adapter in (("old", old), ("new", new)):
+        run("evaluate", "--data", root, "--split", "all", "--adapter", adapter, "--output", tmp_path / f"{name}-.json")
+        alone = read_predictions(tmp_path / f"{name}-.studies.csv").scored
+        (key,) = alone
+        np.testing.assert_allclose(both[(name, "site", "all")].scores, alone[key].scores, rtol=0, atol=1e-6)
+    assert not np.allclose(both[("old", "site", "all")].scores, both[("new", "site", "all")].scores)
+    aurocs = [source[which]["auroc"]["value"] for which in ("base", "adapted", "difference")]
+    assert aurocs[2] == pytest.approx(aurocs[1] - aurocs[0])
+    models = read(output)["provenance"]["models"]
+    assert models["old"]["adapter_fingerprint"] != models["new"]["adapter_fingerprint"]
+    assert models["old"]["fingerprint"] == models["new"]["fingerprint"]
+    # From the files alone, without a model.
+    status, out, _ = run("compare", tmp_path / "old-.json", tmp_path / "new-.studies.csv", "--bootstrap_resamples", 20)
+    assert status == 0
+    assert f"{aurocs[2]:+.3f}" in out
+    assert "| old-.json | new-.studies.csv | difference |" in out
+    run("evaluate", *options, "--against", "base", "--output", output)
+    base = read_predictions(scores_path(output)).scored[("base", "site", "all")]
+    run("evaluate", "--data", root, "--split", "all", "--output", tmp_path / "alone.json")
+    (alone,) = read_predictions(tmp_path / "alone.studies.csv").scored.values()
+    np.testing.assert_allclose(base.scores, alone.scores, rtol=0, atol=1e-6)
+
+
+def test_points_are_chosen_on_tuning_patients_and_carried_over(run, folder, converted, tmp_path):
+    splits = ["tune"] * 8 + ["valid"] * 5
+    root, output = folder("site", 12, split=splits), tmp_path / "scores.json"
+    options = ["--data", root, "--tune_on", root, "--sensitivity", 0.7, "--output", output]
+    assert run("evaluate", *options)[0] == 1
+    (points,) = read(output)["sources"][0]["operating_points"].values()
+    run("evaluate", "--data", root, "--split", "tune", "--output", tmp_path / "tune.json")
+    (tuned,) = read_predictions(tmp_path / "tune.studies.csv").scored.values()
+    expected = threshold_for(tuned.scores[:, 0], tuned.labels[:, 0], "sensitivity", 0.7)
+    assert points["sensitivity 0.7"]["thresholds"][CT_CLIP_LABELS[0]] == pytest.approx(expected, abs=1e-6)
+    (scored,) = read_predictions(scores_path(output)).scored.values()
+    truth = scored.labels[:, 0] == 1
+    assert points["sensitivity 0.7"][f"sensitivity/{CT_CLIP_LABELS[0]}"]["value"] == pytest.approx(
+        (scored.scores[truth, 0] >= expected - 1e-6).mean()
+    )
+    # An adapter brings its own.
+    adapter = save_adapter(converted, tmp_path / "adapter", results=RESULTS | {"thresholds": {"Emphysema": 0.5}})
+    run("evaluate", "--data", root, "--adapter", adapter, "--output", output)
+    assert read(output)["sources"][0]["operating_points"]["adapter"]["youden"]["thresholds"] == {"Emphysema": 0.5}
+
+
+def test_a_run_is_repeated_to_the_digit(run, folder, converted, tmp_path):
+    root, output = folder("site", 6), tmp_path / "scores.json"
+    adapter = save_adapter(converted, tmp_path / "adapter")
+    first = ["--data", root, "--split", "all", "--limit", 6, "--seed", 3, "--adapter", adapter, "--output", output]
+    run("evaluate", *first)
+    status, out, _ = run("evaluate", "--repeat", output, model=None)
+    assert status == 1  # of the study that cannot be read
+    assert "figures are the same to the last digit, 0 are not" in out
+    assert "differs" not in out
+    results = read(output)
+    results["sources"][0]["scores"]["auroc"]["value"] += 1e-4
+    results["provenance"]["versions"]["torch"] = "1.0"
+    results["provenance"]["settings"]["data"] = ["moved"]
+    output.write_text(json.dumps(results), encoding="utf-8")
+    status, out, _ = run("evaluate", "--repeat", output, "--data", root, model=None)
+    assert status == 1
+    assert ", 1 are not" in out and "source 1: scores: auroc: value: " in out
+    assert "differs: versions torch: 1.0, now " in out
+    assert "differs: settings data: ['moved'], now " in out
+
+
+def test_figures_from_tables(run, folder, tmp_path):
+    root, output = folder("site", 6), tmp_path / "scores.json"
+    run("evaluate", "--data", root, "--split", "all", "--output", output)
+    expected = read(output)["sources"][0]["scores"]
+    for tables in ([scores_path(output)], [scores_path(output), root / "metadata.csv"]):
+        options = ["--bootstrap_resamples", 20, "--output", tmp_path / "again.json"]
+        status, out, _ = run("metrics", *tables, *options)
+        assert status == 0
+        (source,) = read(tmp_path / "again.json")["sources"]
+        assert source["scores"] == expected
+        assert source["table"] if "table" in source else read(tmp_path / "again.json")["table"] in out
+    status, _, err = run("metrics", root / "metadata.csv", tmp_path / "nowhere.csv")
+    assert status == 2 and len(err.splitlines()) == 1
+
+
+def test_runs_that_do_not_fit_are_refused(run, folder, tmp_path):
+    one, two = folder("one", 6), folder("two", 4)
+    run("evaluate", "--data", one, two, "--split", "all", "--output", tmp_path / "a.json")
+    run("evaluate", "--data", two, one, "--split", "valid", "--limit", 3, "--output", tmp_path / "b.json")
+    status, _, err = run("compare", tmp_path / "a.json", tmp_path / "a.json", "--models", "new", "old")
+    assert status == 2
+    assert "it has no scores of 'new', but of model" in err
+    status, _, err = run("compare", tmp_path / "a.json", tmp_path / "none.json")
+    assert status == 2 and len(err.splitlines()) == 1

@@ -1,0 +1,111 @@
+"""Scores in a csv file: read back to the bit, joined with metadata, paired between runs."""
+
+import dataclasses
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from medct.data import DataError
+from medct.evaluation.predictions import (
+    Key,
+    Predictions,
+    join_metadata,
+    paired,
+    read_predictions,
+    short_names,
+    write_predictions,
+)
+from medct.evaluation.scoring import ScoredStudies
+
+NAMES = ["Lung nodule", "Mass"]
+
+
+def studies(seed: int = 0, count: int = 4, about: bool = False) -> ScoredStudies:
+    generator = np.random.default_rng(seed)
+    scores = generator.random((count, 2)).astype(np.float32)
+    labels = np.array([[1, 0], [0, np.nan], [0, 1], [1, 1]] * count, np.float32)[:count]
+    groups = [{"sex": "F"}, {}, {"sex": "M"}, {"sex": "F"}] if about else []
+    names = [f"a/{index}.nii.gz" for index in range(count)]
+    return ScoredStudies(names, list("ppqr")[:count], scores, labels, groups, names=NAMES)
+
+
+def test_what_was_written_is_read_back_to_the_bit(tmp_path):
+    written = {Key("base", "site-b", "valid"): studies(0, about=True), Key("new", "site-b", "valid"): studies(1)}
+    path = tmp_path / "results.csv"
+    write_predictions(path, Predictions(NAMES, written), [("site-b", "train", ["x.nii", "y.nii"])])
+    read = read_predictions(path)
+    assert read.names == NAMES
+    assert list(read.scored) == list(written)
+    for key, expected in written.items():
+        found = read.scored[key]
+        assert (found.ids, found.patients) == (expected.ids, expected.patients)
+        assert found.scores.tolist() == expected.scores.tolist()
+        np.testing.assert_array_equal(found.labels, expected.labels)
+    assert [about["sex"] for about in read.scored[Key("base", "site-b", "valid")].about] == ["F", "", "M", "F"]
+    table = pd.read_csv(path, keep_default_na=False)
+    assert table["file_name"][table["split"] == "train"].tolist() == ["x.nii", "y.nii"]
+
+
+def test_scores_join_with_metadata_by_the_name_of_the_file(tmp_path):
+    """As `medct predict` writes them: paths from elsewhere, a column for people, and more studies than are labelled."""
+    table = {"study": ["/data/a/0.nii.gz", "b/1.nii.gz", "2.nii.gz", "other.nii"], "Mass": [0.1, 0.9, 0.4, 0.5]}
+    pd.DataFrame(table | {"Lung nodule": 0.5, "Mass present": 1}).to_csv(tmp_path / "scores.csv", index=False)
+    rows = {"file_name": ["2.nii.gz", "a/0.nii.gz", "1.nii.gz"], "Mass": ["1", "", "0"], "patient": ["p", "q", "r"]}
+    pd.DataFrame(rows | {"split": ["test", "test", "train"]}).to_csv(tmp_path / "metadata.csv", index=False)
+    found = join_metadata(tmp_path / "scores.csv", tmp_path / "metadata.csv")
+    assert found.names == ["Mass"]
+    (scored,) = found.scored.values()
+    assert scored.ids == ["a/0.nii.gz", "1.nii.gz", "2.nii.gz"]
+    assert scored.patients == ["q", "r", "p"]
+    assert scored.scores[:, 0].tolist() == [0.1, 0.9, 0.4]
+    np.testing.assert_array_equal(scored.labels[:, 0], [np.nan, 0, 1])
+    (scored,) = join_metadata(tmp_path / "scores.csv", tmp_path / "metadata.csv", "test").scored.values()
+    assert scored.ids == ["a/0.nii.gz", "2.nii.gz"]
+
+
+@pytest.mark.parametrize(
+    ("scores", "metadata", "said"),
+    [
+        ({"file_name": ["a"], "Mass": [1]}, {"file_name": ["b"], "Mass": [1]}, "No study of "),
+        ({"file_name": ["a"], "Mass": [1]}, {"file_name": ["a"], "Nodule": [1]}, "have no label in common"),
+        ({"file_name": ["a", "a"], "Mass": [1, 0]}, {"file_name": ["a"], "Mass": [1]}, "1 studies have several rows"),
+        ({"file_name": ["a"], "Mass": [1]}, {"file_name": ["a", "a"], "Mass": [1, 0]}, "1 studies have several rows"),
+        ({"name": ["a"], "Mass": [1]}, {"file_name": ["a"], "Mass": [1]}, "has no column 'file_name'"),
+        ({"file_name": ["a"], "Mass": ["high"]}, {"file_name": ["a"], "Mass": [1]}, "is not a number"),
+    ],
+)
+def test_tables_that_do_not_go_together_are_refused(tmp_path, scores, metadata, said):
+    for name, table in (("scores.csv", scores), ("metadata.csv", metadata)):
+        pd.DataFrame(table).to_csv(tmp_path / name, index=False)
+    with pytest.raises(DataError, match=said):
+        join_metadata(tmp_path / "scores.csv", tmp_path / "metadata.csv")
+
+
+def test_runs_are_paired_by_the_names_of_their_studies():
+    first, second = studies(0), studies(1).take([3, 1, 0])
+    one, two = paired(first, second, "site b")
+    assert one.ids == two.ids == [first.ids[0], first.ids[1], first.ids[3]]
+    assert one.scores.tolist() == first.scores[[0, 1, 3]].tolist()
+    assert two.scores.tolist() == studies(1).scores[[0, 1, 3]].tolist()
+    other = dataclasses.replace(first, labels=1 - first.labels)
+    with pytest.raises(DataError, match="site b: the two runs were scored on different labels"):
+        paired(first, other, "site b")
+    with pytest.raises(DataError, match="different patients"):
+        paired(first, dataclasses.replace(first, patients=list("zzzz")), "site b")
+    with pytest.raises(DataError, match="no study in common"):
+        paired(first, dataclasses.replace(first, ids=list("wxyz")), "site b")
+
+
+def test_names_in_tables_are_short_and_different():
+    addresses = ["/data/site", "other/site", "hf://datasets/ORG/NAME", "phantoms:B", "site"]
+    assert short_names(addresses) == ["site", "site (2)", "hf://datasets/ORG/NAME", "phantoms:B", "site (3)"]
+
+
+def test_sources_with_other_labels_are_read_back_with_their_own(tmp_path):
+    one, two = studies(0), studies(1).only(["Mass"])
+    written = Predictions(["Lung nodule", "Mass"], {Key("m", "a", "valid"): one, Key("m", "b", "valid"): two})
+    write_predictions(tmp_path / "scores.csv", written)
+    found = read_predictions(tmp_path / "scores.csv").scored
+    assert [each.names for each in found.values()] == [["Lung nodule", "Mass"], ["Mass"]]
+    assert found[Key("m", "b", "valid")].scores.tolist() == two.scores.astype(float).tolist()
