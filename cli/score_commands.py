@@ -87,7 +87,13 @@ class Version:
 
     @classmethod
     def of(cls, pipe: CTPipeline, config: MedCTConfig, become: Callable[[], None], *about: Any) -> "Version":
-        """A version that is asked what a configuration says."""
+        """A version that is asked what a configuration says.
+
+        Args:
+            pipe: Holds the model and its processor.
+            config: Has the labels and prompts.
+            become, about: See `Version`; of `about` also what follows it there.
+        """
         prompts = prompts_for(pipe.model, pipe.processor, config)
         return cls(become, prompts, *about, asks=config.label_prompts() if prompts else [])
 

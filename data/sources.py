@@ -215,14 +215,15 @@ def joined(sources: Sequence[Source], description: str, limit: int | None = None
     chosen = first_of(names, limit)
     mapping = sources[0].mapping
     by = "" if mapping is None else f", labels by {mapping['name']}"
+    is_synthetic = any(source.is_synthetic for source in sources)
     return Source(
         [groups[index] for index in chosen],
         _ReadJoined(tuple(source.read for source in sources)),
         sources[0].label_names,
-        f"{len(chosen)} {description}{by}",
+        f"{len(chosen)} {'SYNTHETIC ' if is_synthetic else ''}{description}{by}",
         tuple(study for source in sources for study in source.skipped),
         [names[index] for index in chosen],
-        any(source.is_synthetic for source in sources),
+        is_synthetic,
         merged=sources[0].merged,
         mapping=mapping,
     )

@@ -40,7 +40,7 @@ def test_phantoms_have_the_labels_that_they_are_drawn_with():
 def test_commands_are_tried_without_data(converted, tmp_path, capsys):
     sheet = tmp_path / "sheet.png"
     main(["overview", PHANTOMS, "--model", str(converted), "--limit", "3", "--samples", "2", "--sheet", str(sheet)])
-    assert "3 SYNTHETIC phantoms of site B" in capsys.readouterr().out
+    assert "9 SYNTHETIC studies of train, tune, valid of phantoms" in capsys.readouterr().out
     assert sheet.is_file()
     main(["prepare", PHANTOMS, str(tmp_path / "shards"), "--model", str(converted), "--limit", "2"])
     splits = read_manifest(str(tmp_path / "shards"))["splits"]

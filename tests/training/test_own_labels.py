@@ -97,7 +97,7 @@ def test_own_labels_reach_adapter_and_prediction(settings, labels, nifti, tmp_pa
     again = ["evaluate", "--data", "phantoms", "--limit", "12", "--adapter", str(adapter), "--output", str(scores)]
     assert main([*again, "--mapping", str(labels), "--num_workers", "0", "--cpu"]) == 0
     evaluated = json.loads(scores.read_text(encoding="utf-8"))
-    assert evaluated["prompts"] == [sentences] and "accuracy" in evaluated["scores"]
+    assert evaluated["prompts"] == {"run": [sentences]} and "accuracy" in evaluated["sources"][0]["scores"]
 
 
 def test_a_whole_model_is_saved_with_its_labels(settings, labels, tmp_path):

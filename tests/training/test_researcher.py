@@ -89,5 +89,5 @@ def test_from_overview_to_prediction(cohort, tmp_path, capsys):
     evaluate = ["evaluate", "--data", str(cohort), *labels, *adapter, "--num_workers", "0", "--output", str(output)]
     assert main(evaluate) == 0
     evaluated = json.loads(output.read_text(encoding="utf-8"))
-    assert evaluated["present"].keys() == LABELS.keys()
-    assert evaluated["prompts"] == results["prompts"]
+    assert evaluated["label_names"] == list(LABELS)
+    assert list(evaluated["prompts"].values()) == [results["prompts"]]
