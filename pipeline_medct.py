@@ -201,7 +201,8 @@ class ZeroShotCTClassificationPipeline(CTPipeline):
 
         Args:
             candidate_labels: The model's own by default.
-            prompt_templates: Likewise.
+            prompt_templates: Likewise; those that the adapter in use has chosen, and its names of the labels, if it has
+                (`medct prompts --store`).
 
         Returns:
             For each template `(2 * labels, projection_dim)`, float32, of length 1.

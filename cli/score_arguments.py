@@ -1,4 +1,4 @@
-"""The arguments of the commands that score: evaluate, compare, metrics, recall."""
+"""The arguments of the commands that score: evaluate, compare, metrics, prompts, recall."""
 
 import argparse
 from collections.abc import Callable
@@ -19,6 +19,7 @@ def add_scores(add: Callable[..., argparse.ArgumentParser]) -> None:
     _add_evaluate(add)
     _add_compare(add)
     _add_metrics(add)
+    _add_prompts(add)
     _add_recall(add)
 
 
@@ -87,7 +88,7 @@ def _add_evaluate(add: Callable[..., argparse.ArgumentParser]) -> None:
 def _add_compare(add: Callable[..., argparse.ArgumentParser]) -> None:
     parser = add(
         "compare",
-        "score_commands.compare_runs",
+        "figure_commands.compare_runs",
         "compare the scores of two runs on the same studies",
         "medct compare runs/old runs/new --output difference.json",
         "A run is a folder that `medct train` made, a JSON file of `medct evaluate --output`, or the csv file beside "
@@ -106,7 +107,7 @@ def _add_compare(add: Callable[..., argparse.ArgumentParser]) -> None:
 def _add_metrics(add: Callable[..., argparse.ArgumentParser]) -> None:
     parser = add(
         "metrics",
-        "score_commands.score_tables",
+        "figure_commands.score_tables",
         "compute figures from a table of scores and a table of labels",
         "medct metrics scores.csv metadata.csv",
         "Takes scores of any origin: what `medct predict --output` wrote, the csv file beside a results.json, or a "
@@ -133,10 +134,49 @@ def _figure_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--output", type=Path, metavar="FILE", help="JSON file for all figures")
 
 
+def _add_prompts(add: Callable[..., argparse.ArgumentParser]) -> None:
+    parser = add(
+        "prompts",
+        "prompt_commands.try_prompts",
+        "try wordings of the findings on tuning patients",
+        "medct prompts --data site-b --model ct-clip\n"
+        "  medct prompts --data site-b --model ct-clip --adapter runs/site-b --store",
+        "AUROC of each finding under several templates and names: how far zero-shot scores move by wording alone. "
+        "--store keeps\nthe choice with an adapter: predict, evaluate and the pipelines then ask so.",
+    )
+    group = parser.add_argument_group("data")
+    group.add_argument("--data", required=True, metavar="ADDRESS", help=ADDRESS_HELP)
+    group.add_argument("--data_revision", metavar="COMMIT", help="commit of the data on the Hub")
+    group.add_argument(
+        "--split", choices=("train", "tune", "valid", "all"), default="tune", help="which studies (default: tune)"
+    )
+    group.add_argument(
+        "--limit", type=at_least(1), metavar="N", help="only the first N studies of a fixed pseudo-random order"
+    )
+    group = parser.add_argument_group("wordings")
+    group.add_argument(
+        "--templates",
+        nargs="+",
+        metavar="PRESENT|ABSENT",
+        help="pairs of sentences that contain {label} (default: CT-CLIP's and RadFinder's), besides the model's own",
+    )
+    group.add_argument(
+        "--names",
+        type=Path,
+        metavar="FILE",
+        help="JSON file with a list of other names for each finding (default: two or three for each of CT-CLIP's)",
+    )
+    group.add_argument("--store", action="store_true", help="keep the best wording in the adapter's folder")
+    group.add_argument("--output", type=Path, metavar="FILE", help="JSON file for all figures")
+    model_arguments(parser)
+    batch_arguments(parser.add_argument_group("reading"), "processes that load studies (default: 1)")
+    parser.set_defaults(labels=None)
+
+
 def _add_recall(add: Callable[..., argparse.ArgumentParser]) -> None:
     parser = add(
         "recall",
-        "score_commands.recall",
+        "figure_commands.recall",
         "how often a scan finds its own report, and vice versa",
         "medct recall --index index.parquet\n  medct recall --index index.parquet --metadata metadata.csv --pool 1000",
         "Recall at 5, 10, 50 and 100 over the studies in an index that have a report, with 95 % intervals; with "

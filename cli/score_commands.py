@@ -1,18 +1,15 @@
-"""What the commands that score do. Each takes the parsed arguments and returns the exit status."""
+"""What `medct evaluate` does. It takes the parsed arguments and returns the exit status."""
 
 import argparse
 import contextlib
 import functools
 import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pandas as pd
-import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
@@ -20,30 +17,22 @@ from medct.adapters_medct import adapter_fingerprint, as_described, fingerprint
 from medct.cli.commands import CommandError, ends, load_pipeline, model_of, start_processes
 from medct.common.errors import OK, SOME_FAILED
 from medct.common.lock import only_run
-from medct.configuration_medct import CT_CLIP_LABELS, MedCTConfig
+from medct.configuration_medct import MedCTConfig
 from medct.data import PhantomCohort, Source, open_source
 from medct.data.label_space import LabelTable, asked
 from medct.data.loader import StudyLoader
-from medct.data.tables import to_numbers
 from medct.evaluation.calibration import fit_calibration
 from medct.evaluation.figures import Scores, source_figures
 from medct.evaluation.operating_points import YOUDEN, Points, choose_points, wanted_points
 from medct.evaluation.predictions import (
-    NAME,
     Key,
     Predictions,
-    join_metadata,
-    matched,
-    named_table,
-    paired,
     short_names,
 )
 from medct.evaluation.provenance import changed_figures, list_checksum, provenance, reasons
-from medct.evaluation.record import read_results, read_scores, write_figures, write_record
-from medct.evaluation.report import evaluation_report, retrieval_report
-from medct.evaluation.retrieval import Pairs, recall_figures, shared_findings
+from medct.evaluation.record import read_results, write_record
+from medct.evaluation.report import evaluation_report
 from medct.evaluation.scoring import ScoredStudies, Texts, prompts_for, remark_on_words, score_versions
-from medct.inference.search import read_embeddings
 from medct.pipeline_medct import CTPipeline
 
 BASE = "base"
@@ -101,13 +90,17 @@ class Version:
 def evaluate(args: argparse.Namespace) -> int:
     recorded = None if args.repeat is None else read_results(args.repeat)
     settle(args, recorded)
-    with _only_run(args.output):
+    with only_json(args.output):
         return _evaluate(args, recorded)
 
 
 @contextlib.contextmanager
-def _only_run(output: Path | None) -> Iterator[None]:
-    """Refuse an output that cannot be written, or that another run writes, before any work."""
+def only_json(output: Path | None) -> Iterator[None]:
+    """Refuse, before any work, an output that is no JSON file, cannot be written, or is written by another run.
+
+    Args:
+        output: Where figures go; nowhere by default.
+    """
     if output is not None and output.suffix != ".json":
         raise CommandError(f"{output}: figures are written as JSON, and scores into a csv file beside. Name it .json.")
     with contextlib.nullcontext() if output is None else only_run(output):
@@ -145,12 +138,9 @@ def settle(args: argparse.Namespace, recorded: Mapping[str, Any] | None) -> None
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
-    """What decides about the figures of an evaluation, for `--repeat`."""
-    return {
-        name: str(value) if isinstance(value, Path) else value
-        for name, value in vars(args).items()
-        if name not in _NOT_RECORDED
-    }
+    """What decides about figures, ready for JSON; for those of an evaluation, what `--repeat` starts from."""
+    settings = {name: value for name, value in vars(args).items() if name not in _NOT_RECORDED}
+    return json.loads(json.dumps(settings, default=str))
 
 
 def _evaluate(args: argparse.Namespace, recorded: Mapping[str, Any] | None) -> int:
@@ -176,7 +166,7 @@ def _evaluate(args: argparse.Namespace, recorded: Mapping[str, Any] | None) -> i
     for about in sources:
         by_model = scored[about["source"]]
         models = {name: Scores(each, *brought[name]) for name, each in by_model.items()}
-        about |= _figures(models, about["description"], **options)
+        about |= figures_of(models, about["description"], **options)
         about["studies"] = list_checksum(next(iter(by_model.values())))
     names = list(dict.fromkeys(name for about in sources for name in about["present"]))
     results = {
@@ -299,7 +289,23 @@ def _score(
     source: Source,
 ) -> tuple[dict[str, ScoredStudies], int]:
     """What each version says of a source's studies, and how many of them could not be read."""
-    loader = StudyLoader(
+    loader = loader_of(args, pipe, accelerator, source)
+    become = [version.become for version in versions.values()]
+    prompts = [version.prompts for version in versions.values()]
+    scored = score_versions(pipe.model, become, loader, prompts, accelerator, source.description)
+    return dict(zip(versions, scored, strict=True)), sum(gather_object([loader.num_bad]))
+
+
+def loader_of(args: argparse.Namespace, pipe: CTPipeline, accelerator: Accelerator, source: Source) -> StudyLoader:
+    """This process's loader of a source.
+
+    Args:
+        args: Parsed, with `batch_size` and `num_workers`.
+        pipe: Holds model and processor.
+        accelerator: Its processes share the work.
+        source: What to load.
+    """
+    return StudyLoader(
         source,
         pipe.processor,
         source.label_names,
@@ -309,10 +315,6 @@ def _score(
         world_size=accelerator.num_processes,
         num_workers=args.num_workers,
     )
-    become = [version.become for version in versions.values()]
-    prompts = [version.prompts for version in versions.values()]
-    scored = score_versions(pipe.model, become, loader, prompts, accelerator, source.description)
-    return dict(zip(versions, scored, strict=True)), sum(gather_object([loader.num_bad]))
 
 
 def _about(name: str, source: Source, split: str, unreadable: int) -> dict[str, Any]:
@@ -341,7 +343,17 @@ def _brought(
     return points, fit_calibration(tuned.scores, tuned.labels, tuned.names)
 
 
-def _figures(models: Mapping[str, Scores], what: str, **options: int) -> dict[str, Any]:
+def figures_of(models: Mapping[str, Scores], what: str, **options: int) -> dict[str, Any]:
+    """`source_figures`.
+
+    Args:
+        models: See there.
+        what: Name of the source in messages.
+        options: `resamples` and `seed`.
+
+    Raises:
+        CommandError: If there is nothing to score.
+    """
     try:
         return source_figures(models, next(iter(models.values())).scored.names, **options)
     except ValueError as error:
@@ -379,133 +391,3 @@ def _tell_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> int:
     if changed and not differing:
         print("  nothing that is recorded differs, so the computation itself is not repeatable here")
     return SOME_FAILED if changed else OK
-
-
-def compare_runs(args: argparse.Namespace) -> int:
-    with _only_run(args.output):
-        runs = [read_scores(run) for run in args.runs]
-        pairs = _pairs(runs, args)
-        sources = []
-        for title, (old, new) in pairs.items():
-            names = [name for name in old.names if name in new.names]
-            if not names:
-                raise CommandError(f"{args.runs[0]} and {args.runs[1]} have no label in common on {title}.")
-            one, two = old.only(names), new.only(names)
-            left = len(one.ids), len(two.ids)
-            one, two = paired(one, two, title)
-            models = dict(zip(_run_names(args), (Scores(one), Scores(two)), strict=True))
-            options = {"resamples": args.bootstrap_resamples, "seed": args.seed}
-            sources.append({"source": title, "unpaired": sum(left) - 2 * len(one.ids), "studies": list_checksum(one)})
-            sources[-1] |= _figures(models, title, **options)
-        _finish(args, sources)
-    return OK
-
-
-def _run_names(args: argparse.Namespace) -> list[str]:
-    names = short_names([str(run) for run in args.runs])
-    return (
-        names
-        if args.models is None
-        else short_names([f"{name}: {model}" for name, model in zip(names, args.models, strict=True)])
-    )
-
-
-def _pairs(runs: Sequence[Predictions], args: argparse.Namespace) -> dict[str, tuple[ScoredStudies, ScoredStudies]]:
-    """What the two runs have both scored, by source and split; if each has scored one, that one whatever its name."""
-    of_each = []
-    for run, path, model in zip(runs, args.runs, args.models or (None, None), strict=True):
-        model = list(run.scored)[-1].model if model is None else model
-        found = {f"{key.source}, {key.split}": each for key, each in run.scored.items() if key.model == model}
-        if not found:
-            has = ", ".join(dict.fromkeys(key.model for key in run.scored))
-            raise CommandError(f"{path}: it has no scores of {model!r}, but of {has}. Pass one of these to --models.")
-        of_each.append(found)
-    old, new = of_each
-    if len(old) == len(new) == 1 and old.keys() != new.keys():
-        return {next(iter(new)): (*old.values(), *new.values())}
-    common = [title for title in old if title in new]
-    if not common:
-        raise CommandError(
-            f"{args.runs[0]} was scored on {'; '.join(old)}, and {args.runs[1]} on {'; '.join(new)}. Score both on the "
-            "same studies."
-        )
-    return {title: (old[title], new[title]) for title in common}
-
-
-def score_tables(args: argparse.Namespace) -> int:
-    with _only_run(args.output):
-        if args.metadata is None:
-            found = read_scores(args.predictions)
-        else:
-            found = join_metadata(args.predictions, args.metadata, args.split)
-        sources = []
-        for key, scored in found.scored.items():
-            title = key.source if len({each.model for each in found.scored}) == 1 else f"{key.source}: {key.model}"
-            options = {"resamples": args.bootstrap_resamples, "seed": args.seed}
-            figures = _figures({key.model: Scores(scored)}, title, **options)
-            sources.append({"source": f"{title}, {key.split}", "studies": list_checksum(scored), **figures})
-        _finish(args, sources)
-    return OK
-
-
-def _finish(args: argparse.Namespace, sources: list[dict[str, Any]]) -> None:
-    """Print figures that were computed from tables, and write them if asked to."""
-    names = list(dict.fromkeys(name for each in sources for name in each["present"]))
-    results = {"label_names": names, "sources": sources, "table": evaluation_report(sources, names)}
-    print(results["table"])
-    for each in sources:
-        if each.get("unpaired"):
-            print(f"NOTE: {each['source']}: {each['unpaired']} scores have no partner in the other run; left out.")
-    if args.output is not None:
-        write_figures(args.output, results | {"provenance": _without_model(args, sources)})
-
-
-def _without_model(args: argparse.Namespace, sources: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Provenance of figures that were computed from tables."""
-    settings = {
-        name: [str(each) for each in value] if isinstance(value, list) else value and str(value)
-        for name, value in vars(args).items()
-        if name not in _NOT_RECORDED
-    }
-    studies = {each["source"]: each["studies"] for each in sources}
-    return provenance(settings, {}, studies, torch.device("cpu"), seed=args.seed)
-
-
-def recall(args: argparse.Namespace) -> int:
-    embeddings = read_embeddings(args.index)
-    patients, labels = None, None
-    if args.metadata is not None:
-        patients, labels = _patients_and_labels(args, embeddings.ids)
-    paired_rows = np.flatnonzero(embeddings.has_report)
-    if not len(paired_rows):
-        raise CommandError("No study of this index has a report. Make it with `medct embed ... --reports FILE.csv`.")
-    pairs = Pairs(
-        embeddings.image_embeds[paired_rows],
-        embeddings.text_embeds[paired_rows],
-        embeddings.report_ids[paired_rows],
-        None if patients is None else patients[paired_rows],
-    )
-    options = {"resamples": args.bootstrap_resamples, "seed": args.seed}
-    try:
-        results = recall_figures(pairs, pool=args.pool, **options)
-        if labels is not None:
-            results["findings"] = shared_findings(embeddings.image_embeds, labels, patients, **options)
-    except ValueError as error:
-        raise CommandError(f"{args.index}: {error}") from error
-    print(json.dumps(results, indent=2) if args.format == "json" else retrieval_report(results))
-    return OK
-
-
-def _patients_and_labels(args: argparse.Namespace, studies: Sequence[str]) -> tuple[np.ndarray, np.ndarray | None]:
-    """Of each study of an index; a study that the table does not name is a patient of its own, without findings."""
-    table = named_table(args.metadata).drop_duplicates(NAME).set_index(NAME)
-    names = matched(studies, set(table.index))
-    if not any(names):
-        raise CommandError(f"{args.metadata} names no study of {args.index}. Names must be the ends of their paths.")
-    columns = args.findings or [name for name in CT_CLIP_LABELS if name in table]
-    if missing := [name for name in columns if name not in table]:
-        raise CommandError(f"{args.metadata}: has no column {missing[0]!r}. Pass the names of its labels.")
-    rows = to_numbers(table.reindex(names), columns, str(args.metadata))
-    own = rows["patient"] if "patient" in rows else rows.index.to_series()
-    patients = [study if who is None or pd.isna(who) else str(who) for study, who in zip(studies, own, strict=True)]
-    return np.array(patients), rows[columns].to_numpy(float) if columns else None

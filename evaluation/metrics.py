@@ -322,7 +322,7 @@ _PROTOCOLS: dict[str, tuple[str, dict[str, str]]] = {
 
 def _protocol_figures(reach: _Reach, scores: np.ndarray) -> dict[str, np.ndarray]:
     """Figures of the protocols, `(resamples,)` each, with thresholds chosen anew in each resample."""
-    found = {}
+    found: dict[str, np.ndarray] = {}
     for prefix, (rule, reported) in _PROTOCOLS.items():
         # Of a label that is unknown throughout there are no scores, and nothing is reported.
         candidates = CT_CLIP_GRID if prefix == CT_CLIP_PREFIX or not len(scores) else np.unique(scores)[::-1]

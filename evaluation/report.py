@@ -258,3 +258,33 @@ def _retrieval_row(title: str, figures: Mapping[int, Any], at: Mapping[int, Any]
         figure = figures.get(k)
         cells.append(_cell(figure) if isinstance(figure, dict) else UNDEFINED if figure is None else f"{figure:.3f}")
     return f"| {title} | {' | '.join(cells)} |"
+
+
+def prompts_report(found: dict[str, Any]) -> str:
+    """How far AUROC moves by wording, as Markdown tables.
+
+    Args:
+        found: From `prompts.spread`.
+    """
+    lines = ["| AUROC: finding (scans with it) | usual wording | mean | lowest | highest | best wording |"]
+    lines.append("| --- | ---: | ---: | ---: | ---: | --- |")
+    for label, each in found["findings"].items():
+        aurocs = [each[key] for key in ("usual", "mean", "lowest", "highest")]
+        figures = [UNDEFINED if auroc is None else f"{auroc:.3f}" for auroc in aurocs]
+        best = each["best"] or {"template": [UNDEFINED], "name": ""}
+        best = best["template"][0].replace("{label}", best["name"])
+        lines.append(f"| {label} ({each['present']:,}) | {' | '.join(figures)} | {best} |")
+    lines += ["", "| template | mean AUROC |", "| --- | ---: |"]
+    for each in found["templates"]:
+        lines.append(f"| {' / '.join(each['template'])} | {each['auroc']:.3f} |")
+    lines.append(f"| all of them, averaged | {found['ensemble']:.3f} |")
+    chosen = found["chosen"]
+    aurocs = [each["auroc"] for each in found["templates"]]
+    lines += [
+        "",
+        f"By its template alone the mean AUROC moves from {min(aurocs):.3f} to {max(aurocs):.3f}. Chosen: "
+        f"{len(chosen['prompt_templates'])} templates, other names for {len(chosen['names'])} findings, mean AUROC "
+        f"{chosen['auroc']:.3f} on the {found['studies']:,} studies that it was chosen on. That is too good: score it "
+        "on other patients.",
+    ]
+    return "\n".join(lines)

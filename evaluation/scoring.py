@@ -1,5 +1,6 @@
 """Scores of labelled studies, zero-shot or by a classifier, spread over processes."""
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -173,6 +174,55 @@ def score_versions(
     for become, asked in zip(versions, of_each, strict=True):
         become()
         templates.append(embed_prompts(model, asked, accelerator))
+
+    def scores(pixel_values: torch.Tensor) -> torch.Tensor:
+        found = []
+        for become, texts in zip(versions, templates, strict=True):
+            become()
+            found.append(_scores(model, pixel_values, texts, accelerator))
+        return torch.stack(found, dim=1)  # (batch, versions, labels)
+
+    ids, patients, values, labels, about = _of_every_study(model, loader, accelerator, what, scores)
+    merged = functools.partial(merge_columns, names=loader.source.label_names, merged=loader.source.merged)
+    known, names = merged(labels)
+    return [
+        ScoredStudies(ids, patients, merged(by_version)[0], known, about, names=list(names))
+        for by_version in values.swapaxes(0, 1)
+    ]
+
+
+@torch.no_grad()
+def embed_studies(
+    model: AnyModel, loader: StudyLoader, accelerator: Accelerator, what: str
+) -> tuple[np.ndarray, ScoredStudies]:
+    """Encode every study of a source into the common space.
+
+    Args:
+        model: Zero-shot model; left in evaluation mode.
+        loader, accelerator, what: See `score_studies`.
+
+    Returns:
+        `(studies, d)`, float32, and the studies of all processes, without scores.
+    """
+    model.eval()
+
+    def embeds(pixel_values: torch.Tensor) -> torch.Tensor:
+        with accelerator.autocast():
+            return model.get_image_features(pixel_values).pooler_output.float()
+
+    ids, patients, values, labels, about = _of_every_study(model, loader, accelerator, what, embeds)
+    names = list(loader.source.label_names)
+    return values, ScoredStudies(ids, patients, np.full(labels.shape, np.nan), labels, about, names=names)
+
+
+def _of_every_study(
+    model: AnyModel,
+    loader: StudyLoader,
+    accelerator: Accelerator,
+    what: str,
+    compute: Callable[[torch.Tensor], torch.Tensor],
+) -> tuple[list[str], list[str], np.ndarray, np.ndarray, list[dict[str, str]]]:
+    """What is computed of each study of all processes, with its id, patient, labels and subgroups, by id."""
     total = math.ceil(loader.source.num_studies / loader.world_size / loader.batch_size)
     rows: list[tuple[str, str, np.ndarray, np.ndarray, dict[str, str]]] = []
     bar = tqdm(
@@ -180,29 +230,13 @@ def score_versions(
     )
     for batch, is_own in bar:
         batch = to_device(batch, accelerator.device, model.config)
-        scores = []
-        for become, texts in zip(versions, templates, strict=True):
-            become()
-            scores.append(_scores(model, batch["pixel_values"], texts, accelerator))
+        values = compute(batch["pixel_values"])
         if is_own:
-            by_study = torch.stack(scores, dim=1).cpu().numpy()  # (batch, versions, labels)
             labels = batch["labels"].cpu().numpy()
-            rows += zip(batch["ids"], batch["patients"], by_study, labels, batch["about"], strict=True)
+            rows += zip(batch["ids"], batch["patients"], values.cpu().numpy(), labels, batch["about"], strict=True)
     rows = sorted(gather_object(rows), key=lambda row: row[0])
-    ids, patients, scores, labels, about = zip(*rows, strict=True)
-    source, said = loader.source, list(about) if any(about) else []
-    known, names = merge_columns(np.stack(labels), source.label_names, source.merged)
-    return [
-        ScoredStudies(
-            list(ids),
-            list(patients),
-            merge_columns(by_version, source.label_names, source.merged)[0],
-            known,
-            said,
-            names=list(names),
-        )
-        for by_version in np.stack(scores).swapaxes(0, 1)
-    ]
+    ids, patients, values, labels, about = zip(*rows, strict=True)
+    return list(ids), list(patients), np.stack(values), np.stack(labels), list(about) if any(about) else []
 
 
 def _scores(

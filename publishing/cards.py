@@ -259,7 +259,30 @@ def _facts(folder: Path, results: dict[str, Any]) -> dict[str, Any]:
         "prompts": [prompt if isinstance(prompt, str) else " / ".join(prompt) for prompt in prompts],
         "training": training,
         "hardware": _hardware(results),
+        "decided": _decided(results),
     }
+
+
+def _decided(results: dict[str, Any]) -> list[str]:
+    """What decided the figures, in words, so that they can be repeated."""
+    known = results.get("provenance") or {}
+    if not known:
+        return []
+    code, machine = known["code"], known["machine"]
+    commit = f", commit `{code['commit']}`{' with changes' if code['modified'] else ''}" if code["commit"] else ""
+    said = [f"medct {code['version']}{commit}"]
+    said.append(", ".join(f"{name} {version}" for name, version in known["versions"].items()))
+    said.append(
+        f"{machine['device']}, {machine['processes']} processes of {machine['threads']} threads, mixed precision: "
+        f"{machine['mixed_precision']}; seed {known['seed']}"
+    )
+    for name, model in known["models"].items():
+        prints = [model[key] for key in ("fingerprint", "adapter_fingerprint") if model.get(key)]
+        said.append(f"{name}: {', '.join(f'`{each}`' for each in prints)}")
+    for name, studies in known["studies"].items():
+        said.append(f"{name}: {studies['scans']:,} scans, names `{studies['ids_sha256']}`")
+    mapping = (known.get("settings") or {}).get("mapping")
+    return [*said, f"labels by the mapping {mapping}"] if mapping else said
 
 
 def _hardware(results: dict[str, Any]) -> str:

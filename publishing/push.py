@@ -233,6 +233,10 @@ def _adapter_files(folder: Path, repo_id: str, base: str, commit: str, license: 
         content |= {key: value for key, value in known.get(name, {}).items() if key in content or name == CONFIG_FILE}
         if isinstance(content.get("base"), dict) and "model" in content["base"]:
             content["base"] |= {"model": base, "revision": commit}
+        decided = content.get("provenance") or {}
+        for each in (decided.get("settings"), *(decided.get("models") or {}).values()):
+            if each:
+                each |= {"model": base, "revision": commit}
         files[name] = _json_bytes(content)
     card = folder / "README.md"
     if not card.is_file() or any(mark in card.read_text(encoding="utf-8") for mark in (GENERATED, PEFT_FORM)):

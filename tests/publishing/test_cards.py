@@ -4,9 +4,11 @@ import json
 import re
 
 import pytest
+import torch
 from adapter_files import RESULTS, save_adapter
 from huggingface_hub import ModelCard, ModelCardData
 
+from medct.evaluation.provenance import provenance
 from medct.publishing.cards import base_license, find_paths, render_card, without_paths, write_card
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -142,3 +144,18 @@ def test_what_was_forgotten_and_remarks_are_on_the_page(converted, tmp_path):
     assert "**This adapter does not help.**" in page
     assert "- strength 0: that share" in page
     assert "- weights of step 40, the best on the tuning patients" in page
+
+
+def test_what_decided_the_figures_is_on_the_page_and_where_it_lay_is_not(converted, tmp_path):
+    studies = {"site-b, valid": {"scans": 20, "patients": 10, "ids_sha256": "ab" * 32, "labels_sha256": "cd" * 32}}
+    models = {"base": {"model": "/home/me/base", "fingerprint": "sha256-bf16:12", "adapter_fingerprint": None}}
+    settings = {"data": ["/scans of mine", "C:\\\\my scans\\\\site"], "model": "/home/me/base", "mapping": "standard"}
+    decided = provenance(settings, models, studies, torch.device("cpu"), seed=7)
+    folder = save_adapter(converted, tmp_path / "run", results=RESULTS | {"provenance": decided})
+    text = render_card(folder, base="org/ct-clip", revision=COMMIT, license="mit")
+    assert "## Repeat" in text
+    for known in ("seed 7", "torch ", "`sha256-bf16:12`", f"`{'ab' * 32}`", "by the mapping standard"):
+        assert known in text
+    assert "/home/me" not in text and "/scans" not in text
+    cleaned = without_paths(json.loads((folder / "results.json").read_text(encoding="utf-8")))
+    assert cleaned["provenance"]["settings"]["data"] == ["scans of mine", "site"]

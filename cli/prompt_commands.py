@@ -1,0 +1,116 @@
+"""What `medct prompts` does. It takes the parsed arguments and returns the exit status."""
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from medct.adapters_medct import DESCRIPTION_FILE, read_description
+from medct.cli.commands import CommandError, ends, load_pipeline, prompts_of, start_processes
+from medct.cli.score_commands import loader_of, only_json
+from medct.common.errors import OK, first_line
+from medct.common.files import whole_file
+from medct.configuration_medct import MedCTConfig
+from medct.data import open_source
+from medct.data.label_space import told_apart
+from medct.evaluation.calibration import fit_calibration
+from medct.evaluation.operating_points import YOUDEN, choose_points
+from medct.evaluation.prompts import SYNONYMS, TEMPLATES, Template, spread, wording_scores
+from medct.evaluation.provenance import list_checksum
+from medct.evaluation.record import write_figures
+from medct.evaluation.report import prompts_report
+from medct.evaluation.scoring import ScoredStudies, embed_studies
+
+
+def try_prompts(args: argparse.Namespace) -> int:
+    if args.store and (args.adapter is None or not (Path(args.adapter) / DESCRIPTION_FILE).is_file()):
+        raise CommandError(f"--store writes into an adapter's {DESCRIPTION_FILE}. Pass its folder as --adapter.")
+    with only_json(args.output):
+        return _try_prompts(args)
+
+
+def _try_prompts(args: argparse.Namespace) -> int:
+    pipe = load_pipeline(args, start_processes(args).device, zero_shot_only=True)
+    accelerator = Accelerator(cpu=args.cpu)
+    config = pipe.asked
+    templates, names = _wordings(args, config)
+    source = told_apart(open_source(args.data, args.split, config, limit=args.limit, revision=args.data_revision))
+    loader = loader_of(args, pipe, accelerator, source)
+    embeds, studies = embed_studies(pipe.model, loader, accelerator, source.description)
+    failed = sum(gather_object([loader.num_bad]))
+    if not accelerator.is_main_process:
+        return OK
+    scores = wording_scores(pipe.model, pipe.processor, embeds, templates, names, accelerator)
+    try:
+        found = spread(scores, studies.labels, templates, names)
+    except ValueError as error:
+        raise CommandError(f"{source.description}: {error}") from error
+    print(f"{source.description}\n\n{prompts_report(found)}")
+    if args.store:
+        _store_wording(Path(args.adapter), found, scores, studies, templates, names)
+        print(f"\nstored in {Path(args.adapter) / DESCRIPTION_FILE}, with operating points and calibration for it")
+    if args.output is not None:
+        about = {"data": source.description, "split": args.split, "studies_scored": list_checksum(studies)}
+        write_figures(args.output, about | found)
+    return ends(failed, source.num_studies, None)
+
+
+def _wordings(args: argparse.Namespace, config: MedCTConfig) -> tuple[list[Template], dict[str, list[str]]]:
+    """Templates and names to try; first those that the model uses anyway."""
+    asked = prompts_of(args).get("prompt_templates", TEMPLATES)
+    templates = [tuple(each) for each in config.prompt_templates]
+    templates += [each for each in asked if each not in templates]
+    synonyms: Mapping[str, Sequence[str]] = SYNONYMS if args.names is None else _read_names(args.names, config)
+    usual = {label: words for label, words in (config.prompts or {}).items() if isinstance(words, str)}
+    return templates, {
+        label: list(dict.fromkeys([usual.get(label, label), *synonyms.get(label, ())])) for label in config.label_names
+    }
+
+
+def _read_names(path: Path, config: MedCTConfig) -> dict[str, list[str]]:
+    try:
+        names = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CommandError(f"{path}: not a readable JSON file ({first_line(error)}).") from error
+    is_names = isinstance(names, dict) and all(
+        isinstance(each, list) and all(isinstance(name, str) and name.strip() for name in each)
+        for each in names.values()
+    )
+    if not is_names:
+        raise CommandError(
+            f'{path}: write a list of other names for each finding, such as {{"Emphysema": ["Bullae"]}}.'
+        )
+    if unknown := sorted(set(names) - set(config.label_names)):
+        raise CommandError(f"{path}: the model has no finding {unknown[0]!r}. Name its own: {config.label_names}.")
+    return names
+
+
+def _store_wording(
+    folder: Path,
+    found: Mapping[str, Any],
+    scores: Mapping[str, np.ndarray],
+    studies: ScoredStudies,
+    templates: Sequence[Template],
+    names: Mapping[str, Sequence[str]],
+) -> None:
+    """Write the choice into an adapter, with operating points and calibration of the scores that it gives."""
+    chosen = found["chosen"]
+    used = [templates.index(tuple(each)) for each in chosen["prompt_templates"]]
+    words = {label: chosen["names"].get(label, each[0]) for label, each in names.items()}
+    columns = [each[used, names[label].index(words[label])].mean(axis=0) for label, each in scores.items()]
+    values = np.stack(columns, axis=-1)
+    described = read_description(folder) or {}
+    described |= {
+        "prompt_templates": chosen["prompt_templates"],
+        "prompts": {label: each for label, each in words.items() if each != label} or None,
+        "thresholds": choose_points(values, studies.labels, list(names), {}).get(YOUDEN),
+        "calibration": fit_calibration(values, studies.labels, list(names)) or None,
+        "operating_points": None,
+    }
+    with whole_file(folder / DESCRIPTION_FILE) as aside:
+        aside.write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,171 @@
+"""What wording does to scores: worked out by hand, and equal to what the pipeline gives in the same words."""
+
+import json
+
+import numpy as np
+import pytest
+from accelerate import Accelerator
+from adapter_files import save_adapter
+
+from medct import CT_CLIP_LABELS, MedCTConfig, MedCTModel, ZeroShotCTClassificationPipeline
+from medct.adapters_medct import DESCRIPTION_FILE
+from medct.cli import main
+from medct.data import StudyLoader, phantom_source
+from medct.evaluation.prompts import SYNONYMS, TEMPLATES, spread, wording_scores
+from medct.evaluation.report import prompts_report
+from medct.evaluation.scoring import embed_studies, score_studies, tokenize_prompts
+
+A, B = ("{label} a", "not {label} a"), ("{label} b", "not {label} b")
+NAMES = {"x": ["x", "y"], "z": ["z"]}
+# Six studies with x, then six without; z as well.
+LABELS = np.repeat([[1.0, 1.0], [0.0, 0.0]], 6, axis=0)
+PERFECT, USELESS = np.repeat([0.9, 0.1], 6), np.full(12, 0.5)
+
+
+def ranks(errors: int) -> np.ndarray:
+    """Scores whose AUROC is 1 - `errors` / 36."""
+    scores = np.concatenate([np.full(6, 0.6), np.full(6, 0.3)])
+    scores[6] = 0.5 + 0.2 * (errors > 0)  # above `errors` of those with it
+    scores[:6] = np.where(np.arange(6) < errors, 0.65, 0.8)
+    return scores
+
+
+def test_the_spread_worked_out_by_hand():
+    # (templates, names, studies)
+    scores = {"x": np.stack([[ranks(2), PERFECT], [ranks(4), USELESS]]), "z": np.stack([[ranks(1)], [ranks(3)]])}
+    found = spread(scores, LABELS, [A, B], NAMES)
+    x = found["findings"]["x"]
+    aurocs = [34 / 36, 1, 32 / 36, 0.5]
+    assert (x["usual"], x["mean"], x["lowest"], x["highest"]) == pytest.approx((aurocs[0], np.mean(aurocs), 0.5, 1))
+    assert x["best"] == {"template": list(A), "name": "y"}
+    assert (x["present"], x["absent"], x["wordings"]) == (6, 6, 4)
+    templates = [(34 / 36 + 35 / 36) / 2, (32 / 36 + 33 / 36) / 2]
+    assert [each["auroc"] for each in found["templates"]] == pytest.approx(templates)
+    # The mean of both templates: as many scans are out of order as with the worse one, or fewer.
+    chosen = found["chosen"]
+    assert found["ensemble"] <= templates[0]
+    assert chosen["prompt_templates"] == [list(A)]
+    assert chosen["names"] == {"x": "y"}
+    assert chosen["auroc"] == pytest.approx((1 + 35 / 36) / 2)
+    said = prompts_report(found)
+    assert f"moves from {templates[1]:.3f} to {templates[0]:.3f}" in said
+    assert "| x (6) | 0.944 | " in said and "| y a |" in said
+
+
+def test_an_ensemble_is_chosen_where_it_is_better():
+    """Each template has one pair of four out of order; their mean has none."""
+    one, other = np.array([0.9, 0.4, 0.5, 0.1]), np.array([0.4, 0.9, 0.1, 0.5])
+    found = spread({"x": np.stack([[one], [other]])}, np.array([[1.0], [1], [0], [0]]), [A, B], {"x": ["x"]})
+    assert [each["auroc"] for each in found["templates"]] == [0.75, 0.75]
+    assert found["ensemble"] == found["chosen"]["auroc"] == 1
+    assert found["chosen"]["prompt_templates"] == [list(A), list(B)]
+
+
+def test_of_few_studies_no_name_is_chosen():
+    """Four studies with a finding tell nothing."""
+    labels = LABELS.copy()
+    labels[:2] = np.nan
+    scores = {"x": np.stack([[ranks(2), PERFECT]]), "z": np.stack([[ranks(1)]])}
+    found = spread(scores, labels, [A], NAMES)
+    assert found["chosen"]["names"] == {}
+    labels[:, 1] = 0
+    found = spread(scores, labels, [A], NAMES)["findings"]
+    assert found["z"]["usual"] is None and found["x"]["usual"] is not None
+    with pytest.raises(ValueError, match="always or never present"):
+        spread(scores, labels * 0, [A], NAMES)
+
+
+def test_wordings_have_the_scores_that_the_pipeline_gives(model, processor):
+    source = phantom_source("A", range(3), 0)
+    loader = StudyLoader(source, processor, CT_CLIP_LABELS, batch_size=2, with_text=False)
+    accelerator = Accelerator(cpu=True)
+    embeds, studies = embed_studies(model, loader, accelerator, "")
+    names = {label: [label] for label in CT_CLIP_LABELS} | {"Emphysema": ["Emphysema", "a b c"]}
+    scores = wording_scores(model, processor, embeds, [A, B], names, accelerator)
+    assert scores["Emphysema"].shape == (2, 2, 3) and scores["Cardiomegaly"].shape == (2, 1, 3)
+    pipe = ZeroShotCTClassificationPipeline(model=model, processor=processor, device="cpu")
+    row = source.read(1)
+    assert studies.ids[1] == row["id"]
+    for template, each in zip((A, B), scores["Emphysema"], strict=True):
+        found = pipe(
+            [row["volume"]], affine=row["affine"], candidate_labels=names["Emphysema"], prompt_templates=[template]
+        )
+        by_name = {result["label"]: result["score"] for result in found[0]}
+        assert each[:, 1] == pytest.approx([by_name[name] for name in names["Emphysema"]], abs=1e-5)
+    # With the model's own words it is what `score_studies` gives.
+    own = wording_scores(
+        model, processor, embeds, model.config.prompt_templates, {n: [n] for n in CT_CLIP_LABELS}, accelerator
+    )
+    scored = score_studies(model, loader, tokenize_prompts(model.config, processor), accelerator, "")
+    np.testing.assert_allclose(np.stack([each[0, 0] for each in own.values()], 1), scored.scores, atol=1e-6)
+
+
+def test_the_lists_are_of_whole_sentences():
+    config = MedCTConfig()
+    assert set(SYNONYMS) == set(CT_CLIP_LABELS)
+    assert len(set(TEMPLATES)) == len(TEMPLATES) == 7
+    assert TEMPLATES[0] == tuple(config.prompt_templates[0])
+    assert all(config.label_prompts(["x"], [template]) for template in TEMPLATES)
+
+
+def test_a_choice_is_stored_with_the_adapter_and_used(converted, processor, tmp_path, capsys):
+    adapter = save_adapter(converted, tmp_path / "adapter")
+    (tmp_path / "names.json").write_text(json.dumps({"Lung nodule": ["q w e", "r t"]}), encoding="utf-8")
+    options = ["prompts", "--data", "phantoms:A", "--limit", "20", "--model", converted, "--adapter", adapter, "--cpu"]
+    options += ["--num_workers", "0", "--batch_size", "4"]
+    options += ["--templates", "{label} a|not {label} b", "{label} q|no {label}"]
+    output = tmp_path / "prompts.json"
+    assert main([*map(str, options), "--names", str(tmp_path / "names.json"), "--store", "--output", str(output)]) == 0
+    assert "mean AUROC moves from" in capsys.readouterr().out
+    found = json.loads(output.read_text(encoding="utf-8"))
+    assert len(found["templates"]) == 3 and found["studies"] == 20
+    described = json.loads((adapter / DESCRIPTION_FILE).read_text(encoding="utf-8"))
+    wording = {key: found["chosen"][key] for key in ("prompt_templates", "names")}
+    assert described["prompt_templates"] == wording["prompt_templates"]
+    assert (described["prompts"] or {}) == wording["names"]
+    assert set(described["thresholds"]) <= set(CT_CLIP_LABELS) and described["thresholds"]
+    # A pipeline with the adapter asks so, and one that is told what to ask does as it is told.
+    row = phantom_source("A", range(1), 0).read(0)
+    model = MedCTModel.from_pretrained(converted)
+    pipe = ZeroShotCTClassificationPipeline(model=model, processor=processor, adapter=str(adapter), device="cpu")
+    own = {each["label"]: each for each in pipe([row["volume"]], affine=row["affine"])[0]}
+    names = [wording["names"].get(label, label) for label in CT_CLIP_LABELS]
+    told = pipe(
+        [row["volume"]],
+        affine=row["affine"],
+        candidate_labels=names,
+        prompt_templates=[tuple(each) for each in wording["prompt_templates"]],
+    )[0]
+    scores = {each["label"]: each["score"] for each in told}
+    for label, name in zip(CT_CLIP_LABELS, names, strict=True):
+        assert own[label]["score"] == pytest.approx(scores[name], abs=1e-6)
+    assert {label for label, each in own.items() if "present" in each} == set(described["thresholds"])
+    some = pipe([row["volume"]], affine=row["affine"], candidate_labels=["Lung nodule", "b"])[0]
+    assert next(each for each in some if each["label"] == "Lung nodule")["score"] == pytest.approx(
+        own["Lung nodule"]["score"], abs=1e-6
+    )
+    # And so does `medct evaluate`: mean AUROC on the same studies is what was reported.
+    scored = tmp_path / "scores.json"
+    evaluate = ["evaluate", "--data", "phantoms:A", "--split", "tune", "--limit", 20, "--adapter", adapter, "--cpu"]
+    main([*map(str, evaluate), "--num_workers", "0", "--bootstrap_resamples", "5", "--output", str(scored)])
+    auroc = json.loads(scored.read_text(encoding="utf-8"))["sources"][0]["scores"]["auroc"]["value"]
+    assert auroc == pytest.approx(found["chosen"]["auroc"], abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        ('{"Nodules": ["a"]}', "the model has no finding 'Nodules'"),
+        ('["a"]', "write a list of other names for each finding"),
+        ('{"Emphysema": "a"}', "write a list of other names for each finding"),
+        ("{", "not a readable JSON file"),
+    ],
+)
+def test_names_that_cannot_be_meant_are_refused(converted, tmp_path, refused, names, said):
+    (tmp_path / "names.json").write_text(names, encoding="utf-8")
+    options = ["--model", converted, "--cpu", "--names", tmp_path / "names.json"]
+    assert said in refused("prompts", "--data", "phantoms:A", *options)
+
+
+def test_a_choice_needs_an_adapters_folder(converted, refused):
+    assert "Pass its folder as --adapter" in refused("prompts", "--data", "x", "--model", converted, "--store")
