@@ -7,7 +7,7 @@ LAUNCH := $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --
 # A process for each core, with one thread each: threads that wait for each other cost more than they bring.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8
 
-.PHONY: train test test-newest test-slow style check phantom-base
+.PHONY: train test test-newest test-slow test-app style check phantom-base
 
 train: $(VENV)/installed  ## adapt the phantom base to another site; ARGS="..." passes flags
 	$(LAUNCH) train.py $(ARGS)
@@ -23,6 +23,10 @@ test-newest:  ## the same with the newest of everything that pyproject.toml allo
 
 test-slow: $(VENV)/installed  ## what takes minutes or gigabytes
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+test-app: $(VENV)/installed  ## the app in a real browser (Debian: chromium)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test,browser]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'slow or not slow' tests/app $(ARGS)
 
 style: $(VENV)/installed-dev  ## format, fix what can be fixed, and renew the code in phantom_base/
 	$(BIN)/ruff format .

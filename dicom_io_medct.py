@@ -98,8 +98,7 @@ def read_dicom(
     Returns:
         The volume, int16 where slopes are 1 and all values fit.
     """
-    if pydicom is None:
-        raise VolumeError(source, "DICOM needs pydicom and decoders", f"Install them: {INSTALL}")
+    _need_pydicom(source)
     found, left_out = _collect(files, source)
     slices = _choose(found, source, series, rescale)
     check_alike(slices)
@@ -112,6 +111,28 @@ def read_dicom(
         more.append("its headers name no modality: taken for CT by their SOP class")
     notes = [*_left_out_notes(left_out), *notes, *more_notes, *more]
     return CTVolume(hu.T, affine, source, tuple(notes))  # (k, row, column) -> (column, row, k)
+
+
+def _need_pydicom(source: str) -> None:
+    if pydicom is None:
+        raise VolumeError(source, "DICOM needs pydicom and decoders", f"Install them: {INSTALL}")
+
+
+def places_of_slices(
+    files: Sequence[ByteSource], source: str, series: int | str | None = None, resample_irregular: bool = False
+) -> list[tuple[ByteSource, int | None]]:
+    """Where the slices of a volume that `read_dicom` gives lie: file and frame of each, in the same order.
+
+    Args:
+        files, source, series, resample_irregular: See `read_dicom`.
+
+    Returns:
+        Frames count from 0; `None` in a file of one slice.
+    """
+    _need_pydicom(source)
+    found, _ = _collect(files, source)
+    slices, _ = order(_choose(found, source, series, (None, None)), source, resample_irregular)
+    return [(one.file, one.frame) for one in slices]
 
 
 def _collect(files: Sequence[ByteSource], source: str) -> tuple[list[_CTFile], Counter]:

@@ -8,21 +8,35 @@ set of labels, however many scans follow. "ct-classification" is the same for a 
 and asks nothing in words.
 """
 
+import contextlib
+import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
 from transformers import Pipeline, PreTrainedModel
+from transformers.pipelines.pt_utils import PipelineIterator
 
 from .adapters_medct import OtherWordsWarning, asked_config, calibrated, description_in_use
 from .checks_medct import check_processor
 from .configuration_medct import MedCTConfig, Prompt
+from .errors_medct import MedCTError
+from .image_processing_medct import MedCTImageProcessor
 from .modeling_medct import zero_shot_probabilities
 from .processing_medct import MedCTProcessor
+from .resampling_medct import ScanPart
 from .snapshots_medct import Snapshot, state_of
+from .volume_io_medct import VolumeError, read_volume
+from .workers_medct import Lost, PicklesAnywhere, Place, load_ahead, overlapped
 
 _READING = ("spacing_mm", "affine", "rescale_slope", "rescale_intercept", "series", "resample_irregular")
+
+
+class PromptError(MedCTError, ValueError):
+    """Labels or templates that a model cannot be asked; the message says what they should be."""
 
 
 class CTPipeline(Pipeline):
@@ -89,7 +103,7 @@ class CTPipeline(Pipeline):
 
         Raises:
             VolumeError: If a source is no usable CT volume.
-            ValueError: If labels or templates are not what they should be.
+            PromptError: If labels or templates are not what they should be.
         """
         if isinstance(inputs, list) and not inputs:
             return []
@@ -107,9 +121,29 @@ class CTPipeline(Pipeline):
         return reading, prompts, prompts
 
     def preprocess(self, volume: Any, **reading) -> dict[str, torch.Tensor]:
-        """Returns `pixel_values`, `(1, 1, z, y, x)`."""
-        batch = self.processor.image_processor([volume], return_tensors="pt", **reading)
+        """Returns `pixel_values`, `(1, 1, z, y, x)`, on the model's device."""
+        batch = self.processor.image_processor([volume], return_tensors="pt", device=self.device, **reading)
         return {"pixel_values": batch["pixel_values"]}
+
+    def get_iterator(self, inputs, num_workers, batch_size, preprocess_params, forward_params, postprocess_params):
+        """Results one by one; with `num_workers`, other processes read ahead.
+
+        Args:
+            inputs: Scans, see `__call__`.
+            num_workers: Processes; the library's own would be one at most, and read float volumes through a pipe.
+            batch_size: Scans that go through the model together.
+            preprocess_params, forward_params, postprocess_params: From `_sanitize_parameters`.
+        """
+        if not num_workers:
+            steps = (preprocess_params, forward_params, postprocess_params)
+            return super().get_iterator(inputs, 0, batch_size, *steps)
+        if hasattr(inputs, "__len__"):  # a dataset need not say where it ends
+            inputs = map(inputs.__getitem__, range(len(inputs)))
+        load = _LoadScan(self.processor.image_processor, self.device, preprocess_params)
+        loaded = load_ahead(inputs, load, num_workers, batch_size, pinned=self.device.type == "cuda")
+        batches = overlapped(_batches(loaded, load, batch_size), self.device, dict.values)
+        outputs = PipelineIterator(batches, self.forward, forward_params, loader_batch_size=batch_size)
+        return PipelineIterator(outputs, self.postprocess, postprocess_params)
 
     def _results(
         self, labels: Sequence[str], scores: torch.Tensor, margins: torch.Tensor, description: dict[str, Any]
@@ -233,11 +267,11 @@ class CTClassificationPipeline(CTPipeline):
 
     def _sanitize_parameters(self, candidate_labels=None, prompt_templates=None, **kwargs):
         if prompt_templates is not None:
-            raise ValueError("A classifier asks nothing in words. Leave out the templates of prompts.")
+            raise PromptError("A classifier asks nothing in words. Leave out `prompt_templates`.")
         reading, prompts, _ = super()._sanitize_parameters(candidate_labels, **kwargs)
         unknown = sorted(set(prompts.get("candidate_labels", ())) - set(self.model.config.label_names))
         if unknown:
-            raise ValueError(
+            raise PromptError(
                 f"This classifier was not trained on {', '.join(unknown)}. Its labels: "
                 f"{', '.join(self.model.config.label_names)}."
             )
@@ -263,6 +297,35 @@ class CTClassificationPipeline(CTPipeline):
         return self._results(labels, margins.sigmoid(), margins, self._description())
 
 
+@dataclass(frozen=True)
+class _LoadScan(PicklesAnywhere):
+    """Reads scans in other processes."""
+
+    image_processor: MedCTImageProcessor
+    device: torch.device
+    reading: dict[str, Any]
+
+    def __call__(self, source: Any, place: Place) -> ScanPart | torch.Tensor:
+        place.begin(str(source) if isinstance(source, str | os.PathLike) else "")
+        options = {"orientation": self.image_processor.orientation, **self.reading}
+        return self.image_processor.load(read_volume(source, **options), place, self.device)
+
+
+def _batches(
+    loaded: Generator[Any, None, None], load: _LoadScan, size: int
+) -> Generator[dict[str, torch.Tensor], None, None]:
+    shape = (1, *load.image_processor.image_size)
+    with contextlib.closing(loaded):
+        while parts := list(islice(loaded, size)):
+            pixel_values = torch.empty(len(parts), *shape, device=load.device)
+            for part, out in zip(parts, pixel_values, strict=True):
+                if isinstance(part, Lost):
+                    raise VolumeError(part.name or "a scan", part.reason, "Try it alone")
+                load.image_processor.finish(part, out[0])
+            del part, parts  # their memory can be used again
+            yield {"pixel_values": pixel_values}
+
+
 def _processor_of(model: PreTrainedModel) -> MedCTProcessor:
     """The processor that lies beside a model's weights."""
     try:
@@ -276,13 +339,13 @@ def _processor_of(model: PreTrainedModel) -> MedCTProcessor:
 def _checked_labels(labels: Any) -> list[str] | dict[str, Prompt]:
     labels = [labels] if isinstance(labels, str) else dict(labels) if isinstance(labels, Mapping) else list(labels)
     if not labels or not all(isinstance(label, str) and label.strip() for label in labels):
-        raise ValueError(f"`candidate_labels` is a list of findings in words, not {labels!r}.")
+        raise PromptError(f"`candidate_labels` is a list of findings in words, not {labels!r}.")
     return labels
 
 
 def _checked_templates(templates: Any) -> Sequence[Sequence[str]]:
     if isinstance(templates, str) or not len(templates):
-        raise ValueError(
+        raise PromptError(
             '`prompt_templates` is a list of pairs of sentences, such as [("There is {label}.", "There is no '
             f'{{label}}.")], not {templates!r}.'
         )

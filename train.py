@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import shlex
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,17 +26,19 @@ from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
 from medct.adapters_medct import adapter_fingerprint, describe_adapter, fingerprint
+from medct.common.digest import digest
 from medct.common.distributed import shard, sum_gradients, sum_over_processes
 from medct.common.errors import StoppedError, one_line_errors
 from medct.common.files import refuse_taken
 from medct.common.host import device_name, keep_freed_memory, peak_memory_bytes, quiet_libraries
 from medct.common.lock import only_run
-from medct.data import StudyLoader, to_device
+from medct.common.paths import local_paths, without_paths
+from medct.data import StudyLoader
 from medct.data.label_space import asked
 from medct.evaluation.calibration import apply_calibration
 from medct.evaluation.metrics import zero_shot_scores
 from medct.evaluation.operating_points import wanted_points
-from medct.evaluation.plots import calibration_plot, roc_plot
+from medct.evaluation.plots import calibration_plot, change_plot, roc_plot, save_plot
 from medct.evaluation.predictions import short_names
 from medct.evaluation.provenance import list_checksum, provenance
 from medct.evaluation.record import RESULTS, write_record
@@ -52,6 +55,7 @@ from medct.evaluation.scoring import (
 )
 from medct.modeling_medct import MedCTModel
 from medct.publishing.cards import write_card
+from medct.publishing.loading import named
 from medct.publishing.push import push_adapter, push_model
 from medct.training.best import BestSoFar
 from medct.training.checkpoints import Checkpoints, TrainingState
@@ -59,7 +63,6 @@ from medct.training.launch import commit_of_base, load_base, make_accelerator
 from medct.training.lora import (
     add_lora,
     core,
-    digest,
     frozen_tensors,
     note_start,
     save_weights,
@@ -76,6 +79,7 @@ from medct.training.results import (
     SPLITS,
     Scored,
     compare_all,
+    few_steps,
     mean_auroc,
     predictions_of,
     remarks_on,
@@ -90,7 +94,7 @@ from medct.training.settings import (
     complete,
     parse_settings,
 )
-from medct.training.sources import endless, load_sources, number_of_steps
+from medct.training.sources import endless, load_sources, number_of_steps, steps_per_epoch
 from medct.training.strength import Choice, Line, choose_strength
 
 
@@ -105,6 +109,7 @@ class Trainer:
     """
 
     def __init__(self, settings: TrainingSettings):
+        settings = dataclasses.replace(settings, model=named(settings.model))
         check(settings)
         self.started = time.monotonic()
         self.folder = RunFolder(settings.output_dir, settings.resume)
@@ -119,13 +124,17 @@ class Trainer:
         self.config = self.base.config
         self.settings = settings = complete(settings, self.config)
         self.sources = load_sources(settings, self.config, mapping)
-        self.steps = number_of_steps(self.sources["train"], settings, self.accelerator.num_processes)
+        processes = self.accelerator.num_processes
+        self.steps = number_of_steps(self.sources["train"], settings, processes)
         self.eval_steps = max(1, self.steps // 10) if settings.eval_steps is None else settings.eval_steps
         self.prompts = prompts_for(self.base, self.processor)
-        remark = remark_on_words(self.base, self.processor, self.config)
-        self.remarks = [remark] if remark else []
+        remarks = (
+            few_steps(self.steps, steps_per_epoch(self.sources["train"], settings, processes), settings),
+            remark_on_words(self.base, self.processor, self.config),
+        )
+        self.remarks = [remark for remark in remarks if remark]
         self.folder.work.mkdir(parents=True, exist_ok=True)
-        self.is_preempted = False
+        self.stopped_by = ""
         self.line: Line | None = None
 
     def run(self) -> dict[str, Any]:
@@ -134,10 +143,17 @@ class Trainer:
         Raises:
             LockedError: If another run is writing to the same folder.
             FileExistsError: If another run has completed it meanwhile.
+            StoppedError: If it was stopped by a signal; it names what resumes it.
         """
         with only_run(self.folder.final):
             refuse_taken(self.folder.final)
-            return self._run()
+            try:
+                return self._run()
+            except KeyboardInterrupt:  # before or after the steps, or a second time
+                raise StoppedError(f"stopped by SIGINT. {self._remedy()}") from None
+
+    def _remedy(self) -> str:
+        return f"The same command with --output_dir {shlex.quote(str(self.folder.final))} --resume continues it."
 
     def _run(self) -> dict[str, Any]:
         self.base.to(self.accelerator.device)
@@ -150,7 +166,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             # Adapter, plots and tables.
             self.folder.reserve(8 * self.counts["trainable_parameters"] + 2**23)
-        with self._noting_sigterm():
+        with self._noting_signals():
             self._train(model)
         self._check_base(model)
         choice = self._choose_strength(model, before)
@@ -162,21 +178,27 @@ class Trainer:
         return results
 
     @contextlib.contextmanager
-    def _noting_sigterm(self) -> Iterator[None]:
-        """While training, SIGTERM is a wish to stop after the step."""
+    def _noting_signals(self) -> Iterator[None]:
+        """While training, SIGTERM and Ctrl-C are wishes to stop after the step; a second Ctrl-C is not put off."""
 
-        def note(*_: Any) -> None:
-            self.is_preempted = True
+        def note(number: int, *_: Any) -> None:
+            if self.stopped_by and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self.stopped_by = signal.Signals(number).name
 
+        before: dict[int, Any] = {}
         try:
-            before = signal.signal(signal.SIGTERM, note)
+            for each in (signal.SIGTERM, signal.SIGINT):
+                # A job in the background ignores Ctrl-C, which is meant for another.
+                if signal.getsignal(each) is not signal.SIG_IGN:
+                    before[each] = signal.signal(each, note)
         except (AttributeError, ValueError):  # a system without it, or a thread, which gets no signals
-            yield
-            return
+            pass
         try:
             yield
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for each, handler in before.items():
+                signal.signal(each, handler)
 
     def loader(self, split: str, **options: Any) -> StudyLoader:
         return StudyLoader(
@@ -190,6 +212,7 @@ class Trainer:
             on_bad_sample=self.settings.on_bad_sample,
             max_bad_share=self.settings.max_bad_share,
             bad_samples_file=self.folder.bad_samples,
+            device=self.accelerator.device,
             **options,
         )
 
@@ -276,32 +299,29 @@ class Trainer:
         prompts = [texts_to(texts, accelerator.device) for texts in self.prompts]
         constant_prompts = None if trains_text(model) else embed_prompts(core(model).eval(), prompts, accelerator)
         batches = endless(loader)
-        bar = tqdm(
+        with tqdm(
             total=self.steps, initial=state.step, desc="train", unit="step", disable=not accelerator.is_main_process
-        )
-        while state.step < self.steps and not best.has_waited_enough:
-            figures = self._step(model, state, batches, prompts, constant_prompts)
-            bar.update()
-            bar.set_postfix(
-                loss=f"{figures['loss']:.3f}",
-                volumes=f"{figures['volumes_per_second']:.1f}/s",
-                memory=f"{figures['memory_gib']:.1f} GiB",
-                refresh=False,
-            )
-            figures |= self._watch(model, state)
-            if history:
-                history.add(state.step, figures)
-            accelerator.log(figures, step=state.step)
-            if self._must_stop():
-                checkpoints.save(state)
-                raise StoppedError(
-                    f"stopped by SIGTERM after step {state.step} of {self.steps}. The same command with "
-                    f"--output_dir {self.folder.final} --resume continues it."
+        ) as bar:
+            while state.step < self.steps and not best.has_waited_enough:
+                figures = self._step(model, state, batches, prompts, constant_prompts)
+                bar.update()
+                bar.set_postfix(
+                    loss=f"{figures['loss']:.3f}",
+                    volumes=f"{figures['volumes_per_second']:.1f}/s",
+                    memory=f"{figures['memory_gib']:.1f} GiB",
+                    refresh=False,
                 )
-            is_last = state.step == self.steps or best.has_waited_enough
-            if state.step % settings.checkpoint_steps == 0 or is_last:
-                checkpoints.save(state)
-        bar.close()
+                figures |= self._watch(model, state)
+                if history:
+                    history.add(state.step, figures)
+                accelerator.log(figures, step=state.step)
+                if self._must_stop():
+                    checkpoints.save(state)
+                    by = self.stopped_by or "a signal to another process"
+                    raise StoppedError(f"stopped by {by} after step {state.step} of {self.steps}. {self._remedy()}")
+                is_last = state.step == self.steps or best.has_waited_enough
+                if state.step % settings.checkpoint_steps == 0 or is_last:
+                    checkpoints.save(state)
         best.restore()
         self.steps_done, self.best_step = state.step, best.step
         for tracker in accelerator.trackers:
@@ -321,9 +341,7 @@ class Trainer:
         model.train()
         if constant_prompts:
             core(model).text_model.eval()  # what is not trained has no dropout
-        micro_batches = [
-            to_device(next(batches), accelerator.device, self.config) for _ in range(settings.accumulation_steps)
-        ]
+        micro_batches = [next(batches) for _ in range(settings.accumulation_steps)]
         loss_of = StepLoss(settings.objective, settings.report_weight, accelerator.autocast)
         loss = loss_of.backward(core(model), micro_batches, prompts, constant_prompts).item()
         if not math.isfinite(loss):
@@ -374,30 +392,34 @@ class Trainer:
 
     def _must_stop(self) -> bool:
         """Whether any process was told to; all of them stop after the same step."""
-        told = torch.tensor(float(self.is_preempted), device=self.accelerator.device)
+        told = torch.tensor(float(bool(self.stopped_by)), device=self.accelerator.device)
         return bool(sum_over_processes(told))
 
     def _check_base(self, model: PeftModel | MedCTModel) -> None:
         if digest(frozen_tensors(model)) != self.frozen:
             raise TrainingError("The base changed during training, so the adapter would not fit it. Nothing was saved.")
 
+    def _describe(self, split: str) -> str:
+        """What a split holds, as anyone may read it: tables and pictures are handed out."""
+        return without_paths(self.sources[split].description, local_paths(dataclasses.asdict(self.settings)))
+
     def _results(self, before: Scored, after: Scored, choice: Choice) -> dict[str, Any]:
         """What `results.json` holds."""
         settings, names = self.settings, before["valid"].names
         wanted = wanted_points(settings.sensitivity, settings.specificity)
         found = compare_all(before, after, settings.bootstrap_resamples, settings.seed, wanted)
-        held_out = self.sources["valid"].description
+        held_out = self._describe("valid")
         how = "With its head" if is_classifier(self.base) else "Zero-shot"
         measured_on = f"{how} on {found['comparison']['scans']} held-out studies: {held_out}."
         if found["kept"]:
-            measured_on += f" To be kept: {self.sources['keep_valid'].description}."
+            measured_on += f" To be kept: {self._describe('keep_valid')}."
         is_synthetic = self.sources["valid"].is_synthetic
         if is_synthetic:
             measured_on += " These are SYNTHETIC drawings: no patients, and no clinical meaning."
         results = {
             "measured_on": measured_on,
             "synthetic": is_synthetic,
-            "data": f"Trained on {self.sources['train'].description}; scored on {held_out}.",
+            "data": f"Trained on {self._describe('train')}; scored on {held_out}.",
             **found,
             "recipe": settings.recipe,
             "strength": choice.strength,
@@ -414,8 +436,9 @@ class Trainer:
             "device": device_name(self.accelerator.device),
             "seconds": round(time.monotonic() - self.started, 1),
         }
+        decided = self._provenance(found, before)
         remarks = [*self.remarks, *remarks_on(results, settings.max_forgotten)]
-        return results | {"remarks": remarks, "provenance": self._provenance(found, before)}
+        return results | {"remarks": remarks, "provenance": decided}
 
     def _source_names(self) -> list[str]:
         """What to call the new site and, where there is one, what is to be kept."""
@@ -445,7 +468,7 @@ class Trainer:
         tensors = weights_to_save(model)
         if not self.accelerator.is_main_process:
             return
-        note = self.sources["valid"].description
+        note = self._describe("valid")
         with self.folder.complete() as folder:
             save_weights(model, tensors, folder, self.folder.work)
             if self.settings.adaptation == "full":
@@ -470,11 +493,16 @@ class Trainer:
             trained = [(names[0], "train", self.sources["train"].names)]
             write_record(folder / RESULTS, results, predictions_of(before, after, names), trained)
             held_out, scored = before["valid"], after["valid"]
-            models = {BASE: held_out.scores, ADAPTED: scored.scores}
-            roc_plot(models, held_out.labels, held_out.names, note).savefig(folder / "roc.png")
+            models, what = {BASE: held_out.scores, ADAPTED: scored.scores}, "score"
+            save_plot(roc_plot(models, held_out.labels, held_out.names, note), folder / "roc.png")
             if results["calibration"] and len(results["calibration"]) == len(scored.names):
                 models["calibrated"] = apply_calibration(scored.scores, results["calibration"], scored.names)
-            calibration_plot(models, held_out.labels, note).savefig(folder / "calibration.png")
+                what = "score, or calibrated probability"
+            save_plot(calibration_plot(models, held_out.labels, note, what=what), folder / "calibration.png")
+            if results["kept"]:
+                note = f"{note}; to be kept: {self.sources['keep_valid'].description}"
+                change = change_plot(results["comparison"], results["kept"], scored.names, note)
+                save_plot(change, folder / "learned.png")
             if self.settings.adaptation == "full":
                 said = [results["measured_on"], results["table"], *results["remarks"]]
                 (folder / "README.md").write_text("\n\n".join(["# MedCT", *said]) + "\n", encoding="utf-8")

@@ -32,7 +32,7 @@ from .byte_sources_medct import (
     of_zip,
 )
 from .configuration_medct import MedCTVisionConfig
-from .dicom_io_medct import is_dicom, read_dicom
+from .dicom_io_medct import is_dicom, places_of_slices, read_dicom
 from .itk_formats_medct import is_metaimage, is_nrrd, read_metaimage, read_nrrd
 from .nifti_io_medct import is_nifti, read_nibabel_image, read_nifti
 from .no_scans_medct import what_is
@@ -99,6 +99,39 @@ def read_volume(
         if note not in known:
             warnings.warn(f"{volume.source}: {note}.", VolumeWarning, stacklevel=2)
     return volume
+
+
+def dicom_slices(
+    source: Any, *, series: int | str | None = None, resample_irregular: bool = False
+) -> list[tuple[ByteSource, int | None]]:
+    """The files that the slices of a DICOM study lie in, for those who need more of their headers than HU and geometry.
+
+    Args:
+        source, series, resample_irregular: See `read_volume`.
+
+    Returns:
+        File and frame (from 0; `None` in a file of one slice) of each slice, ascending along the slices' normal.
+
+    Raises:
+        VolumeError: If the source is no DICOM study, or no usable one.
+    """
+    files, name = _dicom_files(source)
+    return places_of_slices(files, name, series, resample_irregular)
+
+
+def refuse_no_dicom(source: Any) -> None:
+    """Refuse a source that is no DICOM study, by the beginning of its files."""
+    _dicom_files(source)
+
+
+def _dicom_files(source: Any) -> tuple[list[ByteSource], str]:
+    files, name, _ = _files_of(source)
+    if len(files) == 1 and files[0].head(4) == b"PK\x03\x04":
+        files = of_zip(files[0])
+    kind, files, _ = _kind_of(files, name)
+    if kind != "dicom":
+        raise VolumeError(name, "it is no DICOM, so there is no study that it belongs to", "Pass the DICOM files")
+    return files, name
 
 
 def _load(source: Any, spacing_mm, orientation: str, affine, rescale, series, resample_irregular: bool) -> CTVolume:

@@ -1,12 +1,15 @@
 """How much of full fine-tuning's gain an adapter keeps, and what either forgets, on SYNTHETIC phantoms.
 
-    python benchmarks/bench_adaptation.py --processes 2     # 1 to 2 hours on 2 CPU cores; resumes where it stopped
+    python benchmarks/bench_adaptation.py --processes 2      # hours on 2 CPU cores, minutes with a GPU and 16
 
 The phantom base knows site A and is adapted to site B, with the same number of optimizer steps in every run and three
 seeds, each with other patients and another initialisation. The adapter is that of `medct train`: recipe `vision` with
 replay, early stopping and a strength chosen on tuning patients. The reference is full fine-tuning of the vision half.
 Learning rates are chosen by the tuning patients of site B, at 100 training patients, once for each. Scores are those of
 300 other patients of each site. Site C has no part in any choice; its rows come last.
+
+Each phantom is drawn once and kept: 20 GB in all. Runs are made on a GPU if there is one; what is there is not made
+again.
 
 The table is written after every run and says which runs are missing. Writes `adaptation.md` and `adaptation.json`.
 """
@@ -20,15 +23,17 @@ import shutil
 import statistics
 import tempfile
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from medct import data as medct_data
 from medct.common.files import whole_file
+from medct.data import PhantomCohort
+from medct.data.phantoms import make_phantom
 from medct.train import Trainer
 from medct.training.recipes import RECIPES
 from medct.training.settings import TrainingSettings
@@ -39,7 +44,6 @@ PATIENTS = (400, 25, 100)
 SEEDS = (0, 1, 2)
 TUNE_PATIENTS = 200
 EVAL_PATIENTS = 300
-PHANTOMS_KEPT = 1600  # in the memory of each process, 1.5 MB each; a seed and site has 1,500
 # Of each kind of run, the settings by which it differs from the defaults.
 KINDS: dict[str, dict[str, Any]] = {
     "full": {"recipe": "full", "replay": "none", "strength": "1", "eval_steps": 0},
@@ -61,6 +65,9 @@ RATES = (0.5, 1.0, 2.0)
 GOALS = {400: "95 %, .010", 100: "90 %, .010", 25: "+.03, .010"}
 
 
+Site = Literal["A", "B", "C"]
+
+
 @dataclass(frozen=True)
 class Key:
     """What a run is known by."""
@@ -68,7 +75,7 @@ class Key:
     kind: str
     patients: int
     seed: int
-    site: str = "B"
+    site: Site = "B"
     rate: float = 1.0
 
 
@@ -85,7 +92,7 @@ def settings_of(key: Key, folder: str) -> TrainingSettings:
         keep="phantoms:A",
         learning_rate=key.rate * recipe.learning_rate,
         seed=key.seed,
-        phantom_site=key.site,  # type: ignore[arg-type]
+        phantom_site=key.site,
         phantom_train_patients=key.patients,
         phantom_tune_patients=TUNE_PATIENTS,
         phantom_eval_patients=EVAL_PATIENTS,
@@ -96,7 +103,6 @@ def settings_of(key: Key, folder: str) -> TrainingSettings:
         output_dir=str(Path(folder) / "run"),
         resume=True,  # takes the scores of the base that lie there
         num_workers=0,
-        cpu=True,
     )
 
 
@@ -115,6 +121,7 @@ class BaseScores:
         """
         kept = self.folder / f"{key.site}-{key.seed}"
         if not kept.exists():
+            trainer.base.to(trainer.accelerator.device)
             for split in set(trainer.sources) - {"train"}:
                 trainer.score_base(split)
             kept.mkdir()
@@ -145,14 +152,42 @@ def base_scores() -> BaseScores:
     return BaseScores()
 
 
+_drawn: dict[tuple[int, str, int], dict[str, Any]] = {}  # 1.5 MB each
+
+
+def _draw(phantom: tuple[int, str, int]) -> dict[str, Any]:
+    return _drawn[phantom] if phantom in _drawn else make_phantom(*phantom)
+
+
+def draw_phantoms(keys: list[Key], pool: Executor) -> None:
+    """Draw each phantom of some runs once; processes that are forked later share them.
+
+    Args:
+        keys: The runs.
+        pool: Draws them.
+    """
+    scored = {"tune_patients": TUNE_PATIENTS, "eval_patients": EVAL_PATIENTS}
+    cohorts = [PhantomCohort(key.site, key.patients, seed=key.seed, **scored) for key in keys]
+    cohorts += [PhantomCohort("A", seed=key.seed, **scored) for key in keys]
+    wanted = {
+        (patient, cohort.site, cohort.seed)
+        for cohort in cohorts
+        for split in ("train", "tune", "valid")
+        for patient in cohort.patients(split)
+    }
+    missing = sorted(wanted - _drawn.keys())
+    for phantom, made in zip(missing, pool.map(_draw, missing, chunksize=20), strict=True):
+        _drawn[phantom] = made
+
+
 def start(threads: int) -> None:
-    """Prepare a process: each phantom is drawn once.
+    """Prepare a process.
 
     Args:
         threads: For torch.
     """
     torch.set_num_threads(threads)
-    medct_data.make_phantom = functools.lru_cache(maxsize=PHANTOMS_KEPT)(medct_data.make_phantom)
+    medct_data.make_phantom = lambda *phantom: _draw(phantom)
 
 
 class Runs:
@@ -189,6 +224,7 @@ def _figures(results: dict[str, Any]) -> dict[str, Any]:
         "best_step": results["best_step"],
         "trainable": results["trainable_parameters"],
         "seconds": results["seconds"],
+        "device": results["device"],
     }
 
 
@@ -276,6 +312,7 @@ def report(runs: Runs) -> str:
         f"Learning rates: {chosen[ADAPTER]:g} (adapter), {chosen[REFERENCE]:g} (reference); of {2 * len(RATES)} runs "
         f"that choose them, {tried} were made"
         + ("." if tried == 2 * len(RATES) else ", so they are the recipes' own, found in earlier trials on site B."),
+        "Made on: " + (", ".join(sorted({row["device"] for row in runs.rows})) or "nothing yet") + ".",
         "## Site B",
         table(runs, "B"),
         "## Site C, which had no part in any choice",
@@ -292,16 +329,20 @@ def main() -> None:
     parser.add_argument(
         "--output", type=Path, default=Path(__file__).with_name("adaptation.md"), help="Table to write."
     )
-    parser.add_argument("--processes", type=int, default=1, help="Runs at a time; each has its share of the cores.")
+    parser.add_argument("--processes", type=int, default=1, help="Most runs at a time; they share the cores.")
     parser.add_argument("--report_only", action="store_true", help="Make no run.")
     arguments = parser.parse_args()
     runs = Runs(arguments.output.with_suffix(".json"))
-    threads = max(1, (os.cpu_count() or 1) // arguments.processes)
-    with ProcessPoolExecutor(
-        arguments.processes, multiprocessing.get_context("spawn"), initializer=start, initargs=(threads,)
-    ) as pool:
-        for keys in () if arguments.report_only else (choosing, lambda: scored(runs)):
-            missing = [key for key in keys() if not runs.found(key)]
+    cores = os.cpu_count() or 1
+    fork = multiprocessing.get_context("fork")
+    for keys in () if arguments.report_only else (choosing, lambda: scored(runs)):
+        missing = [key for key in keys() if not runs.found(key)]
+        if not missing:
+            continue
+        with ProcessPoolExecutor(cores, fork) as pool:
+            draw_phantoms(missing, pool)
+        processes = min(arguments.processes, len(missing))
+        with ProcessPoolExecutor(processes, fork, initializer=start, initargs=(max(1, cores // processes),)) as pool:
             for future in as_completed(pool.submit(make, key) for key in missing):
                 runs.add(future.result())
                 with whole_file(arguments.output) as aside:

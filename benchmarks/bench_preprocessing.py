@@ -5,11 +5,13 @@
 The scan is synthetic: 512 x 512 x 300 int16, smooth anatomy with noise, about 90 MB as .nii.gz, and the same as 300
 DICOM files, plain and as JPEG-LS. Floors are measured in the same run: inflating the .nii.gz into one array and copying
 the result's size, reading the bytes of the DICOM files likewise, and decoding the compressed ones with pydicom in the
-process itself. Ratios to them compare across machines and loads; seconds do not.
+process itself. Ratios to them compare across machines and loads; seconds do not. At the end the `.nii.gz` goes through
+the loader of `medct predict`, with one process to as many as there are cores.
 """
 
 import argparse
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -19,6 +21,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from gpu_studies import of_files, processes_up_to, rate
 
 SHAPE = (512, 512, 300)
 SPACING_MM = (0.7, 0.7, 1.0)
@@ -144,6 +147,26 @@ def measure(folder: Path, case: str, repeats: int, threads: int | None) -> dict[
     }
 
 
+def measure_loader(folder: Path, processes: int, studies: int) -> float:
+    """Studies a second through the loader, without the first ones.
+
+    Args:
+        folder: From `write_scans`.
+        processes: Number of loader processes.
+        studies: How many count for each of them.
+    """
+    import torch
+
+    from medct import MedCTImageProcessor
+    from medct.common.host import keep_freed_memory
+
+    keep_freed_memory()
+    skipped = 2 * processes + 1
+    paths = [folder / "scan.nii.gz"] * (skipped + (studies + 2) * processes)
+    batches = of_files(paths, MedCTImageProcessor(), torch.device("cpu"), processes)
+    return rate(batches, skipped, studies * processes)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5, help="runs of each case in its process (default: 5)")
@@ -151,7 +174,11 @@ def main() -> None:
     parser.add_argument("--slices", type=int, default=SHAPE[2], help="slices of the scan (default: 300)")
     parser.add_argument("--folder", type=Path, help="where to write the scans, or find those of an earlier run")
     parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)
+    parser.add_argument("--processes", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.processes:
+        print(json.dumps(measure_loader(arguments.folder, arguments.processes, arguments.repeats)))
+        return
     if arguments.case:
         print(json.dumps(measure(arguments.folder, arguments.case, arguments.repeats, arguments.threads)))
         return
@@ -163,16 +190,32 @@ def main() -> None:
         size = (folder / "scan.nii.gz").stat().st_size
         print(f"scan: {SHAPE[0]} x {SHAPE[1]} x {arguments.slices} int16, {size / 1e6:.0f} MB as .nii.gz")
         print(f"{'case':12} {'best s':>8} {'median s':>9} {'x floor':>8} {'peak MiB':>9} {'of it imports':>14}")
+        floors = {}
         for case in CASES:
             command = [sys.executable, __file__, "--case", case, "--folder", folder, "--repeats", arguments.repeats]
             command += ["--threads", arguments.threads] if arguments.threads else []
             found = json.loads(subprocess.check_output([str(part) for part in command]))
             if case.startswith("floor"):
                 least = found["best_s"]
+                floors[case] = least
             print(
                 f"{case:12} {found['best_s']:8.2f} {found['median_s']:9.2f} {found['best_s'] / least:8.1f} "
                 f"{found['peak_mib']:9.0f} {found['imports_mib']:14.0f}"
             )
+        print(f"\n{'processes':12} {'studies/s':>9} {'share of floor':>15}")
+        for count in processes_up_to(os.cpu_count() or 1):
+            command = [
+                sys.executable,
+                __file__,
+                "--processes",
+                count,
+                "--folder",
+                folder,
+                "--repeats",
+                arguments.repeats,
+            ]
+            found = json.loads(subprocess.check_output([str(part) for part in command]))
+            print(f"{count:<12} {found:9.2f} {found * floors['floor-nifti'] / count:15.2f}")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from transformers import BitsAndBytesConfig, QuantoConfig, TorchAoConfig
 from transformers.utils import logging
 
 from medct import MedCTConfig, MedCTModel, MedCTProcessor
-from medct.data import StudyLoader, phantom_source, to_device
+from medct.data import StudyLoader, phantom_source
 from medct.evaluation.metrics import zero_shot_scores
 from medct.evaluation.scoring import score_studies, tokenize_prompts
 from medct.training.settings import PHANTOM_BASE
@@ -101,12 +101,7 @@ def ranking(model: MedCTModel, loader: StudyLoader, expected: torch.Tensor | Non
     model.eval = evaluate
     with torch.no_grad():
         embeds = torch.cat(
-            [
-                model.get_image_features(
-                    to_device(batch, model.device, model.config)["pixel_values"]
-                ).pooler_output.cpu()
-                for batch in loader
-            ]
+            [model.get_image_features(batch["pixel_values"].to(model.device)).pooler_output.cpu() for batch in loader]
         )
     cosine = 1.0 if expected is None else (embeds * expected).sum(-1).min().item()
     return zero_shot_scores(scored.scores, scored.labels, names)["auroc"], embeds, cosine

@@ -7,6 +7,7 @@ Everything is SYNTHETIC. Each case has a process of its own:
 - speed: volumes of the published size (240 x 480 x 480), a body of noise in constant air, from Parquet shards in the
   page cache to float32. The floor, copying as many bytes and reading them with `numpy.fromfile`, is measured in the
   same process. Ratios to it compare across machines and loads; seconds do not.
+- loader: the same volumes through loader processes, of which each is a core; shards to float32 in batches of one.
 - memory: very small volumes, so that 10,000 of them are read in a minute; it should not grow with their number.
 - full, ct_rate: from before the imports to the first batch of two volumes of the published size, from shards and from
   `.nii.gz` in CT-RATE's layout.
@@ -14,6 +15,7 @@ Everything is SYNTHETIC. Each case has a process of its own:
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -22,6 +24,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from gpu_studies import best_seconds, decompress, processes_up_to, rate
 
 STARTED = time.perf_counter()
 FULL_SIZE = (240, 480, 480)
@@ -188,16 +191,14 @@ def measure_speed(folder: Path, repeats: int) -> dict:
     """
     import torch
 
-    from medct.data import to_device
-
     torch.set_num_threads(1)
-    loader, config = make_loader(folder / "full", FULL_SIZE, batch_size=1)
+    loader, _ = make_loader(folder / "full", FULL_SIZE, batch_size=1)
     floor = measure_floor(folder, repeats)
     cpu, wall = [], []
     for _ in range(repeats + 1):
         starts = time.process_time(), time.perf_counter()
         for batch in loader:
-            assert to_device(batch, "cpu", config)["pixel_values"].dtype == torch.float32
+            assert batch["pixel_values"].dtype == torch.float32
         cpu.append((time.process_time() - starts[0]) / NUM_FULL)
         wall.append((time.perf_counter() - starts[1]) / NUM_FULL)
     return {
@@ -206,6 +207,26 @@ def measure_speed(folder: Path, repeats: int) -> dict:
         "peak_mib": memory_mib("VmHWM"),
         **floor,
     }
+
+
+def measure_loader(folder: Path, repeats: int) -> dict:
+    """Volumes a second by the number of loader processes, and CPU seconds to read and decompress a shard's volume.
+
+    Args:
+        folder: Holds the shards `full`.
+        repeats: Number of passes that count.
+    """
+    import torch
+
+    torch.set_num_threads(1)
+    shard = min((folder / "full/data").glob("*.parquet"))
+    found = {"floor": best_seconds(lambda: decompress(shard), repeats)}
+    for count in processes_up_to(os.cpu_count() or 1):
+        loader, _ = make_loader(folder / "full", FULL_SIZE, batch_size=1, num_workers=count)
+        volumes = (batch["pixel_values"] for _ in range(repeats) for batch in loader)
+        skipped = min(NUM_FULL, 2 * count + 1)
+        found[str(count)] = rate(volumes, skipped, repeats * NUM_FULL - skipped)
+    return found
 
 
 def measure_memory(folder: Path) -> dict:
@@ -237,11 +258,9 @@ def measure_first(folder: Path, layout: str) -> dict[str, float]:
     import torch
 
     torch.set_num_threads(1)
-    loader, config = make_loader(folder / layout, FULL_SIZE, batch_size=2)
-    from medct.data import to_device
-
+    loader, _ = make_loader(folder / layout, FULL_SIZE, batch_size=2)
     opened = time.perf_counter() - STARTED
-    batch = to_device(next(iter(loader)), "cpu", config)
+    batch = next(iter(loader))
     assert batch["pixel_values"].shape[0] == 2
     return {"opened_s": opened, "first_batch_s": time.perf_counter() - STARTED}
 
@@ -250,7 +269,7 @@ def measure_first(folder: Path, layout: str) -> dict[str, float]:
 # Table
 # ---------------------------------------------------------------------------------------------------------------------
 
-CASES = ("speed", "memory", "full", "ct_rate")
+CASES = ("speed", "loader", "memory", "full", "ct_rate")
 
 
 def measure(folder: Path, case: str, repeats: int) -> dict:
@@ -263,6 +282,8 @@ def measure(folder: Path, case: str, repeats: int) -> dict:
     """
     if case == "speed":
         return measure_speed(folder, repeats)
+    if case == "loader":
+        return measure_loader(folder, repeats)
     return measure_memory(folder) if case == "memory" else measure_first(folder, case)
 
 
@@ -281,6 +302,13 @@ def tell(case: str, found: dict) -> list[str]:
             f"({found['cpu_s'] * 1e3:.0f} ms CPU, {found['wall_s'] * 1e3:.0f} ms wall) | "
             f"{found['cpu_s'] / found['memcpy']:.1f} x copy, {found['cpu_s'] / found['fromfile']:.1f} x fromfile |",
             f"| its peak memory, batch of 1 | {found['peak_mib']:.0f} MiB | |",
+        ]
+    if case == "loader":
+        floor = found.pop("floor")
+        return [
+            f"| loader, {count} process{'es' * (count != '1')} | {per_second:.1f} per s | "
+            f"{per_second * floor / int(count):.2f} of decompressing |"
+            for count, per_second in found.items()
         ]
     if case == "memory":
         first = next(iter(found.values()))
@@ -310,7 +338,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.folder or Path(temporary)
         folder.mkdir(exist_ok=True)
-        if {"speed", "full"} & set(arguments.cases):
+        if {"speed", "loader", "full"} & set(arguments.cases):
             write_shards(folder / "full", FULL_SIZE, NUM_FULL, 4)
         if "memory" in arguments.cases:
             write_shards(folder / "tiny", TINY_SIZE, NUM_TINY, 16)

@@ -7,11 +7,13 @@ Every command says more with --help. Exit status: 0, all is done; 1, done, but s
 could not be done, and why is said in one sentence.
 """
 
+import functools
 import importlib
 import sys
 import warnings
 
 from medct.cli.arguments import RUNS, make_parser
+from medct.cli.wording import in_flags
 from medct.common.errors import one_line_errors
 
 
@@ -21,13 +23,17 @@ def main(argv: list[str] | None = None) -> int:
     run = RUNS.get(argv[0]) if argv else None
     args = None if run else make_parser(__doc__ or "").parse_args(argv)
     # Only now what takes seconds to import.
-    with one_line_errors():
+    with one_line_errors(functools.partial(in_flags, args=args)):
         importlib.import_module("medct.publishing.registration").register()
         if run:
             return importlib.import_module(run[0]).main(argv[1:], prog=f"medct {argv[0]}") or 0
         host = importlib.import_module("medct.common.host")
         host.keep_freed_memory()
         host.quiet_libraries()
+        loading = importlib.import_module("medct.publishing.loading")
+        for what in ("model", "adapter"):
+            if name := getattr(args, what, None):
+                setattr(args, what, loading.named(name, what))
         module, function = args.run.split(".")
         with warnings.catch_warnings():
             # Notes stand in each row; as warnings they would tear the progress bar.

@@ -23,17 +23,21 @@ def _reading_arguments(parser: argparse.ArgumentParser, many: bool = True) -> No
     group = parser.add_argument_group("reading")
     group.add_argument(
         "--series",
-        type=int,
+        type=_number_or_uid,
         metavar="N",
-        help="which of several DICOM series: its number in the list that an error shows",
+        help="which of several DICOM series: its number in the list that an error shows, or its UID",
     )
     group.add_argument(
         "--resample_irregular",
         action="store_true",
         help="resample tilted, oblique and unevenly spaced scans instead of refusing them",
     )
+    for name, unit in (("slope", "HU per stored unit"), ("intercept", "HU of a stored 0")):
+        group.add_argument(
+            f"--rescale_{name}", type=float, metavar="X", help=f"{unit}, of scans whose header does not say"
+        )
     if many:
-        _batch_arguments(group, "threads that read ahead; each holds a volume, 0.2 GB for CT-CLIP (default: 1)")
+        _batch_arguments(group, "processes that read ahead; each takes 0.8 GB for CT-CLIP (default: 1)")
     else:
         parser.set_defaults(batch_size=1, num_workers=0)
 
@@ -55,6 +59,10 @@ def _prompt_arguments(parser: argparse.ArgumentParser, required: bool = False) -
         help='pairs of sentences that contain {label}, such as "There is {label}.|There is no {label}."; the scores of '
         "several pairs are averaged",
     )
+
+
+def _number_or_uid(text: str) -> int | str:
+    return int(text) if text.isdigit() else text
 
 
 SCANS_HELP = (
@@ -83,8 +91,28 @@ def _add_predict(add: Callable[..., argparse.ArgumentParser]) -> None:
         "of --output, else table)",
     )
     group.add_argument("--output", type=Path, metavar="FILE", help="write here (.csv, .jsonl), row by row")
+    _report_arguments(parser)
     _model_arguments(parser)
     _reading_arguments(parser)
+
+
+def _report_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("reports, for research only")
+    group.add_argument(
+        "--dicom_sr", type=Path, metavar="DIR", help="a DICOM Structured Report for each study; of DICOM studies only"
+    )
+    group.add_argument(
+        "--dicom_page",
+        type=Path,
+        metavar="DIR",
+        help="a page with scores and slices for each study, as DICOM Secondary Capture; of DICOM studies only",
+    )
+    group.add_argument(
+        "--fhir", type=Path, metavar="FILE", help="a FHIR R4 bundle of one study; nothing in it says whose study it is"
+    )
+    group.add_argument(
+        "--fhir_identity", action="store_true", help="put patient id, study UID and accession number into the bundle"
+    )
 
 
 def _add_search(add: Callable[..., argparse.ArgumentParser]) -> None:
@@ -139,6 +167,27 @@ def _add_map(add: Callable[..., argparse.ArgumentParser]) -> None:
     _reading_arguments(parser, many=False)
 
 
+def _add_app(add: Callable[..., argparse.ArgumentParser]) -> None:
+    parser = add(
+        "app",
+        "app.run_app",
+        "look at the findings of a scan in a browser",
+        "medct app                                   # the phantom base, which knows drawings only\n"
+        "  medct app --model ct-clip --adapter ORG/NAME",
+        "Serves a page on this machine until it is stopped. For research only. Nothing is kept, and no other machine\n"
+        "is asked for anything. Without --model and --adapter it is the phantom base that answers.",
+    )
+    group = parser.add_argument_group("page")
+    group.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine)")
+    group.add_argument(
+        "--port", type=_at_least(1), metavar="N", help="port to listen on (default: the first free one from 7860)"
+    )
+    group.add_argument(
+        "--max_file_mb", type=_at_least(1), default=1024, metavar="N", help="largest file, MiB (default: 1024)"
+    )
+    _model_arguments(parser)
+
+
 def _source_arguments(parser: argparse.ArgumentParser, what: str) -> None:
     """Add the arguments that say where studies come from, for commands that run no model."""
     parser.add_argument(
@@ -148,7 +197,7 @@ def _source_arguments(parser: argparse.ArgumentParser, what: str) -> None:
     group.add_argument(
         "--model",
         metavar="ID_OR_DIR",
-        help="model whose grid, window, labels and tokenizer to use (default: CT-CLIP's)",
+        help="model whose grid, window, labels and tokenizer to use; `phantom`: this package's (default: CT-CLIP's)",
     )
     group.add_argument("--model_revision", metavar="COMMIT", help="commit of the model on the Hub")
     group.add_argument("--revision", metavar="COMMIT", help="commit of the source on the Hub")
@@ -183,7 +232,11 @@ def _add_overview(add: Callable[..., argparse.ArgumentParser]) -> None:
     )
     group.add_argument("--seed", type=int, default=0, help="seed for the choice of samples (default: 0)")
     group.add_argument(
-        "--sheet", type=Path, default=Path("overview.png"), metavar="FILE", help="PNG to write (default: overview.png)"
+        "--sheet",
+        type=Path,
+        default=Path("overview.png"),
+        metavar="FILE",
+        help="PNG or JPEG to write (default: overview.png)",
     )
     group.add_argument("--json", action="store_true", help="print the counts as JSON")
 
@@ -306,6 +359,7 @@ ADD_COMMANDS = (
     _add_search,
     add_scores,
     _add_map,
+    _add_app,
     _add_overview,
     _add_prepare,
     _add_convert,
@@ -314,7 +368,7 @@ ADD_COMMANDS = (
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
-    """The parser of `medct`; the parsed arguments name the function that runs the command, as `run`."""
+    """The parser of `medct`; of what it parsed, `run` names the command's function, and `explain` gives its help."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("medct", description=description, formatter_class=raw)
     parser.add_argument("--version", action="version", version=f"medct {medct.__version__}")
@@ -323,7 +377,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     def add(name: str, run: str, help: str, example: str, more: str) -> argparse.ArgumentParser:
         text = f"{help[0].upper()}{help[1:]}.\n\n  {example}\n\n{more}"
         command = commands.add_parser(name, help=help, description=text, formatter_class=raw)
-        command.set_defaults(run=run)
+        command.set_defaults(run=run, explain=command.format_help)
         return command
 
     for add_commands in ADD_COMMANDS:

@@ -19,6 +19,9 @@ from peft import PeftConfig
 from tqdm import tqdm
 
 from medct.byte_sources_medct import is_address
+from medct.checks_medct import preprocessing
+from medct.cli.reports import Writer, asked_for, check_reports, report_writer, reported
+from medct.cli.wording import in_flags
 from medct.common.errors import OK, SOME_FAILED, first_line
 from medct.common.files import whole_folder
 from medct.common.lock import only_run
@@ -28,9 +31,11 @@ from medct.data.loader import report_id
 from medct.data.table_files import SUFFIXES
 from medct.errors_medct import MedCTError
 from medct.inference.bulk import KEY, Csv, JsonLines, Reading, process, process_to_file, read_rows
-from medct.inference.studies import FailedStudy, ReadStudy, Study, find_studies, read_study
+from medct.inference.studies import FailedStudy, LoadStudy, ReadStudy, Study, find_studies, read_study, stacked
+from medct.inference.weights import KEY as WEIGHTS
+from medct.inference.weights import weights_of
 from medct.pipeline_medct import CTPipeline, ZeroShotCTClassificationPipeline
-from medct.publishing.loading import load_model, pipeline_of
+from medct.publishing.loading import load_model, named, pipeline_of
 from medct.volume_io_medct import read_volume
 
 MODEL_VARIABLE = "MEDCT_MODEL"
@@ -59,8 +64,10 @@ def start_processes(args: argparse.Namespace) -> PartialState:
 
 def model_of(args: argparse.Namespace) -> str:
     """The model that the user named, or that the adapter names, then with the commit that it names."""
-    if name := args.model or os.environ.get(MODEL_VARIABLE):
-        return name
+    if args.model:
+        return args.model
+    if name := os.environ.get(MODEL_VARIABLE):
+        return named(name)
     if args.adapter is None:
         raise CommandError(f"Which model? Pass --model ID_OR_FOLDER, or set {MODEL_VARIABLE}.")
     try:
@@ -106,8 +113,14 @@ def reading_of(args: argparse.Namespace, pipe: CTPipeline) -> Reading:
         args: Parsed, with the options for scans.
         pipe: Holds the image processor.
     """
-    options = {"series": args.series, "resample_irregular": args.resample_irregular}
-    return Reading(pipe.processor.image_processor, args.batch_size, args.num_workers, options)
+    load = LoadStudy(pipe.processor.image_processor, pipe.device, reading_options(args))
+    return Reading(load, args.batch_size, args.num_workers, functools.partial(in_flags, args=args))
+
+
+def reading_options(args: argparse.Namespace) -> dict[str, Any]:
+    """How the user wants scans to be read, as `read_volume` takes it."""
+    names = ("series", "resample_irregular", "rescale_slope", "rescale_intercept")
+    return {name: getattr(args, name) for name in names}
 
 
 def prompts_of(args: argparse.Namespace) -> dict[str, Any]:
@@ -138,9 +151,15 @@ def model_settings(args: argparse.Namespace) -> dict[str, Any]:
     return {"model": model_of(args), **{name: getattr(args, name) for name in names}}
 
 
-def settings_of(args: argparse.Namespace) -> dict[str, Any]:
-    """What decides about the numbers of a run over scans."""
-    return {**model_settings(args), "series": args.series, "resample_irregular": args.resample_irregular}
+def settings_of(args: argparse.Namespace, pipe: CTPipeline) -> dict[str, Any]:
+    """What decides about the numbers of a run over scans.
+
+    Args:
+        args: Parsed, with the options for the model and for scans.
+        pipe: The model's pipeline.
+    """
+    made_by = {WEIGHTS: weights_of(pipe.model), "preprocessing": preprocessing(pipe.model.config)}
+    return {**model_settings(args), **reading_options(args), **made_by}
 
 
 def ends(failed: int, studies: int, output: Path | None) -> int:
@@ -172,6 +191,7 @@ def _predict(args: argparse.Namespace) -> int:
     if args.output is not None and format not in ("csv", "json"):
         raise CommandError(f"{args.output}: rows are written as .csv or .jsonl. Name it so, or pass --format csv|json.")
     studies = find_studies(args.scans)
+    check_reports(args, studies)
     state = start_processes(args)
     prompts = prompts_of(args)
     pipe = load_pipeline(args, state.device)
@@ -182,13 +202,15 @@ def _predict(args: argparse.Namespace) -> int:
     has_thresholds = not thresholds.keys().isdisjoint(labels)
     calibrated = [label for label in labels if label in calibration]
     columns = [KEY, *labels, *(f"{label} present" for label in labels if has_thresholds)]
-    columns += [*(f"{label} probability" for label in calibrated), "notes"]
+    columns += [*(f"{label} probability" for label in calibrated), "notes", *(["reports"] if asked_for(args) else [])]
     rows_as = Csv(columns) if format == "csv" else JsonLines()
-    rows_of = functools.partial(prediction_rows, pipe, prompts, flat=format == "csv")
+    write_reports = report_writer(args, pipe, prompts, model_of(args))
+    rows_of = functools.partial(prediction_rows, pipe, prompts, flat=format == "csv", write_reports=write_reports)
     if args.output is not None:
-        settings = {**settings_of(args), "labels": labels, "templates": args.templates, "thresholds": thresholds}
+        templates = prompts.get("prompt_templates", pipe.asked.prompt_templates)
+        settings = {**settings_of(args, pipe), "labels": labels, "templates": templates}
         settings["prompts"] = prompts.get("candidate_labels") if has_own_words else pipe.asked.prompts
-        settings["calibration"] = calibration
+        settings |= {"thresholds": thresholds, "calibration": calibration, "reports": asked_for(args) or None}
         failed = process_to_file(studies, reading_of(args, pipe), rows_of, args.output, rows_as, settings, state)
         return ends(failed, len(studies), args.output)
     if state.num_processes > 1:
@@ -206,20 +228,28 @@ def _predict(args: argparse.Namespace) -> int:
 
 
 def prediction_rows(
-    pipe: CTPipeline, prompts: dict[str, Any], reads: list[ReadStudy], flat: bool
-) -> Iterator[dict[str, Any]]:
-    """Score studies: one row per study.
+    pipe: CTPipeline,
+    prompts: dict[str, Any],
+    reads: list[ReadStudy],
+    flat: bool,
+    write_reports: Writer | None = None,
+) -> Iterator[dict[str, Any] | FailedStudy]:
+    """Score studies: one row per study, or why its reports could not be made.
 
     Args:
         pipe: The model's pipeline.
         prompts: From `prompts_of`.
         reads: The studies, as one batch.
         flat: One column per score instead of a list of findings.
+        write_reports: From `report_writer`; a study has a row only once its reports are written.
     """
-    inputs = {"pixel_values": torch.stack([read.pixel_values for read in reads])}
+    inputs = {"pixel_values": stacked(reads)}
     for read, logits in zip(reads, pipe.forward(inputs, **prompts)["logits"], strict=True):
         findings = pipe.postprocess({"logits": logits[None]}, **prompts)
-        if flat:
+        reports = reported(write_reports, read, findings)
+        if isinstance(reports, str):
+            yield FailedStudy(read.study, reports)
+        elif flat:
             scores = {finding["label"]: f"{finding['score']:.6f}" for finding in findings}
             called = [finding for finding in findings if "present" in finding]
             calls = {f"{finding['label']} present": int(finding["present"]) for finding in called}
@@ -228,9 +258,10 @@ def prediction_rows(
                 for finding in findings
                 if "probability" in finding
             }
-            yield {KEY: read.study.id, **scores, **calls, "notes": " | ".join(read.notes)}
+            listed = {name: " | ".join(paths) for name, paths in reports.items()}
+            yield {KEY: read.study.id, **scores, **calls, "notes": " | ".join(read.notes), **listed}
         else:
-            yield {KEY: read.study.id, "findings": findings, "notes": list(read.notes)}
+            yield {KEY: read.study.id, "findings": findings, "notes": list(read.notes), **reports}
 
 
 def prediction_table(row: dict[str, Any]) -> str:
@@ -242,6 +273,7 @@ def prediction_table(row: dict[str, Any]) -> str:
         + (f"  probability {finding['probability']:.2f}" if "probability" in finding else "")
         for finding in row["findings"]
     ]
+    lines += [f"  report: {path}" for path in row.get("reports", ())]
     return "\n".join(lines) + "\n\n"
 
 
@@ -257,7 +289,7 @@ def _embed(args: argparse.Namespace) -> int:
     reports = search.read_reports(args.reports) if args.reports else {}
     state = start_processes(args)
     pipe = load_pipeline(args, state.device, zero_shot_only=True)
-    settings = settings_of(args)
+    settings = settings_of(args, pipe)
     before = search.read_embeddings(args.output) if args.output.exists() else None
     rows_path = args.output.with_name(f"{args.output.name}.rows")
     failed = process_to_file(
@@ -321,8 +353,7 @@ def embed_images(pipe: ZeroShotCTClassificationPipeline, reads: list[ReadStudy])
     Returns:
         `(studies, projection_dim)`, float32, of length 1.
     """
-    pixel_values = torch.stack([read.pixel_values for read in reads]).to(pipe.device)
-    return pipe.model.get_image_features(pixel_values).pooler_output.float().cpu()
+    return pipe.model.get_image_features(stacked(reads)).pooler_output.float().cpu()
 
 
 @torch.no_grad()
@@ -344,15 +375,21 @@ def search_index(args: argparse.Namespace) -> int:
     from medct.inference import search
 
     embeddings = search.read_embeddings(args.index)
-    for name in ("model", "revision", "adapter", "adapter_revision"):
+    for name in ("model", "revision", "adapter", "adapter_revision", "dtype"):
         made_with = embeddings.settings.get(name)
-        if getattr(args, name) not in (None, made_with):
+        if getattr(args, name) not in (None, "auto", made_with):
             raise CommandError(
                 f"{args.index} was made with {name} {made_with!r}, not {getattr(args, name)!r}. Leave out --{name}, or "
                 "make the index anew."
             )
         setattr(args, name, made_with)
     pipe = load_pipeline(args, PartialState(cpu=args.cpu).device, zero_shot_only=True)
+    if embeddings.settings.get(WEIGHTS) != weights_of(pipe.model):
+        which = args.adapter or args.model
+        raise CommandError(
+            f"{args.index} was made with other weights than those that {which} has now, so nothing in it can be "
+            "compared. Make the index anew."
+        )
     if is_address(args.query) or Path(args.query).exists():
         (study,) = one_study(args.query)
         read = read_one(study, args, pipe)
@@ -391,8 +428,7 @@ def read_one(study: Study, args: argparse.Namespace, pipe: ZeroShotCTClassificat
     Raises:
         CommandError: If it cannot be read.
     """
-    reading = reading_of(args, pipe)
-    read = read_study(study, reading.image_processor, **reading.options)
+    read = read_study(study, reading_of(args, pipe).load)
     if isinstance(read, FailedStudy):
         raise CommandError(read.reason)
     return read
@@ -408,8 +444,7 @@ def map_scan(args: argparse.Namespace) -> int:
     volume = read_volume(
         study.source,
         orientation=image_processor.orientation,
-        series=args.series,
-        resample_irregular=args.resample_irregular,
+        **reading_options(args),
     )
     pixel_values = image_processor.process_volume(volume)[None, None]
     maps = localization.map_findings(pipe, pixel_values, prompts["candidate_labels"], prompts.get("prompt_templates"))

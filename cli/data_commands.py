@@ -10,7 +10,7 @@ from medct.common.lock import only_run
 from medct.configuration_medct import MedCTConfig
 from medct.data import ALL, Source, joined, open_source, open_splits
 from medct.data.label_space import LabelTable, asked
-from medct.data.overview import as_text, contact_sheet, summarize
+from medct.data.overview import as_text, contact_sheet, sheet_format, summarize
 from medct.data.prepare import prepare
 from medct.data.prepared import MANIFEST
 from medct.data.sources import DataError
@@ -23,6 +23,7 @@ from medct.publishing.push import push_shards
 def show_overview(args: argparse.Namespace) -> int:
     if not args.samples:
         return _show_overview(args)
+    sheet_format(args.sheet)  # refuses, before anything is read, what is no picture
     with only_run(args.sheet):
         return _show_overview(args)
 

@@ -10,7 +10,8 @@ def model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--model",
         metavar="ID_OR_DIR",
-        help="Hub id or folder of a MedCT model (default: $MEDCT_MODEL, else the base that --adapter names)",
+        help="Hub id or folder of a MedCT model, or `phantom`, the small base of this package (default: $MEDCT_MODEL, "
+        "else the base that --adapter names)",
     )
     group.add_argument("--revision", metavar="COMMIT", help="commit of the model on the Hub")
     group.add_argument("--adapter", metavar="ID_OR_DIR", help="Hub id or folder of a LoRA adapter")

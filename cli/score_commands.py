@@ -47,7 +47,7 @@ DEFAULTS: dict[str, Any] = {
     "dtype": "auto",
 }
 # Flags that decide about no figure.
-_NOT_RECORDED = {"command", "run", "output", "repeat", "num_workers", "cpu"}
+_NOT_RECORDED = {"command", "run", "explain", "output", "repeat", "num_workers", "cpu"}
 # Settings that no flag has, of a training run: sizes of a cohort of phantoms, what its models are called, and the
 # operating points of each.
 _ONLY_RECORDED = ("phantoms", "names", "points")
@@ -339,8 +339,8 @@ def _brought(
     if tuned is None:
         return (args.points or {}).get(name, version.points), version.calibration
     wanted = wanted_points(args.sensitivity, args.specificity)
-    points = choose_points(tuned.scores, tuned.labels, tuned.names, wanted)
-    return points, fit_calibration(tuned.scores, tuned.labels, tuned.names)
+    points = choose_points(tuned.scores, tuned.labels, tuned.names, wanted, tuned.patients)
+    return points, fit_calibration(tuned.scores, tuned.labels, tuned.names, tuned.patients)
 
 
 def figures_of(models: Mapping[str, Scores], what: str, **options: int) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import contextlib
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from medct.errors_medct import MedCTError
@@ -28,11 +28,14 @@ def first_line(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def one_line_errors() -> Iterator[None]:
+def one_line_errors(reword: Callable[[str], str] = str) -> Iterator[None]:
     """End the process with one line on stderr when the block raises, with the traceback if `MEDCT_DEBUG` is set.
 
     Errors that a user can fix (`MedCTError`, and those of the operating system) are printed as they are. Anything else
     is a bug, and its line also names the place it came from.
+
+    Args:
+        reword: Puts a message into the words of the command.
     """
     try:
         yield
@@ -43,7 +46,7 @@ def one_line_errors() -> Iterator[None]:
             traceback.print_exception(error)
         status, line = _end_of(error)
         if line:
-            print(line, file=sys.stderr)
+            print(reword(line), file=sys.stderr)
         sys.exit(status)
 
 

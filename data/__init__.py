@@ -22,7 +22,7 @@ from medct.configuration_medct import CT_CLIP_LABELS, MedCTConfig
 from medct.data.ct_rate import REPORT_COLUMNS, ct_rate_source, is_ct_rate
 from medct.data.folders import open_folder
 from medct.data.label_space import LabelSpace, LabelTable, read_labels
-from medct.data.loader import StudyLoader, report_id, to_device
+from medct.data.loader import StudyLoader, report_id
 from medct.data.own_data import metadata_files, metadata_source, parquet_source
 from medct.data.phantoms import SITES, make_phantom
 from medct.data.prepared import MANIFEST, prepared_source
@@ -257,5 +257,4 @@ __all__ = [
     "phantom_source",
     "read_study",
     "report_id",
-    "to_device",
 ]

@@ -1,14 +1,14 @@
-"""From the studies of a source to batches of the model's inputs.
+"""From the studies of a source to batches of the model's inputs, on its device.
 
-Unusual: workers read and preprocess single studies, and batches are made in the main process, so that they stay full
-although bad studies are skipped. Studies come in the order of `Source.keys` whatever the number of workers; so a
-position is all the state there is.
+Unusual: workers read single studies, and batches are made in the main process, so that they stay full although bad
+studies are skipped. Studies come in the order of `Source.keys` whatever the number of workers; so a position is all the
+state there is.
 """
 
+import contextlib
 import hashlib
 import json
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,12 +16,12 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from medct.configuration_medct import MedCTConfig
 from medct.data.sources import DataError, Deferred, Row, Skipped, Source, read_study, too_many_bad
-from medct.data.workers import load_in_processes
 from medct.image_processing_medct import MedCTImageProcessor
 from medct.processing_medct import MedCTProcessor
+from medct.resampling_medct import ScanPart
 from medct.volume_io_medct import VolumeError
+from medct.workers_medct import Lost, Place, load_ahead, overlapped
 
 Batch = dict[str, Any]
 
@@ -35,34 +35,48 @@ def report_id(report: str) -> int:
 
 @dataclass(frozen=True)
 class LoadStudy:
-    """Turns rows into tensors; picklable, for loader processes.
+    """Turns keys into studies; picklable, for loader processes.
 
     Args:
+        read: Makes the row of a key; see `Source.read`.
         image_processor: The model's.
+        device: Where the model is.
     """
 
+    read: Callable[[int], Row]
     image_processor: MedCTImageProcessor
+    device: torch.device | str = "cpu"
 
-    def __call__(self, row: Row) -> Row | Skipped:
-        """The row with `pixel_values` `(1, z, y, x)` instead of `volume`, or why it has none."""
+    def __call__(self, key: int, place: Place) -> Row | Skipped:
+        """The row with `part`, for `MedCTImageProcessor.finish`, instead of `volume`, or why it has none."""
+        row = self.read(key)
+        place.begin(row["id"])
+        return self.load_row(row, place)
+
+    def load_row(self, row: Row, place: Place) -> Row | Skipped:
+        """As a call, of a row.
+
+        Args:
+            row: From `read`.
+            place: Where to load it.
+        """
         try:
-            pixel_values = self._prepared(row) if row.get("prepared") else self._read(row)
+            part = self._prepared(row, place) if row.get("prepared") else self._read(row, place)
         except Exception as error:  # libraries and file systems each raise their own; none may end days of training
             return Skipped(row["id"], _reason(error))
         kept = {name: row[name] for name in ("id", "patient", "report", "labels")}
-        return {**kept, "about": row.get("about", {}), "pixel_values": pixel_values[None]}
+        return {**kept, "about": row.get("about", {}), "part": part}
 
-    def _read(self, row: Row) -> torch.Tensor:
-        return self.image_processor.process_volume(read_study(row, self.image_processor.orientation))
+    def _read(self, row: Row, place: Place) -> ScanPart | torch.Tensor:
+        return self.image_processor.load(read_study(row, self.image_processor.orientation), place, self.device)
 
-    def _prepared(self, row: Row) -> torch.Tensor:
+    def _prepared(self, row: Row, place: Place) -> ScanPart:
         volume = row["volume"]
-        if isinstance(volume, Deferred):
-            with volume.open() as opened:
-                volume = torch.as_tensor(opened)
-        if list(volume.shape) != list(self.image_processor.image_size):
-            raise VolumeError(row["id"], f"it has shape {tuple(volume.shape)}", "Prepare it for this model")
-        return torch.as_tensor(volume)
+        with volume.open() if isinstance(volume, Deferred) else contextlib.nullcontext(volume) as opened:
+            voxels = torch.as_tensor(opened)
+            if list(voxels.shape) != list(self.image_processor.image_size):
+                raise VolumeError(row["id"], f"it has shape {tuple(voxels.shape)}", "Prepare it for this model")
+            return ScanPart.whole(place.empty(voxels.shape, voxels.dtype).copy_(voxels))
 
 
 def _reason(error: Exception) -> str:
@@ -90,15 +104,17 @@ class StudyLoader:
         max_bad_share: A greater share of bad studies in a pass ends the run even with "skip"; see `too_many_bad`.
         bad_samples_file: File that gets a JSON line for each: `id`, `reason`, `epoch`. Each study has one line,
             however often it is met, by this process or others, or after the run was resumed.
+        device: Where the model is, and so the batches. What loader processes read is resampled there.
 
     Attributes:
         epoch: Index of the current pass, or of the next if none is under way.
         num_seen: Studies seen so far in the current or last pass.
         num_bad: Those among them that could not be read.
 
-    Memory: at most `num_workers * max(2, ceil(batch_size / num_workers))` volumes are read ahead of the batch being
+    Memory: at most `num_workers * max(2, ceil(batch_size / num_workers))` studies are read ahead of the batch being
     gathered, in shared memory, however many studies there are. At CT-CLIP's sizes each takes 111 MB from prepared
-    shards and 221 MB otherwise. Add the batch in use and, in each worker, what reading a scan takes.
+    shards; otherwise 221 MB if the model is on a CPU, and the scan as int16 (512 x 512 x 300: 157 MB) if it is on a
+    GPU. Add the batch in use (on a GPU, that and the next one) and, in each worker, what reading a scan takes.
 
     Raises:
         DataError: If the labels are not the model's; during iteration, if too many studies are bad.
@@ -120,6 +136,7 @@ class StudyLoader:
         on_bad_sample: Literal["skip", "raise"] = "skip",
         max_bad_share: float = 0.05,
         bad_samples_file: Path | None = None,
+        device: torch.device | str = "cpu",
     ):
         if list(source.label_names) != list(label_names):
             raise DataError(
@@ -130,36 +147,30 @@ class StudyLoader:
         self.batch_size, self.with_text, self.seed, self.drop_last = batch_size, with_text, seed, drop_last
         self.rank, self.world_size, self.num_workers = rank, world_size, num_workers
         self.on_bad_sample, self.max_bad_share = on_bad_sample, max_bad_share
-        self.bad_samples_file = bad_samples_file
+        self.bad_samples_file, self.device = bad_samples_file, torch.device(device)
         self.epoch = self.num_seen = self.num_bad = 0
         self._position = self._start = 0  # of this process, in the current pass and in the next
 
     def __iter__(self) -> Iterator[Batch]:
-        """One pass: `pixel_values` `(batch, 1, z, y, x)`, float32, or int16 HU from prepared shards (see `to_device`);
-        `labels` `(batch, labels)`, float32, NaN if unknown; `report_ids` `(batch,)`, equal for equal reports and 0
-        without one; `ids`, `patients` and `about` (subgroups); and, with text, `input_ids` and `attention_mask`
-        `(batch, tokens)`."""
+        """One pass: `pixel_values` `(batch, 1, z, y, x)`, float32, in the model's unit; `labels` `(batch, labels)`,
+        float32, NaN if unknown; `report_ids` `(batch,)`, equal for equal reports and 0 without one; `ids`, `patients`
+        and `about` (subgroups); and, with text, `input_ids` and `attention_mask` `(batch, tokens)`. Tensors are on
+        `device`."""
         self._position, self._start = self._start, 0
         is_whole, num_batches = not self._position, 0
         if is_whole:
             self.num_seen = self.num_bad = 0
-        studies: list[Row] = []
-        for study in self._studies():
-            self._position += 1
-            self.num_seen += 1
-            if isinstance(study, Skipped):
-                self._pass_by(study)
-                continue
-            studies.append(study)
-            del study  # otherwise its volume would stay in shared memory while the batch is used
-            if len(studies) == self.batch_size:
+        # On a GPU they are a batch ahead, so that the position is noted here, where a batch is given out.
+        for seen, batch in overlapped(self._batches(), self.device, _tensors_of):
+            for bad in seen:
+                self._position += 1
+                self.num_seen += 1
+                if bad is not None:
+                    self._pass_by(bad)
+            if batch is not None:
                 num_batches += 1
-                batch, studies = self._batch(studies), []
                 yield batch
                 del batch
-        if studies and not self.drop_last:
-            num_batches += 1
-            yield self._batch(studies)
         if is_whole and not num_batches:
             raise DataError(
                 f"{self.source.description}: a pass over it gave process {self.rank + 1} of {self.world_size} no batch "
@@ -169,16 +180,28 @@ class StudyLoader:
         self.epoch += 1
         self._position = 0
 
-    def _studies(self) -> Iterator[Row | Skipped]:
-        """This process's remaining studies, in order."""
+    def _batches(self) -> Generator[tuple[list[Skipped | None], Batch | None], None, None]:
+        """This process's remaining batches, each with the studies seen since the last; those that are bad, at once."""
         keys = self.source.keys(self.epoch, self.seed)[self.rank :: self.world_size][self._position :]
-        load = LoadStudy(self.processor.image_processor)
-        workers = min(self.num_workers, len(keys))
-        if not workers:
-            return (load(self.source.read(key)) for key in keys)
-        # Together they are about one batch ahead.
-        ahead = workers * max(2, math.ceil(self.batch_size / workers))
-        return load_in_processes(keys, self.source.read, load, workers, ahead)
+        load = LoadStudy(self.source.read, self.processor.image_processor, self.device)
+        seen: list[Skipped | None] = []
+        gathered = _Gathered(self)
+        pinned = self.device.type == "cuda"
+        with contextlib.closing(load_ahead(keys, load, self.num_workers, self.batch_size, pinned)) as studies:
+            for study in studies:
+                if isinstance(study, Lost):
+                    study = Skipped(study.name or f"study {study.item}", study.reason)
+                seen.append(study if isinstance(study, Skipped) else None)
+                if isinstance(study, Skipped):
+                    yield seen, None
+                    seen = []
+                    continue
+                gathered.add(study)
+                del study  # otherwise its memory could not be used again
+                if gathered.is_full:
+                    yield seen, gathered.batch()
+                    seen, gathered = [], _Gathered(self)
+        yield seen, gathered.batch() if gathered.rows and not self.drop_last else None
 
     def _pass_by(self, bad: Skipped) -> None:
         """Count and list a study that could not be read, or end the run."""
@@ -200,30 +223,6 @@ class StudyLoader:
             file.seek(0)
             if not any(line.startswith(head) for line in file):
                 file.write(json.dumps({"id": bad.id, "reason": bad.reason, "epoch": self.epoch}) + "\n")
-
-    def _batch(self, studies: list[Row]) -> Batch:
-        batch = {
-            "pixel_values": self._stack([study["pixel_values"] for study in studies]),
-            "labels": torch.tensor([study["labels"] for study in studies], dtype=torch.float32),
-            "report_ids": torch.tensor([report_id(study["report"]) for study in studies]),
-            "ids": [study["id"] for study in studies],
-            "patients": [study["patient"] for study in studies],
-            "about": [study["about"] for study in studies],
-        }
-        if self.with_text:
-            texts = self.processor(text=[study["report"] for study in studies], return_tensors="pt")
-            batch.update({name: texts[name] for name in ("input_ids", "attention_mask")})
-        return batch
-
-    def _stack(self, volumes: list[torch.Tensor]) -> torch.Tensor:
-        """`(batch, 1, z, y, x)`, newly allocated unless it is a single volume made in this process."""
-        shape = (len(volumes), *volumes[0].shape)
-        if torch.cuda.is_available():  # pinned memory is copied to a GPU while the GPU computes
-            return torch.stack(volumes, out=volumes[0].new_empty(shape, pin_memory=True))
-        if len(volumes) == 1 and not self.num_workers:
-            return volumes[0][None]
-        # numpy asks for huge pages, torch does not, and faulting in small pages costs more than the copy
-        return torch.stack(volumes, out=torch.from_numpy(np.empty(shape, volumes[0].numpy().dtype)))
 
     def state_dict(self) -> dict[str, Any]:
         """The position in the pass after the last batch; picklable."""
@@ -251,24 +250,49 @@ class StudyLoader:
         return {"num_studies": self.source.num_studies, "seed": self.seed, "world_size": self.world_size}
 
 
-def to_device(batch: Batch, device: torch.device | str, config: MedCTConfig) -> Batch:
-    """Move a batch to a device; only there do int16 HU from prepared shards become float32 in the model's unit.
+class _Gathered:
+    """Studies on their way to become a batch; each is finished as it comes."""
 
-    Args:
-        batch: From a `StudyLoader`; the tensors in it are moved, the rest is kept.
-        device: Where to.
-        config: The model's configuration, which has its unit.
-    """
-    batch = {
-        name: part.to(device, non_blocking=True) if isinstance(part, torch.Tensor) else part
-        for name, part in batch.items()
-    }
-    volume, vision = batch["pixel_values"], config.vision_config
-    hu_per_unit = vision.hu_per_unit  # type: ignore[union-attr]
-    if volume.dtype == torch.int16 and volume.device.type == "cpu":
-        # Several times as fast as torch, whose allocator asks for no huge pages.
-        values = np.divide(volume.numpy(), np.float32(hu_per_unit), dtype=np.float32)
-        batch["pixel_values"] = torch.from_numpy(values)
-    elif volume.dtype == torch.int16:
-        batch["pixel_values"] = volume.float().div_(hu_per_unit)
-    return batch
+    def __init__(self, loader: StudyLoader):
+        self.loader, self.image_processor = loader, loader.processor.image_processor
+        self.rows: list[Row] = []
+        self.pixel_values: torch.Tensor | None = None
+
+    @property
+    def is_full(self) -> bool:
+        return len(self.rows) == self.loader.batch_size
+
+    def add(self, row: Row) -> None:
+        part = row.pop("part")
+        if self.loader.batch_size == 1 and isinstance(part, torch.Tensor):
+            self.pixel_values = part[None, None]
+        else:
+            if self.pixel_values is None:
+                shape = (self.loader.batch_size, 1, *self.image_processor.image_size)
+                self.pixel_values = _empty(shape, self.loader.device)
+            self.image_processor.finish(part, out=self.pixel_values[len(self.rows), 0])
+        self.rows.append(row)
+
+    def batch(self) -> Batch:
+        rows, loader = self.rows, self.loader
+        batch = {
+            "pixel_values": self.pixel_values[: len(rows)],
+            "labels": torch.tensor([row["labels"] for row in rows], dtype=torch.float32),
+            "report_ids": torch.tensor([report_id(row["report"]) for row in rows]),
+            "ids": [row["id"] for row in rows],
+            "patients": [row["patient"] for row in rows],
+            "about": [row["about"] for row in rows],
+        }
+        if loader.with_text:
+            texts = loader.processor(text=[row["report"] for row in rows], return_tensors="pt")
+            batch.update({name: texts[name] for name in ("input_ids", "attention_mask")})
+        return {name: part.to(loader.device) if torch.is_tensor(part) else part for name, part in batch.items()}
+
+
+def _empty(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    # On a CPU numpy asks for huge pages, torch does not, and faulting in small pages costs more than filling them.
+    return torch.from_numpy(np.empty(shape, np.float32)) if device.type == "cpu" else torch.empty(shape, device=device)
+
+
+def _tensors_of(seen_and_batch: tuple[Any, Batch | None]) -> list[torch.Tensor]:
+    return [part for part in (seen_and_batch[1] or {}).values() if torch.is_tensor(part)]

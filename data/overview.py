@@ -23,10 +23,11 @@ from transformers import PreTrainedTokenizerBase
 from medct.common.files import whole_file
 from medct.configuration_medct import MedCTConfig
 from medct.data.label_space import merge_columns
-from medct.data.loader import LoadStudy, to_device
-from medct.data.sources import Row, Skipped, Source
+from medct.data.loader import LoadStudy
+from medct.data.sources import DataError, Row, Skipped, Source
 from medct.image_processing_medct import MedCTImageProcessor
 from medct.volume_medct import affine_from_spacing, axis_order
+from medct.workers_medct import Place
 
 # Rows of a picture run towards the feet or the back, columns towards the back or the patient's left.
 _UPRIGHT = "IPL"
@@ -38,6 +39,7 @@ _HEADER_INCHES = 0.35
 _DOTS_PER_INCH = 110
 _QUANTILES = {"min": 0.0, "q1": 0.25, "median": 0.5, "q3": 0.75, "max": 1.0}
 _TEXTS_AT_ONCE = 256
+_FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -203,20 +205,36 @@ def middle_slices(pixel_values: torch.Tensor, config: MedCTConfig) -> list[tuple
     return [(upright[z], back / left), (upright[:, y], down / left), (upright[:, :, x], down / back)]
 
 
+def sheet_format(path: Path) -> str:
+    """What the name of a sheet asks for: "png" or "jpeg".
+
+    Raises:
+        DataError: If it asks for anything else.
+    """
+    found = _FORMATS.get(path.suffix.lower())
+    if found is None:
+        raise DataError(f"{path}: a sheet is a picture, {', '.join(_FORMATS)}. Name it so.")
+    return found
+
+
 def contact_sheet(source: Source, config: MedCTConfig, path: Path, samples: int, seed: int = 0) -> list[Skipped]:
-    """Write a PNG of some studies as the model sees them.
+    """Write a picture of some studies as the model sees them.
 
     Args:
         source: Any source.
         config: The model's configuration.
-        path: File to write.
+        path: File to write, see `sheet_format`.
         samples: Number of studies to show.
         seed: Seed for their choice.
 
     Returns:
         The studies among them that could not be read; the sheet says why.
+
+    Raises:
+        DataError: If `path` is named like no picture.
     """
-    load = LoadStudy(MedCTImageProcessor.from_config(config.vision_config))
+    format = sheet_format(path)
+    load = LoadStudy(source.read, MedCTImageProcessor.from_config(config.vision_config))
     keys = source.keys(seed=seed)[:samples]
     lines = -(-len(keys) // _STUDIES_A_LINE)
     heights = [_HEADER_INCHES, _LINE_INCHES * lines]
@@ -231,13 +249,13 @@ def contact_sheet(source: Source, config: MedCTConfig, path: Path, samples: int,
     for panel, row in zip(
         panels, tqdm(source.stream_keys(keys), "contact sheet", len(keys), unit="study"), strict=False
     ):
-        study = load(row)
+        study = load.load_row(row, Place())
         if isinstance(study, Skipped):
             unreadable.append(study)
         labels, names = merge_columns(np.array([row["labels"]]), source.label_names, source.merged)
         _draw_study(panel, {**row, "labels": labels[0]}, study, names, config)
     with whole_file(path) as aside:
-        figure.savefig(aside, format="png", metadata={"Software": None})
+        figure.savefig(aside, format=format, metadata={"Software": None} if format == "png" else None)
     return unreadable
 
 
@@ -256,8 +274,8 @@ def _draw_study(
     if isinstance(study, Skipped):
         panel.text(0.02, 0.6, textwrap.fill(f"cannot be read: {study.reason}", 90), fontsize=7, color="darkred")
         return
-    pixel_values = to_device({"pixel_values": study["pixel_values"]}, "cpu", config)["pixel_values"][0]
     vision = config.vision_config
+    pixel_values = MedCTImageProcessor.from_config(vision).finish(study["part"])
     low, high = vision.hu_min / vision.hu_per_unit, vision.hu_max / vision.hu_per_unit
     axes = panel.subplots(1, 3, gridspec_kw={"left": 0.02, "right": 0.98, "bottom": 0.02, "top": 0.79, "wspace": 0.04})
     for axis, (picture, aspect), (view, first, last) in zip(

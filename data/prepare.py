@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from medct.common.files import remove_leftovers, whole_file
 from medct.common.lock import LockedError, only_run
+from medct.common.paths import local_paths, without_paths
 from medct.configuration_medct import MedCTConfig
 from medct.data.prepared import FEATURES, FORMAT, MANIFEST, grid_settings, nifti_header, shard_name
 from medct.data.sources import DataError, Source, read_study, too_many_bad
@@ -304,19 +305,24 @@ def finish(
         The manifest, the same whichever process writes it; `None` while files are missing.
     """
     splits = {}
+    known = local_paths(settings)
     for split, source in sources.items():
         records = [shard.record() for shard in shards[split]]
         if None in records:
             return None
         left_out = [{"id": study.id, "reason": study.reason} for study in source.skipped]
         splits[split] = {
-            "description": source.description,
+            "description": without_paths(source.description, known),
             "synthetic": source.is_synthetic,
             "num_studies": sum(record["file"]["num_studies"] for record in records),
             "files": [record["file"] for record in records],
             "skipped": left_out + [study for record in records for study in record["skipped"]],
             "remarks": [study for record in records for study in record["remarks"]],
         }
+    # The manifest may be handed out with the shards; `claim` has the settings in full.
+    settings = {
+        name: without_paths(value, known) if isinstance(value, str) else value for name, value in settings.items()
+    }
     manifest = {"format": FORMAT, "licence_note": LICENCE_NOTE, "settings": settings, "splits": splits}
     # Several processes may find at once that all is there, and one writes.
     with contextlib.suppress(LockedError), only_run(folder / MANIFEST, each_process=True):

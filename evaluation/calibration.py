@@ -11,30 +11,34 @@ import numpy as np
 from sklearn.linear_model import LogisticRegression
 
 from medct.adapters_medct import calibrated
-from medct.evaluation.metrics import Interval, checked, intervals_of, patient_draws
+from medct.evaluation.metrics import FEWEST, Interval, checked, enough, intervals_of, patient_draws, trusted
 
-FEWEST = 5
-"""Studies with a finding, and without it, that a calibration needs."""
 BINS = 10
 _NO_PENALTY = 1e10
 
 
-def fit_calibration(scores: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> dict[str, list[float]]:
+def fit_calibration(
+    scores: np.ndarray, labels: np.ndarray, names: Sequence[str], patients: Sequence[str] | None = None
+) -> dict[str, list[float]]:
     """Slope and intercept of each label; see `calibrated`.
 
     Args:
         scores: `(scans, labels)`, in [0, 1], of other patients than those it will serve.
         labels: `(scans, labels)`, 0, 1 or NaN for unknown.
         names: Of the labels.
+        patients: `(scans,)`, who was scanned; None makes every scan a patient of its own.
 
     Returns:
-        By label; none for those with fewer than `FEWEST` scans of either kind, or whose score does not rise with the
+        By label; none for those with too few patients, see `metrics.enough`, or whose score does not rise with the
         finding.
     """
     found = {}
-    for name, score, truth in zip(names, np.asarray(scores, float).T, np.asarray(labels, float).T, strict=True):
+    columns = zip(
+        names, np.asarray(scores, float).T, np.asarray(labels, float).T, enough(labels, patients), strict=True
+    )
+    for name, score, truth, is_enough in columns:
         known = ~np.isnan(truth)
-        slope_and_intercept = _platt(score[known], truth[known] == 1)
+        slope_and_intercept = _platt(score[known], truth[known] == 1) if is_enough else None
         if slope_and_intercept is not None:
             found[name] = slope_and_intercept
     return found
@@ -43,8 +47,6 @@ def fit_calibration(scores: np.ndarray, labels: np.ndarray, names: Sequence[str]
 def _platt(scores: np.ndarray, is_present: np.ndarray) -> list[float] | None:
     """Slope and intercept that make the labels likeliest, with Platt's targets instead of 0 and 1."""
     present, absent = is_present.sum(), (~is_present).sum()
-    if min(present, absent) < FEWEST:
-        return None
     targets = np.where(is_present, (present + 1) / (present + 2), 1 / (absent + 2))
     margins = _logit(scores)[:, None]
     model = LogisticRegression(C=_NO_PENALTY, max_iter=1000)
@@ -109,10 +111,11 @@ def compare_calibration(
     }
     weights = list(patient_draws(np.asarray(patients), resamples, seed))
     figures = {}
+    labelled = [names[index] for index in columns]
     for version, probabilities in versions.items():
         blocks = [_figures(probabilities, truth, block) for block in weights]
         figures[version] = {key: np.concatenate([block[key] for block in blocks], axis=-1) for key in blocks[0]}
-    summary = {version: _errors(each) for version, each in figures.items()}
+    summary = {version: trusted(_errors(each), truth, patients, labelled) for version, each in figures.items()}
     before, after = summary["before"], summary["after"]
     summary["difference"] = {key: after[key] - before[key] for key in after}
     return {
@@ -121,7 +124,7 @@ def compare_calibration(
             for version, each in summary.items()
         },
         "reliability": {version: _reliability(each) for version, each in figures.items()},
-        "labels": [names[index] for index in columns],
+        "labels": labelled,
     }
 
 
@@ -191,12 +194,15 @@ def _errors(figures: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _reliability(figures: dict[str, np.ndarray]) -> list[dict[str, Any]]:
-    """Bins that are not empty: mean probability, count, and share present with its interval."""
+    """Bins that are not empty: mean probability, count, and share present, with its interval where enough are."""
     bins = []
     for count, probability, present in zip(figures["count"], figures["probability"], figures["present"], strict=True):
         if not count[0]:
             continue
         with np.errstate(invalid="ignore"):  # empty in a resample: 0 / 0
-            share: Interval = intervals_of({"share": present / count})["share"]
+            shares = present / count
+        if min(present[0], count[0] - present[0]) < FEWEST:
+            shares[1:] = np.nan
+        share: Interval = intervals_of({"share": shares})["share"]
         bins.append({"probability": probability[0] / count[0], "count": int(count[0]), "share": share})
     return bins

@@ -17,6 +17,7 @@ from medct.evaluation.metrics import (
     mean_over_labels,
     patient_draws,
     resampled_aurocs,
+    trusted,
     with_intervals,
 )
 from medct.evaluation.operating_points import YOUDEN, Points, as_array, carried_over
@@ -110,13 +111,20 @@ def subgroup_figures(
     found = []
     for division in divisions:
         group_of = np.array([about.get(division, "") or "unknown" for about in first.about])
-        groups = [_group(models, group_of == group, str(group), resamples, seed) for group in np.unique(group_of)]
+        groups = [
+            _group(models, names, group_of == group, str(group), resamples, seed) for group in np.unique(group_of)
+        ]
         found.append({"division": division, "groups": groups})
     return found
 
 
 def _group(
-    models: Mapping[str, ScoredStudies], is_in: np.ndarray, group: str, resamples: int, seed: int
+    models: Mapping[str, ScoredStudies],
+    names: Sequence[str],
+    is_in: np.ndarray,
+    group: str,
+    resamples: int,
+    seed: int,
 ) -> dict[str, Any]:
     rows = np.flatnonzero(is_in)
     parts = {name: scored.take(rows) for name, scored in models.items()}
@@ -126,6 +134,9 @@ def _group(
     if len(rows) < FEWEST_IN_GROUP or not varies:
         return about | {"auroc": None}
     drawn = {name: _mean_aurocs(part, resamples, seed) for name, part in parts.items()}
+    drawn = {
+        name: trusted({"auroc": each}, first.labels, first.patients, names)["auroc"] for name, each in drawn.items()
+    }
     aurocs = intervals_of(drawn)
     if len(drawn) == 2:
         old, new = drawn.values()

@@ -16,9 +16,10 @@ What holds throughout:
   covered the mean average precision of 18 labels in 150 scans; without the shift, 62 did
   (`test_bias_of_average_precision_is_corrected`). So these intervals are somewhat too narrow. AUROC, accuracy and F1
   hardly shift.
+* Where resamples cannot tell the spread, there is no interval; see `trusted`.
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import datasets
@@ -35,9 +36,14 @@ THRESHOLD_RULES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "closest_corner": lambda sensitivity, false_alarms: -np.hypot(1 - sensitivity, false_alarms),
 }
 RANK_METRICS = ("auroc", "average_precision")
+SINGLE_METRICS = (*RANK_METRICS, "sensitivity", "specificity")
+"""Those that are given for each label as well as in the mean."""
 MEAN_NAMES = {"f1": "macro_f1"}  # where the mean over labels has a name of its own
 INTERVAL = (0.025, 0.975)
 RESAMPLES_AT_ONCE = 128  # a block of weights fits the processor's cache
+
+FEWEST = 5
+"""Patients with a finding, and as many without it, that an interval, an operating point and a calibration need."""
 
 Interval = dict[str, float | None]
 
@@ -166,13 +172,16 @@ def with_intervals(
         Ready for JSON. `scores`: `{"value", "low", "high"}` by metric, with None where undefined; the means of
         `zero_shot_scores`, those of the protocols prefixed with `ct_clip_protocol/` and `radfinder_protocol/`, and
         `auroc/NAME` and `average_precision/NAME`. Besides, `scans`, `patients`, `resamples`, and `present` and
-        `absent`, which count the scans by label.
+        `absent`, which count the scans by label; `too_few`, the labels that have a value and no interval, see `enough`.
 
     Raises:
         ValueError: If shapes do not match, arrays hold other values, or no label varies.
     """
     (drawn,) = _resampled([(scores, thresholds)], labels, patients, names, resamples, seed)
-    return {**_about(labels, patients, names, resamples), "scores": intervals_of(drawn)}
+    return {
+        **_about(labels, patients, names, resamples),
+        "scores": intervals_of(trusted(drawn, labels, patients, names)),
+    }
 
 
 def compare(
@@ -204,7 +213,8 @@ def compare(
     if (thresholds_base is None) != (thresholds_adapted is None):
         raise ValueError("Only one model has thresholds. Pass thresholds_base and thresholds_adapted, or neither.")
     models = [(base_scores, thresholds_base), (adapted_scores, thresholds_adapted)]
-    base, adapted = _resampled(models, labels, patients, names, resamples, seed)
+    drawn = _resampled(models, labels, patients, names, resamples, seed)
+    base, adapted = (trusted(each, labels, patients, names) for each in drawn)
     return {
         **_about(labels, patients, names, resamples),
         "base": intervals_of(base),
@@ -451,7 +461,48 @@ def _about(labels: np.ndarray, patients: Sequence[str] | None, names: Sequence[s
         "resamples": resamples,
         "present": dict(zip(names, (labels == 1).sum(axis=0).tolist(), strict=True)),
         "absent": dict(zip(names, (labels == 0).sum(axis=0).tolist(), strict=True)),
+        "too_few": [name for name, few in zip(names, _varies(labels) & ~enough(labels, patients), strict=True) if few],
     }
+
+
+def enough(labels: np.ndarray, patients: Sequence[str] | None) -> np.ndarray:
+    """Whether `FEWEST` patients have a finding, and as many are without it, in some scan of theirs; `(labels,)`.
+
+    Args:
+        labels: `(scans, labels)`, 0, 1 or NaN for unknown.
+        patients: `(scans,)`; None makes every scan a patient of its own.
+    """
+    labels = np.asarray(labels, float)
+    people = np.arange(len(labels)) if patients is None else np.unique(np.asarray(patients), return_inverse=True)[1]
+    sides = [[len(np.unique(people[truth == side])) for truth in labels.T] for side in (1, 0)]
+    return np.min(sides, axis=0) >= FEWEST
+
+
+def trusted(
+    drawn: Mapping[str, np.ndarray], labels: np.ndarray, patients: Sequence[str] | None, names: Sequence[str]
+) -> dict[str, np.ndarray]:
+    """Figures whose resamples are NaN, so that they have no interval, where these say nothing of the spread.
+
+    That is so for a label with too few patients, see `enough`; for a mean over labels of which more than half are such;
+    and for a figure that is at the end of its range in every resample, as when few scans happen to be in order.
+
+    Args:
+        drawn: `(1 + resamples,)` by metric, or by metric and label, "METRIC/LABEL".
+        labels: `(scans, labels)`, 0, 1 or NaN for unknown.
+        patients: `(scans,)`; None makes every scan a patient of its own.
+        names: Of the labels.
+    """
+    is_enough, varies = enough(labels, patients), _varies(np.asarray(labels, float))
+    of_label = {
+        f"{metric}/{name}": each for metric in SINGLE_METRICS for name, each in zip(names, is_enough, strict=True)
+    }
+    of_means = 2 * (is_enough & varies).sum() >= max(1, varies.sum())
+    found = {}
+    for key, values in drawn.items():
+        at_an_end = values[0] in (0, 1) and (values[np.isfinite(values)] == values[0]).all()
+        is_trusted = of_label.get(key, of_means) and not at_an_end
+        found[key] = values if is_trusted else np.where(np.arange(len(values)) == 0, values, np.nan)
+    return found
 
 
 def _varies(labels: np.ndarray) -> np.ndarray:

@@ -11,7 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from medct.evaluation.metrics import checked, choose_thresholds, intervals_of, mean_over_labels, patient_draws
+from medct.evaluation.metrics import (
+    checked,
+    choose_thresholds,
+    enough,
+    intervals_of,
+    mean_over_labels,
+    patient_draws,
+    trusted,
+)
 
 YOUDEN = "youden"
 WANTED = ("sensitivity", "specificity")
@@ -41,7 +49,11 @@ def wanted_points(sensitivity: float | None = None, specificity: float | None = 
 
 
 def choose_points(
-    scores: np.ndarray, labels: np.ndarray, names: Sequence[str], wanted: Mapping[str, tuple[str, float]]
+    scores: np.ndarray,
+    labels: np.ndarray,
+    names: Sequence[str],
+    wanted: Mapping[str, tuple[str, float]],
+    patients: Sequence[str] | None = None,
 ) -> Points:
     """Operating points of each label, for scans other than these.
 
@@ -50,15 +62,17 @@ def choose_points(
         labels: `(scans, labels)`, 0, 1 or NaN for unknown.
         names: Of the labels.
         wanted: From `wanted_points`.
+        patients: `(scans,)`, who was scanned; None makes every scan a patient of its own.
 
     Returns:
-        Youden's and those that are wanted; a label that does not vary here, or for which no score gives what is wanted,
-        has none. Nothing if no label varies.
+        Youden's and those that are wanted; a label with too few patients here, see `metrics.enough`, or for which no
+        score gives what is wanted, has none. Nothing if all labels have too few.
     """
     scores, labels = checked(scores, labels, names, must_vary=False)
+    labels = np.where(enough(labels, patients), labels, np.nan)
     try:
         points = {YOUDEN: named(choose_thresholds(scores, labels), names)}
-    except ValueError:  # no label varies
+    except ValueError:  # no label has enough
         return {}
     for name, (rule, share) in wanted.items():
         columns = zip(scores.T, labels.T, strict=True)
@@ -144,7 +158,7 @@ def carried_over(
         drawn = {key: np.concatenate([block[key] for block in blocks], axis=1) for key in WANTED}
         figures = {key: mean_over_labels(values) for key, values in drawn.items()}
         figures |= {f"{key}/{label}": row for key in WANTED for label, row in zip(names, drawn[key], strict=True)}
-        found[name] = {"thresholds": dict(thresholds), **intervals_of(figures)}
+        found[name] = {"thresholds": dict(thresholds), **intervals_of(trusted(figures, labels, patients, names))}
     return found
 
 

@@ -1,4 +1,4 @@
-"""ROC curves and calibration of one or more models, as matplotlib figures: `roc_plot(...).savefig("roc.png")`.
+"""ROC curves, calibration and changes of one or more models, as matplotlib figures: `roc_plot(...).savefig("roc.png")`.
 
 Models are given as `{"base": scores, "adapted": scores}`, in drawing order. `note` is for what a reader must not miss,
 such as that the data are synthetic; it is part of the title.
@@ -7,7 +7,8 @@ such as that the data are synthetic; it is part of the title.
 import math
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -39,7 +40,8 @@ TITLE_SIZE, TEXT_SIZE, SMALL_SIZE = 13, 11, 8.5  # points
 DOTS_PER_INCH = 150
 LABEL_ROWS = 3  # rows of small panels
 MEAN_PANEL_INCHES, LABEL_PANEL_INCHES = 5.6, 1.75
-FALSE_ALARM_RATES = np.linspace(0, 1, 201)
+FALSE_ALARM_RATES = np.array([0, *np.linspace(0, 1, 201)])
+"""Twice 0: a curve starts with no scan at all, and may rise before the first false alarm."""
 
 
 def roc_plot(models: Mapping[str, np.ndarray], labels: np.ndarray, names: Sequence[str], note: str = "") -> Figure:
@@ -83,14 +85,21 @@ def roc_plot(models: Mapping[str, np.ndarray], labels: np.ndarray, names: Sequen
     return figure
 
 
-def calibration_plot(models: Mapping[str, np.ndarray], labels: np.ndarray, note: str = "", bins: int = 10) -> Figure:
-    """Reliability diagram over all labels together, with the number of probabilities in each bin below it.
+def calibration_plot(
+    models: Mapping[str, np.ndarray],
+    labels: np.ndarray,
+    note: str = "",
+    bins: int = 10,
+    what: str = "score",
+) -> Figure:
+    """Reliability diagram over all labels together, with the number of scores in each bin below it.
 
     Args:
-        models: Probabilities `(scans, labels)` by name; at most four.
+        models: Scores or probabilities `(scans, labels)`, in [0, 1], by name; at most four.
         labels: `(scans, labels)`, 0, 1 or NaN for unknown.
         note: Text added to the title.
         bins: Number of bins, of equal width.
+        what: What the numbers are, for the axis.
 
     Raises:
         ValueError: If shapes do not match, arrays hold other values, scores are outside [0, 1], or there are more than
@@ -110,12 +119,61 @@ def calibration_plot(models: Mapping[str, np.ndarray], labels: np.ndarray, note:
         lower.bar(middles, counts, width, color=style.colour, hatch=style.hatch, edgecolor="white", linewidth=0)
     upper.set(ylabel="share that is present", xlim=(0, 1), ylim=(-0.03, 1.03))
     upper.legend(loc="lower left", bbox_to_anchor=(0, 1), frameon=False, fontsize=TEXT_SIZE)  # never over a curve
-    lower.set(xlabel=f"probability given, in {bins} bins", ylabel="scans x labels", yscale="log")
+    lower.set(xlabel=f"{what}, in {bins} bins", ylabel="scans x labels", yscale="log")
     lower.set_ylim(0.7, lower.get_ylim()[1] * 1.3)  # so that a bar of height 1 is visible
     lower.yaxis.set_major_formatter("{x:,.0f}")
     for panel in (upper, lower):
         panel.grid(color="0.9", linewidth=0.6)
         panel.set_axisbelow(True)
+    return figure
+
+
+def save_plot(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG, with its title as text, so that programs can read what people see.
+
+    Args:
+        figure: From this module.
+        path: File to write.
+    """
+    figure.savefig(path, metadata={"Title": figure.get_suptitle(), "Software": None})
+
+
+def change_plot(comparison: dict[str, Any], kept: dict[str, Any], names: Sequence[str], note: str = "") -> Figure:
+    """What was learned and what was forgotten: two dots a finding, the change of its AUROC on the new site and the old.
+
+    Args:
+        comparison: From `metrics.compare`, on the new site.
+        kept: The same on what was to be kept.
+        names: Names of the labels; the one that gained most on the new site is drawn on top.
+        note: Text added to the title.
+    """
+
+    def change(where: dict[str, Any], key: str) -> tuple[float, float, float]:
+        nothing = {"value": None, "low": None, "high": None}  # where a site has not this label
+        found = where["difference"].get(key, nothing)
+        value, low, high = (math.nan if found[part] is None else found[part] for part in ("value", "low", "high"))
+        return value, low, high
+
+    gained = {name: change(comparison, f"auroc/{name}")[0] for name in names}
+    ordered = sorted(names, key=lambda name: (not math.isnan(gained[name]), gained[name]))
+    keys = ["auroc", *(f"auroc/{name}" for name in ordered)]
+    figure = _figure(8, 2 + 0.33 * len(keys), "What was learned and what was forgotten", None, note)
+    panel = figure.subplots()
+    panel.axvline(0, color=GREY, linewidth=1)
+    panel.axhline(0.5, color=GREY, linewidth=0.6)  # between the mean and the findings
+    sites = (("new site", comparison, STYLES[1], 0.13), ("to be kept", kept, STYLES[0], -0.13))
+    for title, where, style, offset in sites:
+        value, low, high = np.array([change(where, key) for key in keys]).T
+        rows = np.arange(len(keys)) + offset
+        panel.hlines(rows, low, high, color=style.colour, linewidth=1.2, alpha=0.6)
+        said = f"{title} ({where['scans']:,} scans)"
+        panel.plot(value, rows, style.marker, color=style.colour, markersize=6, label=said)
+    panel.set_yticks(range(len(keys)), ["mean", *ordered], fontsize=TEXT_SIZE)
+    panel.set_ylim(-0.6, len(keys) - 0.4)
+    panel.set_xlabel("change of AUROC, adapted - base (line: 95 % interval)", fontsize=TEXT_SIZE)
+    panel.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, fontsize=TEXT_SIZE)
+    panel.grid(axis="x", color="0.9", linewidth=0.6)
+    panel.set_axisbelow(True)
     return figure
 
 
@@ -127,10 +185,11 @@ def _styled(models: Mapping[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray,
         yield model, scores, style
 
 
-def _figure(width: float, height: float, what: str, scans: int, note: str) -> Figure:
+def _figure(width: float, height: float, what: str, scans: int | None, note: str) -> Figure:
     """An empty figure, sizes in inches, whose title names the data."""
     figure = Figure(figsize=(width, height), dpi=DOTS_PER_INCH, layout="constrained")
-    lines = [f"{what}, {scans:,} scans", *textwrap.wrap(note, width=int(9.5 * width))]  # 9.5 letters per inch
+    title = what if scans is None else f"{what}, {scans:,} scans"
+    lines = [title, *textwrap.wrap(note, width=int(9.5 * width))]  # 9.5 letters per inch
     figure.suptitle("\n".join(lines), fontsize=TITLE_SIZE)
     return figure
 
@@ -139,8 +198,8 @@ def _empty_roc(panel: Axes) -> None:
     """Set up a square panel with the chance line."""
     panel.plot([0, 1], [0, 1], color=GREY, linewidth=0.8, zorder=0)
     panel.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal")
-    panel.set_xticks([0, 0.5, 1], ["0", "½", "1"])
-    panel.set_yticks([0, 0.5, 1], ["0", "½", "1"])
+    panel.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
+    panel.set_yticks([0, 0.5, 1], ["0", "0.5", "1"])
 
 
 def _label_curves(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -150,7 +209,7 @@ def _label_curves(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
         known = ~np.isnan(truth)
         if len(np.unique(truth[known])) == 2:
             false_alarms, sensitivity, _ = roc_curve(truth[known], score[known])
-            curve[:] = np.interp(FALSE_ALARM_RATES, false_alarms, sensitivity)
+            curve[0], curve[1:] = 0, np.interp(FALSE_ALARM_RATES[1:], false_alarms, sensitivity)
     return curves
 
 

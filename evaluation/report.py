@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from medct.evaluation.metrics import CT_CLIP_PREFIX, RADFINDER_PREFIX, Interval
+from medct.evaluation.metrics import CT_CLIP_PREFIX, FEWEST, RADFINDER_PREFIX, Interval
 
 UNDEFINED = "–"
 _COLUMNS = (("base", ""), ("adapted", ""), ("difference", "+"))
@@ -215,6 +215,11 @@ def _caption(sources: Sequence[dict[str, Any]]) -> str:
         "The CT-CLIP and RadFinder protocols choose their thresholds on the scans that they score: only for comparison "
         "with papers."
     )
+    if few := list(dict.fromkeys(name for each in sources for name in each.get("too_few", ()))):
+        said.append(
+            f"Without an interval: findings that fewer than {FEWEST} patients have, or are without ({', '.join(few)}), "
+            "and means of which more than half are such."
+        )
     differ = len({tuple(each["present"]) for each in sources}) > 1
     if differ or any(interval["value"] is None for each in figures for interval in each.values()):
         others = " or not among its labels," if differ else ""

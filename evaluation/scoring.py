@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from medct.common.distributed import sum_over_processes
 from medct.configuration_medct import MedCTConfig
-from medct.data import StudyLoader, to_device
+from medct.data import StudyLoader
 from medct.data.label_space import merge_columns
 from medct.modeling_medct import MedCTForImageClassification, MedCTModel, zero_shot_probabilities
 from medct.processing_medct import MedCTProcessor
@@ -137,7 +137,7 @@ def score_studies(
 
     Args:
         model: With or without adapters; left in evaluation mode.
-        loader: This process's loader.
+        loader: This process's loader, for the device of the model.
         prompts: From `prompts_for`; scores are averaged over templates.
         accelerator: Its processes share the work.
         what: Name for the progress bar.
@@ -229,7 +229,6 @@ def _of_every_study(
         _in_step(loader, accelerator), desc=what, total=total, unit="batch", disable=not accelerator.is_main_process
     )
     for batch, is_own in bar:
-        batch = to_device(batch, accelerator.device, model.config)
         values = compute(batch["pixel_values"])
         if is_own:
             labels = batch["labels"].cpu().numpy()

@@ -13,7 +13,7 @@ import io
 import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 from medct.common.files import remove_leftovers, whole_file
 from medct.errors_medct import MedCTError
-from medct.image_processing_medct import MedCTImageProcessor
-from medct.inference.studies import FailedStudy, ReadStudy, Study, batched_reads, read_ahead
+from medct.inference.studies import FailedStudy, LoadStudy, ReadStudy, Study, batched_reads, read_ahead
+from medct.inference.weights import KEY as WEIGHTS
 
 KEY = "study"
 
@@ -190,22 +190,22 @@ class Reading:
     """How studies are read and batched.
 
     Args:
-        image_processor: The model's.
+        load: Reads a study.
         batch_size: Studies that go through the model together.
-        num_workers: Threads that read ahead.
-        options: Options for `read_volume`.
+        num_workers: Processes that read ahead.
+        reword: Puts the reason why a study could not be read into the words of the command.
     """
 
-    image_processor: MedCTImageProcessor
+    load: LoadStudy
     batch_size: int = 1
     num_workers: int = 1
-    options: dict[str, Any] = field(default_factory=dict)
+    reword: Callable[[str], str] = str
 
 
 def process(
     studies: Sequence[Study],
     reading: Reading,
-    rows_of: Callable[[list[ReadStudy]], Iterable[dict[str, Any]]],
+    rows_of: Callable[[list[ReadStudy]], Iterable[dict[str, Any] | FailedStudy]],
     write: Callable[[dict[str, Any]], None],
     write_failed: Callable[[dict[str, Any]], None],
     show_progress: bool = True,
@@ -215,7 +215,7 @@ def process(
     Args:
         studies: Studies in reading order.
         reading: How to read and batch them.
-        rows_of: Makes one row for each study of a batch.
+        rows_of: Makes one row for each study of a batch, or says why that cannot be done.
         write: Takes each row.
         write_failed: Takes a row for each study that could not be read, which is reported on stderr, too.
         show_progress: Whether to show a bar on stderr.
@@ -224,25 +224,28 @@ def process(
         Number of studies that could not be read.
     """
     failed = 0
-    reads = read_ahead(studies, reading.image_processor, reading.num_workers, **reading.options)
-    with tqdm(total=len(studies), unit="study", disable=not show_progress) as bar:
+    reads = read_ahead(studies, reading.load, reading.num_workers, reading.batch_size)
+    with (
+        contextlib.closing(reads),  # at once, if this run is stopped
+        tqdm(total=len(studies), unit="study", disable=not show_progress) as bar,
+    ):
         for read in batched_reads(reads, reading.batch_size):
-            if isinstance(read, FailedStudy):
-                failed += 1
-                write_failed({KEY: read.study.id, "reason": read.reason})
-                bar.write(f"failed: {read.reason}", file=sys.stderr)
+            for row in [read] if isinstance(read, FailedStudy) else rows_of(read):
+                if isinstance(row, FailedStudy):
+                    failed += 1
+                    reason = reading.reword(row.reason)
+                    write_failed({KEY: row.study.id, "reason": reason})
+                    bar.write(f"failed: {reason}", file=sys.stderr)
+                else:
+                    write(row)
                 bar.update(1)
-                continue
-            for row in rows_of(read):
-                write(row)
-            bar.update(len(read))
     return failed
 
 
 def process_to_file(
     studies: Sequence[Study],
     reading: Reading,
-    rows_of: Callable[[list[ReadStudy]], Iterable[dict[str, Any]]],
+    rows_of: Callable[[list[ReadStudy]], Iterable[dict[str, Any] | FailedStudy]],
     output: Path,
     format: RowFormat,
     settings: dict[str, Any],
@@ -323,11 +326,12 @@ def _keep_settings(output: Path, rows_path: Path, settings: dict[str, Any]) -> N
     if is_begun and path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))
         for name in sorted({*before, *settings}):
-            if before.get(name) != settings.get(name):
-                raise OutputError(
-                    f"{output} was started with {name} {before.get(name)!r}, not {settings.get(name)!r}. Choose "
-                    "another --output, or remove it."
-                )
+            if before.get(name) == settings.get(name):
+                continue
+            said = f"{name} {before.get(name)!r}, not {settings.get(name)!r}"
+            if name == WEIGHTS:
+                said = "other weights than those that model and adapter have now"
+            raise OutputError(f"{output} was started with {said}. Choose another --output, or remove it.")
     elif is_begun:
         raise OutputError(
             f"{output} exists, but {path.name} is missing, so it is not known how it was made. Choose another "

@@ -25,13 +25,13 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from torch.nn import functional as F
 
-from medct.image_processing_medct import AxisPlan, VolumeGeometry, reorient
+from medct.image_processing_medct import VolumeGeometry
+from medct.inference.slices import AXIAL, AxialSlices, draw_places, draw_slice, fonts
 from medct.pipeline_medct import ZeroShotCTClassificationPipeline
+from medct.resampling_medct import AxisPlan, reorient
 from medct.volume_io_medct import CTVolume
 
 CAVEAT = "Debugging aid, not a finding: published CT-CLIP localises poorly (Dice about 0.004)"
-# Rows towards posterior, columns towards the patient's left, as radiologists look at axial slices.
-_AXIAL = "SPL"
 _WINDOW_HU = (-1000, 400)
 # Least distance between two slices in a picture; the published model's patches are 15 mm thick.
 _APART_MM = 15
@@ -102,7 +102,11 @@ def _pull_back(projection: torch.nn.Module, direction: torch.Tensor, like: torch
 
 
 def to_scan(
-    patches: torch.Tensor, patch_size: Sequence[int], geometry: VolumeGeometry, shape: Sequence[int]
+    patches: torch.Tensor,
+    patch_size: Sequence[int],
+    geometry: VolumeGeometry,
+    shape: Sequence[int],
+    part: Sequence[slice] = (slice(None),) * 3,
 ) -> np.ndarray:
     """Values of patches at the voxels of the scan, linear between the patches' centres, 0 outside the patches.
 
@@ -111,16 +115,18 @@ def to_scan(
         patch_size: Voxels of `pixel_values` in a patch, `(z, y, x)`.
         geometry: The scan's geometry.
         shape: The scan's shape, `(i, j, k)`.
+        part: Of the scan, which voxels along each axis; all by default.
 
     Returns:
-        `(i, j, k)`, float32.
+        `(i, j, k)`, float32, of that part.
     """
     # The axis of `pixel_values` that each axis of the scan runs along.
     rows = np.abs(geometry.voxel_of_position[:3, :3]).argmax(axis=1)
     values = patches.float().permute(*rows.tolist())
     for axis, row in enumerate(rows):
-        voxels = np.zeros((shape[axis], 3))
-        voxels[:, axis] = np.arange(shape[axis])
+        wanted = np.arange(shape[axis])[part[axis]]
+        voxels = np.zeros((len(wanted), 3))
+        voxels[:, axis] = wanted
         # Centres are whole numbers in both systems of coordinates.
         positions = (torch.from_numpy(geometry.from_voxel(voxels)[:, row]).float() + 0.5) / patch_size[row] - 0.5
         last = patches.shape[row] - 1
@@ -130,6 +136,29 @@ def to_scan(
         values = AxisPlan(lower, (lower + 1).clamp(max=last), positions - lower).apply(values, axis)
         values = values * is_inside.view([-1 if dim == axis else 1 for dim in range(3)])
     return values.numpy()
+
+
+def strongest_slice(
+    patches: torch.Tensor,
+    patch_size: Sequence[int],
+    geometry: VolumeGeometry,
+    shape: Sequence[int],
+    slices: AxialSlices,
+) -> int:
+    """The axial slice with the highest value, to a quarter of a patch.
+
+    Args:
+        patches, patch_size, geometry, shape: See `to_scan`.
+        slices: The scan.
+
+    Returns:
+        From 0, at the feet.
+    """
+    voxels = np.abs(geometry.voxel_of_position[:3, :3]) @ patch_size  # of a patch, along each axis of the scan
+    steps = [max(1, int(length / 4)) for length in voxels]
+    values = to_scan(patches, patch_size, geometry, shape, [slice(None, None, step) for step in steps])
+    highest = np.unravel_index(values.argmax(), values.shape)
+    return slices.flipped(int(highest[slices.axis]) * steps[slices.axis])
 
 
 def file_names(labels: Sequence[str]) -> list[str]:
@@ -165,7 +194,7 @@ def save_nifti(path: Path, values: np.ndarray, affine: np.ndarray) -> None:
 
 
 def save_png(path: Path, finding: FindingMap, values: np.ndarray, volume: CTVolume, slices: int = 4) -> None:
-    """Draw the axial slices with the highest values over the scan, the patient's left on the right.
+    """Draw the axial slices with the highest values over the scan, and where they lie in it.
 
     Args:
         path: File to write.
@@ -174,21 +203,23 @@ def save_png(path: Path, finding: FindingMap, values: np.ndarray, volume: CTVolu
         volume: The scan.
         slices: Number of slices.
     """
-    scan, (thickness, *spacing_mm) = reorient(volume, _AXIAL)
-    turned, _ = reorient(CTVolume(values, volume.affine), _AXIAL)
-    picked = _highest(turned, slices, reach=round(_APART_MM / thickness))
+    scan = AxialSlices.of(volume)
+    turned, _ = reorient(CTVolume(values, volume.affine), AXIAL)
+    picked = _highest(turned, slices, reach=round(_APART_MM / scan.spacing_mm[0]))
     most = float(np.abs(turned).max()) or 1.0
-    figure = Figure(figsize=(4 * len(picked), 5), layout="constrained")
-    for axes, k in zip(np.atleast_1d(figure.subplots(1, len(picked))), picked, strict=True):
-        look = {"aspect": spacing_mm[0] / spacing_mm[1], "interpolation": "nearest"}
-        axes.imshow(scan[k], cmap="gray", vmin=_WINDOW_HU[0], vmax=_WINDOW_HU[1], **look)
-        opacity = 0.7 * np.abs(turned[k]) / most
-        shown = axes.imshow(turned[k], cmap="coolwarm", vmin=-most, vmax=most, alpha=opacity, **look)
-        axes.set_title(f"slice {k + 1} of {len(scan)}, from the feet")
-        axes.set_axis_off()
-    bar = figure.colorbar(ScalarMappable(shown.norm, shown.cmap), ax=figure.axes, shrink=0.8)
+    figure = Figure(figsize=(4 * len(picked) + 3, 5), layout="constrained")
+    panels = figure.subplots(1, len(picked) + 1, width_ratios=[*[4] * len(picked), 3])
+    for axes, k in zip(panels, picked, strict=False):
+        draw_slice(axes, scan, k, _WINDOW_HU)
+        look = {"aspect": scan.pixel_aspect, "interpolation": "nearest", "cmap": "coolwarm"}
+        shown = axes.imshow(turned[k], vmin=-most, vmax=most, alpha=0.7 * np.abs(turned[k]) / most, **look)
+        axes.set_title(f"slice {k + 1} of {len(scan)}, z {scan.z_mm[k]:+.1f} mm")
+    draw_places(panels[-1], scan, picked, _WINDOW_HU)
+    panels[-1].set_title("from the front")
+    bar = figure.colorbar(ScalarMappable(shown.norm, shown.cmap), ax=panels, shrink=0.8)
     bar.set_label("logits that a patch adds")
-    figure.suptitle(f"{finding.label}: score {finding.score:.3f}, margin {finding.logits_margin:+.2f}\n{CAVEAT}")
+    said = f"{finding.label}: score {finding.score:.3f}, margin {finding.logits_margin:+.2f}\n{CAVEAT}"
+    figure.suptitle(said, fontfamily=fonts())
     figure.savefig(path, dpi=100)
 
 

@@ -4,14 +4,12 @@ A study is a NIfTI, NRRD, MetaImage or zip file, or all DICOM files of one folde
 (DICOMDIR, no study itself) shows, folders that hold parts of the same series are one study.
 """
 
+import contextlib
 import os
 import stat
 import traceback
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from medct.byte_sources_medct import is_address
 from medct.dicom_io_medct import is_dicom, series_of
 from medct.image_processing_medct import MedCTImageProcessor
 from medct.volume_io_medct import VolumeError, read_volume
+from medct.workers_medct import Lost, Place, load_ahead, overlapped
 
 _VOLUME_SUFFIXES = (".nii", ".nii.gz", ".nrrd", ".nhdr", ".mha", ".mhd", ".zip")
 _DICOM_HEAD_BYTES = 600
@@ -47,7 +46,7 @@ class ReadStudy:
 
     Args:
         study: The study.
-        pixel_values: `(1, z, y, x)`.
+        pixel_values: `(1, z, y, x)`, on the model's device.
         notes: Remarks from reading it.
     """
 
@@ -170,60 +169,79 @@ def _is_dicom_file(path: Path) -> bool:
     return is_dicom(head) and _DICOMDIR_CLASS + b"\0" not in head and _DICOMDIR_CLASS + b"\2" not in head
 
 
-def read_study(study: Study, image_processor: MedCTImageProcessor, **options: Any) -> ReadStudy | FailedStudy:
+@dataclass(frozen=True)
+class LoadStudy:
+    """Reads studies; picklable, for loader processes.
+
+    Args:
+        image_processor: The model's.
+        device: Where the model is.
+        options: `series` and `resample_irregular`, see `read_volume`.
+    """
+
+    image_processor: MedCTImageProcessor
+    device: torch.device | str = "cpu"
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __call__(self, study: Study, place: Place) -> ReadStudy | FailedStudy:
+        """The study, whose `pixel_values` are still to be finished, or why it cannot be read."""
+        place.begin(study.id)
+        try:
+            volume = read_volume(study.source, orientation=self.image_processor.orientation, **self.options)
+            return ReadStudy(study, self.image_processor.load(volume, place, self.device), volume.notes)
+        except VolumeError as error:
+            # A list of files has no name of its own; here it is one folder's.
+            is_list = isinstance(study.source, list)
+            return FailedStudy(study, f"{study.id}: {error.reason}. {error.remedy}." if is_list else str(error))
+        except Exception as error:  # one file must not end a night's work; an unknown message may quote a header
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            where = f"{Path(frame.filename).name}, line {frame.lineno}"
+            return FailedStudy(study, f"{study.id}: reading failed ({type(error).__name__} in {where}). Report this.")
+
+
+def read_study(study: Study, load: LoadStudy) -> ReadStudy | FailedStudy:
     """Read one study, or say why not.
 
     Args:
         study: The study to read.
-        image_processor: The model's.
-        **options: `series` and `resample_irregular`, see `read_volume`.
+        load: How.
     """
-    try:
-        volume = read_volume(study.source, orientation=image_processor.orientation, **options)
-        return ReadStudy(study, image_processor.process_volume(volume)[None], volume.notes)
-    except VolumeError as error:
-        # A list of files has no name of its own; here it is one folder's.
-        is_list = isinstance(study.source, list)
-        return FailedStudy(study, f"{study.id}: {error.reason}. {error.remedy}." if is_list else str(error))
-    except Exception as error:  # one file must not end a night's work; an unknown message may quote a header
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        where = f"{Path(frame.filename).name}, line {frame.lineno}"
-        return FailedStudy(study, f"{study.id}: reading failed ({type(error).__name__} in {where}). Report this.")
+    return next(read_ahead([study], load))
 
 
 def read_ahead(
-    studies: Sequence[Study], image_processor: MedCTImageProcessor, num_workers: int, **options: Any
-) -> Iterator[ReadStudy | FailedStudy]:
-    """Yield studies in order, while threads read the next ones.
-
-    Threads are enough: decompression, resampling and the model itself all release the interpreter's lock.
+    studies: Sequence[Study], load: LoadStudy, num_workers: int = 0, batch_size: int = 1
+) -> Generator[ReadStudy | FailedStudy, None, None]:
+    """Yield studies in order, while processes read the next ones; on a GPU the next one is made ready there meanwhile.
 
     Args:
         studies: Studies to read.
-        image_processor: The model's.
-        num_workers: Number of threads, and so of volumes held besides those yielded; 0 reads on demand.
-        **options: See `read_study`.
+        load: How.
+        num_workers: Number of processes; 0 reads here, on demand, and so does any number a single study.
+        batch_size: Studies that go through the model together.
     """
-    if num_workers == 0:
-        yield from (read_study(study, image_processor, **options) for study in studies)
-        return
-    waiting = iter(studies)
-    with ThreadPoolExecutor(num_workers) as pool:
-        pending: deque[Future] = deque()
+    device = torch.device(load.device)
+    workers = num_workers if len(studies) > 1 else 0
+    loaded = load_ahead(studies, load, workers, batch_size, pinned=device.type == "cuda")
+    yield from overlapped(_finished(loaded, load), device, _tensors_of)
 
-        def submit(count: int) -> None:
-            pending.extend(
-                pool.submit(read_study, study, image_processor, **options) for study in islice(waiting, count)
-            )
 
-        try:
-            submit(num_workers)
-            while pending:
-                result = pending.popleft().result()
-                submit(1)
-                yield result
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+def _finished(loaded: Generator[Any, None, None], load: LoadStudy) -> Generator[ReadStudy | FailedStudy, None, None]:
+    size = load.image_processor.image_size
+    with contextlib.closing(loaded):
+        for study in loaded:
+            if isinstance(study, Lost):
+                study = FailedStudy(study.item, f"{study.item.id}: reading failed ({study.reason}). Try it alone.")
+            if isinstance(study, ReadStudy):
+                is_done = isinstance(study.pixel_values, torch.Tensor)
+                out = None if is_done else torch.empty(*size, device=load.device)
+                study = replace(study, pixel_values=load.image_processor.finish(study.pixel_values, out)[None])
+            yield study
+            del study  # its memory can be used again
+
+
+def _tensors_of(study: ReadStudy | FailedStudy) -> list[torch.Tensor]:
+    return [study.pixel_values] if isinstance(study, ReadStudy) else []
 
 
 def batched_reads(reads: Iterable[ReadStudy | FailedStudy], size: int) -> Iterator[list[ReadStudy] | FailedStudy]:
@@ -244,3 +262,12 @@ def batched_reads(reads: Iterable[ReadStudy | FailedStudy], size: int) -> Iterat
             batch = []
     if batch:
         yield batch
+
+
+def stacked(reads: Sequence[ReadStudy]) -> torch.Tensor:
+    """The input of the model, `(studies, 1, z, y, x)`; of a single study without a copy.
+
+    Args:
+        reads: The studies of a batch.
+    """
+    return reads[0].pixel_values[None] if len(reads) == 1 else torch.stack([read.pixel_values for read in reads])

@@ -5,9 +5,11 @@ the labels, prompts and operating points. `MedCTModel.load_adapter`, and with it
 adapter, asks `check_fit`. PEFT's own loaders know nothing of it; call it before them.
 """
 
+import contextlib
 import copy
 import hashlib
 import json
+import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -43,6 +45,7 @@ _COMPARABLE = (torch.float32, torch.bfloat16)
 # What PEFT writes before every name, and looks for when it loads.
 _SAVED = "base_model.model."
 _CHUNK_ELEMENTS = 2**22
+_REPORTS = logging.getLogger("transformers.integrations.peft")
 _SMALLEST_SCORE = 1e-7  # float32 tells no smaller ones from 0, or from 1
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
@@ -96,6 +99,35 @@ def adapter_tensors(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
     """
     named = (*model.named_parameters(), *model.named_buffers())
     return {key: tensor.detach().cpu() for key, tensor in named if name in key.split(".") and not tensor.is_meta}
+
+
+@contextlib.contextmanager
+def without_load_report() -> Iterator[None]:
+    """Hold back transformers' report on an adapter's weights, unless loading fails, and PEFT's remarks of each loading.
+
+    The report calls all weights missing that are the base's, or an earlier adapter's; which are, says
+    `MedCTModel.load_adapter`. PEFT remarks on a second adapter, and on a name that transformers has changed.
+    """
+    held: list[logging.LogRecord] = []
+
+    def passes(record: logging.LogRecord) -> bool:
+        if is_report := "LOAD REPORT" in record.getMessage():
+            held.append(record)
+        return not is_report
+
+    _REPORTS.addFilter(passes)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")
+            yield
+    except BaseException:
+        _REPORTS.removeFilter(passes)
+        for record in held:
+            _REPORTS.handle(record)
+        raise
+    finally:
+        _REPORTS.removeFilter(passes)
 
 
 def refuse_adapter_without_values(model: PreTrainedModel, name: str) -> None:

@@ -1,231 +1,23 @@
 """HU array and affine to `pixel_values`, and the way back: reorient, clip, resample, scale, crop or pad.
 
-Unusual: only what survives the centre crop is read and resampled, one axis after the other. A trilinear interpolation
-is the product of three linear ones, so this gives the values of `torch.nn.functional.interpolate` at a fraction of its
-work. It goes slab by slab of the result, so that no float copy of the whole scan is ever made.
-
 Source: specification of CT-CLIP, section 1.
 """
 
-import importlib
-import operator
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch.nn import functional as F
-from transformers.dynamic_module_utils import init_hf_modules
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.processing_utils import ImagesKwargs
 
 from .configuration_medct import MedCTVisionConfig
+from .resampling_medct import ScanPart, crop_window, inside, resampled_length, scale_hu
 from .volume_io_medct import CTVolume, axis_order, read_volume
-from .volume_medct import SPACING_DECIMALS
+from .workers_medct import PicklesAnywhere, Place
 
 _DEFAULTS = MedCTVisionConfig()
-# Slices of the result made at a time: enough to keep two cores busy, few enough to stay in their caches.
-_SLAB = 4
-
-
-def reorient(volume: CTVolume, orientation: str) -> tuple[np.ndarray, tuple[float, ...]]:
-    """Turn a volume so that its indices grow in the given directions.
-
-    Args:
-        volume: In any of the 48 axis orders and directions.
-        orientation: Such as "SLP".
-
-    Returns:
-        A view `(z, y, x)` of the array, and its spacing `(z, y, x)`, mm.
-    """
-    axes, signs = axis_order(volume.affine, orientation)
-    turned = volume.array.transpose(axes)[tuple(slice(None, None, sign) for sign in signs)]
-    return turned, tuple(volume.spacing_mm[axis] for axis in axes)
-
-
-def clip_hu(volume: torch.Tensor, hu_min: float, hu_max: float) -> torch.Tensor:
-    """Clip a CT volume to a window.
-
-    Args:
-        volume: `(z, y, x)`, HU.
-        hu_min: Lower end, HU.
-        hu_max: Upper end, HU.
-
-    Returns:
-        `(z, y, x)`, same dtype, within `[hu_min, hu_max]`.
-    """
-    return volume.clamp(hu_min, hu_max)
-
-
-def resampled_length(length: int, spacing_mm: float, target_spacing_mm: float) -> int:
-    """Voxels along an axis after resampling: the number of whole target voxels that fit into its extent, at least one.
-
-    This matches the original to the last bit, because one voxel more would move the whole scan by half a voxel: 300
-    slices of 0.7 mm make 139 of 1.5 mm, not 140. Only the noise that headers add to a spacing is rounded off first.
-
-    Args:
-        length: Voxels along the axis.
-        spacing_mm: Distance between them, mm.
-        target_spacing_mm: Distance between voxels of the result, mm.
-    """
-    return max(1, int(length * (round(spacing_mm, SPACING_DECIMALS) / target_spacing_mm)))
-
-
-def crop_window(length: int, size: int) -> tuple[int, int]:
-    """The central part of an axis, or the whole axis if it is shorter.
-
-    Args:
-        length: Voxels along the axis.
-        size: Maximum number of voxels to keep.
-
-    Returns:
-        The first index, and the index after the last.
-    """
-    start = max(0, (length - size) // 2)
-    return start, min(length, start + size)
-
-
-@dataclass(frozen=True)
-class AxisPlan:
-    """Linear interpolation along one axis, with half-pixel centres, of the part of the result that is wanted.
-
-    Args:
-        lower: For each voxel of the result the one of the input before it.
-        upper: The one after it.
-        weight: Share of the one after it, float32.
-    """
-
-    lower: torch.Tensor
-    upper: torch.Tensor
-    weight: torch.Tensor
-
-    @classmethod
-    def make(cls, length: int, resampled: int, window: tuple[int, int]) -> "AxisPlan":
-        """The plan for a window of a resampled axis.
-
-        Args:
-            length: Voxels of the input along the axis.
-            resampled: Voxels of the whole result along the axis.
-            window: First index of the result that is wanted, and the index after the last.
-        """
-        if resampled == length:
-            lower = torch.arange(*window)
-            return cls(lower, lower, torch.zeros(len(lower)))
-        # In float32, as torch's own interpolation computes them.
-        centres = torch.arange(*window, dtype=torch.float32) + 0.5
-        positions = (centres * np.float32(length / resampled) - 0.5).clamp(min=0)
-        lower = positions.long().clamp(max=length - 1)
-        return cls(lower, (lower + 1).clamp(max=length - 1), positions - lower)
-
-    @property
-    def is_copy(self) -> bool:
-        """Whether the result is a piece of the input as it is."""
-        return len(self.lower) == self.needed.stop - self.needed.start and bool(torch.equal(self.lower, self.upper))
-
-    @property
-    def needed(self) -> slice:
-        """The part of the input that is read."""
-        return slice(int(self.lower.min()), int(self.upper.max()) + 1)
-
-    def part(self, index: slice, offset: int = 0) -> "AxisPlan":
-        """The plan for some voxels of the result.
-
-        Args:
-            index: Which voxels of this plan.
-            offset: Index at which the input of the new plan begins in the input of this one, voxels.
-        """
-        return AxisPlan(self.lower[index] - offset, self.upper[index] - offset, self.weight[index])
-
-    def apply(self, volume: torch.Tensor, axis: int) -> torch.Tensor:
-        """Interpolate a volume along an axis.
-
-        Args:
-            volume: Any shape, float32.
-            axis: Which axis of `volume`.
-
-        Returns:
-            float32, with as many voxels along `axis` as the plan has.
-        """
-        if self.is_copy:
-            return volume.narrow(axis, self.needed.start, len(self.lower))
-        lower = volume.index_select(axis, self.lower)
-        weight = self.weight.view([-1 if dim == axis else 1 for dim in range(volume.ndim)])
-        return lower.lerp_(volume.index_select(axis, self.upper), weight)
-
-
-def resampled_slabs(
-    array: np.ndarray,
-    spacing_mm: Sequence[float],
-    target_spacing_mm: Sequence[float],
-    size: Sequence[int],
-    hu_window: tuple[float, float] | None = None,
-) -> Iterator[torch.Tensor]:
-    """Resample to another spacing and keep the centre, a few slices of the result at a time.
-
-    Args:
-        array: `(z, y, x)`, HU, of any real dtype and memory order.
-        spacing_mm: Of the array, `(z, y, x)`.
-        target_spacing_mm: Of the result, `(z, y, x)`.
-        size: Most voxels to keep, `(z, y, x)`.
-        hu_window: Lowest and highest value, to which the scan is clipped before interpolation, HU.
-
-    Yields:
-        float32, HU, the next slices `(z, y, x)`.
-    """
-    lengths = [resampled_length(*axis) for axis in zip(array.shape, spacing_mm, target_spacing_mm, strict=True)]
-    windows = [crop_window(*axis) for axis in zip(lengths, size, strict=True)]
-    z, y, x = (AxisPlan.make(*axis) for axis in zip(array.shape, lengths, windows, strict=True))
-    array = array[:, y.needed, x.needed]
-    y, x = y.part(slice(None), y.needed.start), x.part(slice(None), x.needed.start)
-    if abs(array.strides[0]) < max(map(abs, array.strides[1:])):
-        # Slices that are scattered over the memory are gathered once rather than once each.
-        needed = z.needed
-        array, z = np.ascontiguousarray(array[needed]), z.part(slice(None), needed.start)
-    is_y_fastest = abs(array.strides[1]) < abs(array.strides[2])
-    for first in range(0, len(z.lower), _SLAB):
-        slab = z.part(slice(first, first + _SLAB))
-        needed = slab.needed
-        values = array[needed].transpose(0, 2, 1) if is_y_fastest else array[needed]
-        values = slab.part(slice(None), needed.start).apply(_to_float(values, hu_window), 0)
-        # Rows that lie in one piece are gathered far faster than single voxels: so the slower axis of the plane goes
-        # first, and the other one after the plane is turned.
-        slower, faster = (x, y) if is_y_fastest else (y, x)
-        values = slower.apply(values, 1).transpose(1, 2).contiguous()
-        values = faster.apply(values, 1)
-        yield values if is_y_fastest else values.transpose(1, 2)
-
-
-def _to_float(array: np.ndarray, hu_window: tuple[float, float] | None) -> torch.Tensor:
-    """A float32 copy of an array of any byte order, direction and dtype, clipped."""
-    values = torch.from_numpy(np.array(array, dtype=np.float32, order="C"))
-    return values if hu_window is None else clip_hu(values, *hu_window)
-
-
-def scale_hu(volume: torch.Tensor, hu_per_unit: float) -> torch.Tensor:
-    """Convert HU to the unit of `pixel_values`, in place.
-
-    Args:
-        volume: Any shape, HU, float32.
-        hu_per_unit: HU that make 1.0.
-    """
-    return volume.div_(hu_per_unit)
-
-
-def pad_to_size(volume: torch.Tensor, size: Sequence[int], value: float) -> torch.Tensor:
-    """Pad a volume to a size, the same before and behind; an odd voxel goes behind.
-
-    Args:
-        volume: `(z, y, x)`, no longer than `size` along any axis.
-        size: Voxels of the result, `(z, y, x)`.
-        value: What to pad with, in the unit of `volume`.
-    """
-    before_and_after: list[int] = []
-    for length, target in zip(reversed(volume.shape), reversed(size), strict=True):  # F.pad begins at the last axis
-        before = (target - length) // 2
-        before_and_after += [before, target - length - before]
-    return F.pad(volume, before_and_after, value=value)
 
 
 @dataclass(frozen=True, eq=False)
@@ -264,34 +56,6 @@ class VolumeGeometry:
 
 def _transform(matrix: np.ndarray, points: Any) -> np.ndarray:
     return np.asarray(points, float) @ matrix[:3, :3].T + matrix[:3, 3]
-
-
-class PicklesAnywhere:
-    """Objects whose class came as remote code, and that other processes can unpickle all the same.
-
-    `datasets.map(num_proc=2)` and spawned loader processes begin with an interpreter that does not know yet where the
-    library keeps remote code.
-    """
-
-    def __reduce_ex__(self, protocol):
-        if not type(self).__module__.startswith("transformers_modules."):
-            return super().__reduce_ex__(protocol)
-        # dill, which `datasets` pickles with, looks for modules in their packages, where the library has not put them.
-        package, _, name = type(self).__module__.rpartition(".")
-        setattr(importlib.import_module(package), name, sys.modules[type(self).__module__])
-        reduced = (object.__new__, (type(self),), self.__dict__)
-        # Parts are unpickled in their order: first the place of remote code, then the object.
-        return operator.getitem, ((_AsReduced((init_hf_modules, ())), _AsReduced(reduced)), 1)
-
-
-class _AsReduced:
-    """Pickles as something else."""
-
-    def __init__(self, reduced: tuple):
-        self.reduced = reduced
-
-    def __reduce_ex__(self, protocol):
-        return self.reduced
 
 
 class MedCTImagesKwargs(ImagesKwargs, total=False):
@@ -363,6 +127,7 @@ class MedCTImageProcessor(PicklesAnywhere, BaseImageProcessor):
         series: Any = None,
         resample_irregular: Any = False,
         return_geometry: bool = False,
+        device: torch.device | str | None = None,
         **kwargs,
     ) -> BatchFeature:
         """Make the model's input of one volume or a list of them.
@@ -379,6 +144,7 @@ class MedCTImageProcessor(PicklesAnywhere, BaseImageProcessor):
             series: Which of several DICOM series, see `read_volume`.
             resample_irregular: Resample tilted, oblique and unevenly spaced scans instead of refusing them.
             return_geometry: Whether to give the way back too.
+            device: Where to compute the result, and to leave it; the CPU by default.
 
         Returns:
             `pixel_values`: `(volumes, 1, z, y, x)`, float32 within the scaled window. With `return_geometry` also
@@ -396,7 +162,7 @@ class MedCTImageProcessor(PicklesAnywhere, BaseImageProcessor):
             "series": _per_image(series, len(images), ndim=0),
             "resample_irregular": _per_image(resample_irregular, len(images), ndim=0),
         }
-        pixel_values = torch.empty(len(images), 1, *self.image_size)
+        pixel_values = torch.empty(len(images), 1, *self.image_size, device=device)
         geometry = []
         for index, image in enumerate(images):
             volume = read_volume(
@@ -414,24 +180,54 @@ class MedCTImageProcessor(PicklesAnywhere, BaseImageProcessor):
 
         Args:
             volume: In HU.
-            out: Where to write the result, `image_size` voxels `(z, y, x)`; a new float32 tensor by default.
+            out: Where to write the result, on any device, `image_size` voxels `(z, y, x)`; a new float32 tensor by
+                default.
 
         Returns:
             `(z, y, x)`, float32 within the scaled window; `out` if it was given.
         """
-        pixel_values = torch.empty(*self.image_size) if out is None else out
-        pad_value = self.hu_min / self.hu_per_unit
-        array, spacing_mm = reorient(volume, self.orientation)
-        z_length = min(self.image_size[0], resampled_length(len(array), spacing_mm[0], self.target_spacing_mm[0]))
-        z = (self.image_size[0] - z_length) // 2
-        pixel_values[:z] = pad_value
-        pixel_values[z + z_length :] = pad_value
-        window = (self.hu_min, self.hu_max)
-        for slab in resampled_slabs(array, spacing_mm, self.target_spacing_mm, self.image_size, window):
-            slab = scale_hu(slab, self.hu_per_unit)
-            pixel_values[z : z + len(slab)] = pad_to_size(slab, (len(slab), *self.image_size[1:]), pad_value)
-            z += len(slab)
-        return pixel_values
+        return self.finish(self.crop(volume), out)
+
+    def crop(self, volume: CTVolume) -> ScanPart:
+        """The part of a volume that its result is made of: a view, `finish` does the rest.
+
+        Args:
+            volume: In HU.
+        """
+        return ScanPart.of(volume, self.orientation, self.target_spacing_mm, self.image_size)
+
+    def load(self, volume: CTVolume, place: Place, device: torch.device | str) -> ScanPart | torch.Tensor:
+        """What a loader process hands over of a volume, for `finish`: if the model is on a CPU, the result itself.
+
+        Args:
+            volume: In HU.
+            place: Has the memory for it.
+            device: Where the model is.
+        """
+        if torch.device(device).type == "cpu":
+            return self.process_volume(volume, out=place.empty(self.image_size))
+        return self.crop(volume).packed(place.empty)
+
+    def finish(self, part: ScanPart | torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Clip, resample, scale and pad, on the device of the result.
+
+        Args:
+            part: From `crop` or `load`.
+            out: As in `process_volume`.
+
+        Returns:
+            As `process_volume`.
+        """
+        if isinstance(part, torch.Tensor):
+            return part if out is None else out.copy_(part)
+        out = torch.empty(*self.image_size) if out is None else out
+        part = part if out.device.type == "cpu" else part.to(out.device)
+        inner = inside(out, part.shape, self.hu_min / self.hu_per_unit)
+        first = 0
+        for slab in part.resampled(self.hu_min, self.hu_max):
+            scale_hu(slab, self.hu_per_unit, out=inner[first : first + len(slab)])
+            first += len(slab)
+        return out
 
     def geometry(self, volume: CTVolume) -> VolumeGeometry:
         """Where the voxels of `process_volume(volume)` come from."""

@@ -35,6 +35,7 @@ from .adapters_medct import (
     check_fit,
     loadable_tensors,
     refuse_adapter_without_values,
+    without_load_report,
 )
 from .checks_medct import refuse_other_weights
 from .configuration_medct import CLASSIFIER_TASK, CODE, CUSTOM_PIPELINES, ZERO_SHOT_TASK, MedCTConfig, MedCTVisionConfig
@@ -551,7 +552,8 @@ class MedCTPreTrainedModel(PreTrainedModel):
             # The second argument is `adapter_state_dict`; beside offloaded layers transformers reads files only.
             if len(args) < 2 and not any(weight.is_meta for weight in self.parameters()):
                 kwargs.setdefault("adapter_state_dict", loadable_tensors(peft_model_id, **hub))
-        loaded = super().load_adapter(peft_model_id, adapter_name, *args, **kwargs)
+        with without_load_report():
+            loaded = super().load_adapter(peft_model_id, adapter_name, *args, **kwargs)
         name = adapter_name or "default"
         refuse_adapter_without_values(self, name)
         # transformers counts the base's tensors as missing where the adapter's name stands in theirs.

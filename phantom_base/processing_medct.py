@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import ProcessorMixin
 
 from .errors_medct import MedCTError
-from .image_processing_medct import PicklesAnywhere
+from .workers_medct import PicklesAnywhere
 
 if TYPE_CHECKING:
     # Files that a saved file imports are saved and fetched with it. The model's configuration names this pipeline, and

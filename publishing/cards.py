@@ -13,19 +13,21 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers.utils.hub import cached_file
 
 from medct.adapters_medct import DESCRIPTION_FILE
+from medct.common.paths import local_paths, without_paths
 
 TEMPLATE = Path(__file__).with_name("adapter_card.md")
 GENERATED = "<!-- Made from the files of this folder, anew with every push; delete this line to keep own edits. -->"
 PLACEHOLDER_REPO, PLACEHOLDER_BASE, PLACEHOLDER_REVISION = "ORG/NAME", "ORG/BASE", "COMMIT"
 CT_CLIP_LICENSE = "cc-by-nc-sa-4.0"
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-# At least two parts, since "and/or" and "/" are not paths; not after a letter or colon, as in web addresses; not what
-# every Linux has.
-_ABSOLUTE_PATH = re.compile(r"(?<![\w.:/\\])(?!/(?:proc|dev)/)(?:(?:/[\w.@+-]+){2,}/?|[A-Za-z]:\\[\w.@+\\-]+)")
-_WHOLE_PATH = re.compile(r"(?:/|~/|[A-Za-z]:\\)[^\n]*")
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 # The Hub's names of metrics, by ours.
 _HUB_METRICS = {"auroc": ("roc_auc", "AUROC"), "macro_f1": ("f1", "F1")}
+_PICTURES = {
+    "learned.png": "Change of AUROC of each finding on the new site, and on what was to be kept",
+    "roc.png": "ROC curves",
+    "calibration.png": "Calibration: how often findings were present among scans of such a score",
+}
 _TRAINING_FACTS = {
     "recipe": "recipe: {}",
     "objective": "objective: {}",
@@ -42,20 +44,15 @@ def is_hub_id(base: str | None) -> bool:
     return base is not None and _HUB_ID.fullmatch(base) is not None and not Path(base).exists()
 
 
-def find_paths(text: str) -> list[str]:
-    """Absolute paths in a text."""
-    return _ABSOLUTE_PATH.findall(text)
+def local_paths_of(folder: Path) -> list[str]:
+    """The paths of this machine that a run's own files name: of its base, its data, its output.
 
-
-def without_paths(value: Any) -> Any:
-    """The same value, with every absolute path in its texts reduced to the last part."""
-    if isinstance(value, str):
-        if _WHOLE_PATH.fullmatch(value):  # whatever its letters
-            return re.split(r"[/\\]", value.rstrip("/\\"))[-1] or value
-        return _ABSOLUTE_PATH.sub(lambda match: re.split(r"[/\\]", match[0].rstrip("/\\"))[-1], value)
-    if isinstance(value, dict):
-        return {key: without_paths(part) for key, part in value.items()}
-    return [without_paths(part) for part in value] if isinstance(value, list) else value
+    Args:
+        folder: As training leaves it.
+    """
+    base, _ = recorded_base(folder)
+    where = {"folder": str(folder.absolute()), "base": base}
+    return local_paths(read_json(folder, "train_config.json") | where)
 
 
 def base_license(base: str, revision: str | None = None, token: str | None = None) -> str | None:
@@ -143,7 +140,8 @@ def render_card(
     folder = Path(folder)
     if base is None:
         base, revision = recorded_base(folder)
-    results = without_paths(read_json(folder, "results.json"))
+    known = local_paths_of(folder)
+    results = without_paths(read_json(folder, "results.json"), known)
     license = license or (base and base_license(base, revision)) or results.get("license")
     card = ModelCard.from_template(
         _metadata(results, base, license, repo_id.split("/")[-1]),
@@ -154,9 +152,9 @@ def render_card(
         revision=(revision if is_hub_id(base) else None) or PLACEHOLDER_REVISION,
         base_in_words=_base_in_words(base),
         license=license,
-        has_roc=(folder / "roc.png").is_file(),
+        pictures={name: words for name, words in _PICTURES.items() if (folder / name).is_file()},
         generated=GENERATED,
-        **_facts(folder, results),
+        **_facts(folder, results, known),
     )
     return re.sub(r"\n{3,}", "\n\n", str(card)).rstrip() + "\n"
 
@@ -230,10 +228,10 @@ def _with_interval(score: dict[str, float], sign: str) -> str:
     return f"{score['value']:{sign}.3f}{low_and_high}"
 
 
-def _facts(folder: Path, results: dict[str, Any]) -> dict[str, Any]:
+def _facts(folder: Path, results: dict[str, Any], known: list[str]) -> dict[str, Any]:
     """The facts about the run that the template shows."""
-    description = without_paths(read_json(folder, DESCRIPTION_FILE))
-    settings = without_paths(read_json(folder, "train_config.json"))
+    description = without_paths(read_json(folder, DESCRIPTION_FILE), known)
+    settings = without_paths(read_json(folder, "train_config.json"), known)
     templates = None if description.get("prompts") else description.get("prompt_templates")
     prompts = templates or results.get("prompts") or []
     training = [words.format(settings[key]) for key, words in _TRAINING_FACTS.items() if settings.get(key) is not None]

@@ -1,5 +1,6 @@
 """A model and its processor, loaded by what the checkpoint says it is, and refused if they do not belong together."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,9 +13,14 @@ from medct.errors_medct import MedCTError
 from medct.modeling_medct import MedCTForImageClassification, MedCTModel
 from medct.pipeline_medct import CTClassificationPipeline, CTPipeline, ZeroShotCTClassificationPipeline
 from medct.processing_medct import MedCTProcessor
+from medct.publishing.cards import is_hub_id
 
 AnyMedCT = MedCTModel | MedCTForImageClassification
 """What scores findings: by comparison with sentences, or by a head of its own."""
+
+HUB_ADDRESS = "hf://"
+PHANTOM_NAME = "phantom"
+PHANTOM_BASE = Path(__file__).parents[1] / "phantom_base"
 
 _CLASSES = {each.__name__: each for each in (MedCTModel, MedCTForImageClassification)}
 _PIPELINES = {MedCTModel: ZeroShotCTClassificationPipeline, MedCTForImageClassification: CTClassificationPipeline}
@@ -22,6 +28,33 @@ _PIPELINES = {MedCTModel: ZeroShotCTClassificationPipeline, MedCTForImageClassif
 
 class ModelError(MedCTError, ValueError):
     """A model that cannot be loaded; the message says why and what to do."""
+
+
+def named(name: str, what: str = "model") -> str:
+    """What a user's name for a model or an adapter stands for.
+
+    Args:
+        name: Folder, Hub id, with or without "hf://", or "phantom": the phantom base, wherever it lies.
+        what: What is named, for the message.
+
+    Raises:
+        ModelError: If it is neither a folder nor a Hub id, or begins as folders here do. Nobody would be asked for a
+            slip of the pen, and without a network the Hub's client tries for half a minute.
+    """
+    if Path(name).exists():
+        return name
+    if name == PHANTOM_NAME:
+        return str(PHANTOM_BASE)
+    hub_id = name.removeprefix(HUB_ADDRESS)
+    if not is_hub_id(hub_id):
+        reason = "there is no such folder, and a Hub id reads ORG/NAME"
+    elif name == hub_id and Path(name).parent.is_dir():
+        reason = (
+            f"{Path(name).parent} is a folder here, but has none of that name; on the Hub it is {HUB_ADDRESS}{name}"
+        )
+    else:
+        return hub_id
+    raise ModelError(f"{name}: no {what} ({reason}). Pass a Hub id or a folder.")
 
 
 def load_config(name: str, **options: Any) -> MedCTConfig:

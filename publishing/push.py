@@ -7,6 +7,7 @@ What is pushed is checked first: no pickles, no paths of this machine, only file
 is never changed, so a push that failed can be run again.
 """
 
+import contextlib
 import hashlib
 import json
 import shlex
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx2
+import PIL.Image
 from huggingface_hub import CommitOperationAdd, HfApi, RepoFile
 from huggingface_hub.errors import (
     HfHubHTTPError,
@@ -28,27 +30,28 @@ from huggingface_hub.utils import parse_ratelimit_headers
 
 from medct.adapters_medct import CONFIG_FILE, DESCRIPTION_FILE, WEIGHTS_FILE
 from medct.common.errors import first_line
+from medct.common.paths import find_paths, without_paths
 from medct.common.retry import keep_trying
 from medct.errors_medct import MedCTError
 from medct.publishing.cards import (
     GENERATED,
     PLACEHOLDER_REPO,
     base_license,
-    find_paths,
     is_hub_id,
+    local_paths_of,
     read_json,
     recorded_base,
     render_card,
-    without_paths,
 )
 
 MODEL_CARD = Path(__file__).parents[1] / "model_card.md"
 PICKLES = {".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pth"}
 # A run's record of itself; it names the folders that it read and wrote.
 RUN_FILES = ("results.json", "train_config.json")
-# Anything else in a folder, such as lists of studies, is not pushed.
-ADAPTER_FILES = (WEIGHTS_FILE, CONFIG_FILE, DESCRIPTION_FILE, "README.md", *RUN_FILES, "*.png")
-MODEL_FILES = ("*.safetensors", "*.json", "*.py", "*.txt", "*.jinja", "README.md", "LICENSE", "*.png")
+PICTURES = ("roc.png", "calibration.png")
+# Anything else in a folder, such as lists of studies and pictures of patients, is not pushed.
+ADAPTER_FILES = (WEIGHTS_FILE, CONFIG_FILE, DESCRIPTION_FILE, "README.md", *RUN_FILES, *PICTURES)
+MODEL_FILES = ("*.safetensors", "*.json", "*.py", "*.txt", "*.jinja", "README.md", "LICENSE", *PICTURES)
 SHARD_FILES = ("README.md", "manifest.json", "data/*.parquet")
 TEXT_SUFFIXES = {".jinja", ".json", ".md", ".py", ".txt"}
 # Part of the blank form that PEFT saves as README.md.
@@ -142,7 +145,7 @@ def push_model(folder: str | Path, repo_id: str, *, private: bool = False, token
         raise PushError(f"{folder} lacks its code ({lacking}), so no one could load it. Convert it again.")
     files: Files = {path.name: path for path in _chosen(folder, MODEL_FILES)}
     for name in set(RUN_FILES) & files.keys():
-        files[name] = _json_bytes(read_json(folder, name))
+        files[name] = _json_bytes(folder, read_json(folder, name))
     card = folder / "README.md"
     text = (card if card.is_file() else MODEL_CARD).read_text(encoding="utf-8")
     files["README.md"] = text.replace(PLACEHOLDER_REPO, repo_id).encode()
@@ -160,9 +163,10 @@ def push_shards(folder: Path, repo_id: str) -> str:
         Address of the dataset.
 
     Raises:
-        PushError: If the dataset is public, or the Hub refuses.
+        PushError: If the dataset is public, a table names a path of this machine, or the Hub refuses.
     """
     api = HfApi()
+    _refuse_paths(folder, {path.name: path for path in _chosen(folder, ("README.md", "manifest.json"))})
     try:
         api.create_repo(repo_id, repo_type="dataset", private=True, exist_ok=True)
         if not api.repo_info(repo_id, repo_type="dataset").private:
@@ -237,7 +241,7 @@ def _adapter_files(folder: Path, repo_id: str, base: str, commit: str, license: 
         for each in (decided.get("settings"), *(decided.get("models") or {}).values()):
             if each:
                 each |= {"model": base, "revision": commit}
-        files[name] = _json_bytes(content)
+        files[name] = _json_bytes(folder, content)
     card = folder / "README.md"
     if not card.is_file() or any(mark in card.read_text(encoding="utf-8") for mark in (GENERATED, PEFT_FORM)):
         text = render_card(folder, repo_id=repo_id, base=base, revision=commit, license=license)
@@ -245,8 +249,8 @@ def _adapter_files(folder: Path, repo_id: str, base: str, commit: str, license: 
     return files
 
 
-def _json_bytes(content: dict[str, Any]) -> bytes:
-    return (json.dumps(without_paths(content), indent=2) + "\n").encode()
+def _json_bytes(folder: Path, content: dict[str, Any]) -> bytes:
+    return (json.dumps(without_paths(content, local_paths_of(folder)), indent=2) + "\n").encode()
 
 
 class _Job:
@@ -371,11 +375,22 @@ def _refuse_pickles(folder: Path) -> None:
 
 
 def _refuse_paths(folder: Path, files: Files) -> None:
+    known = local_paths_of(folder)
     for name, content in files.items():
-        if Path(name).suffix in TEXT_SUFFIXES:
-            text = content.decode() if isinstance(content, bytes) else content.read_text(encoding="utf-8")
-            if found := find_paths(text):
+        for text in _texts_in(name, content):
+            if found := find_paths(text, known):
                 raise PushError(f"{folder}/{name} names a path of this machine ({found[0]}). Remove it, then push.")
+
+
+def _texts_in(name: str, content: Path | bytes) -> list[str]:
+    """What can be read in a file: all of a text, and what is written into a picture beside its pixels."""
+    suffix = Path(name).suffix
+    if suffix == ".png" and isinstance(content, Path):
+        with contextlib.suppress(PIL.UnidentifiedImageError), PIL.Image.open(content) as image:
+            return [str(value) for value in image.info.values()]
+    if suffix in TEXT_SUFFIXES or name == "LICENSE":
+        return [content.decode() if isinstance(content, bytes) else content.read_text(encoding="utf-8")]
+    return []
 
 
 def _sha256(path: Path) -> str:

@@ -1,14 +1,13 @@
 """What is trained: low-rank matrices beside chosen Linears of the base or, for comparison, the base itself."""
 
-import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from medct.common.distributed import local_part, whole
+from medct.common.distributed import whole
 from medct.evaluation.scoring import is_classifier
 from medct.modeling_medct import MedCTForImageClassification, MedCTModel
 
@@ -119,15 +118,6 @@ def frozen_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if not tensor.requires_grad:
             yield name, tensor
-
-
-def digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """SHA-256 over the names and bytes of tensors; for sharded ones, over this process's part."""
-    total = hashlib.sha256()
-    for name, tensor in sorted(tensors, key=lambda item: item[0]):
-        total.update(name.encode())
-        total.update(local_part(tensor).detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return total.hexdigest()
 
 
 def note_start(model: PeftModel, folder: Path) -> None:

@@ -1,12 +1,13 @@
 """What a run found: scores before and after, what was forgotten, operating points, calibration, and remarks."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from medct.evaluation.calibration import fit_calibration
 from medct.evaluation.figures import Scores, source_figures
-from medct.evaluation.metrics import zero_shot_scores
+from medct.evaluation.metrics import FEWEST, zero_shot_scores
 from medct.evaluation.operating_points import YOUDEN, Points, choose_points
 from medct.evaluation.predictions import Key, Predictions
 from medct.evaluation.report import calibration_table, points_table, results_table, sites_table
@@ -16,6 +17,8 @@ from medct.training.settings import NO_SOURCE, TrainingSettings
 SPLITS = ("tune", "valid")
 KEPT_SPLITS = ("keep_tune", "keep_valid")
 BASE, ADAPTED = "base", "adapted"
+FEW_STEPS = 50
+"""Optimizer steps below which a run is remarked on."""
 
 Scored = dict[str, ScoredStudies]
 """By split: "tune" and "valid" of the new site, and where something is to be kept "keep_tune" and "keep_valid"."""
@@ -57,7 +60,8 @@ def compare_all(
     """
     options = {"resamples": resamples, "seed": seed}
     points = [_points(each["tune"], wanted) for each in (before, after)]
-    calibration = fit_calibration(after["tune"].scores, after["tune"].labels, after["tune"].names)
+    tuned = after["tune"]
+    calibration = fit_calibration(tuned.scores, tuned.labels, tuned.names, tuned.patients)
 
     def figures(split: str) -> dict[str, Any]:
         models = {BASE: Scores(before[split], points[0]), ADAPTED: Scores(after[split], points[1], calibration)}
@@ -87,7 +91,7 @@ def compare_all(
 
 
 def _points(tuned: ScoredStudies, wanted: Mapping[str, tuple[str, float]] | None) -> Points:
-    return choose_points(tuned.scores, tuned.labels, tuned.names, wanted or {})
+    return choose_points(tuned.scores, tuned.labels, tuned.names, wanted or {}, tuned.patients)
 
 
 def predictions_of(before: Scored, after: Scored, sources: Sequence[str]) -> Predictions:
@@ -122,12 +126,13 @@ def remarks_on(results: dict[str, Any], max_forgotten: float) -> list[str]:
         results: With `strength` and what `compare_all` returns.
         max_forgotten: Most that the mean AUROC on what is to be kept may fall.
     """
+    remarks = few_patients(results)
     if results["strength"] == 0:
         return [
             "This adapter does not help: on the tuning patients no strength of it scores above the base within what "
-            "may be forgotten. Its strength is 0, so what is saved is the base, unchanged."
+            "may be forgotten. Its strength is 0, so what is saved is the base, unchanged.",
+            *remarks,
         ]
-    remarks = []
     tune = results["tune_auroc"]
     if tune["base"] is None:
         remarks.append("No label varies among the tuning patients, so nothing could be chosen there.")
@@ -144,6 +149,42 @@ def remarks_on(results: dict[str, Any], max_forgotten: float) -> list[str]:
             f"{max_forgotten:g}."
         )
     return remarks
+
+
+def few_patients(results: dict[str, Any]) -> list[str]:
+    """What could not be told, or chosen, because too few patients have a finding or are without it.
+
+    Args:
+        results: With `label_names` and what `compare_all` returns.
+    """
+    remarks, comparison = [], results["comparison"]
+    if comparison["adapted"]["auroc"]["low"] is None:
+        remarks.append(
+            f"{comparison['patients']} held-out patients are too few to tell how far the figures are to be trusted, so "
+            "there are no intervals. With --folds 5 every patient is held out once."
+        )
+    if lacking := [name for name in results["label_names"] if name not in (results["thresholds"] or {})]:
+        which = "any finding" if len(lacking) == len(results["label_names"]) else ", ".join(lacking)
+        remarks.append(
+            f"No operating point for {which}: fewer than {FEWEST} tuning patients have it, or are without it."
+        )
+    return remarks
+
+
+def few_steps(steps: int, per_epoch: int, settings: TrainingSettings) -> str | None:
+    """What to say of a run that is too short to learn much; `None` of any other.
+
+    Args:
+        steps: Of the run.
+        per_epoch: Of an epoch.
+        settings: Of the run.
+    """
+    if steps >= FEW_STEPS:
+        return None
+    epochs = math.ceil(FEW_STEPS / per_epoch)
+    is_cut = settings.max_steps == steps < per_epoch * settings.epochs
+    remedy = f"a higher --max_steps than {steps}" if is_cut else f"--epochs {epochs}"
+    return f"{steps} steps are few: an adapter learns little in less than {FEW_STEPS}. Pass {remedy}."
 
 
 def repeatable(settings: TrainingSettings, revision: str | None, points: dict[str, Any]) -> dict[str, Any] | None:

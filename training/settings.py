@@ -3,7 +3,6 @@
 import dataclasses
 from argparse import RawDescriptionHelpFormatter
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from transformers import HfArgumentParser
@@ -13,11 +12,11 @@ from medct.data import PHANTOMS, PhantomCohort
 from medct.errors_medct import MedCTError
 from medct.evaluation.operating_points import WANTED
 from medct.publishing.cards import is_hub_id
+from medct.publishing.loading import PHANTOM_BASE
 from medct.training.lora import Adaptation, Target
 from medct.training.objectives import Objective
 from medct.training.recipes import RECIPES, RecipeName, learning_rate_of
 
-PHANTOM_BASE = Path(__file__).parents[1] / "phantom_base"
 PHANTOM_BASE_SITE = f"{PHANTOMS}:A"
 """Where the phantom base comes from."""
 NO_SOURCE = "none"
@@ -42,7 +41,7 @@ class TrainingSettings:
     """Everything about a run that does not travel with the weights; saved as `train_config.json`."""
 
     model: str = setting(
-        str(PHANTOM_BASE), "Base model: Hub id or folder. Default: the phantom base of this repository."
+        str(PHANTOM_BASE), "Base model: Hub id or folder. `phantom`, the default: the phantom base of this package."
     )
     revision: str | None = setting(None, "Commit of the base on the Hub. Pin it: the repository's code is run.")
 

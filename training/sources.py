@@ -46,8 +46,8 @@ def load_sources(
     return sources
 
 
-def number_of_steps(source: Source, settings: TrainingSettings, processes: int) -> int:
-    """Optimizer steps of a run.
+def steps_per_epoch(source: Source, settings: TrainingSettings, processes: int) -> int:
+    """Optimizer steps that the training studies make once.
 
     Args:
         source: Studies to train on.
@@ -64,7 +64,19 @@ def number_of_steps(source: Source, settings: TrainingSettings, processes: int) 
             f"{source.num_studies} training studies do not fill one step of {studies_per_step} ({settings.batch_size} "
             f"x {settings.accumulation_steps} in {processes} processes). Lower --batch_size."
         )
-    steps = per_epoch * settings.epochs
+    return per_epoch
+
+
+def number_of_steps(source: Source, settings: TrainingSettings, processes: int) -> int:
+    """Optimizer steps of a run.
+
+    Args:
+        source, settings, processes: See `steps_per_epoch`.
+
+    Raises:
+        TrainingError: If there are fewer studies than a step takes.
+    """
+    steps = steps_per_epoch(source, settings, processes) * settings.epochs
     return steps if settings.max_steps is None else min(steps, settings.max_steps)
 
 

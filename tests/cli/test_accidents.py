@@ -55,13 +55,13 @@ def ctrl_c():
 
 
 def interrupt_second(act):
-    """The function, with a Ctrl-C during its second call."""
-    calls = []
+    """The function, with a Ctrl-C to this process during its second call, wherever that is."""
+    calls, run = [], os.getpid()
 
     def interrupted(*args, **kwargs):
         calls.append(args)
         if len(calls) == 2:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(run, signal.SIGINT)
         return act(*args, **kwargs)
 
     return interrupted

@@ -33,6 +33,7 @@ from medct.common.lock import only_run
 from medct.data import phantom_source
 from medct.inference.search import read_embeddings
 from medct.inference.studies import find_studies
+from medct.publishing.loading import ModelError, named
 
 PHANTOM_BASE = Path(medct.__file__).with_name("phantom_base")
 
@@ -261,6 +262,46 @@ def test_a_folder_that_is_not_a_model_is_refused(run, scans, tmp_path):
     status, _, err = run("predict", scans, model=tmp_path)
     assert status == 2
     assert "cannot load a model (" in err
+
+
+@pytest.mark.parametrize("name", ["ct-clip", "./ct-clip", "models/site/ct-clip", "/models/ct-clip", "ct-clip/", "a\\b"])
+@pytest.mark.parametrize("flag", ["--model", "--adapter"])
+def test_a_slip_in_a_folders_name_is_refused_without_asking_the_hub(refused, scans, converted, flag, name, monkeypatch):
+    monkeypatch.setattr("httpx2.Client.send", lambda *_, **__: pytest.fail("asks the Hub"))
+    others = ["--model", converted] if flag == "--adapter" else []
+    said = refused("predict", scans, "--cpu", *others, flag, name)
+    assert said == (
+        f"{name}: no {flag[2:]} (there is no such folder, and a Hub id reads ORG/NAME). Pass a Hub id or a folder."
+    )
+
+
+def test_a_name_that_begins_as_folders_here_is_one_of_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(
+        ModelError, match="runs is a folder here, but has none of that name; on the Hub it is hf://runs/b"
+    ):
+        named("runs/b")
+    assert named("hf://runs/b") == "runs/b"
+    assert named("org/b") == "org/b"
+    (tmp_path / "runs/b").mkdir()
+    assert named("runs/b") == "runs/b"
+
+
+@pytest.mark.parametrize("command", ["predict", "overview", "variable"])
+def test_the_phantom_base_is_at_hand_everywhere(run, scans, tmp_path, command, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if command == "overview":
+        assert main(["overview", "phantoms", "--model", "phantom", "--limit", "2", "--samples", "0"]) == 0
+        return
+    if command == "variable":
+        monkeypatch.setenv("MEDCT_MODEL", "phantom")
+    status, out, err = run("predict", scans / "0.nii.gz", model=None if command == "variable" else "phantom")
+    assert status == 0, err
+    assert "Lung nodule" in out
+    (tmp_path / "phantom").mkdir()
+    status, _, err = run("predict", scans / "0.nii.gz", model="phantom")
+    assert (status, "no model (" in err) == (2, True)  # a folder of that name comes first
 
 
 @pytest.mark.parametrize("arguments", [["predict"], ["predict", "x", "--batch_size", "0"], ["nothing"], []])
@@ -531,3 +572,74 @@ def test_rows_of_another_precision_or_reading_are_not_mixed(run, scans, tmp_path
     status, _, err = run("predict", scans / "0.nii.gz", "--output", tmp_path / "scores.csv", *option)
     assert status == 2
     assert f"was started with {option[0].removeprefix('--')} " in err
+
+
+@pytest.fixture
+def site_model(converted, tmp_path) -> Path:
+    """A model that can be made anew in its place."""
+    return shutil.copytree(converted, tmp_path / "site-model")
+
+
+def remake(folder: Path, what: str) -> None:
+    """Other weights, another precision, another window or other prompts, in the same folder."""
+    model = MedCTModel.from_pretrained(folder)
+    if what == "weights":
+        model.visual_projection.weight.data[0, 0] += 1e-6
+    if what == "precision":
+        model = model.bfloat16()
+    if what == "prompts":
+        model.config.prompt_templates = [("{label}", "no {label}")]
+    if what == "window":
+        model.config.vision_config.hu_min = -900
+        processor = MedCTProcessor.from_pretrained(folder)
+        processor.image_processor.hu_min = -900
+        processor.save_pretrained(folder)
+    model.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("what", ["nothing", "weights", "precision", "window", "prompts"])
+@pytest.mark.parametrize("command", ["predict", "embed"])
+def test_what_made_the_rows_decides_not_its_name(run, scans, site_model, tmp_path, command, what):
+    output = tmp_path / ("scores.csv" if command == "predict" else "index.parquet")
+    assert run(command, scans / "0.nii.gz", "--output", output, model=site_model)[0] == 0
+    before = output.read_bytes()
+    remake(site_model, what)
+    status, _, err = run(command, scans / "0.nii.gz", scans / "1.nii.gz", "--output", output, model=site_model)
+    if what == "nothing" or (command, what) == ("embed", "prompts"):
+        assert status == 0, err
+        return
+    assert status == 2
+    said = {
+        "window": "preprocessing {",
+        "prompts": "templates [",
+        "weights": "other weights",
+        "precision": "other weights",
+    }
+    assert f"{output} was started with {said[what]}" in err
+    assert err.endswith("Choose another --output, or remove it.\n")
+    assert output.read_bytes() == before
+
+
+@pytest.mark.parametrize("what", ["tensors", "alpha"])
+def test_an_adapter_made_anew_is_another(run, scans, converted, tmp_path, what):
+    folder = save_adapter(converted, tmp_path / "adapter")
+    predict = ["predict", scans / "0.nii.gz", "--adapter", folder, "--output", tmp_path / "scores.csv"]
+    assert run(*predict)[0] == 0
+    assert run(*predict)[0] == 0
+    save_adapter(converted, folder, **({"seed": 1} if what == "tensors" else {"lora_alpha": 3}))
+    status, _, err = run(*predict)
+    assert status == 2
+    assert "was started with other weights than those that model and adapter have now" in err
+
+
+def test_an_index_of_other_weights_is_not_searched(run, scans, site_model, tmp_path):
+    index = tmp_path / "index.parquet"
+    assert run("embed", scans / "0.nii.gz", "--output", index, "--dtype", "bfloat16", model=site_model)[0] == 0
+    assert run("search", "a", "--index", index, model=None)[0] == 0
+    assert run("search", "a", "--index", index, "--dtype", "float32", model=None)[0] == 2
+    model = MedCTModel.from_pretrained(site_model)
+    model.visual_projection.weight.data[0, 0] += 1
+    model.save_pretrained(site_model)
+    status, _, err = run("search", "a", "--index", index, model=None)
+    assert status == 2
+    assert "was made with other weights than those that" in err

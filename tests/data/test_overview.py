@@ -144,6 +144,32 @@ def test_bad_input_ends_in_one_sentence(arguments, tmp_path, refused):
     assert refused("overview", *arguments).startswith("nowhere: ")
 
 
+@pytest.mark.parametrize(("name", "format"), [("x.jpg", "JPEG"), ("x.JPEG", "JPEG"), ("x.png", "PNG")])
+def test_a_sheet_is_what_its_name_says(tmp_path, name, format):
+    main(
+        [
+            "overview",
+            "phantoms",
+            "--limit",
+            "1",
+            "--samples",
+            "1",
+            "--model",
+            "phantom",
+            "--sheet",
+            str(tmp_path / name),
+        ]
+    )
+    with Image.open(tmp_path / name) as image:
+        assert image.format == format
+
+
+@pytest.mark.parametrize("name", ["x", "x.gif", "x.pdf", "x.png.txt"])
+def test_a_sheet_that_is_no_picture_is_refused_before_anything_is_read(tmp_path, name, refused, monkeypatch):
+    monkeypatch.setattr("medct.cli.data_commands.open_source", lambda *_, **__: pytest.fail("reads"))
+    assert "a sheet is a picture, .png, .jpg, .jpeg." in refused("overview", "phantoms", "--sheet", tmp_path / name)
+
+
 def test_a_sheet_that_another_run_draws_is_refused(tmp_path, refused):
     sheet = tmp_path / "sheet.png"
     with only_run(sheet):

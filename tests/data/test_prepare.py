@@ -476,7 +476,7 @@ def test_the_command_prepares_ct_rate(ct_rate, small_model, tmp_path, config, ca
     ("arguments", "message"),
     [
         (["nowhere", "OUT"], "nowhere"),
-        (["SOURCE", "OUT", "--model", "nowhere"], "nowhere: no model"),
+        (["SOURCE", "OUT", "--model", "nowhere"], "nowhere: cannot load a model"),
         (["OUT", "OUT"], "no "),
     ],
 )

@@ -80,7 +80,9 @@ def test_every_number_of_a_small_case():
 
 
 def test_thresholds_worked_out_by_hand():
-    points = choose_points(SCORES, LABELS, NAMES, wanted_points(sensitivity=0.6, specificity=0.6))
+    wanted = wanted_points(sensitivity=0.6, specificity=0.6)
+    assert choose_points(SCORES, LABELS, NAMES, wanted) == {}  # three patients of either kind say too little
+    points = choose_points(*(np.tile(each, (2, 1)) for each in (SCORES, LABELS)), NAMES, wanted)
     assert points == {"youden": {"nodule": 0.4}, "sensitivity 0.6": {"nodule": 0.6}, "specificity 0.6": {"nodule": 0.4}}
     score, truth = SCORES[:, 0], LABELS[:, 0]
     reached = {share: threshold_for(score, truth, "sensitivity", share) for share in (0.1, 1 / 3, 0.34, 2 / 3, 1)}
@@ -154,8 +156,9 @@ def test_sources_are_columns_with_numbers_of_positives():
     assert lines[0] == "| AUROC (scans with the finding) | b (6 scans) | c (6 scans) |"
     cells = lines[2].strip("| ").split(" | ")
     assert cells[0] == "nodule" and cells[1] == cells[2]
-    assert cells[1].startswith("0.778 (") and cells[1].endswith("), 3")
-    assert "| model: youden, 1 findings | 0.667 (" in table
+    assert cells[1] == "0.778, 3"
+    assert "| model: youden, 1 findings | 0.667 | 0.667 |" in table
+    assert "Without an interval: findings that fewer than 5 patients have, or are without (nodule)" in table
     assert "Accuracy and F1 are at thresholds chosen on other scans." in table
 
 

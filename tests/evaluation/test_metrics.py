@@ -15,6 +15,7 @@ from sklearn import metrics as sklearn_metrics
 from medct.evaluation import metrics as metrics
 from medct.evaluation.calibration import calibration_bins, expected_calibration_error
 from medct.evaluation.metrics import (
+    FEWEST,
     choose_thresholds,
     compare,
     ct_clip_protocol,
@@ -328,15 +329,17 @@ def test_a_rare_label_is_left_out_of_resamples_that_lack_it():
     means = (drawn["auroc/nodule"] + drawn["auroc/mass"])[lacking] / 2
     np.testing.assert_allclose(drawn["auroc"][lacking], means, atol=1e-12)
     defined = drawn["auroc/effusion"][1:][~lacking[1:]]
-    bias = defined.mean() - all_three["auroc/effusion"]["value"]
-    assert all_three["auroc/effusion"]["low"] == pytest.approx(np.quantile(defined, 0.025) - bias, abs=1e-12)
-    assert all_three["auroc/effusion"]["high"] == pytest.approx(np.quantile(defined, 0.975) - bias, abs=1e-12)
+    rare = metrics.intervals_of(drawn)["auroc/effusion"]
+    bias = defined.mean() - rare["value"]
+    assert rare["low"] == pytest.approx(np.quantile(defined, 0.025) - bias, abs=1e-12)
+    assert rare["high"] == pytest.approx(np.quantile(defined, 0.975) - bias, abs=1e-12)
+    assert all_three["auroc/effusion"] == {"value": rare["value"], "low": None, "high": None}  # of a single patient
 
 
 def test_intervals_stay_in_range():
     """Few patients give wide intervals, which the shift could push out of range."""
-    labels = np.array([0, 0, 1, 0, 1, 1])[:, None]
-    scores = np.linspace(0, 1, 6)[:, None]  # AUROC 8/9
+    labels = np.array([0, 0, 1, 0, 1, 1] * 2)[:, None]
+    scores = np.tile(np.linspace(0, 1, 6), 2)[:, None]  # AUROC 8/9
     compared = compare(1 - scores, scores, labels, None, ["nodule"], resamples=200)
     ends = {
         model: [interval[end] for interval in compared[model].values() for end in ("low", "high")]
@@ -344,6 +347,45 @@ def test_intervals_stay_in_range():
     }
     assert min(ends["base"]) == 0 and max(ends["adapted"]) == 1
     assert min(ends["difference"]) >= -1 and max(ends["difference"]) <= 1
+
+
+def test_a_finding_of_few_patients_has_a_value_and_no_interval():
+    """Nine studies of five patients, whose scores happen to be in order: nothing tells how far to trust that."""
+    patients = ["a", "a", "b", "b", "c", "c", "d", "d", "e"]
+    labels = np.array([[1, 1, 0], [1, 0, 0], *[[0, 1, 0]] * 7], float)
+    scores = np.clip(labels * 0.8 + 0.1, 0, 1)
+    compared = compare(1 - scores, scores, labels, patients, NAMES, resamples=100)
+    assert compared["adapted"]["auroc"] == {"value": 1, "low": None, "high": None}
+    for version in ("base", "adapted", "difference"):
+        assert all(interval["low"] is None is interval["high"] for interval in compared[version].values())
+    assert compared["difference"]["auroc"]["value"] == 1
+    assert compared["too_few"] == NAMES[:2]  # the third never varies
+
+
+@pytest.mark.parametrize("few", ["with", "without"])
+@pytest.mark.parametrize("patients", [FEWEST - 1, FEWEST])
+def test_patients_count_not_scans(few, patients):
+    """Four scans each; those of one kind are rare, and the other label is common."""
+    generator = np.random.default_rng(0)
+    people = np.repeat(np.arange(60), 4)
+    rare = people < patients
+    labels = np.stack([rare if few == "with" else ~rare, generator.random(240) < 0.5], axis=1).astype(float)
+    scores = np.clip(labels / 5 + generator.random(labels.shape), 0, 1)
+    found = with_intervals(scores, labels, people, ["rare", "common"], resamples=50)
+    assert metrics.enough(labels, people).tolist() == [patients == FEWEST, True]
+    assert (found["scores"]["auroc/rare"]["low"] is None) == (patients < FEWEST)
+    assert found["scores"]["auroc/common"]["low"] < found["scores"]["auroc/common"]["value"]
+    assert found["scores"]["auroc"]["low"] is not None  # half of the labels have enough
+    assert found["too_few"] == (["rare"] if patients < FEWEST else [])
+
+
+def test_a_figure_that_no_resample_moves_from_the_end_of_its_range_has_no_interval():
+    scores, labels, patients = study()
+    labels = np.nan_to_num(labels)
+    found = compare(scores, labels, labels, patients, NAMES, resamples=50)
+    assert found["adapted"]["auroc"] == found["adapted"]["auroc/mass"] == {"value": 1, "low": None, "high": None}
+    assert found["base"]["auroc"]["low"] < found["base"]["auroc"]["value"]
+    assert found["difference"]["auroc"]["low"] is None
 
 
 def test_comparison_is_json_without_nan():

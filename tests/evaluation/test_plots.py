@@ -1,11 +1,13 @@
 """What the figures say; their appearance was checked by eye."""
 
+import re
+
 import numpy as np
 import PIL.Image
 import pytest
 from matplotlib.text import Text
 
-from medct.evaluation.plots import STYLES, calibration_plot, roc_plot
+from medct.evaluation.plots import STYLES, calibration_plot, change_plot, roc_plot, save_plot
 
 NAMES = ["Lung nodule", "Coronary artery wall calcification", "Emphysema", "Mass"]
 NOTE = "SYNTHETIC phantoms of site B: drawings, no patients, and no clinical meaning; " * 2
@@ -44,13 +46,50 @@ def test_roc_plot_names_models_labels_and_data(study, tmp_path):
 
 
 def test_roc_curves_are_drawn_where_they_belong(study):
-    """A perfect model's curve goes through the corner, an inverted one's along the floor."""
+    """From (0, 0) on, a perfect model's curve goes through the corner, an inverted one's along the floor."""
     _, labels = study
     labels = np.nan_to_num(labels[:, :1])
     figure = roc_plot({"right": labels, "wrong": 1 - labels}, labels, NAMES[:1])
-    curves = {line.get_label(): line.get_ydata() for line in figure.subfigs[0].axes[0].lines}
-    assert (curves["right: AUROC 1.000"] == 1).all()
-    assert (curves["wrong: AUROC 0.000"][:-1] == 0).all()
+    curves = {line.get_label(): line.get_xydata() for line in figure.subfigs[0].axes[0].lines}
+    right, wrong = curves["right: AUROC 1.000"], curves["wrong: AUROC 0.000"]
+    assert right[0].tolist() == wrong[0].tolist() == [0, 0]
+    assert right[1].tolist() == [0, 1] and (right[1:, 1] == 1).all()
+    assert (wrong[:-1, 1] == 0).all() and wrong[-1].tolist() == [1, 1]
+
+
+def test_every_curve_goes_from_corner_to_corner(study):
+    models, labels = study
+    figure = roc_plot(models, labels, NAMES)
+    panels = [figure.subfigs[0].axes[0], *figure.subfigs[1].axes[:3]]
+    lines = [line.get_xydata() for panel in panels for line in panel.lines if np.isfinite(line.get_ydata()).all()]
+    assert len(lines) > 2 * len(panels)
+    for line in lines:
+        assert (line[0].tolist(), line[-1].tolist()) == ([0, 0], [1, 1])
+        assert (np.diff(line, axis=0) >= 0).all()
+
+
+def test_ticks_are_numbers(study):
+    models, labels = study
+    for figure in (roc_plot(models, labels, NAMES), calibration_plot(models, labels)):
+        figure.draw_without_rendering()
+        panels = figure.axes or [panel for part in figure.subfigs for panel in part.axes]
+        said = [tick.get_text() for panel in panels for tick in (*panel.get_xticklabels(), *panel.get_yticklabels())]
+        assert said
+        for text in filter(None, said):
+            assert re.fullmatch(r"[−-]?[\d.,]+", text), text
+
+
+def test_an_axis_says_score_where_it_is_one(study):
+    models, labels = study
+    assert calibration_plot(models, labels).axes[1].get_xlabel() == "score, in 10 bins"
+    assert calibration_plot(models, labels, what="probability").axes[1].get_xlabel() == "probability, in 10 bins"
+
+
+def test_a_saved_plot_says_its_title_to_programs(study, tmp_path):
+    models, labels = study
+    save_plot(roc_plot(models, labels, NAMES, "of site b"), tmp_path / "roc.png")
+    with PIL.Image.open(tmp_path / "roc.png") as image:
+        assert image.info["Title"] == "ROC curves, 80 scans\nof site b"
 
 
 def test_calibration_plot_shows_error_and_counts(study, tmp_path):
@@ -98,3 +137,27 @@ def test_each_model_has_the_look_of_its_place(study):
     drawn = {line.get_label().split(":")[0]: line for line in panel.lines if ": AUROC" in line.get_label()}
     assert [line.get_color() for line in drawn.values()] == [style.colour for style in STYLES[: len(models)]]
     assert list(drawn) == list(models)
+
+
+def changed(auroc: dict[str, float | None], scans: int = 300) -> dict:
+    """What `compare` gives, as far as it is drawn."""
+    around = {
+        key: {"value": value, "low": None if value is None else value - 0.02, "high": value and value + 0.02}
+        for key, value in auroc.items()
+    }
+    return {"scans": scans, "difference": around}
+
+
+def test_change_plot_has_two_dots_a_finding(tmp_path):
+    new = {"auroc": 0.1, "auroc/a": 0.05, "auroc/b": 0.2, "auroc/never here": None}
+    old = {"auroc": -0.01, "auroc/a": -0.03, "auroc/b": 0.01, "auroc/never here": -0.02}
+    figure = change_plot(changed(new), changed(old, scans=40), ["a", "b", "never here"], NOTE)
+    (panel,) = figure.axes
+    assert [label.get_text() for label in panel.get_yticklabels()] == ["mean", "never here", "a", "b"]
+    learned, forgotten = (line for line in panel.lines if "scans)" in line.get_label())
+    np.testing.assert_array_equal(learned.get_xdata(), [0.1, np.nan, 0.05, 0.2])
+    np.testing.assert_array_equal(forgotten.get_xdata(), [-0.01, -0.02, -0.03, 0.01])
+    assert "(40 scans)" in forgotten.get_label() and learned.get_marker() != forgotten.get_marker()
+    written = " ".join(texts(figure)).replace("\n", " ")
+    assert " ".join(NOTE.split()) in written
+    figure.savefig(tmp_path / "learned.png")

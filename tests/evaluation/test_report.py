@@ -17,15 +17,19 @@ def rows(table: str) -> dict[str, list[str]]:
 
 
 def test_figures_are_those_of_the_comparison():
-    compared = compare(SCORES, LABELS.astype(float), LABELS, ["a", "b", "c", "c"], NAMES, resamples=200)
+    scores, labels = (np.tile(each, (5, 1)) for each in (SCORES, LABELS))
+    patients = [f"{name}{block}" for block in range(5) for name in ("a", "b", "c", "c")]
+    better = scores.copy()
+    better[1] = 0.2
+    compared = compare(scores, better, labels, patients, NAMES, resamples=200)
     table = results_table(compared, NAMES)
-    base, adapted, difference = rows(table)["nodule (2)"]
-    assert base.startswith("0.750 (0.") and adapted == "1.000 (1.000 to 1.000)"
-    assert difference.startswith("+0.250 (")
+    base, adapted, difference = rows(table)["nodule (10)"]
+    assert base.startswith("0.750 (0.") and adapted.startswith("0.800 (0.")
+    assert difference.startswith("+0.050 (+0.00")
     low = compared["base"]["auroc/nodule"]["low"]
     assert f"({low:.3f} to " in base
     assert rows(table)["**mean**"] == rows(table)["AUROC"] == [base, adapted, difference]
-    assert "4 scans of 3 patients" in table and "200 resamples" in table
+    assert "20 scans of 15 patients" in table and "200 resamples" in table
     assert "CT-CLIP protocol: weighted F1" in table and "on the scans that they score" in table
 
 

@@ -8,7 +8,7 @@ from accelerate import PartialState
 from medct.common import files
 from medct.image_processing_medct import MedCTImageProcessor
 from medct.inference.bulk import KEY, Csv, Reading, process_to_file
-from medct.inference.studies import find_studies
+from medct.inference.studies import LoadStudy, find_studies
 
 FORMAT = Csv([KEY, "mean"])
 
@@ -24,7 +24,7 @@ def run(tmp_path):
     (folder / "bad.nii.gz").write_bytes(b"nothing")
     processor = MedCTImageProcessor(image_size=(4, 8, 8), target_spacing_mm=(4, 4, 4))
     studies = find_studies([folder])
-    reading = Reading(processor, num_workers=0)
+    reading = Reading(LoadStudy(processor), num_workers=0)
 
     def rows_of(reads):
         return [{KEY: read.study.id, "mean": f"{float(read.pixel_values.mean()):.6f}"} for read in reads]

@@ -11,7 +11,19 @@ import torch
 from torch.nn import functional as F
 
 from medct import CTVolume, MedCTImageProcessor, ZeroShotCTClassificationPipeline
-from medct.inference.maps import CAVEAT, FindingMap, _highest, file_names, map_findings, save_nifti, save_png, to_scan
+from medct.image_processing_medct import reorient
+from medct.inference.maps import (
+    CAVEAT,
+    FindingMap,
+    _highest,
+    file_names,
+    map_findings,
+    save_nifti,
+    save_png,
+    strongest_slice,
+    to_scan,
+)
+from medct.inference.slices import AXIAL, AxialSlices
 from medct.volume_io_medct import affine_from_spacing
 
 LABELS = ["a", "b"]
@@ -84,6 +96,32 @@ def test_interpolation_is_torchs_and_zero_outside():
     # y runs along L, x along P: (z, y, x) is (k, i, j), and 8 of 20 voxels along j are cropped away.
     np.testing.assert_allclose(values.transpose(2, 0, 1)[:, :, 4:16], expected, atol=1e-5)
     assert not values[:, :4].any() and not values[:, 16:].any()
+
+
+@pytest.mark.parametrize("orientation", ["SLP", "RAS", "PSR"])
+def test_a_part_of_the_scan_is_that_part(orientation):
+    processor = MedCTImageProcessor(image_size=(8, 12, 12), target_spacing_mm=(3.0, 2.0, 2.0))
+    volume = CTVolume(np.zeros((30, 32, 20), np.int16), affine_from_spacing((1.5, 1.0, 2.0), orientation))
+    patches = torch.randn(4, 3, 3, generator=torch.Generator().manual_seed(0))
+    where = (patches, (2, 4, 4), processor.geometry(volume), volume.array.shape)
+    part = (slice(4, 11), slice(None), slice(13, 14))
+    np.testing.assert_array_equal(to_scan(*where, part), to_scan(*where)[part])
+
+
+@pytest.mark.parametrize("orientation", ["SLP", "RAS", "PSR", "LPI"])
+def test_the_strongest_slice_is_that_of_the_highest_voxel(orientation):
+    processor = MedCTImageProcessor(image_size=(12, 12, 12), target_spacing_mm=(3.0, 2.0, 2.0))
+    volume = CTVolume(np.zeros((20, 22, 24), np.int16), affine_from_spacing((1.5, 1.0, 1.5), orientation))
+    patches = torch.zeros(6, 3, 3)
+    where = (patches, (2, 4, 4), processor.geometry(volume), volume.array.shape)
+    slices = AxialSlices.of(volume)
+    for z in (1, 2, 4):
+        patches[z, 1, 1] += 1 + z  # more than those before
+        turned, _ = reorient(CTVolume(to_scan(*where), volume.affine), AXIAL)
+        highest = int(turned.reshape(len(turned), -1).max(axis=1).argmax())
+        assert abs(strongest_slice(*where, slices) - highest) * slices.spacing_mm[0] <= 1.5
+    patches[0] = patches[5] = 100  # of the padding above and below most of the scans
+    assert 0 <= strongest_slice(*where, slices) < len(slices)
 
 
 def test_slices_are_the_highest_and_apart():

@@ -1,26 +1,40 @@
 """From folders to studies, and studies that are read ahead."""
 
 import contextlib
+import multiprocessing
 import os
+import re
 import shutil
+import signal
 import socket
-import threading
+from dataclasses import dataclass
 from pathlib import Path
 
 import nibabel
 import numpy as np
 import pytest
+import torch
 from pydicom.uid import MediaStorageDirectoryStorage
 from scan_files import SECRET, make_hu, new_slice, write_series
 
 from medct import MedCTImageProcessor, read_volume
 from medct.inference import studies
-from medct.inference.studies import FailedStudy, ReadStudy, Study, batched_reads, find_studies, read_ahead, read_study
+from medct.inference.studies import (
+    FailedStudy,
+    LoadStudy,
+    ReadStudy,
+    Study,
+    batched_reads,
+    find_studies,
+    read_ahead,
+    read_study,
+    stacked,
+)
 
 
 @pytest.fixture
-def image_processor() -> MedCTImageProcessor:
-    return MedCTImageProcessor(image_size=(4, 6, 6), target_spacing_mm=(4.0, 2.0, 2.0))
+def load() -> LoadStudy:
+    return LoadStudy(MedCTImageProcessor(image_size=(4, 6, 6), target_spacing_mm=(4.0, 2.0, 2.0)))
 
 
 def write_nifti(path, seed: int = 0):
@@ -47,12 +61,12 @@ def hospital(tmp_path):
     return folder
 
 
-def test_every_file_and_every_dicom_folder_is_a_study(hospital, image_processor):
+def test_every_file_and_every_dicom_folder_is_a_study(hospital, load):
     found = find_studies([hospital])
     names = [study.id.removeprefix(f"{hospital}/") for study in found]
     assert names == ["a/scan.nii", "a/series", "b.nii.gz", "mixed", "mixed/1", "zipped.zip"]
     for study in found:
-        assert isinstance(read_study(study, image_processor), ReadStudy), study
+        assert isinstance(read_study(study, load), ReadStudy), study
 
 
 def test_each_study_once_in_the_order_given(hospital):
@@ -76,49 +90,63 @@ def test_missing_paths_are_named(tmp_path):
         find_studies([tmp_path])
 
 
-def test_a_failure_names_its_study_and_nothing_from_a_header(hospital, image_processor, monkeypatch):
+def test_a_failure_names_its_study_and_nothing_from_a_header(hospital, load, monkeypatch):
     (hospital / "a/scan.nii").write_bytes(b"nothing")
-    failed = read_study(Study("a", str(hospital / "a/scan.nii")), image_processor)
+    failed = read_study(Study("a", str(hospital / "a/scan.nii")), load)
     assert isinstance(failed, FailedStudy)
     assert "it is not a NIfTI" in failed.reason
     for path in list((hospital / "mixed").glob("*.dcm"))[:2]:
         path.unlink()
     mixed = find_studies([hospital / "mixed"])[0]
-    assert read_study(mixed, image_processor).reason.startswith(f"{hospital}/mixed: it holds one slice")
+    assert read_study(mixed, load).reason.startswith(f"{hospital}/mixed: it holds one slice")
 
     def broken(*_, **__):
         raise RuntimeError(f"{SECRET} in an unknown message")
 
     monkeypatch.setattr(studies, "read_volume", broken)
-    failed = read_study(Study("a", "a"), image_processor)
+    failed = read_study(Study("a", "a"), load)
     assert "RuntimeError in test_studies.py" in failed.reason
     assert SECRET not in failed.reason
 
 
-def test_reading_is_in_order_and_ahead_by_no_more_than_its_threads(monkeypatch, image_processor):
-    lock, reading, most, started = threading.Lock(), 0, 0, []
-    barrier = threading.Barrier(2, timeout=20)
+@pytest.mark.parametrize("num_workers", [0, 1, 3])
+def test_studies_come_in_order_and_alike_however_many_processes_read(tmp_path, load, num_workers):
+    paths = [write_nifti(tmp_path / f"{index}.nii.gz", index) for index in range(9)]
+    paths[4].write_bytes(b"nothing")
+    found = list(read_ahead([Study(str(path), str(path)) for path in paths], load, num_workers))
+    assert [read.study.id for read in found] == [str(path) for path in paths]
+    assert isinstance(found[4], FailedStudy) and "it is no NIfTI file" in found[4].reason
+    for path, read in zip(paths, found, strict=True):
+        if path != paths[4]:
+            expected = load.image_processor(path, return_tensors="pt")["pixel_values"]
+            assert torch.equal(stacked([read]), expected)
+    assert stacked([found[0], found[1]]).shape == (2, 1, 4, 6, 6)
 
-    def read(study, _processor):
-        nonlocal reading, most
-        with lock:
-            reading += 1
-            most = max(most, reading)
-            started.append(study)
-        if study < 2:
-            barrier.wait()  # passes only if two are read at once
-        with lock:
-            reading -= 1
-        return study
 
-    monkeypatch.setattr(studies, "read_study", read)
-    results = read_ahead(range(7), image_processor, num_workers=2)
-    assert next(results) == 0
-    assert max(started) <= 2
-    assert list(results) == [1, 2, 3, 4, 5, 6]
-    assert most == 2
-    monkeypatch.setattr(studies, "read_study", lambda study, _processor: study)
-    assert list(read_ahead(range(7), image_processor, num_workers=0)) == [0, 1, 2, 3, 4, 5, 6]
+@dataclass(frozen=True)
+class LoadOrDie(LoadStudy):
+    """Ends its process at one of the studies, as a decoder that crashes does, or the system that needs memory."""
+
+    deadly: str = ""
+    signal: int = signal.SIGKILL
+
+    def __call__(self, study, place):
+        if study.id == self.deadly:
+            place.begin(study.id)
+            os.kill(os.getpid(), self.signal)
+        return super().__call__(study, place)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
+def test_a_process_that_dies_costs_its_study_and_is_replaced(tmp_path, load, number):
+    paths = [str(write_nifti(tmp_path / f"{index}.nii.gz", index)) for index in range(7)]
+    load = LoadOrDie(load.image_processor, deadly=paths[3], signal=number)
+    found = list(read_ahead([Study(path, path) for path in paths], load, num_workers=2))
+    assert [read.study.id for read in found] == paths
+    assert [read.study.id for read in found if isinstance(read, FailedStudy)] == [paths[3]]
+    said = re.escape(f"{paths[3]}: reading failed (its loader process was killed by {number.name}")
+    assert re.match(rf"{said}.*\)\. Try it alone\.$", found[3].reason)
+    assert not multiprocessing.active_children()
 
 
 def test_batches_are_full_and_failures_are_passed_on():
@@ -143,7 +171,7 @@ def of_series(uid, only):
     return edit
 
 
-def test_a_disc_with_one_series_over_several_folders(tmp_path, image_processor):
+def test_a_disc_with_one_series_over_several_folders(tmp_path, load):
     hu = make_hu((9, 8, 8))
     for k in range(3):
         write_series(tmp_path / f"disc/DICOM/S{k}", hu, of_series("1.2.7", range(3 * k, 3 * k + 3)))
@@ -152,11 +180,11 @@ def test_a_disc_with_one_series_over_several_folders(tmp_path, image_processor):
         (study,) = find_studies([given])
         assert study.id == str(tmp_path / "disc/DICOM")
         assert np.array_equal(read_volume(study.source).array, hu.T)
-        assert isinstance(read_study(study, image_processor), ReadStudy)
+        assert isinstance(read_study(study, load), ReadStudy)
     assert [study.id for study in find_studies([tmp_path / "disc/DICOM/S1"])] == [str(tmp_path / "disc/DICOM/S1")]
 
 
-def test_a_disc_with_several_series(tmp_path, image_processor):
+def test_a_disc_with_several_series(tmp_path, load):
     """Of which one has a folder of its own, and two share theirs with none and with each other."""
     hu = make_hu((6, 8, 8))
     disc = tmp_path / "disc"
@@ -186,12 +214,12 @@ def test_a_table_of_contents_alone_is_no_study(tmp_path):
         find_studies([tmp_path])
 
 
-def test_data_sets_without_a_mark_are_a_study(tmp_path, image_processor):
+def test_data_sets_without_a_mark_are_a_study(tmp_path, load):
     folder = write_series(tmp_path / "old", make_hu((3, 8, 8)))
     for path in folder.iterdir():
         path.write_bytes(path.read_bytes()[132:])
     (study,) = find_studies([tmp_path])
-    assert isinstance(read_study(study, image_processor), ReadStudy)
+    assert isinstance(read_study(study, load), ReadStudy)
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")

@@ -1,6 +1,7 @@
 """Adapters: what they record, which models accept them, and several of them on one base."""
 
 import json
+import logging
 import pickle
 import warnings
 from pathlib import Path
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 from medct import AdapterMismatchError, MedCTModel, check_fit
-from medct.adapters_medct import base_tensors, fingerprint, read_description
+from medct.adapters_medct import base_tensors, fingerprint, read_description, without_load_report
 
 
 @pytest.fixture(scope="module")
@@ -366,3 +367,35 @@ def test_a_fingerprint_is_of_names_and_shapes_too():
         fingerprint(Weights(a=values.flip(0).view(2, 3))),
     ]
     assert len({*same, *others}) == 1 + len(others)
+
+
+@pytest.fixture
+def reports(caplog):
+    """What transformers reports while it loads; "LOAD REPORT" if anything."""
+    logger = logging.getLogger("transformers.integrations.peft")
+    logger.addHandler(caplog.handler)
+    with caplog.at_level(logging.WARNING, logger.name):  # commands in the same process have quietened it
+        yield logger
+    logger.removeHandler(caplog.handler)
+
+
+def test_loading_reports_nothing_that_is_no_news(converted, tmp_path, reports, caplog):
+    """Not the codebook, not an earlier adapter, whatever the names of the adapters are."""
+    model = MedCTModel.from_pretrained(converted)
+    names = ("a", "b", "lora", "default")
+    folders = [save_adapter(converted, tmp_path / name, seed=seed) for seed, name in enumerate(names)]
+    with warnings.catch_warnings(record=True) as remarks:
+        warnings.simplefilter("always")
+        for folder in folders:
+            model.load_adapter(str(folder), folder.name)
+    assert (caplog.text, [str(remark.message) for remark in remarks]) == ("", [])
+
+
+def test_a_report_of_what_went_wrong_is_shown(reports, caplog):
+    with pytest.raises(RuntimeError), without_load_report():
+        reports.warning("MedCTModel LOAD REPORT from: x")
+        assert caplog.text == ""
+        raise RuntimeError
+    assert "LOAD REPORT" in caplog.text
+    reports.warning("the next LOAD REPORT")
+    assert "the next" in caplog.text

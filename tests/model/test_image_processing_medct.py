@@ -11,17 +11,8 @@ import torch
 from scan_files import at, make_hu, write_series
 from torch.nn import functional as F
 
-from medct import CTVolume, MedCTConfig, MedCTImageProcessor, read_volume
-from medct.image_processing_medct import (
-    AxisPlan,
-    clip_hu,
-    crop_window,
-    pad_to_size,
-    reorient,
-    resampled_length,
-    resampled_slabs,
-    scale_hu,
-)
+from medct import CTVolume, MedCTConfig, MedCTImageProcessor, read_volume, resampling_medct
+from medct.resampling_medct import AxisPlan, ScanPart, crop_window, inside, reorient, resampled_length, scale_hu
 from medct.volume_io_medct import affine_from_spacing
 
 
@@ -101,11 +92,6 @@ def test_reorient_follows_the_nearest_axes_of_an_oblique_scan():
     assert spacing_mm == (2.5, 0.7, 0.8)
 
 
-def test_clip_hu_keeps_the_type():
-    volume = torch.tensor([-8192, -1000, 5, 3071], dtype=torch.int16)
-    assert torch.equal(clip_hu(volume, -1000, 1000), torch.tensor([-1000, -1000, 5, 1000], dtype=torch.int16))
-
-
 @pytest.mark.parametrize(
     ("length", "spacing_mm", "target_mm", "expected"),
     [
@@ -157,7 +143,8 @@ def test_crop_window(length, size, expected):
 
 def test_resampling_keeps_the_centre():
     ramp = torch.arange(12, dtype=torch.float32).view(12, 1, 1).expand(12, 3, 3)
-    halved = torch.cat(list(resampled_slabs(ramp.numpy(), (1.0, 1.0, 1.0), (2.0, 1.0, 1.0), (4, 3, 3))))
+    part = ScanPart.of(CTVolume(ramp.numpy(), affine_from_spacing((1, 1, 1), "SLP")), "SLP", (2.0, 1.0, 1.0), (4, 3, 3))
+    halved = torch.cat(list(part.resampled(-1000, 1000)))
     assert halved[:, 1, 1].tolist() == [2.5, 4.5, 6.5, 8.5]
 
 
@@ -165,10 +152,11 @@ def test_scale_hu_divides():
     assert scale_hu(torch.tensor([-1000.0, 250.0]), 1000).tolist() == [-1.0, 0.25]
 
 
-def test_pad_to_size_puts_the_odd_voxel_at_the_end():
-    padded = pad_to_size(torch.ones(1, 1, 2), (2, 1, 5), value=-1.0)
-    assert padded[0, 0].tolist() == [-1, 1, 1, -1, -1]
-    assert padded[1, 0].tolist() == [-1] * 5
+def test_padding_puts_the_odd_voxel_at_the_end():
+    out = torch.full((2, 1, 5), torch.nan)
+    inside(out, (1, 1, 2), value=-1.0).fill_(1)
+    assert out[0, 0].tolist() == [-1, 1, 1, -1, -1]
+    assert out[1, 0].tolist() == [-1] * 5
 
 
 @pytest.mark.filterwarnings("ignore::medct.VolumeWarning")  # these values are not a scan
@@ -292,3 +280,54 @@ def test_what_is_listed_belongs_to_one_image_each():
         alone = processor(array, return_tensors="pt", **{name: values[k] for name, values in listed.items()})
         assert torch.equal(together[k], alone["pixel_values"][0])
     assert len({tensor.numpy().tobytes() for tensor in together}) == 3
+
+
+@pytest.mark.filterwarnings("ignore::medct.VolumeWarning")  # these values are not a scan
+@pytest.mark.parametrize("orientation", ["SLP", "RAS", "LPI", "AIL", "PIR"])
+@pytest.mark.parametrize("dtype", ["<i2", ">i2", "u1", "u2", "i4", "f4", "f8"])
+def test_what_crosses_to_a_gpu_gives_the_same_voxels(orientation, dtype, monkeypatch):
+    """Packed by a loader process, as integers only where these hold every value, and resampled in larger slabs."""
+    values = np.random.default_rng(0).uniform(-1200, 1200, (19, 23, 17))
+    stored = values.astype(dtype) if np.dtype(dtype).kind != "u" else np.abs(values / 5).astype(dtype)
+    stored = np.asfortranarray(stored) if orientation in ("RAS", "LPI") else stored[::-1]
+    volume = CTVolume(stored, affine_from_spacing((1.2, 0.6, 0.9), orientation))
+    processor = MedCTImageProcessor(image_size=(16, 18, 12), target_spacing_mm=(1.5, 0.75, 0.8))
+    expected = processor.process_volume(volume)
+    packed = processor.crop(volume).packed()
+    assert packed.values.is_contiguous()
+    is_short = dtype in ("<i2", ">i2", "u1")
+    assert packed.values.dtype == (torch.int16 if is_short else torch.float32)
+    monkeypatch.setattr(resampling_medct, "_SLAB", resampling_medct._SLAB_OF_GPU)
+    assert torch.equal(processor.finish(pickle.loads(pickle.dumps(packed))), expected)
+
+
+def test_fractions_of_a_hu_survive():
+    """A slope with fractions gives values that int16 would round."""
+    hu = np.random.default_rng(0).integers(-1000, 1000, (9, 12, 14)).astype(np.int16)
+    processor = MedCTImageProcessor(image_size=(9, 12, 14), target_spacing_mm=(1, 1, 1))
+    volume = read_volume(hu, spacing_mm=(1, 1, 1), rescale_slope=0.3, rescale_intercept=-0.25)
+    packed = processor.crop(volume).packed()
+    assert packed.values.dtype == torch.float32
+    expected = (hu * np.float32(0.3) + np.float32(-0.25)) / 1000
+    torch.testing.assert_close(processor.finish(packed), torch.from_numpy(expected), rtol=0, atol=1e-7)
+
+
+def test_no_more_than_the_crop_crosses():
+    """Of a scan that is larger than the model's field, only what the result is made of."""
+    volume = CTVolume(np.zeros((60, 50, 40), np.int16), affine_from_spacing((1, 1, 1), "RAS"))
+    packed = MedCTImageProcessor(image_size=(8, 10, 12), target_spacing_mm=(2, 1, 1)).crop(volume).packed()
+    assert packed.values.shape == (16, 12, 10) or packed.values.shape == (16, 10, 12)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_gives_the_voxels_of_the_cpu():
+    volume = CTVolume(
+        np.random.default_rng(0).integers(-1200, 1500, (200, 210, 90)).astype(np.int16),
+        affine_from_spacing((0.7, 0.8, 1.2), "LPS"),
+    )
+    processor = MedCTImageProcessor(image_size=(60, 200, 240))
+    expected = processor.process_volume(volume)
+    found = processor(volume, return_tensors="pt", device="cuda")["pixel_values"][0, 0]
+    assert found.is_cuda
+    difference = (found.cpu() - expected).abs()
+    assert difference.max() < 1e-4 and difference.mean() < 1e-6

@@ -382,6 +382,13 @@ def test_vision_model_compiles_as_one_graph(model, batch, grad):
             assert torch.equal(got.codebook_ids, expected.codebook_ids)
 
 
+def test_vision_model_is_exported_for_a_batch_of_one_size(model, batch):
+    with torch.no_grad():
+        expected = model.vision_model(batch["pixel_values"])
+        exported = torch.export.export(model.vision_model, (batch["pixel_values"],)).module()
+        assert torch.equal(exported(batch["pixel_values"])["pooler_output"], expected.pooler_output)
+
+
 def test_device_map_places_the_model(converted, model, batch):
     placed = MedCTModel.from_pretrained(converted, device_map={"": "cpu"}).eval()
     with torch.no_grad():

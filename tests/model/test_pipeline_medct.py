@@ -1,6 +1,7 @@
 """Scans in, findings out; with and without the package, adapters and operating points."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -72,9 +73,10 @@ def test_templates_are_averaged(pipe, scans):
 def test_lists_batches_generators_and_series(pipe, scans):
     single = [pipe(scan, candidate_labels=LABELS) for scan in scans]
     assert pipe([], candidate_labels=LABELS) == []
-    for batch_size in (1, 2):
-        many = pipe(scans, candidate_labels=LABELS, batch_size=batch_size)
-        lazy = pipe((scan for scan in scans), candidate_labels=LABELS, batch_size=batch_size)
+    for batch_size, num_workers in ((1, 0), (2, 0), (1, 2), (2, 1)):
+        options = {"batch_size": batch_size, "num_workers": num_workers, "candidate_labels": LABELS}
+        many = pipe(scans, **options)
+        lazy = pipe((scan for scan in scans), **options)
         assert not isinstance(lazy, list)
         for results in (many, list(lazy)):
             for found, expected in zip(results, single, strict=True):
@@ -84,6 +86,15 @@ def test_lists_batches_generators_and_series(pipe, scans):
                     )
     with pytest.raises(VolumeError, match="it holds 2 scans"):  # a tuple is one series
         pipe((scans[0], scans[1]))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_bad_scan_ends_a_stream_after_those_before_it(pipe, scans, num_workers):
+    Path(scans[1]).write_bytes(b"nothing")
+    results = pipe((scan for scan in scans), candidate_labels=LABELS, num_workers=num_workers)
+    assert len(next(iter(results))) == 3
+    with pytest.raises(VolumeError, match=r"1\.nii\.gz: it is no NIfTI file"):
+        next(results)
 
 
 def test_arrays_take_a_spacing(pipe):
@@ -176,7 +187,7 @@ assert type(pipe).__module__.startswith("transformers_modules.org.base."), type(
 results = pipe(scans, candidate_labels=json.loads(labels), batch_size=2)
 pipe.save_pretrained(folder)
 pipe = pipeline(model=folder, **options)  # the task is in the configuration
-assert pipe(scans, candidate_labels=json.loads(labels), batch_size=2) == results
+assert pipe(scans, candidate_labels=json.loads(labels), batch_size=2, num_workers=2) == results
 adapter = {"adapter": "org/site-b", "adapter_revision": adapter_commit}
 adapted = pipeline(task, model="org/base", revision=commit, **adapter, **options)
 alone = pipeline(task, model="org/site-b", **options)

@@ -8,8 +8,9 @@ import torch
 from adapter_files import RESULTS, save_adapter
 from huggingface_hub import ModelCard, ModelCardData
 
+from medct.common.paths import find_paths, without_paths
 from medct.evaluation.provenance import provenance
-from medct.publishing.cards import base_license, find_paths, render_card, without_paths, write_card
+from medct.publishing.cards import base_license, render_card, write_card
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 SECTIONS = (
@@ -83,11 +84,12 @@ def test_no_path_of_this_machine_is_on_the_card(trained, converted):
     assert f"the MedCT model `{converted.name}`" in text
 
 
-def test_the_plot_is_shown_where_there_is_one(trained, card):
-    assert "roc.png" not in card.text
-    (trained / "roc.png").touch()
-    assert "![ROC curves](roc.png)" in render_card(trained)
-    (trained / "roc.png").unlink()
+@pytest.mark.parametrize("name", ["roc.png", "calibration.png", "learned.png"])
+def test_a_plot_is_shown_where_there_is_one(trained, card, name):
+    assert name not in card.text
+    (trained / name).touch()
+    assert f"]({name})" in render_card(trained)
+    (trained / name).unlink()
 
 
 def test_an_adapter_without_results_has_a_card_too(converted, tmp_path):
@@ -117,12 +119,6 @@ def test_the_licence_is_that_of_the_base(tmp_path):
     (tmp_path / "ct-clip").mkdir()
     assert base_license(str(tmp_path / "ct-clip")) == "cc-by-nc-sa-4.0"
     assert base_license("nobody/nothing") is None  # offline here
-
-
-def test_paths_are_found_and_shortened():
-    assert find_paths("of /data/ward 3/x, and/or https://hf.co/a/b, org/name, 1/2, /") == ["/data/ward"]
-    assert find_paths(r"in C:\Users\me") == [r"C:\Users\me"]
-    assert without_paths({"a": ["scans of /mnt/x/site-b."], "b": 1}) == {"a": ["scans of site-b."], "b": 1}
 
 
 def test_the_page_tells_the_bases_licence(trained, tmp_path, card):

@@ -14,8 +14,9 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from medct.cli import main
+from medct.common.paths import find_paths
 from medct.publishing import push as hub_module
-from medct.publishing.cards import GENERATED, find_paths
+from medct.publishing.cards import GENERATED
 from medct.publishing.push import PushError, commit_of, push_adapter, push_model, push_shards
 
 ROOT = Path(__file__).resolve().parents[2]

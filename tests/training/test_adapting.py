@@ -22,7 +22,7 @@ from medct import train as training
 from medct.adapters_medct import calibrated, read_description
 from medct.data import StudyLoader, phantom_source
 from medct.data.phantoms import make_phantom
-from medct.evaluation.metrics import zero_shot_scores
+from medct.evaluation.metrics import FEWEST, zero_shot_scores
 from medct.evaluation.scoring import score_studies, tokenize_prompts
 from medct.pipeline_medct import CTClassificationPipeline
 from medct.train import Trainer, run
@@ -111,7 +111,10 @@ def test_a_run_says_what_it_chose_and_what_was_forgotten(settings, converted, pr
         scored = score_studies(loaded.base_model.model, loader, prompts, Accelerator(cpu=True), "score")
         expected = zero_shot_scores(scored.scores, scored.labels, CT_CLIP_LABELS)["auroc"]
         assert results[split]["adapted"]["auroc"]["value"] == pytest.approx(expected, abs=1e-6)
-        assert results[split]["difference"]["auroc"]["low"] is not None
+        counts = [results[split][side].values() for side in ("present", "absent")]
+        fewest = [min(pair) for pair in zip(*counts, strict=True) if min(pair)]
+        has_interval = 2 * sum(each >= FEWEST for each in fewest) >= len(fewest)
+        assert (results[split]["difference"]["auroc"]["low"] is not None) == has_interval
     assert f"| to be kept ({EVAL} scans) |" in results["table"]
     assert results["table"] in shown and f"Strength: {chosen:g}" in shown
     assert "On what was to be kept: difference" in (folder / "README.md").read_text(encoding="utf-8")
@@ -141,6 +144,8 @@ def test_a_classifier_has_strength_calibration_and_something_to_keep(
     results = trainer.run()
     assert results["prompts"] == [] and results["strength"] == 0.5
     assert len(results["strengths_tried"]) == len(GRID) and results["kept"]["scans"] == EVAL
+    assert (tmp_path / "run/learned.png").is_file()
+    assert "(learned.png)" in (tmp_path / "run/README.md").read_text(encoding="utf-8")
     base = MedCTForImageClassification.from_pretrained(classifier_folder).eval()
     with torch.no_grad():
         before = base(batch["pixel_values"]).logits

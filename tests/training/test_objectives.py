@@ -252,6 +252,7 @@ def _in_one_of_two(rank: int, folder: str, model: MedCTModel, studies: dict, pro
     results["weights"] = weights_to_save(model)
     if rank == 0:
         torch.save(results, f"{folder}/results")
+    torch.distributed.barrier()  # none ends while another still talks to it
     torch.distributed.destroy_process_group()
 
 

@@ -61,7 +61,7 @@ def rad(tmp_path):
 
 def test_own_labels_reach_adapter_and_prediction(settings, labels, nifti, tmp_path, capsys):
     templates = ["{label} is present.|No {label} is present."]
-    results = run(dataclasses.replace(settings, labels=str(labels), templates=templates))
+    results = run(dataclasses.replace(settings, labels=str(labels), templates=templates, phantom_tune_patients=40))
     assert results["label_names"] == ["Verdichtung", "Erguss"]
     sentences = ["c is present.", "No c is present.", "An e is present.", "No e is present."]
     assert results["prompts"] == [sentences]
@@ -112,7 +112,7 @@ def test_words_that_the_tokenizer_does_not_know_are_remarked_on(settings, tmp_pa
     path.write_text("label,data\n气胸,Consolidation\n肺炎,Pleural effusion\n", encoding="utf-8")
     results = run(dataclasses.replace(settings, labels=str(path)))
     said = "does not know words in the prompts of 2 of 2 labels (气胸, 肺炎): they cannot be told from one another"
-    assert said in results["remarks"][0]
+    assert any(said in remark for remark in results["remarks"])
     assert said in capsys.readouterr().out
     main(["overview", "phantoms", "--labels", str(path), "--model", settings.model, "--samples", "0", "--limit", "2"])
     assert said in capsys.readouterr().err
@@ -120,8 +120,8 @@ def test_words_that_the_tokenizer_does_not_know_are_remarked_on(settings, tmp_pa
 
 def test_a_resumed_run_learns_the_same_labels(settings, labels, monkeypatch):
     stopped = dataclasses.replace(settings, labels=str(labels), checkpoint_steps=1)
-    monkeypatch.setattr("medct.train.Trainer._check_base", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
-    with pytest.raises(KeyboardInterrupt):
+    monkeypatch.setattr("medct.train.Trainer._check_base", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
         run(stopped)
     monkeypatch.undo()
     labels.write_text(LABELS.replace(";c;", ";d;"), encoding="utf-8")

@@ -347,18 +347,62 @@ def flags(settings: TrainingSettings, **changes) -> list[str]:
     return [part for name, value in values.items() if value is not None for part in (f"--{name}", str(value))]
 
 
-def test_sigterm_saves_and_has_an_exit_code_of_its_own(settings, monkeypatch, tmp_path, capsys):
+@pytest.fixture
+def ctrl_c():
+    """As in a terminal: a process that was started in the background ignores it from the beginning."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield lambda: os.kill(os.getpid(), signal.SIGINT)
+    assert signal.signal(signal.SIGINT, before) == signal.default_int_handler
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_saves_and_has_an_exit_code_of_its_own(settings, name, ctrl_c, monkeypatch, tmp_path, capsys):
     run(settings)
-    arguments = flags(settings, output_dir=tmp_path / "stopped")
-    at_the_end_of_step(monkeypatch, 3, terminate)
+    arguments = flags(settings, output_dir=tmp_path / "stopped here")
+    at_the_end_of_step(monkeypatch, 3, terminate if name == "SIGTERM" else ctrl_c)
     with pytest.raises(SystemExit) as stop:
         training.main(arguments)
     assert stop.value.code == STOPPED
-    assert "after step 3 of 6" in capsys.readouterr().err
-    assert [path.name for path in (tmp_path / "stopped.unfinished/checkpoints").iterdir()] == ["step-00000003"]
+    *_, line = capsys.readouterr().err.splitlines()
+    assert line.endswith(f"stopped by {name} after step 3 of 6. The same command with --output_dir "
+                         f"'{tmp_path}/stopped here' --resume continues it.")  # fmt: skip
+    assert [path.name for path in (tmp_path / "stopped here.unfinished/checkpoints").iterdir()] == ["step-00000003"]
+    training.main([*arguments, "--resume", "True"])
+    assert adapter_bytes(tmp_path / "stopped here") == adapter_bytes(tmp_path / "run")
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_second_ctrl_c_is_not_put_off(settings, ctrl_c, monkeypatch, tmp_path, capsys):
+    run(settings)
+    arguments = flags(settings, output_dir=tmp_path / "stopped", checkpoint_steps=2)
+    at_the_end_of_step(monkeypatch, 3, lambda: (ctrl_c(), ctrl_c(), pytest.fail("goes on")))
+    with pytest.raises(SystemExit, match=str(STOPPED)):
+        training.main(arguments)
+    assert "stopped by SIGINT. The same command with" in capsys.readouterr().err.splitlines()[-1]
     training.main([*arguments, "--resume", "True"])
     assert adapter_bytes(tmp_path / "stopped") == adapter_bytes(tmp_path / "run")
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+@pytest.mark.parametrize("when", ["score_base", "_choose_strength"])
+def test_ctrl_c_before_and_after_the_steps_is_told_in_a_line(settings, when, ctrl_c, monkeypatch, tmp_path, capsys):
+    arguments = flags(settings, output_dir=tmp_path / "stopped")
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, when, lambda *_: ctrl_c())
+        with pytest.raises(SystemExit, match=str(STOPPED)):
+            training.main(arguments)
+    assert "stopped by SIGINT. The same command with" in capsys.readouterr().err.splitlines()[-1]
+    training.main([*arguments, "--resume", "True"])
+    assert (tmp_path / "stopped/adapter_model.safetensors").is_file()
+
+
+def test_a_run_in_the_background_ignores_the_ctrl_c_of_others(settings, monkeypatch, tmp_path):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        at_the_end_of_step(monkeypatch, 3, lambda: os.kill(os.getpid(), signal.SIGINT))
+        run(settings)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert len(losses(tmp_path / "run")) == 6
 
 
 def test_an_output_that_another_run_writes_is_refused(settings, monkeypatch, tmp_path):
@@ -532,7 +576,7 @@ def test_held_out_studies_that_cannot_be_scored_are_refused_before_training(sett
 
 def test_processes_that_do_not_meet_are_refused(settings, monkeypatch):
     accelerator = Accelerator(cpu=True)
-    monkeypatch.setattr(training, "Accelerator", lambda **_: accelerator)
+    monkeypatch.setattr("medct.training.launch.Accelerator", lambda **_: accelerator)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(TrainingError, match="each is alone"):
         run(settings)

@@ -1,0 +1,243 @@
+"""The page in the browser, made with gradio.
+
+Unusual:
+- Pictures and downloads are part of the page, not files of the server. The only file is the upload, which is removed as
+  soon as it is read.
+- gradio's usage statistics and its history of runs are off; nothing is asked of another machine.
+"""
+
+import atexit
+import contextlib
+import os
+import shutil
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from medct.app import views
+from medct.app.scans import PHANTOM, Engine, Scan, ScanError
+from medct.errors_medct import MedCTError
+from medct.inference.slices import WINDOWS_HU
+
+INSTALL = "pip install 'medct[app]'"
+_KEPT_S = 3600
+"""How long a session's scan stays after its last use."""
+_SWEEP_S = 300
+_MOST_WAITING = 20
+_FILE = "A scan: NIfTI, NRRD, MetaImage or a zip of DICOM files"
+_OVERLAY = "Overlay where the score comes from: a debugging aid, no location of the finding"
+
+
+class AppError(MedCTError, RuntimeError):
+    """An app that cannot be started; the message says why and what to do."""
+
+
+def import_gradio() -> Any:
+    """gradio, with all that would call home switched off.
+
+    Raises:
+        AppError: If it is not installed.
+    """
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    try:
+        import gradio
+    except ImportError as error:
+        raise AppError(f"The app needs gradio, which is not installed: {INSTALL}.") from error
+    return gradio
+
+
+def own_temporary_folder() -> Path:
+    """Where gradio puts uploads until they are read; removed at the end of the process.
+
+    An upload is removed as soon as it is read. What never gets so far (the connection breaks, the page is closed) is
+    removed when it is old.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="medct-app-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    os.environ["GRADIO_TEMP_DIR"] = str(folder)
+
+    def sweep_for_ever() -> None:
+        while folder.exists():
+            sweep(folder, _KEPT_S)
+            time.sleep(_SWEEP_S)
+
+    threading.Thread(target=sweep_for_ever, name="sweep uploads", daemon=True).start()
+    return folder
+
+
+def sweep(folder: Path, age_s: float) -> None:
+    """Remove files that were last written some time ago.
+
+    Args:
+        folder: Where to look.
+        age_s: How long ago, seconds.
+    """
+    for path in folder.rglob("*"):
+        with contextlib.suppress(OSError):  # gone in the meantime
+            if path.is_file() and time.time() - path.stat().st_mtime > age_s:
+                path.unlink()
+
+
+def build(engine: Engine) -> Any:
+    """The page, as gradio's `Blocks`.
+
+    Args:
+        engine: The model that answers.
+    """
+    gr = import_gradio()
+    own_temporary_folder()
+    algorithm = engine.algorithm
+
+    def shown(scan: Scan, window: str) -> list:
+        """A scan that was just read, in all parts of the page; the overlay is off."""
+        for note in scan.notes:
+            gr.Warning(f"{scan.name}: {note}.")
+        first = max(scan.findings, key=lambda each: each.score).label
+        choice = gr.Dropdown(choices=scan.labels, value=first)
+        return [scan, "", *answers(scan), choice, *looked_at(scan, first, window, False), False]
+
+    def refused(error: ScanError) -> list:
+        """Why there is no scan; nothing of one that was there before stays beside it."""
+        slider = gr.Slider(minimum=1, maximum=2, value=1, interactive=False)
+        return [None, views.message(str(error)), "", "", gr.Dropdown(choices=[], value=None), slider, "", False]
+
+    def answers(scan: Scan) -> tuple:
+        return views.findings_table(scan), views.downloads(algorithm, scan)
+
+    def looked_at(scan: Scan, label: str | None, window: str, overlay: bool) -> tuple:
+        """The slider and the picture at the strongest slice of a finding."""
+        index = engine.strongest_slice(scan, label)
+        slider = gr.Slider(minimum=1, maximum=len(scan.slices), value=index + 1, interactive=True)
+        return slider, drawn(scan, index + 1, window, label, overlay)
+
+    def drawn(scan: Scan | None, number: float, window: str, label: str | None, overlay: bool) -> str:
+        if scan is None:
+            return ""
+        index = min(max(int(number) - 1, 0), len(scan.slices) - 1)
+        return views.slice_view(engine, scan, index, window, label if overlay and engine.can_be_asked else None)
+
+    def take_file(path: str | None, window: str) -> list:
+        if path is None:
+            return [gr.skip()] * 9
+        try:
+            return [*shown(engine.read(path), window), None]
+        except ScanError as error:
+            return [*refused(error), None]
+        finally:
+            _forget(path)
+
+    def take_phantom(window: str) -> list:
+        return shown(engine.phantom(), window)
+
+    def ask(scan: Scan | None, text: str) -> list:
+        if scan is None:
+            return [None, views.message("Load a scan first."), "", "", gr.skip()]
+        try:
+            engine.ask(scan, text)
+        except ScanError as error:
+            return [scan, views.message(str(error)), *answers(scan), gr.skip()]
+        return [scan, "", *answers(scan), gr.Dropdown(choices=scan.labels)]
+
+    def choose(scan: Scan | None, label: str | None, window: str, overlay: bool) -> tuple:
+        return (gr.skip(), "") if scan is None else looked_at(scan, label, window, overlay)
+
+    def predict(path: str) -> dict[str, Any]:
+        try:
+            return views.as_json(algorithm, engine.read(path))
+        except ScanError as error:
+            raise gr.Error(str(error), print_exception=False) from None
+        finally:
+            _forget(path)
+
+    with gr.Blocks(title="MedCT", analytics_enabled=False) as page:
+        gr.HTML(views.banner(algorithm))
+        gr.Markdown("# MedCT: findings in one chest CT")
+        state = gr.State(None, time_to_live=_KEPT_S)
+        with gr.Row():
+            with gr.Column(scale=5):
+                file = gr.File(label=_FILE, height=140, elem_id="file")
+                phantom = gr.Button(f"or take the {PHANTOM}", elem_id="phantom")
+                message = gr.HTML(elem_id="message")
+                table = gr.HTML(elem_id="findings")
+                links = gr.HTML(elem_id="downloads")
+                with gr.Group(visible=engine.can_be_asked):
+                    words = gr.Textbox(label="Own findings in words, one a line", lines=2, elem_id="words")
+                    asked = gr.Button("Ask", elem_id="ask")
+                gr.HTML(views.model_line(algorithm))
+            with gr.Column(scale=4):
+                finding = gr.Dropdown([], label="Finding: jumps to its strongest slice", elem_id="finding")
+                window = gr.Radio(list(WINDOWS_HU), value=next(iter(WINDOWS_HU)), label="Window", elem_id="window")
+                bounds = {"minimum": 1, "maximum": 2, "value": 1, "step": 1, "interactive": False}
+                number = gr.Slider(**bounds, label="Slice, from the feet", elem_id="slice", buttons=[])
+                picture = gr.HTML(elem_id="picture")
+                overlay = gr.Checkbox(False, label=_OVERLAY, elem_id="overlay", visible=engine.can_be_asked)
+        own = {"api_visibility": "private"}
+        model = {**own, "concurrency_id": "model", "concurrency_limit": 1}
+        quick = {**own, "queue": False, "show_progress": "hidden", "trigger_mode": "always_last"}
+        result = [state, message, table, links, finding, number, picture, overlay]
+        file.upload(take_file, [file, window], [*result, file], **model)
+        phantom.click(take_phantom, window, result, **model)
+        asked.click(ask, [state, words], [state, message, table, links, finding], **model)
+        look = [window, finding, overlay]
+        finding.input(choose, [state, finding, window, overlay], [number, picture], **model)
+        for each in (number, window, overlay):
+            listen = each.change if each is number else each.input
+            listen(drawn, [state, number, *look], picture, **quick)
+        _add_endpoint(gr, predict)
+    return page.queue(max_size=_MOST_WAITING, default_concurrency_limit=1)
+
+
+def _forget(path: str) -> None:
+    """Remove an upload; each has a folder of its own."""
+    shutil.rmtree(Path(path).parent, ignore_errors=True)
+
+
+def _add_endpoint(gr: Any, predict: Any) -> None:
+    """The one address for programs: a file in, JSON out."""
+    with gr.Group(visible=False):
+        given, found = gr.File(type="filepath"), gr.JSON()
+        gr.Button("predict").click(
+            predict, given, found, api_name="predict", concurrency_id="model", concurrency_limit=1
+        )
+
+
+def serve(engine: Engine, host: str, port: int | None, max_file_bytes: int) -> None:
+    """Serve the page until the process is stopped.
+
+    Args:
+        engine: The model that answers.
+        host: Address to listen on.
+        port: Port to listen on; `None`: the first free one from 7860.
+        max_file_bytes: Largest file that is taken.
+
+    Raises:
+        AppError: If gradio is missing, or nothing can listen there.
+    """
+    page = build(engine)
+    try:
+        _, address, _ = page.launch(
+            server_name=host, server_port=port, prevent_thread_lock=True, quiet=True, **launch_options(max_file_bytes)
+        )
+    except OSError as error:
+        raise AppError(f"{host}:{port}: nothing can listen there. Pass another --port, or --host.") from error
+    print(f"MedCT: {address}", flush=True)
+    page.block_thread()
+
+
+def launch_options(max_file_bytes: int) -> dict[str, Any]:
+    """How the page is served: nothing shared, nothing remembered, nothing asked of others.
+
+    Args:
+        max_file_bytes: Largest file that is taken.
+    """
+    return {
+        "css": views.CSS,
+        "max_file_size": max_file_bytes,
+        "share": False,
+        "ssr_mode": False,
+        "run_history": False,
+        "enable_monitoring": False,
+        "footer_links": ["api"],
+    }

@@ -1,0 +1,157 @@
+"""The reports that `medct predict` writes beside its rows: DICOM reports and pages, FHIR."""
+
+import argparse
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from medct.common.files import whole_file
+from medct.errors_medct import MedCTError
+from medct.inference.studies import ReadStudy, Study
+from medct.pipeline_medct import CTPipeline, ZeroShotCTClassificationPipeline
+from medct.reporting import fhir
+from medct.reporting.findings import Algorithm, Finding, algorithm_of, findings_of
+from medct.reporting.source import ReportError, SourceStudy, read_source, refuse_without_study
+from medct.volume_io_medct import CTVolume, read_volume
+
+if TYPE_CHECKING:
+    from medct.reporting.page import Picture
+
+OPTIONS = ("dicom_sr", "dicom_page", "fhir")
+Writer = Callable[[ReadStudy, list[dict[str, Any]]], list[str]]
+"""Takes a study and what the pipeline found in it; returns the paths that it wrote."""
+
+
+def asked_for(args: argparse.Namespace) -> list[str]:
+    """The kinds of reports that a run is to write."""
+    return [name for name in OPTIONS if getattr(args, name) is not None]
+
+
+def check_reports(args: argparse.Namespace, studies: Sequence[Study]) -> None:
+    """Refuse reports that cannot be made, before a model is loaded.
+
+    Args:
+        args: Parsed, with the options for reports.
+        studies: All studies of the run.
+
+    Raises:
+        ReportError: If there is no DICOM study that a report could belong to, or a library is missing.
+    """
+    if args.fhir_identity and args.fhir is None:
+        raise ReportError("--fhir_identity says what a bundle holds. Add --fhir FILE.")
+    if args.fhir is not None and len(studies) != 1:
+        raise ReportError(f"--fhir writes one bundle for one study, and there are {len(studies)}. Pass one of them.")
+    for name in ("dicom_sr", "dicom_page", "fhir_identity"):
+        if getattr(args, name):
+            refuse_without_study(list(studies), f"--{name}")
+    if args.dicom_sr is not None or args.dicom_page is not None:
+        from medct.reporting.sr import need_highdicom
+
+        need_highdicom()
+
+
+def report_writer(args: argparse.Namespace, pipe: CTPipeline, prompts: dict[str, Any], model: str) -> Writer | None:
+    """What writes the reports of each study; `None` if none are asked for.
+
+    Args:
+        args: Parsed.
+        pipe: The model's pipeline.
+        prompts: Labels and templates, as the pipeline takes them.
+        model: Hub id or folder of the model.
+    """
+    if not asked_for(args):
+        return None
+    algorithm = algorithm_of(pipe, model, args.adapter, args.adapter_revision, args.templates or ())
+    labels = prompts.get("candidate_labels", pipe.model.config.label_names)
+    options = {"series": args.series, "resample_irregular": args.resample_irregular}
+
+    def write(read: ReadStudy, results: list[dict[str, Any]]) -> list[str]:
+        findings = findings_of(results, labels, pipe.thresholds)
+        written = []
+        if args.dicom_sr is not None or args.dicom_page is not None or args.fhir_identity:
+            source = read_source(read.study, **options)
+        if args.dicom_sr is not None:
+            from medct.reporting.sr import structured_report
+
+            report = structured_report(findings, algorithm, source)
+            written.append(_save(report, args.dicom_sr, source, algorithm, findings, "sr"))
+        if args.dicom_page is not None:
+            written.append(_write_page(args.dicom_page, read, findings, algorithm, source, pipe, prompts, options))
+        if args.fhir is not None:
+            found = fhir.bundle(findings, algorithm, source.identity if args.fhir_identity else None)
+            with whole_file(args.fhir) as aside:
+                aside.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            written.append(str(args.fhir))
+        return written
+
+    return write
+
+
+def _save(
+    report: Any, folder: Path, source: SourceStudy, algorithm: Algorithm, findings: Sequence[Finding], kind: str
+) -> str:
+    """Save a DICOM object under a name that is its own, stays, and says nothing of the patient."""
+    said = [source.middle.SeriesInstanceUID, source.middle.SOPInstanceUID, str(source.frame), *algorithm.parameters]
+    said += [finding.label for finding in findings]
+    digest = hashlib.sha256("\n".join(said).encode()).hexdigest()[:16]
+    path = folder / f"{digest}_{kind}.dcm"
+    with whole_file(path) as aside:
+        report.save_as(aside, enforce_file_format=True)
+    return str(path)
+
+
+def _write_page(
+    folder: Path,
+    read: ReadStudy,
+    findings: list[Finding],
+    algorithm: Algorithm,
+    source: SourceStudy,
+    pipe: CTPipeline,
+    prompts: dict[str, Any],
+    options: dict[str, Any],
+) -> str:
+    from medct.inference.slices import AxialSlices
+    from medct.reporting.page import draw_page, secondary_capture
+
+    # Read again: a loader process hands on only what the model sees of a scan.
+    volume = read_volume(read.study.source, orientation=pipe.processor.image_processor.orientation, **options)
+    slices = AxialSlices.of(volume)
+    page = draw_page(findings, algorithm, slices, _pictures(read, volume, findings, slices, pipe, prompts))
+    return _save(secondary_capture(page, algorithm, source), folder, source, algorithm, findings, "page")
+
+
+def _pictures(
+    read: ReadStudy, volume: CTVolume, findings: list[Finding], slices: Any, pipe: CTPipeline, prompts: dict[str, Any]
+) -> "list[Picture]":
+    """The highest slices of some findings; the middle slice where a model cannot say which those are."""
+    from medct.inference.maps import map_findings, strongest_slice
+    from medct.reporting.page import Picture, worth_a_picture
+
+    if not isinstance(pipe, ZeroShotCTClassificationPipeline):
+        return [Picture("Middle slice", len(slices) // 2)]
+    labels = [finding.label for finding in worth_a_picture(findings)]
+    maps = map_findings(pipe, read.pixel_values[None], labels, prompts.get("prompt_templates"))
+    geometry = pipe.processor.image_processor.geometry(volume)
+    where = (pipe.model.config.vision_config.patch_size, geometry, volume.array.shape, slices)
+    return [Picture(each.label, strongest_slice(each.patches, *where)) for each in maps]
+
+
+def reported(write: Writer | None, read: ReadStudy, results: list[dict[str, Any]]) -> dict[str, Any] | str:
+    """What a study's row says of its reports: nothing without any, else their paths.
+
+    Args:
+        write: From `report_writer`.
+        read: The study.
+        results: What the pipeline found in it.
+
+    Returns:
+        Part of the row; or why the reports could not be made, in one sentence.
+    """
+    if write is None:
+        return {}
+    try:
+        return {"reports": write(read, results)}
+    except MedCTError as error:
+        return str(error)

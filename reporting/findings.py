@@ -1,0 +1,146 @@
+"""What a report says of one study, whatever its form: the findings, and what they were made with."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard
+from transformers.utils.hub import cached_file, extract_commit_hash
+
+import medct
+from medct.adapters_medct import CONFIG_FILE, fingerprint
+from medct.pipeline_medct import CTPipeline
+
+WARNING = "Research only: not a diagnosis, not checked by a physician, not for clinical use."
+SYNTHETIC = "The model has learned from synthetic drawings: what it says of a patient means nothing."
+NO_PROBABILITY = "A score compares the scan with two sentences; it is no probability of disease."
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One finding of one study.
+
+    Args:
+        label: Its name.
+        score: In [0, 1]; no probability of disease.
+        threshold: Least score that is called present; `None` without an operating point.
+        probability: Calibrated for the adapter's site, in [0, 1]; `None` without a calibration.
+    """
+
+    label: str
+    score: float
+    threshold: float | None = None
+    probability: float | None = None
+
+    @property
+    def is_present(self) -> bool | None:
+        """Whether the score reaches the operating point; `None` without one."""
+        return None if self.threshold is None else self.score >= self.threshold
+
+    @property
+    def call(self) -> str:
+        """The same in words."""
+        return {True: "above", False: "below", None: "no operating point"}[self.is_present]
+
+
+def findings_of(
+    results: Sequence[Mapping[str, Any]], labels: Sequence[str], thresholds: Mapping[str, float]
+) -> list[Finding]:
+    """What a pipeline found in one scan.
+
+    Args:
+        results: From the pipeline, in any order.
+        labels: In the order wanted.
+        thresholds: The pipeline's; used where it has called a finding present or absent.
+    """
+    by_label = {result["label"]: result for result in results}
+    found = []
+    for label in labels:
+        result = by_label[label]
+        threshold = thresholds[label] if "present" in result else None
+        found.append(Finding(label, result["score"], threshold, result.get("probability")))
+    return found
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """What scores were made with. No path of this machine is in it.
+
+    Args:
+        model: Hub id, or name of the folder.
+        model_commit: Commit on the Hub, or fingerprint of the weights.
+        adapter: Hub id, or name of the folder; `None` without one.
+        adapter_commit: Commit on the Hub; `None` of a folder.
+        templates: Pairs of sentences that stood in for the model's own.
+        is_synthetic: Whether model or adapter have learned from drawings alone.
+    """
+
+    model: str
+    model_commit: str | None
+    adapter: str | None = None
+    adapter_commit: str | None = None
+    templates: tuple[str, ...] = ()
+    is_synthetic: bool = False
+
+    name = "MedCT"
+    version = medct.__version__
+
+    @property
+    def parameters(self) -> list[str]:
+        """All of it, one line each."""
+        lines = [f"model: {self.model}", f"commit: {self.model_commit or 'not known'}"]
+        if self.adapter is not None:
+            lines += [f"adapter: {self.adapter}", f"commit of the adapter: {self.adapter_commit or 'a local folder'}"]
+        return [*lines, *(f"prompts: {template}" for template in self.templates)]
+
+    @property
+    def warning(self) -> str:
+        """What every form of the report says first."""
+        return f"{WARNING} {SYNTHETIC}" if self.is_synthetic else WARNING
+
+
+def algorithm_of(
+    pipe: CTPipeline,
+    model: str,
+    adapter: str | None = None,
+    adapter_revision: str | None = None,
+    templates: Sequence[str] = (),
+) -> Algorithm:
+    """What a pipeline scores with.
+
+    Args:
+        pipe: With the model and the adapter.
+        model: Hub id or folder that the model came from.
+        adapter: Hub id or folder that the adapter came from.
+        adapter_revision: Commit, tag or branch of the adapter.
+        templates: Pairs of sentences that stand in for the model's own, each as one text.
+    """
+    commit = getattr(pipe.model.config, "_commit_hash", None) or fingerprint(pipe.model)
+    adapter_commit = None if adapter is None else _commit_of(adapter, adapter_revision)
+    is_synthetic = any(_is_synthetic(name) for name in (model, adapter) if name is not None)
+    return Algorithm(
+        public_name(model), commit, adapter and public_name(adapter), adapter_commit, tuple(templates), is_synthetic
+    )
+
+
+def public_name(name: str) -> str:
+    """A Hub id as it is; of a folder its name alone."""
+    return Path(name).resolve().name if Path(name).is_dir() else name
+
+
+def _commit_of(name: str, revision: str | None) -> str | None:
+    """The commit that a file of a repository was loaded from; `None` of a folder."""
+    if Path(name).is_dir():
+        return None
+    return extract_commit_hash(cached_file(name, CONFIG_FILE, revision=revision, local_files_only=True), None)
+
+
+def _is_synthetic(name: str) -> bool:
+    """Whether the card of a model or an adapter says that it has learned from drawings alone."""
+    try:
+        path = cached_file(name, "README.md", _raise_exceptions_for_missing_entries=False)
+        tags = [] if path is None else ModelCard.load(path, ignore_metadata_errors=True).data.get("tags")
+    except OSError:  # no network
+        return False
+    return "synthetic" in (tags or [])

@@ -1,0 +1,161 @@
+"""The study that a report belongs to: the headers of the very series that was scored.
+
+All that identifies a patient in a report comes from here, and goes nowhere else: no message quotes a header.
+"""
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from medct.errors_medct import MedCTError
+from medct.inference.studies import Study
+from medct.reporting.fhir import Identity
+from medct.volume_io_medct import VolumeError, dicom_slices, refuse_no_dicom
+
+if TYPE_CHECKING:
+    from pydicom import Dataset
+
+INSTALL = "pip install 'medct[reports]'"
+UTF_8 = "ISO_IR 192"
+# What the patient and study modules must hold, even if it is empty.
+_MAY_BE_EMPTY = (
+    "PatientName",
+    "PatientID",
+    "PatientBirthDate",
+    "PatientSex",
+    "StudyDate",
+    "StudyTime",
+    "StudyID",
+    "AccessionNumber",
+    "ReferringPhysicianName",
+)
+_MUST_BE = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "SOPClassUID")
+Made = TypeVar("Made")
+
+
+class ReportError(MedCTError, ValueError):
+    """A report that cannot be made; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class SourceStudy:
+    """Headers of the series that was scored, without pixels.
+
+    Args:
+        headers: One a file, in the order of the slices; their texts are Unicode.
+        middle: Header of the file that holds the middle slice.
+        frame: Frame of the middle slice, from 1; `None` where a file is one slice.
+        name: What to call the study in messages.
+    """
+
+    headers: "list[Dataset]"
+    middle: "Dataset"
+    frame: int | None
+    name: str
+
+    @property
+    def identity(self) -> Identity:
+        """Whose study it is."""
+        named = (str(self.middle[each].value or "") for each in ("PatientID", "StudyInstanceUID", "AccessionNumber"))
+        return Identity(*named)
+
+
+def refuse_without_study(studies: list[Study], option: str) -> None:
+    """Refuse scans that belong to no DICOM study, before anything is scored.
+
+    Args:
+        studies: What is to be reported on.
+        option: The option that asks for it.
+
+    Raises:
+        ReportError: For the first of them.
+    """
+    for study in studies:
+        try:
+            refuse_no_dicom(study.source)
+        except VolumeError as error:
+            if "no DICOM" not in error.reason:
+                continue  # said when it is read, of this study alone
+            raise ReportError(
+                f"{study.id}: it is no DICOM, so there is no study that a report could belong to. Leave out {option}, "
+                "or pass the DICOM files."
+            ) from None
+
+
+def read_source(study: Study, **options: Any) -> SourceStudy:
+    """Read the headers of the series that `read_volume` takes of a study.
+
+    Args:
+        study: Which one.
+        **options: `series` and `resample_irregular`, see `read_volume`.
+
+    Raises:
+        ReportError: If they name no study.
+        VolumeError: If it is no usable DICOM study.
+    """
+    slices = dicom_slices(study.source, **options)
+    file_of_slice = [file for file, _ in slices]
+    middle, frame = slices[len(slices) // 2]
+
+    def read() -> "dict[int, Dataset]":
+        return {id(file): _read_header(file) for file in dict.fromkeys(file_of_slice)}
+
+    headers = quietly(read, f"{study.id}: the headers are damaged. Export the study anew.")
+    for header in headers.values():
+        if not all(header.get(name) for name in _MUST_BE):
+            raise ReportError(
+                f"{study.id}: its headers lack the UIDs of study, series or image, so nothing can be added to the "
+                "study. Export it anew."
+            )
+    own = headers[id(middle)]
+    return SourceStudy(list(headers.values()), own, None if frame is None else frame + 1, study.id)
+
+
+def _read_header(file: Any) -> "Dataset":
+    from pydicom import dcmread
+
+    with file.open() as stream:
+        header = dcmread(stream, stop_before_pixels=True, force=True)
+    header.decode()
+    header.SpecificCharacterSet = UTF_8
+    for name in _MAY_BE_EMPTY:
+        if name not in header:
+            setattr(header, name, "")
+    return header
+
+
+def quietly(make: Callable[[], Made], refusal: str) -> Made:
+    """Call what works on headers; whatever it warns of or fails with is not shown, since it may quote them.
+
+    Args:
+        make: What to call.
+        refusal: What is said where it fails; the kind of the error is added.
+
+    Raises:
+        ReportError: If it fails.
+    """
+    try:
+        with _silent():
+            return make()
+    except (MedCTError, OSError):
+        raise
+    except Exception as error:  # of many kinds; their texts may hold values of the header
+        raise ReportError(f"{refusal} ({type(error).__name__})") from None
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    loggers = [logging.getLogger(name) for name in ("pydicom", "highdicom")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL + 1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

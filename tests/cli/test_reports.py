@@ -1,0 +1,122 @@
+"""Reports on the command line: which are refused, what is written, and where patients' names never go."""
+
+import csv
+import json
+import re
+
+import pydicom
+import pytest
+from reports import dciodvfy_errors
+from scan_files import SECRET, SECRET_DATE, make_hu, write_series
+
+from medct import CT_CLIP_LABELS
+from medct.cli import main
+
+pytest.importorskip("highdicom")
+
+
+@pytest.fixture
+def predict(converted, tmp_path, monkeypatch, capfd):
+    """`predict("series", "--fhir", "out.json")`: exit status and all that was printed, in a folder with two studies."""
+    monkeypatch.chdir(tmp_path)
+    write_series(tmp_path / "series", make_hu((6, 16, 12)))
+
+    def predict(*arguments, model=converted):
+        try:
+            status = main(["predict", *arguments, "--model", str(model), "--cpu"])
+        except SystemExit as stop:
+            status = stop.code
+        captured = capfd.readouterr()
+        return status, captured.out + captured.err
+
+    return predict
+
+
+def test_a_study_gets_all_that_is_asked_for(predict, tmp_path):
+    status, said = predict("series", "--dicom_sr", "out", "--dicom_page", "out", "--fhir", "out/findings.json")
+    assert status == 0
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    report, page = (next(name for name in names if name.endswith(end)) for end in ("_sr.dcm", "_page.dcm"))
+    assert names == sorted([report, page, "findings.json"])
+    assert all(f"report: out/{name}" in said for name in names)
+    assert pydicom.dcmread(tmp_path / "out" / report).StudyInstanceUID == "1.2.4"
+    assert dciodvfy_errors(tmp_path / "out" / report) + dciodvfy_errors(tmp_path / "out" / page) == []
+
+
+def test_names_of_patients_go_into_dicom_alone(predict, tmp_path):
+    _, said = predict(
+        *("series", "--dicom_sr", "sr", "--dicom_page", "page", "--fhir", "f.json", "--output", "scores.jsonl")
+    )
+    (report,), (page,) = (list((tmp_path / folder).iterdir()) for folder in ("sr", "page"))
+    for path in (report, page):
+        assert SECRET.encode() in path.read_bytes()
+    written = said + "".join(map(str, tmp_path.rglob("*")))
+    written += "".join(path.read_text(encoding="utf-8") for path in tmp_path.glob("*.json*"))
+    assert SECRET not in written and SECRET_DATE not in written
+
+
+def test_a_bundle_says_whose_it_is_when_asked(predict, tmp_path):
+    assert predict("series", "--fhir", "f.json")[0] == 0
+    assert SECRET not in (tmp_path / "f.json").read_text(encoding="utf-8")
+    assert predict("series", "--fhir", "f.json", "--fhir_identity")[0] == 0
+    bundle = json.loads((tmp_path / "f.json").read_text(encoding="utf-8"))
+    (patient,) = [each["resource"] for each in bundle["entry"] if each["resource"]["resourceType"] == "Patient"]
+    assert patient["identifier"] == [{"value": f"{SECRET}-ID"}]
+
+
+def test_the_same_run_replaces_its_files(predict, tmp_path):
+    for _ in range(2):
+        assert predict("series", "--dicom_sr", "out")[0] == 0
+    assert len(list((tmp_path / "out").iterdir())) == 1
+    assert predict("series", "--dicom_sr", "out", "--labels", "Rib fracture")[0] == 0
+    assert len(list((tmp_path / "out").iterdir())) == 2, "what was asked is another report"
+
+
+@pytest.mark.parametrize("option", ["--dicom_sr", "--dicom_page"])
+def test_nifti_is_refused_in_one_sentence(predict, nifti, option, tmp_path):
+    nifti(make_hu((6, 8, 8)))
+    status, said = predict("scan.nii.gz", "series", option, "out")
+    assert status == 2 and not (tmp_path / "out").exists()
+    assert said == (
+        f"error: scan.nii.gz: it is no DICOM, so there is no study that a report could belong to. Leave out {option}, "
+        "or pass the DICOM files.\n"
+    )
+
+
+def test_nifti_has_a_bundle(predict, nifti, tmp_path):
+    nifti(make_hu((6, 8, 8)))
+    assert predict("scan.nii.gz", "--fhir", "f.json")[0] == 0
+    bundle = json.loads((tmp_path / "f.json").read_text(encoding="utf-8"))
+    assert sum(each["resource"]["resourceType"] == "Observation" for each in bundle["entry"]) == len(CT_CLIP_LABELS)
+    status, said = predict("scan.nii.gz", "--fhir", "g.json", "--fhir_identity")
+    assert status == 2 and "Leave out --fhir_identity" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("series", "other", "--fhir", "f.json"), "one bundle for one study, and there are 2"),
+        (("series", "--fhir_identity"), "Add --fhir FILE"),
+    ],
+)
+def test_what_cannot_be_written_is_refused(predict, tmp_path, arguments, expected):
+    write_series(tmp_path / "other", make_hu((4, 12, 12)))
+    status, said = predict(*arguments)
+    assert status == 2 and expected in said and len(said.splitlines()) == 1
+
+
+def test_a_study_whose_report_cannot_be_made_has_no_row(predict, tmp_path):
+    write_series(tmp_path / "bad", make_hu((4, 12, 12)), lambda ds, k: delattr(ds, "StudyInstanceUID"))
+    status, said = predict("bad", "series", "--dicom_sr", "out", "--output", "scores.csv")
+    assert status == 1 and "failed: bad: its headers lack the UIDs" in said
+    with (tmp_path / "scores.csv").open(encoding="utf-8") as file:
+        (row,) = csv.DictReader(file)
+    assert row["study"] == "series" and re.fullmatch(r"out/[0-9a-f]{16}_sr.dcm", row["reports"])
+    assert (tmp_path / row["reports"]).is_file()
+    status, said = predict("bad", "series", "--output", "scores.csv")
+    assert status == 2, "rows with and without reports do not mix"
+
+
+def test_a_classifier_has_a_page_too(predict, classifier_folder, tmp_path):
+    assert predict("series", "--dicom_page", "out", model=classifier_folder)[0] == 0
+    assert len(list((tmp_path / "out").iterdir())) == 1

@@ -1,0 +1,185 @@
+"""What loader processes hand over is whole and in order, in memory that is bounded and not overwritten while held."""
+
+import contextlib
+import gc
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from medct import shared_memory_medct
+from medct.workers_medct import Lost, load_ahead, overlapped
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="looks at processes there")
+
+
+def fill(length, place):
+    """A volume of so many voxels, each of which says its number, and one that is given up on the way."""
+    place.begin(f"of {length}")
+    place.empty((length + 7,), torch.int16).fill_(-1)
+    volume = place.empty((length, 2)).copy_(torch.arange(2 * length).view(length, 2))
+    return {"name": length, "volume": volume, "turned": volume.T, "small": torch.tensor([length])}
+
+
+def assert_filled(found, length):
+    expected = torch.arange(2 * length, dtype=torch.float32).view(length, 2)
+    assert found["name"] == length == int(found["small"])
+    assert torch.equal(found["volume"], expected) and torch.equal(found["turned"], expected.T)
+
+
+@pytest.fixture(params=["anonymous files", "torch"])
+def memory(request, monkeypatch):
+    """Both kinds of shared memory."""
+    if request.param == "torch":
+        monkeypatch.setattr(shared_memory_medct, "_HAS_ANONYMOUS_FILES", False)
+    elif not shared_memory_medct._HAS_ANONYMOUS_FILES:
+        pytest.skip("there are none")
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 3])
+def test_what_is_held_is_never_overwritten(memory, num_workers):
+    lengths = [3, 1, 4000, 15, 9000, 2, 6, 5000] * 3
+    held = list(load_ahead(lengths, fill, num_workers))
+    for found, length in zip(held, lengths, strict=True):
+        assert_filled(found, length)
+    part = held[4]["volume"][10:12, 1]
+    del held, found
+    assert part.tolist() == [21, 23]
+
+
+@needs_proc
+@pytest.mark.parametrize("batch_size", [1, 5])
+def test_memory_is_used_again(batch_size):
+    """However many studies there are, no more is mapped than is read ahead, and one more a process."""
+    most = 2 * (max(2, -(-batch_size // 2)) + 1)
+    for found in load_ahead([1000] * 40, fill, 2, batch_size):
+        assert_filled(found, 1000)
+        assert len(mapped()) <= most + 2  # and what each process writes and does not send
+    assert len(mapped()) == 1  # the last one's
+    del found
+    gc.collect()
+    assert not mapped()
+
+
+def mapped() -> set[str]:
+    """Inodes of the shared memory that this process maps."""
+    lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
+    return {line.split()[4] for line in lines if "memfd:medct" in line}
+
+
+def test_a_study_that_dies_keeps_those_before_it():
+    """What a process had sent stays readable when it is gone."""
+    studies = load_ahead(range(1, 9), die_at_five, 2)
+    held = [next(studies) for _ in range(3)]
+    held += studies
+    lost = held.pop(4)
+    assert lost == Lost(5, "of 5", lost.reason) and lost.reason.startswith("its loader process was killed by SIGKILL")
+    for found, length in zip(held, (1, 2, 3, 4, 6, 7, 8), strict=True):
+        assert_filled(found, length)
+    assert not multiprocessing.active_children()
+
+
+def die_at_five(length, place):
+    found = fill(length, place)
+    if length == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return found
+
+
+def refuse_five(length, place):
+    if length == 5:
+        raise ValueError("five")
+    return fill(length, place)
+
+
+def lengths_that_end():
+    yield from range(1, 5)
+    raise ValueError("five")
+
+
+@pytest.mark.parametrize(("items", "load"), [(range(1, 9), refuse_five), (lengths_that_end(), fill)])
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_errors_come_after_the_studies_before(items, load, num_workers):
+    items = lengths_that_end() if load is fill else items
+    studies = load_ahead(items, load, num_workers)
+    for length in range(1, 5):
+        assert_filled(next(studies), length)
+    with pytest.raises(ValueError, match="five"):
+        next(studies)
+    assert not multiprocessing.active_children()
+
+
+def test_items_are_taken_no_earlier_than_they_are_read():
+    taken = []
+    studies = load_ahead((taken.append(k) or k + 1 for k in range(20)), fill, 2, batch_size=6)
+    for count in range(1, 15):
+        next(studies)
+        assert len(taken) == min(20, count + 6)
+    studies.close()
+    assert not multiprocessing.active_children()
+    assert list(load_ahead([], fill, 2)) == []
+
+
+def sleep(seconds, place):
+    time.sleep(seconds)
+    return seconds
+
+
+def run_for_ever(told):
+    os.setsid()
+    studies = load_ahead([0] * 2 + [60] * 4, sleep, 2)
+    told.send([next(studies), next(studies)])
+    next(studies)
+
+
+@needs_proc
+def test_ctrl_c_ends_everything():
+    """The terminal sends it to all processes of its group."""
+    hears, tells = multiprocessing.Pipe()
+    run = multiprocessing.Process(target=run_for_ever, args=(tells,))
+    run.start()
+    assert hears.recv() == [0, 0]
+    assert len(group(run.pid)) == 3
+    os.killpg(run.pid, signal.SIGINT)
+    run.join(5)
+    assert run.exitcode == 1  # by a KeyboardInterrupt
+    assert not group(run.pid)
+
+
+def group(leader: int) -> list[int]:
+    """Processes of a group that live, or wait to be reaped."""
+    found = []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            if int(status.read_text(encoding="utf-8").rpartition(")")[2].split()[2]) == leader:
+                found.append(int(status.parent.name))
+    return found
+
+
+def test_on_a_cpu_items_are_made_when_asked_for():
+    made = []
+
+    def make():
+        with contextlib.suppress(GeneratorExit):
+            for index in range(3):
+                made.append(index)
+                yield index
+        made.append("closed")
+
+    items = overlapped(make(), "cpu", lambda _: ())
+    assert next(items) == 0 and made == [0]
+    items.close()
+    assert made == [0, "closed"]
+
+
+def test_arrays_from_shared_memory_keep_it(memory):
+    (found,) = load_ahead([50], fill, 1)
+    array = found["volume"].numpy()
+    del found
+    gc.collect()
+    assert np.array_equal(array.ravel(), np.arange(100))

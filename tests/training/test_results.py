@@ -1,0 +1,66 @@
+"""What a run of few patients or few steps says of itself."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from medct.evaluation.scoring import ScoredStudies
+from medct.training.results import FEW_STEPS, compare_all, few_patients, few_steps
+from medct.training.settings import TrainingSettings
+
+NAMES = ["nodule", "mass"]
+
+
+def scored(patients: int, with_mass: int, seed: int) -> ScoredStudies:
+    """Two scans a patient; every second patient has a nodule."""
+    people = np.repeat(np.arange(patients), 2)
+    labels = np.stack([people % 2, people < with_mass], axis=1).astype(float)
+    scores = np.clip(labels / 4 + np.random.default_rng(seed).random(labels.shape) * 3 / 4, 0, 1)
+    return ScoredStudies([f"{index}.nii" for index in range(len(people))], list(map(str, people)), scores, labels)
+
+
+def results(tune: ScoredStudies, valid: ScoredStudies) -> dict:
+    before = {"tune": tune, "valid": valid}
+    after = {split: dataclasses.replace(each, scores=each.scores**2) for split, each in before.items()}
+    return {"label_names": NAMES} | compare_all(before, after, NAMES, 20, 0)
+
+
+def test_a_run_of_five_patients_says_what_it_cannot_tell():
+    found = results(scored(5, 2, 0), scored(5, 2, 1))
+    assert (found["thresholds"], found["calibration"]) == (None, None)
+    assert found["comparison"]["adapted"]["auroc"]["low"] is None
+    intervals, points = few_patients(found)
+    assert intervals.startswith("5 held-out patients are too few to tell")
+    assert intervals.endswith("With --folds 5 every patient is held out once.")
+    assert points.startswith("No operating point for any finding: fewer than 5 tuning patients")
+    assert "Without an interval" in found["table"]
+
+
+def test_findings_without_an_operating_point_are_named():
+    found = results(scored(20, 3, 0), scored(20, 6, 1))
+    assert found["thresholds"].keys() == {"nodule"}
+    assert found["comparison"]["operating_points"]["adapted"]["youden"]["sensitivity/nodule"]["low"] is not None
+    (points,) = few_patients(found)
+    assert points.startswith("No operating point for mass: fewer than 5")
+
+
+def test_a_run_of_enough_patients_has_nothing_to_say():
+    assert few_patients(results(scored(20, 8, 0), scored(20, 8, 1))) == []
+
+
+@pytest.mark.parametrize(
+    ("steps", "per_epoch", "changes", "remedy"),
+    [
+        (5, 5, {}, "Pass --epochs 10."),
+        (14, 7, {"epochs": 2}, "Pass --epochs 8."),
+        (3, 100, {"max_steps": 3}, "Pass a higher --max_steps than 3."),
+        (FEW_STEPS, FEW_STEPS, {}, None),
+    ],
+)
+def test_few_steps_are_remarked_on_with_what_to_do(steps, per_epoch, changes, remedy):
+    said = few_steps(steps, per_epoch, TrainingSettings(**changes))
+    assert said is None if remedy is None else said.endswith(remedy)
+    if "--epochs" in (remedy or ""):
+        epochs = int(remedy.split()[-1].rstrip("."))
+        assert few_steps(per_epoch * epochs, per_epoch, TrainingSettings(epochs=epochs)) is None
