@@ -24,15 +24,10 @@ from transformers.utils.hub import cached_file
 from .checks_medct import preprocessing
 from .errors_medct import MedCTError
 
-try:  # transformers needs the one, and adapters the other
-    from peft import PeftConfig, get_peft_model_state_dict, inject_adapter_in_model
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-except ImportError:
-    PeftConfig = None
 try:  # transformers needs both
     from huggingface_hub import _CACHED_NO_EXIST, try_to_load_from_cache
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
+    from safetensors.torch import load_file
 except ImportError:  # pragma: no cover
     pass
 
@@ -48,6 +43,15 @@ _CHUNK_ELEMENTS = 2**22
 _REPORTS = logging.getLogger("transformers.integrations.peft")
 _SMALLEST_SCORE = 1e-7  # float32 tells no smaller ones from 0, or from 1
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+
+
+def _peft() -> Any:
+    """PEFT, which takes most of a second to import and only adapters need; none if it is not installed."""
+    try:
+        import peft
+    except ImportError:
+        return None
+    return peft
 
 
 class AdapterMismatchError(MedCTError, ValueError):
@@ -373,7 +377,7 @@ def check_fit(model: PreTrainedModel, adapter: str | Path, **hub: Any) -> dict[s
         _check_base(model, adapter, description["base"])
         _check_preprocessing(model, adapter, description["preprocessing"])
     tensors = read_tensors(adapter, **hub)
-    check_tensors(model, tensors, PeftConfig.from_pretrained(str(Path(config_file).parent)), str(adapter))
+    check_tensors(model, tensors, _peft().PeftConfig.from_pretrained(str(Path(config_file).parent)), str(adapter))
     if description is None:
         warnings.warn(
             f"{adapter} has no {DESCRIPTION_FILE}: nobody can tell whether it was trained on this model.", stacklevel=3
@@ -400,7 +404,7 @@ def read_tensors(adapter: str | Path, **hub: Any) -> dict[str, torch.Tensor]:
     Raises:
         AdapterMismatchError: If PEFT is not installed, or the file is damaged.
     """
-    if PeftConfig is None:
+    if _peft() is None:
         raise AdapterMismatchError(f"{adapter} is an adapter, and those need PEFT. Install it: pip install peft.")
     try:
         return load_file(_file(adapter, WEIGHTS_FILE, hub, is_optional=False))
@@ -416,9 +420,7 @@ def loadable_tensors(adapter: str | Path, **hub: Any) -> dict[str, torch.Tensor]
     }
 
 
-def check_tensors(
-    model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], config: "PeftConfig", adapter: str
-) -> None:
+def check_tensors(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], config: Any, adapter: str) -> None:
     """Refuse tensors that are not exactly those which an adapter of this configuration has on this model.
 
     Loaders pass over what they do not know and leave what they do not find as it was drawn, with a warning at best.
@@ -453,7 +455,7 @@ def check_tensors(
             raise AdapterMismatchError(f"{adapter} has NaN or infinity in {name}. {remedy}")
 
 
-def _wanted(model: PreTrainedModel, config: "PeftConfig") -> dict[str, torch.Size]:
+def _wanted(model: PreTrainedModel, config: Any) -> dict[str, torch.Size]:
     """Shapes of the tensors that an adapter has on a model, by name: of one that is put on an empty copy."""
     model, config = _without_peft(model), copy.deepcopy(config)
     if hasattr(config, "init_lora_weights"):
@@ -461,12 +463,12 @@ def _wanted(model: PreTrainedModel, config: "PeftConfig") -> dict[str, torch.Siz
     with torch.device("meta"):
         skeleton = type(model)(copy.deepcopy(model.config))
     try:
-        inject_adapter_in_model(config, skeleton, "wanted")
+        _peft().inject_adapter_in_model(config, skeleton, "wanted")
     except ValueError as error:  # of PEFT: the targets are not in this model
         raise AdapterMismatchError(
             f"The adapter's configuration fits no module of this model ({str(error).splitlines()[0]}). Load its base."
         ) from error
-    found = get_peft_model_state_dict(skeleton, adapter_name="wanted")
+    found = _peft().get_peft_model_state_dict(skeleton, adapter_name="wanted")
     return {name: tensor.shape for name, tensor in found.items()}
 
 

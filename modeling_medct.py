@@ -39,7 +39,23 @@ from .adapters_medct import (
 )
 from .checks_medct import refuse_other_weights
 from .configuration_medct import CLASSIFIER_TASK, CODE, CUSTOM_PIPELINES, ZERO_SHOT_TASK, MedCTConfig, MedCTVisionConfig
-from .kernels_medct import add, apply_linear, nearest, split_rows, times_gelu
+from .kernels_medct import (
+    add,
+    add_product,
+    apply_linear,
+    feed_forward,
+    fused,
+    fusible,
+    gated,
+    gated_product,
+    is_autocast,
+    nearest,
+    padded_width,
+    row_dtype,
+    split_rows,
+    split_sequences,
+    triton_kernels,
+)
 from .snapshots_medct import Snapshot
 
 
@@ -153,6 +169,7 @@ def _project(module: nn.Module, rows: torch.Tensor) -> torch.Tensor:
     return apply_linear(module, rows, F.linear)
 
 
+@fusible
 class MedCTLayerNorm(nn.LayerNorm):
     """A LayerNorm in float32, or better, whatever the precision of its weights.
 
@@ -162,6 +179,8 @@ class MedCTLayerNorm(nn.LayerNorm):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+        if fused(hidden_states, self.weight, self.bias):
+            return triton_kernels().norm(hidden_states, self.weight, self.bias, self.eps, dtype)
         bias = None if self.bias is None else self.bias.to(dtype)
         return F.layer_norm(hidden_states.to(dtype), self.normalized_shape, self.weight.to(dtype), bias, self.eps)
 
@@ -194,12 +213,23 @@ class MedCTPatchEmbeddings(nn.Module):
                 f"not {tuple(pixel_values.shape)}."
             )
         (t, h, w), (pz, py, px) = self.grid_size, self.patch_size
+        if fused(pixel_values, pixel_values, self.patch_norm):
+            # (b, 1, t*pz, h*py, w*px) -> (b*t, pz, h*py, w*px)
+            dtype = row_dtype(pixel_values, dtype)
+            slabs = split_rows(pixel_values.reshape(-1, pz, h * py, w * px), h * w * pz * py * px, dtype)
+            tokens = torch.cat([apply_linear(self.projection, self._norm_patches(slab, dtype)) for slab in slabs])
+            return self.norm(tokens).unflatten(1, (h, w)).unflatten(0, (-1, t))
         # (b, 1, t*pz, h*py, w*px) -> (b*t, h, w, pz, py, px)
         blocks = pixel_values.reshape(-1, pz, h, py, w, px).permute(0, 2, 4, 1, 3, 5)
         # Copies of blocks are as large as the volume, so they are made slab by slab.
         slabs = split_rows(blocks, h * w * pz * py * px, torch.float32)
         tokens = torch.cat([self._embed(slab, dtype) for slab in slabs])
         return tokens.unflatten(1, (h, w)).unflatten(0, (-1, t))
+
+    def _norm_patches(self, slab: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """`(slabs, z, y, x)` voxels, as they lie, to `(slabs, rows * columns, patch_voxels)`."""
+        norm = self.patch_norm
+        return triton_kernels().norm_patches(slab, self.patch_size, norm.weight, norm.bias, norm.eps, dtype)
 
     def _embed(self, blocks: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """`(slabs, y, x, *patch_size)` voxels to `(slabs, y * x, hidden_size)` tokens."""
@@ -249,6 +279,7 @@ class MedCTPositionBias(nn.Module):
         return bias.reshape(1, -1, h * w, h * w)
 
 
+@fusible
 class MedCTPositionGenerator(nn.Module):
     """Depthwise 3x3x3 convolution over the token grid, causal along its first axis."""
 
@@ -272,6 +303,7 @@ class MedCTPositionGenerator(nn.Module):
         return grid.permute(0, 2, 3, 4, 1).reshape(hidden_states.shape)
 
 
+@fusible
 class MedCTAttention(nn.Module):
     """Multi-head attention on queries and keys of unit length, with learned scales shared by the heads."""
 
@@ -305,21 +337,37 @@ class MedCTAttention(nn.Module):
             The shape of `hidden_states`, and attention weights where the implementation gives them.
         """
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
-        # (b, n, heads*c) -> (b, heads, n, c)
-        query = apply_linear(self.q_proj, hidden_states).view(heads).transpose(1, 2)
-        key = apply_linear(self.k_proj, key_value_states).view(heads).transpose(1, 2)
-        value = apply_linear(self.v_proj, key_value_states).view(heads).transpose(1, 2)
-        query = (F.normalize(query, dim=-1) * self.q_scale).to(value.dtype)
-        key = (F.normalize(key, dim=-1) * self.k_scale).to(value.dtype)
+        # (b, n, heads*c) -> (b, n, heads, c)
+        query = apply_linear(self.q_proj, hidden_states).view(heads)
+        key = apply_linear(self.k_proj, key_value_states).view(heads)
+        value = apply_linear(self.v_proj, key_value_states).view(heads)
+        query, key = self._unit(query, self.q_scale).to(value.dtype), self._unit(key, self.k_scale).to(value.dtype)
+        position_bias = None if position_bias is None else position_bias.to(value.dtype)
+        output, weights = self._attend(query, key, value, position_bias)
+        return apply_linear(self.out_proj, output.flatten(-2)), weights
 
+    def _unit(self, heads: torch.Tensor, scale: nn.Parameter) -> torch.Tensor:
+        """`(..., c)` of length 1, times the scale."""
+        return triton_kernels().unit(heads, scale) if fused(heads, scale) else F.normalize(heads, dim=-1) * scale
+
+    def _attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, position_bias: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`(b, n, heads, c)` each to the same, and the weights where the implementation gives them."""
+        if self.config._attn_implementation == "sdpa" and fused(query, query, key, value, position_bias):
+            kernels = triton_kernels()
+            if kernels.can_attend(query):
+                bias = None if position_bias is None else position_bias.contiguous()
+                return kernels.attention(*(each.contiguous() for each in (query, key, value)), bias, self.scaling), None
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        position_bias = None if position_bias is None else position_bias.to(value.dtype)
-        output, weights = attention(self, query, key, value, None, scaling=self.scaling, position_bias=position_bias)
-        return apply_linear(self.out_proj, output.flatten(-2)), weights
+        # (b, n, heads, c) -> (b, heads, n, c)
+        query, key, value = (each.transpose(1, 2) for each in (query, key, value))
+        return attention(self, query, key, value, None, scaling=self.scaling, position_bias=position_bias)
 
 
+@fusible
 class MedCTMLP(nn.Module):
     """Gated feed-forward: one half of the first product, times gelu of the other."""
 
@@ -329,8 +377,9 @@ class MedCTMLP(nn.Module):
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        value, gate = apply_linear(self.fc1, hidden_states).chunk(2, dim=-1)
-        return apply_linear(self.fc2, times_gelu(value, gate))
+        if fused(hidden_states, self.fc1, self.fc2):
+            return feed_forward(hidden_states, self.fc1.weight, self.fc2.weight)
+        return apply_linear(self.fc2, gated(apply_linear(self.fc1, hidden_states)))
 
 
 class MedCTLayer(GradientCheckpointingLayer):
@@ -359,22 +408,83 @@ class MedCTLayer(GradientCheckpointingLayer):
         Returns:
             The same shape.
         """
-        stream = add(self.position_generator(hidden_states).to(hidden_states.dtype), hidden_states)
+        if self._is_constant(hidden_states, position_bias):
+            return self._infer(hidden_states, position_bias)
+        stream, *rows = self._mix(hidden_states)
         # Gradients need all that a chunk would hand on, and "eager" is there to show the attention as a whole.
         if torch.is_grad_enabled() or self.self_attn.config._attn_implementation == "eager":
-            return self._within_sequences(stream, position_bias)
+            return self._within_sequences(stream, *rows, position_bias=position_bias)
         width = 2 * self.self_attn.config.intermediate_size
-        for chunk in split_rows(stream, stream.shape[1] * width, self.dtype):
-            self._within_sequences(chunk, position_bias)
+        chunks = (split_rows(each, stream.shape[1] * width, self.dtype) for each in (stream, *rows))
+        for chunk in zip(*chunks, strict=True):
+            self._within_sequences(*chunk, position_bias=position_bias)
         return stream
 
-    def _within_sequences(self, stream: torch.Tensor, position_bias: torch.Tensor | None) -> torch.Tensor:
-        # Only queries are normalised; keys and values come from the stream itself.
-        attended, _ = self.self_attn(
-            self.layer_norm1(stream).to(self.dtype), stream.to(self.dtype), position_bias=position_bias
+    def _is_constant(self, hidden_states: torch.Tensor, position_bias: torch.Tensor | None) -> bool:
+        """Whether kernels may run the layer as a whole: no gradients, adapters, hooks or other attention."""
+        attention, mlp = self.self_attn, self.mlp
+        if torch.is_grad_enabled() or attention.config._attn_implementation != "sdpa" or is_autocast(hidden_states):
+            return False
+        products = (attention.q_proj, attention.k_proj, attention.v_proj, attention.out_proj, mlp.fc1, mlp.fc2)
+        generator = self.position_generator
+        others = (attention, mlp, generator, generator.conv, self.layer_norm1, self.layer_norm2, position_bias)
+        return fused(hidden_states, *others, *products) and triton_kernels().can_attend(attention.q_scale)
+
+    def _infer(self, hidden_states: torch.Tensor, position_bias: torch.Tensor | None) -> torch.Tensor:
+        """The layer in as few passes over memory, and as few calls, as can be."""
+        kernels, attention, mlp, dtype = triton_kernels(), self.self_attn, self.mlp, self.dtype
+        conv, norm1, norm2 = self.position_generator.conv, self.layer_norm1, self.layer_norm2
+        taps, keys, fc2 = kernels.prepare(
+            conv.weight, attention.k_proj.weight, attention.v_proj.weight, mlp.fc2.weight, padded_width(mlp.fc2.weight)
         )
-        stream = add(stream, attended)
-        return add(stream, self.mlp(self.layer_norm2(stream).to(self.dtype)))
+        grid = hidden_states.reshape(-1, *self.position_generator.grid_size, hidden_states.shape[-1])
+        mixed = kernels.mix_prepared(grid, taps, conv.bias, (norm1.weight, norm1.eps), dtype)
+        bias = None if position_bias is None else position_bias.to(dtype)
+        rows_of = [each.view(hidden_states.shape) for each in mixed]
+        chunks = zip(*(split_sequences(each, fc2.shape[1], dtype) for each in rows_of), strict=True)
+        for stream, low, normed in chunks:
+            # (b, n, d) -> (b, n, heads, c)
+            query = F.linear(normed, attention.q_proj.weight).unflatten(-1, (-1, attention.head_dim))
+            key, value = F.linear(low, keys).unflatten(-1, (2, -1, attention.head_dim)).unbind(2)
+            kernels.unit_(key.flatten(0, 1), attention.k_scale)
+            attended = kernels.attention(query, key, value, bias, attention.scaling, attention.q_scale)
+            add_product(stream, attended.flatten(-2), attention.out_proj.weight)
+            rows = kernels.norm(stream, norm2.weight, norm2.bias, norm2.eps, dtype)
+            gated = gated_product(rows, mlp.fc1.weight, fc2.shape[1])
+            add_product(stream, gated, fc2)
+        return rows_of[0]
+
+    def _mix(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The stream after the position generator; from kernels also what `_within_sequences` takes with it."""
+        generator, norm = self.position_generator, self.layer_norm1
+        if not fused(hidden_states, generator, generator.conv, norm):
+            return (add(generator(hidden_states).to(hidden_states.dtype), hidden_states),)
+        grid = hidden_states.reshape(-1, *generator.grid_size, hidden_states.shape[-1])
+        weights = (generator.conv.weight, generator.conv.bias, norm.weight)
+        mixed = triton_kernels().mix(grid, *weights, norm.eps, row_dtype(grid, self.dtype))
+        return tuple(each.view_as(hidden_states) for each in mixed)
+
+    def _within_sequences(
+        self,
+        stream: torch.Tensor,
+        rows: torch.Tensor | None = None,
+        normed: torch.Tensor | None = None,
+        *,
+        position_bias: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Attention and feed-forward of some sequences; `rows` are the stream in half precision, `normed` its norm."""
+        if rows is None:
+            rows, normed = stream.to(self.dtype), self.layer_norm1(stream).to(self.dtype)
+        # Only queries are normalised; keys and values come from the stream itself.
+        attended, _ = self.self_attn(normed, rows, position_bias=position_bias)
+        norm = self.layer_norm2
+        if fused(stream, norm):
+            dtype = row_dtype(stream, self.dtype)
+            stream, rows = triton_kernels().add_norm(stream, attended, norm.weight, norm.bias, norm.eps, dtype)
+        else:
+            stream = add(stream, attended)
+            rows = norm(stream).to(self.dtype)
+        return add(stream, self.mlp(rows))
 
 
 class MedCTEncoder(nn.Module):
@@ -420,11 +530,15 @@ class MedCTQuantizer(nn.Module):
         """
         with torch.no_grad():
             codes = F.normalize(self.codebook.to(torch.promote_types(self.codebook.dtype, torch.float32)), dim=-1)
-            coarse_codes = codes.to(dtype)
             # Tokens need no normalising: their length does not change which row is nearest.
-            chunks = split_rows(hidden_states.reshape(-1, hidden_states.shape[-1]), len(codes), dtype)
-            ids = torch.cat([nearest(chunk, codes, coarse_codes) for chunk in chunks]).view(hidden_states.shape[:-1])
-        quantized = F.embedding(ids, self.codebook)
+            rows = hidden_states.reshape(-1, hidden_states.shape[-1])
+            if fused(rows, self.codebook):
+                quantized, ids = triton_kernels().quantize(rows, codes, self.codebook, dtype)
+            else:
+                coarse_codes = codes.to(dtype)
+                ids = torch.cat([nearest(chunk, codes, coarse_codes) for chunk in split_rows(rows, len(codes), dtype)])
+                quantized = F.embedding(ids, self.codebook)
+        quantized, ids = quantized.view(hidden_states.shape), ids.view(hidden_states.shape[:-1])
         if hidden_states.requires_grad:
             # The difference is exactly zero: the value is still the row itself, the gradient that of the token.
             quantized = quantized + (hidden_states - hidden_states.detach())
@@ -688,7 +802,7 @@ class MedCTVisionModel(MedCTPreTrainedModel):
         tokens = self.temporal_encoder(tokens)
         # (b*h*w, t, d) -> (b, t, h*w, d)
         tokens = tokens.unflatten(0, (batch, h * w)).transpose(1, 2)
-        tokens, codebook_ids = self.quantizer(tokens, dtype)
+        tokens, codebook_ids = self.quantizer(tokens, row_dtype(tokens, dtype))
         return MedCTVisionOutput(
             last_hidden_state=tokens.flatten(1, 2),
             pooler_output=tokens.mean(dim=1).flatten(1),

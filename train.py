@@ -45,6 +45,7 @@ from medct.evaluation.record import RESULTS, write_record
 from medct.evaluation.scoring import (
     ScoredStudies,
     Texts,
+    about_model,
     embed_prompts,
     is_classifier,
     prompts_for,
@@ -64,6 +65,7 @@ from medct.training.lora import (
     add_lora,
     core,
     frozen_tensors,
+    leave_casts_to_autocast,
     note_start,
     save_weights,
     trains_text,
@@ -254,6 +256,8 @@ class Trainer:
                 train_logit_scale=settings.train_logit_scale,
                 revision=self.revision,
             )
+            if self.accelerator.mixed_precision == "bf16":
+                leave_casts_to_autocast(model)
             if self.accelerator.is_main_process:
                 note_start(model, self.folder.work)
         parameters = trainable_parameters(model).values()
@@ -448,6 +452,7 @@ class Trainer:
         """What decided the figures; with its settings `medct evaluate` scores the held-out studies again."""
         accelerator = self.accelerator
         base = {"model": self.settings.model, "revision": self.revision, "fingerprint": self.fingerprint}
+        base |= about_model(self.base)
         scored = predictions_of(before, {}, self._source_names()).scored
         points = {
             model: {name: each["thresholds"] for name, each in by_name.items()}

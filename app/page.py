@@ -10,6 +10,8 @@ import atexit
 import contextlib
 import os
 import shutil
+import signal
+import sys
 import tempfile
 import threading
 import time
@@ -18,6 +20,7 @@ from typing import Any
 
 from medct.app import views
 from medct.app.scans import PHANTOM, Engine, Scan, ScanError
+from medct.common.errors import OK
 from medct.errors_medct import MedCTError
 from medct.inference.slices import WINDOWS_HU
 
@@ -216,6 +219,7 @@ def serve(engine: Engine, host: str, port: int | None, max_file_bytes: int) -> N
         AppError: If gradio is missing, or nothing can listen there.
     """
     page = build(engine)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(OK))  # else the temporary folder would stay
     try:
         _, address, _ = page.launch(
             server_name=host, server_port=port, prevent_thread_lock=True, quiet=True, **launch_options(max_file_bytes)

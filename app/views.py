@@ -25,7 +25,9 @@ table.medct-findings tr.above { font-weight: 700; }
 .below .medct-bar i { background: #0072b2; }
 .medct-bar b { position: absolute; top: -3px; bottom: -3px; width: 2px; background: currentColor; }
 .medct-slice img { width: 100%; max-width: 640px; display: block; margin: 0 auto; background: black; }
-.medct-slice p, .medct-small { font-size: 13px; opacity: 0.85; }
+.medct-slice p, .medct-small { font-size: 13px; opacity: 0.85; overflow-wrap: anywhere; }
+.medct-scroll { overflow-x: auto; }
+@media (max-width: 640px) { .medct-bar { width: 50px; } }
 """
 
 
@@ -55,7 +57,8 @@ def findings_table(scan: Scan) -> str:
     notes = "".join(f"<p>Note: {escape(note)}.</p>" for note in scan.notes)
     return (
         f"<p><b>{escape(scan.name)}</b></p>{notes}"
-        f'<table class="medct-findings"><thead><tr>{"".join(titles)}</tr></thead><tbody>{rows}</tbody></table>'
+        f'<div class="medct-scroll"><table class="medct-findings"><thead><tr>{"".join(titles)}</tr></thead>'
+        f"<tbody>{rows}</tbody></table></div>"
         f'<p class="medct-small">{NO_PROBABILITY} A line in a bar is the operating point.</p>'
     )
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from peft import PeftConfig
 from tqdm import tqdm
 
 from medct.byte_sources_medct import is_address
@@ -27,7 +26,6 @@ from medct.common.files import whole_folder
 from medct.common.lock import only_run
 from medct.configuration_medct import MedCTConfig
 from medct.data.label_space import read_labels
-from medct.data.loader import report_id
 from medct.data.table_files import SUFFIXES
 from medct.errors_medct import MedCTError
 from medct.inference.bulk import KEY, Csv, JsonLines, Reading, process, process_to_file, read_rows
@@ -70,6 +68,8 @@ def model_of(args: argparse.Namespace) -> str:
         return named(name)
     if args.adapter is None:
         raise CommandError(f"Which model? Pass --model ID_OR_FOLDER, or set {MODEL_VARIABLE}.")
+    from peft import PeftConfig  # takes long to import, like all that is imported late here
+
     try:
         config = PeftConfig.from_pretrained(args.adapter, revision=args.adapter_revision)
     except (OSError, ValueError) as error:
@@ -92,7 +92,7 @@ def load_pipeline(args: argparse.Namespace, device: torch.device, zero_shot_only
     name = model_of(args)
     # The code is this package's.
     options = {"revision": args.revision, "trust_remote_code": False}
-    model, processor = load_model(name, dtype=args.dtype, zero_shot_only=zero_shot_only, **options)
+    model, processor = load_model(name, dtype=args.dtype, device=device, zero_shot_only=zero_shot_only, **options)
     try:
         return pipeline_of(
             model.to(device),
@@ -334,6 +334,7 @@ def with_report(pipe: ZeroShotCTClassificationPipeline, reports: dict[str, str],
         reports: Text of each report by study.
         row: As `embedding_rows` makes it.
     """
+    from medct.data.loader import report_id
     from medct.inference import search
 
     report = search.report_of(row[KEY], reports) if row["text_embeds"] is None else None

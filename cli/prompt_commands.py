@@ -10,9 +10,9 @@ import numpy as np
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from medct.adapters_medct import DESCRIPTION_FILE, read_description
+from medct.adapters_medct import DESCRIPTION_FILE, adapter_fingerprint, fingerprint, read_description
 from medct.cli.commands import CommandError, ends, load_pipeline, prompts_of, start_processes
-from medct.cli.score_commands import loader_of, only_json
+from medct.cli.score_commands import loader_of, only_json, settings_of
 from medct.common.errors import OK, first_line
 from medct.common.files import whole_file
 from medct.configuration_medct import MedCTConfig
@@ -21,10 +21,11 @@ from medct.data.label_space import told_apart
 from medct.evaluation.calibration import fit_calibration
 from medct.evaluation.operating_points import YOUDEN, choose_points
 from medct.evaluation.prompts import SYNONYMS, TEMPLATES, Template, spread, wording_scores
-from medct.evaluation.provenance import list_checksum
+from medct.evaluation.provenance import list_checksum, provenance
 from medct.evaluation.record import write_figures
 from medct.evaluation.report import prompts_report
-from medct.evaluation.scoring import ScoredStudies, embed_studies
+from medct.evaluation.scoring import ScoredStudies, about_model, embed_studies
+from medct.pipeline_medct import CTPipeline
 
 
 def try_prompts(args: argparse.Namespace) -> int:
@@ -55,9 +56,25 @@ def _try_prompts(args: argparse.Namespace) -> int:
         _store_wording(Path(args.adapter), found, scores, studies, templates, names)
         print(f"\nstored in {Path(args.adapter) / DESCRIPTION_FILE}, with operating points and calibration for it")
     if args.output is not None:
-        about = {"data": source.description, "split": args.split, "studies_scored": list_checksum(studies)}
-        write_figures(args.output, about | found)
+        write_figures(args.output, found | {"provenance": _provenance(args, pipe, accelerator, studies)})
     return ends(failed, source.num_studies, None)
+
+
+def _provenance(
+    args: argparse.Namespace, pipe: CTPipeline, accelerator: Accelerator, studies: ScoredStudies
+) -> dict[str, Any]:
+    model = {"model": args.model, "fingerprint": fingerprint(pipe.model), "adapter": args.adapter}
+    if args.adapter is not None:
+        model["adapter_fingerprint"] = adapter_fingerprint(args.adapter, revision=args.adapter_revision)
+    return provenance(
+        settings_of(args),
+        {"model": model | about_model(pipe.model)},
+        {f"{args.data}, {args.split}": list_checksum(studies)},
+        accelerator.device,
+        seed=0,
+        processes=accelerator.num_processes,
+        precision=accelerator.mixed_precision,
+    )
 
 
 def _wordings(args: argparse.Namespace, config: MedCTConfig) -> tuple[list[Template], dict[str, list[str]]]:

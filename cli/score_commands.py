@@ -32,7 +32,7 @@ from medct.evaluation.predictions import (
 from medct.evaluation.provenance import changed_figures, list_checksum, provenance, reasons
 from medct.evaluation.record import read_results, write_record
 from medct.evaluation.report import evaluation_report
-from medct.evaluation.scoring import ScoredStudies, Texts, prompts_for, remark_on_words, score_versions
+from medct.evaluation.scoring import ScoredStudies, Texts, about_model, prompts_for, remark_on_words, score_versions
 from medct.pipeline_medct import CTPipeline
 
 BASE = "base"
@@ -144,6 +144,7 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _evaluate(args: argparse.Namespace, recorded: Mapping[str, Any] | None) -> int:
+    args.model = model_of(args)  # whatever named it
     pipe = load_pipeline(args, start_processes(args).device)
     accelerator = Accelerator(cpu=args.cpu)
     config, mappings = _asked(args, pipe)
@@ -153,7 +154,9 @@ def _evaluate(args: argparse.Namespace, recorded: Mapping[str, Any] | None) -> i
     score = functools.partial(_score, args, pipe, versions, accelerator)
     opened = functools.partial(_open, args, config, mappings)
     tuned = None if args.tune_on is None else score(opened(args.tune_on, "tune"))[0]
-    scored, sources, failed = {}, [], 0
+    scored, sources, lists, failed = {}, [], {}, 0
+    if tuned is not None:
+        lists[f"{short_names([args.tune_on])[0]}, tune"] = list_checksum(next(iter(tuned.values())))
     for name, address in zip(short_names(args.data), args.data, strict=True):
         source = opened(address, args.split)
         scored[name], unreadable = score(source)
@@ -167,7 +170,7 @@ def _evaluate(args: argparse.Namespace, recorded: Mapping[str, Any] | None) -> i
         by_model = scored[about["source"]]
         models = {name: Scores(each, *brought[name]) for name, each in by_model.items()}
         about |= figures_of(models, about["description"], **options)
-        about["studies"] = list_checksum(next(iter(by_model.values())))
+        about["studies"] = lists[f"{about['source']}, {args.split}"] = list_checksum(next(iter(by_model.values())))
     names = list(dict.fromkeys(name for about in sources for name in about["present"]))
     results = {
         "measured_on": "; ".join(about["description"] for about in sources),
@@ -180,7 +183,7 @@ def _evaluate(args: argparse.Namespace, recorded: Mapping[str, Any] | None) -> i
         "provenance": provenance(
             settings_of(args),
             {name: version.about for name, version in versions.items()},
-            {f"{about['source']}, {args.split}": about["studies"] for about in sources},
+            lists,
             accelerator.device,
             seed=args.seed,
             processes=accelerator.num_processes,
@@ -217,7 +220,8 @@ def versions_of(args: argparse.Namespace, pipe: CTPipeline, config: MedCTConfig)
         pipe: Holds the model, with the adapter.
         config: What is asked, but where an adapter was trained to be asked for the same labels in other words.
     """
-    base = {"model": model_of(args), "revision": args.revision, "fingerprint": fingerprint(pipe.model)}
+    base = {"model": args.model, "revision": args.revision, "fingerprint": fingerprint(pipe.model)}
+    base |= about_model(pipe.model, config)
     if args.against not in (None, BASE):
         pipe.model.load_adapter(
             args.against, adapter_name="against", adapter_kwargs={"revision": args.against_revision}
@@ -242,7 +246,8 @@ def versions_of(args: argparse.Namespace, pipe: CTPipeline, config: MedCTConfig)
         points = {YOUDEN: described.get("thresholds") or {}, **(described.get("operating_points") or {})}
         points = {name: {label: at for label, at in each.items() if label in holds} for name, each in points.items()}
         calibration = {label: each for label, each in (described.get("calibration") or {}).items() if label in holds}
-        about = base | {"adapter": adapter, "adapter_revision": revision}
+        about = base | about_model(pipe.model, asks)
+        about |= {"adapter": adapter, "adapter_revision": revision}
         about["adapter_fingerprint"] = adapter_fingerprint(adapter, revision=revision)
         become = functools.partial(_with_adapter, pipe, key)
         found[title] = Version.of(
@@ -276,7 +281,7 @@ def _open(
         mapping=mappings.get(address, mappings[""]),
         reconstructions=args.reconstructions,
         limit=args.limit,
-        revision=args.data_revision,
+        revision=args.data_revision if address in args.data else None,
         **options,
     )
 
@@ -314,6 +319,7 @@ def loader_of(args: argparse.Namespace, pipe: CTPipeline, accelerator: Accelerat
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
         num_workers=args.num_workers,
+        device=accelerator.device,
     )
 
 

@@ -379,7 +379,7 @@ def prepared_source(
     Raises:
         DataError: If there are no such shards, they are not for this model, or a file is missing.
     """
-    address = _with_revision(str(address).rstrip("/"), revision)
+    address = with_revision(str(address).rstrip("/"), revision)
     options = {"token": token} if address.startswith("hf://") and token is not None else {}
     manifest = read_manifest(address, options)
     if manifest is None:
@@ -428,8 +428,13 @@ def _groups(files: list[dict[str, Any]], reconstructions: str, need_reports: boo
     return [tuple(numbers) for _, numbers in itertools.groupby(kept, key=lambda number: rows[number][0])]
 
 
-def _with_revision(address: str, revision: str | None) -> str:
-    """`hf://datasets/ORG/NAME/...` at a commit."""
+def with_revision(address: str, revision: str | None) -> str:
+    """`hf://datasets/ORG/NAME/...` at a commit.
+
+    Args:
+        address: Of a source; any other than on the Hub stays as it is.
+        revision: Branch, tag or commit.
+    """
     if revision is None or not address.startswith("hf://datasets/"):
         return address
     kind, organisation, name, *rest = address.removeprefix("hf://").split("/")

@@ -101,6 +101,24 @@ def remark_on_words(model: AnyModel, processor: MedCTProcessor, config: MedCTCon
     return None if is_classifier(model) else processor.remark_on_words(config.label_prompts(), config.label_names)
 
 
+def about_model(model: AnyModel, config: MedCTConfig | None = None) -> dict[str, Any]:
+    """What decides about the scores of a model besides its weights, ready for JSON.
+
+    Args:
+        model: With or without adapters.
+        config: See `prompts_for`.
+
+    Returns:
+        `dtype`; unless it is a classifier, `prompt_templates` and `prompts`, as in the configuration.
+    """
+    about: dict[str, Any] = {"dtype": str(model.dtype).removeprefix("torch.")}
+    if is_classifier(model):
+        return about
+    config = config or model.config
+    templates = [list(template) for template in config.prompt_templates]
+    return about | {"prompt_templates": templates, "prompts": config.prompts or {}}
+
+
 def texts_to(texts: Texts, device: torch.device) -> Texts:
     """Move texts to a device.
 

@@ -15,15 +15,17 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from accelerate import PartialState
 from tqdm import tqdm
 
 from medct.common.files import remove_leftovers, whole_file
 from medct.errors_medct import MedCTError
 from medct.inference.studies import FailedStudy, LoadStudy, ReadStudy, Study, batched_reads, read_ahead
 from medct.inference.weights import KEY as WEIGHTS
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
 KEY = "study"
 
@@ -249,7 +251,7 @@ def process_to_file(
     output: Path,
     format: RowFormat,
     settings: dict[str, Any],
-    state: PartialState,
+    state: "PartialState",
     done: Iterable[str] = (),
     rows_path: Path | None = None,
 ) -> int:

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.font_manager import fontManager
 from matplotlib.patheffects import withStroke
 
-from medct.image_processing_medct import reorient
+from medct.resampling_medct import reorient
 from medct.volume_io_medct import CTVolume, axis_order
 
 AXIAL = "SPL"

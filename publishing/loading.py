@@ -77,13 +77,19 @@ def load_config(name: str, **options: Any) -> MedCTConfig:
 
 
 def load_model(
-    name: str, *, dtype: str | torch.dtype = "auto", zero_shot_only: bool = False, **options: Any
+    name: str,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: torch.device | None = None,
+    zero_shot_only: bool = False,
+    **options: Any,
 ) -> tuple[AnyMedCT, MedCTProcessor]:
     """A model of the class that it was saved as, and its processor.
 
     Args:
         name: Hub id or folder.
         dtype: Precision of the weights; "auto": as they were saved.
+        device: Where the model is to be; the CPU by default. Weights go there from the file, without a second copy.
         zero_shot_only: Refuse a classifier, which compares nothing with texts.
         options: For `from_pretrained`, such as `revision`.
 
@@ -101,9 +107,11 @@ def load_model(
         )
     try:
         # Not the auto classes: they would take the class from the question and not from the checkpoint.
+        placed = {} if device is None or device.type == "cpu" else {"device_map": device}
         model, info = model_class.from_pretrained(
-            name, config=config, dtype=dtype, output_loading_info=True, **_without_trust(options)
+            name, config=config, dtype=dtype, output_loading_info=True, **placed, **_without_trust(options)
         )
+        vars(model).pop("hf_device_map", None)  # the mark of a model in parts, which pipelines do not move
         processor = AutoProcessor.from_pretrained(name, **options)
     except MedCTError:
         raise

@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from medct.common.distributed import whole
 from medct.evaluation.scoring import is_classifier
@@ -81,6 +82,19 @@ def add_lora(
         **VARIANTS[variant],
     )
     return get_peft_model(model, config)
+
+
+def leave_casts_to_autocast(model: PeftModel) -> None:
+    """Keep PEFT from casting what goes into adapters to their float32, where autocast casts it back at once.
+
+    Not with DoRA, which measures its matrices in the precision of what goes in.
+
+    Args:
+        model: To be run under autocast only.
+    """
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer) and not any(getattr(module, "use_dora", {}).values()):
+            module.cast_input_dtype_enabled = False
 
 
 def unlock(model: MedCTModel | MedCTForImageClassification, targets: Target = "all") -> torch.nn.Module:

@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from medct.data.prepared import with_revision
 from medct.evaluation.calibration import fit_calibration
 from medct.evaluation.figures import Scores, source_figures
 from medct.evaluation.metrics import FEWEST, zero_shot_scores
@@ -200,6 +201,8 @@ def repeatable(settings: TrainingSettings, revision: str | None, points: dict[st
     """
     if settings.adaptation == "full":
         return None
+    addresses = [with_revision(settings.data, settings.data_revision), settings.keep]
+    sources = [address for address in addresses if address != NO_SOURCE]
     return {
         "model": settings.model,
         "revision": revision,
@@ -207,13 +210,12 @@ def repeatable(settings: TrainingSettings, revision: str | None, points: dict[st
         "against": BASE,
         "names": [BASE, ADAPTED],
         "points": points,
-        "data": [each for each in (settings.data, settings.keep) if each != NO_SOURCE],
-        "data_revision": settings.data_revision,
+        "data": sources,
         "labels": settings.labels,
         "templates": settings.templates,
         "mapping": [
             f"{address}={mapping}"
-            for address, mapping in ((settings.data, settings.mapping), (settings.keep, settings.keep_mapping))
+            for address, mapping in zip(addresses, (settings.mapping, settings.keep_mapping), strict=True)
             if mapping is not None
         ],
         "split": "valid",

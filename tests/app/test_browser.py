@@ -155,7 +155,7 @@ def test_a_wrong_file_gives_its_message_and_leaves_nothing_behind(visit, tmp_pat
     take_phantom(page)
     (tmp_path / "wrong.nii.gz").write_text("nothing")
     upload(page, tmp_path / "wrong.nii.gz")
-    expect(page.locator("#message")).to_contain_text("wrong.nii.gz: it is no NIfTI file")
+    expect(page.locator("#message")).to_contain_text("wrong.nii.gz: it is not a NIfTI")
     expect(page.locator("#findings tbody tr")).to_have_count(0)
     expect(page.locator("#picture img")).to_have_count(0)
     take_phantom(page)
@@ -198,7 +198,7 @@ def test_programs_have_one_address(address, tmp_path):
     found = client.predict(client_of.handle_file(write_marked(tmp_path / "scan.nii.gz")), api_name="/predict")
     assert len(found["findings"]) == 18 and found["warning"].startswith("Research only")
     (tmp_path / "wrong.nii.gz").write_text("nothing")
-    with pytest.raises(client_of.exceptions.AppError, match="no NIfTI file"):
+    with pytest.raises(client_of.exceptions.AppError, match="not a NIfTI"):
         client.predict(client_of.handle_file(tmp_path / "wrong.nii.gz"), api_name="/predict")
     left = [path for path in Path(os.environ["GRADIO_TEMP_DIR"]).rglob("*") if path.is_file() and path.stat().st_size]
     assert left == []

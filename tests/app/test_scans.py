@@ -17,6 +17,7 @@ from scan_files import SECRET, make_hu, write_series
 from medct import CT_CLIP_LABELS, read_volume
 from medct.app import page, views
 from medct.app.scans import Engine, ScanError, data_uri
+from medct.cli import main
 from medct.inference.maps import map_findings
 from medct.inference.slices import WINDOWS_HU
 
@@ -96,7 +97,7 @@ def test_a_refusal_names_the_file_alone(engine, tmp_path):
     with pytest.raises(ScanError) as refusal:
         engine.read(path)
     said = str(refusal.value)
-    assert said.startswith("wrong.nii.gz: it is no NIfTI file") and str(tmp_path) not in said
+    assert said.startswith("wrong.nii.gz: it is not a NIfTI") and str(tmp_path) not in said
 
 
 def test_an_unknown_failure_quotes_nothing(engine, tmp_path, monkeypatch):
@@ -166,6 +167,19 @@ def test_old_uploads_are_swept_away(tmp_path):
     assert (tmp_path / "half").exists()
     page.sweep(tmp_path, age_s=-1)
     assert not (tmp_path / "half").exists()
+
+
+def test_the_command_serves_the_phantom_base_unless_told(monkeypatch, converted):
+    served = []
+    monkeypatch.delenv("MEDCT_MODEL", raising=False)
+    monkeypatch.setattr("medct.cli.app.import_gradio", lambda: None)
+    monkeypatch.setattr("medct.cli.app.serve", lambda *arguments: served.append(arguments))
+    assert main(["app", "--cpu"]) == 0
+    assert main(["app", "--cpu", "--model", str(converted), "--port", "8000", "--max_file_mb", "2"]) == 0
+    (first, *rest), (other, *others) = served
+    assert (first.algorithm.model, first.algorithm.is_synthetic) == ("phantom_base", True)
+    assert (other.algorithm.model, other.algorithm.is_synthetic) == (converted.name, False)
+    assert (rest, others) == (["127.0.0.1", None, 2**30], ["127.0.0.1", 8000, 2**21])
 
 
 def test_a_missing_library_is_named(refused, monkeypatch):

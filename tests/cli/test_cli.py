@@ -301,7 +301,7 @@ def test_the_phantom_base_is_at_hand_everywhere(run, scans, tmp_path, command, m
     assert "Lung nodule" in out
     (tmp_path / "phantom").mkdir()
     status, _, err = run("predict", scans / "0.nii.gz", model="phantom")
-    assert (status, "no model (" in err) == (2, True)  # a folder of that name comes first
+    assert (status, "cannot load a model (" in err) == (2, True)  # a folder of that name comes first
 
 
 @pytest.mark.parametrize("arguments", [["predict"], ["predict", "x", "--batch_size", "0"], ["nothing"], []])

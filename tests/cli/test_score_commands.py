@@ -192,6 +192,8 @@ def test_points_are_chosen_on_tuning_patients_and_carried_over(run, folder, conv
     assert points["sensitivity 0.7"][f"sensitivity/{CT_CLIP_LABELS[0]}"]["value"] == pytest.approx(
         (scored.scores[truth, 0] >= expected - 1e-6).mean()
     )
+    studies = read(output)["provenance"]["studies"]
+    assert {name: each["scans"] for name, each in studies.items()} == {"site, tune": 8, "site, valid": 4}
     # An adapter brings its own.
     adapter = save_adapter(converted, tmp_path / "adapter", results=RESULTS | {"thresholds": {"Emphysema": 0.5}})
     run("evaluate", "--data", root, "--adapter", adapter, "--output", output)
@@ -243,3 +245,20 @@ def test_runs_that_do_not_fit_are_refused(run, folder, tmp_path):
     assert "it has no scores of 'new', but of model" in err
     status, _, err = run("compare", tmp_path / "a.json", tmp_path / "none.json")
     assert status == 2 and len(err.splitlines()) == 1
+
+
+def test_subgroups_come_with_the_table(run, folder, tmp_path):
+    ages = ["30"] * 25 + ["65"] * 22 + [""] * 4
+    root, output = folder("site", 50, age=ages, manufacturer="Maker"), tmp_path / "scores.json"
+    _, out, _ = run("evaluate", "--data", root, "--split", "all", "--output", output)
+    ages, makers = read(output)["sources"][0]["subgroups"]
+    assert [(each["group"], each["scans"]) for each in ages["groups"]] == [
+        ("60-79", 22),
+        ("under 40", 25),
+        ("unknown", 3),
+    ]
+    assert [each["scans"] for each in makers["groups"]] == [50]
+    assert "| age: 60-79 | 22 | " in out and "| age: unknown | 3 | " in out and "too few" in out
+    # Computed again from the table of scores, they are the same.
+    run("metrics", scores_path(output), "--bootstrap_resamples", 20, "--output", tmp_path / "again.json")
+    assert read(tmp_path / "again.json")["sources"][0]["subgroups"] == [ages, makers]

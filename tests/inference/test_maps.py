@@ -11,7 +11,6 @@ import torch
 from torch.nn import functional as F
 
 from medct import CTVolume, MedCTImageProcessor, ZeroShotCTClassificationPipeline
-from medct.image_processing_medct import reorient
 from medct.inference.maps import (
     CAVEAT,
     FindingMap,
@@ -24,6 +23,7 @@ from medct.inference.maps import (
     to_scan,
 )
 from medct.inference.slices import AXIAL, AxialSlices
+from medct.resampling_medct import reorient
 from medct.volume_io_medct import affine_from_spacing
 
 LABELS = ["a", "b"]

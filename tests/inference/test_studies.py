@@ -115,7 +115,7 @@ def test_studies_come_in_order_and_alike_however_many_processes_read(tmp_path, l
     paths[4].write_bytes(b"nothing")
     found = list(read_ahead([Study(str(path), str(path)) for path in paths], load, num_workers))
     assert [read.study.id for read in found] == [str(path) for path in paths]
-    assert isinstance(found[4], FailedStudy) and "it is no NIfTI file" in found[4].reason
+    assert isinstance(found[4], FailedStudy) and "it is not a NIfTI" in found[4].reason
     for path, read in zip(paths, found, strict=True):
         if path != paths[4]:
             expected = load.image_processor(path, return_tensors="pt")["pixel_values"]

@@ -93,7 +93,7 @@ def test_a_bad_scan_ends_a_stream_after_those_before_it(pipe, scans, num_workers
     Path(scans[1]).write_bytes(b"nothing")
     results = pipe((scan for scan in scans), candidate_labels=LABELS, num_workers=num_workers)
     assert len(next(iter(results))) == 3
-    with pytest.raises(VolumeError, match=r"1\.nii\.gz: it is no NIfTI file"):
+    with pytest.raises(VolumeError, match=r"1\.nii\.gz: it is not a NIfTI"):
         next(results)
 
 

@@ -17,7 +17,7 @@ from medct.cli import main
 from medct.common.paths import find_paths
 from medct.publishing import push as hub_module
 from medct.publishing.cards import GENERATED
-from medct.publishing.push import PushError, commit_of, push_adapter, push_model, push_shards
+from medct.publishing.push import PushError, commit_of, left_out, push_adapter, push_model, push_shards
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -236,6 +236,25 @@ def test_what_is_not_an_adapter_or_model_is_refused(base, adapter, tmp_path, ref
     assert "lacks its code (modeling_medct.py)" in refused("push", base, "org/a")
     (base / "model.safetensors").unlink()
     assert "no safetensors" in refused("push", base, "org/a")
+
+
+def test_what_decided_the_figures_is_pushed_without_where_it_lay(hub, base, adapter, pushed_base):
+    """Settings name the base's repository, and neither paths nor the table of studies are pushed."""
+    models = {"adapted": {"model": str(base), "revision": None, "fingerprint": "f"}}
+    settings = {"model": str(base), "revision": None, "data": ["/my scans"], "adapter": "."}
+    decided = {"settings": settings, "models": models, "command": ["medct", "train"], "studies": {}, "versions": {}}
+    decided |= {"code": {"version": "1", "commit": None, "modified": None}, "seed": 0}
+    decided["machine"] = {"device": "d", "processes": 1, "threads": 1, "mixed_precision": "no"}
+    (adapter / "results.json").write_text(json.dumps(RESULTS | {"provenance": decided}), encoding="utf-8")
+    (adapter / "results.studies.csv").write_text("file_name,patient\nDOE.nii,DOE\n", encoding="utf-8")
+    assert "results.studies.csv" in left_out(adapter)
+    push_adapter(adapter, "org/site-b", base="org/base", base_revision=pushed_base)
+    files = hub.files("org/site-b")
+    found = json.loads(files["results.json"])["provenance"]
+    assert found["settings"] == {"model": "org/base", "revision": pushed_base, "data": ["my scans"], "adapter": "."}
+    assert found["models"]["adapted"] == {"model": "org/base", "revision": pushed_base, "fingerprint": "f"}
+    assert "results.studies.csv" not in files
+    assert not any(b"DOE" in content or str(base).encode() in content for content in files.values())
 
 
 def test_a_path_of_this_machine_is_refused(hub, base, refused):

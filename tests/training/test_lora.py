@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from medct import MedCTModel
-from medct.training.lora import VARIANTS, add_lora, frozen_tensors, trainable
+from medct.training.lora import VARIANTS, add_lora, frozen_tensors, leave_casts_to_autocast, trainable
 
 
 def layers(model):
@@ -51,3 +51,26 @@ def test_each_variant_is_what_its_name_says(converted, variant):
         and not torch.equal(tensor, weights[name.removeprefix("base_model.model.").replace(".base_layer", "")])
     ]
     assert bool(changed) == (variant == "pissa")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_autocast_alone_casts_what_goes_into_adapters(converted, batch, variant):
+    peft = add_lora(MedCTModel.from_pretrained(converted), variant=variant, rank=4).eval()
+    for layer in layers(peft):
+        torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.1)
+    seen = set()
+    layers(peft)[-1].lora_A["default"].register_forward_pre_hook(lambda _, rows: seen.add(rows[0].dtype))
+
+    def gradients() -> list[torch.Tensor]:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = peft(**batch, return_loss=True).loss
+        return torch.autograd.grad(loss, list(trainable(peft).values()))
+
+    expected = gradients()
+    assert seen == {torch.float32}
+    seen.clear()
+    leave_casts_to_autocast(peft)
+    for got, plain in zip(gradients(), expected, strict=True):
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got, plain, atol=1e-3, rtol=2e-2)
+    assert seen == {torch.float32 if variant == "dora" else torch.bfloat16}

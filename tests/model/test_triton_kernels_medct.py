@@ -1,0 +1,286 @@
+"""The kernels of Triton against the plain formulation: interpreted on the CPU, where Triton can be imported.
+
+In half precision products are tried in float16, as Triton's interpreter has no bfloat16 ones.
+"""
+
+import copy
+from types import ModuleType
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.nn import functional as F
+from transformers import BertConfig
+
+from medct import MedCTConfig, MedCTModel, kernels_medct
+from medct.training.lora import TARGETS
+
+triton = pytest.importorskip("triton", reason="Triton is not installed: its kernels have nothing to run on")
+if torch.cuda.is_available():
+    pytest.skip("kernels are compiled for the card, see test_on_a_card.py", allow_module_level=True)
+
+BOUNDS = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+HALF = [torch.float32, torch.float16]
+
+
+@pytest.fixture(autouse=True)
+def kernels(monkeypatch) -> ModuleType:
+    """The kernels, which run on CPU tensors for one test."""
+    monkeypatch.setattr(kernels_medct, "interprets_triton", True)
+    return kernels_medct.triton_kernels()
+
+
+def rand(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + len(shape))).to(dtype)
+
+
+def assert_near(got: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
+    assert got.shape == expected.shape
+    error = (got.double() - expected.double()).norm() / expected.double().norm()
+    assert error < BOUNDS[dtype], error
+
+
+def assert_same_gradients(got, expected, inputs: tuple, dtype: torch.dtype) -> None:
+    given = [rand(*each.shape, seed=9).to(each.dtype) for each in expected]
+    for ours, plain in zip(
+        torch.autograd.grad(got, inputs, given), torch.autograd.grad(expected, inputs, given), strict=True
+    ):
+        assert_near(ours, plain, dtype)
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize("sizes", [(2, 3, 3, 2, 20), (1, 1, 1, 1, 3)], ids=str)
+def test_position_generator(kernels, sizes, dtype):
+    grid, channels = rand(*sizes).requires_grad_(), sizes[-1]
+    weight, bias, norm = rand(channels, 1, 3, 3, 3) / 5, rand(channels), rand(channels)
+    made = F.conv3d(grid.permute(0, 4, 1, 2, 3), weight, bias, padding=(2, 1, 1), groups=channels)
+    stream = grid + made[:, :, : sizes[1]].permute(0, 2, 3, 4, 1)
+    expected = (stream, stream.to(dtype), F.layer_norm(stream, (channels,), norm).to(dtype))
+    got = kernels.mix(grid, weight, bias, norm, 1e-5, dtype)
+    for ours, plain in zip(got, expected, strict=True):
+        assert ours.dtype == plain.dtype
+        assert_near(ours, plain, dtype)
+    assert_same_gradients(got, expected, (grid,), torch.bfloat16 if dtype == torch.bfloat16 else torch.float16)
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+def test_norms(kernels, dtype):
+    stream, update = rand(3, 7, 20).requires_grad_(), rand(3, 7, 20, seed=1).to(dtype).requires_grad_()
+    weight, bias = rand(20), rand(20, seed=1)
+    total = stream + update
+    expected = (total, F.layer_norm(total, (20,), weight, bias).to(dtype))
+    got = kernels.add_norm(stream, update, weight, bias, 1e-5, dtype)
+    for ours, plain in zip(got, expected, strict=True):
+        assert_near(ours, plain, dtype)
+    assert_same_gradients(got, expected, (stream, update), dtype)
+    normed = kernels.norm(stream, weight, None, 1e-5, dtype)
+    plain = F.layer_norm(stream, (20,), weight).to(dtype)
+    assert_near(normed, plain, dtype)
+    assert_same_gradients((normed,), (plain,), (stream,), dtype)
+    with torch.no_grad():
+        memory = stream.detach().clone()
+        assert kernels.add_norm(memory, update, weight, bias, 1e-5, dtype)[0] is memory
+        assert_near(memory, total, dtype)
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+def test_gate_of_rows_that_lie_apart(kernels, dtype):
+    for hidden in (rand(3, 7, 22, dtype=dtype), rand(3, 7, 24, dtype=dtype)[..., :22], rand(7, 3, 22).mT.mT.to(dtype)):
+        hidden = hidden.detach().requires_grad_()
+        value, gate = hidden.chunk(2, dim=-1)
+        got, expected = kernels.gate(hidden), value * F.gelu(gate)
+        assert_near(got, expected, dtype)
+        assert_same_gradients((got,), (expected,), (hidden,), dtype)
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+def test_unit_lengths(kernels, dtype):
+    values, scale = rand(3, 9, 2, 12, dtype=dtype).requires_grad_(), rand(12)
+    expected = (F.normalize(values, dim=-1) * scale).to(dtype)
+    got = kernels.unit(values, scale)
+    assert_near(got, expected, dtype)
+    assert_same_gradients((got,), (expected,), (values,), dtype)
+    both = rand(5, 64, dtype=dtype)
+    before = both.clone()
+    kernels.unit_(both[:, 8:32].unflatten(-1, (2, 12)), scale)
+    assert_near(both[:, 8:32], (F.normalize(before[:, 8:32].view(5, 2, 12), dim=-1) * scale).view(5, 24), dtype)
+    assert torch.equal(both[:, :8], before[:, :8])
+    assert torch.equal(both[:, 32:], before[:, 32:])
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+def test_patches(kernels, dtype):
+    pixels, weight, bias = rand(3, 4, 6, 8), rand(32), rand(32, seed=1)
+    blocks = pixels.view(3, 4, 3, 2, 2, 4).permute(0, 2, 4, 1, 3, 5).flatten(3)
+    expected = F.layer_norm(blocks, (32,), weight, bias).flatten(1, 2)
+    assert_near(kernels.norm_patches(pixels, (4, 2, 4), weight, bias, 1e-5, dtype), expected, dtype)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("tokens", [24, 64, 70])
+@pytest.mark.parametrize("dtype", HALF)
+def test_attention(kernels, dtype, tokens, biased, scaled):
+    query = rand(3, tokens, 2, 16, dtype=dtype)
+    key, value = rand(3, tokens, 2, 2, 16, dtype=dtype, seed=1).unbind(2)
+    bias = rand(1, 2, tokens, tokens, dtype=dtype) if biased else None
+    scale = rand(16) if scaled else None
+    plain = (F.normalize(query.float(), dim=-1) * scale) if scaled else query.float()
+    expected = F.scaled_dot_product_attention(
+        *(each.float().transpose(1, 2) for each in (plain, key, value)),
+        attn_mask=bias.float() if biased else None,
+        scale=0.7,
+    )
+    got = kernels.attention(query, key, value, bias, 0.7, scale)
+    assert_near(got, expected.transpose(1, 2), dtype)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("codes", [1, 40, 300])
+def test_nearest_codes(kernels, codes, dtype):
+    codebook, tokens = rand(codes, 20), rand(130, 20, seed=1)
+    unit = F.normalize(codebook, dim=-1)
+    rows, ids = kernels.quantize(tokens, unit, codebook, dtype)
+    assert torch.equal(ids, (tokens @ unit.T).argmax(-1))
+    assert torch.equal(rows, codebook[ids])
+
+
+def test_products_with_the_gate(kernels):
+    rows, weight = rand(70, 64, dtype=torch.float16), rand(42, 64, dtype=torch.float16) / 8
+    value, gate = F.linear(rows.float(), weight.float()).chunk(2, dim=-1)
+    got = kernels.gated_product(rows, weight, 32)
+    assert_near(got[:, :21], value * F.gelu(gate), torch.float16)
+    assert not got[:, 21:].any()
+
+
+def test_prepared_weights_are_copies(kernels):
+    weights = rand(64, 1, 3, 3, 3), rand(32, 64), rand(32, 64, seed=1), rand(64, 21, seed=2)
+    taps, keys, padded = kernels.prepare(*weights, 32)
+    assert torch.equal(taps, weights[0].flatten(1).t())
+    assert torch.equal(keys, torch.cat(weights[1:3]))
+    assert torch.equal(padded, F.pad(weights[3], (0, 11)))
+
+
+@pytest.fixture
+def small() -> MedCTModel:
+    """A model with all that kernels take, its norms and scales not those of the beginning."""
+    torch.manual_seed(0)
+    vision = {"image_size": [4, 8, 8], "patch_size": [2, 4, 4], "hidden_size": 32, "num_attention_heads": 2}
+    vision |= {"head_dim": 16, "num_spatial_layers": 1, "num_temporal_layers": 1, "codebook_size": 40}
+    text = BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    model = MedCTModel(MedCTConfig(text_config=text, vision_config=vision, projection_dim=10)).eval()
+    for parameter in model.vision_model.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter) * parameter[0].numel() ** -0.5
+    return model
+
+
+@pytest.fixture
+def pixels() -> torch.Tensor:
+    return rand(2, 1, 4, 8, 8).clamp(-1, 1)
+
+
+def both_ways(run, monkeypatch) -> tuple:
+    """What a function returns with kernels, and in the plain formulation."""
+    fused = run()
+    monkeypatch.setattr(kernels_medct, "use_triton", False)
+    plain = run()
+    monkeypatch.setattr(kernels_medct, "use_triton", True)
+    return fused, plain
+
+
+@pytest.fixture
+def used(kernels, monkeypatch) -> set[str]:
+    """Names of the kernels that have been called."""
+    names = set()
+
+    def noted(name: str, function):
+        def call(*args, **kwargs):
+            names.add(name)
+            return function(*args, **kwargs)
+
+        return call
+
+    for name in kernels.__all__:
+        monkeypatch.setattr(kernels, name, noted(name, getattr(kernels, name)))
+    return names
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_the_encoder(small, pixels, used, monkeypatch, hooked):
+    """As a whole, and layer by layer where somebody looks at its parts."""
+    vision = small.vision_model
+    if hooked:
+        for layer in (*vision.spatial_encoder.layers, *vision.temporal_encoder.layers):
+            layer.self_attn.register_forward_hook(lambda *_: None)
+    with torch.no_grad():
+        fused, plain = both_ways(lambda: vision(pixels), monkeypatch)
+    assert {"norm_patches", "attention", "quantize"} <= used
+    assert ("prepare" in used) != hooked
+    torch.testing.assert_close(fused.last_hidden_state, plain.last_hidden_state)
+    assert torch.equal(fused.codebook_ids, plain.codebook_ids)
+
+
+@pytest.mark.parametrize("targets", ["vision", "vision-all"])
+def test_adapters_get_the_same_gradients(small, pixels, used, monkeypatch, targets):
+    adapted = get_peft_model(small, LoraConfig(r=2, target_modules=TARGETS[targets], init_lora_weights=False))
+    trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+    weights = rand(2, small.config.vision_config.pooled_size)
+
+    def gradients():
+        pooled = small.vision_model(pixels).pooler_output
+        return torch.autograd.grad((pooled * weights).sum(), trained)
+
+    for ours, plain in zip(*both_ways(gradients, monkeypatch), strict=True):
+        assert_near(ours, plain, torch.float16)
+    assert {"mix", "add_norm", "gate", "unit"} <= used
+
+
+def test_what_is_trained_is_left_to_torch(small, pixels, used, monkeypatch):
+    def gradients():
+        small.zero_grad()
+        small.vision_model(pixels).pooler_output.square().sum().backward()
+        return {name: each.grad for name, each in small.vision_model.named_parameters() if each.grad is not None}
+
+    fused, plain = both_ways(gradients, monkeypatch)
+    assert fused.keys() == plain.keys()
+    assert not used & {"mix", "add_norm", "unit", "norm_patches"}
+    for name, gradient in plain.items():
+        torch.testing.assert_close(fused[name], gradient, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_weights_are_those_of_the_moment(small):
+    layer, hidden = small.vision_model.spatial_encoder.layers[0], rand(2, 4, 32)
+    with torch.no_grad():
+        before = layer(hidden)
+        for name, parameter in layer.named_parameters():
+            kept = parameter.data.clone()
+            parameter.data.mul_(-1.5)  # leaves address and version as they were
+            assert not torch.equal(layer(hidden), before), name
+            parameter.data.copy_(kept)
+        assert torch.equal(layer(hidden), before)
+
+
+def test_hooks_of_parts_are_called(small, pixels):
+    parts = {name: module for name, module in small.vision_model.named_modules() if ".layers." in name}
+    seen = []
+    for name, module in parts.items():
+        module.register_forward_hook(lambda *_, name=name: seen.append(name))
+    with torch.no_grad():
+        small.vision_model(pixels)
+    assert sorted(seen) == sorted(parts)
+
+
+def test_float64_volumes_that_lie_apart_and_the_switch(small, pixels, used, monkeypatch):
+    with torch.no_grad():
+        expected = small.vision_model(pixels).last_hidden_state
+        apart = pixels.transpose(-1, -2).contiguous().transpose(-1, -2)
+        assert torch.equal(small.vision_model(apart).last_hidden_state, expected)
+        used.clear()
+        torch.testing.assert_close(
+            copy.deepcopy(small).double().vision_model(pixels.double()).pooler_output.float(),
+            small.vision_model(pixels).pooler_output,
+        )
+        used.clear()
+        monkeypatch.setattr(kernels_medct, "use_triton", False)
+        small.vision_model(pixels)
+    assert not used

@@ -1,0 +1,382 @@
+"""Products that are never written to memory as a whole, as Triton kernels: attention with a bias, nearest codes.
+
+What they compute is `modeling_medct`'s; `kernels_medct.fused` says when they are used.
+"""
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+try:  # in `try`, so that nobody is asked to install it; who imports this file expects the error
+    import triton
+    import triton.language as tl
+except ImportError:
+    raise
+
+_LOG2_E = tl.constexpr(math.log2(math.e))
+_SQRT_HALF = tl.constexpr(math.sqrt(0.5))
+_TINIEST_NORM = tl.constexpr(1e-12)  # as `F.normalize`
+
+# Tiles: rows, columns, warps, stages.
+_LONG = (64, 64, 4, 3)
+_SHORT = (32, 32, 1, 2)  # sequences of up to so many tokens
+_SHORT_TOKENS = 32
+_CODES = (128, 128, 64, 8, 3)  # tokens, codes, channels, warps, stages
+_GATED = (128, 64, 64, 8, 4, 3)  # rows, columns, channels, group, warps, stages
+_CHOICE_ROWS = 4
+
+
+def on_device_of(tensor: torch.Tensor) -> AbstractContextManager:
+    """A context in which kernels are launched where a tensor lies; costs nothing where they are anyway."""
+    is_here = not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device()
+    return nullcontext() if is_here else torch.cuda.device(tensor.get_device())
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """How float32 is multiplied: as torch's products are, or in three parts that together are as exact."""
+    is_exact = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
+    return "tf32x3" if is_exact else "tf32"
+
+
+@triton.jit
+def _attention_kernel(
+    query,
+    key,
+    value,
+    query_scale,
+    bias,
+    result,
+    scaling,
+    TOKENS: tl.constexpr,
+    HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    KEY_ROW: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    IS_EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    blocks = tl.cdiv(TOKENS, ROWS)
+    program = tl.program_id(0)
+    head = program // blocks % HEADS
+    sequence = (program // (blocks * HEADS)).to(tl.int64)
+    row = program % blocks * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, COLUMNS)
+    channel = tl.arange(0, WIDTH)
+    is_row = row < TOKENS
+    rows = (sequence * TOKENS * HEADS + head) * WIDTH + row[:, None] * (HEADS * WIDTH) + channel[None, :]
+    first = sequence * TOKENS * KEY_ROW + head * WIDTH
+    queries = tl.load(query + rows, mask=is_row[:, None], other=0.0)
+    if HAS_SCALE:
+        wide = queries.to(tl.float32)
+        length = tl.maximum(tl.sqrt(tl.sum(wide * wide, axis=1)), _TINIEST_NORM)
+        scale = tl.load(query_scale + channel).to(tl.float32) * (scaling * _LOG2_E)
+        queries = (wide / length[:, None] * scale[None, :]).to(queries.dtype)
+    greatest = tl.full((ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    mixed = tl.zeros((ROWS, WIDTH), tl.float32)
+    for start in range(0, TOKENS, COLUMNS):
+        at = start + column
+        columns = first + at[:, None] * KEY_ROW + channel[None, :]
+        if IS_EVEN:  # noqa: SIM108, as Triton takes constants in statements only
+            keys = tl.load(key + columns)
+        else:
+            keys = tl.load(key + columns, mask=(at < TOKENS)[:, None], other=0.0)
+        scores = tl.zeros((ROWS, COLUMNS), tl.float32)
+        if HAS_BIAS:
+            places = (head * TOKENS + row[:, None]) * TOKENS + at[None, :]
+            if IS_EVEN:
+                scores = tl.load(bias + places).to(tl.float32) * _LOG2_E
+            else:
+                is_place = is_row[:, None] & (at < TOKENS)[None, :]
+                scores = tl.load(bias + places, mask=is_place, other=0.0).to(tl.float32) * _LOG2_E
+        if HAS_SCALE:  # whose product with the queries holds the scaling
+            scores = tl.dot(queries, tl.trans(keys), scores, input_precision=PRECISION)
+        else:
+            scores += tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * (scaling * _LOG2_E)
+        if not IS_EVEN:
+            scores = tl.where((at < TOKENS)[None, :], scores, float("-inf"))
+        now = tl.maximum(greatest, tl.max(scores, axis=1))
+        shrunk = tl.exp2(greatest - now)
+        weights = tl.exp2(scores - now[:, None])
+        total = total * shrunk + tl.sum(weights, axis=1)
+        if IS_EVEN:
+            values = tl.load(value + columns)
+        else:
+            values = tl.load(value + columns, mask=(at < TOKENS)[:, None], other=0.0)
+        mixed = tl.dot(weights.to(values.dtype), values, mixed * shrunk[:, None], input_precision=PRECISION)
+        greatest = now
+    mixed = mixed / total[:, None]
+    tl.store(result + rows, mixed.to(result.dtype.element_ty), mask=is_row[:, None])
+
+
+def can_attend(query: torch.Tensor) -> bool:
+    """Whether `attention` takes heads as wide as those of `query`, `(..., width)`: a power of 2 from 16 to 128."""
+    width = query.shape[-1]
+    return 16 <= width <= 128 and width & (width - 1) == 0
+
+
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias: torch.Tensor | None,
+    scaling: float,
+    query_scale: torch.Tensor | None = None,
+    tile: tuple[int, int, int, int] | None = None,
+) -> torch.Tensor:
+    """Attention of every token on all of its sequence.
+
+    Args:
+        query: `(sequences, tokens, heads, width)`, contiguous; the width is a power of 2 of at least 16.
+        key: Same shape; rows of tokens may lie apart.
+        value: As `key`, with the same strides.
+        bias: `(1, heads, tokens, tokens)`, contiguous, added to the scores.
+        scaling: Factor of the scores.
+        query_scale: `(width,)`; with it queries are made of unit length and multiplied by it.
+        tile: Rows, columns, warps and stages of a program.
+
+    Returns:
+        The shape of `query`.
+    """
+    sequences, tokens, heads, width = query.shape
+    result = torch.empty_like(query)
+    rows, columns, warps, stages = tile or (_SHORT if tokens <= _SHORT_TOKENS else _LONG)
+    with on_device_of(query):
+        _attention_kernel[(triton.cdiv(tokens, rows) * heads * sequences,)](
+            query,
+            key,
+            value,
+            query if query_scale is None else query_scale,
+            query if bias is None else bias,
+            result,
+            scaling,
+            TOKENS=tokens,
+            HEADS=heads,
+            WIDTH=width,
+            KEY_ROW=key.stride(1),
+            ROWS=rows,
+            COLUMNS=columns,
+            HAS_SCALE=query_scale is not None,
+            HAS_BIAS=bias is not None,
+            IS_EVEN=tokens % rows == 0 and tokens % columns == 0,
+            PRECISION=_precision(query.dtype),
+            num_warps=warps,
+            num_stages=stages,
+        )
+    return result
+
+
+@triton.jit(do_not_specialize=["number"])
+def _gated_product_kernel(
+    rows,
+    weight,
+    result,
+    number,
+    CHANNELS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PADDED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    # Programs that run together share rows and weights: a group of row tiles, for one column tile after the other.
+    column_tiles: tl.constexpr = (PADDED + COLUMNS - 1) // COLUMNS
+    row_tiles = tl.cdiv(number, ROWS)
+    program = tl.program_id(0)
+    group = program // (GROUP * column_tiles)
+    in_group = tl.minimum(row_tiles - group * GROUP, GROUP)
+    row_tile = group * GROUP + program % (GROUP * column_tiles) % in_group
+    column_tile = program % (GROUP * column_tiles) // in_group
+    row = row_tile.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = column_tile * COLUMNS + tl.arange(0, COLUMNS)
+    depth = tl.arange(0, DEPTH)
+    left = rows + row[:, None] * CHANNELS + depth[None, :]
+    right = weight + column[:, None] * CHANNELS + depth[None, :]
+    is_row = (row < number)[:, None]
+    is_column = (column < WIDTH)[:, None]
+    values = tl.zeros((ROWS, COLUMNS), tl.float32)
+    gates = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in range(0, CHANNELS, DEPTH):
+        some = tl.load(left + start, mask=is_row, other=0.0)
+        one = tl.load(right + start, mask=is_column, other=0.0)
+        other = tl.load(right + (WIDTH * CHANNELS + start), mask=is_column, other=0.0)
+        values = tl.dot(some, tl.trans(one), values)
+        gates = tl.dot(some, tl.trans(other), gates)
+    # Rounded as the product is where it is written.
+    values = values.to(result.dtype.element_ty).to(tl.float32)
+    gates = gates.to(result.dtype.element_ty).to(tl.float32)
+    gated = values * gates * (0.5 + 0.5 * tl.erf(gates * _SQRT_HALF))
+    place = result + row[:, None] * PADDED + column[None, :]
+    tl.store(place, gated.to(result.dtype.element_ty), mask=is_row & (column < PADDED)[None, :])
+
+
+def gated_product(
+    rows: torch.Tensor, weight: torch.Tensor, padded: int, tile: tuple[int, int, int, int, int, int] = _GATED
+) -> torch.Tensor:
+    """The first half of a product times gelu of the second.
+
+    Args:
+        rows: `(rows, d)`, contiguous, in half precision; d is a multiple of 64.
+        weight: `(2 * width, d)`.
+        padded: Width of the result, of which what is beyond `width` is zero.
+        tile: Rows, columns and channels, group, warps and stages of a program.
+
+    Returns:
+        `(rows, padded)`.
+    """
+    (number, channels), width = rows.shape, len(weight) // 2
+    result = rows.new_empty((number, padded))
+    tile_rows, columns, depth, group, warps, stages = tile
+    programs = triton.cdiv(number, tile_rows) * triton.cdiv(padded, columns)
+    with on_device_of(rows):
+        _gated_product_kernel[(programs,)](
+            rows,
+            weight,
+            result,
+            number,
+            CHANNELS=channels,
+            WIDTH=width,
+            PADDED=padded,
+            ROWS=tile_rows,
+            COLUMNS=columns,
+            DEPTH=depth,
+            GROUP=group,
+            num_warps=warps,
+            num_stages=stages,
+        )
+    return result
+
+
+@triton.jit(do_not_specialize=["number"])
+def _top_two_kernel(
+    tokens,
+    codes,
+    found,
+    number,
+    CODES: tl.constexpr,
+    TAG: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+    FLATTEN: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, COLUMNS)
+    depth = tl.arange(0, DEPTH)
+    is_row = (row < number)[:, None]
+    first = tl.full((ROWS, COLUMNS), float("-inf"), tl.float32)
+    second = tl.full((ROWS, COLUMNS), float("-inf"), tl.float32)
+    left = tokens + row[:, None] * CHANNELS + depth[None, :]
+    for block in tl.range(0, tl.cdiv(CODES, COLUMNS), flatten=FLATTEN):
+        code = block * COLUMNS + column
+        is_code = (code < CODES)[:, None]
+        right = codes + code[:, None] * CHANNELS + depth[None, :]
+        similar = tl.zeros((ROWS, COLUMNS), tl.float32)
+        for start in range(0, CHANNELS, DEPTH):
+            is_deep = (start + depth < CHANNELS)[None, :]
+            one = tl.load(left + start, mask=is_row & is_deep, other=0.0)
+            other = tl.load(right + start, mask=is_code & is_deep, other=0.0)
+            similar = tl.dot(one, tl.trans(other), similar, input_precision=PRECISION)
+        # The lowest bits tell which block it was: they are beyond what the product's rounding lets count.
+        # Added zero: ptxas of CUDA 12.8 leaves out products whose only use is of their bits.
+        tagged = (((similar + 0.0).to(tl.int32, bitcast=True) & ~TAG) | block).to(tl.float32, bitcast=True)
+        tagged = tl.where((code < CODES)[None, :], tagged, float("-inf"))
+        second = tl.maximum(second, tl.minimum(first, tagged))
+        first = tl.maximum(first, tagged)
+    best, place = tl.max(first, axis=1, return_indices=True)
+    rest = tl.where(column[None, :] == place[:, None], second, first)
+    next_best, next_place = tl.max(rest, axis=1, return_indices=True)
+    best_code = (best.to(tl.int32, bitcast=True) & TAG) * COLUMNS + place
+    next_code = (next_best.to(tl.int32, bitcast=True) & TAG) * COLUMNS + next_place
+    tl.store(found + row * 2, tl.minimum(best_code, CODES - 1), mask=row < number)
+    tl.store(found + row * 2 + 1, tl.minimum(next_code, CODES - 1), mask=row < number)
+
+
+@triton.jit(do_not_specialize=["number"])
+def _choice_kernel(
+    tokens, codes, codebook, found, ids, chosen, number, CHANNELS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    channel = tl.arange(0, BLOCK)[None, :]
+    is_row = row < number
+    is_place = is_row[:, None] & (channel < CHANNELS)
+    token = tl.load(tokens + row[:, None] * CHANNELS + channel, mask=is_place, other=0.0).to(tl.float32)
+    one = tl.load(found + row * 2, mask=is_row, other=0)
+    other = tl.load(found + row * 2 + 1, mask=is_row, other=0)
+    near = tl.sum(token * tl.load(codes + one[:, None] * CHANNELS + channel, mask=is_place, other=0.0), axis=1)
+    far = tl.sum(token * tl.load(codes + other[:, None] * CHANNELS + channel, mask=is_place, other=0.0), axis=1)
+    is_other = (far > near) | ((far == near) & (other < one))
+    code = tl.where(is_other, other, one).to(tl.int64)
+    tl.store(ids + row, code, mask=is_row)
+    picked = tl.load(codebook + code[:, None] * CHANNELS + channel, mask=is_place, other=0.0)
+    tl.store(chosen + row[:, None] * CHANNELS + channel, picked, mask=is_place)
+
+
+def quantize(
+    tokens: torch.Tensor,
+    codes: torch.Tensor,
+    codebook: torch.Tensor,
+    dtype: torch.dtype,
+    tile: tuple[int, int, int, int, int] = _CODES,
+    flatten: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The row of the codebook with the greatest cosine similarity to each token.
+
+    Of all products the two greatest are kept; these are compared again in float32.
+
+    Args:
+        tokens: `(tokens, d)`.
+        codes: `(codes, d)`, of length 1, float32.
+        codebook: `(codes, d)`.
+        dtype: Precision of the product of all with all.
+        tile: Tokens, codes and channels, warps and stages of a program.
+        flatten: Whether the loops are made one.
+
+    Returns:
+        `(tokens, d)`, the rows, and `(tokens,)`, which.
+    """
+    (number, channels), size = tokens.shape, len(codes)
+    tokens, codebook = tokens.contiguous(), codebook.contiguous()
+    rows, columns, depth, warps, stages = tile
+    blocks = triton.cdiv(size, columns)
+    found = tokens.new_empty((number, 2), dtype=torch.int32)
+    ids = tokens.new_empty((number,), dtype=torch.int64)
+    chosen = codebook.new_empty((number, channels))
+    with on_device_of(tokens):
+        _top_two_kernel[(triton.cdiv(number, rows),)](
+            tokens.to(dtype),
+            codes.to(dtype),
+            found,
+            number,
+            CODES=size,
+            TAG=triton.next_power_of_2(blocks) - 1,
+            CHANNELS=channels,
+            ROWS=rows,
+            COLUMNS=columns,
+            DEPTH=depth,
+            PRECISION=_precision(dtype),
+            FLATTEN=flatten,
+            num_warps=warps,
+            num_stages=stages,
+        )
+        _choice_kernel[(triton.cdiv(number, _CHOICE_ROWS),)](
+            tokens,
+            codes,
+            codebook,
+            found,
+            ids,
+            chosen,
+            number,
+            CHANNELS=channels,
+            BLOCK=triton.next_power_of_2(channels),
+            ROWS=_CHOICE_ROWS,
+            num_warps=4,
+        )
+    return chosen, ids
