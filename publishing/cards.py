@@ -238,7 +238,8 @@ def _facts(folder: Path, results: dict[str, Any], known: list[str]) -> dict[str,
     """The facts about the run that the template shows."""
     description = without_paths(read_json(folder, DESCRIPTION_FILE), known)
     settings = without_paths(read_json(folder, "train_config.json"), known)
-    prompts = description.get("prompt_templates") or results.get("prompts") or []
+    templates = None if description.get("prompts") else description.get("prompt_templates")
+    prompts = templates or results.get("prompts") or []
     training = [words.format(settings[key]) for key, words in _TRAINING_FACTS.items() if settings.get(key) is not None]
     if "steps" in results:
         training.append(f"{results['steps']:,} steps")
