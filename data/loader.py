@@ -275,6 +275,7 @@ class _Gathered:
 
     def batch(self) -> Batch:
         rows, loader = self.rows, self.loader
+        assert self.pixel_values is not None, "a batch has studies"
         batch = {
             "pixel_values": self.pixel_values[: len(rows)],
             "labels": torch.tensor([row["labels"] for row in rows], dtype=torch.float32),
