@@ -17,22 +17,23 @@ import shlex
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import set_seed
 from peft import PeftModel
-from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
-from medct.adapters_medct import adapter_fingerprint, describe_adapter, fingerprint
+from medct.adapters_medct import CONFIG_FILE, adapter_fingerprint, describe_adapter, fingerprint
 from medct.common.digest import digest
-from medct.common.distributed import shard, sum_gradients, sum_over_processes
+from medct.common.distributed import process_rank, shard, sum_gradients, sum_over_processes
 from medct.common.errors import StoppedError, one_line_errors
 from medct.common.files import refuse_taken
 from medct.common.host import device_name, keep_freed_memory, peak_memory_bytes, quiet_libraries
 from medct.common.lock import only_run
 from medct.common.paths import local_paths, without_paths
+from medct.common.progress import be_quiet, tqdm
 from medct.data import StudyLoader
 from medct.data.label_space import asked
 from medct.evaluation.calibration import apply_calibration
@@ -60,6 +61,7 @@ from medct.publishing.loading import named
 from medct.publishing.push import push_adapter, push_model
 from medct.training.best import BestSoFar
 from medct.training.checkpoints import Checkpoints, TrainingState
+from medct.training.folds import cross_validate
 from medct.training.launch import commit_of_base, load_base, make_accelerator
 from medct.training.lora import (
     add_lora,
@@ -505,7 +507,7 @@ class Trainer:
                 what = "score, or calibrated probability"
             save_plot(calibration_plot(models, held_out.labels, note, what=what), folder / "calibration.png")
             if results["kept"]:
-                note = f"{note}; to be kept: {self.sources['keep_valid'].description}"
+                note = f"{note}; to be kept: {self._describe('keep_valid')}"
                 change = change_plot(results["comparison"], results["kept"], scored.names, note)
                 save_plot(change, folder / "learned.png")
             if self.settings.adaptation == "full":
@@ -513,34 +515,44 @@ class Trainer:
                 (folder / "README.md").write_text("\n\n".join(["# MedCT", *said]) + "\n", encoding="utf-8")
             else:
                 write_card(folder)
-        print(f"\n{results['table']}\n\n{results['measured_on']}\nStrength: {results['strength']:g}")
-        for remark in results["remarks"]:
-            print(f"NOTE: {remark}")
-        print(f"Saved: {self.folder.final}")
-        if self.settings.push_to_hub:
-            print(f"Pushed: {self._push()}")
 
-    def _push(self) -> str:
-        """To the Hub; returns the commit's address. The folder stays whatever happens."""
-        settings = self.settings
-        if settings.adaptation == "full":
-            return push_model(self.folder.final, settings.hub_model_id, private=settings.hub_private)
-        return push_adapter(
-            self.folder.final,
-            settings.hub_model_id,
-            private=settings.hub_private,
-            base=settings.hub_base,
-            base_revision=settings.hub_base_revision,
-        )
+
+def tell(settings: TrainingSettings, results: dict[str, Any], folder: Path) -> None:
+    """Show what a finished run found, and push it if that is wanted; the folder stays whatever happens.
+
+    Args:
+        settings: Of the run.
+        results: What `results.json` holds.
+        folder: Of the run.
+    """
+    print(f"\n{results['table']}\n\n{results['measured_on']}\nStrength: {results['strength']:g}")
+    for remark in results["remarks"]:
+        print(f"NOTE: {remark}")
+    print(f"Saved: {folder}")
+    if settings.push_to_hub and not (folder / CONFIG_FILE).is_file():
+        print(f"Pushed: {push_model(folder, settings.hub_model_id, private=settings.hub_private)}")
+    elif settings.push_to_hub:
+        base = {"base": settings.hub_base, "base_revision": settings.hub_base_revision}
+        print(f"Pushed: {push_adapter(folder, settings.hub_model_id, private=settings.hub_private, **base)}")
 
 
 def run(settings: TrainingSettings) -> dict[str, Any]:
-    """One whole run; see `Trainer`."""
-    trainer = Trainer(settings)
-    try:
-        return trainer.run()
-    finally:
-        trainer.accelerator.state.destroy_process_group()
+    """One whole run, or one for each fold; see `Trainer` and `cross_validate`."""
+    with contextlib.ExitStack() as stack:
+
+        def train(settings: TrainingSettings) -> tuple[dict[str, Any], Path]:
+            trainer = Trainer(settings)
+            stack.callback(trainer.accelerator.state.destroy_process_group)
+            return trainer.run(), trainer.folder.final
+
+        if settings.folds is None or settings.fold is not None:
+            results, folder = train(settings)
+        else:
+            check(settings)
+            results, folder = cross_validate(settings, lambda of_fold: train(of_fold)[0])
+        if not process_rank():
+            tell(settings, results, folder)
+        return results
 
 
 def main(arguments: list[str] | None = None, prog: str | None = None) -> None:
@@ -553,6 +565,7 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> None:
     settings = parse_settings(TrainingSettings, __doc__, arguments, prog)
     keep_freed_memory()
     quiet_libraries()
+    be_quiet(settings.quiet)
     with one_line_errors():
         run(settings)
 

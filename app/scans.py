@@ -20,11 +20,12 @@ import torch
 
 from medct.data.phantoms import make_phantom
 from medct.errors_medct import MedCTError
-from medct.image_processing_medct import VolumeGeometry, reorient
+from medct.image_processing_medct import VolumeGeometry
 from medct.inference.maps import FindingMap, map_findings, strongest_slice, to_scan
 from medct.inference.slices import AXIAL, LETTER_COLOUR, LETTERS, WINDOWS_HU, AxialSlices
 from medct.pipeline_medct import CTPipeline, ZeroShotCTClassificationPipeline
 from medct.reporting.findings import Algorithm, Finding, findings_of
+from medct.resampling_medct import reorient
 from medct.volume_io_medct import CTVolume, VolumeError, VolumeWarning, read_volume
 
 PHANTOM = "synthetic phantom"

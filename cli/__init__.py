@@ -34,9 +34,11 @@ def main(argv: list[str] | None = None) -> int:
         for what in ("model", "adapter"):
             if name := getattr(args, what, None):
                 setattr(args, what, loading.named(name, what))
+        progress = importlib.import_module("medct.common.progress")
+        progress.be_quiet(args.quiet)
         module, function = args.run.split(".")
         with warnings.catch_warnings():
             # Notes stand in each row; as warnings they would tear the progress bar.
             warnings.simplefilter("ignore", importlib.import_module("medct.volume_medct").VolumeWarning)
-            warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+            warnings.showwarning = lambda message, *_, **__: progress.remark(f"warning: {message}")
             return getattr(importlib.import_module(f"medct.cli.{module}"), function)(args)

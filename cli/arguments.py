@@ -377,6 +377,9 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     def add(name: str, run: str, help: str, example: str, more: str) -> argparse.ArgumentParser:
         text = f"{help[0].upper()}{help[1:]}.\n\n  {example}\n\n{more}"
         command = commands.add_parser(name, help=help, description=text, formatter_class=raw)
+        command.add_argument(
+            "--quiet", action="store_true", help="show no progress and no remarks, only results and errors"
+        )
         command.set_defaults(run=run, explain=command.format_help)
         return command
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from tqdm import tqdm
 
 from medct.byte_sources_medct import is_address
 from medct.checks_medct import preprocessing
@@ -24,6 +23,7 @@ from medct.cli.wording import in_flags
 from medct.common.errors import OK, SOME_FAILED, first_line
 from medct.common.files import whole_folder
 from medct.common.lock import only_run
+from medct.common.progress import tqdm
 from medct.configuration_medct import MedCTConfig
 from medct.data.label_space import read_labels
 from medct.data.table_files import SUFFIXES
@@ -34,7 +34,6 @@ from medct.inference.weights import KEY as WEIGHTS
 from medct.inference.weights import weights_of
 from medct.pipeline_medct import CTPipeline, ZeroShotCTClassificationPipeline
 from medct.publishing.loading import load_model, named, pipeline_of
-from medct.volume_io_medct import read_volume
 
 MODEL_VARIABLE = "MEDCT_MODEL"
 # Processes of a launch wait for the slowest one at the end of a night.
@@ -441,22 +440,14 @@ def map_scan(args: argparse.Namespace) -> int:
     (study,) = one_study(args.scan)
     prompts = prompts_of(args)
     pipe = load_pipeline(args, PartialState(cpu=args.cpu).device, zero_shot_only=True)
-    image_processor = pipe.processor.image_processor
-    volume = read_volume(
-        study.source,
-        orientation=image_processor.orientation,
-        **reading_options(args),
-    )
-    pixel_values = image_processor.process_volume(volume)[None, None]
-    maps = localization.map_findings(pipe, pixel_values, prompts["candidate_labels"], prompts.get("prompt_templates"))
-    patch_size = pipe.model.config.vision_config.patch_size
-    geometry = image_processor.geometry(volume)
+    labels, templates = prompts["candidate_labels"], prompts.get("prompt_templates")
+    found = localization.map_scan(pipe, study.source, labels, templates, **reading_options(args))
+    maps = [each.finding for each in found]
     names = localization.file_names([finding.label for finding in maps])
     with whole_folder(args.output) as folder:
-        for finding, name in zip(maps, names, strict=True):
-            values = localization.to_scan(finding.patches, patch_size, geometry, volume.array.shape)
-            localization.save_nifti(folder / f"{name}.nii.gz", values, volume.affine)
-            localization.save_png(folder / f"{name}.png", finding, values, volume)
+        for each, finding, name in zip(found, maps, names, strict=True):
+            each.save(folder / f"{name}.nii.gz")
+            each.plot().savefig(folder / f"{name}.png", dpi=100)
             numbers = f"{finding.score:.3f}  {finding.logits_margin:+6.2f}"
             print(f"{numbers}  {finding.label}: {args.output / name}.nii.gz, .png")
         index = [

@@ -15,7 +15,16 @@ from medct.common.errors import OK
 from medct.configuration_medct import CT_CLIP_LABELS
 from medct.data.tables import to_numbers
 from medct.evaluation.figures import Scores
-from medct.evaluation.predictions import NAME, Predictions, join_metadata, matched, named_table, paired, short_names
+from medct.evaluation.predictions import (
+    NAME,
+    Predictions,
+    held_out,
+    join_metadata,
+    matched,
+    named_table,
+    paired,
+    short_names,
+)
 from medct.evaluation.provenance import list_checksum, provenance
 from medct.evaluation.record import read_scores, write_figures
 from medct.evaluation.report import evaluation_report, retrieval_report
@@ -26,7 +35,7 @@ from medct.inference.search import read_embeddings
 
 def compare_runs(args: argparse.Namespace) -> int:
     with only_json(args.output):
-        runs = [read_scores(run) for run in args.runs]
+        runs = [held_out(read_scores(run)) for run in args.runs]
         pairs = _pairs(runs, args)
         sources = []
         for title, (old, new) in pairs.items():
@@ -78,7 +87,7 @@ def _pairs(runs: Sequence[Predictions], args: argparse.Namespace) -> dict[str, t
 def score_tables(args: argparse.Namespace) -> int:
     with only_json(args.output):
         if args.metadata is None:
-            found = read_scores(args.predictions)
+            found = held_out(read_scores(args.predictions))
         else:
             found = join_metadata(args.predictions, args.metadata, args.split)
         sources = []

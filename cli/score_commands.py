@@ -47,7 +47,7 @@ DEFAULTS: dict[str, Any] = {
     "dtype": "auto",
 }
 # Flags that decide about no figure.
-_NOT_RECORDED = {"command", "run", "explain", "output", "repeat", "num_workers", "cpu"}
+_NOT_RECORDED = {"command", "run", "explain", "quiet", "output", "repeat", "num_workers", "cpu"}
 # Settings that no flag has, of a training run: sizes of a cohort of phantoms, what its models are called, and the
 # operating points of each.
 _ONLY_RECORDED = ("phantoms", "names", "points")

@@ -24,11 +24,11 @@ import pyarrow as pa
 import torch
 from huggingface_hub import DatasetCard, DatasetCardData
 from pyarrow import parquet
-from tqdm import tqdm
 
 from medct.common.files import remove_leftovers, whole_file
 from medct.common.lock import LockedError, only_run
 from medct.common.paths import local_paths, without_paths
+from medct.common.progress import tqdm
 from medct.configuration_medct import MedCTConfig
 from medct.data.prepared import FEATURES, FORMAT, MANIFEST, grid_settings, nifti_header, shard_name
 from medct.data.sources import DataError, Source, read_study, too_many_bad

@@ -23,6 +23,7 @@ from medct.evaluation.scoring import ScoredStudies
 
 NAME = "file_name"
 KEYS = ("model", "source", "split")
+TUNE = "tune"
 _NAME_COLUMNS = (NAME, "VolumeName", "study")
 _LABEL = "{} label"
 
@@ -61,6 +62,16 @@ class Predictions:
 
     names: list[str]
     scored: dict[Key, ScoredStudies]
+
+
+def held_out(predictions: Predictions) -> Predictions:
+    """Scores without those of tuning patients, which models were chosen on; with them if there are no others.
+
+    Args:
+        predictions: Of a run.
+    """
+    others = {key: scored for key, scored in predictions.scored.items() if key.split != TUNE}
+    return Predictions(predictions.names, others or predictions.scored)
 
 
 def write_predictions(

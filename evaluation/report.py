@@ -113,6 +113,21 @@ def _differences(by_name: Mapping[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def folds_table(folds: Sequence[dict[str, Any]]) -> str:
+    """Each fold of a cross-validation by itself.
+
+    Args:
+        folds: With `fold`, `scans`, `patients`, mean AUROC as `base` and `adapted`, `steps` and `strength`.
+    """
+    lines = ["| held out | scans | patients | mean AUROC, base | adapted | steps | strength |"]
+    lines.append("| --- |" + " ---: |" * 6)
+    for each in folds:
+        aurocs = [f"{each[model]:.3f}" for model in ("base", "adapted")]
+        cells = [f"{each['scans']:,}", f"{each['patients']:,}", *aurocs, f"{each['steps']:,}", f"{each['strength']:g}"]
+        lines.append(f"| fold {each['fold']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def points_table(points: Mapping[str, Any], where: str) -> str:
     """What operating points give on a source.
 

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from tqdm import tqdm
 
 from medct.common.distributed import sum_over_processes
+from medct.common.progress import tqdm
 from medct.configuration_medct import MedCTConfig
 from medct.data import StudyLoader
 from medct.data.label_space import merge_columns

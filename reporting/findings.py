@@ -1,5 +1,6 @@
 """What a report says of one study, whatever its form: the findings, and what they were made with."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from huggingface_hub import ModelCard
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 import medct
-from medct.adapters_medct import CONFIG_FILE, fingerprint
+from medct.adapters_medct import CONFIG_FILE, WEIGHTS_FILE, fingerprint
 from medct.pipeline_medct import CTPipeline
 
 WARNING = "Research only: not a diagnosis, not checked by a physician, not for clinical use."
@@ -71,7 +72,7 @@ class Algorithm:
         model: Hub id, or name of the folder.
         model_commit: Commit on the Hub, or fingerprint of the weights.
         adapter: Hub id, or name of the folder; `None` without one.
-        adapter_commit: Commit on the Hub; `None` of a folder.
+        adapter_commit: Commit on the Hub, or digest of the weights.
         templates: Pairs of sentences that stood in for the model's own.
         is_synthetic: Whether model or adapter have learned from drawings alone.
     """
@@ -91,7 +92,7 @@ class Algorithm:
         """All of it, one line each."""
         lines = [f"model: {self.model}", f"commit: {self.model_commit or 'not known'}"]
         if self.adapter is not None:
-            lines += [f"adapter: {self.adapter}", f"commit of the adapter: {self.adapter_commit or 'a local folder'}"]
+            lines += [f"adapter: {self.adapter}", f"commit of the adapter: {self.adapter_commit or 'not known'}"]
         return [*lines, *(f"prompts: {template}" for template in self.templates)]
 
     @property
@@ -130,9 +131,10 @@ def public_name(name: str) -> str:
 
 
 def _commit_of(name: str, revision: str | None) -> str | None:
-    """The commit that a file of a repository was loaded from; `None` of a folder."""
+    """The commit that an adapter was loaded from; of a folder the SHA-256 of its weights."""
     if Path(name).is_dir():
-        return None
+        weights = Path(name, WEIGHTS_FILE)
+        return f"sha256:{hashlib.sha256(weights.read_bytes()).hexdigest()}" if weights.is_file() else None
     return extract_commit_hash(cached_file(name, CONFIG_FILE, revision=revision, local_files_only=True), None)
 
 

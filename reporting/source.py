@@ -122,9 +122,25 @@ def _read_header(file: Any) -> "Dataset":
     header.decode()
     header.SpecificCharacterSet = UTF_8
     for name in _MAY_BE_EMPTY:
-        if name not in header:
+        if name not in header or not _is_known(name, str(header[name].value or "")):
             setattr(header, name, "")
     return header
+
+
+def _is_known(name: str, value: str) -> bool:
+    """Whether a date, a time or a sex is one of the standard's; others, as anonymizers write them, say nothing."""
+    from pydicom.valuerep import DA, TM
+
+    if name == "PatientSex":
+        return value in ("", "M", "F", "O")
+    try:
+        if name.endswith("Date"):
+            DA(value)
+        elif name.endswith("Time"):
+            TM(value)
+    except ValueError:
+        return False
+    return True
 
 
 def quietly(make: Callable[[], Made], refusal: str) -> Made:

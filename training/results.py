@@ -160,9 +160,10 @@ def few_patients(results: dict[str, Any]) -> list[str]:
     """
     remarks, comparison = [], results["comparison"]
     if comparison["adapted"]["auroc"]["low"] is None:
+        remedy = "" if results.get("folds") else " With --folds 5 every patient is held out once."
         remarks.append(
             f"{comparison['patients']} held-out patients are too few to tell how far the figures are to be trusted, so "
-            "there are no intervals. With --folds 5 every patient is held out once."
+            f"there are no intervals.{remedy}"
         )
     if lacking := [name for name in results["label_names"] if name not in (results["thresholds"] or {})]:
         which = "any finding" if len(lacking) == len(results["label_names"]) else ", ".join(lacking)

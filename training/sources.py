@@ -4,8 +4,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from medct.configuration_medct import MedCTConfig
-from medct.data import Source, StudyLoader, open_source
+from medct.data import ALL, Source, StudyLoader, open_source
 from medct.data.label_space import LabelTable, told_apart
+from medct.training.folds import divide
 from medct.training.replay import with_replay
 from medct.training.results import SPLITS
 from medct.training.settings import NO_SOURCE, TrainingError, TrainingSettings, complete
@@ -28,16 +29,20 @@ def load_sources(
     limits = {"train": None, "tune": settings.max_tune_studies, "valid": settings.max_eval_studies}
 
     def source(address: str, split: str, **options: Any) -> Source:
-        options |= {"reconstructions": settings.reconstructions, "limit": limits[split]}
-        reports = settings.objective != "prompts" and split == "train"
-        opened = open_source(address, split, config, need_reports=reports, **options)
-        return told_apart(opened) if split == "train" else opened
+        options |= {"reconstructions": settings.reconstructions, "limit": limits.get(split)}
+        reports = settings.objective != "prompts" and split in ("train", ALL)
+        return open_source(address, split, config, need_reports=reports, **options)
 
     own = {"revision": settings.data_revision, "phantoms": settings.phantoms, "mapping": mapping}
-    sources = {split: source(settings.data, split, **own) for split in limits}
+    if settings.folds:
+        whole = source(settings.data, ALL, **own)
+        sources = divide(whole, settings.folds, settings.fold or 1, settings.max_tune_studies)
+    else:
+        sources = {split: source(settings.data, split, **own) for split in limits}
+    sources["train"] = told_apart(sources["train"])
     others: dict[str, Any] = {"phantoms": settings.other_phantoms}
     if settings.replay != NO_SOURCE and settings.replay_share:
-        replayed = source(settings.replay, "train", **others, mapping=settings.replay_mapping)
+        replayed = told_apart(source(settings.replay, "train", **others, mapping=settings.replay_mapping))
         sources["train"] = with_replay(sources["train"], replayed, settings.replay_share)
     if settings.keep != NO_SOURCE:
         sources |= {

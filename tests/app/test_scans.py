@@ -19,7 +19,7 @@ from medct.app import page, views
 from medct.app.scans import Engine, ScanError, data_uri
 from medct.cli import main
 from medct.inference.maps import map_findings
-from medct.inference.slices import WINDOWS_HU
+from medct.inference.slices import LETTERS, WINDOWS_HU
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +57,17 @@ def test_the_patients_right_is_on_the_left(engine, tmp_path, flips):
     scan = engine.read(write_marked(tmp_path / "scan.nii.gz", flips))
     row, column = centre_of_bright(np.asarray(engine.picture(scan, 10, "Bone")))
     assert row == pytest.approx(0.24, abs=0.03) and column == pytest.approx(0.23, abs=0.03)
+
+
+def test_letters_are_drawn_at_their_sides(engine, phantom, monkeypatch):
+    """Each letter changes its own side of the picture, and no other."""
+    sides = {"R": np.s_[:, :40], "L": np.s_[:, -40:], "A": np.s_[:60], "P": np.s_[-60:]}
+    for name, x, y in LETTERS:
+        monkeypatch.setattr("medct.app.scans.LETTERS", ())
+        bare = np.asarray(engine.picture(phantom, 30, "Lung")).astype(int)
+        monkeypatch.setattr("medct.app.scans.LETTERS", [(name, x, y)])
+        changed = (np.asarray(engine.picture(phantom, 30, "Lung")) != bare).any(axis=-1)
+        assert changed.any() and changed[sides[name]].sum() == changed.sum(), name
 
 
 def test_a_slice_that_is_not_square_is_shown_in_its_proportions(engine):

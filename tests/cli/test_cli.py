@@ -180,7 +180,7 @@ def test_a_file_of_another_run_is_not_added_to(run, scans, tmp_path):
 
 
 def test_an_unknown_failure_of_one_study_ends_nothing(run, scans, tmp_path, monkeypatch):
-    read_volume = commands.read_volume
+    read_volume = medct.read_volume
 
     def fails(source, **options):
         if "1.nii" in str(source):

@@ -10,6 +10,7 @@ from medct.data import DataError
 from medct.evaluation.predictions import (
     Key,
     Predictions,
+    held_out,
     join_metadata,
     paired,
     read_predictions,
@@ -45,6 +46,13 @@ def test_what_was_written_is_read_back_to_the_bit(tmp_path):
     assert [about["sex"] for about in read.scored[Key("base", "site-b", "valid")].about] == ["F", "", "M", "F"]
     table = pd.read_csv(path, keep_default_na=False)
     assert table["file_name"][table["split"] == "train"].tolist() == ["x.nii", "y.nii"]
+
+
+def test_scores_of_tuning_patients_are_no_result():
+    tune, valid = Key("new", "site-b", "tune"), Key("new", "site-b", "valid")
+    both = Predictions(NAMES, {tune: studies(0), valid: studies(1)})
+    assert list(held_out(both).scored) == [valid]
+    assert list(held_out(Predictions(NAMES, {tune: studies(0)})).scored) == [tune]
 
 
 def test_scores_join_with_metadata_by_the_name_of_the_file(tmp_path):

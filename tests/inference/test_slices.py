@@ -53,6 +53,8 @@ def test_the_picture_says_what_is_where():
     draw_slice(axial, slices, 2, (-1000, 400))
     written = [(text.get_text(), *text.get_position()) for text in axial.texts]
     assert written == list(LETTERS)
+    places = {name: (x, y) for name, x, y in LETTERS}
+    assert places["R"][0] < 0.1 and places["L"][0] > 0.9 and places["A"][1] > 0.9 and places["P"][1] < 0.1
     draw_places(coronal, slices, [1, 4], (-1000, 400))
     assert {"R", "head", "feet", "2", "5"} == {text.get_text() for text in coronal.texts}
     assert coronal.get_ylim()[0] < coronal.get_ylim()[1], "the head is on top"

@@ -1,5 +1,7 @@
 """DICOM reports and pages: what they say, whose they are, and that others take them."""
 
+import logging
+import warnings
 from functools import cache
 
 import numpy as np
@@ -157,11 +159,46 @@ def test_a_study_without_uids_is_refused(tmp_path, name):
         read_source(study_of(folder))
 
 
-def test_no_message_quotes_a_header(tmp_path, caplog, recwarn):
-    def edit(ds, k):
-        ds.PatientSex = SECRET  # too long, and none of the standard's
+def raw(name: str, value: str):
+    """An `edit` that writes a value as it is, whether or not the standard allows it."""
 
-    source = read_source(study_of(write_series(tmp_path / "s", make_hu((4, 12, 12)), edit)))
+    def edit(ds, k):
+        text = value.encode() + b" " * (len(value) % 2)
+        tag = pydicom.tag.Tag(pydicom.datadict.tag_for_keyword(name))
+        vr = pydicom.datadict.dictionary_VR(tag)
+        ds[name] = pydicom.dataelem.RawDataElement(tag, vr, len(text), text, 0, False, True)
+
+    return edit
+
+
+@pytest.mark.parametrize("kind", ["sr", "page"])
+@pytest.mark.parametrize(
+    ("name", "value", "kept"),
+    [
+        ("PatientSex", "U", ""),
+        ("PatientSex", "F", "F"),
+        ("PatientBirthDate", "0000", ""),
+        ("PatientBirthDate", "1970-01-01", ""),
+        ("StudyDate", "20201301", ""),
+        ("StudyTime", "12:00", ""),
+        ("StudyTime", "1200", "1200"),
+        ("PatientID", "P" * 80, "P" * 80),
+    ],
+)
+def test_what_anonymizers_write_is_no_obstacle(tmp_path, kind, name, value, kept):
+    made = make(kind, write_series(tmp_path / "s", make_hu((4, 12, 12)), raw(name, value)))
+    assert str(pydicom.dcmread(saved(made, tmp_path))[name].value or "") == kept
+
+
+def test_no_message_quotes_a_header(series, monkeypatch, caplog, recwarn):
+    def fail(*_, **__):
+        logging.getLogger("highdicom").error(SECRET)
+        logging.getLogger("pydicom").warning(SECRET)
+        warnings.warn(SECRET, stacklevel=1)
+        raise ValueError(SECRET)
+
+    source = read_source(study_of(series))
+    monkeypatch.setattr("highdicom.sr.Comprehensive3DSR", fail)
     with pytest.raises(ReportError, match="no report can be made from what its headers hold") as refusal:
         structured_report(FINDINGS, ALGORITHM, source)
     assert refusal.value.__cause__ is None and SECRET not in str(refusal.value)

@@ -1,0 +1,60 @@
+"""What a report says of scores and of what made them."""
+
+import hashlib
+
+import pytest
+from adapter_files import RESULTS, save_adapter
+
+from medct import ZeroShotCTClassificationPipeline
+from medct.reporting import findings as module
+from medct.reporting.findings import Algorithm, Finding, algorithm_of, findings_of
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def test_findings_keep_their_order_and_what_is_known_of_them():
+    results = [
+        {"label": "b", "score": 0.9, "logits_margin": 2.2, "present": True, "probability": 0.4},
+        {"label": "a", "score": 0.1, "logits_margin": -2.2},
+    ]
+    found = findings_of(results, ["a", "b"], {"a": 0.05, "b": 0.5})
+    assert found == [Finding("a", 0.1), Finding("b", 0.9, 0.5, 0.4)], "a was not called, so it has no operating point"
+    assert [each.is_present for each in found] == [None, True]
+    assert [each.call for each in (*found, Finding("c", 0.1, 0.2))] == ["no operating point", "above", "below"]
+    assert Finding("c", 0.2, 0.2).is_present, "as the pipeline calls it"
+
+
+@pytest.fixture
+def pipe(model, processor) -> ZeroShotCTClassificationPipeline:
+    return ZeroShotCTClassificationPipeline(model=model, processor=processor, device="cpu")
+
+
+def test_local_folders_are_named_without_their_place(pipe, converted, tmp_path):
+    adapter = save_adapter(converted, tmp_path / "runs/site-b", results=RESULTS)
+    found = algorithm_of(pipe, str(converted), str(adapter), templates=["{label}|no {label}"])
+    weights = (adapter / "adapter_model.safetensors").read_bytes()
+    assert found.adapter_commit == f"sha256:{hashlib.sha256(weights).hexdigest()}"
+    assert (found.model, found.adapter, found.is_synthetic) == (converted.name, "site-b", False)
+    assert found.model_commit.startswith("sha256-bf16:")
+    assert not any("/" in line for line in found.parameters)
+    assert found.parameters[-1] == "prompts: {label}|no {label}"
+
+
+def test_of_the_hub_the_commits_are_named(pipe, monkeypatch):
+    pipe.model.config._commit_hash = COMMIT
+    path = f"/cache/models--ORG--SITE-B/snapshots/{COMMIT[::-1]}/adapter_config.json"
+    monkeypatch.setattr(module, "cached_file", lambda *_, **__: path)
+    monkeypatch.setattr(module, "_is_synthetic", lambda name: False)
+    found = algorithm_of(pipe, "ORG/BASE", "ORG/SITE-B")
+    assert found == Algorithm("ORG/BASE", COMMIT, "ORG/SITE-B", COMMIT[::-1])
+
+
+@pytest.mark.parametrize("of", ["model", "adapter"])
+def test_a_card_that_says_synthetic_is_passed_on(pipe, converted, tmp_path, of):
+    folder = tmp_path / "said"
+    folder.mkdir()
+    (folder / "README.md").write_text("---\ntags: [medct, synthetic]\n---\n", encoding="utf-8")
+    names = (str(folder), None) if of == "model" else (str(converted), str(folder))
+    found = algorithm_of(pipe, *names)
+    assert found.is_synthetic and "synthetic drawings" in found.warning
+    assert "synthetic" not in algorithm_of(pipe, str(converted)).warning
