@@ -31,9 +31,10 @@ def main(argv: list[str] | None = None) -> int:
         host.keep_freed_memory()
         host.quiet_libraries()
         loading = importlib.import_module("medct.publishing.loading")
-        for what in ("model", "adapter"):
-            if name := getattr(args, what, None):
-                setattr(args, what, loading.named(name, what))
+        for flag, what in (("model", "model"), ("adapter", "adapter"), ("against", "adapter")):
+            name = getattr(args, flag, None)
+            if name and (flag, name) != ("against", "base"):
+                setattr(args, flag, loading.named(name, what))
         progress = importlib.import_module("medct.common.progress")
         progress.be_quiet(args.quiet)
         module, function = args.run.split(".")

@@ -275,6 +275,12 @@ def test_a_slip_in_a_folders_name_is_refused_without_asking_the_hub(refused, sca
     )
 
 
+def test_a_slip_in_the_name_of_what_is_compared_with_is_refused_at_once(refused, converted, monkeypatch):
+    monkeypatch.setattr("httpx2.Client.send", lambda *_, **__: pytest.fail("asks the Hub"))
+    said = refused("evaluate", "--data", "phantoms", "--cpu", "--model", converted, "--against", "runs-old")
+    assert said.startswith("runs-old: no adapter (there is no such folder")
+
+
 def test_a_name_that_begins_as_folders_here_is_one_of_them(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
