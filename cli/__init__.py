@@ -33,9 +33,10 @@ def main(argv: list[str] | None = None) -> int:
         host.keep_freed_memory()
         host.quiet_libraries()
         loading = _imported("publishing.loading")
-        for what in ("model", "adapter"):
-            if name := getattr(args, what, None):
-                setattr(args, what, loading.named(name, what))
+        for flag, what in (("model", "model"), ("adapter", "adapter"), ("against", "adapter")):
+            name = getattr(args, flag, None)
+            if name and (flag, name) != ("against", "base"):
+                setattr(args, flag, loading.named(name, what))
         progress = _imported("common.progress")
         progress.be_quiet(args.quiet)
         module, function = args.run.split(".")
