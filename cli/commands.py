@@ -25,8 +25,6 @@ from medct.common.files import whole_folder
 from medct.common.lock import only_run
 from medct.common.progress import tqdm
 from medct.configuration_medct import MedCTConfig
-from medct.data.label_space import read_labels
-from medct.data.table_files import SUFFIXES
 from medct.errors_medct import MedCTError
 from medct.inference.bulk import KEY, Csv, JsonLines, Reading, process, process_to_file, read_rows
 from medct.inference.studies import FailedStudy, LoadStudy, ReadStudy, Study, find_studies, read_study, stacked
@@ -138,8 +136,14 @@ def prompts_of(args: argparse.Namespace) -> dict[str, Any]:
 
 def _labels_of(named: Sequence[str]) -> list[str] | dict[str, Any]:
     """Labels in words, or with their prompts from a table."""
-    if len(named) > 1 or not named[0].lower().endswith(SUFFIXES):
+    if len(named) > 1 or "." not in named[0]:
         return list(dict.fromkeys(named))
+    # Only where there can be a table, because it takes long to import what reads one.
+    from medct.data.label_space import read_labels
+    from medct.data.table_files import SUFFIXES
+
+    if not named[0].lower().endswith(SUFFIXES):
+        return named
     table = read_labels(named[0])
     return {finding: table.prompts.get(finding, finding) for finding in table.findings}
 

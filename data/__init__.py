@@ -121,9 +121,9 @@ def open_source(
     """
     table = read_labels(mapping, "--mapping") if isinstance(mapping, str) else mapping
     if split == ALL:
-        options = {"reconstructions": reconstructions, "tune_share": tune_share, "version": version, "mapping": table}
+        options: dict[str, Any] = {"reconstructions": reconstructions, "tune_share": tune_share, "version": version}
         options |= {"need_reports": need_reports, "revision": revision, "token": token, "phantoms": phantoms}
-        splits = open_splits(address, config, **options)
+        splits = open_splits(address, config, mapping=table, **options)
         return joined(list(splits.values()), f"studies of {', '.join(splits)} of {address}", limit)
     share = TUNE_SHARE if tune_share is None else tune_share
     selection = Selection(split, reconstructions, share, limit, need_reports)

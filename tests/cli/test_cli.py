@@ -270,9 +270,15 @@ def test_a_slip_in_a_folders_name_is_refused_without_asking_the_hub(refused, sca
     monkeypatch.setattr("httpx2.Client.send", lambda *_, **__: pytest.fail("asks the Hub"))
     others = ["--model", converted] if flag == "--adapter" else []
     said = refused("predict", scans, "--cpu", *others, flag, name)
-    assert said == (
-        f"{name}: no {flag[2:]} (there is no such folder, and a Hub id reads ORG/NAME). Pass a Hub id or a folder."
-    )
+    failed = "cannot load a model" if flag == "--model" else "no adapter"
+    why = "there is no such folder, and a Hub id reads ORG/NAME"
+    assert said == f"{name}: {failed} ({why}). Pass a Hub id or a folder."
+
+
+def test_a_slip_in_the_name_of_what_is_compared_with_is_refused_at_once(refused, converted, monkeypatch):
+    monkeypatch.setattr("httpx2.Client.send", lambda *_, **__: pytest.fail("asks the Hub"))
+    said = refused("evaluate", "--data", "phantoms", "--cpu", "--model", converted, "--against", "runs-old")
+    assert said.startswith("runs-old: no adapter (there is no such folder")
 
 
 def test_a_name_that_begins_as_folders_here_is_one_of_them(tmp_path, monkeypatch):
