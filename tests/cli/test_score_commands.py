@@ -180,8 +180,8 @@ def test_two_adapters_are_compared_on_the_same_studies(run, folder, converted, t
 
 
 def test_points_are_chosen_on_tuning_patients_and_carried_over(run, folder, converted, tmp_path):
-    splits = ["tune"] * 8 + ["valid"] * 5
-    root, output = folder("site", 12, split=splits), tmp_path / "scores.json"
+    splits = ["tune"] * 12 + ["valid"] * 5
+    root, output = folder("site", 16, split=splits), tmp_path / "scores.json"
     options = ["--data", root, "--tune_on", root, "--sensitivity", 0.7, "--output", output]
     assert run("evaluate", *options)[0] == 1
     (points,) = read(output)["sources"][0]["operating_points"].values()
@@ -195,7 +195,7 @@ def test_points_are_chosen_on_tuning_patients_and_carried_over(run, folder, conv
         (scored.scores[truth, 0] >= expected - 1e-6).mean()
     )
     studies = read(output)["provenance"]["studies"]
-    assert {name: each["scans"] for name, each in studies.items()} == {"site, tune": 8, "site, valid": 4}
+    assert {name: each["scans"] for name, each in studies.items()} == {"site, tune": 12, "site, valid": 4}
     # An adapter brings its own.
     adapter = save_adapter(converted, tmp_path / "adapter", results=RESULTS | {"thresholds": {"Emphysema": 0.5}})
     run("evaluate", "--data", root, "--adapter", adapter, "--output", output)
@@ -277,7 +277,7 @@ def test_training_runs_are_compared_on_held_out_studies(run, tmp_path):
             for split in ("tune", "valid"):
                 scores = np.clip(labels / 3 + generator.random((20, 1)) / 1.5, 0, 1)
                 ids = [f"{split}-{index}" for index in range(20)]
-                scored[Key(model, "site", split)] = ScoredStudies(ids, ids, scores, labels)
+                scored[Key(model, "site", split)] = ScoredStudies(ids, ids, scores, labels, names=["Mass"])
         runs.append(tmp_path / name)
         runs[-1].mkdir()
         write_predictions(scores_path(runs[-1] / "results.json"), Predictions(["Mass"], scored))
