@@ -8,7 +8,7 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -124,7 +124,7 @@ def prompts_of(args: argparse.Namespace) -> dict[str, Any]:
     """Labels and templates as the pipeline takes them."""
     prompts: dict[str, Any] = {}
     if args.labels:
-        prompts["candidate_labels"] = list(dict.fromkeys(args.labels))
+        prompts["candidate_labels"] = _labels_of(args.labels)
     if args.templates:
         prompts["prompt_templates"] = [tuple(template.split("|")) for template in args.templates]
         try:
@@ -132,6 +132,20 @@ def prompts_of(args: argparse.Namespace) -> dict[str, Any]:
         except ValueError as error:
             raise CommandError(f"--templates: {error}") from error
     return prompts
+
+
+def _labels_of(named: Sequence[str]) -> list[str] | dict[str, Any]:
+    """Labels in words, or with their prompts from a table."""
+    if len(named) > 1 or "." not in named[0]:
+        return list(dict.fromkeys(named))
+    # Only where there can be a table, because it takes long to import what reads one.
+    from medct.data.label_space import read_labels
+    from medct.data.table_files import SUFFIXES
+
+    if not named[0].lower().endswith(SUFFIXES):
+        return named
+    table = read_labels(named[0])
+    return {finding: table.prompts.get(finding, finding) for finding in table.findings}
 
 
 def model_settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -185,18 +199,20 @@ def _predict(args: argparse.Namespace) -> int:
     prompts = prompts_of(args)
     pipe = load_pipeline(args, state.device)
     pipe._sanitize_parameters(**prompts)  # refuses, before any scan is read, what the model cannot be asked
-    labels = prompts.get("candidate_labels", pipe.model.config.label_names)
-    thresholds, calibration = pipe.thresholds, pipe.calibration
-    has_thresholds = args.templates is None and not thresholds.keys().isdisjoint(labels)
-    calibrated = [label for label in labels if args.templates is None and label in calibration]
+    labels = list(prompts.get("candidate_labels", pipe.asked.label_names))
+    has_own_words = args.templates is not None or isinstance(prompts.get("candidate_labels"), dict)
+    thresholds, calibration = ({}, {}) if has_own_words else (pipe.thresholds, pipe.calibration)
+    has_thresholds = not thresholds.keys().isdisjoint(labels)
+    calibrated = [label for label in labels if label in calibration]
     columns = [KEY, *labels, *(f"{label} present" for label in labels if has_thresholds)]
     columns += [*(f"{label} probability" for label in calibrated), "notes", *(["reports"] if asked_for(args) else [])]
     rows_as = Csv(columns) if format == "csv" else JsonLines()
     write_reports = report_writer(args, pipe, prompts, model_of(args))
     rows_of = functools.partial(prediction_rows, pipe, prompts, flat=format == "csv", write_reports=write_reports)
     if args.output is not None:
-        templates = prompts.get("prompt_templates", pipe.model.config.prompt_templates)
+        templates = prompts.get("prompt_templates", pipe.asked.prompt_templates)
         settings = {**settings_of(args, pipe), "labels": labels, "templates": templates}
+        settings["prompts"] = prompts.get("candidate_labels") if has_own_words else pipe.asked.prompts
         settings |= {"thresholds": thresholds, "calibration": calibration, "reports": asked_for(args) or None}
         failed = process_to_file(studies, reading_of(args, pipe), rows_of, args.output, rows_as, settings, state)
         return ends(failed, len(studies), args.output)

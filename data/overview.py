@@ -23,6 +23,7 @@ from medct import pictures_medct
 from medct.common.files import whole_file
 from medct.common.progress import tqdm
 from medct.configuration_medct import MedCTConfig
+from medct.data.label_space import merge_columns
 from medct.data.loader import LoadStudy
 from medct.data.sources import DataError, Row, Skipped, Source
 from medct.image_processing_medct import MedCTImageProcessor
@@ -73,6 +74,7 @@ def summarize(
     skipped: dict[str, list[str]] = {}
     for study in source.skipped:
         skipped.setdefault(study.reason, []).append(study.id)
+    labels, names = merge_columns(labels, source.label_names, source.merged)
     is_known = np.isfinite(labels).all(axis=1)
     by_split, start = {}, 0
     for split, count in (splits or {}).items():
@@ -80,14 +82,14 @@ def summarize(
         by_split[split] = {
             "num_studies": count,
             "num_patients": len(set(patients[rows])),
-            "labels": _count_labels(labels[rows], source.label_names),
+            "labels": _count_labels(labels[rows], names),
         }
     return {
         "description": source.description,
         "num_studies": source.num_studies,
         "num_volumes": sum(map(len, source.groups)),
         "num_patients": len(set(patients)),
-        "labels": _count_labels(labels, source.label_names),
+        "labels": _count_labels(labels, names),
         "no_finding": {"studies": int((labels[is_known] == 0).all(axis=1).sum()), "known": int(is_known.sum())},
         "reports": _count_reports(reports, tokenizer),
         "skipped": skipped,
@@ -242,7 +244,8 @@ def contact_sheet(source: Source, config: MedCTConfig, path: Path, samples: int,
         study = load.load_row(row, Place())
         if isinstance(study, Skipped):
             unreadable.append(study)
-        _draw_study(panel, row, study, source.label_names, config)
+        labels, names = merge_columns(np.array([row["labels"]]), source.label_names, source.merged)
+        _draw_study(panel, {**row, "labels": labels[0]}, study, names, config)
     with whole_file(path) as aside:
         figure.savefig(aside, format=format, metadata={"Software": None} if format == "png" else None)
     return unreadable

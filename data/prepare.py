@@ -400,7 +400,7 @@ def prepare(
     preparer = Preparer(config)
     shards = {split: shards_of(folder, split, source, settings) for split, source in sources.items()}
     num_studies = {split: sum(len(shard.keys) for shard in shards[split]) for split in sources}
-    settings = {**grid_settings(config), **settings, "num_studies": num_studies}
+    settings = {**grid_settings(config), **label_settings(sources), **settings, "num_studies": num_studies}
     claim(folder, settings)
     mine = [shard for of_split in shards.values() for shard in of_split][rank::world_size]
     mine = [shard for shard in mine if _is_wanted(shard, retry_skipped)]
@@ -420,6 +420,19 @@ def prepare(
                     "and resume with --retry_skipped, or allow more."
                 )
     return finish(folder, shards, sources, settings)
+
+
+def label_settings(sources: dict[str, Source]) -> dict[str, Any]:
+    """How the labels of a source came about, if the data call them otherwise; the same for all its splits.
+
+    Args:
+        sources: Source of each split.
+    """
+    source = next(iter(sources.values()))
+    if source.mapping is None:
+        return {}
+    merged = [{"findings": list(each.findings), "rule": each.rule} for each in source.merged]
+    return {"mapping": source.mapping, "merged": merged}
 
 
 def _is_wanted(shard: Shard, retry_skipped: bool) -> bool:

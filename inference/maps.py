@@ -13,7 +13,7 @@ import hashlib
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,7 +64,7 @@ class FindingMap:
 def map_findings(
     pipe: ZeroShotCTClassificationPipeline,
     pixel_values: torch.Tensor,
-    labels: Sequence[str] | None = None,
+    labels: Sequence[str] | Mapping[str, Any] | None = None,
     templates: Sequence[Sequence[str]] | None = None,
 ) -> list[FindingMap]:
     """Decompose the scores of a scan into its patches.
@@ -72,7 +72,7 @@ def map_findings(
     Args:
         pipe: With or without an adapter.
         pixel_values: `(1, 1, z, y, x)`.
-        labels: Findings; the model's own by default.
+        labels: Findings, see the pipeline's `candidate_labels`.
         templates: See the pipeline; the results are averaged.
 
     Returns:
@@ -80,7 +80,7 @@ def map_findings(
     """
     model = pipe.model
     _, height, width = model.config.vision_config.grid_size
-    labels = list(labels or model.config.label_names)
+    names = list(labels or pipe.asked.label_names)
     outputs = model.vision_model(pixel_values=pixel_values.to(pipe.device), return_dict=True)
     latent = model.visual_projection(outputs.pooler_output).float()
     text_embeds = pipe.prompt_embeds(labels, templates)
@@ -90,7 +90,7 @@ def map_findings(
     tokens = outputs.last_hidden_state[0].float().unflatten(0, (-1, height * width))  # (z, y * x, d)
     present, absent = torch.stack(text_embeds).mean(0).unflatten(0, (-1, 2)).unbind(1)  # (labels, dim) each
     maps = []
-    for label, direction in zip(labels, present - absent, strict=True):
+    for label, direction in zip(names, present - absent, strict=True):
         places = _pull_back(model.visual_projection, direction, outputs.pooler_output).view(height * width, -1)
         patches = model.logit_scale((tokens * places).sum(-1) / (len(tokens) * latent.norm()))
         score, margin = results[label]["score"], results[label]["logits_margin"]

@@ -10,7 +10,8 @@ and asks nothing in words.
 
 import contextlib
 import os
-from collections.abc import Generator, Sequence
+import warnings
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -19,8 +20,9 @@ import torch
 from transformers import Pipeline, PreTrainedModel
 from transformers.pipelines.pt_utils import PipelineIterator
 
-from .adapters_medct import calibrated, reworded
+from .adapters_medct import OtherWordsWarning, asked_config, calibrated, description_in_use
 from .checks_medct import check_processor
+from .configuration_medct import MedCTConfig, Prompt
 from .errors_medct import MedCTError
 from .image_processing_medct import MedCTImageProcessor
 from .modeling_medct import zero_shot_probabilities
@@ -69,7 +71,9 @@ class CTPipeline(Pipeline):
             self.processor = _processor_of(self.model)
         check_processor(self.model.config, self.processor)
         if adapter is not None:
-            self.model.load_adapter(adapter, adapter_kwargs={"revision": adapter_revision})
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", OtherWordsWarning)  # here its own are asked for
+                self.model.load_adapter(adapter, adapter_kwargs={"revision": adapter_revision})
         self.model.eval()
 
     def __call__(self, inputs: Any, **kwargs) -> Any:
@@ -78,7 +82,9 @@ class CTPipeline(Pipeline):
         Args:
             inputs: What `read_volume` takes. A list holds one scan an entry, so a series as a list of DICOM files is a
                 list in a list, or a tuple. A generator or dataset gives results one by one, as they are asked for.
-            candidate_labels: Findings to score; the model's own by default. A classifier takes no others.
+            candidate_labels: Findings to score: names, or a dictionary from names to words for the prompts or pairs of
+                sentences, see `MedCTConfig.prompts`. By default those of the adapter in use, else the model's own. A
+                classifier takes no others.
             prompt_templates: Pairs of sentences (present, not present) with `{label}` where the finding goes; the
                 model's own by default. The scores of several are averaged. A classifier takes none.
             batch_size: Scans that go through the model together.
@@ -209,17 +215,14 @@ class CTPipeline(Pipeline):
         """Slope and intercept of the adapter in use, by label; see `calibrated`."""
         return self._description().get("calibration") or {}
 
+    @property
+    def asked(self) -> MedCTConfig:
+        """The configuration with the labels and prompts that are asked for: the adapter's, if one is in use."""
+        return asked_config(self.model)
+
     def _description(self) -> dict[str, Any]:
         """What the adapter in use remembers; nothing if several are."""
-        in_use = self._adapters_in_use()
-        return self.model.adapter_description(in_use[0]) if len(in_use) == 1 else {}
-
-    def _adapters_in_use(self) -> list[str]:
-        # Layers of PEFT know whether they are disabled; `active_adapters` names them all the same.
-        is_disabled = any(getattr(module, "disable_adapters", None) is True for module in self.model.modules())
-        if is_disabled or not getattr(self.model, "_hf_peft_config_loaded", False):
-            return []
-        return self.model.active_adapters()
+        return description_in_use(self.model)
 
     def save_pretrained(self, save_directory: str, **kwargs) -> None:
         """Save model and processor; the library's own method would leave out the processor."""
@@ -253,21 +256,27 @@ class ZeroShotCTClassificationPipeline(CTPipeline):
         Args:
             outputs: `logits` of one scan, from `forward`.
             candidate_labels: Findings that were asked for; the model's own by default.
-            prompt_templates: Those that were used; with templates of one's own there are no operating points.
+            prompt_templates: Those that were used; with words of one's own there are no operating points.
             shown: `top_k` and `threshold`, see `__call__`.
         """
         if error := outputs.get("error"):
             return {"error": error}
-        labels = self.model.config.label_names if candidate_labels is None else candidate_labels
+        labels = self._asked_names(candidate_labels)
+        has_own_words = prompt_templates is not None or isinstance(candidate_labels, Mapping)
         logits = outputs["logits"][0]  # (templates, 2 * labels)
         scores = zero_shot_probabilities(logits).mean(dim=0)
         present, absent = logits.mean(dim=0).unflatten(-1, (-1, 2)).unbind(-1)
-        description = self._description() if prompt_templates is None else {}
+        description = {} if has_own_words else self._description()
         return self._results(labels, scores, present - absent, description, **shown)
+
+    def _asked_names(self, candidate_labels: Sequence[str] | Mapping[str, Prompt] | None) -> Sequence[str]:
+        return self.asked.label_names if candidate_labels is None else list(candidate_labels)
 
     @torch.no_grad()
     def prompt_embeds(
-        self, candidate_labels: Sequence[str] | None = None, prompt_templates: Sequence[Sequence[str]] | None = None
+        self,
+        candidate_labels: Sequence[str] | Mapping[str, Prompt] | None = None,
+        prompt_templates: Sequence[Sequence[str]] | None = None,
     ) -> list[torch.Tensor]:
         """The prompts in the common space; those of the last labels and templates are kept as long as they hold.
 
@@ -282,16 +291,14 @@ class ZeroShotCTClassificationPipeline(CTPipeline):
         Returns:
             For each template `(2 * labels, projection_dim)`, float32, of length 1.
         """
-        wording = self._description().get("wording") if prompt_templates is None else None
-        if wording:
-            labels = self.model.config.label_names if candidate_labels is None else candidate_labels
-            candidate_labels, prompt_templates = reworded(labels, wording)
-        sentences = self.model.config.label_prompts(candidate_labels, prompt_templates)
+        sentences = self.asked.label_prompts(candidate_labels, prompt_templates)
         state = state_of((self.model.text_model, self.model.text_projection))
         kept = self._kept
         if kept is not None and state is not None and kept[0] == sentences and kept[1].equals(*state):
             return kept[2]
         snapshot = None if state is None else Snapshot(*state)
+        if remark := self.processor.remark_on_words(sentences, self._asked_names(candidate_labels)):
+            warnings.warn(remark, stacklevel=2)
         embeds = []
         for template in sentences:
             texts = self.processor(text=template, return_tensors="pt").to(self.device)
@@ -424,8 +431,8 @@ def _check_shown(top_k: int = 1, threshold: float = 0.0) -> None:
         raise PromptError(f"`threshold` is a score in [0, 1], not {threshold!r}.")
 
 
-def _checked_labels(labels: Any) -> list[str]:
-    labels = [labels] if isinstance(labels, str) else list(labels)
+def _checked_labels(labels: Any) -> list[str] | dict[str, Prompt]:
+    labels = [labels] if isinstance(labels, str) else dict(labels) if isinstance(labels, Mapping) else list(labels)
     if not labels or not all(isinstance(label, str) and label.strip() for label in labels):
         raise PromptError(f"`candidate_labels` is a list of findings in words, not {labels!r}.")
     return labels

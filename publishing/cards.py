@@ -12,7 +12,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers.utils.hub import cached_file
 
-from medct.adapters_medct import DESCRIPTION_FILE
+from medct.adapters_medct import CONFIG_FILE, DESCRIPTION_FILE
 from medct.common.paths import local_paths, without_paths
 
 TEMPLATE = Path(__file__).with_name("adapter_card.md")
@@ -145,7 +145,7 @@ def render_card(
     results = without_paths(read_json(folder, "results.json"), known)
     license = license or (base and base_license(base, revision)) or results.get("license")
     card = ModelCard.from_template(
-        _metadata(results, base, license, repo_id.split("/")[-1]),
+        _metadata(folder, results, base, license, repo_id.split("/")[-1]),
         template_path=str(TEMPLATE),
         repo_id=repo_id,
         title="LoRA adapter for MedCT" if repo_id == PLACEHOLDER_REPO else repo_id.split("/")[-1],
@@ -166,10 +166,10 @@ def _base_in_words(base: str | None) -> str:
     return f"[{base}](https://huggingface.co/{base})" if is_hub_id(base) else f"the MedCT model `{Path(base).name}`"
 
 
-def _metadata(results: dict[str, Any], base: str | None, license: str | None, name: str) -> ModelCardData:
+def _metadata(folder: Path, results: dict[str, Any], base: str | None, license: str | None, name: str) -> ModelCardData:
     synthetic = bool(results.get("synthetic"))
     known: dict[str, Any] = {"license": license, "base_model": base if is_hub_id(base) else None}
-    evaluations = _evaluations(results, synthetic)
+    evaluations = _evaluations(results, synthetic, _is_of_classifier(folder))
     if evaluations:
         known |= {"eval_results": evaluations, "model_name": name}
     return ModelCardData(
@@ -181,7 +181,12 @@ def _metadata(results: dict[str, Any], base: str | None, license: str | None, na
     )
 
 
-def _evaluations(results: dict[str, Any], synthetic: bool) -> list[EvalResult]:
+def _is_of_classifier(folder: Path) -> bool:
+    """Whether an adapter brings a head, which only a classifier has."""
+    return "classifier" in (read_json(folder, CONFIG_FILE).get("modules_to_save") or ())
+
+
+def _evaluations(results: dict[str, Any], synthetic: bool, is_classifier: bool) -> list[EvalResult]:
     """The adapted model's scores over all labels, in the form of the Hub's model index."""
     adapted = results.get("comparison", {}).get("adapted", {})
     data = _data(results)
@@ -194,7 +199,7 @@ def _evaluations(results: dict[str, Any], synthetic: bool) -> list[EvalResult]:
         interval = "" if score.get("low") is None else f", 95 % interval {score['low']:.3f} to {score['high']:.3f}"
         found.append(
             EvalResult(
-                task_type="zero-shot-image-classification",
+                task_type="image-classification" if is_classifier else "zero-shot-image-classification",
                 dataset_type="synthetic" if synthetic else "chest-ct",
                 dataset_name=name,
                 metric_type=kind,
@@ -233,7 +238,8 @@ def _facts(folder: Path, results: dict[str, Any], known: list[str]) -> dict[str,
     """The facts about the run that the template shows."""
     description = without_paths(read_json(folder, DESCRIPTION_FILE), known)
     settings = without_paths(read_json(folder, "train_config.json"), known)
-    prompts = description.get("prompt_templates") or results.get("prompts") or []
+    templates = None if description.get("prompts") else description.get("prompt_templates")
+    prompts = templates or results.get("prompts") or []
     training = [words.format(settings[key]) for key, words in _TRAINING_FACTS.items() if settings.get(key) is not None]
     if "steps" in results:
         training.append(f"{results['steps']:,} steps")
@@ -258,6 +264,7 @@ def _facts(folder: Path, results: dict[str, Any], known: list[str]) -> dict[str,
         "training": training,
         "hardware": _hardware(results),
         "decided": _decided(results),
+        "is_classifier": _is_of_classifier(folder),
     }
 
 

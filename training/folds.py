@@ -142,11 +142,11 @@ def _claim(work: Path, settings: TrainingSettings) -> None:
 def _gather(folder: RunFolder, runs: Sequence[Path], settings: TrainingSettings) -> dict[str, Any]:
     """Make the output folder of those of all folds."""
     scores = [read_scores(run) for run in runs]
-    names = scores[0].names
     source = next(iter(scores[0].scored)).source
     pooled = {
         model: _pooled([each.scored[Key(model, source, "valid")] for each in scores]) for model in (BASE, ADAPTED)
     }
+    names = pooled[BASE].names
     results = _results([read_results(run) for run in runs], pooled, names, settings)
     kept = runs[KEPT_FOLD - 1]
     with folder.complete() as final:
@@ -176,6 +176,7 @@ def _pooled(parts: Sequence[ScoredStudies]) -> ScoredStudies:
         np.concatenate([part.scores for part in parts]),
         np.concatenate([part.labels for part in parts]),
         [about for part in parts for about in part.about],
+        names=parts[0].names,
     )
 
 
@@ -206,7 +207,7 @@ def _results(
         f"The adapter in this folder is that of fold {KEPT_FOLD} of {count}: it has not seen the patients of that "
         "fold, and chose on those of the next. The figures are pooled over all folds, each with an adapter of its own."
     )
-    short = [remark for remark in first["remarks"] if "steps are few" in remark]
+    short = [remark for remark in first["remarks"] if "steps are few" in remark or "tokenizer" in remark]
     return results | {"remarks": [kept, *short, *remarks_on(results, settings.max_forgotten)]}
 
 

@@ -51,6 +51,20 @@ class TrainingSettings:
         '"phantoms": synthetic studies drawn on the fly.',
     )
     data_revision: str | None = setting(None, "Commit of a data set on the Hub.")
+    labels: str | None = setting(
+        None,
+        "Table (csv, xlsx) of what to learn and ask for instead of the base's own findings: a column `label`, and "
+        "where they differ `data`, its column in the data, and `words`, or `present` and `absent`, what is asked.",
+    )
+    templates: list[str] | None = setting(
+        None,
+        'Pairs of sentences "PRESENT|ABSENT" with {label}, instead of the base\'s own; all of them are trained on.',
+    )
+    mapping: str | None = setting(
+        None,
+        "Table, or name of a published mapping, that says which names in the data (`data`) mean which finding "
+        "(`label`); findings that it does not name are unknown.",
+    )
     reconstructions: Literal["one", "all"] = setting(
         "one", "Reconstructions of a CT-RATE scan in an epoch: one, in turn from epoch to epoch, or all."
     )
@@ -124,11 +138,13 @@ class TrainingSettings:
         "is forgotten. `none` for none, the default except with phantoms, which replay site A.",
     )
     replay_share: float = setting(0.2, "Share of the replayed studies.")
+    replay_mapping: str | None = setting(None, "As --mapping, for --replay.")
     keep: str | None = setting(
         None,
         "Source that the model must stay good at: what is forgotten is measured there. `none` for none, the default "
         "except with phantoms, which keep site A.",
     )
+    keep_mapping: str | None = setting(None, "As --mapping, for --keep.")
     max_forgotten: float = setting(0.01, "How far the mean AUROC on --keep's tuning patients may fall.")
     strength: Literal["auto", "1"] = setting(
         "auto", "Strength of the trained adapter: chosen on tuning patients, or 1, as it was trained."

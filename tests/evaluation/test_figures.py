@@ -26,7 +26,9 @@ PATIENTS = ["a", "b", "c", "d", "e", "f"]
 
 
 def scored(scores=SCORES, about=()) -> ScoredStudies:
-    return ScoredStudies([f"{index}.nii" for index in range(len(scores))], PATIENTS, scores, LABELS, list(about))
+    return ScoredStudies(
+        [f"{index}.nii" for index in range(len(scores))], PATIENTS, scores, LABELS, list(about), names=NAMES
+    )
 
 
 def values(figures: dict) -> dict[str, float]:
@@ -167,7 +169,8 @@ def test_subgroups_are_scored_where_they_are_large_enough():
     scores = generator.random((count, 2))
     sexes = ["F"] * (2 * FEWEST_IN_GROUP) + ["M"] * (FEWEST_IN_GROUP - 1) + [""]
     patients = [str(index // 2) for index in range(count)]
-    studies = ScoredStudies(list(map(str, range(count))), patients, scores, labels, [{"sex": each} for each in sexes])
+    about = [{"sex": each} for each in sexes]
+    studies = ScoredStudies(list(map(str, range(count))), patients, scores, labels, about, names=["a", "b"])
     (found,) = subgroup_figures({"old": studies, "new": studies}, ["a", "b"], resamples=30)
     women, men, unknown = found["groups"]
     assert (found["division"], women["group"], men["group"], unknown["group"]) == ("sex", "F", "M", "unknown")

@@ -16,7 +16,9 @@ from medct.evaluation.scoring import ScoredStudies
 
 def studies(order=(0, 1, 2)) -> ScoredStudies:
     labels = np.array([[1, 0], [0, np.nan], [1, 1]])
-    scored = ScoredStudies(["JOHN_DOE.nii", "b.nii", "c.nii"], ["doe", "doe", "x"], np.zeros((3, 2)), labels)
+    scored = ScoredStudies(
+        ["JOHN_DOE.nii", "b.nii", "c.nii"], ["doe", "doe", "x"], np.zeros((3, 2)), labels, names=["a", "b"]
+    )
     return scored.take(list(order))
 
 

@@ -115,7 +115,7 @@ def test_scores_of_all_folds_are_pooled_and_the_first_adapter_is_kept(settings, 
         assert "| fold 3 |" in said
     assert shown.count("| held out |") == 1 and "fold 2 of 3: mean AUROC 0." in shown
     assert "With --folds 5" not in shown and "Pass --epochs 25." in shown
-    assert "fold 1 of 3, of 24 studies" in results["data"] and results["data"] in card
+    assert "fold 1 of 3, of 24 SYNTHETIC studies" in results["data"] and results["data"] in card
 
     # It is the adapter of the first fold, and one fold alone makes it, too.
     alone = dataclasses.replace(settings, fold=1, output_dir=str(tmp_path / "alone"))
