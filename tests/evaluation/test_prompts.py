@@ -65,7 +65,8 @@ def test_of_few_studies_no_name_is_chosen():
     """Four studies with a finding tell nothing."""
     labels = LABELS.copy()
     labels[:2] = np.nan
-    scores = {"x": np.stack([[ranks(2), PERFECT]]), "z": np.stack([[ranks(1)]])}
+    scores = {"x": np.stack([[ranks(4), PERFECT]]), "z": np.stack([[ranks(1)]])}
+    assert spread(scores, LABELS, [A], NAMES)["chosen"]["names"] == {"x": "y"}
     found = spread(scores, labels, [A], NAMES)
     assert found["chosen"]["names"] == {}
     labels[:, 1] = 0
