@@ -17,13 +17,14 @@ def scored(patients: int, with_mass: int, seed: int) -> ScoredStudies:
     people = np.repeat(np.arange(patients), 2)
     labels = np.stack([people % 2, people < with_mass], axis=1).astype(float)
     scores = np.clip(labels / 4 + np.random.default_rng(seed).random(labels.shape) * 3 / 4, 0, 1)
-    return ScoredStudies([f"{index}.nii" for index in range(len(people))], list(map(str, people)), scores, labels)
+    ids = [f"{index}.nii" for index in range(len(people))]
+    return ScoredStudies(ids, list(map(str, people)), scores, labels, names=NAMES)
 
 
 def results(tune: ScoredStudies, valid: ScoredStudies) -> dict:
     before = {"tune": tune, "valid": valid}
     after = {split: dataclasses.replace(each, scores=each.scores**2) for split, each in before.items()}
-    return {"label_names": NAMES} | compare_all(before, after, NAMES, 20, 0)
+    return {"label_names": NAMES} | compare_all(before, after, 20, 0)
 
 
 def test_a_run_of_five_patients_says_what_it_cannot_tell():
