@@ -113,6 +113,8 @@ def test_names_survive_in_every_script(tmp_path, kind, charset, name):
 
     made = pydicom.dcmread(saved(make(kind, write_series(tmp_path / "s", make_hu((4, 12, 12)), edit)), tmp_path))
     assert str(made.PatientName) == name
+    if kind == "sr":
+        assert made.StudyDescription == name.split("=")[-1]
 
 
 @pytest.mark.parametrize("kind", ["sr", "page"])
