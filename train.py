@@ -10,29 +10,32 @@ same name with `.unfinished`, and `--resume` continues from there.
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 import shlex
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import set_seed
 from peft import PeftModel
-from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
-from medct.adapters_medct import adapter_fingerprint, describe_adapter, fingerprint
+from medct.adapters_medct import CONFIG_FILE, adapter_fingerprint, describe_adapter, fingerprint
 from medct.common.digest import digest
-from medct.common.distributed import shard, sum_gradients, sum_over_processes
+from medct.common.distributed import process_rank, shard, sum_gradients, sum_over_processes
 from medct.common.errors import StoppedError, one_line_errors
 from medct.common.files import refuse_taken
 from medct.common.host import device_name, keep_freed_memory, peak_memory_bytes, quiet_libraries
 from medct.common.lock import only_run
 from medct.common.paths import local_paths, without_paths
+from medct.common.progress import be_quiet, tqdm
 from medct.data import StudyLoader
+from medct.data.label_space import asked
 from medct.evaluation.calibration import apply_calibration
 from medct.evaluation.metrics import zero_shot_scores
 from medct.evaluation.operating_points import wanted_points
@@ -47,6 +50,7 @@ from medct.evaluation.scoring import (
     embed_prompts,
     is_classifier,
     prompts_for,
+    remark_on_words,
     score_studies,
     score_versions,
     texts_to,
@@ -57,6 +61,7 @@ from medct.publishing.loading import named
 from medct.publishing.push import push_adapter, push_model
 from medct.training.best import BestSoFar
 from medct.training.checkpoints import Checkpoints, TrainingState
+from medct.training.folds import cross_validate
 from medct.training.launch import commit_of_base, load_base, make_accelerator
 from medct.training.lora import (
     add_lora,
@@ -116,17 +121,22 @@ class Trainer:
         self.is_sharded = settings.fsdp2 or self.accelerator.is_fsdp2
         set_seed(settings.seed)
         self.base, self.processor = load_base(settings)
+        asks = (settings.labels, settings.templates, settings.mapping)
+        self.base.config, mapping = asked(self.base.config, *asks)
         self.revision = commit_of_base(settings)
         self.fingerprint = fingerprint(self.base)
         self.config = self.base.config
         self.settings = settings = complete(settings, self.config)
-        self.sources = load_sources(settings, self.config)
+        self.sources = load_sources(settings, self.config, mapping)
         processes = self.accelerator.num_processes
         self.steps = number_of_steps(self.sources["train"], settings, processes)
-        remark = few_steps(self.steps, steps_per_epoch(self.sources["train"], settings, processes), settings)
-        self.remarks = [remark] if remark else []
         self.eval_steps = max(1, self.steps // 10) if settings.eval_steps is None else settings.eval_steps
         self.prompts = prompts_for(self.base, self.processor)
+        remarks = (
+            few_steps(self.steps, steps_per_epoch(self.sources["train"], settings, processes), settings),
+            remark_on_words(self.base, self.processor, self.config),
+        )
+        self.remarks = [remark for remark in remarks if remark]
         self.folder.work.mkdir(parents=True, exist_ok=True)
         self.stopped_by = ""
         self.line: Line | None = None
@@ -228,7 +238,7 @@ class Trainer:
     def _check_labels(self, scored: ScoredStudies) -> None:
         """Refuse, before any training, held-out studies that no score can be computed on."""
         try:
-            zero_shot_scores(scored.scores, scored.labels, self.config.label_names)
+            zero_shot_scores(scored.scores, scored.labels, scored.names)
         except ValueError as error:
             raise TrainingError(f"{self.sources['valid'].description}: {error}") from error
 
@@ -286,9 +296,8 @@ class Trainer:
         loader = self.loader("train", with_text=settings.objective != "prompts", seed=settings.seed, drop_last=True)
         best = BestSoFar(parameters, settings.patience)
         state = TrainingState(parameters, optimizer, schedule, loader, best)
-        checkpoints = Checkpoints(
-            self.folder.checkpoints, settings.keep_checkpoints, accelerator, settings.fixed() | {"steps": self.steps}
-        )
+        fixed = settings.fixed() | {"steps": self.steps, "labels, prompts and mappings": self._digest_of_labels()}
+        checkpoints = Checkpoints(self.folder.checkpoints, settings.keep_checkpoints, accelerator, fixed)
         if checkpoints.load(state):
             accelerator.print(f"resumed after step {state.step} of {self.steps}")
         history = self.folder.history(state.step) if accelerator.is_main_process else None
@@ -365,14 +374,13 @@ class Trainer:
         if not self.eval_steps or (state.step % self.eval_steps and state.step != self.steps):
             return {}
         scored = self._score(core(model), "tune", f"step {state.step}")
-        auroc = mean_auroc(scored, self.config.label_names)
+        auroc = mean_auroc(scored)
         state.best.note(state.step, auroc)
         return {"tune_auroc": auroc}
 
     def _choose_strength(self, model: PeftModel | MedCTModel, before: Scored) -> Choice:
         """How much of the training is handed out, chosen on tuning patients; afterwards the model has that strength."""
-        names = self.config.label_names
-        if self.line is None or mean_auroc(before["tune"], names) is None:
+        if self.line is None or mean_auroc(before["tune"]) is None:
             return Choice(1.0)
 
         def score(split: str, versions: Sequence[Callable[[], None]]) -> list[ScoredStudies]:
@@ -380,7 +388,13 @@ class Trainer:
             what = f"score strengths, {split}"
             return score_versions(core(model), versions, loader, self.prompts, self.accelerator, what)
 
-        return choose_strength(self.line, score, before, names, self.settings.max_forgotten)
+        return choose_strength(self.line, score, before, self.settings.max_forgotten)
+
+    def _digest_of_labels(self) -> str:
+        """Of what is learned, which stands in files that may change before a run is resumed."""
+        mappings = [source.mapping for _, source in sorted(self.sources.items())]
+        learned = json.dumps([self.config.label_names, self.config.label_prompts(), mappings])
+        return hashlib.sha256(learned.encode()).hexdigest()[:16]
 
     def _must_stop(self) -> bool:
         """Whether any process was told to; all of them stop after the same step."""
@@ -397,9 +411,9 @@ class Trainer:
 
     def _results(self, before: Scored, after: Scored, choice: Choice) -> dict[str, Any]:
         """What `results.json` holds."""
-        settings, names = self.settings, self.config.label_names
+        settings, names = self.settings, before["valid"].names
         wanted = wanted_points(settings.sensitivity, settings.specificity)
-        found = compare_all(before, after, names, settings.bootstrap_resamples, settings.seed, wanted)
+        found = compare_all(before, after, settings.bootstrap_resamples, settings.seed, wanted)
         held_out = self._describe("valid")
         how = "With its head" if is_classifier(self.base) else "Zero-shot"
         measured_on = f"{how} on {found['comparison']['scans']} held-out studies: {held_out}."
@@ -418,6 +432,7 @@ class Trainer:
             "strengths_tried": [dataclasses.asdict(trial) for trial in choice.trials],
             "prompts": self.config.label_prompts() if self.prompts else [],
             "label_names": names,
+            "mappings": {split: source.mapping for split, source in self.sources.items() if source.mapping},
             "base": {"model": settings.model, "revision": self.revision, "fingerprint": self.fingerprint},
             **self.counts,
             "steps": self.steps_done,
@@ -440,7 +455,7 @@ class Trainer:
         accelerator = self.accelerator
         base = {"model": self.settings.model, "revision": self.revision, "fingerprint": self.fingerprint}
         base |= about_model(self.base)
-        scored = predictions_of(before, {}, self.config.label_names, self._source_names()).scored
+        scored = predictions_of(before, {}, self._source_names()).scored
         points = {
             model: {name: each["thresholds"] for name, each in by_name.items()}
             for model, by_name in found["comparison"]["operating_points"].items()
@@ -483,52 +498,61 @@ class Trainer:
             )
             names = self._source_names()
             trained = [(names[0], "train", self.sources["train"].names)]
-            predictions = predictions_of(before, after, self.config.label_names, names)
-            write_record(folder / RESULTS, results, predictions, trained)
-            held_out, scores = before["valid"], after["valid"].scores
-            models, what = {BASE: held_out.scores, ADAPTED: scores}, "score"
-            save_plot(roc_plot(models, held_out.labels, self.config.label_names, note), folder / "roc.png")
-            if results["calibration"] and len(results["calibration"]) == len(self.config.label_names):
-                models["calibrated"] = apply_calibration(scores, results["calibration"], self.config.label_names)
+            write_record(folder / RESULTS, results, predictions_of(before, after, names), trained)
+            held_out, scored = before["valid"], after["valid"]
+            models, what = {BASE: held_out.scores, ADAPTED: scored.scores}, "score"
+            save_plot(roc_plot(models, held_out.labels, held_out.names, note), folder / "roc.png")
+            if results["calibration"] and len(results["calibration"]) == len(scored.names):
+                models["calibrated"] = apply_calibration(scored.scores, results["calibration"], scored.names)
                 what = "score, or calibrated probability"
             save_plot(calibration_plot(models, held_out.labels, note, what=what), folder / "calibration.png")
             if results["kept"]:
-                note = f"{note}; to be kept: {self.sources['keep_valid'].description}"
-                change = change_plot(results["comparison"], results["kept"], self.config.label_names, note)
+                note = f"{note}; to be kept: {self._describe('keep_valid')}"
+                change = change_plot(results["comparison"], results["kept"], scored.names, note)
                 save_plot(change, folder / "learned.png")
             if self.settings.adaptation == "full":
                 said = [results["measured_on"], results["table"], *results["remarks"]]
                 (folder / "README.md").write_text("\n\n".join(["# MedCT", *said]) + "\n", encoding="utf-8")
             else:
                 write_card(folder)
-        print(f"\n{results['table']}\n\n{results['measured_on']}\nStrength: {results['strength']:g}")
-        for remark in results["remarks"]:
-            print(f"NOTE: {remark}")
-        print(f"Saved: {self.folder.final}")
-        if self.settings.push_to_hub:
-            print(f"Pushed: {self._push()}")
 
-    def _push(self) -> str:
-        """To the Hub; returns the commit's address. The folder stays whatever happens."""
-        settings = self.settings
-        if settings.adaptation == "full":
-            return push_model(self.folder.final, settings.hub_model_id, private=settings.hub_private)
-        return push_adapter(
-            self.folder.final,
-            settings.hub_model_id,
-            private=settings.hub_private,
-            base=settings.hub_base,
-            base_revision=settings.hub_base_revision,
-        )
+
+def tell(settings: TrainingSettings, results: dict[str, Any], folder: Path) -> None:
+    """Show what a finished run found, and push it if that is wanted; the folder stays whatever happens.
+
+    Args:
+        settings: Of the run.
+        results: What `results.json` holds.
+        folder: Of the run.
+    """
+    print(f"\n{results['table']}\n\n{results['measured_on']}\nStrength: {results['strength']:g}")
+    for remark in results["remarks"]:
+        print(f"NOTE: {remark}")
+    print(f"Saved: {folder}")
+    if settings.push_to_hub and not (folder / CONFIG_FILE).is_file():
+        print(f"Pushed: {push_model(folder, settings.hub_model_id, private=settings.hub_private)}")
+    elif settings.push_to_hub:
+        base = {"base": settings.hub_base, "base_revision": settings.hub_base_revision}
+        print(f"Pushed: {push_adapter(folder, settings.hub_model_id, private=settings.hub_private, **base)}")
 
 
 def run(settings: TrainingSettings) -> dict[str, Any]:
-    """One whole run; see `Trainer`."""
-    trainer = Trainer(settings)
-    try:
-        return trainer.run()
-    finally:
-        trainer.accelerator.state.destroy_process_group()
+    """One whole run, or one for each fold; see `Trainer` and `cross_validate`."""
+    with contextlib.ExitStack() as stack:
+
+        def train(settings: TrainingSettings) -> tuple[dict[str, Any], Path]:
+            trainer = Trainer(settings)
+            stack.callback(trainer.accelerator.state.destroy_process_group)
+            return trainer.run(), trainer.folder.final
+
+        if settings.folds is None or settings.fold is not None:
+            results, folder = train(settings)
+        else:
+            check(settings)
+            results, folder = cross_validate(settings, lambda of_fold: train(of_fold)[0])
+        if not process_rank():
+            tell(settings, results, folder)
+        return results
 
 
 def main(arguments: list[str] | None = None, prog: str | None = None) -> None:
@@ -541,6 +565,7 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> None:
     settings = parse_settings(TrainingSettings, __doc__, arguments, prog)
     keep_freed_memory()
     quiet_libraries()
+    be_quiet(settings.quiet)
     with one_line_errors():
         run(settings)
 

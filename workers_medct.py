@@ -359,6 +359,8 @@ def overlapped(
         with contextlib.closing(items):
             yield from items
         return
+    # By its number, since a thread begins with the first one as the current one.
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.device(device).index is None else device
     ready: queue.Queue = queue.Queue(1)
     is_stopped = threading.Event()
     thread = threading.Thread(target=_make, args=(items, torch.device(device), ready, is_stopped), daemon=True)

@@ -112,7 +112,7 @@ class Engine:
 
     def _scored(self, name: str, volume: CTVolume) -> Scan:
         pixel_values = self.pipe.processor.image_processor.process_volume(volume)[None, None]
-        labels = self.pipe.model.config.label_names
+        labels = self.pipe.asked.label_names
         findings = self._findings(pixel_values, labels)
         return Scan(name, volume, AxialSlices.of(volume), pixel_values, findings, volume.notes)
 
@@ -131,7 +131,7 @@ class Engine:
         Raises:
             ScanError: If there are too many, or they are too long.
         """
-        own = self.pipe.model.config.label_names
+        own = self.pipe.asked.label_names
         labels = list(dict.fromkeys(line for line in map(str.strip, text.splitlines()) if line and line not in own))
         if len(labels) > MOST_OWN_FINDINGS or any(len(label) > _LONGEST_FINDING for label in labels):
             raise ScanError(f"At most {MOST_OWN_FINDINGS} findings of {_LONGEST_FINDING} letters, one a line.")

@@ -4,13 +4,13 @@
 
 Published sizes, random weights and volumes, which cost as much as real ones. Prints Markdown tables: the vision encoder
 by precision and batch, with kernels of Triton and without; tokens that take another row of the codebook than on the
-CPU; a LoRA step; loading; and whole studies, where `gpu_studies.py` is beside this file. `--tiny` makes everything so
+CPU; a LoRA step; loading; and whole studies, from files to embeddings. `--tiny` makes everything so
 small that it runs on a CPU in seconds, with numbers that mean nothing.
 """
 
 import argparse
 import gc
-import importlib.util
+import os
 import statistics
 import subprocess
 import sys
@@ -21,6 +21,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import gpu_studies
 import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -275,29 +276,36 @@ class Bench:
         print(f"Loading to the card: {loaded:.2f} s; first score {scored:.2f} s after the start, imports apart.")
 
 
-def whole_studies(folder: Path, device: torch.device) -> None:
-    """Print the rows of `gpu_studies.py`, if it is there.
+def whole_studies(bench: Bench, tiny: bool, scans: Path | None) -> None:
+    """Print studies a second from files to embeddings, and from prepared shards.
 
     Args:
-        folder: Holds the model.
-        device: Where to run.
+        bench: Holds the model.
+        tiny: Whether scans are so small that a CPU does it in seconds.
+        scans: Folder to write the scans to, or to find them in.
     """
-    if importlib.util.find_spec("gpu_studies") is None:
-        print("Whole studies: not measured, there is no gpu_studies.py.")
-        return
-    from gpu_studies import whole_studies as rows
+    vision = bench.load(torch.bfloat16).vision_model
+    cores = os.cpu_count() or 1
+    size = (
+        {"shape": (12, 12, 6), "processes": (1,), "studies_per_process": 2}
+        if tiny
+        else {"processes": sorted({1, cores})}
+    )
+    with torch.inference_mode():
+        rows = gpu_studies.whole_studies(
+            bench.device, vision_config=vision.config.to_dict(), use=vision, folder=scans, **size
+        )
+    print(gpu_studies.table(rows), flush=True)
 
-    for row in rows(folder, device):
-        print(row, flush=True)
 
-
-def report(tiny: bool, device: torch.device, repeats: int) -> None:
+def report(tiny: bool, device: torch.device, repeats: int, scans: Path | None = None) -> None:
     """Measure everything and print it.
 
     Args:
         tiny: Whether sizes are so small that a CPU does it in seconds.
         device: Where to run.
         repeats: Timed runs of each case.
+        scans: Folder to write the scans of whole studies to, or to find them in; a temporary one by default.
     """
     text = BertConfig(intermediate_size=8, **TINY_TEXT) if tiny else None
     config = MedCTConfig(text_config=text, vision_config=TINY_VISION, projection_dim=8) if tiny else MedCTConfig()
@@ -314,7 +322,7 @@ def report(tiny: bool, device: torch.device, repeats: int) -> None:
             print()
             part()
         print()
-        whole_studies(Path(folder), device)
+        whole_studies(bench, tiny, scans)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -324,11 +332,12 @@ def main(arguments: list[str] | None = None) -> None:
         "--repeats", type=int, default=9, help="timed runs of each case, the median counts (default: 9)"
     )
     parser.add_argument("--device", type=torch.device, help="default: the first card, or the CPU")
+    parser.add_argument("--scans", type=Path, help="folder for the scans of whole studies, to use them again")
     parsed = parser.parse_args(arguments)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     device = parsed.device or torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    report(parsed.tiny, device, parsed.repeats)
+    report(parsed.tiny, device, parsed.repeats, parsed.scans)
 
 
 if __name__ == "__main__":

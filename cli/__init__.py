@@ -8,9 +8,11 @@ could not be done, and why is said in one sentence.
 """
 
 import functools
+import gc
 import importlib
 import sys
 import warnings
+from types import ModuleType
 
 from medct.cli.arguments import RUNS, make_parser
 from medct.cli.wording import in_flags
@@ -24,19 +26,33 @@ def main(argv: list[str] | None = None) -> int:
     args = None if run else make_parser(__doc__ or "").parse_args(argv)
     # Only now what takes seconds to import.
     with one_line_errors(functools.partial(in_flags, args=args)):
-        importlib.import_module("medct.publishing.registration").register()
+        _imported("publishing.registration").register()
         if run:
-            return importlib.import_module(run[0]).main(argv[1:], prog=f"medct {argv[0]}") or 0
-        host = importlib.import_module("medct.common.host")
+            return _imported(run[0].removeprefix("medct.")).main(argv[1:], prog=f"medct {argv[0]}") or 0
+        host = _imported("common.host")
         host.keep_freed_memory()
         host.quiet_libraries()
-        loading = importlib.import_module("medct.publishing.loading")
-        for what in ("model", "adapter"):
-            if name := getattr(args, what, None):
-                setattr(args, what, loading.named(name, what))
+        loading = _imported("publishing.loading")
+        for flag, what in (("model", "model"), ("adapter", "adapter"), ("against", "adapter")):
+            name = getattr(args, flag, None)
+            if name and (flag, name) != ("against", "base"):
+                setattr(args, flag, loading.named(name, what))
+        progress = _imported("common.progress")
+        progress.be_quiet(args.quiet)
         module, function = args.run.split(".")
         with warnings.catch_warnings():
             # Notes stand in each row; as warnings they would tear the progress bar.
-            warnings.simplefilter("ignore", importlib.import_module("medct.volume_medct").VolumeWarning)
-            warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
-            return getattr(importlib.import_module(f"medct.cli.{module}"), function)(args)
+            warnings.simplefilter("ignore", _imported("volume_medct").VolumeWarning)
+            warnings.showwarning = lambda message, *_, **__: progress.remark(f"warning: {message}")
+            return getattr(_imported(f"cli.{module}"), function)(args)
+
+
+def _imported(name: str) -> ModuleType:
+    """A module of this package. What is imported stays: looking for garbage meanwhile would be a tenth of the time."""
+    is_looking = gc.isenabled()
+    gc.disable()
+    try:
+        return importlib.import_module(f"medct.{name}")
+    finally:
+        if is_looking:
+            gc.enable()

@@ -9,6 +9,7 @@ import medct
 from medct.cli.flags import at_least as _at_least
 from medct.cli.flags import batch_arguments as _batch_arguments
 from medct.cli.flags import model_arguments as _model_arguments
+from medct.cli.label_flags import add_label_flags
 from medct.cli.score_arguments import add_scores
 
 RUNS = {
@@ -48,7 +49,8 @@ def _prompt_arguments(parser: argparse.ArgumentParser, required: bool = False) -
         nargs="+",
         required=required,
         metavar="LABEL",
-        help="findings to ask for, in words" + ("" if required else " (default: the model's own)"),
+        help="findings to ask for, in words, or a table of them with a column `label`"
+        + ("" if required else " (default: the adapter's, else the model's own)"),
     )
     group.add_argument(
         "--templates",
@@ -207,6 +209,7 @@ def _source_arguments(parser: argparse.ArgumentParser, what: str) -> None:
         help="of a scan with several reconstructions: one, or all (default: one)",
     )
     group.add_argument("--version", type=int, choices=(1, 2), default=2, help="version of CT-RATE (default: 2)")
+    add_label_flags(parser)
 
 
 def _add_overview(add: Callable[..., argparse.ArgumentParser]) -> None:
@@ -374,6 +377,9 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     def add(name: str, run: str, help: str, example: str, more: str) -> argparse.ArgumentParser:
         text = f"{help[0].upper()}{help[1:]}.\n\n  {example}\n\n{more}"
         command = commands.add_parser(name, help=help, description=text, formatter_class=raw)
+        command.add_argument(
+            "--quiet", action="store_true", help="show no progress and no remarks, only results and errors"
+        )
         command.set_defaults(run=run, explain=command.format_help)
         return command
 

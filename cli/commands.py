@@ -8,14 +8,13 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from tqdm import tqdm
 
 from medct.byte_sources_medct import is_address
 from medct.checks_medct import preprocessing
@@ -24,6 +23,7 @@ from medct.cli.wording import in_flags
 from medct.common.errors import OK, SOME_FAILED, first_line
 from medct.common.files import whole_folder
 from medct.common.lock import only_run
+from medct.common.progress import tqdm
 from medct.configuration_medct import MedCTConfig
 from medct.errors_medct import MedCTError
 from medct.inference.bulk import KEY, Csv, JsonLines, Reading, process, process_to_file, read_rows
@@ -32,7 +32,6 @@ from medct.inference.weights import KEY as WEIGHTS
 from medct.inference.weights import weights_of
 from medct.pipeline_medct import CTPipeline, ZeroShotCTClassificationPipeline
 from medct.publishing.loading import load_model, named, pipeline_of
-from medct.volume_io_medct import read_volume
 
 MODEL_VARIABLE = "MEDCT_MODEL"
 # Processes of a launch wait for the slowest one at the end of a night.
@@ -125,7 +124,7 @@ def prompts_of(args: argparse.Namespace) -> dict[str, Any]:
     """Labels and templates as the pipeline takes them."""
     prompts: dict[str, Any] = {}
     if args.labels:
-        prompts["candidate_labels"] = list(dict.fromkeys(args.labels))
+        prompts["candidate_labels"] = _labels_of(args.labels)
     if args.templates:
         prompts["prompt_templates"] = [tuple(template.split("|")) for template in args.templates]
         try:
@@ -133,6 +132,20 @@ def prompts_of(args: argparse.Namespace) -> dict[str, Any]:
         except ValueError as error:
             raise CommandError(f"--templates: {error}") from error
     return prompts
+
+
+def _labels_of(named: Sequence[str]) -> list[str] | dict[str, Any]:
+    """Labels in words, or with their prompts from a table."""
+    if len(named) > 1 or "." not in named[0]:
+        return list(dict.fromkeys(named))
+    # Only where there can be a table, because it takes long to import what reads one.
+    from medct.data.label_space import read_labels
+    from medct.data.table_files import SUFFIXES
+
+    if not named[0].lower().endswith(SUFFIXES):
+        return named
+    table = read_labels(named[0])
+    return {finding: table.prompts.get(finding, finding) for finding in table.findings}
 
 
 def model_settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -186,18 +199,20 @@ def _predict(args: argparse.Namespace) -> int:
     prompts = prompts_of(args)
     pipe = load_pipeline(args, state.device)
     pipe._sanitize_parameters(**prompts)  # refuses, before any scan is read, what the model cannot be asked
-    labels = prompts.get("candidate_labels", pipe.model.config.label_names)
-    thresholds, calibration = pipe.thresholds, pipe.calibration
-    has_thresholds = args.templates is None and not thresholds.keys().isdisjoint(labels)
-    calibrated = [label for label in labels if args.templates is None and label in calibration]
+    labels = list(prompts.get("candidate_labels", pipe.asked.label_names))
+    has_own_words = args.templates is not None or isinstance(prompts.get("candidate_labels"), dict)
+    thresholds, calibration = ({}, {}) if has_own_words else (pipe.thresholds, pipe.calibration)
+    has_thresholds = not thresholds.keys().isdisjoint(labels)
+    calibrated = [label for label in labels if label in calibration]
     columns = [KEY, *labels, *(f"{label} present" for label in labels if has_thresholds)]
     columns += [*(f"{label} probability" for label in calibrated), "notes", *(["reports"] if asked_for(args) else [])]
     rows_as = Csv(columns) if format == "csv" else JsonLines()
     write_reports = report_writer(args, pipe, prompts, model_of(args))
     rows_of = functools.partial(prediction_rows, pipe, prompts, flat=format == "csv", write_reports=write_reports)
     if args.output is not None:
-        templates = prompts.get("prompt_templates", pipe.model.config.prompt_templates)
+        templates = prompts.get("prompt_templates", pipe.asked.prompt_templates)
         settings = {**settings_of(args, pipe), "labels": labels, "templates": templates}
+        settings["prompts"] = prompts.get("candidate_labels") if has_own_words else pipe.asked.prompts
         settings |= {"thresholds": thresholds, "calibration": calibration, "reports": asked_for(args) or None}
         failed = process_to_file(studies, reading_of(args, pipe), rows_of, args.output, rows_as, settings, state)
         return ends(failed, len(studies), args.output)
@@ -429,22 +444,14 @@ def map_scan(args: argparse.Namespace) -> int:
     (study,) = one_study(args.scan)
     prompts = prompts_of(args)
     pipe = load_pipeline(args, PartialState(cpu=args.cpu).device, zero_shot_only=True)
-    image_processor = pipe.processor.image_processor
-    volume = read_volume(
-        study.source,
-        orientation=image_processor.orientation,
-        **reading_options(args),
-    )
-    pixel_values = image_processor.process_volume(volume)[None, None]
-    maps = localization.map_findings(pipe, pixel_values, prompts["candidate_labels"], prompts.get("prompt_templates"))
-    patch_size = pipe.model.config.vision_config.patch_size
-    geometry = image_processor.geometry(volume)
+    labels, templates = prompts["candidate_labels"], prompts.get("prompt_templates")
+    found = localization.map_scan(pipe, study.source, labels, templates, **reading_options(args))
+    maps = [each.finding for each in found]
     names = localization.file_names([finding.label for finding in maps])
     with whole_folder(args.output) as folder:
-        for finding, name in zip(maps, names, strict=True):
-            values = localization.to_scan(finding.patches, patch_size, geometry, volume.array.shape)
-            localization.save_nifti(folder / f"{name}.nii.gz", values, volume.affine)
-            localization.save_png(folder / f"{name}.png", finding, values, volume)
+        for each, finding, name in zip(found, maps, names, strict=True):
+            each.save(folder / f"{name}.nii.gz")
+            each.plot().savefig(folder / f"{name}.png", dpi=100)
             numbers = f"{finding.score:.3f}  {finding.logits_margin:+6.2f}"
             print(f"{numbers}  {finding.label}: {args.output / name}.nii.gz, .png")
         index = [

@@ -2,12 +2,14 @@
 
 import argparse
 import json
+import warnings
 from typing import Any
 
 from medct.common.errors import OK, first_line
 from medct.common.lock import only_run
 from medct.configuration_medct import MedCTConfig
 from medct.data import ALL, Source, joined, open_source, open_splits
+from medct.data.label_space import LabelTable, asked
 from medct.data.overview import as_text, contact_sheet, sheet_format, summarize
 from medct.data.prepare import prepare
 from medct.data.prepared import MANIFEST
@@ -27,20 +29,25 @@ def show_overview(args: argparse.Namespace) -> int:
 
 
 def _show_overview(args: argparse.Namespace) -> int:
-    config, tokenizer = _config_of(args), None
+    config, mapping = _config_of(args)
+    processor = None
     if args.model is not None:
         try:
-            tokenizer = MedCTProcessor.from_pretrained(args.model, revision=args.model_revision).tokenizer
+            processor = MedCTProcessor.from_pretrained(args.model, revision=args.model_revision)
         except (OSError, ValueError) as error:
             raise DataError(f"{args.model}: no processor ({first_line(error)}) Pass a MedCT model.") from error
+        if remark := processor.remark_on_words(config.label_prompts(), config.label_names):
+            warnings.warn(remark, stacklevel=1)
     options = {"version": args.version, "revision": args.revision, "reconstructions": args.reconstructions}
+    options["mapping"] = mapping
     splits: dict[str, Source] = {}
     if args.split == ALL:
         splits = open_splits(args.source, config, limit=args.limit, **options)
         source = joined(list(splits.values()), f"studies of {', '.join(splits)} of {args.source}")
     else:
         source = open_source(args.source, args.split, config, limit=args.limit, **options)
-    summary = summarize(source, tokenizer, {split: each.num_studies for split, each in splits.items()})
+    counts = {split: each.num_studies for split, each in splits.items()}
+    summary = summarize(source, processor and processor.tokenizer, counts)
     summary["unreadable_samples"] = {}
     if args.samples:
         unreadable = contact_sheet(source, config, args.sheet, args.samples, args.seed)
@@ -55,10 +62,10 @@ def _show_overview(args: argparse.Namespace) -> int:
 def prepare_shards(args: argparse.Namespace) -> int:
     if args.rank >= args.world_size:
         raise DataError(f"--rank is {args.rank}, with --world_size {args.world_size}. Ranks count from 0.")
-    config = _config_of(args)
+    config, mapping = _config_of(args)
     tune_share = TUNE_SHARE if args.tune_share is None else args.tune_share
     # All reconstructions of a scan are in its group, whichever of them are prepared.
-    sources = {split: _open(args, split, config, tune_share=tune_share) for split in args.splits}
+    sources = {split: _open(args, split, config, mapping=mapping, tune_share=tune_share) for split in args.splits}
     settings = {"source": args.source, "tune_share": tune_share}
     names = ("limit", "version", "revision", "reconstructions", "studies_per_shard")
     settings |= {name: getattr(args, name) for name in names}
@@ -75,8 +82,10 @@ def prepare_shards(args: argparse.Namespace) -> int:
     return OK
 
 
-def _config_of(args: argparse.Namespace) -> MedCTConfig:
-    return MedCTConfig() if args.model is None else load_config(args.model, revision=args.model_revision)
+def _config_of(args: argparse.Namespace) -> tuple[MedCTConfig, LabelTable | None]:
+    """The model's configuration with what it is asked, and what the data call it."""
+    config = MedCTConfig() if args.model is None else load_config(args.model, revision=args.model_revision)
+    return asked(config, args.labels, args.templates, args.mapping)
 
 
 def _open(args: argparse.Namespace, split: str, config: MedCTConfig, **options: Any) -> Source:

@@ -15,7 +15,16 @@ from medct.common.errors import OK
 from medct.configuration_medct import CT_CLIP_LABELS
 from medct.data.tables import to_numbers
 from medct.evaluation.figures import Scores
-from medct.evaluation.predictions import NAME, Predictions, join_metadata, matched, named_table, paired, short_names
+from medct.evaluation.predictions import (
+    NAME,
+    Predictions,
+    held_out,
+    join_metadata,
+    matched,
+    named_table,
+    paired,
+    short_names,
+)
 from medct.evaluation.provenance import list_checksum, provenance
 from medct.evaluation.record import read_scores, write_figures
 from medct.evaluation.report import evaluation_report, retrieval_report
@@ -26,21 +35,21 @@ from medct.inference.search import read_embeddings
 
 def compare_runs(args: argparse.Namespace) -> int:
     with only_json(args.output):
-        runs = [read_scores(run) for run in args.runs]
+        runs = [held_out(read_scores(run)) for run in args.runs]
         pairs = _pairs(runs, args)
-        names = [name for name in runs[0].names if name in runs[1].names]
-        if not names:
-            raise CommandError(f"{args.runs[0]} and {args.runs[1]} have no label in common.")
         sources = []
         for title, (old, new) in pairs.items():
-            one, two = (_only(each, run.names, names) for each, run in zip((old, new), runs, strict=True))
+            names = [name for name in old.names if name in new.names]
+            if not names:
+                raise CommandError(f"{args.runs[0]} and {args.runs[1]} have no label in common on {title}.")
+            one, two = old.only(names), new.only(names)
             left = len(one.ids), len(two.ids)
             one, two = paired(one, two, title)
             models = dict(zip(_run_names(args), (Scores(one), Scores(two)), strict=True))
             options = {"resamples": args.bootstrap_resamples, "seed": args.seed}
             sources.append({"source": title, "unpaired": sum(left) - 2 * len(one.ids), "studies": list_checksum(one)})
-            sources[-1] |= figures_of(models, names, title, **options)
-        _finish(args, sources, names)
+            sources[-1] |= figures_of(models, title, **options)
+        _finish(args, sources)
     return OK
 
 
@@ -75,33 +84,26 @@ def _pairs(runs: Sequence[Predictions], args: argparse.Namespace) -> dict[str, t
     return {title: (old[title], new[title]) for title in common}
 
 
-def _only(scored: ScoredStudies, has: Sequence[str], names: Sequence[str]) -> ScoredStudies:
-    """Scores of some labels, in their order."""
-    columns = [list(has).index(name) for name in names]
-    return ScoredStudies(
-        scored.ids, scored.patients, scored.scores[:, columns], scored.labels[:, columns], scored.about
-    )
-
-
 def score_tables(args: argparse.Namespace) -> int:
     with only_json(args.output):
         if args.metadata is None:
-            found = read_scores(args.predictions)
+            found = held_out(read_scores(args.predictions))
         else:
             found = join_metadata(args.predictions, args.metadata, args.split)
         sources = []
         for key, scored in found.scored.items():
             title = key.source if len({each.model for each in found.scored}) == 1 else f"{key.source}: {key.model}"
             options = {"resamples": args.bootstrap_resamples, "seed": args.seed}
-            figures = figures_of({key.model: Scores(scored)}, found.names, title, **options)
+            figures = figures_of({key.model: Scores(scored)}, title, **options)
             sources.append({"source": f"{title}, {key.split}", "studies": list_checksum(scored), **figures})
-        _finish(args, sources, found.names)
+        _finish(args, sources)
     return OK
 
 
-def _finish(args: argparse.Namespace, sources: list[dict[str, Any]], names: Sequence[str]) -> None:
+def _finish(args: argparse.Namespace, sources: list[dict[str, Any]]) -> None:
     """Print figures that were computed from tables, and write them if asked to."""
-    results = {"label_names": list(names), "sources": sources, "table": evaluation_report(sources, names)}
+    names = list(dict.fromkeys(name for each in sources for name in each["present"]))
+    results = {"label_names": names, "sources": sources, "table": evaluation_report(sources, names)}
     print(results["table"])
     for each in sources:
         if each.get("unpaired"):

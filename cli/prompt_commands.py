@@ -17,6 +17,7 @@ from medct.common.errors import OK, first_line
 from medct.common.files import whole_file
 from medct.configuration_medct import MedCTConfig
 from medct.data import open_source
+from medct.data.label_space import told_apart
 from medct.evaluation.calibration import fit_calibration
 from medct.evaluation.operating_points import YOUDEN, choose_points
 from medct.evaluation.prompts import SYNONYMS, TEMPLATES, Template, spread, wording_scores
@@ -37,9 +38,9 @@ def try_prompts(args: argparse.Namespace) -> int:
 def _try_prompts(args: argparse.Namespace) -> int:
     pipe = load_pipeline(args, start_processes(args).device, zero_shot_only=True)
     accelerator = Accelerator(cpu=args.cpu)
-    config = pipe.model.config
+    config = pipe.asked
     templates, names = _wordings(args, config)
-    source = open_source(args.data, args.split, config, limit=args.limit, revision=args.data_revision)
+    source = told_apart(open_source(args.data, args.split, config, limit=args.limit, revision=args.data_revision))
     loader = loader_of(args, pipe, accelerator, source)
     embeds, studies = embed_studies(pipe.model, loader, accelerator, source.description)
     failed = sum(gather_object([loader.num_bad]))
@@ -82,7 +83,10 @@ def _wordings(args: argparse.Namespace, config: MedCTConfig) -> tuple[list[Templ
     templates = [tuple(each) for each in config.prompt_templates]
     templates += [each for each in asked if each not in templates]
     synonyms: Mapping[str, Sequence[str]] = SYNONYMS if args.names is None else _read_names(args.names, config)
-    return templates, {label: list(dict.fromkeys([label, *synonyms.get(label, ())])) for label in config.label_names}
+    usual = {label: words for label, words in (config.prompts or {}).items() if isinstance(words, str)}
+    return templates, {
+        label: list(dict.fromkeys([usual.get(label, label), *synonyms.get(label, ())])) for label in config.label_names
+    }
 
 
 def _read_names(path: Path, config: MedCTConfig) -> dict[str, list[str]]:
@@ -114,13 +118,13 @@ def _store_wording(
     """Write the choice into an adapter, with operating points and calibration of the scores that it gives."""
     chosen = found["chosen"]
     used = [templates.index(tuple(each)) for each in chosen["prompt_templates"]]
-    columns = [
-        each[used, names[label].index(chosen["names"].get(label, label))].mean(axis=0) for label, each in scores.items()
-    ]
+    words = {label: chosen["names"].get(label, each[0]) for label, each in names.items()}
+    columns = [each[used, names[label].index(words[label])].mean(axis=0) for label, each in scores.items()]
     values = np.stack(columns, axis=-1)
     described = read_description(folder) or {}
     described |= {
-        "wording": {"prompt_templates": chosen["prompt_templates"], "names": chosen["names"]},
+        "prompt_templates": chosen["prompt_templates"],
+        "prompts": {label: each for label, each in words.items() if each != label} or None,
         "thresholds": choose_points(values, studies.labels, list(names), {}).get(YOUDEN),
         "calibration": fit_calibration(values, studies.labels, list(names)) or None,
         "operating_points": None,

@@ -64,7 +64,7 @@ def report_writer(args: argparse.Namespace, pipe: CTPipeline, prompts: dict[str,
     if not asked_for(args):
         return None
     algorithm = algorithm_of(pipe, model, args.adapter, args.adapter_revision, args.templates or ())
-    labels = prompts.get("candidate_labels", pipe.model.config.label_names)
+    labels = list(prompts.get("candidate_labels", pipe.asked.label_names))
     options = {"series": args.series, "resample_irregular": args.resample_irregular}
 
     def write(read: ReadStudy, results: list[dict[str, Any]]) -> list[str]:
@@ -132,7 +132,9 @@ def _pictures(
     if not isinstance(pipe, ZeroShotCTClassificationPipeline):
         return [Picture("Middle slice", len(slices) // 2)]
     labels = [finding.label for finding in worth_a_picture(findings)]
-    maps = map_findings(pipe, read.pixel_values[None], labels, prompts.get("prompt_templates"))
+    maps = map_findings(
+        pipe, read.pixel_values[None], prompts.get("candidate_labels", labels), prompts.get("prompt_templates")
+    )
     geometry = pipe.processor.image_processor.geometry(volume)
     where = (pipe.model.config.vision_config.patch_size, geometry, volume.array.shape, slices)
     return [Picture(each.label, strongest_slice(each.patches, *where)) for each in maps]

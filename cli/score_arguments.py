@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from medct.cli.flags import at_least, batch_arguments, model_arguments, share
+from medct.cli.label_flags import add_label_flags
 
 ADDRESS_HELP = "folder or hf:// address: in CT-RATE's layout, with metadata.csv, of prepared shards, or a dataset"
 
@@ -77,6 +78,7 @@ def _add_evaluate(add: Callable[..., argparse.ArgumentParser]) -> None:
         metavar="FILE",
         help="run again what made this results.json, with other flags where they are given, and compare every digit",
     )
+    add_label_flags(parser, several=True)
     model_arguments(parser)
     batch_arguments(parser.add_argument_group("reading"), "processes that load studies (default: 1)")
     # What is not given is taken from --repeat, else from `score_commands.DEFAULTS`.

@@ -4,7 +4,8 @@ import argparse
 import contextlib
 import functools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,13 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from medct.adapters_medct import adapter_fingerprint, fingerprint
+from medct.adapters_medct import adapter_fingerprint, as_described, fingerprint
 from medct.cli.commands import CommandError, ends, load_pipeline, model_of, start_processes
 from medct.common.errors import OK, SOME_FAILED
 from medct.common.lock import only_run
+from medct.configuration_medct import MedCTConfig
 from medct.data import PhantomCohort, Source, open_source
+from medct.data.label_space import LabelTable, asked
 from medct.data.loader import StudyLoader
 from medct.evaluation.calibration import fit_calibration
 from medct.evaluation.figures import Scores, source_figures
@@ -29,7 +32,7 @@ from medct.evaluation.predictions import (
 from medct.evaluation.provenance import changed_figures, list_checksum, provenance, reasons
 from medct.evaluation.record import read_results, write_record
 from medct.evaluation.report import evaluation_report
-from medct.evaluation.scoring import ScoredStudies, Texts, about_model, prompts_for, score_versions
+from medct.evaluation.scoring import ScoredStudies, Texts, about_model, prompts_for, remark_on_words, score_versions
 from medct.pipeline_medct import CTPipeline
 
 BASE = "base"
@@ -44,7 +47,7 @@ DEFAULTS: dict[str, Any] = {
     "dtype": "auto",
 }
 # Flags that decide about no figure.
-_NOT_RECORDED = {"command", "run", "explain", "output", "repeat", "num_workers", "cpu"}
+_NOT_RECORDED = {"command", "run", "explain", "quiet", "output", "repeat", "num_workers", "cpu"}
 # Settings that no flag has, of a training run: sizes of a cohort of phantoms, what its models are called, and the
 # operating points of each.
 _ONLY_RECORDED = ("phantoms", "names", "points")
@@ -61,6 +64,7 @@ class Version:
         about: Where it came from.
         points: Operating points that it brings along.
         calibration: Likewise, slope and intercept by label.
+        asks: The prompts as sentences.
     """
 
     become: Callable[[], None]
@@ -68,6 +72,19 @@ class Version:
     about: dict[str, Any]
     points: Points = field(default_factory=dict)
     calibration: dict[str, list[float]] = field(default_factory=dict)
+    asks: list[list[str]] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, pipe: CTPipeline, config: MedCTConfig, become: Callable[[], None], *about: Any) -> "Version":
+        """A version that is asked what a configuration says.
+
+        Args:
+            pipe: Holds the model and its processor.
+            config: Has the labels and prompts.
+            become, about: See `Version`; of `about` also what follows it there.
+        """
+        prompts = prompts_for(pipe.model, pipe.processor, config)
+        return cls(become, prompts, *about, asks=config.label_prompts() if prompts else [])
 
 
 def evaluate(args: argparse.Namespace) -> int:
@@ -130,31 +147,36 @@ def _evaluate(args: argparse.Namespace, recorded: Mapping[str, Any] | None) -> i
     args.model = model_of(args)  # whatever named it
     pipe = load_pipeline(args, start_processes(args).device)
     accelerator = Accelerator(cpu=args.cpu)
-    names = pipe.model.config.label_names
-    versions = versions_of(args, pipe)
+    config, mappings = _asked(args, pipe)
+    if remark := remark_on_words(pipe.model, pipe.processor, config):
+        warnings.warn(remark, stacklevel=1)
+    versions = versions_of(args, pipe, config)
     score = functools.partial(_score, args, pipe, versions, accelerator)
-    tuned = None if args.tune_on is None else score(_open(args, pipe, args.tune_on, "tune"))[0]
+    opened = functools.partial(_open, args, config, mappings)
+    tuned = None if args.tune_on is None else score(opened(args.tune_on, "tune"))[0]
     scored, sources, lists, failed = {}, [], {}, 0
     if tuned is not None:
         lists[f"{short_names([args.tune_on])[0]}, tune"] = list_checksum(next(iter(tuned.values())))
     for name, address in zip(short_names(args.data), args.data, strict=True):
-        source = _open(args, pipe, address, args.split)
+        source = opened(address, args.split)
         scored[name], unreadable = score(source)
         failed += unreadable
         sources.append(_about(name, source, args.split, unreadable))
     if not accelerator.is_main_process:
         return OK
-    brought = {name: _brought(args, name, version, tuned and tuned[name], names) for name, version in versions.items()}
+    brought = {name: _brought(args, name, version, tuned and tuned[name]) for name, version in versions.items()}
     options = {"resamples": args.bootstrap_resamples, "seed": args.seed}
     for about in sources:
         by_model = scored[about["source"]]
         models = {name: Scores(each, *brought[name]) for name, each in by_model.items()}
-        about |= figures_of(models, names, about["description"], **options)
+        about |= figures_of(models, about["description"], **options)
         about["studies"] = lists[f"{about['source']}, {args.split}"] = list_checksum(next(iter(by_model.values())))
+    names = list(dict.fromkeys(name for about in sources for name in about["present"]))
     results = {
         "measured_on": "; ".join(about["description"] for about in sources),
         "synthetic": any(about["synthetic"] for about in sources),
-        "label_names": list(names),
+        "label_names": names,
+        "prompts": {name: version.asks for name, version in versions.items()},
         "sources": sources,
         "table": evaluation_report(sources, names),
         "remarks": [remark for about in sources for remark in _remarks(about)],
@@ -171,47 +193,65 @@ def _evaluate(args: argparse.Namespace, recorded: Mapping[str, Any] | None) -> i
     _show(results)
     keys = {Key(model, name, args.split): each for name, by_model in scored.items() for model, each in by_model.items()}
     if args.output is not None:
-        write_record(args.output, results, Predictions(list(names), keys))
+        write_record(args.output, results, Predictions(names, keys))
     status = ends(failed, sum(about["num_studies"] for about in sources), None)
     return max(status, OK if recorded is None else _tell_changes(recorded, results))
 
 
-def versions_of(args: argparse.Namespace, pipe: CTPipeline) -> dict[str, Version]:
+def _asked(args: argparse.Namespace, pipe: CTPipeline) -> tuple[MedCTConfig, dict[str, LabelTable | None]]:
+    """What the model is asked, and what each source calls it; of all others under ""."""
+    config, own = asked(pipe.asked, args.labels, args.templates)
+    mappings = {"": own}
+    addresses = [*args.data, *([] if args.tune_on is None else [args.tune_on])]
+    known = dict(zip(short_names(args.data), args.data, strict=True)) | {each: each for each in addresses}
+    for named in [args.mapping] if isinstance(args.mapping, str) else args.mapping or []:
+        source, _, file = named.rpartition("=")
+        if source and source not in known:
+            raise CommandError(f"--mapping {named}: there is no source {source!r}. Pass one of {', '.join(known)}.")
+        config, mappings[known.get(source, "")] = asked(config, mapping=file)
+    return config, mappings
+
+
+def versions_of(args: argparse.Namespace, pipe: CTPipeline, config: MedCTConfig) -> dict[str, Version]:
     """What is scored, by name: the model with its adapter and, first, what it is compared with.
 
     Args:
         args: Parsed and settled.
         pipe: Holds the model, with the adapter.
+        config: What is asked, but where an adapter was trained to be asked for the same labels in other words.
     """
     base = {"model": args.model, "revision": args.revision, "fingerprint": fingerprint(pipe.model)}
-    base |= about_model(pipe.model)
+    base |= about_model(pipe.model, config)
     if args.against not in (None, BASE):
         pipe.model.load_adapter(
             args.against, adapter_name="against", adapter_kwargs={"revision": args.against_revision}
         )
     adapters = {"against": (args.against, args.against_revision), "default": (args.adapter, args.adapter_revision)}
-    asked = [key for key, (adapter, _) in adapters.items() if adapter is not None]
+    wanted = [key for key, (adapter, _) in adapters.items() if adapter is not None]
     if args.adapter is None:
-        asked = [*asked, BASE]
-    titles = args.names or short_names([adapters.get(key, (base["model"],))[0] for key in asked])
+        wanted = [*wanted, BASE]
+    titles = args.names or short_names([adapters.get(key, (base["model"],))[0] for key in wanted])
     found = {}
-    for title, key in zip(titles, asked, strict=True):
+    for title, key in zip(titles, wanted, strict=True):
         adapter, revision = adapters.get(key, (BASE, None))
         if adapter == BASE:
-            asks = prompts_for(pipe.model, pipe.processor)
-            found[title] = Version(functools.partial(_without_adapter, pipe), asks, base)
+            found[title] = Version.of(pipe, config, functools.partial(_without_adapter, pipe), base)
             continue
         described = pipe.model.adapter_description(key)
+        own = as_described(pipe.model.config, described)
+        is_asked_anew = bool(args.labels or args.templates)
+        asks = config if is_asked_anew or own.label_names != config.label_names else own
+        # An operating point holds for the words that it was chosen with.
+        holds = {name for name in asks.label_names if own.label_prompts([name]) == asks.label_prompts([name])}
         points = {YOUDEN: described.get("thresholds") or {}, **(described.get("operating_points") or {})}
-        about = base | about_model(pipe.model, described.get("wording"))
+        points = {name: {label: at for label, at in each.items() if label in holds} for name, each in points.items()}
+        calibration = {label: each for label, each in (described.get("calibration") or {}).items() if label in holds}
+        about = base | about_model(pipe.model, asks)
         about |= {"adapter": adapter, "adapter_revision": revision}
         about["adapter_fingerprint"] = adapter_fingerprint(adapter, revision=revision)
-        found[title] = Version(
-            functools.partial(_with_adapter, pipe, key),
-            prompts_for(pipe.model, pipe.processor, described.get("wording")),
-            about,
-            {name: each for name, each in points.items() if each},
-            described.get("calibration") or {},
+        become = functools.partial(_with_adapter, pipe, key)
+        found[title] = Version.of(
+            pipe, asks, become, about, {name: each for name, each in points.items() if each}, calibration
         )
     return found
 
@@ -226,12 +266,19 @@ def _without_adapter(pipe: CTPipeline) -> None:
         pipe.model.disable_adapters()
 
 
-def _open(args: argparse.Namespace, pipe: CTPipeline, address: str, split: str) -> Source:
+def _open(
+    args: argparse.Namespace,
+    config: MedCTConfig,
+    mappings: Mapping[str, LabelTable | None],
+    address: str,
+    split: str,
+) -> Source:
     options = {} if args.phantoms is None else {"phantoms": PhantomCohort(**args.phantoms)}
     return open_source(
         address,
         split,
-        pipe.model.config,
+        config,
+        mapping=mappings.get(address, mappings[""]),
         reconstructions=args.reconstructions,
         limit=args.limit,
         revision=args.data_revision if address in args.data else None,
@@ -266,7 +313,7 @@ def loader_of(args: argparse.Namespace, pipe: CTPipeline, accelerator: Accelerat
     return StudyLoader(
         source,
         pipe.processor,
-        pipe.model.config.label_names,
+        source.label_names,
         batch_size=args.batch_size,
         with_text=False,
         rank=accelerator.process_index,
@@ -287,25 +334,26 @@ def _about(name: str, source: Source, split: str, unreadable: int) -> dict[str, 
         "skipped": len(source.skipped),
         "unreadable": unreadable,
         "left_out": dict(source.elsewhere),
+        "mapping": source.mapping,
     }
 
 
 def _brought(
-    args: argparse.Namespace, name: str, version: Version, tuned: ScoredStudies | None, names: Sequence[str]
+    args: argparse.Namespace, name: str, version: Version, tuned: ScoredStudies | None
 ) -> tuple[Points, dict[str, list[float]]]:
     """Operating points and calibration of a version: from tuning patients where they are asked for, else its own."""
     if tuned is None:
         return (args.points or {}).get(name, version.points), version.calibration
     wanted = wanted_points(args.sensitivity, args.specificity)
-    points = choose_points(tuned.scores, tuned.labels, names, wanted, tuned.patients)
-    return points, fit_calibration(tuned.scores, tuned.labels, names, tuned.patients)
+    points = choose_points(tuned.scores, tuned.labels, tuned.names, wanted, tuned.patients)
+    return points, fit_calibration(tuned.scores, tuned.labels, tuned.names, tuned.patients)
 
 
-def figures_of(models: Mapping[str, Scores], names: Sequence[str], what: str, **options: int) -> dict[str, Any]:
+def figures_of(models: Mapping[str, Scores], what: str, **options: int) -> dict[str, Any]:
     """`source_figures`.
 
     Args:
-        models, names: See there.
+        models: See there.
         what: Name of the source in messages.
         options: `resamples` and `seed`.
 
@@ -313,7 +361,7 @@ def figures_of(models: Mapping[str, Scores], names: Sequence[str], what: str, **
         CommandError: If there is nothing to score.
     """
     try:
-        return source_figures(models, names, **options)
+        return source_figures(models, next(iter(models.values())).scored.names, **options)
     except ValueError as error:
         raise CommandError(f"{what}: {error}") from error
 

@@ -5,7 +5,10 @@
 | `sources` | what a source and a row are |
 | `folders` | local folders and dataset repositories on the Hub |
 | `tables` | from tables of studies to sources: splits, what is left out |
+| `label_space` | labels of a data set as findings of a model: mappings, labels of one's own |
+| `table_files` | csv files and Excel sheets |
 | `ct_rate` | CT-RATE, on the Hub or local |
+| `rad_chestct` | RAD-ChestCT, on the Hub or local |
 | `own_data` | folders with `metadata.csv`, Parquet and `datasets` repositories |
 | `prepared` | prepared shards |
 | `loader` | from rows to batches |
@@ -18,10 +21,12 @@ from typing import Any, Literal
 from medct.configuration_medct import CT_CLIP_LABELS, MedCTConfig
 from medct.data.ct_rate import REPORT_COLUMNS, ct_rate_source, is_ct_rate
 from medct.data.folders import open_folder
+from medct.data.label_space import LabelSpace, LabelTable, read_labels
 from medct.data.loader import StudyLoader, report_id
 from medct.data.own_data import metadata_files, metadata_source, parquet_source
 from medct.data.phantoms import SITES, make_phantom
 from medct.data.prepared import MANIFEST, prepared_source
+from medct.data.rad_chestct import is_rad_chestct, rad_chestct_source, rad_chestct_space
 from medct.data.sources import (
     DataError,
     Deferred,
@@ -83,6 +88,7 @@ def open_source(
     revision: str | None = None,
     token: str | None = None,
     phantoms: PhantomCohort = PhantomCohort(),
+    mapping: LabelTable | str | None = None,
 ) -> Source:
     """Open a split of labelled studies, wherever they lie.
 
@@ -103,6 +109,9 @@ def open_source(
         revision: Branch, tag or commit of a repository.
         token: Token for the Hub, in place of that of the logged-in user.
         phantoms: The studies that "phantoms" stands for.
+        mapping: Which of the data's names mean which of the model's findings: a table of labels, its path, or the name
+            of a published mapping. By default the names are the same; RAD-ChestCT's abnormalities are CT-RATE's
+            findings by `rad_chestct.MAPPING`.
 
     Returns:
         The source; nothing but tables has been read.
@@ -110,38 +119,34 @@ def open_source(
     Raises:
         DataError: If the address holds none of these, or not what the model needs.
     """
+    table = read_labels(mapping, "--mapping") if isinstance(mapping, str) else mapping
     if split == ALL:
-        options = {"reconstructions": reconstructions, "tune_share": tune_share, "version": version}
+        options: dict[str, Any] = {"reconstructions": reconstructions, "tune_share": tune_share, "version": version}
         options |= {"need_reports": need_reports, "revision": revision, "token": token, "phantoms": phantoms}
-        splits = open_splits(address, config, **options)
+        splits = open_splits(address, config, mapping=table, **options)
         return joined(list(splits.values()), f"studies of {', '.join(splits)} of {address}", limit)
     share = TUNE_SHARE if tune_share is None else tune_share
     selection = Selection(split, reconstructions, share, limit, need_reports)
+    space = LabelSpace.of(config, table)
     kind, _, site = address.partition(":")
     if kind == PHANTOMS:
         if site and site not in SITES:
             raise DataError(f"{address}: there is no such site. Choose one of {', '.join(SITES)}.")
         cohort = replace(phantoms, site=site) if site else phantoms  # type: ignore[arg-type]
-        return _phantom_split(config, selection, cohort)
+        return space.apply(_phantom_split(selection, cohort))
     if address.endswith(".parquet"):
-        return parquet_source(address, config, selection, revision, token)
+        return space.apply(parquet_source(address, space.columns, selection, revision, token))
     folder = open_folder(address, revision, token)
     if folder.file(MANIFEST):
-        return prepared_source(
-            folder.address,
-            split,
-            config,
-            reconstructions=reconstructions,
-            tune_share=tune_share,
-            limit=limit,
-            need_reports=need_reports,
-            token=token,
-        )
+        return _prepared_split(folder.address, config, space, selection, tune_share, token)
     if files := metadata_files(folder):
-        return metadata_source(folder, files, config, selection)
+        return space.apply(metadata_source(folder, files, space.columns, selection))
+    if is_rad_chestct(folder):
+        space = rad_chestct_space(config, table)
+        return space.apply(rad_chestct_source(folder, space.columns, selection))
     if is_ct_rate(folder):
-        return ct_rate_source(folder, config, selection, version)
-    return parquet_source(address, config, selection, revision, token)
+        return space.apply(ct_rate_source(folder, space.columns, selection, version))
+    return space.apply(parquet_source(address, space.columns, selection, revision, token))
 
 
 def open_splits(address: str, config: MedCTConfig, **options: Any) -> dict[str, Source]:
@@ -166,10 +171,31 @@ def open_splits(address: str, config: MedCTConfig, **options: Any) -> dict[str, 
     return found
 
 
-def _phantom_split(config: MedCTConfig, selection: Selection, cohort: PhantomCohort) -> Source:
+def _prepared_split(
+    address: str,
+    config: MedCTConfig,
+    space: LabelSpace,
+    selection: Selection,
+    tune_share: float | None,
+    token: str | None,
+) -> Source:
+    """A split of prepared shards, whose labels were the model's when they were made, or are mapped now."""
+    source = prepared_source(
+        address,
+        selection.split,
+        config,
+        reconstructions=selection.reconstructions,
+        tune_share=tune_share,
+        limit=selection.limit,
+        need_reports=selection.need_reports,
+        token=token,
+        own_labels=space.table is not None,
+    )
+    return space.apply(source)
+
+
+def _phantom_split(selection: Selection, cohort: PhantomCohort) -> Source:
     """A split of a cohort of phantoms."""
-    if list(config.label_names) != list(CT_CLIP_LABELS):
-        raise DataError(f"{PHANTOMS}: these are drawn with CT-CLIP's 18 labels. Pass a model that has them.")
     patients = cohort.patients(selection.split)
     chosen = first_of([_phantom_name(cohort.site, patient) for patient in patients], selection.limit)
     return phantom_source(cohort.site, [patients[index] for index in chosen], cohort.seed)

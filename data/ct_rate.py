@@ -26,12 +26,13 @@ from pathlib import Path
 
 import pandas as pd
 
-from medct.configuration_medct import MedCTConfig
 from medct.data.folders import Folder, LocalFolder
 from medct.data.sources import DataError, NoSuchSplitError, Source
 from medct.data.subgroups import COLUMNS as SUBGROUPS
 from medct.data.subgroups import PREFIX, subgroup_columns
+from medct.data.table_files import columns_of, read_table
 from medct.data.tables import (
+    MAPPING_HINT,
     SPACINGS_MM,
     Selection,
     Sieve,
@@ -39,7 +40,6 @@ from medct.data.tables import (
     check_labels,
     join_text,
     merge_doubles,
-    read_csv,
     table_source,
     to_numbers,
 )
@@ -98,12 +98,14 @@ class CTRate:
         if path is None:
             return None
         shown = str(path) if self.folder.is_local else f"{self.folder}: {path.name}"
-        return merge_doubles(read_csv(path, [NAME, *columns], optional, shown), NAME, shown, optional)
+        hints = dict.fromkeys(columns, MAPPING_HINT) if name == _LABELS else None
+        table = read_table(path, [NAME, *columns], optional, shown, hints)
+        return merge_doubles(table, NAME, shown, optional)
 
     def _file_with(self, columns: Sequence[str]) -> Path | None:
         """The first csv file of the split, at most two folders deep, that has all columns."""
         for path in _shallow(self.folder, "*.csv"):
-            if path.name.split("_")[0] in _SPELLINGS[self.split] and {NAME, *columns} <= _header(path):
+            if path.name.split("_")[0] in _SPELLINGS[self.split] and {NAME, *columns} <= set(columns_of(path)):
                 return path
         return None
 
@@ -186,26 +188,19 @@ def _shallow(folder: Folder, pattern: str) -> list[Path]:
     return sorted(path for depth in ("", "*/", "*/*/") for path in folder.root.glob(depth + pattern))
 
 
-def _header(path: Path) -> set[str]:
-    try:
-        return set(pd.read_csv(path, nrows=0, encoding="utf-8-sig").columns)
-    except (OSError, ValueError):  # some other file
-        return set()
-
-
 def is_ct_rate(folder: Folder) -> bool:
     """Whether a folder has a table in CT-RATE's layout."""
     if any(CTRate(folder, split).find(_LABELS) for split in _SPELLINGS):
         return True
-    return any(NAME in _header(path) for path in _shallow(folder, "*.csv"))
+    return any(NAME in columns_of(path) for path in _shallow(folder, "*.csv"))
 
 
-def ct_rate_source(folder: Folder, config: MedCTConfig, selection: Selection, version: int = 2) -> Source:
+def ct_rate_source(folder: Folder, label_names: Sequence[str], selection: Selection, version: int = 2) -> Source:
     """A split of CT-RATE; see the top of this file.
 
     Args:
         folder: Folder in CT-RATE's layout.
-        config: The model's configuration, whose labels are read.
+        label_names: Labels to read.
         selection: Which studies; "tune" is part of CT-RATE's train split.
         version: 1 or 2.
 
@@ -215,7 +210,7 @@ def ct_rate_source(folder: Folder, config: MedCTConfig, selection: Selection, ve
     if version not in (1, 2):
         raise DataError(f"CT-RATE has the versions 1 and 2, not {version}.")
     data = CTRate(folder, "valid" if selection.split == "valid" else "train", version)
-    labels, reports, metadata = data.labels(config.label_names), data.reports(), data.metadata()
+    labels, reports, metadata = data.labels(label_names), data.reports(), data.metadata()
     studies = labels.merge(reports, on=NAME, how="outer", indicator=True)
     if metadata is not None:
         studies = studies.merge(metadata, on=NAME, how="left", indicator="with_metadata")
@@ -231,12 +226,12 @@ def ct_rate_source(folder: Folder, config: MedCTConfig, selection: Selection, ve
     sieve = sift(studies, data)
     sieve.table["volume"] = data.volume_paths(sieve.table[NAME])
     sieve.drop(sieve.table["volume"].isna(), "no such file")
-    columns = ["id", "patient", "scan", "report", "volume", *config.label_names]
+    columns = ["id", "patient", "scan", "report", "volume", *label_names]
     columns += [column for column in sieve.table if column.startswith(PREFIX)]
     if version == 1:
         columns += ["rescale_slope", "rescale_intercept", *SPACINGS_MM]
     sieve.table = sieve.table[columns]
-    return table_source(sieve, config.label_names, folder.volume, selection, f"CT-RATE ({folder}, version {version})")
+    return table_source(sieve, label_names, folder.volume, selection, f"CT-RATE ({folder}, version {version})")
 
 
 def _part(names: pd.Series, part: str) -> list[str]:

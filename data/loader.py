@@ -161,16 +161,17 @@ class StudyLoader:
         if is_whole:
             self.num_seen = self.num_bad = 0
         # On a GPU they are a batch ahead, so that the position is noted here, where a batch is given out.
-        for seen, batch in overlapped(self._batches(), self.device, _tensors_of):
-            for bad in seen:
-                self._position += 1
-                self.num_seen += 1
-                if bad is not None:
-                    self._pass_by(bad)
-            if batch is not None:
-                num_batches += 1
-                yield batch
-                del batch
+        with contextlib.closing(overlapped(self._batches(), self.device, _tensors_of)) as groups:
+            for seen, batch in groups:
+                for bad in seen:
+                    self._position += 1
+                    self.num_seen += 1
+                    if bad is not None:
+                        self._pass_by(bad)
+                if batch is not None:
+                    num_batches += 1
+                    yield batch
+                    del batch
         if is_whole and not num_batches:
             raise DataError(
                 f"{self.source.description}: a pass over it gave process {self.rank + 1} of {self.world_size} no batch "
@@ -275,6 +276,7 @@ class _Gathered:
 
     def batch(self) -> Batch:
         rows, loader = self.rows, self.loader
+        assert self.pixel_values is not None, "a batch has studies"
         batch = {
             "pixel_values": self.pixel_values[: len(rows)],
             "labels": torch.tensor([row["labels"] for row in rows], dtype=torch.float32),

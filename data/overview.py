@@ -17,20 +17,19 @@ import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure, SubFigure
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from medct import pictures_medct
 from medct.common.files import whole_file
+from medct.common.progress import tqdm
 from medct.configuration_medct import MedCTConfig
+from medct.data.label_space import merge_columns
 from medct.data.loader import LoadStudy
 from medct.data.sources import DataError, Row, Skipped, Source
 from medct.image_processing_medct import MedCTImageProcessor
-from medct.volume_medct import affine_from_spacing, axis_order
+from medct.volume_medct import CTVolume, affine_from_spacing
 from medct.workers_medct import Place
 
-# Rows of a picture run towards the feet or the back, columns towards the back or the patient's left.
-_UPRIGHT = "IPL"
-_VIEWS = (("axial", "R", "L"), ("coronal", "R", "L"), ("sagittal", "A", "P"))
 _STUDIES_A_LINE = 2
 _STUDY_INCHES = 6.2  # width
 _LINE_INCHES = 2.6  # height
@@ -75,6 +74,7 @@ def summarize(
     skipped: dict[str, list[str]] = {}
     for study in source.skipped:
         skipped.setdefault(study.reason, []).append(study.id)
+    labels, names = merge_columns(labels, source.label_names, source.merged)
     is_known = np.isfinite(labels).all(axis=1)
     by_split, start = {}, 0
     for split, count in (splits or {}).items():
@@ -82,14 +82,14 @@ def summarize(
         by_split[split] = {
             "num_studies": count,
             "num_patients": len(set(patients[rows])),
-            "labels": _count_labels(labels[rows], source.label_names),
+            "labels": _count_labels(labels[rows], names),
         }
     return {
         "description": source.description,
         "num_studies": source.num_studies,
         "num_volumes": sum(map(len, source.groups)),
         "num_patients": len(set(patients)),
-        "labels": _count_labels(labels, source.label_names),
+        "labels": _count_labels(labels, names),
         "no_finding": {"studies": int((labels[is_known] == 0).all(axis=1).sum()), "known": int(is_known.sum())},
         "reports": _count_reports(reports, tokenizer),
         "skipped": skipped,
@@ -186,21 +186,15 @@ def _report_lines(reports: dict[str, Any], num_studies: int) -> list[str]:
 
 
 def middle_slices(pixel_values: torch.Tensor, config: MedCTConfig) -> list[tuple[np.ndarray, float]]:
-    """The axial, coronal and sagittal slices through the middle, upright.
+    """The axial, coronal and sagittal slices through the middle, upright; see `pictures_medct.middle_slices`.
 
     Args:
         pixel_values: `(z, y, x)`, as the model sees it.
         config: Says how the axes lie, and their spacing.
-
-    Returns:
-        For each view, the picture `(rows, columns)` and the height of its pixels over their width.
     """
     vision = config.vision_config
-    axes, signs = axis_order(affine_from_spacing((1, 1, 1), vision.orientation), _UPRIGHT)
-    upright = pixel_values.numpy().transpose(axes)[tuple(slice(None, None, sign) for sign in signs)]
-    down, back, left = (vision.target_spacing_mm[axis] for axis in axes)
-    z, y, x = (length // 2 for length in upright.shape)
-    return [(upright[z], back / left), (upright[:, y], down / left), (upright[:, :, x], down / back)]
+    affine = affine_from_spacing(vision.target_spacing_mm, vision.orientation)
+    return pictures_medct.middle_slices(CTVolume(pixel_values.numpy(), affine))
 
 
 def sheet_format(path: Path) -> str:
@@ -250,7 +244,8 @@ def contact_sheet(source: Source, config: MedCTConfig, path: Path, samples: int,
         study = load.load_row(row, Place())
         if isinstance(study, Skipped):
             unreadable.append(study)
-        _draw_study(panel, row, study, source.label_names, config)
+        labels, names = merge_columns(np.array([row["labels"]]), source.label_names, source.merged)
+        _draw_study(panel, {**row, "labels": labels[0]}, study, names, config)
     with whole_file(path) as aside:
         figure.savefig(aside, format=format, metadata={"Software": None} if format == "png" else None)
     return unreadable
@@ -276,7 +271,7 @@ def _draw_study(
     low, high = vision.hu_min / vision.hu_per_unit, vision.hu_max / vision.hu_per_unit
     axes = panel.subplots(1, 3, gridspec_kw={"left": 0.02, "right": 0.98, "bottom": 0.02, "top": 0.79, "wspace": 0.04})
     for axis, (picture, aspect), (view, first, last) in zip(
-        axes, middle_slices(pixel_values, config), _VIEWS, strict=True
+        axes, middle_slices(pixel_values, config), pictures_medct.VIEWS, strict=True
     ):
         axis.imshow(picture, cmap="gray", vmin=low, vmax=high, aspect=aspect, interpolation="nearest")
         axis.axis("off")

@@ -2,8 +2,9 @@
 
 `metadata.csv` follows the folder convention of `datasets`: `file_name` (a NIfTI file or a DICOM folder, relative to the
 csv file), `report`, one column per label and, optionally, `patient`, `split` and `subgroups`. It lies at the top of the
-folder, or there is one in each of `train/`, `valid/` (or `validation/`) and `test/`. Parquet has the same columns, with
-`volume` or any other `Nifti()` column in place of `file_name`, and the splits of its repository.
+folder, or there is one in each of `train/`, `valid/` (or `validation/`) and `test/`; `metadata.xlsx` will do. Parquet
+has the same columns, with `volume` or any other `Nifti()` column in place of `file_name`, and the splits of its
+repository.
 
 Splits: "valid" is the split called valid, validation, val or test. If there is both a test split and one of the others,
 test is "valid" and the other is "tune". Without any of them, a tenth of the patients is held out. Without a `patient`
@@ -22,12 +23,13 @@ import pyarrow as pa
 from datasets import Features, Nifti, load_dataset_builder
 from pyarrow import parquet
 
-from medct.configuration_medct import MedCTConfig
 from medct.data.folders import HUB_ADDRESS, Folder
 from medct.data.sources import DataError, Deferred, Source, hash_share
 from medct.data.subgroups import COLUMNS as SUBGROUPS
 from medct.data.subgroups import subgroup_columns
+from medct.data.table_files import read_table
 from medct.data.tables import (
+    MAPPING_HINT,
     SPLITS,
     Selection,
     Sieve,
@@ -35,7 +37,6 @@ from medct.data.tables import (
     check_labels,
     join_text,
     merge_doubles,
-    read_csv,
     table_source,
 )
 
@@ -109,12 +110,12 @@ def choose_split(table: pd.DataFrame, selection: Selection, where: str) -> tuple
     return table[table["split"] == selection.split], how, elsewhere
 
 
-def tidy(table: pd.DataFrame, config: MedCTConfig, where: str) -> pd.DataFrame:
+def tidy(table: pd.DataFrame, label_names: Sequence[str], where: str) -> pd.DataFrame:
     """Make a table of studies as `tables` describes it, with a column `split`.
 
     Args:
         table: With `id`, `volume`, labels, and any of the other columns, as text.
-        config: The model's configuration, which names the labels.
+        label_names: Labels to read.
         where: Name of the source in messages.
 
     Raises:
@@ -122,14 +123,14 @@ def tidy(table: pd.DataFrame, config: MedCTConfig, where: str) -> pd.DataFrame:
     """
     parts = [table[column] for column in REPORT_COLUMNS if column in table]
     reports = [join_text(*part) for part in zip(*parts, strict=True)] if parts else [""] * len(table)
-    table = check_labels(table, config.label_names, where)
+    table = check_labels(table, label_names, where)
     for column in ("patient", "split"):
         if column not in table:
             table = table.assign(**{column: table["id"] if column == "patient" else ""})
         table = table.assign(**{column: table[column].astype(str).str.strip()})
     if (table["patient"] == "").any():
         raise DataError(f"{where}: {int((table['patient'] == '').sum())} rows have an empty 'patient'. Fill it in.")
-    columns = ["id", "patient", "split", "volume", *config.label_names]
+    columns = ["id", "patient", "split", "volume", *label_names]
     return table[columns].assign(report=reports, **subgroup_columns(table))
 
 
@@ -139,20 +140,35 @@ def tidy(table: pd.DataFrame, config: MedCTConfig, where: str) -> pd.DataFrame:
 
 
 def metadata_files(folder: Folder) -> dict[str, Path]:
-    """`metadata.csv` at the top (keyed by ""), or those of the split folders (keyed by their names)."""
-    if path := folder.file(METADATA):
+    """`metadata.csv` at the top (keyed by ""), or those of the split folders (keyed by their names).
+
+    In a local folder, `metadata.xlsx` will do.
+
+    Raises:
+        DataError: If there are both.
+    """
+    if path := _metadata_file(folder, ""):
         return {"": path}
-    found = {name: folder.file(f"{name}/{METADATA}") for name in ("train", "tune", *_VALID, *_TEST)}
+    found = {name: _metadata_file(folder, f"{name}/") for name in ("train", "tune", *_VALID, *_TEST)}
     return {name: path for name, path in found.items() if path}
 
 
-def metadata_source(folder: Folder, files: dict[str, Path], config: MedCTConfig, selection: Selection) -> Source:
+def _metadata_file(folder: Folder, within: str) -> Path | None:
+    # A repository is asked once for each name, and each costs a request.
+    names = [METADATA, METADATA.replace(".csv", ".xlsx")] if folder.is_local else [METADATA]
+    found = [path for name in names if (path := folder.file(within + name))]
+    if len(found) > 1:
+        raise DataError(f"{folder}: it has both {within}{names[0]} and {within}{names[1]}. Keep the one that holds.")
+    return found[0] if found else None
+
+
+def metadata_source(folder: Folder, files: dict[str, Path], label_names: Sequence[str], selection: Selection) -> Source:
     """A split of a folder with `metadata.csv`; see the top of this file.
 
     Args:
         folder: Folder that `files` and the volumes lie in.
         files: From `metadata_files`.
-        config: The model's configuration, whose labels are read.
+        label_names: Labels to read.
         selection: Which studies.
 
     Raises:
@@ -160,18 +176,18 @@ def metadata_source(folder: Folder, files: dict[str, Path], config: MedCTConfig,
     """
     tables = []
     for split, path in files.items():
-        shown = f"{folder}/{split}/{METADATA}" if split else f"{folder}/{METADATA}"
-        groups = [name for name in SUBGROUPS if name not in config.label_names]
+        shown = f"{folder}/{split}/{path.name}" if split else f"{folder}/{path.name}"
+        groups = [name for name in SUBGROUPS if name not in label_names]
         optional = ("patient", "split", *REPORT_COLUMNS, *groups)
-        table = read_csv(path, ["file_name", *config.label_names], optional, shown)
+        table = read_table(path, ["file_name", *label_names], optional, shown, dict.fromkeys(label_names, MAPPING_HINT))
         table = merge_doubles(table, "file_name", shown, groups)
         names = f"{split}/" + table["file_name"] if split else table["file_name"]
         table = table.assign(id=names, volume=names)
-        tables.append(tidy(table.assign(split=split) if split else table, config, shown))
+        tables.append(tidy(table.assign(split=split) if split else table, label_names, shown))
     chosen, how, elsewhere = choose_split(pd.concat(tables, ignore_index=True), selection, str(folder))
     sieve = Sieve(chosen.drop(columns="split"))
     sieve.drop(~sieve.table["volume"].map(folder.has_volume).astype(bool), "no such file")
-    return table_source(sieve, config.label_names, folder.volume, selection, f"{folder}{how}", elsewhere)
+    return table_source(sieve, label_names, folder.volume, selection, f"{folder}{how}", elsewhere)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -217,7 +233,11 @@ class ParquetVolumes:
 
 
 def parquet_source(
-    address: str, config: MedCTConfig, selection: Selection, revision: str | None = None, token: str | None = None
+    address: str,
+    label_names: Sequence[str],
+    selection: Selection,
+    revision: str | None = None,
+    token: str | None = None,
 ) -> Source:
     """A split of Parquet files, or of a `datasets` repository stored as Parquet, with a `Nifti()` column.
 
@@ -225,7 +245,7 @@ def parquet_source(
 
     Args:
         address: Parquet file, folder, or `hf://datasets/ORG/NAME`.
-        config: The model's configuration, whose labels are read.
+        label_names: Labels to read.
         selection: Which studies.
         revision: Branch, tag or commit of the repository.
         token: Token for the repository.
@@ -239,16 +259,16 @@ def parquet_source(
     paths = tuple(split_of)
     tables, columns = [], set()
     for number, path in enumerate(paths):
-        table, column = _light_columns(path, number, options, config)
+        table, column = _light_columns(path, number, options, label_names)
         tables.append(table.assign(split=split_of[path] if len(files) > 1 else table.get("split", "")))
         columns.add(column)
     if len(columns) != 1:
         raise DataError(f"{address}: the volume columns of its files differ ({', '.join(sorted(columns))}).")
-    table = tidy(merge_doubles(pd.concat(tables, ignore_index=True), "id", address, SUBGROUPS), config, address)
+    table = tidy(merge_doubles(pd.concat(tables, ignore_index=True), "id", address, SUBGROUPS), label_names, address)
     chosen, how, elsewhere = choose_split(table, selection, address)
     volumes = ParquetVolumes(paths, columns.pop(), options)
     sieve = Sieve(chosen.drop(columns="split"))
-    return table_source(sieve, config.label_names, volumes, selection, f"{address}{how}", elsewhere)
+    return table_source(sieve, label_names, volumes, selection, f"{address}{how}", elsewhere)
 
 
 def _data_files(address: str, revision: str | None, token: str | None) -> dict[str, list[str]]:
@@ -271,17 +291,19 @@ def _data_files(address: str, revision: str | None, token: str | None) -> dict[s
     return {str(split): [str(path) for path in paths] for split, paths in builder.config.data_files.items()}
 
 
-def _light_columns(path: str, number: int, options: dict[str, Any], config: MedCTConfig) -> tuple[pd.DataFrame, str]:
+def _light_columns(
+    path: str, number: int, options: dict[str, Any], label_names: Sequence[str]
+) -> tuple[pd.DataFrame, str]:
     """All columns of a Parquet file but the volumes, with where each volume lies; and the name of their column."""
     try:
         with fsspec.open(path, "rb", **options) as file:
             shard = parquet.ParquetFile(file)
             column = _volume_column(path, shard.schema_arrow)
-            groups = [name for name in SUBGROUPS if name not in config.label_names]
-            wanted = [*config.label_names, *ID_COLUMNS, *REPORT_COLUMNS, *groups, "patient", "split"]
-            missing = [name for name in config.label_names if name not in shard.schema_arrow.names]
+            groups = [name for name in SUBGROUPS if name not in label_names]
+            wanted = [*label_names, *ID_COLUMNS, *REPORT_COLUMNS, *groups, "patient", "split"]
+            missing = [name for name in label_names if name not in shard.schema_arrow.names]
             if missing:
-                raise DataError(f"{path}: it has no column {missing[0]!r}. Add it, or pass a model with its labels.")
+                raise DataError(f"{path}: it has no column {missing[0]!r}. Add it. {MAPPING_HINT}")
             table = shard.read([name for name in wanted if name in shard.schema_arrow.names]).to_pandas()
             sizes = [shard.metadata.row_group(group).num_rows for group in range(shard.num_row_groups)]
     except (OSError, pa.ArrowException) as error:
@@ -290,7 +312,7 @@ def _light_columns(path: str, number: int, options: dict[str, Any], config: MedC
     names = next((table[name].astype(str) for name in ID_COLUMNS if name in table), None)
     if names is None:
         names = [f"{Path(path).name}, row {row}" for row in range(len(cells))]
-    text = {name: table[name].fillna("").astype(str) for name in table if name not in config.label_names}
+    text = {name: table[name].fillna("").astype(str) for name in table if name not in label_names}
     return table.assign(**text).assign(id=names, volume=cells), column
 
 

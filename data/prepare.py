@@ -24,11 +24,11 @@ import pyarrow as pa
 import torch
 from huggingface_hub import DatasetCard, DatasetCardData
 from pyarrow import parquet
-from tqdm import tqdm
 
 from medct.common.files import remove_leftovers, whole_file
 from medct.common.lock import LockedError, only_run
 from medct.common.paths import local_paths, without_paths
+from medct.common.progress import tqdm
 from medct.configuration_medct import MedCTConfig
 from medct.data.prepared import FEATURES, FORMAT, MANIFEST, grid_settings, nifti_header, shard_name
 from medct.data.sources import DataError, Source, read_study, too_many_bad
@@ -400,7 +400,7 @@ def prepare(
     preparer = Preparer(config)
     shards = {split: shards_of(folder, split, source, settings) for split, source in sources.items()}
     num_studies = {split: sum(len(shard.keys) for shard in shards[split]) for split in sources}
-    settings = {**grid_settings(config), **settings, "num_studies": num_studies}
+    settings = {**grid_settings(config), **label_settings(sources), **settings, "num_studies": num_studies}
     claim(folder, settings)
     mine = [shard for of_split in shards.values() for shard in of_split][rank::world_size]
     mine = [shard for shard in mine if _is_wanted(shard, retry_skipped)]
@@ -420,6 +420,19 @@ def prepare(
                     "and resume with --retry_skipped, or allow more."
                 )
     return finish(folder, shards, sources, settings)
+
+
+def label_settings(sources: dict[str, Source]) -> dict[str, Any]:
+    """How the labels of a source came about, if the data call them otherwise; the same for all its splits.
+
+    Args:
+        sources: Source of each split.
+    """
+    source = next(iter(sources.values()))
+    if source.mapping is None:
+        return {}
+    merged = [{"findings": list(each.findings), "rule": each.rule} for each in source.merged]
+    return {"mapping": source.mapping, "merged": merged}
 
 
 def _is_wanted(shard: Shard, retry_skipped: bool) -> bool:

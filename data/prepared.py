@@ -40,7 +40,7 @@ from medct.byte_sources_medct import is_address
 from medct.common.errors import first_line
 from medct.common.retry import keep_trying
 from medct.configuration_medct import MedCTConfig
-from medct.data.sources import DataError, Deferred, NoSuchSplitError, Row, Skipped, Source, first_of
+from medct.data.sources import DataError, Deferred, Merged, NoSuchSplitError, Row, Skipped, Source, first_of
 from medct.volume_medct import VolumeError
 
 FORMAT = 2
@@ -286,20 +286,21 @@ def check_tune_share(address: str, manifest: dict[str, Any], tune_share: float |
         )
 
 
-def check_grid(address: str, manifest: dict[str, Any], config: MedCTConfig) -> None:
+def check_grid(address: str, manifest: dict[str, Any], config: MedCTConfig, own_labels: bool = False) -> None:
     """Refuse shards that were prepared for another model's input.
 
     Args:
         address: Where the shards lie, for messages.
         manifest: From `read_manifest`.
         config: The model's configuration.
+        own_labels: Whether they may have other labels.
 
     Raises:
         DataError: If they were; it names the first setting that differs.
     """
     for name, wanted in grid_settings(config).items():
         found = manifest["settings"][name]
-        if found == wanted:
+        if found == wanted or (own_labels and name == "label_names"):
             continue
         if name == "label_names":
             missing = sorted(set(wanted) - set(found)) or ["the same in another order"]
@@ -359,6 +360,7 @@ def prepared_source(
     need_reports: bool = False,
     revision: str | None = None,
     token: str | bool | None = None,
+    own_labels: bool = False,
 ) -> Source:
     """A split of prepared shards.
 
@@ -372,6 +374,7 @@ def prepared_source(
         need_reports: Leave out studies without a report.
         revision: Branch, tag or commit of the repository on the Hub.
         token: Token for the Hub.
+        own_labels: Give the labels that the shards have, whatever the model's are.
 
     Raises:
         DataError: If there are no such shards, they are not for this model, or a file is missing.
@@ -381,7 +384,8 @@ def prepared_source(
     manifest = read_manifest(address, options)
     if manifest is None:
         raise DataError(f"{address}: no {MANIFEST}, so the shards are unfinished. Run `medct prepare` until it exists.")
-    check_grid(address, manifest, config)
+    check_grid(address, manifest, config, own_labels)
+    label_names = tuple(manifest["settings"]["label_names"])
     check_tune_share(address, manifest, tune_share)
     if split not in manifest["splits"]:
         raise NoSuchSplitError(
@@ -395,18 +399,18 @@ def prepared_source(
     scans = [scan for file in found["files"] for scan in file["scans"]]
     groups = [groups[index] for index in first_of([scans[rows[0]] for rows in groups], limit)]
     starts = itertools.accumulate((len(file["scans"]) for file in found["files"]), initial=0)
-    read = _ReadRow(
-        paths, tuple(starts)[:-1], tuple(manifest["settings"]["image_size"]), len(config.label_names), options
-    )
+    read = _ReadRow(paths, tuple(starts)[:-1], tuple(manifest["settings"]["image_size"]), len(label_names), options)
     return Source(
         groups,
         read,
-        tuple(config.label_names),
+        label_names,
         f"{len(groups)} prepared studies of {found['description']}",
         tuple(Skipped(**study) for study in found["skipped"]),
         [scans[rows[0]] for rows in groups],
         found["synthetic"],
         {name: each["num_studies"] for name, each in manifest["splits"].items() if name != split},
+        tuple(Merged(tuple(each["findings"]), each["rule"]) for each in manifest["settings"].get("merged", ())),
+        manifest["settings"].get("mapping"),
     )
 
 

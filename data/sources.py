@@ -46,6 +46,24 @@ class Skipped:
     reason: str
 
 
+@dataclass(frozen=True)
+class Merged:
+    """Findings that the labels of a source cannot tell apart, so that they are scored as one.
+
+    Args:
+        findings: Their names, two or more.
+        rule: How their scores become one: "max", or "max_or_min", the highest if it is above 0.5, else the lowest.
+    """
+
+    findings: tuple[str, ...]
+    rule: str = "max"
+
+    @property
+    def name(self) -> str:
+        """What they are called together."""
+        return " or ".join(self.findings)
+
+
 FEWEST_JUDGED = 100
 """With fewer studies, bad ones are judged as if there were this many: at 5 %, five may always be bad."""
 
@@ -109,6 +127,8 @@ class Source:
         is_synthetic: Whether these are drawings and not patients.
         elsewhere: Studies that the address holds in other splits, by split, where the division is this package's or in
             the user's own table; nothing where a data set comes divided.
+        merged: Findings whose labels hold for all of them together. Each has the label of all in a row.
+        mapping: Which names of the data the labels come from, ready for JSON; `None` if they have the same names.
     """
 
     groups: Sequence[Sequence[int]]
@@ -119,6 +139,8 @@ class Source:
     names: Sequence[str] = ()
     is_synthetic: bool = False
     elsewhere: Mapping[str, int] = field(default_factory=dict)
+    merged: tuple[Merged, ...] = ()
+    mapping: dict[str, Any] | None = None
 
     def __post_init__(self):
         if not self.names:
@@ -191,14 +213,19 @@ def joined(sources: Sequence[Source], description: str, limit: int | None = None
     ]
     names = [name for source in sources for name in source.names]
     chosen = first_of(names, limit)
+    mapping = sources[0].mapping
+    by = "" if mapping is None else f", labels by {mapping['name']}"
+    is_synthetic = any(source.is_synthetic for source in sources)
     return Source(
         [groups[index] for index in chosen],
         _ReadJoined(tuple(source.read for source in sources)),
         sources[0].label_names,
-        f"{len(chosen)} {description}",
+        f"{len(chosen)} {'SYNTHETIC ' if is_synthetic else ''}{description}{by}",
         tuple(study for source in sources for study in source.skipped),
         [names[index] for index in chosen],
-        any(source.is_synthetic for source in sources),
+        is_synthetic,
+        merged=sources[0].merged,
+        mapping=mapping,
     )
 
 

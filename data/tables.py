@@ -7,9 +7,9 @@ folder, or whatever its `volume_of` understands), one column per label and, wher
 """
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -24,6 +24,15 @@ SPLITS = ("train", "tune", "valid")
 TUNE_SHARE = 0.1
 """Default share of a train split's patients that form the tune split."""
 SPACINGS_MM = ["i_mm", "j_mm", "k_mm"]
+MAPPING_HINT = "If it has another name there, say so with --mapping; other findings are asked for with --labels."
+"""What else to do if a label has no column."""
+_YES = "yes y true present positive ja wahr vorhanden oui vrai présent si sí sì presente sim evet var tak да 是 有 阳性"
+_NO = "no n false absent negative nein falsch non faux nee não hayır yok nie нет 否 无 無 阴性"
+WORDS = {**dict.fromkeys(_YES.split(), 1.0), "はい": 1.0, **dict.fromkeys(_NO.split(), 0.0), "いいえ": 0.0}
+"""Labels that are written as words, casefolded; what means different things in different places is not among them."""
+_NOT_KNOWN = "nan na n/a unknown unbekannt inconnu desconocido sconosciuto bilinmiyor 未知"
+_UNKNOWN = {"", *_NOT_KNOWN.split()}
+_DECIMAL_COMMA = re.compile(r"[0-9]*,[0-9]+")
 # What reports hold where nothing was dictated.
 _NO_TEXT = {"", "not given.", "not given", "nan"}
 
@@ -81,37 +90,6 @@ def join_text(*parts: object) -> str:
     return " ".join(text for text in texts if text.lower() not in _NO_TEXT)
 
 
-def read_csv(path: Path, columns: Sequence[str], optional: Sequence[str] = (), name: str | None = None) -> pd.DataFrame:
-    """Read columns of a csv file as text.
-
-    Args:
-        path: The file.
-        columns: Columns that it must have.
-        optional: Columns that it may have.
-        name: What to call it in messages; its path by default.
-
-    Raises:
-        DataError: If the file cannot be read, or a column is missing.
-    """
-    name = name or str(path)
-    try:
-        found = pd.read_csv(path, nrows=0, encoding="utf-8-sig").columns
-        missing = [column for column in columns if column not in found]
-        if missing:
-            raise DataError(
-                f"{name}: has no column {missing[0]!r}"
-                + (f" (and {len(missing) - 1} others that are needed)" if len(missing) > 1 else "")
-                + f", but {', '.join(map(repr, found[:4]))}{' ...' if len(found) > 4 else ''}. Add it to the file."
-            )
-        wanted = [*columns, *(column for column in optional if column in found)]
-        return pd.read_csv(path, usecols=wanted, dtype=str, keep_default_na=False, encoding="utf-8-sig")[wanted]
-    except DataError:
-        raise
-    except (OSError, ValueError) as error:  # pandas' parser errors and wrong encodings are ValueErrors
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataError(f"{name}: not a readable csv file ({reason}). Save it as csv in UTF-8.") from error
-
-
 def merge_doubles(table: pd.DataFrame, key: str, name: str, remarks: Sequence[str] = ()) -> pd.DataFrame:
     """Reduce a table to one row per key by merging equal rows.
 
@@ -158,22 +136,49 @@ def check_labels(table: pd.DataFrame, label_names: Sequence[str], name: str) -> 
     """Convert labels to numbers from 0 to 1; NaN if unknown.
 
     Args:
-        table: With one column per label, as text.
+        table: With one column per label: text, numbers or truth values.
         label_names: Columns of the labels.
         name: What to call the table in messages.
 
     Raises:
-        DataError: If a label is neither in this range nor unknown.
+        DataError: If a label is neither a number in this range, nor a word of `WORDS`, nor unknown.
     """
     for label in label_names:
-        table = to_numbers(table, [label], name)
-        strange = table[label][(table[label] < 0) | (table[label] > 1)]
+        numbers = table[label].map({cell: _to_number(cell) for cell in table[label].unique()}).astype(float)
+        strange = table[label][numbers.isna() & ~table[label].map(_is_unknown) | (numbers < 0) | (numbers > 1)]
         if len(strange):
             raise DataError(
-                f"{name}: the label {label!r} is {strange.iloc[0]:g} somewhere. Write 1 (present), 0 (not present), "
-                "or leave the cell empty (unknown)."
+                f"{name}: the label {label!r} is {_shown(strange.iloc[0])} somewhere. Write 1 (present), 0 (not "
+                "present), or leave the cell empty (unknown)."
             )
+        table = table.assign(**{label: numbers})
     return table
+
+
+def _to_number(cell: Any) -> float:
+    """A label as a number; NaN if it is unknown, or none."""
+    if not isinstance(cell, str):
+        return math.nan if cell is None else float(cell)
+    text = cell.strip().casefold()
+    if text in WORDS:
+        return WORDS[text]
+    if _DECIMAL_COMMA.fullmatch(text):
+        text = text.replace(",", ".")
+    try:
+        return math.nan if "_" in text else float(text)  # Python's own numbers may hold one
+    except ValueError:
+        return math.nan
+
+
+def _is_unknown(cell: Any) -> bool:
+    return cell.strip().casefold() in _UNKNOWN if isinstance(cell, str) else cell is None or math.isnan(cell)
+
+
+def _shown(cell: Any) -> str:
+    number = _to_number(cell)
+    if not math.isnan(number):
+        return f"{number:g}"
+    return repr(cell if len(cell) <= 20 else f"{cell[:17]}...")
 
 
 class Sieve:

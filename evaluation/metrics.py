@@ -334,7 +334,8 @@ def _protocol_figures(reach: _Reach, scores: np.ndarray) -> dict[str, np.ndarray
     """Figures of the protocols, `(resamples,)` each, with thresholds chosen anew in each resample."""
     found: dict[str, np.ndarray] = {}
     for prefix, (rule, reported) in _PROTOCOLS.items():
-        candidates = CT_CLIP_GRID if prefix == CT_CLIP_PREFIX else np.unique(scores)[::-1]
+        # Of a label that is unknown throughout there are no scores, and nothing is reported.
+        candidates = CT_CLIP_GRID if prefix == CT_CLIP_PREFIX or not len(scores) else np.unique(scores)[::-1]
         best = _best(reach, candidates, rule)
         hits, false_alarms = (np.take_along_axis(counts, best[None], 0)[0] for counts in reach.counts(candidates))
         figures = _decision_figures(reach, hits, false_alarms)

@@ -149,7 +149,8 @@ def change_plot(comparison: dict[str, Any], kept: dict[str, Any], names: Sequenc
     """
 
     def change(where: dict[str, Any], key: str) -> tuple[float, float, float]:
-        found = where["difference"][key]
+        nothing = {"value": None, "low": None, "high": None}  # where a site has not this label
+        found = where["difference"].get(key, nothing)
         value, low, high = (math.nan if found[part] is None else found[part] for part in ("value", "low", "high"))
         return value, low, high
 

@@ -17,11 +17,13 @@ import pandas as pd
 
 from medct.common.files import whole_file
 from medct.data.sources import DataError
-from medct.data.tables import read_csv, to_numbers
+from medct.data.table_files import columns_of, read_table
+from medct.data.tables import check_labels, to_numbers
 from medct.evaluation.scoring import ScoredStudies
 
 NAME = "file_name"
 KEYS = ("model", "source", "split")
+TUNE = "tune"
 _NAME_COLUMNS = (NAME, "VolumeName", "study")
 _LABEL = "{} label"
 
@@ -62,6 +64,16 @@ class Predictions:
     scored: dict[Key, ScoredStudies]
 
 
+def held_out(predictions: Predictions) -> Predictions:
+    """Scores without those of tuning patients, which models were chosen on; with them if there are no others.
+
+    Args:
+        predictions: Of a run.
+    """
+    others = {key: scored for key, scored in predictions.scored.items() if key.split != TUNE}
+    return Predictions(predictions.names, others or predictions.scored)
+
+
 def write_predictions(
     path: Path, predictions: Predictions, others: Iterable[tuple[str, str, Sequence[str]]] = ()
 ) -> None:
@@ -72,15 +84,16 @@ def write_predictions(
         predictions: What to write.
         others: Source, split and names of studies that have no scores, such as those trained on.
     """
-    parts = [_table(key, scored, predictions.names) for key, scored in predictions.scored.items()]
+    parts = [_table(key, scored) for key, scored in predictions.scored.items()]
     for source, split, studies in others:
         parts.append(pd.DataFrame({"model": "", "source": source, "split": split, NAME: list(studies)}))
     with whole_file(path) as aside:
         pd.concat(parts, ignore_index=True).to_csv(aside, index=False, lineterminator="\n")
 
 
-def _table(key: Key, scored: ScoredStudies, names: Sequence[str]) -> pd.DataFrame:
+def _table(key: Key, scored: ScoredStudies) -> pd.DataFrame:
     table = {**key._asdict(), NAME: scored.ids, "patient": scored.patients}
+    names = scored.names
     # As float64, whose text is read back to the bit.
     table |= dict(zip(names, np.asarray(scored.scores, float).T, strict=True))
     labels = np.asarray(scored.labels, float).T
@@ -99,7 +112,7 @@ def read_predictions(path: Path) -> Predictions:
         DataError: If it is no such file.
     """
     known = [*KEYS, NAME, "patient"]
-    table = read_csv(path, known, [column for column in _columns(path) if column not in known])
+    table = read_table(path, known, [column for column in columns_of(path) if column not in known])
     names = [name for name in table if _LABEL.format(name) in table]
     if not names:
         raise DataError(f"{path}: it holds no labels. Pass the csv file beside a results.json.")
@@ -109,22 +122,16 @@ def read_predictions(path: Path) -> Predictions:
     found = {}
     for key, rows in numbers.groupby(list(KEYS), sort=False):
         about = rows[groups].to_dict("records") if groups else []
+        of_source = [name for name in names if rows[name].notna().any()]  # others may have other labels
         found[Key(*key)] = ScoredStudies(
             rows[NAME].tolist(),
             rows["patient"].tolist(),
-            rows[names].to_numpy(float),
-            rows[list(map(_LABEL.format, names))].to_numpy(float),
+            rows[of_source].to_numpy(float),
+            rows[list(map(_LABEL.format, of_source))].to_numpy(float),
             about,
+            names=of_source,
         )
     return Predictions(names, found)
-
-
-def _columns(path: Path) -> list[str]:
-    """All columns of a csv file."""
-    try:
-        return list(pd.read_csv(path, nrows=0, encoding="utf-8-sig").columns)
-    except (OSError, ValueError):  # `read_csv` says what is wrong
-        return []
 
 
 def join_metadata(predictions: Path, metadata: Path, split: str | None = None) -> Predictions:
@@ -147,7 +154,7 @@ def join_metadata(predictions: Path, metadata: Path, split: str | None = None) -
     names = [name for name in scores if name in labels and name not in (*KEYS, NAME, "patient")]
     if not names:
         raise DataError(f"{predictions} and {metadata} have no label in common. Name the columns alike.")
-    labels = to_numbers(labels, names, str(metadata)).assign(patient=labels.get("patient", labels[NAME]))
+    labels = check_labels(labels, names, str(metadata)).assign(patient=labels.get("patient", labels[NAME]))
     if split is not None:
         if "split" not in labels:
             raise DataError(f"{metadata}: it has no column 'split'. Leave out --split.")
@@ -163,7 +170,11 @@ def join_metadata(predictions: Path, metadata: Path, split: str | None = None) -
     for model, rows in scores.groupby("model", sort=False):
         truth = labels.set_index(NAME).loc[rows[NAME]]
         found[Key(str(model), metadata.name, split or "all")] = ScoredStudies(
-            rows[NAME].tolist(), truth["patient"].tolist(), rows[names].to_numpy(float), truth[names].to_numpy(float)
+            rows[NAME].tolist(),
+            truth["patient"].tolist(),
+            rows[names].to_numpy(float),
+            truth[names].to_numpy(float),
+            names=names,
         )
     return Predictions(names, found)
 
@@ -174,9 +185,9 @@ def named_table(path: Path) -> pd.DataFrame:
     Raises:
         DataError: If it cannot be read, or has no such column.
     """
-    columns = _columns(path)
+    columns = columns_of(path)
     name = next((column for column in _NAME_COLUMNS if column in columns), NAME)
-    table = read_csv(path, [name], [column for column in columns if column != name])
+    table = read_table(path, [name], [column for column in columns if column != name])
     return table.rename(columns={name: NAME})
 
 

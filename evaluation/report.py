@@ -73,7 +73,7 @@ def evaluation_report(sources: Sequence[dict[str, Any]], names: Sequence[str]) -
     else:
         tables = [_differences(by_name)] if len(sources) > 1 else []
         for name, each in by_name.items():
-            tables += [f"**{name}**", results_table(each, names)]
+            tables += [f"**{name}**", results_table(each, [label for label in names if label in each["present"]])]
     for name, each in by_name.items():
         tables += [points_table(each["operating_points"], name), subgroups_table(each["subgroups"], name)]
         tables += [calibration_table(error, f"{model} on {name}") for model, error in each["calibration_error"].items()]
@@ -82,9 +82,14 @@ def evaluation_report(sources: Sequence[dict[str, Any]], names: Sequence[str]) -
 
 def _finding_rows(by_name: Mapping[str, dict[str, Any]], names: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
     for name in names:
-        cells = [f"{_cell(each['scores'][f'auroc/{name}'])}, {each['present'][name]:,}" for each in by_name.values()]
-        yield name, cells
+        yield name, [_finding_cell(each, name) for each in by_name.values()]
     yield "**mean**", [_cell(each["scores"]["auroc"]) for each in by_name.values()]
+
+
+def _finding_cell(source: Mapping[str, Any], name: str) -> str:
+    if name not in source["present"]:  # it has other labels
+        return UNDEFINED
+    return f"{_cell(source['scores'][f'auroc/{name}'])}, {source['present'][name]:,}"
 
 
 def _means_of(sources: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
@@ -105,6 +110,21 @@ def _differences(by_name: Mapping[str, dict[str, Any]]) -> str:
     for title, each in by_name.items():
         cells = [_cell(each[which]["auroc"], sign) for which, sign in _COLUMNS]
         lines.append(f"| {title} ({each['scans']:,} scans) | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def folds_table(folds: Sequence[dict[str, Any]]) -> str:
+    """Each fold of a cross-validation by itself.
+
+    Args:
+        folds: With `fold`, `scans`, `patients`, mean AUROC as `base` and `adapted`, `steps` and `strength`.
+    """
+    lines = ["| held out | scans | patients | mean AUROC, base | adapted | steps | strength |"]
+    lines.append("| --- |" + " ---: |" * 6)
+    for each in folds:
+        aurocs = [f"{each[model]:.3f}" for model in ("base", "adapted")]
+        cells = [f"{each['scans']:,}", f"{each['patients']:,}", *aurocs, f"{each['steps']:,}", f"{each['strength']:g}"]
+        lines.append(f"| fold {each['fold']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -215,8 +235,10 @@ def _caption(sources: Sequence[dict[str, Any]]) -> str:
             f"Without an interval: findings that fewer than {FEWEST} patients have, or are without ({', '.join(few)}), "
             "and means of which more than half are such."
         )
-    if any(interval["value"] is None for each in figures for interval in each.values()):
-        said.append(f"{UNDEFINED}: always or never present here, so it has no score and no part in the means.")
+    differ = len({tuple(each["present"]) for each in sources}) > 1
+    if differ or any(interval["value"] is None for each in figures for interval in each.values()):
+        others = " or not among its labels," if differ else ""
+        said.append(f"{UNDEFINED}: always or never present there,{others} so it has no score and no part in the means.")
     return " ".join(said)
 
 

@@ -1,20 +1,21 @@
 """Scores of labelled studies, zero-shot or by a classifier, spread over processes."""
 
+import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from tqdm import tqdm
 
-from medct.adapters_medct import reworded
 from medct.common.distributed import sum_over_processes
+from medct.common.progress import tqdm
 from medct.configuration_medct import MedCTConfig
 from medct.data import StudyLoader
+from medct.data.label_space import merge_columns
 from medct.modeling_medct import MedCTForImageClassification, MedCTModel, zero_shot_probabilities
 from medct.processing_medct import MedCTProcessor
 
@@ -33,6 +34,7 @@ class ScoredStudies:
         scores: `(studies, labels)`, in [0, 1]: "present" against "not present".
         labels: `(studies, labels)`, 0, 1 or NaN for unknown.
         about: For each study the subgroups that it belongs to, by what divides them; nothing where nothing is known.
+        names: Of the labels: the model's, but that findings which the source cannot tell apart are one.
     """
 
     ids: list[str]
@@ -40,6 +42,7 @@ class ScoredStudies:
     scores: np.ndarray
     labels: np.ndarray
     about: list[dict[str, str]] = field(default_factory=list)
+    names: list[str] = field(kw_only=True)
 
     def take(self, rows: Sequence[int]) -> "ScoredStudies":
         """Some of the studies.
@@ -49,7 +52,16 @@ class ScoredStudies:
         """
         about = [self.about[row] for row in rows] if self.about else []
         ids, patients = [self.ids[row] for row in rows], [self.patients[row] for row in rows]
-        return ScoredStudies(ids, patients, self.scores[rows], self.labels[rows], about)
+        return ScoredStudies(ids, patients, self.scores[rows], self.labels[rows], about, names=self.names)
+
+    def only(self, names: Sequence[str]) -> "ScoredStudies":
+        """Some of the labels.
+
+        Args:
+            names: Of these, in their order.
+        """
+        columns = [self.names.index(name) for name in names]
+        return replace(self, scores=self.scores[:, columns], labels=self.labels[:, columns], names=list(names))
 
 
 def is_classifier(model: torch.nn.Module) -> bool:
@@ -67,37 +79,44 @@ def tokenize_prompts(config: MedCTConfig, processor: MedCTProcessor) -> list[Tex
     return [dict(processor(text=sentences, return_tensors="pt")) for sentences in config.label_prompts()]
 
 
-def prompts_for(model: AnyModel, processor: MedCTProcessor, wording: Mapping[str, Any] | None = None) -> list[Texts]:
-    """What a model is asked: its own prompts, or nothing if it is a classifier.
+def prompts_for(model: AnyModel, processor: MedCTProcessor, config: MedCTConfig | None = None) -> list[Texts]:
+    """What a model is asked: prompts, or nothing if it is a classifier.
 
     Args:
         model: With or without adapters.
         processor: The model's.
-        wording: What an adapter has chosen instead of the model's own, see `reworded`.
+        config: Has the labels and templates; the model's own by default.
     """
-    if is_classifier(model):
-        return []
-    if not wording:
-        return tokenize_prompts(model.config, processor)
-    sentences = model.config.label_prompts(*reworded(model.config.label_names, wording))
-    return [dict(processor(text=each, return_tensors="pt")) for each in sentences]
+    return [] if is_classifier(model) else tokenize_prompts(config or model.config, processor)
 
 
-def about_model(model: AnyModel, wording: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def remark_on_words(model: AnyModel, processor: MedCTProcessor, config: MedCTConfig) -> str | None:
+    """A remark if the tokenizer does not know words of the prompts; see `MedCTProcessor.remark_on_words`.
+
+    Args:
+        model: With or without adapters; nothing is said of a classifier.
+        processor: The model's.
+        config: Has the labels and templates.
+    """
+    return None if is_classifier(model) else processor.remark_on_words(config.label_prompts(), config.label_names)
+
+
+def about_model(model: AnyModel, config: MedCTConfig | None = None) -> dict[str, Any]:
     """What decides about the scores of a model besides its weights, ready for JSON.
 
     Args:
         model: With or without adapters.
-        wording: See `prompts_for`.
+        config: See `prompts_for`.
 
     Returns:
-        `dtype`; unless it is a classifier, `prompt_templates` and `names`, other names of labels.
+        `dtype`; unless it is a classifier, `prompt_templates` and `prompts`, as in the configuration.
     """
     about: dict[str, Any] = {"dtype": str(model.dtype).removeprefix("torch.")}
     if is_classifier(model):
         return about
-    own = {"prompt_templates": [list(template) for template in model.config.prompt_templates], "names": {}}
-    return about | own | dict(wording or {})
+    config = config or model.config
+    templates = [list(template) for template in config.prompt_templates]
+    return about | {"prompt_templates": templates, "prompts": config.prompts or {}}
 
 
 def texts_to(texts: Texts, device: torch.device) -> Texts:
@@ -182,7 +201,12 @@ def score_versions(
         return torch.stack(found, dim=1)  # (batch, versions, labels)
 
     ids, patients, values, labels, about = _of_every_study(model, loader, accelerator, what, scores)
-    return [ScoredStudies(ids, patients, by_version, labels, about) for by_version in values.swapaxes(0, 1)]
+    merged = functools.partial(merge_columns, names=loader.source.label_names, merged=loader.source.merged)
+    known, names = merged(labels)
+    return [
+        ScoredStudies(ids, patients, merged(by_version)[0], known, about, names=list(names))
+        for by_version in values.swapaxes(0, 1)
+    ]
 
 
 @torch.no_grad()
@@ -205,7 +229,8 @@ def embed_studies(
             return model.get_image_features(pixel_values).pooler_output.float()
 
     ids, patients, values, labels, about = _of_every_study(model, loader, accelerator, what, embeds)
-    return values, ScoredStudies(ids, patients, np.full(labels.shape, np.nan), labels, about)
+    names = list(loader.source.label_names)
+    return values, ScoredStudies(ids, patients, np.full(labels.shape, np.nan), labels, about, names=names)
 
 
 def _of_every_study(

@@ -17,9 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from tqdm import tqdm
-
 from medct.common.files import remove_leftovers, whole_file
+from medct.common.progress import remark, tqdm
 from medct.errors_medct import MedCTError
 from medct.inference.studies import FailedStudy, LoadStudy, ReadStudy, Study, batched_reads, read_ahead
 from medct.inference.weights import KEY as WEIGHTS
@@ -282,7 +281,7 @@ def process_to_file(
     finished = {row[KEY] for row in read_rows(rows_path, format)} | set(done)
     left = [study for study in studies if study.id not in finished]
     if state.is_main_process and len(left) < len(studies):
-        print(f"{len(studies) - len(left)} of {len(studies)} studies are already in {output}.", file=sys.stderr)
+        remark(f"{len(studies) - len(left)} of {len(studies)} studies are already in {output}.")
     index, count = state.process_index, state.num_processes
     rows, failures = (
         RowFile(path if count == 1 else part_path(path, index), of)

@@ -13,22 +13,23 @@ import hashlib
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import nibabel
 import numpy as np
 import torch
 from matplotlib.cm import ScalarMappable
-from matplotlib.figure import Figure
 from torch.nn import functional as F
 
 from medct.image_processing_medct import VolumeGeometry
 from medct.inference.slices import AXIAL, AxialSlices, draw_places, draw_slice, fonts
+from medct.pictures_medct import Picture
 from medct.pipeline_medct import ZeroShotCTClassificationPipeline
 from medct.resampling_medct import AxisPlan, reorient
-from medct.volume_io_medct import CTVolume
+from medct.volume_io_medct import CTVolume, read_volume
 
 CAVEAT = "Debugging aid, not a finding: published CT-CLIP localises poorly (Dice about 0.004)"
 _WINDOW_HU = (-1000, 400)
@@ -54,12 +55,16 @@ class FindingMap:
     logits_margin: float
     patches: torch.Tensor
 
+    def __repr__(self) -> str:
+        shape = " x ".join(map(str, self.patches.shape))
+        return f"FindingMap({self.label!r}, score {self.score:.3f}, margin {self.logits_margin:+.2f}, {shape} patches)"
+
 
 @torch.no_grad()
 def map_findings(
     pipe: ZeroShotCTClassificationPipeline,
     pixel_values: torch.Tensor,
-    labels: Sequence[str] | None = None,
+    labels: Sequence[str] | Mapping[str, Any] | None = None,
     templates: Sequence[Sequence[str]] | None = None,
 ) -> list[FindingMap]:
     """Decompose the scores of a scan into its patches.
@@ -67,7 +72,7 @@ def map_findings(
     Args:
         pipe: With or without an adapter.
         pixel_values: `(1, 1, z, y, x)`.
-        labels: Findings; the model's own by default.
+        labels: Findings, see the pipeline's `candidate_labels`.
         templates: See the pipeline; the results are averaged.
 
     Returns:
@@ -75,7 +80,7 @@ def map_findings(
     """
     model = pipe.model
     _, height, width = model.config.vision_config.grid_size
-    labels = list(labels or model.config.label_names)
+    names = list(labels or pipe.asked.label_names)
     outputs = model.vision_model(pixel_values=pixel_values.to(pipe.device), return_dict=True)
     latent = model.visual_projection(outputs.pooler_output).float()
     text_embeds = pipe.prompt_embeds(labels, templates)
@@ -85,7 +90,7 @@ def map_findings(
     tokens = outputs.last_hidden_state[0].float().unflatten(0, (-1, height * width))  # (z, y * x, d)
     present, absent = torch.stack(text_embeds).mean(0).unflatten(0, (-1, 2)).unbind(1)  # (labels, dim) each
     maps = []
-    for label, direction in zip(labels, present - absent, strict=True):
+    for label, direction in zip(names, present - absent, strict=True):
         places = _pull_back(model.visual_projection, direction, outputs.pooler_output).view(height * width, -1)
         patches = model.logit_scale((tokens * places).sum(-1) / (len(tokens) * latent.norm()))
         score, margin = results[label]["score"], results[label]["logits_margin"]
@@ -192,11 +197,10 @@ def save_nifti(path: Path, values: np.ndarray, affine: np.ndarray) -> None:
     nibabel.save(image, path)
 
 
-def save_png(path: Path, finding: FindingMap, values: np.ndarray, volume: CTVolume, slices: int = 4) -> None:
+def draw_map(finding: FindingMap, values: np.ndarray, volume: CTVolume, slices: int = 4) -> Picture:
     """Draw the axial slices with the highest values over the scan, and where they lie in it.
 
     Args:
-        path: File to write.
         finding: The finding to draw.
         values: From `to_scan`.
         volume: The scan.
@@ -206,7 +210,7 @@ def save_png(path: Path, finding: FindingMap, values: np.ndarray, volume: CTVolu
     turned, _ = reorient(CTVolume(values, volume.affine), AXIAL)
     picked = _highest(turned, slices, reach=round(_APART_MM / scan.spacing_mm[0]))
     most = float(np.abs(turned).max()) or 1.0
-    figure = Figure(figsize=(4 * len(picked) + 3, 5), layout="constrained")
+    figure = Picture(figsize=(4 * len(picked) + 3, 5), layout="constrained")
     panels = figure.subplots(1, len(picked) + 1, width_ratios=[*[4] * len(picked), 3])
     for axes, k in zip(panels, picked, strict=False):
         draw_slice(axes, scan, k, _WINDOW_HU)
@@ -219,7 +223,79 @@ def save_png(path: Path, finding: FindingMap, values: np.ndarray, volume: CTVolu
     bar.set_label("logits that a patch adds")
     said = f"{finding.label}: score {finding.score:.3f}, margin {finding.logits_margin:+.2f}\n{CAVEAT}"
     figure.suptitle(said, fontfamily=fonts())
-    figure.savefig(path, dpi=100)
+    return figure
+
+
+def save_png(path: Path, *what: Any) -> None:
+    """Write the picture of a map.
+
+    Args:
+        path: File to write.
+        what: See `draw_map`.
+    """
+    draw_map(*what).savefig(path, dpi=100)
+
+
+@dataclass(frozen=True)
+class ScanMap:
+    """A map on the scan that it is of.
+
+    Args:
+        finding: What it shows, and its score.
+        values: `(i, j, k)`, logits that a patch adds, at the voxels of the scan.
+        volume: The scan.
+    """
+
+    finding: FindingMap
+    values: np.ndarray
+    volume: CTVolume
+
+    def __repr__(self) -> str:
+        return f"ScanMap({self.finding!r} on {self.volume!r})"
+
+    def plot(self, slices: int = 4) -> Picture:
+        """Draw the axial slices with the highest values; a notebook shows the figure by itself.
+
+        Args:
+            slices: Number of slices.
+        """
+        return draw_map(self.finding, self.values, self.volume, slices)
+
+    def save(self, path: Path) -> None:
+        """Write it as NIfTI, see `save_nifti`."""
+        save_nifti(path, self.values, self.volume.affine)
+
+
+def map_scan(
+    pipe: ZeroShotCTClassificationPipeline,
+    scan: Any,
+    labels: Sequence[str] | None = None,
+    templates: Sequence[Sequence[str]] | None = None,
+    **reading: Any,
+) -> list[ScanMap]:
+    """From a scan to where its scores come from, in one call.
+
+    Args:
+        pipe: With or without an adapter.
+        scan: What `read_volume` takes.
+        labels: Findings; the model's own by default.
+        templates: See the pipeline; the results are averaged.
+        reading: Options of `read_volume`.
+
+    Returns:
+        One map per finding, in the order of the labels.
+
+    Raises:
+        VolumeError: If it is no usable CT volume.
+    """
+    image_processor = pipe.processor.image_processor
+    volume = read_volume(scan, orientation=image_processor.orientation, **reading)
+    geometry = image_processor.geometry(volume)
+    patch_size = pipe.model.config.vision_config.patch_size
+    maps = map_findings(pipe, image_processor.process_volume(volume)[None, None], labels, templates)
+    return [
+        ScanMap(finding, to_scan(finding.patches, patch_size, geometry, volume.array.shape), volume) for finding in maps
+    ]
 
 
 def _highest(values: np.ndarray, count: int, reach: int) -> list[int]:

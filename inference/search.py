@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from medct.common.errors import first_line
 from medct.common.files import whole_file
 from medct.data.ct_rate import REPORT_COLUMNS
+from medct.data.table_files import columns_of, read_table
 from medct.data.tables import join_text
 from medct.errors_medct import MedCTError
 from medct.inference.bulk import KEY
@@ -75,21 +74,18 @@ def read_reports(path: Path) -> dict[str, str]:
     """Read reports by the names of their files, without those that say nothing ("Not given.").
 
     Args:
-        path: csv file with a column `file_name` or `VolumeName`, and `report` or CT-RATE's two.
+        path: csv file or Excel sheet with a column `file_name` or `VolumeName`, and `report` or CT-RATE's two.
 
     Raises:
-        SearchError: If the file cannot be read, or columns are missing.
+        DataError, SearchError: If the file cannot be read, or columns are missing.
     """
-    try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False)
-    except ValueError as error:  # pandas' parser errors and wrong encodings
-        raise SearchError(f"{path}: not a csv file ({first_line(error)}). Save it as csv in UTF-8.") from error
+    table = read_table(path, (), (*_NAME_COLUMNS, "report", *REPORT_COLUMNS))
     name = next((column for column in _NAME_COLUMNS if column in table), None)
     columns = ["report"] if "report" in table else [column for column in REPORT_COLUMNS if column in table]
     if name is None or not columns:
         raise SearchError(
-            f"{path}: it has the columns {', '.join(table.columns)}. Name one {' or '.join(_NAME_COLUMNS)}, and one "
-            f"report, or {' and '.join(REPORT_COLUMNS)}."
+            f"{path}: it has the columns {', '.join(columns_of(path))}. Name one {' or '.join(_NAME_COLUMNS)}, "
+            f"and one report, or {' and '.join(REPORT_COLUMNS)}."
         )
     reports = [join_text(*parts) for parts in table[columns].itertuples(index=False)]
     return {study: report for study, report in zip(table[name], reports, strict=True) if report}

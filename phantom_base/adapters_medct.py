@@ -11,14 +11,14 @@ import hashlib
 import json
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils.hub import cached_file
 
 from .checks_medct import preprocessing
@@ -56,6 +56,10 @@ def _peft() -> Any:
 
 class AdapterMismatchError(MedCTError, ValueError):
     """An adapter that does not belong to this model; the message says why and what to do."""
+
+
+class OtherWordsWarning(UserWarning):
+    """An adapter that was trained to be asked in other words than its model."""
 
 
 def base_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -252,6 +256,7 @@ def describe_adapter(
         "preprocessing": preprocessing(model.config),
         "label_names": list(model.config.label_names),
         "prompt_templates": [list(pair) for pair in model.config.prompt_templates],
+        "prompts": model.config.prompts,
         "thresholds": thresholds,
         "calibration": calibration,
         "strength": strength,
@@ -261,14 +266,45 @@ def describe_adapter(
     return description
 
 
-def reworded(labels: Sequence[str], wording: Mapping[str, Any]) -> tuple[list[str], list[Any]]:
-    """Names and templates by which an adapter asks for labels, for `MedCTConfig.label_prompts`.
+def adapters_in_use(model: PreTrainedModel) -> list[str]:
+    """Names of the adapters that take part in a model's calls."""
+    # Layers of PEFT know whether they are disabled; `active_adapters` names them all the same.
+    is_disabled = any(getattr(module, "disable_adapters", None) is True for module in model.modules())
+    if is_disabled or not getattr(model, "_hf_peft_config_loaded", False):
+        return []
+    return model.active_adapters()
+
+
+def description_in_use(model: PreTrainedModel) -> dict[str, Any]:
+    """What the adapter in use remembers, see `describe_adapter`; empty if there is none, or several."""
+    in_use = adapters_in_use(model)
+    return model.adapter_description(in_use[0]) if len(in_use) == 1 else {}
+
+
+def asked_config(model: PreTrainedModel) -> PreTrainedConfig:
+    """What a model is asked: its own configuration, or with an adapter in use the labels and prompts of its training.
 
     Args:
-        labels: Names of the labels; those that have no other name keep theirs.
-        wording: `wording` of the adapter's description: `names` by label, and `prompt_templates`.
+        model: MedCT model, with or without adapters. A classifier has its own labels whatever adapter is in use.
     """
-    return [wording["names"].get(label, label) for label in labels], wording["prompt_templates"]
+    return model.config if hasattr(model, "classifier") else as_described(model.config, description_in_use(model))
+
+
+def as_described(config: PreTrainedConfig, description: Mapping[str, Any]) -> PreTrainedConfig:
+    """A configuration with the labels and prompts that an adapter was trained with.
+
+    Args:
+        config: The model's; not changed.
+        description: What the adapter remembers, see `describe_adapter`.
+    """
+    if not description.get("label_names"):
+        return config
+    config = copy.copy(config)
+    config.id2label = dict(enumerate(description["label_names"]))
+    config.label2id = {label: index for index, label in config.id2label.items()}
+    config.prompt_templates = description["prompt_templates"]
+    config.prompts = description.get("prompts")
+    return config
 
 
 def calibrated(scores: Any, slope: Any, intercept: Any) -> np.ndarray:
@@ -347,13 +383,14 @@ def check_fit(model: PreTrainedModel, adapter: str | Path, **hub: Any) -> dict[s
             f"{adapter} has no {DESCRIPTION_FILE}: nobody can tell whether it was trained on this model.", stacklevel=3
         )
         return None
-    for name in ("label_names", "prompt_templates"):
-        if [*map(_plain, description[name])] != [*map(_plain, getattr(model.config, name))]:
-            warnings.warn(
-                f"{adapter} was trained with other {name} than this model's: its scores and thresholds hold for its "
-                "own.",
-                stacklevel=3,
-            )
+    words = ("label_names", "prompt_templates", "prompts")
+    if other := [name for name in words if _plain(description.get(name)) != _plain(getattr(model.config, name))]:
+        warnings.warn(
+            f"{adapter} was trained with other {' and '.join(other)} than this model's: its scores and thresholds hold "
+            "for its own, which pipelines ask for while it is in use.",
+            OtherWordsWarning,
+            stacklevel=3,
+        )
     return description
 
 
@@ -470,7 +507,8 @@ def _check_preprocessing(model: PreTrainedModel, adapter: str | Path, described:
 
 
 def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+    """As JSON gives it back; nothing and an empty dictionary are one."""
+    return json.loads(json.dumps(value or None))
 
 
 def _file(adapter: str | Path, name: str, hub: dict[str, Any], is_optional: bool = True) -> str | None:
@@ -502,4 +540,12 @@ def _is_known_missing(adapter: str, name: str, options: dict[str, Any]) -> bool:
     return try_to_load_from_cache(adapter, within, **known) is _CACHED_NO_EXIST
 
 
-__all__ = ["AdapterMismatchError", "calibrated", "check_fit", "describe_adapter", "fingerprint", "read_description"]
+__all__ = [
+    "AdapterMismatchError",
+    "asked_config",
+    "calibrated",
+    "check_fit",
+    "describe_adapter",
+    "fingerprint",
+    "read_description",
+]

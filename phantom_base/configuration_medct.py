@@ -12,7 +12,7 @@ Source: specification of CT-CLIP, sections 1, 2 and 4.
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec, strict
@@ -197,6 +197,33 @@ def _check_templates(templates: Sequence[Sequence[str]]) -> None:
             )
 
 
+Prompt = str | Sequence[Sequence[str]]
+"""What a label is called in prompts, or pairs of sentences of its own, present and not present."""
+
+
+def _pairs_of(
+    label: str, prompt: Prompt, templates: Sequence[Sequence[str]], may_be_sentences: bool
+) -> Sequence[Sequence[str]]:
+    """The pairs of sentences that ask for a label."""
+    if may_be_sentences and not isinstance(prompt, str):
+        return prompt
+    words = prompt if isinstance(prompt, str) else label
+    return [[sentence.replace("{label}", words) for sentence in template] for template in templates]
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _check_prompts(prompts: Mapping[str, Prompt]) -> None:
+    for label, prompt in prompts.items():
+        pairs = [(prompt, prompt)] if isinstance(prompt, str) else prompt
+        if not pairs or any(isinstance(pair, str) or len(pair) != 2 or not all(map(_is_text, pair)) for pair in pairs):
+            raise ValueError(
+                f"`prompts` of {label!r} are words, or pairs of sentences (present, not present), not {prompt!r}."
+            )
+
+
 @strict
 class MedCTConfig(PreTrainedConfig):
     """A vision encoder, a text encoder, their common space, and what the model is asked.
@@ -208,6 +235,8 @@ class MedCTConfig(PreTrainedConfig):
         logit_scale_init_value: Logarithm of the scale of fresh logits.
         prompt_templates: Pairs of sentences, present and not present, with `{label}` where the label's name goes.
             Several pairs are averaged.
+        prompts: For labels whose names say too little, or are in another language than the model's: words that go into
+            the templates in place of the name, or pairs of sentences of their own, present and not present, by name.
         classifier_dropout: Dropout before the head of `MedCTForImageClassification`.
         classifier_pos_weight: Weight of the positive cases in that head's loss, one number a label; 1 if `None`.
         custom_pipelines: Tasks of `transformers.pipeline` and the code shipped for them, see `CUSTOM_PIPELINES`; saving
@@ -228,6 +257,7 @@ class MedCTConfig(PreTrainedConfig):
     prompt_templates: list[list[str]] | list[tuple[str, ...]] | tuple[tuple[str, ...], ...] = (
         ("{label} is present.", "{label} is not present."),
     )
+    prompts: dict | None = None
     classifier_dropout: float = 0.3
     classifier_pos_weight: list[float] | None = None
     custom_pipelines: dict | None = None
@@ -251,32 +281,39 @@ class MedCTConfig(PreTrainedConfig):
         return [label for _, label in sorted((self.id2label or {}).items())]
 
     def label_prompts(
-        self, labels: Sequence[str] | None = None, templates: Sequence[Sequence[str]] | None = None
+        self,
+        labels: Sequence[str] | Mapping[str, Prompt] | None = None,
+        templates: Sequence[Sequence[str]] | None = None,
     ) -> list[list[str]]:
         """The sentences that ask for each label, one list a template.
 
         Args:
-            labels: Names to ask for; the configuration's own by default.
-            templates: Pairs of sentences as in `prompt_templates`; those by default.
+            labels: Names to ask for, or names with their own `prompts`; the configuration's own by default.
+            templates: Pairs of sentences as in `prompt_templates`, for all labels, also those with sentences of their
+                own; by default those of the configuration, for all labels without.
 
         Returns:
             For each template `2 * len(labels)` sentences: present and not present of the first label, of the second ...
+            If labels have different numbers of pairs, each stands as often as makes all weigh the same.
 
         Raises:
-            ValueError: If a template is no pair of sentences that hold "{label}".
+            ValueError: If a template is no pair of sentences that hold "{label}", or a prompt is not what it should be.
         """
-        labels = self.label_names if labels is None else labels
-        templates = self.prompt_templates if templates is None else templates
-        _check_templates(templates)
-        return [
-            [sentence.replace("{label}", label) for label in labels for sentence in template] for template in templates
-        ]
+        prompts = {**(self.prompts or {}), **(labels if isinstance(labels, Mapping) else {})}
+        labels = list(self.label_names if labels is None else labels)
+        _check_prompts({label: prompts[label] for label in labels if label in prompts})
+        pairs = self.prompt_templates if templates is None else templates
+        _check_templates(pairs)
+        of_label = [_pairs_of(label, prompts.get(label, label), pairs, templates is None) for label in labels]
+        count = math.lcm(*map(len, of_label)) if labels else len(pairs)
+        return [[sentence for each in of_label for sentence in each[turn % len(each)]] for turn in range(count)]
 
     def validate_architecture(self):
         """Refuse impossible values; called by `@strict` after construction."""
         if self.projection_dim <= 0:
             raise ValueError(f"`projection_dim` must be positive, not {self.projection_dim}.")
         _check_templates(self.prompt_templates)
+        _check_prompts(self.prompts or {})
         weights = self.classifier_pos_weight
         if weights is not None and len(weights) != self.num_labels:
             raise ValueError(f"`classifier_pos_weight` has {len(weights)} numbers for {self.num_labels} labels.")

@@ -15,6 +15,7 @@ from transformers.processing_utils import ImagesKwargs
 from .configuration_medct import MedCTVisionConfig
 from .resampling_medct import ScanPart, crop_window, inside, resampled_length, scale_hu
 from .volume_io_medct import CTVolume, axis_order, read_volume
+from .volume_medct import grid_in_words
 from .workers_medct import PicklesAnywhere, Place
 
 _DEFAULTS = MedCTVisionConfig()
@@ -36,6 +37,10 @@ class VolumeGeometry:
 
     voxel_of_position: np.ndarray
     affine: np.ndarray
+
+    def __repr__(self) -> str:
+        origin = ", ".join(f"{each:.1f}" for each in self.to_mm((0, 0, 0)))
+        return f"VolumeGeometry(voxels of {grid_in_words(self.affine)}; pixel_values[0, 0, 0] at ({origin}) mm RAS+)"
 
     def to_voxel(self, position: Any) -> np.ndarray:
         """Position `(z, y, x)` in `pixel_values` to input voxel `(i, j, k)`."""

@@ -10,7 +10,8 @@ and asks nothing in words.
 
 import contextlib
 import os
-from collections.abc import Generator, Sequence
+import warnings
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -19,8 +20,9 @@ import torch
 from transformers import Pipeline, PreTrainedModel
 from transformers.pipelines.pt_utils import PipelineIterator
 
-from .adapters_medct import calibrated, reworded
+from .adapters_medct import OtherWordsWarning, asked_config, calibrated, description_in_use
 from .checks_medct import check_processor
+from .configuration_medct import MedCTConfig, Prompt
 from .errors_medct import MedCTError
 from .image_processing_medct import MedCTImageProcessor
 from .modeling_medct import zero_shot_probabilities
@@ -30,6 +32,7 @@ from .snapshots_medct import Snapshot, state_of
 from .volume_io_medct import VolumeError, read_volume
 from .workers_medct import Lost, PicklesAnywhere, Place, load_ahead, overlapped
 
+_ON_ERROR = ("raise", "return")
 _READING = ("spacing_mm", "affine", "rescale_slope", "rescale_intercept", "series", "resample_irregular")
 
 
@@ -68,7 +71,9 @@ class CTPipeline(Pipeline):
             self.processor = _processor_of(self.model)
         check_processor(self.model.config, self.processor)
         if adapter is not None:
-            self.model.load_adapter(adapter, adapter_kwargs={"revision": adapter_revision})
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", OtherWordsWarning)  # here its own are asked for
+                self.model.load_adapter(adapter, adapter_kwargs={"revision": adapter_revision})
         self.model.eval()
 
     def __call__(self, inputs: Any, **kwargs) -> Any:
@@ -77,10 +82,16 @@ class CTPipeline(Pipeline):
         Args:
             inputs: What `read_volume` takes. A list holds one scan an entry, so a series as a list of DICOM files is a
                 list in a list, or a tuple. A generator or dataset gives results one by one, as they are asked for.
-            candidate_labels: Findings to score; the model's own by default. A classifier takes no others.
+            candidate_labels: Findings to score: names, or a dictionary from names to words for the prompts or pairs of
+                sentences, see `MedCTConfig.prompts`. By default those of the adapter in use, else the model's own. A
+                classifier takes no others.
             prompt_templates: Pairs of sentences (present, not present) with `{label}` where the finding goes; the
                 model's own by default. The scores of several are averaged. A classifier takes none.
             batch_size: Scans that go through the model together.
+            top_k: Give only this many findings a scan, those with the highest scores.
+            threshold: Give only findings whose score reaches this, in [0, 1].
+            on_error: "raise", or "return": a scan that cannot be read gives `{"error": SENTENCE}` in its place, and the
+                others are scored.
             spacing_mm: Of arrays, `(z, y, x)`, mm. This, `affine`, `rescale_slope`, `rescale_intercept`, `series` and
                 `resample_irregular` go to `MedCTImageProcessor.preprocess`, the same for all scans.
 
@@ -97,14 +108,19 @@ class CTPipeline(Pipeline):
 
         Raises:
             VolumeError: If a source is no usable CT volume.
-            PromptError: If labels or templates are not what they should be.
+            PromptError: If labels, templates, `top_k`, `threshold` or `on_error` are not what they should be.
         """
         if isinstance(inputs, list) and not inputs:
             return []
         return super().__call__(inputs, **kwargs)
 
     def _sanitize_parameters(self, candidate_labels=None, prompt_templates=None, **kwargs):
-        reading = {name: kwargs.pop(name) for name in _READING if name in kwargs}
+        reading = {name: kwargs.pop(name) for name in (*_READING, "on_error") if name in kwargs}
+        if reading.get("on_error") not in (None, *_ON_ERROR):
+            raise PromptError(f"`on_error` is {' or '.join(map(repr, _ON_ERROR))}, not {reading['on_error']!r}.")
+        shown = {name: kwargs.pop(name, None) for name in ("top_k", "threshold")}
+        shown = {name: value for name, value in shown.items() if value is not None}
+        _check_shown(**shown)
         if kwargs:
             raise TypeError(f"There is no argument {next(iter(kwargs))!r}; see `help(pipe.__call__)`.")
         prompts: dict[str, Any] = {}
@@ -112,12 +128,38 @@ class CTPipeline(Pipeline):
             prompts["candidate_labels"] = _checked_labels(candidate_labels)
         if prompt_templates is not None:
             prompts["prompt_templates"] = tuple(map(tuple, _checked_templates(prompt_templates)))
-        return reading, prompts, prompts
+        return reading, prompts, prompts | shown
 
-    def preprocess(self, volume: Any, **reading) -> dict[str, torch.Tensor]:
-        """Returns `pixel_values`, `(1, 1, z, y, x)`, on the model's device."""
-        batch = self.processor.image_processor([volume], return_tensors="pt", device=self.device, **reading)
-        return {"pixel_values": batch["pixel_values"]}
+    def preprocess(self, volume: Any, on_error: str = "raise", **reading) -> dict[str, Any]:
+        """Read a scan.
+
+        Args:
+            volume: What `read_volume` takes.
+            on_error: See `__call__`.
+            reading: Likewise.
+
+        Returns:
+            `pixel_values`, `(1, 1, z, y, x)`, on the model's device, and where errors are returned `error`, "" if there
+            is none.
+        """
+        try:
+            batch = self.processor.image_processor([volume], return_tensors="pt", device=self.device, **reading)
+        except Exception as error:
+            if on_error == "raise":
+                raise
+            empty = torch.zeros(1, 1, *self.processor.image_processor.image_size, device=self.device)
+            return {"pixel_values": empty, "error": _sentence(error)}
+        found = {"pixel_values": batch["pixel_values"]}
+        return found if on_error == "raise" else found | {"error": ""}
+
+    def _forward(self, inputs: dict[str, Any], **prompts) -> dict[str, Any]:
+        """Returns `logits` of each scan, float32, and `error` as `preprocess` gave it."""
+        error = inputs.get("error")
+        errors = [error] if isinstance(error, str) else error
+        # Without a single scan that could be read there is nothing to be computed.
+        is_empty = bool(errors) and all(errors)
+        logits = torch.zeros(len(errors), 1) if is_empty else self._logits(inputs["pixel_values"], **prompts)
+        return {"logits": logits} if error is None else {"logits": logits, "error": error}
 
     def get_iterator(self, inputs, num_workers, batch_size, preprocess_params, forward_params, postprocess_params):
         """Results one by one; with `num_workers`, other processes read ahead.
@@ -133,14 +175,22 @@ class CTPipeline(Pipeline):
             return super().get_iterator(inputs, 0, batch_size, *steps)
         if hasattr(inputs, "__len__"):  # a dataset need not say where it ends
             inputs = map(inputs.__getitem__, range(len(inputs)))
-        load = _LoadScan(self.processor.image_processor, self.device, preprocess_params)
+        reading = dict(preprocess_params)
+        gives_errors = reading.pop("on_error", "raise") == "return"
+        load = _LoadScan(self.processor.image_processor, self.device, reading, gives_errors)
         loaded = load_ahead(inputs, load, num_workers, batch_size, pinned=self.device.type == "cuda")
-        batches = overlapped(_batches(loaded, load, batch_size), self.device, dict.values)
+        batches = overlapped(_batches(loaded, load, batch_size), self.device, _tensors_of)
         outputs = PipelineIterator(batches, self.forward, forward_params, loader_batch_size=batch_size)
         return PipelineIterator(outputs, self.postprocess, postprocess_params)
 
     def _results(
-        self, labels: Sequence[str], scores: torch.Tensor, margins: torch.Tensor, description: dict[str, Any]
+        self,
+        labels: Sequence[str],
+        scores: torch.Tensor,
+        margins: torch.Tensor,
+        description: dict[str, Any],
+        top_k: int | None = None,
+        threshold: float = 0.0,
     ) -> list[dict[str, Any]]:
         """Findings of one scan, highest score first, from `(labels,)` each and what the adapter remembers."""
         results = []
@@ -152,7 +202,8 @@ class CTPipeline(Pipeline):
             if label in calibration:
                 result["probability"] = float(calibrated(score, *calibration[label]))
             results.append(result)
-        return sorted(results, key=lambda result: -result["score"])
+        results = sorted(results, key=lambda result: -result["score"])
+        return [result for result in results if result["score"] >= threshold][:top_k]
 
     @property
     def thresholds(self) -> dict[str, float]:
@@ -164,17 +215,14 @@ class CTPipeline(Pipeline):
         """Slope and intercept of the adapter in use, by label; see `calibrated`."""
         return self._description().get("calibration") or {}
 
+    @property
+    def asked(self) -> MedCTConfig:
+        """The configuration with the labels and prompts that are asked for: the adapter's, if one is in use."""
+        return asked_config(self.model)
+
     def _description(self) -> dict[str, Any]:
         """What the adapter in use remembers; nothing if several are."""
-        in_use = self._adapters_in_use()
-        return self.model.adapter_description(in_use[0]) if len(in_use) == 1 else {}
-
-    def _adapters_in_use(self) -> list[str]:
-        # Layers of PEFT know whether they are disabled; `active_adapters` names them all the same.
-        is_disabled = any(getattr(module, "disable_adapters", None) is True for module in self.model.modules())
-        if is_disabled or not getattr(self.model, "_hf_peft_config_loaded", False):
-            return []
-        return self.model.active_adapters()
+        return description_in_use(self.model)
 
     def save_pretrained(self, save_directory: str, **kwargs) -> None:
         """Save model and processor; the library's own method would leave out the processor."""
@@ -190,34 +238,45 @@ class ZeroShotCTClassificationPipeline(CTPipeline):
     # What the prompts of `prompt_embeds` were encoded with, and what became of them; replaced as a whole.
     _kept: tuple[list[list[str]], Snapshot, list[torch.Tensor]] | None = None
 
-    def _forward(self, inputs: dict[str, torch.Tensor], **prompts) -> dict[str, torch.Tensor]:
-        """Returns `logits`, `(volumes, templates, 2 * labels)`, float32."""
-        image_embeds = self.model.get_image_features(inputs["pixel_values"]).pooler_output.float()
+    def _logits(self, pixel_values: torch.Tensor, **prompts) -> torch.Tensor:
+        """`(volumes, templates, 2 * labels)`."""
+        image_embeds = self.model.get_image_features(pixel_values).pooler_output.float()
         text_embeds = self.prompt_embeds(**prompts)
-        return {"logits": torch.stack([self.model.get_logits(image_embeds, texts) for texts in text_embeds], dim=1)}
+        return torch.stack([self.model.get_logits(image_embeds, texts) for texts in text_embeds], dim=1)
 
     def postprocess(
         self,
-        outputs: dict[str, torch.Tensor],
+        outputs: dict[str, Any],
         candidate_labels: Sequence[str] | None = None,
         prompt_templates: Sequence[Sequence[str]] | None = None,
-    ) -> list[dict[str, Any]]:
+        **shown: Any,
+    ) -> list[dict[str, Any]] | dict[str, str]:
         """Turn logits into findings, highest score first.
 
         Args:
             outputs: `logits` of one scan, from `forward`.
             candidate_labels: Findings that were asked for; the model's own by default.
-            prompt_templates: Those that were used; with templates of one's own there are no operating points.
+            prompt_templates: Those that were used; with words of one's own there are no operating points.
+            shown: `top_k` and `threshold`, see `__call__`.
         """
-        labels = self.model.config.label_names if candidate_labels is None else candidate_labels
+        if error := outputs.get("error"):
+            return {"error": error}
+        labels = self._asked_names(candidate_labels)
+        has_own_words = prompt_templates is not None or isinstance(candidate_labels, Mapping)
         logits = outputs["logits"][0]  # (templates, 2 * labels)
         scores = zero_shot_probabilities(logits).mean(dim=0)
         present, absent = logits.mean(dim=0).unflatten(-1, (-1, 2)).unbind(-1)
-        return self._results(labels, scores, present - absent, self._description() if prompt_templates is None else {})
+        description = {} if has_own_words else self._description()
+        return self._results(labels, scores, present - absent, description, **shown)
+
+    def _asked_names(self, candidate_labels: Sequence[str] | Mapping[str, Prompt] | None) -> Sequence[str]:
+        return self.asked.label_names if candidate_labels is None else list(candidate_labels)
 
     @torch.no_grad()
     def prompt_embeds(
-        self, candidate_labels: Sequence[str] | None = None, prompt_templates: Sequence[Sequence[str]] | None = None
+        self,
+        candidate_labels: Sequence[str] | Mapping[str, Prompt] | None = None,
+        prompt_templates: Sequence[Sequence[str]] | None = None,
     ) -> list[torch.Tensor]:
         """The prompts in the common space; those of the last labels and templates are kept as long as they hold.
 
@@ -232,16 +291,14 @@ class ZeroShotCTClassificationPipeline(CTPipeline):
         Returns:
             For each template `(2 * labels, projection_dim)`, float32, of length 1.
         """
-        wording = self._description().get("wording") if prompt_templates is None else None
-        if wording:
-            labels = self.model.config.label_names if candidate_labels is None else candidate_labels
-            candidate_labels, prompt_templates = reworded(labels, wording)
-        sentences = self.model.config.label_prompts(candidate_labels, prompt_templates)
+        sentences = self.asked.label_prompts(candidate_labels, prompt_templates)
         state = state_of((self.model.text_model, self.model.text_projection))
         kept = self._kept
         if kept is not None and state is not None and kept[0] == sentences and kept[1].equals(*state):
             return kept[2]
         snapshot = None if state is None else Snapshot(*state)
+        if remark := self.processor.remark_on_words(sentences, self._asked_names(candidate_labels)):
+            warnings.warn(remark, stacklevel=2)
         embeds = []
         for template in sentences:
             texts = self.processor(text=template, return_tensors="pt").to(self.device)
@@ -261,33 +318,36 @@ class CTClassificationPipeline(CTPipeline):
     def _sanitize_parameters(self, candidate_labels=None, prompt_templates=None, **kwargs):
         if prompt_templates is not None:
             raise PromptError("A classifier asks nothing in words. Leave out `prompt_templates`.")
-        reading, prompts, _ = super()._sanitize_parameters(candidate_labels, **kwargs)
-        unknown = sorted(set(prompts.get("candidate_labels", ())) - set(self.model.config.label_names))
+        reading, _, shown = super()._sanitize_parameters(candidate_labels, **kwargs)
+        unknown = sorted(set(shown.get("candidate_labels", ())) - set(self.model.config.label_names))
         if unknown:
             raise PromptError(
                 f"This classifier was not trained on {', '.join(unknown)}. Its labels: "
                 f"{', '.join(self.model.config.label_names)}."
             )
-        return reading, {}, prompts
+        return reading, {}, shown
 
-    def _forward(self, inputs: dict[str, torch.Tensor], **_: Any) -> dict[str, torch.Tensor]:
-        """Returns `logits`, `(volumes, labels)`, float32."""
-        return {"logits": self.model(pixel_values=inputs["pixel_values"]).logits.float()}
+    def _logits(self, pixel_values: torch.Tensor, **_: Any) -> torch.Tensor:
+        """`(volumes, labels)`."""
+        return self.model(pixel_values=pixel_values).logits.float()
 
     def postprocess(
-        self, outputs: dict[str, torch.Tensor], candidate_labels: Sequence[str] | None = None
-    ) -> list[dict[str, Any]]:
+        self, outputs: dict[str, Any], candidate_labels: Sequence[str] | None = None, **shown: Any
+    ) -> list[dict[str, Any]] | dict[str, str]:
         """Findings of one scan, highest score first.
 
         Args:
             outputs: `logits`, `(1, labels)`, from `_forward`.
             candidate_labels: The model's own by default.
+            shown: `top_k` and `threshold`, see `__call__`.
         """
+        if error := outputs.get("error"):
+            return {"error": error}
         names = self.model.config.label_names
         labels = names if candidate_labels is None else candidate_labels
         # Each label's logit is that of its presence against its absence.
         margins = outputs["logits"][0][[names.index(label) for label in labels]]
-        return self._results(labels, margins.sigmoid(), margins, self._description())
+        return self._results(labels, margins.sigmoid(), margins, self._description(), **shown)
 
 
 @dataclass(frozen=True)
@@ -297,26 +357,54 @@ class _LoadScan(PicklesAnywhere):
     image_processor: MedCTImageProcessor
     device: torch.device
     reading: dict[str, Any]
+    gives_errors: bool
 
-    def __call__(self, source: Any, place: Place) -> ScanPart | torch.Tensor:
+    def __call__(self, source: Any, place: Place) -> "ScanPart | torch.Tensor | _Failed":
+        try:
+            return self._load(source, place)
+        except Exception as error:
+            if not self.gives_errors:
+                raise
+            return _Failed(_sentence(error))
+
+    def _load(self, source: Any, place: Place) -> ScanPart | torch.Tensor:
         place.begin(str(source) if isinstance(source, str | os.PathLike) else "")
         options = {"orientation": self.image_processor.orientation, **self.reading}
         return self.image_processor.load(read_volume(source, **options), place, self.device)
 
 
-def _batches(
-    loaded: Generator[Any, None, None], load: _LoadScan, size: int
-) -> Generator[dict[str, torch.Tensor], None, None]:
+@dataclass(frozen=True)
+class _Failed:
+    """A scan that cannot be read, and why, in a sentence."""
+
+    reason: str
+
+
+def _tensors_of(batch: dict[str, Any]) -> list[torch.Tensor]:
+    return [batch["pixel_values"]]
+
+
+def _batches(loaded: Generator[Any, None, None], load: _LoadScan, size: int) -> Generator[dict[str, Any], None, None]:
     shape = (1, *load.image_processor.image_size)
     with contextlib.closing(loaded):
         while parts := list(islice(loaded, size)):
             pixel_values = torch.empty(len(parts), *shape, device=load.device)
+            errors = []
             for part, out in zip(parts, pixel_values, strict=True):
                 if isinstance(part, Lost):
-                    raise VolumeError(part.name or "a scan", part.reason, "Try it alone")
-                load.image_processor.finish(part, out[0])
+                    lost = VolumeError(part.name or "a scan", part.reason, "Try it alone")
+                    if not load.gives_errors:
+                        raise lost
+                    part = _Failed(str(lost))
+                errors.append(part.reason if isinstance(part, _Failed) else "")
+                if isinstance(part, _Failed):
+                    out.zero_()
+                else:
+                    load.image_processor.finish(part, out[0])
             del part, parts  # their memory can be used again
-            yield {"pixel_values": pixel_values}
+            batch = {"pixel_values": pixel_values}
+            # Of one scan a text and of several a list, as the library's own batches have it.
+            yield batch | {"error": errors[0] if size == 1 else errors} if load.gives_errors else batch
 
 
 def _processor_of(model: PreTrainedModel) -> MedCTProcessor:
@@ -329,8 +417,22 @@ def _processor_of(model: PreTrainedModel) -> MedCTProcessor:
         raise ValueError(f"A pipeline needs the model's processor ({said}): pass `processor=`.") from error
 
 
-def _checked_labels(labels: Any) -> list[str]:
-    labels = [labels] if isinstance(labels, str) else list(labels)
+def _sentence(error: Exception) -> str:
+    """Why a scan could not be scored; what is no refusal of this package may quote a header, so its text stays here."""
+    if isinstance(error, MedCTError | FileNotFoundError):
+        return str(error)
+    return f"Reading failed ({type(error).__name__}). Call the pipeline for this scan alone to see where."
+
+
+def _check_shown(top_k: int = 1, threshold: float = 0.0) -> None:
+    if not isinstance(top_k, int) or top_k < 1:
+        raise PromptError(f"`top_k` is a whole number of at least 1, not {top_k!r}.")
+    if not isinstance(threshold, int | float) or not 0 <= threshold <= 1:
+        raise PromptError(f"`threshold` is a score in [0, 1], not {threshold!r}.")
+
+
+def _checked_labels(labels: Any) -> list[str] | dict[str, Prompt]:
+    labels = [labels] if isinstance(labels, str) else dict(labels) if isinstance(labels, Mapping) else list(labels)
     if not labels or not all(isinstance(label, str) and label.strip() for label in labels):
         raise PromptError(f"`candidate_labels` is a list of findings in words, not {labels!r}.")
     return labels

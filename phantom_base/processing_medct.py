@@ -1,5 +1,6 @@
 """Volumes and texts to the model's inputs, in one call."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from transformers import ProcessorMixin
@@ -44,6 +45,36 @@ class MedCTProcessor(PicklesAnywhere, ProcessorMixin):
                 shown = "an empty list" if not text else repr(next(each for each in text if not isinstance(each, str)))
                 raise TextError(f"`text` is a sentence or a list of them, not {shown}.")
         return super().__call__(images=images, text=text, **kwargs)
+
+    def remark_on_words(self, prompts: Sequence[Sequence[str]], labels: Sequence[str]) -> str | None:
+        """What should be said of labels in whose prompts the tokenizer finds words that it does not know.
+
+        Such words are all one to the model, so that labels in another script cannot be told from one another.
+
+        Args:
+            prompts: From `MedCTConfig.label_prompts`.
+            labels: The labels that they ask for.
+
+        Returns:
+            A remark; `None` if all words are known.
+        """
+        unknown = getattr(self.tokenizer, "unk_token_id", None)
+        ids = [self.tokenizer(list(template))["input_ids"] for template in prompts if template]
+        told = {label: [tuple(each[2 * index]) for each in ids] for index, label in enumerate(labels)}
+        strange = [label for label, texts in told.items() if any(unknown in text for text in texts)]
+        if unknown is None or not strange:
+            return None
+        alike = [label for label in strange if sum(told[label] == texts for texts in told.values()) > 1]
+        which = "they" if alike == strange else _few(alike)
+        said = f": {which} cannot be told from one another" if alike else ""
+        return (
+            f"The model's tokenizer does not know words in the prompts of {len(strange)} of {len(labels)} labels "
+            f"({_few(strange)}){said}. Give them words that it knows, in the column `words` of a table of labels."
+        )
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
 
 
 __all__ = ["MedCTProcessor"]

@@ -67,7 +67,8 @@ class _Memory:
     def pin(self) -> None:
         """Let GPUs read it by themselves, as long as it is mapped; if they refuse, they read it more slowly."""
         runtime, address = torch.cuda.cudart(), self.array.ctypes.data
-        if int(runtime.cudaHostRegister(address, self.array.nbytes, 0)) == 0:
+        portable = 1  # for all GPUs
+        if int(runtime.cudaHostRegister(address, self.array.nbytes, portable)) == 0:
             weakref.finalize(self, _unpin, os.getpid(), runtime, address).atexit = False
 
 

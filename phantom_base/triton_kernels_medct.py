@@ -21,7 +21,7 @@ except ImportError:
 
 from .triton_products_medct import attention, can_attend, gated_product, on_device_of, quantize
 
-_TILE_FRAMES, _TILE_ROWS = 2, 2  # places of the grid that one program of the convolution makes at a time
+_TILE_FRAMES, _TILE_ROWS = 1, 4  # places of the grid that one program of the convolution makes at a time
 _NORM_ROWS = 4
 _MIX_NORM_ROWS = 8
 _GATE_ELEMENTS = 1024

@@ -17,10 +17,14 @@ Axes: arrays are `(i, j, k)` with an affine from voxel indices to patient millim
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from .errors_medct import MedCTError
+
+if TYPE_CHECKING:
+    from .pictures_medct import Picture
 
 MAX_OBLIQUE_DEGREES = 10.0
 """How far an array axis may lie off the patient axis that it stands for."""
@@ -83,6 +87,37 @@ class CTVolume:
         """Distance of neighbours along each array axis, mm."""
         i, j, k = np.linalg.norm(self.affine[:3, :3], axis=0).round(SPACING_DECIMALS)
         return float(i), float(j), float(k)
+
+    def __repr__(self) -> str:
+        shape = " x ".join(map(str, self.array.shape))
+        notes = f", {len(self.notes)} notes" if self.notes else ""
+        return f"CTVolume({self.source!r}, {shape} {self.array.dtype}, {grid_in_words(self.affine)}{notes})"
+
+    def plot(self, window_hu: tuple[float, float] = (-1000, 400)) -> "Picture":
+        """Draw the axial, coronal and sagittal slices through the middle, upright, the patient's right on the left.
+
+        Args:
+            window_hu: Values that are black and white, HU.
+
+        Returns:
+            A matplotlib figure, which a notebook shows by itself.
+
+        Raises:
+            ImportError: If matplotlib is not installed.
+        """
+        from .pictures_medct import plot_volume
+
+        return plot_volume(self, window_hu)
+
+
+def grid_in_words(affine: np.ndarray) -> str:
+    """Spacing and orientation of a grid of voxels, such as "0.7 x 0.7 x 1.25 mm towards LPS"."""
+    axes, signs = axis_order(affine, "RAS")
+    towards = [""] * 3
+    for axis, sign, (grows, falls) in zip(axes, signs, ("RL", "AP", "SI"), strict=True):
+        towards[axis] = grows if sign > 0 else falls
+    spacing = np.linalg.norm(affine[:3, :3], axis=0).round(SPACING_DECIMALS)
+    return f"{' x '.join(f'{step:.4g}' for step in spacing)} mm towards {''.join(towards)}"
 
 
 def affine_from_spacing(spacing_mm: Sequence[float], orientation: str) -> np.ndarray:

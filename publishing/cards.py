@@ -12,7 +12,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers.utils.hub import cached_file
 
-from medct.adapters_medct import DESCRIPTION_FILE
+from medct.adapters_medct import CONFIG_FILE, DESCRIPTION_FILE
 from medct.common.paths import local_paths, without_paths
 
 TEMPLATE = Path(__file__).with_name("adapter_card.md")
@@ -23,11 +23,12 @@ CT_CLIP_LICENSE = "cc-by-nc-sa-4.0"
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 # The Hub's names of metrics, by ours.
 _HUB_METRICS = {"auroc": ("roc_auc", "AUROC"), "macro_f1": ("f1", "F1")}
-_PICTURES = {
+PICTURES = {
     "learned.png": "Change of AUROC of each finding on the new site, and on what was to be kept",
     "roc.png": "ROC curves",
     "calibration.png": "Calibration: how often findings were present among scans of such a score",
 }
+"""The pictures that a card shows where they lie beside it, and no others are pushed."""
 _TRAINING_FACTS = {
     "recipe": "recipe: {}",
     "objective": "objective: {}",
@@ -144,7 +145,7 @@ def render_card(
     results = without_paths(read_json(folder, "results.json"), known)
     license = license or (base and base_license(base, revision)) or results.get("license")
     card = ModelCard.from_template(
-        _metadata(results, base, license, repo_id.split("/")[-1]),
+        _metadata(folder, results, base, license, repo_id.split("/")[-1]),
         template_path=str(TEMPLATE),
         repo_id=repo_id,
         title="LoRA adapter for MedCT" if repo_id == PLACEHOLDER_REPO else repo_id.split("/")[-1],
@@ -152,7 +153,7 @@ def render_card(
         revision=(revision if is_hub_id(base) else None) or PLACEHOLDER_REVISION,
         base_in_words=_base_in_words(base),
         license=license,
-        pictures={name: words for name, words in _PICTURES.items() if (folder / name).is_file()},
+        pictures={name: words for name, words in PICTURES.items() if (folder / name).is_file()},
         generated=GENERATED,
         **_facts(folder, results, known),
     )
@@ -165,10 +166,10 @@ def _base_in_words(base: str | None) -> str:
     return f"[{base}](https://huggingface.co/{base})" if is_hub_id(base) else f"the MedCT model `{Path(base).name}`"
 
 
-def _metadata(results: dict[str, Any], base: str | None, license: str | None, name: str) -> ModelCardData:
+def _metadata(folder: Path, results: dict[str, Any], base: str | None, license: str | None, name: str) -> ModelCardData:
     synthetic = bool(results.get("synthetic"))
     known: dict[str, Any] = {"license": license, "base_model": base if is_hub_id(base) else None}
-    evaluations = _evaluations(results, synthetic)
+    evaluations = _evaluations(results, synthetic, _is_of_classifier(folder))
     if evaluations:
         known |= {"eval_results": evaluations, "model_name": name}
     return ModelCardData(
@@ -180,7 +181,12 @@ def _metadata(results: dict[str, Any], base: str | None, license: str | None, na
     )
 
 
-def _evaluations(results: dict[str, Any], synthetic: bool) -> list[EvalResult]:
+def _is_of_classifier(folder: Path) -> bool:
+    """Whether an adapter brings a head, which only a classifier has."""
+    return "classifier" in (read_json(folder, CONFIG_FILE).get("modules_to_save") or ())
+
+
+def _evaluations(results: dict[str, Any], synthetic: bool, is_classifier: bool) -> list[EvalResult]:
     """The adapted model's scores over all labels, in the form of the Hub's model index."""
     adapted = results.get("comparison", {}).get("adapted", {})
     data = _data(results)
@@ -193,7 +199,7 @@ def _evaluations(results: dict[str, Any], synthetic: bool) -> list[EvalResult]:
         interval = "" if score.get("low") is None else f", 95 % interval {score['low']:.3f} to {score['high']:.3f}"
         found.append(
             EvalResult(
-                task_type="zero-shot-image-classification",
+                task_type="image-classification" if is_classifier else "zero-shot-image-classification",
                 dataset_type="synthetic" if synthetic else "chest-ct",
                 dataset_name=name,
                 metric_type=kind,
@@ -232,7 +238,8 @@ def _facts(folder: Path, results: dict[str, Any], known: list[str]) -> dict[str,
     """The facts about the run that the template shows."""
     description = without_paths(read_json(folder, DESCRIPTION_FILE), known)
     settings = without_paths(read_json(folder, "train_config.json"), known)
-    prompts = description.get("prompt_templates") or results.get("prompts") or []
+    templates = None if description.get("prompts") else description.get("prompt_templates")
+    prompts = templates or results.get("prompts") or []
     training = [words.format(settings[key]) for key, words in _TRAINING_FACTS.items() if settings.get(key) is not None]
     if "steps" in results:
         training.append(f"{results['steps']:,} steps")
@@ -257,6 +264,7 @@ def _facts(folder: Path, results: dict[str, Any], known: list[str]) -> dict[str,
         "training": training,
         "hardware": _hardware(results),
         "decided": _decided(results),
+        "is_classifier": _is_of_classifier(folder),
     }
 
 

@@ -22,6 +22,7 @@ HUB_ADDRESS = "hf://"
 PHANTOM_NAME = "phantom"
 PHANTOM_BASE = Path(__file__).parents[1] / "phantom_base"
 
+_NOT = {"model": "cannot load a model", "adapter": "no adapter"}
 _CLASSES = {each.__name__: each for each in (MedCTModel, MedCTForImageClassification)}
 _PIPELINES = {MedCTModel: ZeroShotCTClassificationPipeline, MedCTForImageClassification: CTClassificationPipeline}
 
@@ -35,7 +36,7 @@ def named(name: str, what: str = "model") -> str:
 
     Args:
         name: Folder, Hub id, with or without "hf://", or "phantom": the phantom base, wherever it lies.
-        what: What is named, for the message.
+        what: "model" or "adapter", for the message.
 
     Raises:
         ModelError: If it is neither a folder nor a Hub id, or begins as folders here do. Nobody would be asked for a
@@ -54,7 +55,7 @@ def named(name: str, what: str = "model") -> str:
         )
     else:
         return hub_id
-    raise ModelError(f"{name}: no {what} ({reason}). Pass a Hub id or a folder.")
+    raise ModelError(f"{name}: {_NOT[what]} ({reason}). Pass a Hub id or a folder.")
 
 
 def load_config(name: str, **options: Any) -> MedCTConfig:

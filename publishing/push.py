@@ -35,6 +35,7 @@ from medct.common.retry import keep_trying
 from medct.errors_medct import MedCTError
 from medct.publishing.cards import (
     GENERATED,
+    PICTURES,
     PLACEHOLDER_REPO,
     base_license,
     is_hub_id,
@@ -48,7 +49,6 @@ MODEL_CARD = Path(__file__).parents[1] / "model_card.md"
 PICKLES = {".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pth"}
 # A run's record of itself; it names the folders that it read and wrote.
 RUN_FILES = ("results.json", "train_config.json")
-PICTURES = ("roc.png", "calibration.png")
 # Anything else in a folder, such as lists of studies and pictures of patients, is not pushed.
 ADAPTER_FILES = (WEIGHTS_FILE, CONFIG_FILE, DESCRIPTION_FILE, "README.md", *RUN_FILES, *PICTURES)
 MODEL_FILES = ("*.safetensors", "*.json", "*.py", "*.txt", "*.jinja", "README.md", "LICENSE", *PICTURES)

@@ -142,3 +142,24 @@ def hub() -> Iterator[HubServer]:
     server = HubServer()
     yield server
     server.close()
+
+
+class FakeStream:
+    """Stands for a stream of a GPU, and for the contexts that make it, or its GPU, the current one."""
+
+    def __init__(self, *_):
+        self.synchronize = lambda: None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        return None
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch):
+    """Enough of one to run the thread that makes items for it."""
+    for name in ("Stream", "stream", "device"):
+        monkeypatch.setattr(torch.cuda, name, FakeStream)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)

@@ -3,6 +3,7 @@
 Blocks tagged `sh` or `py` need the Hub, GPUs, a network or minutes and are only shown.
 """
 
+import json
 import re
 import shlex
 import shutil
@@ -13,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from adapter_files import RESULTS, save_adapter
+from notebook import code_cells, run_all
 from scan_files import make_hu, write_series
 
 import medct
@@ -104,6 +106,27 @@ def test_links_lead_somewhere(page):
     for target in LINK.findall(page.read_text(encoding="utf-8")):
         assert (page.parent / target).exists(), target
     assert len(page.read_text(encoding="utf-8").split()) <= MOST_WORDS.get(page.name, 3000)
+
+
+def test_the_stable_names_are_those_that_the_package_gives():
+    page = (ROOT / "docs/api.md").read_text(encoding="utf-8")
+    rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
+    assert {name for row in rows for name in re.findall(r"`(\w+)`", row)} == set(medct.__all__)
+    assert (ROOT / "py.typed").is_file()
+
+
+def test_the_notebook_runs_and_shows_what_it_gives(tmp_path, monkeypatch):
+    """By plain Python; renewed with `tests/helpers/notebook.py`. Numbers may differ from machine to machine."""
+    monkeypatch.chdir(tmp_path)
+    notebook = json.loads((ROOT / "docs/notebook.ipynb").read_text(encoding="utf-8"))
+    for cell, outputs in zip(code_cells(notebook), run_all(notebook), strict=True):
+        shown, given = (re.sub(r"[\d.+-]+", "0", text_of(each)) for each in (cell["outputs"], outputs))
+        assert shown == given, "".join(cell["source"])
+    assert (ROOT / "docs/notebook.ipynb").stat().st_size < 300_000
+
+
+def text_of(outputs: list[dict]) -> str:
+    return "".join("".join(each.get("text") or each["data"]["text/plain"]) for each in outputs)
 
 
 def test_readme_names_every_page():

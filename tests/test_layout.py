@@ -245,3 +245,16 @@ def test_what_a_list_of_arguments_must_hold(tmp_path):
         "other": "line 12: `Args:` lists c, which it does not take",
         "Public.method": "line 27: no `Args:` section that lists a, b",
     }
+
+
+def test_predicting_imports_nothing_that_it_does_not_use():
+    """Tables, plots and PEFT take longer to import than the rest of a prediction; those who need them import them."""
+    code = """
+import importlib, sys
+sys.argv = ["medct", "predict"]
+for name in ("publishing.registration", "common.host", "common.progress", "publishing.loading", "cli.commands"):
+    importlib.import_module(f"medct.{name}")
+print({"datasets", "evaluate", "matplotlib", "pandas", "peft", "pyarrow", "scipy.stats", "sklearn"} & set(sys.modules))
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=True)
+    assert found.stdout.splitlines()[-1] == "set()"

@@ -20,12 +20,12 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
 from torch.nn import functional as F
-from tqdm import tqdm
 from transformers import BertTokenizer, get_cosine_schedule_with_warmup
 from transformers.utils import logging
 
 from medct.common.errors import one_line_errors
 from medct.common.files import whole_folder
+from medct.common.progress import tqdm
 from medct.configuration_medct import MedCTConfig
 from medct.data import Source, StudyLoader, phantom_source
 from medct.data.phantoms import report_sentences

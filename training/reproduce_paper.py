@@ -20,6 +20,7 @@ from accelerate import PartialState
 from medct.common.errors import one_line_errors
 from medct.common.files import whole_file
 from medct.common.host import keep_freed_memory, quiet_libraries
+from medct.common.progress import be_quiet
 from medct.publishing.convert_ct_clip_to_hf import convert
 from medct.train import Trainer
 from medct.training.recipes import RecipeName
@@ -176,6 +177,7 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> None:
     settings = parse_settings(PaperSettings, __doc__, arguments, prog)
     keep_freed_memory()
     quiet_libraries()
+    be_quiet(settings.quiet)
     with one_line_errors():
         reproduce(settings)
 

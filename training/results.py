@@ -9,7 +9,7 @@ from medct.data.prepared import with_revision
 from medct.evaluation.calibration import fit_calibration
 from medct.evaluation.figures import Scores, source_figures
 from medct.evaluation.metrics import FEWEST, zero_shot_scores
-from medct.evaluation.operating_points import YOUDEN, choose_points
+from medct.evaluation.operating_points import YOUDEN, Points, choose_points
 from medct.evaluation.predictions import Key, Predictions
 from medct.evaluation.report import calibration_table, points_table, results_table, sites_table
 from medct.evaluation.scoring import ScoredStudies
@@ -25,15 +25,14 @@ Scored = dict[str, ScoredStudies]
 """By split: "tune" and "valid" of the new site, and where something is to be kept "keep_tune" and "keep_valid"."""
 
 
-def mean_auroc(scored: ScoredStudies, names: Sequence[str]) -> float | None:
+def mean_auroc(scored: ScoredStudies) -> float | None:
     """Mean AUROC over labels; `None` if none of them varies among these studies.
 
     Args:
         scored: Studies with their scores.
-        names: Of the labels.
     """
     try:
-        return zero_shot_scores(scored.scores, scored.labels, names)["auroc"]
+        return zero_shot_scores(scored.scores, scored.labels, scored.names)["auroc"]
     except ValueError:
         return None
 
@@ -41,7 +40,6 @@ def mean_auroc(scored: ScoredStudies, names: Sequence[str]) -> float | None:
 def compare_all(
     before: Scored,
     after: Scored,
-    names: list[str],
     resamples: int,
     seed: int,
     wanted: Mapping[str, tuple[str, float]] | None = None,
@@ -51,7 +49,6 @@ def compare_all(
     Args:
         before: Of the base.
         after: Of the adapted model.
-        names: Of the labels.
         resamples: Of the bootstrap over patients.
         seed: Of the bootstrap.
         wanted: Operating points besides Youden's, see `wanted_points`.
@@ -63,24 +60,21 @@ def compare_all(
         the tuning studies. `table`: all of it in Markdown.
     """
     options = {"resamples": resamples, "seed": seed}
-    patients = after["tune"].patients
-    points = [
-        choose_points(each["tune"].scores, each["tune"].labels, names, wanted or {}, patients)
-        for each in (before, after)
-    ]
-    calibration = fit_calibration(after["tune"].scores, after["tune"].labels, names, patients)
+    points = [_points(each["tune"], wanted) for each in (before, after)]
+    tuned = after["tune"]
+    calibration = fit_calibration(tuned.scores, tuned.labels, tuned.names, tuned.patients)
 
     def figures(split: str) -> dict[str, Any]:
         models = {BASE: Scores(before[split], points[0]), ADAPTED: Scores(after[split], points[1], calibration)}
-        return source_figures(models, names, **options)
+        return source_figures(models, before[split].names, **options)
 
     comparison, kept = figures("valid"), None
-    if KEPT_SPLITS[1] in before and mean_auroc(before["keep_valid"], names) is not None:
+    if KEPT_SPLITS[1] in before and mean_auroc(before["keep_valid"]) is not None:
         kept = figures("keep_valid")
     chosen = dict(points[1])
     thresholds = chosen.pop(YOUDEN, None)
     tables = [
-        results_table(comparison, names),
+        results_table(comparison, before["valid"].names),
         sites_table(comparison, kept),
         points_table(comparison["operating_points"], "the new site") if chosen else "",
         calibration_table(comparison["calibration_error"].get(ADAPTED)),
@@ -88,8 +82,8 @@ def compare_all(
     return {
         "comparison": comparison,
         "kept": kept,
-        "tune_auroc": _by_model(before, after, "tune", names),
-        "keep_tune_auroc": _by_model(before, after, "keep_tune", names),
+        "tune_auroc": _by_model(before, after, "tune"),
+        "keep_tune_auroc": _by_model(before, after, "keep_tune"),
         "thresholds": thresholds,
         "operating_points": chosen or None,
         "calibration": calibration or None,
@@ -97,18 +91,21 @@ def compare_all(
     }
 
 
-def predictions_of(before: Scored, after: Scored, names: list[str], sources: Sequence[str]) -> Predictions:
+def _points(tuned: ScoredStudies, wanted: Mapping[str, tuple[str, float]] | None) -> Points:
+    return choose_points(tuned.scores, tuned.labels, tuned.names, wanted or {}, tuned.patients)
+
+
+def predictions_of(before: Scored, after: Scored, sources: Sequence[str]) -> Predictions:
     """The scores of both models, as they are written down.
 
     Args:
         before: Of the base.
         after: Of the adapted model.
-        names: Of the labels.
         sources: What to call the new site and, where there is one, what is to be kept.
     """
     where = dict(zip((*SPLITS, *KEPT_SPLITS), [*sources[:1] * 2, *sources[1:] * 2], strict=False))
     return Predictions(
-        names,
+        list(dict.fromkeys(name for scored in before.values() for name in scored.names)),
         {
             Key(model, where[split], split.removeprefix("keep_")): scored
             for model, by_split in ((BASE, before), (ADAPTED, after))
@@ -117,10 +114,10 @@ def predictions_of(before: Scored, after: Scored, names: list[str], sources: Seq
     )
 
 
-def _by_model(before: Scored, after: Scored, split: str, names: list[str]) -> dict[str, float | None] | None:
+def _by_model(before: Scored, after: Scored, split: str) -> dict[str, float | None] | None:
     if split not in before:
         return None
-    return {BASE: mean_auroc(before[split], names), ADAPTED: mean_auroc(after[split], names)}
+    return {BASE: mean_auroc(before[split]), ADAPTED: mean_auroc(after[split])}
 
 
 def remarks_on(results: dict[str, Any], max_forgotten: float) -> list[str]:
@@ -163,9 +160,10 @@ def few_patients(results: dict[str, Any]) -> list[str]:
     """
     remarks, comparison = [], results["comparison"]
     if comparison["adapted"]["auroc"]["low"] is None:
+        remedy = "" if results.get("folds") else " With --folds 5 every patient is held out once."
         remarks.append(
             f"{comparison['patients']} held-out patients are too few to tell how far the figures are to be trusted, so "
-            "there are no intervals. With --folds 5 every patient is held out once."
+            f"there are no intervals.{remedy}"
         )
     if lacking := [name for name in results["label_names"] if name not in (results["thresholds"] or {})]:
         which = "any finding" if len(lacking) == len(results["label_names"]) else ", ".join(lacking)
@@ -204,8 +202,8 @@ def repeatable(settings: TrainingSettings, revision: str | None, points: dict[st
     """
     if settings.adaptation == "full":
         return None
-    sources = [with_revision(settings.data, settings.data_revision), settings.keep]
-    sources = [source for source in sources if source != NO_SOURCE]
+    addresses = [with_revision(settings.data, settings.data_revision), settings.keep]
+    sources = [address for address in addresses if address != NO_SOURCE]
     return {
         "model": settings.model,
         "revision": revision,
@@ -214,6 +212,13 @@ def repeatable(settings: TrainingSettings, revision: str | None, points: dict[st
         "names": [BASE, ADAPTED],
         "points": points,
         "data": sources,
+        "labels": settings.labels,
+        "templates": settings.templates,
+        "mapping": [
+            f"{address}={mapping}"
+            for address, mapping in zip(addresses, (settings.mapping, settings.keep_mapping), strict=True)
+            if mapping is not None
+        ],
         "split": "valid",
         "reconstructions": settings.reconstructions,
         "limit": settings.max_eval_studies,

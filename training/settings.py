@@ -51,6 +51,20 @@ class TrainingSettings:
         '"phantoms": synthetic studies drawn on the fly.',
     )
     data_revision: str | None = setting(None, "Commit of a data set on the Hub.")
+    labels: str | None = setting(
+        None,
+        "Table (csv, xlsx) of what to learn and ask for instead of the base's own findings: a column `label`, and "
+        "where they differ `data`, its column in the data, and `words`, or `present` and `absent`, what is asked.",
+    )
+    templates: list[str] | None = setting(
+        None,
+        'Pairs of sentences "PRESENT|ABSENT" with {label}, instead of the base\'s own; all of them are trained on.',
+    )
+    mapping: str | None = setting(
+        None,
+        "Table, or name of a published mapping, that says which names in the data (`data`) mean which finding "
+        "(`label`); findings that it does not name are unknown.",
+    )
     reconstructions: Literal["one", "all"] = setting(
         "one", "Reconstructions of a CT-RATE scan in an epoch: one, in turn from epoch to epoch, or all."
     )
@@ -61,6 +75,12 @@ class TrainingSettings:
         "skip", "What to do with a study that cannot be read; skipped ones are listed in bad_samples.jsonl."
     )
     max_bad_share: float = setting(0.05, "Stop if more than this share of the studies cannot be read.")
+    folds: int | None = setting(
+        None,
+        "Cross-validate: divide the patients of all splits into this many folds, 3 or more, train once for each, and "
+        "pool the scores of the held-out studies. For cohorts that are too small to hold anything out.",
+    )
+    fold: int | None = setting(None, "Train for this one of --folds alone, counted from 1.")
     phantom_site: Literal["A", "B", "C"] = setting(PhantomCohort.site, "Which synthetic hospital to adapt to.")
     phantom_train_patients: int = setting(PhantomCohort.train_patients, "Synthetic patients to train on.")
     phantom_tune_patients: int = setting(PhantomCohort.tune_patients, "Synthetic patients to tune on.")
@@ -118,11 +138,13 @@ class TrainingSettings:
         "is forgotten. `none` for none, the default except with phantoms, which replay site A.",
     )
     replay_share: float = setting(0.2, "Share of the replayed studies.")
+    replay_mapping: str | None = setting(None, "As --mapping, for --replay.")
     keep: str | None = setting(
         None,
         "Source that the model must stay good at: what is forgotten is measured there. `none` for none, the default "
         "except with phantoms, which keep site A.",
     )
+    keep_mapping: str | None = setting(None, "As --mapping, for --keep.")
     max_forgotten: float = setting(0.01, "How far the mean AUROC on --keep's tuning patients may fall.")
     strength: Literal["auto", "1"] = setting(
         "auto", "Strength of the trained adapter: chosen on tuning patients, or 1, as it was trained."
@@ -158,6 +180,7 @@ class TrainingSettings:
     hub_base: str | None = setting(None, "The base's repository on the Hub, if --model is a folder.")
     hub_base_revision: str | None = setting(None, "The base's commit there.")
 
+    quiet: bool = setting(False, "Show no progress, only results and errors.")
     seed: int = setting(0, "Seed for the initialisation, the order of studies and the phantoms; makes runs repeatable.")
     cpu: bool = setting(False, "Stay on the CPU even if there is a GPU.")
 
@@ -174,7 +197,7 @@ class TrainingSettings:
 
     def fixed(self) -> dict[str, Any]:
         """The settings that a resumed run must share with the one that it resumes."""
-        free = {"output_dir", "resume", "checkpoint_steps", "keep_checkpoints", "report_to", "num_workers"}
+        free = {"output_dir", "resume", "checkpoint_steps", "keep_checkpoints", "report_to", "num_workers", "quiet"}
         free |= {name for name in dataclasses.asdict(self) if name.startswith(("hub_", "push_"))}
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in free}
 
@@ -217,6 +240,12 @@ def check(settings: TrainingSettings) -> None:
     for name in WANTED:
         if (value := getattr(settings, name)) is not None and not 0 < value <= 1:
             raise TrainingError(f"--{name} is {value:g}. Pass a share above 0, up to 1.")
+    if settings.folds is not None and settings.folds < 3:
+        raise TrainingError(f"--folds is {settings.folds}. Pass 3 or more: one is held out, one is tuned on.")
+    if settings.fold is not None and not 1 <= settings.fold <= (settings.folds or 0):
+        raise TrainingError(f"--fold is {settings.fold}. Pass a number from 1 to that of --folds.")
+    if settings.folds and settings.max_eval_studies is not None:
+        raise TrainingError("--max_eval_studies leaves out studies, but --folds holds out each of them once.")
     if settings.replay == settings.data:
         raise TrainingError("--replay names the source of --data itself. Name another, or leave it out.")
     if settings.keep == settings.data:

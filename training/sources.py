@@ -4,18 +4,23 @@ from collections.abc import Iterator
 from typing import Any
 
 from medct.configuration_medct import MedCTConfig
-from medct.data import Source, StudyLoader, open_source
+from medct.data import ALL, Source, StudyLoader, open_source
+from medct.data.label_space import LabelTable, told_apart
+from medct.training.folds import divide
 from medct.training.replay import with_replay
 from medct.training.results import SPLITS
 from medct.training.settings import NO_SOURCE, TrainingError, TrainingSettings, complete
 
 
-def load_sources(settings: TrainingSettings, config: MedCTConfig) -> dict[str, Source]:
+def load_sources(
+    settings: TrainingSettings, config: MedCTConfig, mapping: LabelTable | None = None
+) -> dict[str, Source]:
     """Studies to train on, to tune on and, as "valid", to score on; no patient is in two of them.
 
     Args:
         settings: The run's settings.
-        config: Configuration of its base.
+        config: Configuration of its base, with what it is asked.
+        mapping: Of the names in `--data`; see `label_space.asked`.
 
     Returns:
         By split. Replayed studies are among those to train on; "keep_tune" and "keep_valid" are of the source to keep.
@@ -24,18 +29,25 @@ def load_sources(settings: TrainingSettings, config: MedCTConfig) -> dict[str, S
     limits = {"train": None, "tune": settings.max_tune_studies, "valid": settings.max_eval_studies}
 
     def source(address: str, split: str, **options: Any) -> Source:
-        options |= {"reconstructions": settings.reconstructions, "limit": limits[split]}
-        reports = settings.objective != "prompts" and split == "train"
+        options |= {"reconstructions": settings.reconstructions, "limit": limits.get(split)}
+        reports = settings.objective != "prompts" and split in ("train", ALL)
         return open_source(address, split, config, need_reports=reports, **options)
 
-    own = {"revision": settings.data_revision, "phantoms": settings.phantoms}
-    sources = {split: source(settings.data, split, **own) for split in limits}
-    others = {"phantoms": settings.other_phantoms}
+    own = {"revision": settings.data_revision, "phantoms": settings.phantoms, "mapping": mapping}
+    if settings.folds:
+        whole = source(settings.data, ALL, **own)
+        sources = divide(whole, settings.folds, settings.fold or 1, settings.max_tune_studies)
+    else:
+        sources = {split: source(settings.data, split, **own) for split in limits}
+    sources["train"] = told_apart(sources["train"])
+    others: dict[str, Any] = {"phantoms": settings.other_phantoms}
     if settings.replay != NO_SOURCE and settings.replay_share:
-        replayed = source(settings.replay, "train", **others)
+        replayed = told_apart(source(settings.replay, "train", **others, mapping=settings.replay_mapping))
         sources["train"] = with_replay(sources["train"], replayed, settings.replay_share)
     if settings.keep != NO_SOURCE:
-        sources |= {f"keep_{split}": source(settings.keep, split, **others) for split in SPLITS}
+        sources |= {
+            f"keep_{split}": source(settings.keep, split, **others, mapping=settings.keep_mapping) for split in SPLITS
+        }
     return sources
 
 

@@ -88,7 +88,6 @@ def choose_strength(
     line: Line,
     score: Callable[[str, Sequence[Callable[[], None]]], list[ScoredStudies]],
     before: Scored,
-    names: Sequence[str],
     max_forgotten: float,
 ) -> Choice:
     """Try every strength of `GRID` on the tuning studies, and go to the best.
@@ -97,7 +96,6 @@ def choose_strength(
         line: Of the trained parameters.
         score: Scores the studies of a split with several versions of the model.
         before: What the base scored, on "tune" and, where something is to be kept, "keep_tune".
-        names: Of the labels.
         max_forgotten: Most that the mean AUROC on "keep_tune" may fall.
     """
     trained = GRID[:-1]
@@ -107,7 +105,7 @@ def choose_strength(
             versions = [functools.partial(line.go_to, strength) for strength in trained]
             scored[split] = dict(zip(trained, score(split, versions), strict=True)) | {0.0: before[split]}
     aurocs = {
-        split: {strength: mean_auroc(each, names) for strength, each in by_strength.items()}
+        split: {strength: mean_auroc(each) for strength, each in by_strength.items()}
         for split, by_strength in scored.items()
     }
     trials = [_trial(strength, aurocs) for strength in GRID]

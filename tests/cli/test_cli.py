@@ -180,7 +180,7 @@ def test_a_file_of_another_run_is_not_added_to(run, scans, tmp_path):
 
 
 def test_an_unknown_failure_of_one_study_ends_nothing(run, scans, tmp_path, monkeypatch):
-    read_volume = commands.read_volume
+    read_volume = medct.read_volume
 
     def fails(source, **options):
         if "1.nii" in str(source):
@@ -270,9 +270,15 @@ def test_a_slip_in_a_folders_name_is_refused_without_asking_the_hub(refused, sca
     monkeypatch.setattr("httpx2.Client.send", lambda *_, **__: pytest.fail("asks the Hub"))
     others = ["--model", converted] if flag == "--adapter" else []
     said = refused("predict", scans, "--cpu", *others, flag, name)
-    assert said == (
-        f"{name}: no {flag[2:]} (there is no such folder, and a Hub id reads ORG/NAME). Pass a Hub id or a folder."
-    )
+    failed = "cannot load a model" if flag == "--model" else "no adapter"
+    why = "there is no such folder, and a Hub id reads ORG/NAME"
+    assert said == f"{name}: {failed} ({why}). Pass a Hub id or a folder."
+
+
+def test_a_slip_in_the_name_of_what_is_compared_with_is_refused_at_once(refused, converted, monkeypatch):
+    monkeypatch.setattr("httpx2.Client.send", lambda *_, **__: pytest.fail("asks the Hub"))
+    said = refused("evaluate", "--data", "phantoms", "--cpu", "--model", converted, "--against", "runs-old")
+    assert said.startswith("runs-old: no adapter (there is no such folder")
 
 
 def test_a_name_that_begins_as_folders_here_is_one_of_them(tmp_path, monkeypatch):
@@ -344,7 +350,7 @@ def test_train_knows_its_model_in_the_process_of_the_command(tmp_path):
 
 def test_an_adapter_of_unknown_origin_is_remarked_on_in_a_line(run, scans, adapter):
     (adapter / "medct_adapter.json").unlink()
-    status, _, err = run("predict", scans / "0.nii.gz", "--adapter", adapter)
+    status, _, err = run("predict", scans / "0.nii.gz", "--adapter", adapter, "--labels", "a")
     assert status == 0
     assert (
         err == f"warning: {adapter} has no medct_adapter.json: nobody can tell whether it was trained on this model.\n"

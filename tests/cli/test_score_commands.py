@@ -13,9 +13,11 @@ import medct
 from medct import CT_CLIP_LABELS
 from medct.cli import main, score_commands
 from medct.data import phantom_source
+from medct.evaluation.metrics import zero_shot_scores
 from medct.evaluation.operating_points import threshold_for
-from medct.evaluation.predictions import read_predictions
+from medct.evaluation.predictions import Key, Predictions, read_predictions, write_predictions
 from medct.evaluation.record import scores_path
+from medct.evaluation.scoring import ScoredStudies
 
 PHANTOM_BASE = Path(medct.__file__).with_name("phantom_base")
 BAD = "bad.nii.gz"
@@ -262,3 +264,33 @@ def test_subgroups_come_with_the_table(run, folder, tmp_path):
     # Computed again from the table of scores, they are the same.
     run("metrics", scores_path(output), "--bootstrap_resamples", 20, "--output", tmp_path / "again.json")
     assert read(tmp_path / "again.json")["sources"][0]["subgroups"] == [ages, makers]
+
+
+def test_training_runs_are_compared_on_held_out_studies(run, tmp_path):
+    """Their adapted models, by default, and never on the patients that they were chosen on."""
+    generator = np.random.default_rng(0)
+    labels = np.repeat([[0.0], [1.0]], 10, axis=0)
+    runs = []
+    for name in ("old", "new"):
+        scored = {}
+        for model in ("base", "adapted"):
+            for split in ("tune", "valid"):
+                scores = np.clip(labels / 3 + generator.random((20, 1)) / 1.5, 0, 1)
+                ids = [f"{split}-{index}" for index in range(20)]
+                scored[Key(model, "site", split)] = ScoredStudies(ids, ids, scores, labels)
+        runs.append(tmp_path / name)
+        runs[-1].mkdir()
+        write_predictions(scores_path(runs[-1] / "results.json"), Predictions(["Mass"], scored))
+        runs[-1] = (runs[-1], scored)
+    output = tmp_path / "difference.json"
+    (old, before), (new, after) = runs
+    assert run("compare", old, new, "--output", output)[0] == 0
+    (source,) = read(output)["sources"]
+    assert (source["source"], source["models"]) == ("site, valid", {"base": "old", "adapted": "new"})
+    for which, scored in (("base", before), ("adapted", after)):
+        held_out = scored[("adapted", "site", "valid")]
+        expected = zero_shot_scores(held_out.scores, held_out.labels, ["Mass"])["auroc"]
+        assert source[which]["auroc"]["value"] == pytest.approx(expected)
+    assert run("compare", old, old, "--models", "base", "adapted", "--output", output)[0] == 0
+    (source,) = read(output)["sources"]
+    assert source["models"] == {"base": "old: base", "adapted": "old (2): adapted"}

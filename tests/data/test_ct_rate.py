@@ -210,7 +210,7 @@ def test_a_missing_table_is_named(ct_rate):
 def test_damaged_tables_are_refused_in_one_sentence(ct_rate):
     labels = ct_rate / "dataset/multi_abnormality_labels/train_predicted_labels.csv"
     labels.write_text(labels.read_text(encoding="utf-8").replace(",1,", ",maybe,", 1), encoding="utf-8")
-    with pytest.raises(DataError, match="is not a number"):
+    with pytest.raises(DataError, match="the label 'Arterial wall calcification' is 'maybe' somewhere"):
         open_source(str(ct_rate), "train", CONFIG)
     labels.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(DataError, match="not a readable csv file"):

@@ -24,10 +24,11 @@ from torch.utils.data import DataLoader
 
 from medct import CT_CLIP_LABELS, VolumeError
 from medct.data import DataError, Source, StudyLoader, phantom_source, report_id
+from medct.data import loader as loader_module
 from medct.data.loader import LoadStudy
 from medct.data.sources import Deferred, too_many_bad
 from medct.data.tables import Selection, Sieve, table_source
-from medct.workers_medct import load_ahead
+from medct.workers_medct import load_ahead, overlapped
 
 NAMES = ("one", "two")
 AFFINE = np.diag([-2.0, -2.0, 3.0, 1.0])
@@ -133,6 +134,20 @@ def test_a_resumed_run_gets_the_batch_that_would_have_come(processor, workers, c
     assert again.epoch == (0 if count <= 5 else 1)
     assert before + ids_of(again, epochs=3) == batches
     assert again.state_dict() == expected.state_dict()
+
+
+@pytest.mark.parametrize("count", [1, 4, 6])
+def test_a_batch_ahead_does_not_count(processor, fake_gpu, monkeypatch, count):
+    """On a GPU the next batch is made meanwhile, and bad studies are met early."""
+    source, settings = make_source(23, bad=[3, 11]), {"max_bad_share": 0.2, "num_workers": 2}
+    batches = ids_of(make_loader(processor, source, **settings), epochs=3)
+    monkeypatch.setattr(
+        loader_module, "overlapped", lambda items, device, tensors: overlapped(items, "cuda", lambda _: ())
+    )
+    before, state = first_of(make_loader(processor, source, **settings), count)
+    again = make_loader(processor, source, **settings)
+    again.load_state_dict(state)
+    assert before + ids_of(again, epochs=3) == batches
 
 
 def test_an_abandoned_pass_starts_again(processor):

@@ -29,17 +29,18 @@ def test_limits_hold_for_phantoms():
     assert set(sources["tune"].groups) < set(open_source(PHANTOMS, "tune", CONFIG).groups)
 
 
-def test_phantoms_need_the_labels_that_they_are_drawn_with():
-    with pytest.raises(
-        DataError, match=r"phantoms: these are drawn with CT-CLIP's 18 labels. Pass a model that has them"
-    ):
+def test_phantoms_have_the_labels_that_they_are_drawn_with():
+    with pytest.raises(DataError, match=r"site B: it has no label 'nodule', but Medical material, .* --mapping"):
         open_source(PHANTOMS, "train", MedCTConfig(id2label={0: "nodule"}, label2id={"nodule": 0}))
+    few = MedCTConfig(id2label={0: "Consolidation", 1: "Emphysema"})
+    whole, part = (next(iter(open_source(PHANTOMS, "tune", config).stream())) for config in (CONFIG, few))
+    assert part["labels"] == [whole["labels"][CONFIG.label_names.index(name)] for name in few.label_names]
 
 
 def test_commands_are_tried_without_data(converted, tmp_path, capsys):
     sheet = tmp_path / "sheet.png"
     main(["overview", PHANTOMS, "--model", str(converted), "--limit", "3", "--samples", "2", "--sheet", str(sheet)])
-    assert "3 SYNTHETIC phantoms of site B" in capsys.readouterr().out
+    assert "9 SYNTHETIC studies of train, tune, valid of phantoms" in capsys.readouterr().out
     assert sheet.is_file()
     main(["prepare", PHANTOMS, str(tmp_path / "shards"), "--model", str(converted), "--limit", "2"])
     splits = read_manifest(str(tmp_path / "shards"))["splits"]

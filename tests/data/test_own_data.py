@@ -105,7 +105,7 @@ def test_columns_and_values_that_are_missing_or_strange(tmp_path):
     refused(r"metadata.csv: has no column 'fluid', but 'file_name', 'report', 'nodule', 'other'\.", fluid=None)
     refused("has no column 'file_name'", file_name=None)
     refused("the label 'nodule' is -1 somewhere", nodule="-1")
-    refused("'nodule' is not a number", nodule="yes")
+    refused("the label 'nodule' is 'perhaps' somewhere", nodule="perhaps")
     refused("6 rows have an empty 'patient'", patient="")
     refused("has the split 'holdout'", split="holdout")
     refused("1 rows have no split", split=["train"] * 5 + [""])

@@ -15,7 +15,7 @@ from medct.data.subgroups import subgroup_columns, subgroups_of
     ("column", "cells"),
     [
         ("sex", {"F": "F", "female": "F", " m ": "M", "Male": "M", "O": "O", "": "", "unknown": "", "1": ""}),
-        ("PatientAge", {"058Y": "40-59", "58": "40-59", "39.9": "under 40", "060Y": "60-79", "007M": "under 40"}),
+        ("PatientAge", {"058Y": "40-59", "58": "40-59", "39.9": "under 40", "060Y": "60-79", "090M": "under 40"}),
         ("age", {"40": "40-59", "80": "80 and over", "": "", "old": "", "-3": "", "1000Y": ""}),
         ("ConvolutionKernel", {"B30f": "B30f", " I50f ": "I50f", "": ""}),
         (

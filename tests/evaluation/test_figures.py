@@ -26,7 +26,9 @@ PATIENTS = ["a", "b", "c", "d", "e", "f"]
 
 
 def scored(scores=SCORES, about=()) -> ScoredStudies:
-    return ScoredStudies([f"{index}.nii" for index in range(len(scores))], PATIENTS, scores, LABELS, list(about))
+    return ScoredStudies(
+        [f"{index}.nii" for index in range(len(scores))], PATIENTS, scores, LABELS, list(about), names=NAMES
+    )
 
 
 def values(figures: dict) -> dict[str, float]:
@@ -34,7 +36,7 @@ def values(figures: dict) -> dict[str, float]:
 
 
 def test_every_number_of_a_small_case():
-    points = {"youden": {"nodule": 0.5}, "sensitivity 0.9": {"nodule": 0.25}}
+    points = {"youden": {"nodule": 0.6}, "sensitivity 0.9": {"nodule": 0.25}}
     found = source_figures({"model": Scores(scored(), points)}, NAMES, resamples=50)
     assert (found["scans"], found["patients"], found["present"], found["absent"]) == (
         6,
@@ -48,7 +50,7 @@ def test_every_number_of_a_small_case():
         "auroc": 7 / 9,
         # Precision at each present scan, from above: 1 of 1, 2 of 3, 3 of 4.
         "average_precision": (1 + 2 / 3 + 3 / 4) / 3,
-        # At 0.5: 0.9 and 0.6 are hits, 0.7 a false alarm, 0.4 a miss.
+        # At 0.6: 0.9 and 0.6 itself are hits, 0.7 a false alarm, 0.4 a miss.
         "accuracy": 4 / 6,
         "balanced_accuracy": (2 / 3 + 2 / 3) / 2,
         "macro_f1": 2 * 2 / (2 * 2 + 1 + 1),
@@ -167,7 +169,8 @@ def test_subgroups_are_scored_where_they_are_large_enough():
     scores = generator.random((count, 2))
     sexes = ["F"] * (2 * FEWEST_IN_GROUP) + ["M"] * (FEWEST_IN_GROUP - 1) + [""]
     patients = [str(index // 2) for index in range(count)]
-    studies = ScoredStudies(list(map(str, range(count))), patients, scores, labels, [{"sex": each} for each in sexes])
+    about = [{"sex": each} for each in sexes]
+    studies = ScoredStudies(list(map(str, range(count))), patients, scores, labels, about, names=["a", "b"])
     (found,) = subgroup_figures({"old": studies, "new": studies}, ["a", "b"], resamples=30)
     women, men, unknown = found["groups"]
     assert (found["division"], women["group"], men["group"], unknown["group"]) == ("sex", "F", "M", "unknown")

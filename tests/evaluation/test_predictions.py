@@ -1,5 +1,7 @@
 """Scores in a csv file: read back to the bit, joined with metadata, paired between runs."""
 
+import dataclasses
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -8,6 +10,7 @@ from medct.data import DataError
 from medct.evaluation.predictions import (
     Key,
     Predictions,
+    held_out,
     join_metadata,
     paired,
     read_predictions,
@@ -24,7 +27,8 @@ def studies(seed: int = 0, count: int = 4, about: bool = False) -> ScoredStudies
     scores = generator.random((count, 2)).astype(np.float32)
     labels = np.array([[1, 0], [0, np.nan], [0, 1], [1, 1]] * count, np.float32)[:count]
     groups = [{"sex": "F"}, {}, {"sex": "M"}, {"sex": "F"}] if about else []
-    return ScoredStudies([f"a/{index}.nii.gz" for index in range(count)], list("ppqr")[:count], scores, labels, groups)
+    names = [f"a/{index}.nii.gz" for index in range(count)]
+    return ScoredStudies(names, list("ppqr")[:count], scores, labels, groups, names=NAMES)
 
 
 def test_what_was_written_is_read_back_to_the_bit(tmp_path):
@@ -42,6 +46,13 @@ def test_what_was_written_is_read_back_to_the_bit(tmp_path):
     assert [about["sex"] for about in read.scored[Key("base", "site-b", "valid")].about] == ["F", "", "M", "F"]
     table = pd.read_csv(path, keep_default_na=False)
     assert table["file_name"][table["split"] == "train"].tolist() == ["x.nii", "y.nii"]
+
+
+def test_scores_of_tuning_patients_are_no_result():
+    tune, valid = Key("new", "site-b", "tune"), Key("new", "site-b", "valid")
+    both = Predictions(NAMES, {tune: studies(0), valid: studies(1)})
+    assert list(held_out(both).scored) == [valid]
+    assert list(held_out(Predictions(NAMES, {tune: studies(0)})).scored) == [tune]
 
 
 def test_scores_join_with_metadata_by_the_name_of_the_file(tmp_path):
@@ -85,15 +96,24 @@ def test_runs_are_paired_by_the_names_of_their_studies():
     assert one.ids == two.ids == [first.ids[0], first.ids[1], first.ids[3]]
     assert one.scores.tolist() == first.scores[[0, 1, 3]].tolist()
     assert two.scores.tolist() == studies(1).scores[[0, 1, 3]].tolist()
-    other = ScoredStudies(first.ids, first.patients, first.scores, 1 - first.labels)
+    other = dataclasses.replace(first, labels=1 - first.labels)
     with pytest.raises(DataError, match="site b: the two runs were scored on different labels"):
         paired(first, other, "site b")
     with pytest.raises(DataError, match="different patients"):
-        paired(first, ScoredStudies(first.ids, list("zzzz"), first.scores, first.labels), "site b")
+        paired(first, dataclasses.replace(first, patients=list("zzzz")), "site b")
     with pytest.raises(DataError, match="no study in common"):
-        paired(first, ScoredStudies(list("wxyz"), first.patients, first.scores, first.labels), "site b")
+        paired(first, dataclasses.replace(first, ids=list("wxyz")), "site b")
 
 
 def test_names_in_tables_are_short_and_different():
     addresses = ["/data/site", "other/site", "hf://datasets/ORG/NAME", "phantoms:B", "site"]
     assert short_names(addresses) == ["site", "site (2)", "hf://datasets/ORG/NAME", "phantoms:B", "site (3)"]
+
+
+def test_sources_with_other_labels_are_read_back_with_their_own(tmp_path):
+    one, two = studies(0), studies(1).only(["Mass"])
+    written = Predictions(["Lung nodule", "Mass"], {Key("m", "a", "valid"): one, Key("m", "b", "valid"): two})
+    write_predictions(tmp_path / "scores.csv", written)
+    found = read_predictions(tmp_path / "scores.csv").scored
+    assert [each.names for each in found.values()] == [["Lung nodule", "Mass"], ["Mass"]]
+    assert found[Key("m", "b", "valid")].scores.tolist() == two.scores.astype(float).tolist()

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from adapter_files import save_adapter
 
 from medct import CT_CLIP_LABELS, MedCTConfig, MedCTModel, ZeroShotCTClassificationPipeline
-from medct.adapters_medct import DESCRIPTION_FILE, reworded
+from medct.adapters_medct import DESCRIPTION_FILE
 from medct.cli import main
 from medct.data import StudyLoader, phantom_source
 from medct.evaluation.prompts import SYNONYMS, TEMPLATES, spread, wording_scores
@@ -65,7 +65,8 @@ def test_of_few_studies_no_name_is_chosen():
     """Four studies with a finding tell nothing."""
     labels = LABELS.copy()
     labels[:2] = np.nan
-    scores = {"x": np.stack([[ranks(2), PERFECT]]), "z": np.stack([[ranks(1)]])}
+    scores = {"x": np.stack([[ranks(4), PERFECT]]), "z": np.stack([[ranks(1)]])}
+    assert spread(scores, LABELS, [A], NAMES)["chosen"]["names"] == {"x": "y"}
     found = spread(scores, labels, [A], NAMES)
     assert found["chosen"]["names"] == {}
     labels[:, 1] = 0
@@ -106,8 +107,6 @@ def test_the_lists_are_of_whole_sentences():
     assert len(set(TEMPLATES)) == len(TEMPLATES) == 7
     assert TEMPLATES[0] == tuple(config.prompt_templates[0])
     assert all(config.label_prompts(["x"], [template]) for template in TEMPLATES)
-    labels, templates = reworded(["a", "b"], {"names": {"b": "c"}, "prompt_templates": [A]})
-    assert config.label_prompts(labels, templates) == [["a a", "not a a", "c a", "not c a"]]
 
 
 def test_a_choice_is_stored_with_the_adapter_and_used(converted, processor, tmp_path, capsys):
@@ -123,7 +122,8 @@ def test_a_choice_is_stored_with_the_adapter_and_used(converted, processor, tmp_
     assert len(found["templates"]) == 3 and found["studies"] == 20
     described = json.loads((adapter / DESCRIPTION_FILE).read_text(encoding="utf-8"))
     wording = {key: found["chosen"][key] for key in ("prompt_templates", "names")}
-    assert described["wording"] == wording
+    assert described["prompt_templates"] == wording["prompt_templates"]
+    assert (described["prompts"] or {}) == wording["names"]
     assert set(described["thresholds"]) <= set(CT_CLIP_LABELS) and described["thresholds"]
     # A pipeline with the adapter asks so, and one that is told what to ask does as it is told.
     row = phantom_source("A", range(1), 0).read(0)

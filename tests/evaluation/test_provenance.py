@@ -16,7 +16,9 @@ from medct.evaluation.scoring import ScoredStudies
 
 def studies(order=(0, 1, 2)) -> ScoredStudies:
     labels = np.array([[1, 0], [0, np.nan], [1, 1]])
-    scored = ScoredStudies(["JOHN_DOE.nii", "b.nii", "c.nii"], ["doe", "doe", "x"], np.zeros((3, 2)), labels)
+    scored = ScoredStudies(
+        ["JOHN_DOE.nii", "b.nii", "c.nii"], ["doe", "doe", "x"], np.zeros((3, 2)), labels, names=["a", "b"]
+    )
     return scored.take(list(order))
 
 
@@ -84,9 +86,12 @@ def test_digits_that_differ_are_found():
     now = copy.deepcopy(RESULTS)
     now["sources"][0]["scores"]["auroc"] = {"value": 0.81253, "low": 0.7, "high": -0.9}
     now["sources"][0]["scores"]["f1"]["value"] = 0.5
+    now["sources"][0]["subgroups"][0]["scans"] = np.nextafter(0.3, 1)
+    before = copy.deepcopy(RESULTS)
+    before["sources"][0]["subgroups"][0]["scans"] = 0.3
     now["sources"][0]["scores"]["new"] = 1  # a later version may report more
     del now["sources"][0]["scans"]
-    same, changed = changed_figures(RESULTS, now)
+    same, changed = changed_figures(before, now)
     assert same == 3
     place = "source 1: scores: "
     assert [(each["figure"].removeprefix(place), each["digits"]) for each in changed] == [
@@ -94,6 +99,7 @@ def test_digits_that_differ_are_found():
         ("auroc: value", 4),
         ("auroc: high", 0),
         ("f1: value", 0),
+        ("source 1: subgroups: 1: scans", 15),
     ]
 
 

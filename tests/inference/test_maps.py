@@ -17,6 +17,7 @@ from medct.inference.maps import (
     _highest,
     file_names,
     map_findings,
+    map_scan,
     save_nifti,
     save_png,
     strongest_slice,
@@ -171,3 +172,19 @@ def test_a_file_name_says_its_label():
         "ground-glass-opacity-ggo-2-mm_debugging-aid",
     ]
     assert file_names(["A", "a"])[1] == file_names(["b", "a", "A"])[1], "whatever else is asked for in the same order"
+
+
+def test_one_call_from_a_scan_to_its_maps(pipe, nifti):
+    array = np.random.default_rng(0).integers(-1000, 1000, (9, 12, 5)).astype(np.int16)
+    scan = nifti(array)
+    first, second = map_scan(pipe, str(scan), ["a", "b"])
+    scores = {each["label"]: each["score"] for each in pipe(str(scan), candidate_labels=["a", "b"])}
+    for label, each in (("a", first), ("b", second)):
+        assert each.finding.label == label
+        assert each.finding.score == pytest.approx(scores[label], abs=1e-6)
+        assert each.values.shape == each.volume.array.shape == (9, 12, 5)
+        assert repr(each).startswith(f"ScanMap(FindingMap('{label}', score 0.") and repr(each).count("\n") == 0
+        assert "CTVolume(" in repr(each)
+    assert first.plot(slices=1)._repr_png_().startswith(b"\x89PNG")
+    first.save(scan.parent / "map.nii.gz")
+    np.testing.assert_array_equal(nibabel.load(scan.parent / "map.nii.gz").get_fdata(), first.values)

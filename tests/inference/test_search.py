@@ -4,6 +4,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from medct.data import DataError
 from medct.inference.bulk import KEY
 from medct.inference.search import (
     SearchError,
@@ -84,7 +85,7 @@ def test_reports_that_say_nothing_count_as_missing(tmp_path):
     )
     assert read_reports(path) == {"b.nii.gz": "Clear lungs."}
     path.write_text('file_name,report\na,"unclosed\n', encoding="utf-8")
-    with pytest.raises(SearchError, match="not a csv file"):
+    with pytest.raises(DataError, match="not a readable csv file"):
         read_reports(path)
 
 

@@ -166,6 +166,61 @@ def test_bad_prompts_are_refused(pipe, scans, options, reason):
         pipe(scans[0], **options)
 
 
+def test_few_findings_are_given_where_few_are_wanted(pipe, scans):
+    everything = pipe(scans[0])
+    assert pipe(scans[0], top_k=3) == everything[:3]
+    assert pipe(scans[0], top_k=99) == everything
+    least = everything[6]["score"]
+    assert pipe(scans[0], threshold=least) == everything[:7]
+    assert pipe(scans[0], threshold=least, top_k=2) == everything[:2]
+    assert pipe(scans[0], threshold=1.0) == []
+    assert pipe(scans[0], top_k=None, threshold=None) == everything
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("top_k", 0), ("top_k", 1.5), ("threshold", 1.1), ("threshold", "a"), ("on_error", "skip")]
+)
+def test_other_amounts_are_refused(pipe, scans, name, value):
+    with pytest.raises(ValueError, match=f"`{name}` is .*, not "):
+        pipe(scans[0], **{name: value})
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("kind", ["zero-shot", "classifier"])
+def test_a_bad_scan_costs_no_other_its_findings(pipe, classifier_folder, scans, tmp_path, kind, batch_size, workers):
+    if kind == "classifier":
+        pipe = pipeline("ct-classification", model=str(classifier_folder), device="cpu", trust_remote_code=True)
+    bad = tmp_path / "bad.nii.gz"
+    bad.write_bytes(b"nothing")
+    mixed = [scans[0], bad, tmp_path / "missing.nii.gz", bad, scans[1], {"no": "scan"}]
+    with pytest.raises(VolumeError):
+        pipe(mixed, batch_size=batch_size, num_workers=workers)
+    calls = []
+    pipe.model.vision_model.register_forward_hook(lambda *_: calls.append(1))
+    found = pipe(mixed, batch_size=batch_size, num_workers=workers, on_error="return", top_k=2)
+    for place, scan in ((0, scans[0]), (4, scans[1])):
+        expected = pipe(scan, top_k=2)
+        assert [each["label"] for each in found[place]] == [each["label"] for each in expected]
+        assert [each["score"] for each in found[place]] == pytest.approx([each["score"] for each in expected], abs=1e-5)
+    for place, name in ((1, "bad.nii.gz"), (2, "missing.nii.gz"), (3, "bad.nii.gz")):
+        assert found[place].keys() == {"error"} and name in found[place]["error"]
+    assert found[5].keys() == {"error"}
+    if batch_size == 1:
+        assert len(calls) == 2 + 2  # nothing was computed for bad ones
+    assert pipe(bad, on_error="return").keys() == {"error"}
+
+
+def test_an_unknown_failure_quotes_nothing(pipe, monkeypatch):
+    def fail(*_, **__):
+        raise KeyError("Jane Doe")
+
+    monkeypatch.setattr(pipe.processor, "image_processor", fail)
+    fail.image_size = (1, 1, 1)
+    found = pipe("scan.nii.gz", on_error="return")
+    assert found == {"error": "Reading failed (KeyError). Call the pipeline for this scan alone to see where."}
+
+
 def test_unknown_arguments_are_refused(pipe, scans):
     with pytest.raises(TypeError, match="candidate_label'"):
         pipe(scans[0], candidate_label=["a"])

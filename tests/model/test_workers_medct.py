@@ -5,6 +5,7 @@ import gc
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -183,3 +184,36 @@ def test_arrays_from_shared_memory_keep_it(memory):
     del found
     gc.collect()
     assert np.array_equal(array.ravel(), np.arange(100))
+
+
+def test_on_a_gpu_one_item_is_made_ahead_in_a_thread(fake_gpu):
+    made, threads = [], set()
+
+    def make():
+        try:
+            for index in range(9):
+                made.append(index)
+                threads.add(threading.current_thread())
+                yield index
+        finally:
+            made.append("closed")
+
+    items = overlapped(make(), "cuda", lambda _: ())
+    for index in range(4):
+        assert next(items) == index
+        time.sleep(0.05)
+        assert made[-1] <= index + 2  # one waits, and one is being made
+    items.close()
+    assert made[-1] == "closed"
+    assert not any(thread.is_alive() for thread in threads) and threading.current_thread() not in threads
+
+
+def test_on_a_gpu_errors_come_after_the_items_before(fake_gpu):
+    items = overlapped(load_ahead(range(1, 9), refuse_five, 2), "cuda", lambda _: ())
+    for length in range(1, 5):
+        assert_filled(next(items), length)
+    with pytest.raises(ValueError, match="five"):
+        next(items)
+    (found,) = overlapped(load_ahead([3], fill, 1), "cuda:1", lambda _: ())
+    assert_filled(found, 3)
+    assert not multiprocessing.active_children()

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -50,6 +51,17 @@ def test_metadata_is_what_the_hub_shows(card):
     assert scores.keys() == {"roc_auc", "f1"}  # single labels are in the table
     assert all("SYNTHETIC" in result.dataset_name for result in data.eval_results)
     assert data.model_name == "site-b"
+
+
+def test_the_adapter_of_a_classifier_is_loaded_as_one(trained, tmp_path):
+    folder = shutil.copytree(trained, tmp_path / "head")
+    file = folder / "adapter_config.json"
+    config = json.loads(file.read_text(encoding="utf-8")) | {"modules_to_save": ["classifier"]}
+    file.write_text(json.dumps(config), encoding="utf-8")
+    card = ModelCard(render_card(folder, repo_id="org/head", base="org/fine", revision=COMMIT))
+    assert "AutoModelForImageClassification.from_pretrained(base" in card.text
+    assert "AutoModel." not in card.text
+    assert {result.task_type for result in card.data.eval_results} == {"image-classification"}
 
 
 def test_sections_hold_what_the_files_say(card):

@@ -19,6 +19,7 @@ from medct import CT_CLIP_LABELS
 from medct.cli import main
 from medct.common.paths import find_paths
 from medct.data.phantoms import make_phantom
+from medct.publishing.cards import PICTURES
 from medct.publishing.push import PushError, push_adapter, push_model, push_shards
 from medct.train import run
 from medct.training.settings import PHANTOM_BASE, TrainingSettings
@@ -80,14 +81,15 @@ def test_a_run_is_pushed_without_paths(hub, converted, ward, site, drawn, adapta
     hub.connect(monkeypatch)
     base = shutil.copytree(converted, ward / "ct clip")
     push_model(base, "org/base")
+    old = shutil.copytree(site, ward / "old site")
     settings = TrainingSettings(
-        model=str(base), data=str(site), output_dir=str(ward / "run"), adaptation=adaptation, strength="1",
-        batch_size=4, bootstrap_resamples=5, num_workers=0, cpu=True, push_to_hub=True, hub_model_id="org/site-b",
-        hub_base="org/base", hub_base_revision="main",
+        model=str(base), data=str(site), keep=str(old), output_dir=str(ward / "run"), adaptation=adaptation,
+        strength="1", batch_size=4, bootstrap_resamples=5, num_workers=0, cpu=True, push_to_hub=True,
+        hub_model_id="org/site-b", hub_base="org/base", hub_base_revision="main",
     )  # fmt: skip
     run(settings)
     files = hub.files("org/site-b")
-    assert {"roc.png", "calibration.png", "results.json", "train_config.json", "README.md"} <= files.keys()
+    assert {*PICTURES, "results.json", "train_config.json", "README.md"} <= files.keys()
     for name, content in files.items():
         said = readable(content, name)
         assert WARD not in said and "Jane" not in said, name

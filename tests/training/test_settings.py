@@ -20,7 +20,7 @@ def test_what_may_differ_when_a_run_is_resumed():
     fixed = TrainingSettings().fixed()
     free = {field.name for field in dataclasses.fields(TrainingSettings)} - fixed.keys()
     assert {name for name in free if not name.startswith(("hub_", "push_"))} == {
-        *("output_dir", "resume", "checkpoint_steps", "keep_checkpoints", "report_to", "num_workers")
+        *("output_dir", "resume", "checkpoint_steps", "keep_checkpoints", "report_to", "num_workers", "quiet")
     }
 
 

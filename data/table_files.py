@@ -1,0 +1,157 @@
+"""Tables as people save them: csv with any of three separators, or an Excel sheet, as columns of text.
+
+| as found | what is done |
+| --- | --- |
+| commas, semicolons or tabs between the cells | the separator by which the header has the columns that are asked for |
+| spaces around a column's name, accents composed in another way | the name all the same |
+| a column twice, a row longer than the header | refused: nobody knows which cell is meant |
+| a row shorter than the header | its last cells are empty |
+| `.xlsx` | read with openpyxl if it is installed, from the sheet that has the columns |
+| another encoding than UTF-8, `.xls`, an encrypted workbook | refused |
+"""
+
+import csv
+import itertools
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from medct.byte_sources_medct import of_path, of_zip
+from medct.data.sources import DataError
+
+SUFFIXES = (".csv", ".xlsx")
+_SEPARATORS = ",;\t"
+_LONGEST_CELL = 2**24
+_OLD_OFFICE = b"\xd0\xcf\x11\xe0"  # .xls, and workbooks with a password
+_ZIP = b"PK\x03\x04"
+_AS_CSV = "In Excel, save it as `CSV UTF-8`"
+
+
+def read_table(
+    path: Path,
+    columns: Sequence[str],
+    optional: Sequence[str] = (),
+    name: str | None = None,
+    hints: Mapping[str, str] | None = None,
+    comments: bool = False,
+) -> pd.DataFrame:
+    """Read columns of a csv file or an Excel sheet as text.
+
+    Args:
+        path: The file.
+        columns: Columns that it must have.
+        optional: Columns that it may have.
+        name: What to call it in messages; its path by default.
+        hints: What else to do if a column is missing, a sentence, by column.
+        comments: Pass over lines of a csv file before the header that begin with "#".
+
+    Returns:
+        The columns in this order, without rows that are empty throughout; empty cells are "".
+
+    Raises:
+        DataError: If the file cannot be read, a column is missing or there twice, or a row is longer than the header.
+    """
+    name = name or str(path)
+    rows = _rows_of(path, [*columns, *optional], name, comments)
+    found = [tidy_name(cell) for cell in next(rows, [])]
+    missing = [column for column in columns if tidy_name(column) not in found]
+    if missing:
+        more = f" (and {len(missing) - 1} others that are needed)" if len(missing) > 1 else ""
+        shown = ", ".join(map(repr, found[:4])) + (" ..." if len(found) > 4 else "")
+        hint = f" {hints[missing[0]]}" if hints and missing[0] in hints else ""
+        raise DataError(
+            f"{name}: has no column {missing[0]!r}{more}, but {shown or 'nothing'}. Add it to the file.{hint}"
+        )
+    wanted = [column for column in (*columns, *optional) if tidy_name(column) in found]
+    for column in wanted:
+        if found.count(tidy_name(column)) > 1:
+            raise DataError(f"{name}: has the column {column!r} twice. Keep one.")
+    places = [found.index(tidy_name(column)) for column in wanted]
+    cells = []
+    for number, row in enumerate(rows, start=2):
+        if any(row[len(found) :]):
+            raise DataError(
+                f"{name}: row {number} has more cells than the header. Put cells that hold the separator into quotes."
+            )
+        if any(row):
+            cells.append([row[place] if place < len(row) else "" for place in places])
+    return pd.DataFrame(cells, columns=wanted, dtype=str)
+
+
+def columns_of(path: Path) -> list[str]:
+    """The names of a table's columns, in their order; none if it is no readable table."""
+    try:
+        return [tidy_name(cell) for cell in next(_rows_of(path, (), str(path)), [])]
+    except DataError:
+        return []
+
+
+def tidy_name(name: str) -> str:
+    """A column's name without what nobody sees: spaces around it, and how its accents are composed."""
+    return unicodedata.normalize("NFC", str(name)).strip()
+
+
+def _rows_of(path: Path, wanted: Sequence[str], name: str, comments: bool = False) -> Iterator[list[str]]:
+    """All rows, the header first."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(4)
+        if start == _OLD_OFFICE:
+            raise DataError(f"{name}: an old or encrypted Excel file, which is not read. {_AS_CSV}.")
+        yield from _sheet(path, wanted, name) if start == _ZIP else _csv(path, wanted, comments)
+    except DataError:
+        raise
+    except (OSError, ValueError, csv.Error) as error:  # wrong encodings are ValueErrors
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DataError(f"{name}: not a readable csv file ({reason}). Save it as csv in UTF-8.") from error
+
+
+def _csv(path: Path, wanted: Sequence[str], comments: bool) -> Iterator[list[str]]:
+    csv.field_size_limit(_LONGEST_CELL)
+
+    def rows(separator: str) -> Iterator[list[str]]:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            lines = itertools.dropwhile(lambda line: comments and line.startswith("#"), file)
+            yield from csv.reader(lines, delimiter=separator, strict=True)
+
+    headers = {separator: _first(rows(separator)) for separator in _SEPARATORS}
+    # Of equals the first: commas, unless another separator finds more.
+    yield from rows(max(_SEPARATORS, key=lambda each: (_count(headers[each], wanted), len(headers[each]))))
+
+
+def _first(rows: Iterator[list[str]]) -> list[str]:
+    try:
+        return next(rows, [])
+    except csv.Error:  # quotes that close elsewhere with this separator
+        return []
+
+
+def _count(header: Sequence[str], wanted: Sequence[str]) -> int:
+    return len({tidy_name(cell) for cell in header} & {tidy_name(column) for column in wanted})
+
+
+def _sheet(path: Path, wanted: Sequence[str], name: str) -> Iterator[list[str]]:
+    try:
+        from openpyxl import load_workbook
+    except ImportError as error:
+        raise DataError(f"{name}: an Excel file, which needs openpyxl: pip install openpyxl. Or: {_AS_CSV}.") from error
+    of_zip(of_path(path)[0])  # refuses what would unpack to gigabytes
+    try:
+        sheets = [list(sheet.iter_rows(values_only=True)) for sheet in load_workbook(path, data_only=True).worksheets]
+    except Exception as error:  # openpyxl raises those of zipfile, XML and its own
+        raise DataError(f"{name}: a damaged Excel file ({type(error).__name__}). {_AS_CSV}.") from error
+    texts = [[[_text(cell) for cell in row] for row in sheet] for sheet in sheets if sheet]
+    yield from max(texts, key=lambda sheet: _count(sheet[0], wanted), default=[])
+
+
+def _text(cell: Any) -> str:
+    """A cell of a sheet as csv would hold it."""
+    if cell is None:
+        return ""
+    return str(int(cell)) if isinstance(cell, float) and cell.is_integer() else str(cell)
+
+
+__all__ = ["SUFFIXES", "columns_of", "read_table", "tidy_name"]

@@ -1,0 +1,72 @@
+"""Bars are for people: shown in a terminal, never in a file, and not at all where that is asked for."""
+
+import fcntl
+import os
+import pty
+import struct
+import subprocess
+import sys
+import termios
+
+import numpy as np
+import pytest
+
+from medct.cli import main
+from medct.common import progress
+
+CODE = """
+import sys
+from medct.common.progress import be_quiet, remark, tqdm
+be_quiet(sys.argv[1] == "quiet")
+for _ in tqdm(range(3), "work"):
+    pass
+remark("a remark")
+tqdm.write("a result", file=sys.stdout)
+"""
+
+
+def shown(arguments: list[str]) -> str:
+    """What a process writes to the terminal that it has."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))  # else it is no character wide
+    process = subprocess.Popen(arguments, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    text = b""
+    while True:
+        try:
+            text += (block := os.read(ours, 4096))
+        except OSError:  # Linux says so that the other end is closed
+            break
+        if not block:
+            break
+    os.close(ours)
+    assert process.wait() == 0
+    return text.decode()
+
+
+@pytest.mark.parametrize("quiet", ["quiet", "aloud"])
+def test_a_terminal_shows_bars_unless_told_not_to(quiet):
+    text = shown([sys.executable, "-c", CODE, quiet])
+    assert ("work: 100%" in text) == ("a remark" in text) == (quiet == "aloud")
+    assert "a result" in text
+
+
+def test_a_file_holds_no_bar():
+    run = subprocess.run([sys.executable, "-c", CODE, "aloud"], capture_output=True, encoding="utf-8", check=True)
+    assert (run.stdout, run.stderr) == ("a result\n", "a remark\n")
+
+
+def test_a_quiet_command_shows_its_result_alone(nifti, converted, tmp_path, capfd):
+    array = np.random.default_rng(0).integers(-1000, 1000, (9, 12, 5)).astype(np.int16)
+    scans = [str(nifti(array, name="a.nii.gz")), str(tmp_path / "bad.nii.gz")]
+    (tmp_path / "bad.nii.gz").write_bytes(b"nothing")
+    predict = ["predict", *scans, "--cpu", "--model", str(converted), "--output", str(tmp_path / "scores.csv")]
+    try:
+        assert main([*predict, "--quiet"]) == 1
+        first = capfd.readouterr().err
+        assert main([*predict, "--quiet"]) == 1
+        again = capfd.readouterr().err
+    finally:
+        progress.be_quiet(False)
+    assert first == again  # neither a bar nor that one study was there already
+    assert first.startswith("failed: ") and "1 of 2 studies could not be read" in first

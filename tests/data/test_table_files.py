@@ -1,0 +1,97 @@
+"""Tables as people save them."""
+
+import csv
+import unicodedata
+
+import pytest
+from openpyxl import Workbook
+
+from medct.data import DataError
+from medct.data.table_files import columns_of, read_table
+
+HEADER = ["file_name", "Erguss, links", "report"]
+ROWS = [["a.nii.gz", "0,5", 'Er sagte "nein"; nichts.'], ["b.nii.gz", "1", "Zwei\nZeilen, ein Tab\there."]]
+COLUMNS = ["file_name", "Erguss, links"]
+
+
+def write_csv(path, separator=",", encoding="utf-8", rows=(HEADER, *ROWS)):
+    with path.open("w", encoding=encoding, newline="") as file:
+        csv.writer(file, delimiter=separator).writerows(rows)
+    return path
+
+
+def write_xlsx(path, *sheets):
+    book = Workbook()
+    book.remove(book.active)
+    for rows in sheets:
+        sheet = book.create_sheet()
+        for row in rows:
+            sheet.append(row)
+    book.save(path)
+    return path
+
+
+def cells(table):
+    return table.to_numpy().tolist()
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_any_separator_gives_the_same(tmp_path, separator, encoding):
+    path = write_csv(tmp_path / "table.csv", separator, encoding)
+    assert cells(read_table(path, COLUMNS, ["report", "patient"])) == ROWS
+    assert columns_of(path) == HEADER
+
+
+def test_a_sheet_gives_the_same(tmp_path):
+    path = write_xlsx(tmp_path / "table.xlsx", [["Notes"], ["of somebody"]], [HEADER, *ROWS, [None, None, None]])
+    assert cells(read_table(path, COLUMNS, ["report"])) == ROWS
+
+
+def test_cells_of_a_sheet_are_text_as_csv_has_it(tmp_path):
+    path = write_xlsx(tmp_path / "table.xlsx", [["id", "value"], [7, True], [7.0, 0.5], ["007", None]])
+    assert cells(read_table(path, ["id", "value"])) == [["7", "True"], ["7", "0.5"], ["007", ""]]
+
+
+def test_spaces_and_accents_of_a_name_do_not_matter(tmp_path):
+    name = "Überblähung"
+    path = write_csv(tmp_path / "table.csv", rows=[["file_name ", unicodedata.normalize("NFD", name)], ["a", "1"]])
+    assert list(read_table(path, ["file_name", name])) == ["file_name", name]
+
+
+def test_rows_that_are_shorter_or_empty(tmp_path):
+    path = tmp_path / "table.csv"
+    path.write_text("a,b,c\n1,2\n\n,,\n4,5,6,,\n", encoding="utf-8")
+    assert cells(read_table(path, ["a", "c"])) == [["1", ""], ["4", "6"]]
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"a,b\n1,2,3\n", "row 2 has more cells than the header"),
+        (b"a,b\n1,0,5\n", "row 2 has more cells than the header. Put cells that hold the separator into quotes"),
+        (b"a,b,a\n1,2,3\n", "has the column 'a' twice"),
+        (b"b,c\n1,2\n", "has no column 'a', but 'b', 'c'"),
+        (b"", "has no column 'a' .*, but nothing. Add it"),
+        ("a,b\nä,ü\n".encode("latin-1"), "not a readable csv file"),
+        (b'a,b\n1,"2\n', "not a readable csv file"),
+        (
+            b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1",
+            "an old or encrypted Excel file, which is not read. In Excel",
+        ),
+        (b"PK\x03\x04 cut off", "zip archive is damaged"),
+    ],
+)
+def test_what_cannot_be_told_is_refused(tmp_path, content, message):
+    path = tmp_path / "table.csv"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message) as refusal:
+        read_table(path, ["a", "b"])
+    assert str(refusal.value).startswith(f"{path}: ")
+
+
+def test_without_openpyxl_it_says_what_to_do(tmp_path, monkeypatch):
+    path = write_xlsx(tmp_path / "table.xlsx", [["a"], ["1"]])
+    monkeypatch.setitem(__import__("sys").modules, "openpyxl", None)
+    with pytest.raises(DataError, match=r"needs openpyxl: pip install openpyxl\. Or: In Excel, save it as"):
+        read_table(path, ["a"])

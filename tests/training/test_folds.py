@@ -1,0 +1,162 @@
+"""Cross-validation by patient: everybody is held out once, by an adapter that has not seen them."""
+
+import dataclasses
+import functools
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+
+from medct import CT_CLIP_LABELS, MedCTModel
+from medct import train as training
+from medct.common.errors import StoppedError
+from medct.data import PhantomCohort, open_source
+from medct.data.phantoms import make_phantom
+from medct.data.sources import Source
+from medct.evaluation.metrics import compare
+from medct.evaluation.predictions import Key
+from medct.evaluation.record import read_scores
+from medct.train import Trainer, run
+from medct.training.folds import divide
+from medct.training.settings import TrainingError, TrainingSettings, check
+
+_draw_once = functools.lru_cache(maxsize=None)(make_phantom)
+FOLDS = 3
+
+
+@pytest.fixture(autouse=True)
+def phantoms_are_drawn_once(monkeypatch):
+    monkeypatch.setattr("medct.data.make_phantom", _draw_once)
+
+
+@pytest.fixture
+def settings(converted, tmp_path) -> TrainingSettings:
+    """Two steps for each of three folds of eight patients."""
+    return TrainingSettings(
+        model=str(converted), output_dir=str(tmp_path / "run"), rank=4, replay="none", keep="none", strength="1",
+        eval_steps=0, batch_size=4, phantom_train_patients=14, phantom_tune_patients=4, phantom_eval_patients=6,
+        bootstrap_resamples=20, num_workers=0, cpu=True, folds=FOLDS,
+    )  # fmt: skip
+
+
+def cohort(patients: int, of_one_kind: bool = False) -> Source:
+    """A table of studies of which nothing can be read, two of each patient."""
+    labels = [[1.0, 0.0]] * 2 if of_one_kind else [[1.0, 0.0], [0.0, 0.0]]
+    rows = [{"patient": f"p{patient}", "labels": each} for patient in range(patients) for each in labels]
+    groups = [(index,) for index in range(len(rows))]
+    return Source(groups, rows.__getitem__, ("nodule", "mass"), f"{len(rows)} studies", names=list(map(str, groups)))
+
+
+def patients_of(source: Source) -> list[str]:
+    return [source.read(group[0])["patient"] for group in source.groups]
+
+
+@pytest.mark.parametrize("folds", [3, 5, 10])
+def test_each_patient_is_held_out_once_and_never_trained_on_then(folds):
+    source = cohort(31)
+    held_out = []
+    for fold in range(1, folds + 1):
+        parts = {part: patients_of(each) for part, each in divide(source, folds, fold).items()}
+        for one in parts:
+            for other in parts.keys() - {one}:
+                assert not set(parts[one]) & set(parts[other])
+        assert sum(map(len, parts.values())) == source.num_studies
+        assert set(parts["tune"]) == set(patients_of(divide(source, folds, fold % folds + 1)["valid"]))
+        assert 31 // folds <= len(set(parts["valid"])) <= 31 // folds + 1
+        held_out += parts["valid"]
+    assert sorted(held_out) == sorted(patients_of(source))
+
+
+def test_the_order_of_a_table_decides_nothing():
+    source = cohort(20)
+    turned = dataclasses.replace(source, groups=source.groups[::-1], names=source.names[::-1])
+    for part in ("train", "tune", "valid"):
+        assert set(patients_of(divide(source, 5, 2)[part])) == set(patients_of(divide(turned, 5, 2)[part]))
+    assert divide(source, 5, 2, max_tune_studies=3)["tune"].num_studies == 3
+
+
+def test_what_cannot_be_divided_is_refused():
+    with pytest.raises(TrainingError, match=r"4 patients cannot be divided into 5 folds\. Lower --folds\."):
+        divide(cohort(4), 5, 1)
+    with pytest.raises(TrainingError, match=r"Fold \d of 5 would hold out 2 studies in which each finding is always"):
+        divide(cohort(5, of_one_kind=True), 5, 1)
+    for changes, said in (
+        ({"folds": 2}, "--folds is 2. Pass 3 or more"),
+        ({"folds": 5, "fold": 6}, "--fold is 6. Pass a number from 1"),
+        ({"fold": 1}, "--fold is 1. Pass a number"),
+        ({"folds": 5, "max_eval_studies": 9}, "--max_eval_studies leaves out studies"),
+    ):
+        with pytest.raises(TrainingError, match=said):
+            check(TrainingSettings(**changes))
+
+
+def test_scores_of_all_folds_are_pooled_and_the_first_adapter_is_kept(settings, converted, tmp_path, capsys):
+    run(settings)
+    shown = capsys.readouterr().out
+    folder = tmp_path / "run"
+    assert not (tmp_path / "run.unfinished").exists()
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    scored = read_scores(folder).scored
+    base, adapted = (scored[Key(model, "phantoms", "valid")] for model in ("base", "adapted"))
+    everybody = {f"phantom_b_{patient}" for patient in range(24)}
+    assert set(base.patients) == everybody and len(base.patients) == 24
+    assert base.ids == adapted.ids and not np.array_equal(base.scores, adapted.scores)
+    expected = compare(base.scores, adapted.scores, base.labels, base.patients, list(CT_CLIP_LABELS), resamples=20)
+    for version in ("base", "adapted", "difference"):
+        assert results["comparison"][version]["auroc"] == pytest.approx(expected[version]["auroc"])
+    assert [each["fold"] for each in results["folds"]] == [1, 2, 3]
+    assert sum(each["patients"] for each in results["folds"]) == 24
+    assert results["measured_on"].startswith("Cross-validation by patient: each of 24 patients was held out once")
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    for said in (shown, card):
+        assert "The adapter in this folder is that of fold 1 of 3: it has not seen the patients of that fold" in said
+        assert "| fold 3 |" in said
+    assert shown.count("| held out |") == 1 and "fold 2 of 3: mean AUROC 0." in shown
+    assert "With --folds 5" not in shown and "Pass --epochs 25." in shown
+    assert "fold 1 of 3, of 24 SYNTHETIC studies" in results["data"] and results["data"] in card
+
+    # It is the adapter of the first fold, and one fold alone makes it, too.
+    alone = dataclasses.replace(settings, fold=1, output_dir=str(tmp_path / "alone"))
+    of_fold = run(alone)
+    weights = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("run", "alone")]
+    assert weights[0] == weights[1]
+    assert results["thresholds"] == of_fold["thresholds"]
+    cohort = PhantomCohort("B", 14, 4, 6, 0)
+    whole = open_source("phantoms", "all", MedCTModel.from_pretrained(converted).config, phantoms=cohort)
+    held_out = patients_of(divide(whole, FOLDS, 1)["valid"])
+    rows = [base.patients.index(patient) for patient in held_out]
+    alone_scores = read_scores(tmp_path / "alone").scored[Key("adapted", "phantoms", "valid")]
+    in_order = [alone_scores.patients.index(patient) for patient in held_out]
+    np.testing.assert_array_equal(adapted.scores[rows], alone_scores.scores[in_order])
+
+
+def test_a_stopped_cross_validation_goes_on_where_it_was(settings, monkeypatch, tmp_path):
+    for plot in ("roc_plot", "calibration_plot", "save_plot"):  # of single folds; nobody sees them
+        monkeypatch.setattr(training, plot, lambda *_, **__: None)
+    run(settings)
+    stopped = dataclasses.replace(settings, output_dir=str(tmp_path / "stopped"))
+    whole_step, steps = Trainer._step, []
+
+    def step(self, *inputs):
+        steps.append(self.settings.fold)
+        if len(steps) == 3:  # the first of the second fold
+            os.kill(os.getpid(), signal.SIGTERM)
+        return whole_step(self, *inputs)
+
+    monkeypatch.setattr(Trainer, "_step", step)
+    with pytest.raises(
+        StoppedError, match=r"stopped in fold 2 of 3\. The same command with --output_dir .*stopped --res"
+    ):
+        run(stopped)
+    with pytest.raises(TrainingError, match="holds an unfinished run"):
+        run(stopped)
+    with pytest.raises(TrainingError, match="is of a run with seed = 0, not 1"):
+        run(dataclasses.replace(stopped, resume=True, seed=1))
+    run(dataclasses.replace(stopped, resume=True))
+    assert steps == [1, 1, 2, 2, 3, 3]
+    results = [
+        json.loads((tmp_path / name / "results.json").read_text(encoding="utf-8")) for name in ("run", "stopped")
+    ]
+    assert results[0]["comparison"] == results[1]["comparison"]

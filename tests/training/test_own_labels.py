@@ -1,0 +1,155 @@
+"""Labels of one's own, from a table through training to prediction; sources with other labels to keep and replay."""
+
+import dataclasses
+import json
+import warnings
+
+import numpy as np
+import pytest
+from ct_rate_like import write_files
+from rad_chestct_like import rad_chestct_files
+
+from medct import MedCTModel, MedCTProcessor
+from medct.adapters_medct import OtherWordsWarning
+from medct.cli import main
+from medct.data import DataError
+from medct.pipeline_medct import ZeroShotCTClassificationPipeline
+from medct.train import load_sources, run
+from medct.training.checkpoints import CheckpointError
+from medct.training.settings import TrainingError, TrainingSettings
+
+LABELS = """label;data;words;present;absent
+Verdichtung;Consolidation;c;;
+Erguss;Pleural effusion;;An e is present.;No e is present.
+"""
+MERGED = "Arterial wall calcification or Coronary artery wall calcification"
+
+
+@pytest.fixture
+def settings(converted, tmp_path) -> TrainingSettings:
+    """A run of seconds on the small random model."""
+    return TrainingSettings(
+        model=str(converted),
+        output_dir=str(tmp_path / "run"),
+        recipe="paper",
+        rank=2,
+        replay="none",
+        keep="none",
+        strength="1",
+        eval_steps=0,
+        batch_size=4,
+        phantom_train_patients=8,
+        phantom_tune_patients=6,
+        phantom_eval_patients=12,
+        bootstrap_resamples=10,
+        num_workers=0,
+        cpu=True,
+    )
+
+
+@pytest.fixture
+def labels(tmp_path):
+    path = tmp_path / "labels.csv"
+    path.write_text(LABELS, encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def rad(tmp_path):
+    return str(write_files(tmp_path / "rad", rad_chestct_files()))
+
+
+def test_own_labels_reach_adapter_and_prediction(settings, labels, nifti, tmp_path, capsys):
+    templates = ["{label} is present.|No {label} is present."]
+    results = run(dataclasses.replace(settings, labels=str(labels), templates=templates, phantom_tune_patients=40))
+    assert results["label_names"] == ["Verdichtung", "Erguss"]
+    sentences = ["c is present.", "No c is present.", "An e is present.", "No e is present."]
+    assert results["prompts"] == [sentences]
+    assert results["mappings"]["valid"]["labels"] == {"Verdichtung": ["Consolidation"], "Erguss": ["Pleural effusion"]}
+    adapter = tmp_path / "run"
+    described = json.loads((adapter / "medct_adapter.json").read_text(encoding="utf-8"))
+    assert described["label_names"] == results["label_names"]
+    assert described["prompts"] == {"Verdichtung": "c", "Erguss": [sentences[2:]]}
+    assert set(described["thresholds"]) == {"Verdichtung", "Erguss"}
+
+    model, processor = (kind.from_pretrained(settings.model) for kind in (MedCTModel, MedCTProcessor))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", category=OtherWordsWarning)
+        pipe = ZeroShotCTClassificationPipeline(model=model, processor=processor, adapter=str(adapter))
+    assert pipe.asked.label_prompts() == [sentences] and len(model.config.label_names) == 18
+    scan = nifti(np.random.default_rng(0).normal(-500, 300, (9, 10, 11)).astype(np.float32))
+    found = {finding["label"]: finding for finding in pipe(str(scan))}
+    assert found.keys() == {"Verdichtung", "Erguss"} and all("present" in each for each in found.values())
+    alike = pipe(str(scan), candidate_labels={"Verdichtung": "c", "Erguss": [sentences[2:]]})
+    assert {each["label"]: each["score"] for each in alike} == {name: found[name]["score"] for name in found}
+    assert not any("present" in each for each in alike), "operating points hold for the adapter's own words"
+    model.disable_adapters()
+    assert len(pipe(str(scan))) == 18
+
+    capsys.readouterr()
+    assert main(["predict", str(scan), "--adapter", str(adapter), "--format", "json", "--cpu"]) == 0
+    said = {each["label"]: each["score"] for each in json.loads(capsys.readouterr().out)["findings"]}
+    assert said == pytest.approx({name: each["score"] for name, each in found.items()})
+    assert main(["predict", str(scan), "--model", settings.model, "--labels", str(labels), "--format", "json"]) == 0
+    assert {each["label"] for each in json.loads(capsys.readouterr().out)["findings"]} == {"Verdichtung", "Erguss"}
+
+    scores = tmp_path / "scores.json"
+    again = ["evaluate", "--data", "phantoms", "--limit", "12", "--adapter", str(adapter), "--output", str(scores)]
+    assert main([*again, "--mapping", str(labels), "--num_workers", "0", "--cpu"]) == 0
+    evaluated = json.loads(scores.read_text(encoding="utf-8"))
+    assert evaluated["prompts"] == {"run": [sentences]} and "accuracy" in evaluated["sources"][0]["scores"]
+
+
+def test_a_whole_model_is_saved_with_its_labels(settings, labels, tmp_path):
+    run(dataclasses.replace(settings, labels=str(labels), recipe="full", learning_rate=1e-4))
+    config = MedCTModel.from_pretrained(tmp_path / "run").config
+    assert config.label_names == ["Verdichtung", "Erguss"]
+    assert config.label_prompts()[0][:3] == ["c is present.", "c is not present.", "An e is present."]
+
+
+def test_words_that_the_tokenizer_does_not_know_are_remarked_on(settings, tmp_path, capsys):
+    path = tmp_path / "labels.csv"
+    path.write_text("label,data\n气胸,Consolidation\n肺炎,Pleural effusion\n", encoding="utf-8")
+    results = run(dataclasses.replace(settings, labels=str(path)))
+    said = "does not know words in the prompts of 2 of 2 labels (气胸, 肺炎): they cannot be told from one another"
+    assert any(said in remark for remark in results["remarks"])
+    assert said in capsys.readouterr().out
+    main(["overview", "phantoms", "--labels", str(path), "--model", settings.model, "--samples", "0", "--limit", "2"])
+    assert said in capsys.readouterr().err
+
+
+def test_a_resumed_run_learns_the_same_labels(settings, labels, monkeypatch):
+    stopped = dataclasses.replace(settings, labels=str(labels), checkpoint_steps=1)
+    monkeypatch.setattr("medct.train.Trainer._check_base", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(stopped)
+    monkeypatch.undo()
+    labels.write_text(LABELS.replace(";c;", ";d;"), encoding="utf-8")
+    with pytest.raises(CheckpointError, match="is from a run with labels, prompts and mappings = "):
+        run(dataclasses.replace(stopped, resume=True))
+
+
+def test_a_source_with_other_labels_is_kept_and_replayed(settings, rad):
+    sizes = {"phantom_eval_patients": 24, "phantom_tune_patients": 24, "strength": "auto"}
+    settings = dataclasses.replace(settings, keep=rad, replay=rad, replay_share=0.5, max_steps=1, **sizes)
+    results = run(settings)
+    kept = results["kept"]["base"]
+    assert {f"auroc/{MERGED}", "auroc/Lung nodule"} <= kept.keys() and "auroc/Arterial wall calcification" not in kept
+    assert results["kept"]["present"][MERGED] == 3
+    assert results["label_names"][1] == "Arterial wall calcification", "of the data, whose labels are the model's"
+    assert "To be kept: 6 valid studies of RAD-ChestCT" in results["measured_on"]
+    assert results["mappings"].keys() == {"keep_tune", "keep_valid"}
+
+
+def test_rad_chestct_is_learned_from(settings, rad):
+    results = run(dataclasses.replace(settings, data=rad, batch_size=2))
+    assert results["label_names"][1] == MERGED and len(results["label_names"]) == 17
+    assert f"| {MERGED} (3) |" in results["table"]
+    with pytest.raises(DataError, match=r"no study of the train split is left \(no report"):
+        load_sources(dataclasses.replace(settings, data=rad, objective="contrastive"), MedCTModel.config_class())
+
+
+def test_a_classifier_learns_its_own_labels_only(settings, labels, classifier_folder):
+    settings = dataclasses.replace(settings, model=str(classifier_folder), targets="vision")
+    with pytest.raises((DataError, TrainingError), match="The model is a classifier: it knows the labels of its head"):
+        run(dataclasses.replace(settings, labels=str(labels)))

@@ -1,0 +1,223 @@
+"""Cross-validation by patient, for cohorts that are too small to hold anything out for good.
+
+All patients of a source, whatever their split, are divided into folds. Each fold is held out once, the next one is
+tuned on, and the others are trained on; the scores of the held-out studies, of as many adapters, are pooled. The
+adapter that is kept is that of the first fold, with the operating points of its own tuning patients.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from medct.adapters_medct import CONFIG_FILE
+from medct.common.errors import StoppedError
+from medct.common.files import whole_file
+from medct.common.lock import only_run
+from medct.data.sources import Source, first_of, hash_share
+from medct.evaluation.figures import Scores, source_figures
+from medct.evaluation.plots import calibration_plot, roc_plot, save_plot
+from medct.evaluation.predictions import Key, Predictions
+from medct.evaluation.record import RESULTS, read_results, read_scores, write_record
+from medct.evaluation.report import folds_table, results_table
+from medct.evaluation.scoring import ScoredStudies
+from medct.publishing.cards import read_json, write_card
+from medct.training.results import ADAPTED, BASE, remarks_on
+from medct.training.run_folder import RunFolder
+from medct.training.settings import TrainingError, TrainingSettings
+
+KEPT_FOLD = 1
+
+
+def divide(source: Source, folds: int, fold: int, max_tune_studies: int | None = None) -> dict[str, Source]:
+    """The studies to train on, to tune on and to hold out in one fold; no patient is in two of them.
+
+    Args:
+        source: All studies.
+        folds: Into how many parts of as many patients each they are divided, the same ones every time.
+        fold: Which part is held out, from 1; the next one is tuned on.
+        max_tune_studies: Tune on this many studies at most.
+
+    Raises:
+        TrainingError: If there are fewer patients than folds, or a fold on which nothing could be scored.
+    """
+    rows_of = [source.read(group[0]) for group in source.groups]
+    patients = [row["patient"] for row in rows_of]
+    in_order = sorted(set(patients), key=lambda patient: hash_share(patient, "folds"))
+    if len(in_order) < folds:
+        raise TrainingError(f"{len(in_order)} patients cannot be divided into {folds} folds. Lower --folds.")
+    fold_of = {patient: index % folds for index, patient in enumerate(in_order)}
+    _refuse_folds_of_one_kind(np.array([row["labels"] for row in rows_of]), [fold_of[each] for each in patients], folds)
+    part_of = {fold - 1: "valid", fold % folds: "tune"}
+    parts: dict[str, list[int]] = {"train": [], "tune": [], "valid": []}
+    for index, patient in enumerate(patients):
+        parts[part_of.get(fold_of[patient], "train")].append(index)
+    chosen = first_of([source.names[index] for index in parts["tune"]], max_tune_studies)
+    parts["tune"] = [parts["tune"][index] for index in chosen]
+    about = f"fold {fold} of {folds}, of {source.description}"
+    return {
+        part: dataclasses.replace(
+            source,
+            groups=[source.groups[index] for index in rows],
+            names=[source.names[index] for index in rows],
+            description=f"{len(rows)} studies of {len({patients[index] for index in rows})} patients, {about}",
+        )
+        for part, rows in parts.items()
+    }
+
+
+def _refuse_folds_of_one_kind(labels: np.ndarray, fold_of: Sequence[int], folds: int) -> None:
+    for fold in range(folds):
+        held_out = labels[np.array(fold_of) == fold]
+        if not ((held_out == 1).any(axis=0) & (held_out == 0).any(axis=0)).any():
+            raise TrainingError(
+                f"Fold {fold + 1} of {folds} would hold out {len(held_out)} studies in which each finding is always or "
+                "never present. Lower --folds."
+            )
+
+
+def cross_validate(
+    settings: TrainingSettings, train: Callable[[TrainingSettings], dict[str, Any]]
+) -> tuple[dict[str, Any], Path]:
+    """Train once for each fold, and put the first adapter into the output folder, with the figures of all.
+
+    Args:
+        settings: With `folds`.
+        train: One run.
+
+    Returns:
+        What `results.json` holds, and the folder; in other processes what that of the last fold holds.
+
+    Raises:
+        StoppedError: If it was stopped by a signal; it names what resumes it.
+        TrainingError: If it resumes a run of other settings.
+    """
+    folder = RunFolder(settings.output_dir, settings.resume)
+    results: dict[str, Any] = {}
+    is_main_process = not int(os.environ.get("RANK", 0))
+    with only_run(folder.final):
+        if is_main_process:
+            _claim(folder.work, settings)
+        runs = [folder.work / f"fold-{fold}" for fold in range(1, settings.folds + 1)]
+        for fold, run in enumerate(runs, start=1):
+            if (run / RESULTS).is_file():
+                continue
+            of_fold = {"fold": fold, "output_dir": str(run), "resume": True, "push_to_hub": False}
+            try:
+                results = train(dataclasses.replace(settings, **of_fold))
+            except StoppedError as error:
+                raise StoppedError(
+                    f"stopped in fold {fold} of {settings.folds}. The same command with --output_dir {folder.final} "
+                    "--resume continues it."
+                ) from error
+            if is_main_process:
+                print(_in_a_line(_about(fold, results), settings.folds))
+        if is_main_process:
+            results = _gather(folder, runs, settings)
+    return results, folder.final
+
+
+def _claim(work: Path, settings: TrainingSettings) -> None:
+    """Write down the settings, or compare them with those that finished folds were made with."""
+    path = work / "settings.json"
+    ours = json.loads(json.dumps(settings.fixed()))
+    if not path.is_file():
+        with whole_file(path) as aside:
+            aside.write_text(json.dumps(ours, indent=2) + "\n", encoding="utf-8")
+        return
+    theirs = json.loads(path.read_text(encoding="utf-8"))
+    for name in sorted(ours.keys() | theirs.keys()):
+        if ours.get(name) != theirs.get(name):
+            raise TrainingError(
+                f"{work} is of a run with {name} = {theirs.get(name)}, not {ours.get(name)}. Resume with the same "
+                "settings, or choose another --output_dir."
+            )
+
+
+def _gather(folder: RunFolder, runs: Sequence[Path], settings: TrainingSettings) -> dict[str, Any]:
+    """Make the output folder of those of all folds."""
+    scores = [read_scores(run) for run in runs]
+    source = next(iter(scores[0].scored)).source
+    pooled = {
+        model: _pooled([each.scored[Key(model, source, "valid")] for each in scores]) for model in (BASE, ADAPTED)
+    }
+    names = pooled[BASE].names
+    results = _results([read_results(run) for run in runs], pooled, names, settings)
+    kept = runs[KEPT_FOLD - 1]
+    with folder.complete() as final:
+        shutil.copytree(kept, final, dirs_exist_ok=True)
+        (final / "learned.png").unlink(missing_ok=True)  # of one fold alone
+        config = read_json(final, "train_config.json") | {"output_dir": str(folder.final)}
+        (final / "train_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        keys = {Key(model, source, "valid"): scored for model, scored in pooled.items()}
+        write_record(final / RESULTS, results, Predictions(names, keys))
+        models = {model: scored.scores for model, scored in pooled.items()}
+        note = results["measured_on"]
+        save_plot(roc_plot(models, pooled[BASE].labels, names, note), final / "roc.png")
+        save_plot(calibration_plot(models, pooled[BASE].labels, note), final / "calibration.png")
+        if (final / CONFIG_FILE).is_file():
+            write_card(final)
+        else:
+            said = [results["measured_on"], results["data"], results["table"], *results["remarks"]]
+            (final / "README.md").write_text("\n\n".join(["# MedCT", *said]) + "\n", encoding="utf-8")
+    return results
+
+
+def _pooled(parts: Sequence[ScoredStudies]) -> ScoredStudies:
+    """The studies of all folds, each of which was held out once."""
+    return ScoredStudies(
+        [study for part in parts for study in part.ids],
+        [patient for part in parts for patient in part.patients],
+        np.concatenate([part.scores for part in parts]),
+        np.concatenate([part.labels for part in parts]),
+        [about for part in parts for about in part.about],
+        names=parts[0].names,
+    )
+
+
+def _results(
+    of_folds: Sequence[dict[str, Any]],
+    pooled: dict[str, ScoredStudies],
+    names: Sequence[str],
+    settings: TrainingSettings,
+) -> dict[str, Any]:
+    """What `results.json` holds: the kept adapter's own, with the figures of all held-out studies."""
+    first, count = of_folds[KEPT_FOLD - 1], len(of_folds)
+    models = {model: Scores(scored) for model, scored in pooled.items()}
+    comparison = source_figures(models, names, resamples=settings.bootstrap_resamples, seed=settings.seed)
+    folds = [_about(fold, each) for fold, each in enumerate(of_folds, start=1)]
+    synthetic = " These are SYNTHETIC drawings: no patients, and no clinical meaning." if first["synthetic"] else ""
+    results = first | {
+        "measured_on": f"Cross-validation by patient: each of {comparison['patients']} patients was held out once, in "
+        f"{count} folds, and the scores of {count} adapters on {comparison['scans']} studies are pooled.{synthetic}",
+        "data": f"The adapter in this folder is that of fold {KEPT_FOLD} of {count}. {first['data']}",
+        "comparison": comparison,
+        "folds": folds,
+        "table": "\n\n".join([results_table(comparison, names), folds_table(folds)]),
+        "seconds": round(sum(each["seconds"] for each in of_folds), 1),
+        # No single run has these figures.
+        "provenance": first["provenance"] | {"settings": None},
+    }
+    kept = (
+        f"The adapter in this folder is that of fold {KEPT_FOLD} of {count}: it has not seen the patients of that "
+        "fold, and chose on those of the next. The figures are pooled over all folds, each with an adapter of its own."
+    )
+    short = [remark for remark in first["remarks"] if "steps are few" in remark or "tokenizer" in remark]
+    return results | {"remarks": [kept, *short, *remarks_on(results, settings.max_forgotten)]}
+
+
+def _in_a_line(about: dict[str, Any], folds: int) -> str:
+    aurocs = f"mean AUROC {about[BASE]:.3f} before, {about[ADAPTED]:.3f} after"
+    return f"fold {about['fold']} of {folds}: {aurocs}, on {about['scans']} studies of {about['patients']} patients"
+
+
+def _about(fold: int, results: dict[str, Any]) -> dict[str, Any]:
+    """One fold in the results of all."""
+    aurocs = {model: results["comparison"][model]["auroc"]["value"] for model in (BASE, ADAPTED)}
+    numbers = {name: results["comparison"][name] for name in ("scans", "patients")}
+    return {"fold": fold, **numbers, **aurocs, **{name: results[name] for name in ("steps", "best_step", "strength")}}
