@@ -119,7 +119,7 @@ def _read_header(file: Any) -> "Dataset":
 
     with file.open() as stream:
         header = dcmread(stream, stop_before_pixels=True, force=True)
-    header.decode()
+    header.decode()  # before the character set is another
     header.SpecificCharacterSet = UTF_8
     for name in _MAY_BE_EMPTY:
         if name not in header or not _is_known(name, str(header[name].value or "")):

@@ -113,8 +113,12 @@ def test_a_study_whose_report_cannot_be_made_has_no_row(predict, tmp_path):
         (row,) = csv.DictReader(file)
     assert row["study"] == "series" and re.fullmatch(r"out/[0-9a-f]{16}_sr.dcm", row["reports"])
     assert (tmp_path / row["reports"]).is_file()
-    status, said = predict("bad", "series", "--output", "scores.csv")
-    assert status == 2, "rows with and without reports do not mix"
+
+
+def test_rows_with_and_without_reports_do_not_mix(predict):
+    assert predict("series", "--dicom_sr", "out", "--output", "scores.jsonl")[0] == 0
+    status, said = predict("series", "--output", "scores.jsonl")
+    assert status == 2 and "was started with reports ['dicom_sr'], not None" in said
 
 
 def test_a_classifier_has_a_page_too(predict, classifier_folder, tmp_path):
