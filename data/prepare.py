@@ -407,15 +407,16 @@ def prepare(
     with tqdm(
         total=sum(len(shard.keys) for shard in mine), desc=f"prepare ({rank + 1} of {world_size})", unit="study"
     ) as bar:
-        num_skipped = 0
+        num_skipped = num_seen = 0  # not by the bar, which counts nothing where none is shown
         for shard in mine:
             with shard.alone():
                 skipped = shard.write(preparer, bar)
             num_skipped += len(skipped)
+            num_seen += len(shard.keys)
             bar.set_postfix(skipped=num_skipped)
-            if too_many_bad(num_skipped, bar.n, max_skipped_share):
+            if too_many_bad(num_skipped, num_seen, max_skipped_share):
                 raise DataError(
-                    f"{num_skipped} of {bar.n} studies could not be read, more than the allowed share of "
+                    f"{num_skipped} of {num_seen} studies could not be read, more than the allowed share of "
                     f"{max_skipped_share:g}; the last: {skipped[-1]['id']}: {skipped[-1]['reason']}. Fix the source "
                     "and resume with --retry_skipped, or allow more."
                 )

@@ -327,15 +327,17 @@ def test_a_damaged_footer_affects_its_file_alone(folder, tmp_path, config, sourc
         opened(rows[3])
 
 
-def test_batches_are_int16_and_come_without_a_warning(folder, config, processor):
+def test_batches_come_in_the_models_unit_without_a_warning(folder, config, processor):
     processor.image_processor = MedCTImageProcessor.from_config(config.vision_config)
     source = prepared_source(folder, "train", config)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         loader = StudyLoader(source, processor, config.label_names, batch_size=4, with_text=False)
         batches = list(loader)
-    assert [batch["pixel_values"].dtype for batch in batches] == [torch.int16] * 2
+    assert [batch["pixel_values"].dtype for batch in batches] == [torch.float32] * 2
     assert batches[0]["pixel_values"].shape == (4, 1, 16, 24, 20)
+    with source.read(source.keys()[0])["volume"].open() as hu:
+        assert torch.equal(batches[0]["pixel_values"][0, 0], hu.float() / processor.image_processor.hu_per_unit)
 
 
 def test_resume_is_exact(folder, config, processor):
