@@ -432,7 +432,7 @@ def read_one(study: Study, args: argparse.Namespace, pipe: ZeroShotCTClassificat
     Raises:
         CommandError: If it cannot be read.
     """
-    read = read_study(study, reading_of(args, pipe).load)
+    read = read_study(study, pipe.processor.image_processor, pipe.device, **reading_options(args))
     if isinstance(read, FailedStudy):
         raise CommandError(read.reason)
     return read

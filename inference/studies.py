@@ -199,14 +199,18 @@ class LoadStudy:
             return FailedStudy(study, f"{study.id}: reading failed ({type(error).__name__} in {where}). Report this.")
 
 
-def read_study(study: Study, load: LoadStudy) -> ReadStudy | FailedStudy:
+def read_study(
+    study: Study, image_processor: MedCTImageProcessor, device: torch.device | str = "cpu", **options: Any
+) -> ReadStudy | FailedStudy:
     """Read one study, or say why not.
 
     Args:
         study: The study to read.
-        load: How.
+        image_processor: The model's.
+        device: Where the model is.
+        options: `series` and `resample_irregular`, see `read_volume`.
     """
-    return next(read_ahead([study], load))
+    return next(read_ahead([study], LoadStudy(image_processor, device, options)))
 
 
 def read_ahead(

@@ -84,6 +84,8 @@ _COLUMNS = (("base", ""), ("adapted", ""), ("difference", "+"))
 def _per_cent(interval: dict[str, float | None] | None, sign: str) -> str:
     if interval is None or interval["value"] is None:
         return "–"
+    if interval["low"] is None:
+        return f"{100 * interval['value']:{sign}.1f}"
     value, low, high = (f"{100 * interval[part]:{sign}.1f}" for part in ("value", "low", "high"))
     return f"{value} ({low} to {high})"
 

@@ -1,6 +1,6 @@
 """The benchmark of a card runs, at sizes for a CPU, and prints every table."""
 
-import importlib.util
+import importlib
 from pathlib import Path
 
 import pytest
@@ -9,9 +9,8 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
 def test_every_table_is_printed(monkeypatch, capsys):
-    spec = importlib.util.spec_from_file_location("bench_gpu", BENCHMARKS / "bench_gpu.py")
-    bench = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(bench)
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    bench = importlib.import_module("bench_gpu")
     monkeypatch.setattr(bench.subprocess, "check_output", lambda *_, **__: "Loading 0.5 1.5\n")
     monkeypatch.setattr(bench, "whole_studies", lambda *_: print("whole studies"))
     bench.main(["--tiny", "--repeats", "1", "--device", "cpu"])
@@ -25,8 +24,7 @@ def test_every_table_is_printed(monkeypatch, capsys):
     assert printed.endswith("whole studies\n")
 
 
-def test_operations_are_those_of_the_published_sizes():
-    spec = importlib.util.spec_from_file_location("bench_gpu", BENCHMARKS / "bench_gpu.py")
-    bench = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(bench)
+def test_operations_are_those_of_the_published_sizes(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    bench = importlib.import_module("bench_gpu")
     assert bench.operations(bench.MedCTConfig()) == pytest.approx(792e9, rel=0.01)
