@@ -25,7 +25,7 @@ from accelerate.utils import set_seed
 from peft import PeftModel
 from transformers import get_cosine_schedule_with_warmup
 
-from medct.adapters_medct import CONFIG_FILE, adapter_fingerprint, describe_adapter, fingerprint
+from medct.adapters_medct import adapter_fingerprint, describe_adapter, fingerprint
 from medct.common.digest import digest
 from medct.common.distributed import process_rank, shard, sum_gradients, sum_over_processes
 from medct.common.errors import StoppedError, one_line_errors
@@ -36,10 +36,8 @@ from medct.common.paths import local_paths, without_paths
 from medct.common.progress import be_quiet, tqdm
 from medct.data import StudyLoader
 from medct.data.label_space import asked
-from medct.evaluation.calibration import apply_calibration
 from medct.evaluation.metrics import zero_shot_scores
 from medct.evaluation.operating_points import wanted_points
-from medct.evaluation.plots import calibration_plot, change_plot, roc_plot, save_plot
 from medct.evaluation.predictions import short_names
 from medct.evaluation.provenance import list_checksum, provenance
 from medct.evaluation.record import RESULTS, write_record
@@ -58,10 +56,10 @@ from medct.evaluation.scoring import (
 from medct.modeling_medct import MedCTModel
 from medct.publishing.cards import write_card
 from medct.publishing.loading import named
-from medct.publishing.push import push_adapter, push_model
 from medct.training.best import BestSoFar
 from medct.training.checkpoints import Checkpoints, TrainingState
 from medct.training.folds import cross_validate
+from medct.training.handing_out import draw_pictures, tell
 from medct.training.launch import commit_of_base, load_base, make_accelerator
 from medct.training.lora import (
     add_lora,
@@ -499,41 +497,13 @@ class Trainer:
             names = self._source_names()
             trained = [(names[0], "train", self.sources["train"].names)]
             write_record(folder / RESULTS, results, predictions_of(before, after, names), trained)
-            held_out, scored = before["valid"], after["valid"]
-            models, what = {BASE: held_out.scores, ADAPTED: scored.scores}, "score"
-            save_plot(roc_plot(models, held_out.labels, held_out.names, note), folder / "roc.png")
-            if results["calibration"] and len(results["calibration"]) == len(scored.names):
-                models["calibrated"] = apply_calibration(scored.scores, results["calibration"], scored.names)
-                what = "score, or calibrated probability"
-            save_plot(calibration_plot(models, held_out.labels, note, what=what), folder / "calibration.png")
-            if results["kept"]:
-                note = f"{note}; to be kept: {self._describe('keep_valid')}"
-                change = change_plot(results["comparison"], results["kept"], scored.names, note)
-                save_plot(change, folder / "learned.png")
+            of_kept = f"; to be kept: {self._describe('keep_valid')}" if results["kept"] else ""
+            draw_pictures(folder, results, before["valid"], after["valid"], note, of_kept)
             if self.settings.adaptation == "full":
                 said = [results["measured_on"], results["table"], *results["remarks"]]
                 (folder / "README.md").write_text("\n\n".join(["# MedCT", *said]) + "\n", encoding="utf-8")
             else:
                 write_card(folder)
-
-
-def tell(settings: TrainingSettings, results: dict[str, Any], folder: Path) -> None:
-    """Show what a finished run found, and push it if that is wanted; the folder stays whatever happens.
-
-    Args:
-        settings: Of the run.
-        results: What `results.json` holds.
-        folder: Of the run.
-    """
-    print(f"\n{results['table']}\n\n{results['measured_on']}\nStrength: {results['strength']:g}")
-    for remark in results["remarks"]:
-        print(f"NOTE: {remark}")
-    print(f"Saved: {folder}")
-    if settings.push_to_hub and not (folder / CONFIG_FILE).is_file():
-        print(f"Pushed: {push_model(folder, settings.hub_model_id, private=settings.hub_private)}")
-    elif settings.push_to_hub:
-        base = {"base": settings.hub_base, "base_revision": settings.hub_base_revision}
-        print(f"Pushed: {push_adapter(folder, settings.hub_model_id, private=settings.hub_private, **base)}")
 
 
 def run(settings: TrainingSettings) -> dict[str, Any]:
