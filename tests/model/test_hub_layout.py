@@ -93,6 +93,7 @@ for source, target in ((folder, first), (first, second)):
     assert (tmp_path / "second/model.safetensors").read_bytes() == (tmp_path / "first/model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_another_process_unpickles_a_remote_processor(converted, tmp_path):
     """As `datasets.map(num_proc=2)` and spawned loaders do."""
     pickled = tmp_path / "processor.pickle"

@@ -198,7 +198,7 @@ def cut_power(*_):
     raise PowerCutError
 
 
-@pytest.mark.parametrize("step", [2, 99])
+@pytest.mark.parametrize("step", [2, pytest.param(99, marks=pytest.mark.slow)])
 def test_a_resumed_run_equals_one_that_never_stopped(settings, step, monkeypatch, tmp_path):
     """Cut after the scores of a step, of which no checkpoint knows, and while strengths are tried."""
     settings = dataclasses.replace(settings, dropout=0.1, objective="both", patience=2)

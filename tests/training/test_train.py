@@ -695,7 +695,8 @@ def without_dropout(converted, tmp_path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("fsdp2", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["whole", "fsdp2"])
+@pytest.mark.slow
+@pytest.mark.parametrize("fsdp2", [False, True], ids=["whole", "fsdp2"])
 def test_two_processes_have_the_losses_of_one(settings, fsdp2, without_dropout, tmp_path):
     """With the gradients of two micro-batches in each; studies that do not divide evenly are scored, too."""
     settings = dataclasses.replace(settings, model=str(without_dropout), objective="both", phantom_eval_patients=19)
