@@ -170,7 +170,7 @@ def _marker(stream: bytes, at: int) -> tuple[int, int]:
 
 
 def _end_of_coded(stream: bytes, at: int, is_ls: bool) -> int:
-    """Where the first marker stands that is no part of coded data."""
+    """Where the first marker stands that is not part of coded data."""
     data = np.frombuffer(stream, np.uint8, offset=at)
     places = np.flatnonzero(data[:-1] == 0xFF)
     following = data[places + 1]

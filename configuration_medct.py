@@ -297,7 +297,7 @@ class MedCTConfig(PreTrainedConfig):
             If labels have different numbers of pairs, each stands as often as makes all weigh the same.
 
         Raises:
-            ValueError: If a template is no pair of sentences that hold "{label}", or a prompt is not what it should be.
+            ValueError: If a template is not a pair of sentences with "{label}", or a prompt is not as it should be.
         """
         prompts = {**(self.prompts or {}), **(labels if isinstance(labels, Mapping) else {})}
         labels = list(self.label_names if labels is None else labels)

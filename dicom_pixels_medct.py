@@ -29,7 +29,7 @@ class PixelLayout(Frames):
 
     high_bit: int
     padding: tuple[int, int] | None
-    """Lowest and highest stored value that is no part of the scan."""
+    """Lowest and highest stored value that is not part of the scan."""
 
 
 @dataclass(frozen=True)

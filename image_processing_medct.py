@@ -156,7 +156,7 @@ class MedCTImageProcessor(PicklesAnywhere, BaseImageProcessor):
             `geometry`: a list of `VolumeGeometry`.
 
         Raises:
-            VolumeError: If a source is no usable CT volume.
+            VolumeError: If a source is not a usable CT volume.
         """
         images = list(images) if isinstance(images, list | tuple) else [images]
         options = {

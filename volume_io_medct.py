@@ -84,7 +84,7 @@ def read_volume(
         The volume, in HU by the rules of `volume_medct`. Its notes are issued as warnings (`VolumeWarning`) too.
 
     Raises:
-        VolumeError: If the source is no single finite 3-D volume in HU with a certain geometry.
+        VolumeError: If the source is not a single finite 3-D volume in HU with a certain geometry.
     """
     rescale = (rescale_slope, rescale_intercept)
     volume = _load(source, spacing_mm, orientation, affine, rescale, series, resample_irregular)

@@ -44,7 +44,7 @@ _RAS_DIRECTIONS = {"R": (0, 1), "L": (0, -1), "A": (1, 1), "P": (1, -1), "S": (2
 
 
 class VolumeError(MedCTError, ValueError):
-    """A source that is no usable CT volume: what it is, why it is refused, and what to do.
+    """A source that is not a usable CT volume: what it is, why it is refused, and what to do.
 
     Args:
         source: The file or array, as the caller knows it; never anything from a header.

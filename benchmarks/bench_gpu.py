@@ -51,7 +51,7 @@ LOAD = """
 import sys, time, torch
 from medct import MedCTModel
 folder, device = sys.argv[1:]
-torch.zeros(1, device=device)  # the driver's own start is no part of it
+torch.zeros(1, device=device)  # the driver's own start is not part of it
 started = time.perf_counter()
 model = MedCTModel.from_pretrained(folder, dtype=torch.bfloat16, device_map=device).eval()
 loaded = time.perf_counter()

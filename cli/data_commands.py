@@ -23,7 +23,7 @@ from medct.publishing.push import push_shards
 def show_overview(args: argparse.Namespace) -> int:
     if not args.samples:
         return _show_overview(args)
-    sheet_format(args.sheet)  # refuses, before anything is read, what is no picture
+    sheet_format(args.sheet)  # refuses, before anything is read, what is not a picture
     with only_run(args.sheet):
         return _show_overview(args)
 

@@ -270,7 +270,7 @@ class LabelSpace:
             rows = tuple(row for row in table.rows if known.issuperset(row.findings))
             if (others and not table.is_published) or not rows:
                 raise DataError(
-                    f"{table.name}: {others[0]!r} is no finding of the model, which has {_few(config.label_names)}. "
+                    f"{table.name}: {others[0]!r} is not a finding of the model, which has {_few(config.label_names)}. "
                     "Name one of these, or give it a prompt in the column `words`."
                 )
             table = replace(table, rows=rows)

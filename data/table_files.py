@@ -82,7 +82,7 @@ def read_table(
 
 
 def columns_of(path: Path) -> list[str]:
-    """The names of a table's columns, in their order; none if it is no readable table."""
+    """The names of a table's columns, in their order; none if it is not a readable table."""
     try:
         return [tidy_name(cell) for cell in next(_rows_of(path, (), str(path)), [])]
     except DataError:

@@ -37,7 +37,7 @@ def wanted_points(sensitivity: float | None = None, specificity: float | None = 
         specificity: Share in (0, 1] of those without it that must not be.
 
     Raises:
-        ValueError: If one is no such share.
+        ValueError: If one is not such a share.
     """
     wanted = {}
     for rule, share in zip(WANTED, (sensitivity, specificity), strict=True):

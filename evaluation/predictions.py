@@ -109,7 +109,7 @@ def read_predictions(path: Path) -> Predictions:
         path: csv file.
 
     Raises:
-        DataError: If it is no such file.
+        DataError: If it is not such a file.
     """
     known = [*KEYS, NAME, "patient"]
     table = read_table(path, known, [column for column in columns_of(path) if column not in known])

@@ -65,7 +65,7 @@ def read_results(run: Path) -> dict[str, Any]:
             "evaluate --output`."
         ) from error
     if not isinstance(results, dict):
-        raise DataError(f"{path}: these are no results. Pass what `medct train` or `medct evaluate` wrote.")
+        raise DataError(f"{path}: these are not results. Pass what `medct train` or `medct evaluate` wrote.")
     return results
 
 

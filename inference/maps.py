@@ -286,7 +286,7 @@ def map_scan(
         One map per finding, in the order of the labels.
 
     Raises:
-        VolumeError: If it is no usable CT volume.
+        VolumeError: If it is not a usable CT volume.
     """
     image_processor = pipe.processor.image_processor
     volume = read_volume(scan, orientation=image_processor.orientation, **reading)

@@ -195,7 +195,7 @@ def _fingerprint_of_file(model: PreTrainedModel, tensors: Mapping[str, torch.Ten
     try:
         path = cached_file(model.name_or_path, "model.safetensors", **options)
         with safe_open(path, framework="pt") as file:
-            saved = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dictionary
+            saved = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is not a dictionary
     except (OSError, TypeError):  # no such place, or no such file in it
         return None
     is_whole = saved.keys() <= tensors.keys() and all(map(_has_values, saved.values()))

@@ -281,7 +281,7 @@ def _unit_mm(source: str, header: Any) -> float:
 
 
 def _qform(header: Any) -> np.ndarray | None:
-    """The affine of a header's quaternion, in its unit; none if that is no rotation."""
+    """The affine of a header's quaternion, in its unit; none if that is not a rotation."""
     vector = np.array([float(header[f"quatern_{letter}"]) for letter in "bcd"])
     length = np.linalg.norm(vector)
     if not length <= _MAX_QUATERNION:
@@ -297,7 +297,7 @@ def _qform(header: Any) -> np.ndarray | None:
             [2 * (b * d - a * c), 2 * (c * d + a * b), a * a + d * d - b * b - c * c],
         ]
     )
-    # The standard knows 1 and -1; 0, which many write, and what is no number stand for 1.
+    # The standard knows 1 and -1; 0, which many write, and what is not a number stand for 1.
     third = -1.0 if float(header["pixdim"][0]) < 0 else 1.0
     affine = np.eye(4)
     affine[:3, :3] = turn * np.asarray(header["pixdim"][1:4], float) * (1, 1, third)

@@ -107,7 +107,7 @@ class CTPipeline(Pipeline):
               and otherwise like `present`.
 
         Raises:
-            VolumeError: If a source is no usable CT volume.
+            VolumeError: If a source is not a usable CT volume.
             PromptError: If labels, templates, `top_k`, `threshold` or `on_error` are not what they should be.
         """
         if isinstance(inputs, list) and not inputs:
@@ -418,7 +418,7 @@ def _processor_of(model: PreTrainedModel) -> MedCTProcessor:
 
 
 def _sentence(error: Exception) -> str:
-    """Why a scan could not be scored; what is no refusal of this package may quote a header, so its text stays here."""
+    """Why a scan could not be scored; what is not a refusal of ours may quote a header, so its text stays here."""
     if isinstance(error, MedCTError | FileNotFoundError):
         return str(error)
     return f"Reading failed ({type(error).__name__}). Call the pipeline for this scan alone to see where."

@@ -15,7 +15,7 @@ from medct.pipeline_medct import CTPipeline
 
 WARNING = "Research only: not a diagnosis, not checked by a physician, not for clinical use."
 SYNTHETIC = "The model has learned from synthetic drawings: what it says of a patient means nothing."
-NO_PROBABILITY = "A score compares the scan with two sentences; it is no probability of disease."
+NO_PROBABILITY = "A score compares the scan with two sentences; it is not a probability of disease."
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,7 @@ def read_source(study: Study, **options: Any) -> SourceStudy:
 
     Raises:
         ReportError: If they name no study.
-        VolumeError: If it is no usable DICOM study.
+        VolumeError: If it is not a usable DICOM study.
     """
     slices = dicom_slices(study.source, **options)
     file_of_slice = [file for file, _ in slices]

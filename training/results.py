@@ -198,7 +198,7 @@ def repeatable(settings: TrainingSettings, revision: str | None, points: dict[st
         points: Operating points of both models.
 
     Returns:
-        `None` for a run that trained all weights: its model is no adapter of the base.
+        `None` for a run that trained all weights: its model is not an adapter of the base.
     """
     if settings.adaptation == "full":
         return None

@@ -212,12 +212,12 @@ def test_a_mapping_may_ask_for_more(table):
 
 
 def test_findings_that_the_model_has_not_are_refused_unless_published(table):
-    with pytest.raises(DataError, match=r"'Emphysem' is no finding of the model, which has .* `words`"):
+    with pytest.raises(DataError, match=r"'Emphysem' is not a finding of the model, which has .* `words`"):
         open_source("phantoms", "train", CONFIG, mapping=table("label,data\nEmphysem,x\n"))
     few = MedCTConfig(id2label={0: "Emphysema", 1: "Arterial wall calcification"})
     space = LabelSpace.of(few, read_labels("radfinder-standard"))
     assert space.columns == ("emphysema",), "a group of which the model has a part is left out"
-    with pytest.raises(DataError, match="is no finding of the model"):
+    with pytest.raises(DataError, match="is not a finding of the model"):
         LabelSpace.of(MedCTConfig(id2label={0: "Nodule"}), read_labels("radfinder-standard"))
 
 
