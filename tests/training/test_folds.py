@@ -133,8 +133,7 @@ def test_scores_of_all_folds_are_pooled_and_the_first_adapter_is_kept(settings, 
 
 
 def test_a_stopped_cross_validation_goes_on_where_it_was(settings, monkeypatch, tmp_path):
-    for plot in ("roc_plot", "calibration_plot", "save_plot"):  # of single folds; nobody sees them
-        monkeypatch.setattr(training, plot, lambda *_, **__: None)
+    monkeypatch.setattr(training, "draw_pictures", lambda *_: None)  # of single folds; nobody sees them
     run(settings)
     stopped = dataclasses.replace(settings, output_dir=str(tmp_path / "stopped"))
     whole_step, steps = Trainer._step, []

@@ -260,7 +260,7 @@ def _full(tensor: torch.Tensor) -> torch.Tensor:
     return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).clone()
 
 
-@pytest.mark.parametrize("sharded", [False, True], ids=["whole", "fsdp2"])
+@pytest.mark.parametrize("sharded", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["whole", "fsdp2"])
 def test_two_processes_equal_one(sharded, quiet_model, studies, prompts, tmp_path):
     untouched = copy.deepcopy(quiet_model)
     torch.multiprocessing.spawn(

@@ -48,6 +48,7 @@ def test_one_command_converts_trains_and_compares(arguments, tmp_path, capsys):
     assert not (tmp_path / "run-vision-replay").exists()
 
 
+@pytest.mark.slow
 def test_another_hospital_is_shown_with_replay(arguments, tmp_path):
     """Resumed after the first row: that is not run again."""
     flags = [*arguments, "--replay", "phantoms:A", "--keep", "phantoms:A", "--resume", "True"]

@@ -65,6 +65,7 @@ def test_ct_rate_is_trained_on_from_the_hub_whatever_the_network_does(ct_rate, c
     assert not list((tmp_path / "home").rglob("*.nii.gz"))
 
 
+@pytest.mark.slow
 def test_prepared_shards_are_trained_on_from_the_hub(hub, converted, tmp_path, monkeypatch):
     hub.connect(monkeypatch)
     monkeypatch.setattr("time.sleep", lambda seconds: None)
