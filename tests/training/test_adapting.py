@@ -75,9 +75,9 @@ def aurocs(folder: Path) -> dict[int, float]:
 
 
 def same_run(one: Path, two: Path) -> None:
-    """To the bit, but for how long it took."""
+    """To the bit, but for how long it took, and by which command."""
     assert (one / "adapter_model.safetensors").read_bytes() == (two / "adapter_model.safetensors").read_bytes()
-    found = [results_in(folder) | {"seconds": 0} for folder in (one, two)]
+    found = [results_in(folder) | {"seconds": 0, "provenance": {}} for folder in (one, two)]
     assert found[0] == found[1]
     assert [each["loss"] for each in history_in(one)] == [each["loss"] for each in history_in(two)]
 
