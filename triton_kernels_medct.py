@@ -128,8 +128,22 @@ def _mix_kernel(
             tl.store(normed + its, unit.to(normed.dtype.element_ty), mask=is_its)
 
 
-def _mix(grid, weights, bias, norm, dtype, first=-2, tile=(_TILE_FRAMES, _TILE_ROWS), warps=4):
-    """`grid + convolution(grid)`; with the `norm`, weight and epsilon, also its copy in `dtype` and its LayerNorm."""
+def mix_prepared(grid, weights, bias, norm, dtype, first=-2, tile=(_TILE_FRAMES, _TILE_ROWS), warps=4):
+    """`grid + convolution(grid)`, and on request its copy in another precision and its LayerNorm, without gradients.
+
+    Args:
+        grid: `(volumes, frames, rows, columns, channels)`.
+        weights: `(27, channels)`, the taps of the convolution, from `prepare`.
+        bias: `(channels,)`, or `None`.
+        norm: Weight and epsilon of the LayerNorm; `None` for the sum alone.
+        dtype: Precision of the copy and of the LayerNorm.
+        first: Offset of the first tap along the frames; -2 is causal.
+        tile: Frames and rows that one program makes.
+        warps: Warps of a program.
+
+    Returns:
+        The sum, its copy, its LayerNorm, of the shape of `grid`; without `norm` the sum three times.
+    """
     volumes, frames, rows, columns, channels = grid.shape
     stream = torch.empty_like(grid)
     low = normed = stream
@@ -164,14 +178,11 @@ def _mix(grid, weights, bias, norm, dtype, first=-2, tile=(_TILE_FRAMES, _TILE_R
     return stream, low, normed
 
 
-mix_prepared = _mix
-
-
 class _Mix(torch.autograd.Function):
     @staticmethod
     def forward(ctx, grid, weight, bias, norm_weight, eps, dtype):
         taps = weight.flatten(1).t().float().contiguous()  # (27, channels)
-        stream, low, normed = _mix(grid, taps, bias, (norm_weight, eps), dtype, first=-2)
+        stream, low, normed = mix_prepared(grid, taps, bias, (norm_weight, eps), dtype, first=-2)
         if low is stream:
             low = stream.view_as(stream)
         ctx.save_for_backward(stream, weight, norm_weight)
@@ -185,7 +196,7 @@ class _Mix(torch.autograd.Function):
         stream, weight, norm_weight = ctx.saved_tensors
         of_sum, _ = _norm_backward(stream, norm_weight, ctx.eps, of_normed, of_stream, of_low)
         taps = weight.flatten(1).flip(1).t().float().contiguous()
-        of_grid, _, _ = _mix(of_sum, taps, None, None, None, first=0)
+        of_grid, _, _ = mix_prepared(of_sum, taps, None, None, None, first=0)
         return of_grid, None, None, None, None, None
 
 

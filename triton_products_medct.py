@@ -265,7 +265,6 @@ def _top_two_kernel(
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
     PRECISION: tl.constexpr,
-    FLATTEN: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)
@@ -274,7 +273,7 @@ def _top_two_kernel(
     first = tl.full((ROWS, COLUMNS), float("-inf"), tl.float32)
     second = tl.full((ROWS, COLUMNS), float("-inf"), tl.float32)
     left = tokens + row[:, None] * CHANNELS + depth[None, :]
-    for block in tl.range(0, tl.cdiv(CODES, COLUMNS), flatten=FLATTEN):
+    for block in tl.range(0, tl.cdiv(CODES, COLUMNS)):
         code = block * COLUMNS + column
         is_code = (code < CODES)[:, None]
         right = codes + code[:, None] * CHANNELS + depth[None, :]
@@ -325,7 +324,6 @@ def quantize(
     codebook: torch.Tensor,
     dtype: torch.dtype,
     tile: tuple[int, int, int, int, int] = _CODES,
-    flatten: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The row of the codebook with the greatest cosine similarity to each token.
 
@@ -337,7 +335,6 @@ def quantize(
         codebook: `(codes, d)`.
         dtype: Precision of the product of all with all.
         tile: Tokens, codes and channels, warps and stages of a program.
-        flatten: Whether the loops are made one.
 
     Returns:
         `(tokens, d)`, the rows, and `(tokens,)`, which.
@@ -362,7 +359,6 @@ def quantize(
             COLUMNS=columns,
             DEPTH=depth,
             PRECISION=_precision(dtype),
-            FLATTEN=flatten,
             num_warps=warps,
             num_stages=stages,
         )

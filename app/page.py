@@ -24,7 +24,7 @@ from medct.common.errors import OK
 from medct.errors_medct import MedCTError
 from medct.inference.slices import WINDOWS_HU
 
-INSTALL = "pip install 'medct[app]'"
+INSTALL = "pip install gradio"
 _KEPT_S = 3600
 """How long a session's scan stays after its last use."""
 _SWEEP_S = 300

@@ -6,9 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import medct
-from medct.cli.flags import at_least as _at_least
-from medct.cli.flags import batch_arguments as _batch_arguments
-from medct.cli.flags import model_arguments as _model_arguments
+from medct.cli.flags import at_least, batch_arguments, model_arguments
 from medct.cli.label_flags import add_label_flags
 from medct.cli.score_arguments import add_scores
 
@@ -37,7 +35,7 @@ def _reading_arguments(parser: argparse.ArgumentParser, many: bool = True) -> No
             f"--rescale_{name}", type=float, metavar="X", help=f"{unit}, of scans whose header does not say"
         )
     if many:
-        _batch_arguments(group, "processes that read ahead; each takes 0.8 GB for CT-CLIP (default: 1)")
+        batch_arguments(group, "processes that read ahead; each takes 0.8 GB for CT-CLIP (default: 1)")
     else:
         parser.set_defaults(batch_size=1, num_workers=0)
 
@@ -92,7 +90,7 @@ def _add_predict(add: Callable[..., argparse.ArgumentParser]) -> None:
     )
     group.add_argument("--output", type=Path, metavar="FILE", help="write here (.csv, .jsonl), row by row")
     _report_arguments(parser)
-    _model_arguments(parser)
+    model_arguments(parser)
     _reading_arguments(parser)
 
 
@@ -131,7 +129,7 @@ def _add_search(add: Callable[..., argparse.ArgumentParser]) -> None:
         help="has a column file_name or VolumeName (the end of a study's path), and report, or CT-RATE's two",
     )
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="Parquet file to make or add to")
-    _model_arguments(parser)
+    model_arguments(parser)
     _reading_arguments(parser)
 
     parser = add(
@@ -144,9 +142,9 @@ def _add_search(add: Callable[..., argparse.ArgumentParser]) -> None:
     )
     parser.add_argument("query", help="a scan if it is an existing path or an address, else a text")
     parser.add_argument("--index", type=Path, required=True, metavar="FILE", help="made by `medct embed`")
-    parser.add_argument("-k", type=_at_least(1), default=10, help="number of scans to show (default: 10)")
+    parser.add_argument("-k", type=at_least(1), default=10, help="number of scans to show (default: 10)")
     parser.add_argument("--format", choices=("table", "json"), default="table", help="table for people, or JSON lines")
-    _model_arguments(parser)
+    model_arguments(parser)
     _reading_arguments(parser, many=False)
 
 
@@ -163,7 +161,7 @@ def _add_map(add: Callable[..., argparse.ArgumentParser]) -> None:
     parser.add_argument("scan", metavar="SCAN", help="one study")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to make")
     _prompt_arguments(parser, required=True)
-    _model_arguments(parser)
+    model_arguments(parser)
     _reading_arguments(parser, many=False)
 
 
@@ -180,12 +178,12 @@ def _add_app(add: Callable[..., argparse.ArgumentParser]) -> None:
     group = parser.add_argument_group("page")
     group.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine)")
     group.add_argument(
-        "--port", type=_at_least(1), metavar="N", help="port to listen on (default: the first free one from 7860)"
+        "--port", type=at_least(1), metavar="N", help="port to listen on (default: the first free one from 7860)"
     )
     group.add_argument(
-        "--max_file_mb", type=_at_least(1), default=1024, metavar="N", help="largest file, MiB (default: 1024)"
+        "--max_file_mb", type=at_least(1), default=1024, metavar="N", help="largest file, MiB (default: 1024)"
     )
-    _model_arguments(parser)
+    model_arguments(parser)
 
 
 def _source_arguments(parser: argparse.ArgumentParser, what: str) -> None:
@@ -201,7 +199,7 @@ def _source_arguments(parser: argparse.ArgumentParser, what: str) -> None:
     )
     group.add_argument("--model_revision", metavar="COMMIT", help="commit of the model on the Hub")
     group.add_argument("--revision", metavar="COMMIT", help="commit of the source on the Hub")
-    group.add_argument("--limit", type=_at_least(1), metavar="N", help="only N studies per split, always the same")
+    group.add_argument("--limit", type=at_least(1), metavar="N", help="only N studies per split, always the same")
     group.add_argument(
         "--reconstructions",
         choices=("one", "all"),
@@ -228,7 +226,7 @@ def _add_overview(add: Callable[..., argparse.ArgumentParser]) -> None:
         "--split", choices=("train", "tune", "valid", "all"), default="all", help="which studies (default: all)"
     )
     group.add_argument(
-        "--samples", type=_at_least(0), default=8, metavar="N", help="studies to draw; 0: none (default: 8)"
+        "--samples", type=at_least(0), default=8, metavar="N", help="studies to draw; 0: none (default: 8)"
     )
     group.add_argument("--seed", type=int, default=0, help="seed for the choice of samples (default: 0)")
     group.add_argument(
@@ -270,7 +268,7 @@ def _add_prepare(add: Callable[..., argparse.ArgumentParser]) -> None:
     )
     group.add_argument(
         "--studies_per_shard",
-        type=_at_least(1),
+        type=at_least(1),
         default=12,
         metavar="N",
         help="most studies in a file (default: 12, about 0.4 GB at CT-CLIP's sizes)",
@@ -291,14 +289,14 @@ def _add_prepare(add: Callable[..., argparse.ArgumentParser]) -> None:
     group = parser.add_argument_group("processes")
     group.add_argument(
         "--rank",
-        type=_at_least(0),
+        type=at_least(0),
         default=int(os.environ.get("RANK", 0)),
         metavar="I",
         help="index of this process, from 0 (default: $RANK, which torchrun and accelerate set)",
     )
     group.add_argument(
         "--world_size",
-        type=_at_least(1),
+        type=at_least(1),
         default=int(os.environ.get("WORLD_SIZE", 1)),
         metavar="N",
         help="number of processes on all machines (default: $WORLD_SIZE)",

@@ -226,16 +226,6 @@ def draw_map(finding: FindingMap, values: np.ndarray, volume: CTVolume, slices: 
     return figure
 
 
-def save_png(path: Path, *what: Any) -> None:
-    """Write the picture of a map.
-
-    Args:
-        path: File to write.
-        what: See `draw_map`.
-    """
-    draw_map(*what).savefig(path, dpi=100)
-
-
 @dataclass(frozen=True)
 class ScanMap:
     """A map on the scan that it is of.

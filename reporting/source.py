@@ -18,7 +18,7 @@ from medct.volume_io_medct import VolumeError, dicom_slices, refuse_no_dicom
 if TYPE_CHECKING:
     from pydicom import Dataset
 
-INSTALL = "pip install 'medct[reports]'"
+INSTALL = "pip install highdicom"
 UTF_8 = "ISO_IR 192"
 # What the patient and study modules must hold, even if it is empty.
 _MAY_BE_EMPTY = (

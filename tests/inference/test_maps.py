@@ -15,11 +15,11 @@ from medct.inference.maps import (
     CAVEAT,
     FindingMap,
     _highest,
+    draw_map,
     file_names,
     map_findings,
     map_scan,
     save_nifti,
-    save_png,
     strongest_slice,
     to_scan,
 )
@@ -141,7 +141,7 @@ def test_files_say_what_they_are_not(tmp_path):
     np.testing.assert_allclose(image.affine, affine)
     np.testing.assert_array_equal(image.get_fdata(dtype=np.float32), values)
     assert image.header["descrip"].item().decode() == CAVEAT[:79]
-    save_png(tmp_path / "map.png", FindingMap("a", 0.5, 0.0, torch.zeros(1)), values, volume)
+    draw_map(FindingMap("a", 0.5, 0.0, torch.zeros(1)), values, volume).savefig(tmp_path / "map.png")
     assert (tmp_path / "map.png").read_bytes()[1:4] == b"PNG"
 
 
