@@ -44,7 +44,8 @@ def tell(settings: TrainingSettings, results: dict[str, Any], folder: Path) -> N
         results: What `results.json` holds.
         folder: Of the run.
     """
-    print(f"\n{results['table']}\n\n{results['measured_on']}\nStrength: {results['strength']:g}")
+    print(f"\n{results['table']}\n\n{results['measured_on']}")
+    print(f"Strength: {results['strength']:g} (the share of what was learned that is in the weights)")
     for remark in results["remarks"]:
         print(f"NOTE: {remark}")
     print(f"Saved: {folder}")
