@@ -130,7 +130,7 @@ def _dicom_files(source: Any) -> tuple[list[ByteSource], str]:
         files = of_zip(files[0])
     kind, files, _ = _kind_of(files, name)
     if kind != "dicom":
-        raise VolumeError(name, "it is no DICOM, so there is no study that it belongs to", "Pass the DICOM files")
+        raise VolumeError(name, "it is not DICOM, so there is no study that it belongs to", "Pass the DICOM files")
     return files, name
 
 

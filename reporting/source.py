@@ -80,7 +80,7 @@ def refuse_without_study(studies: list[Study], option: str) -> None:
             if "no DICOM" not in error.reason:
                 continue  # said when it is read, of this study alone
             raise ReportError(
-                f"{study.id}: it is no DICOM, so there is no study that a report could belong to. Leave out {option}, "
+                f"{study.id}: it is not DICOM, so there is no study that a report could belong to. Leave out {option}, "
                 "or pass the DICOM files."
             ) from None
 

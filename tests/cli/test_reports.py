@@ -78,7 +78,7 @@ def test_nifti_is_refused_in_one_sentence(predict, nifti, option, tmp_path):
     status, said = predict("scan.nii.gz", "series", option, "out")
     assert status == 2 and not (tmp_path / "out").exists()
     assert said == (
-        f"error: scan.nii.gz: it is no DICOM, so there is no study that a report could belong to. Leave out {option}, "
+        f"error: scan.nii.gz: it is not DICOM, so there is no study that a report could belong to. Leave out {option}, "
         "or pass the DICOM files.\n"
     )
 
