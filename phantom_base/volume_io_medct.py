@@ -115,23 +115,28 @@ def dicom_slices(
     Raises:
         VolumeError: If the source is no DICOM study, or no usable one.
     """
-    files, name = _dicom_files(source)
+    kind, files, name = _opened(source)
+    if kind != "dicom":
+        raise VolumeError(name, "it is not DICOM, so there is no study that it belongs to", "Pass the DICOM files")
     return places_of_slices(files, name, series, resample_irregular)
 
 
-def refuse_no_dicom(source: Any) -> None:
-    """Refuse a source that is no DICOM study, by the beginning of its files."""
-    _dicom_files(source)
+def is_dicom_study(source: Any) -> bool:
+    """Whether a source is a DICOM study, by the beginning of its files.
+
+    Raises:
+        VolumeError: If it cannot be opened, or is not a scan.
+    """
+    return _opened(source)[0] == "dicom"
 
 
-def _dicom_files(source: Any) -> tuple[list[ByteSource], str]:
+def _opened(source: Any) -> tuple[str, list[ByteSource], str]:
+    """The format of a source's files, these, and what to call it."""
     files, name, _ = _files_of(source)
     if len(files) == 1 and files[0].head(4) == b"PK\x03\x04":
         files = of_zip(files[0])
     kind, files, _ = _kind_of(files, name)
-    if kind != "dicom":
-        raise VolumeError(name, "it is not DICOM, so there is no study that it belongs to", "Pass the DICOM files")
-    return files, name
+    return kind, files, name
 
 
 def _load(source: Any, spacing_mm, orientation: str, affine, rescale, series, resample_irregular: bool) -> CTVolume:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from medct.errors_medct import MedCTError
 from medct.inference.studies import Study
 from medct.reporting.fhir import Identity
-from medct.volume_io_medct import VolumeError, dicom_slices, refuse_no_dicom
+from medct.volume_io_medct import VolumeError, dicom_slices, is_dicom_study
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -75,14 +75,14 @@ def refuse_without_study(studies: list[Study], option: str) -> None:
     """
     for study in studies:
         try:
-            refuse_no_dicom(study.source)
-        except VolumeError as error:
-            if "no DICOM" not in error.reason:
-                continue  # said when it is read, of this study alone
+            has_study = is_dicom_study(study.source)
+        except VolumeError:
+            continue  # said when it is read, of this study alone
+        if not has_study:
             raise ReportError(
                 f"{study.id}: it is not DICOM, so there is no study that a report could belong to. Leave out {option}, "
                 "or pass the DICOM files."
-            ) from None
+            )
 
 
 def read_source(study: Study, **options: Any) -> SourceStudy:

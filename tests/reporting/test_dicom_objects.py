@@ -209,7 +209,7 @@ def test_no_message_quotes_a_header(series, monkeypatch, caplog, recwarn):
 
 def test_nifti_has_no_study(nifti, series):
     scan = nifti(np.zeros((4, 4, 4), np.int16))
-    with pytest.raises(ReportError, match=r"scan.nii.gz: it is no DICOM.*Leave out --dicom_sr"):
+    with pytest.raises(ReportError, match=r"scan.nii.gz: it is not DICOM.*Leave out --dicom_sr"):
         refuse_without_study([study_of(series), study_of(scan)], "--dicom_sr")
     refuse_without_study([study_of(series)], "--dicom_sr")
 
