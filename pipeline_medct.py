@@ -153,12 +153,13 @@ class CTPipeline(Pipeline):
         return found if on_error == "raise" else found | {"error": ""}
 
     def _forward(self, inputs: dict[str, Any], **prompts) -> dict[str, Any]:
-        """Returns `logits` of each scan, float32, and `error` as `preprocess` gave it."""
+        """`logits` of each scan, float32, and `error` as `preprocess` gave it; takes what `encode` gives, too."""
         error = inputs.get("error")
         errors = [error] if isinstance(error, str) else error
-        # Without a single scan that could be read there is nothing to be computed.
-        is_empty = bool(errors) and all(errors)
-        logits = torch.zeros(len(errors), 1) if is_empty else self._logits(inputs["pixel_values"], **prompts)
+        if errors and all(errors):  # there is nothing to be computed
+            return {"logits": torch.zeros(len(errors), 1), "error": error}
+        encoded = self.encode(inputs["pixel_values"]) if "pixel_values" in inputs else inputs
+        logits = self._logits(encoded, **prompts)
         return {"logits": logits} if error is None else {"logits": logits, "error": error}
 
     def get_iterator(self, inputs, num_workers, batch_size, preprocess_params, forward_params, postprocess_params):
@@ -238,11 +239,24 @@ class ZeroShotCTClassificationPipeline(CTPipeline):
     # What the prompts of `prompt_embeds` were encoded with, and what became of them; replaced as a whole.
     _kept: tuple[list[list[str]], Snapshot, list[torch.Tensor]] | None = None
 
-    def _logits(self, pixel_values: torch.Tensor, **prompts) -> torch.Tensor:
+    @torch.no_grad()
+    def encode(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What the model sees in scans, whatever it is asked of them: `forward` takes it in place of the scans.
+
+        Args:
+            pixel_values: `(volumes, 1, z, y, x)`.
+
+        Returns:
+            `image_embeds`, `(volumes, projection_dim)`, float32, of length 1; `last_hidden_state`, `(volumes, tokens,
+            hidden_size)`.
+        """
+        outputs = self.model.get_image_features(pixel_values.to(self.device))
+        return {"image_embeds": outputs.pooler_output.float(), "last_hidden_state": outputs.last_hidden_state}
+
+    def _logits(self, encoded: dict[str, torch.Tensor], **prompts) -> torch.Tensor:
         """`(volumes, templates, 2 * labels)`."""
-        image_embeds = self.model.get_image_features(pixel_values).pooler_output.float()
         text_embeds = self.prompt_embeds(**prompts)
-        return torch.stack([self.model.get_logits(image_embeds, texts) for texts in text_embeds], dim=1)
+        return torch.stack([self.model.get_logits(encoded["image_embeds"], texts) for texts in text_embeds], dim=1)
 
     def postprocess(
         self,
@@ -327,9 +341,21 @@ class CTClassificationPipeline(CTPipeline):
             )
         return reading, {}, shown
 
-    def _logits(self, pixel_values: torch.Tensor, **_: Any) -> torch.Tensor:
+    @torch.no_grad()
+    def encode(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What the model says of scans: `forward` takes it in place of the scans.
+
+        Args:
+            pixel_values: `(volumes, 1, z, y, x)`.
+
+        Returns:
+            `logits`, `(volumes, labels)`, float32.
+        """
+        return {"logits": self.model(pixel_values=pixel_values.to(self.device)).logits.float()}
+
+    def _logits(self, encoded: dict[str, torch.Tensor], **_: Any) -> torch.Tensor:
         """`(volumes, labels)`."""
-        return self.model(pixel_values=pixel_values).logits.float()
+        return encoded["logits"]
 
     def postprocess(
         self, outputs: dict[str, Any], candidate_labels: Sequence[str] | None = None, **shown: Any

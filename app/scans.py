@@ -51,7 +51,7 @@ class Scan:
         name: The file's own name.
         volume: In HU.
         slices: The same, turned for looking at it.
-        pixel_values: `(1, 1, z, y, x)`, what the model sees.
+        encoded: From the pipeline's `encode`, what the model sees.
         findings: Of the model's own labels, then those asked for in words.
         notes: Remarks from reading it.
         maps: Of the findings that were looked at, by their labels.
@@ -60,7 +60,7 @@ class Scan:
     name: str
     volume: CTVolume
     slices: AxialSlices
-    pixel_values: torch.Tensor
+    encoded: dict[str, torch.Tensor]
     findings: list[Finding]
     notes: tuple[str, ...]
     maps: dict[str, FindingMap] = field(default_factory=dict)
@@ -112,13 +112,14 @@ class Engine:
 
     def _scored(self, name: str, volume: CTVolume) -> Scan:
         pixel_values = self.pipe.processor.image_processor.process_volume(volume)[None, None]
-        labels = self.pipe.asked.label_names
-        findings = self._findings(pixel_values, labels)
-        return Scan(name, volume, AxialSlices.of(volume), pixel_values, findings, volume.notes)
-
-    def _findings(self, pixel_values: torch.Tensor, labels: Sequence[str], **prompts: Any) -> list[Finding]:
         with self._one_at_a_time:
-            results = self.pipe.postprocess(self.pipe.forward({"pixel_values": pixel_values}, **prompts), **prompts)
+            encoded = self.pipe.encode(pixel_values)
+        findings = self._findings(encoded, self.pipe.asked.label_names)
+        return Scan(name, volume, AxialSlices.of(volume), encoded, findings, volume.notes)
+
+    def _findings(self, encoded: dict[str, torch.Tensor], labels: Sequence[str], **prompts: Any) -> list[Finding]:
+        with self._one_at_a_time:
+            results = self.pipe.postprocess(self.pipe.forward(encoded, **prompts), **prompts)
         return findings_of(results, labels, self.pipe.thresholds)
 
     def ask(self, scan: Scan, text: str) -> None:
@@ -135,7 +136,7 @@ class Engine:
         labels = list(dict.fromkeys(line for line in map(str.strip, text.splitlines()) if line and line not in own))
         if len(labels) > MOST_OWN_FINDINGS or any(len(label) > _LONGEST_FINDING for label in labels):
             raise ScanError(f"At most {MOST_OWN_FINDINGS} findings of {_LONGEST_FINDING} letters, one a line.")
-        found = self._findings(scan.pixel_values, labels, candidate_labels=labels) if labels else []
+        found = self._findings(scan.encoded, labels, candidate_labels=labels) if labels else []
         scan.findings = [*scan.findings[: len(own)], *found]
 
     def geometry(self, scan: Scan) -> VolumeGeometry:
@@ -151,7 +152,7 @@ class Engine:
         """
         if label not in scan.maps:
             with self._one_at_a_time:
-                (scan.maps[label],) = map_findings(self.pipe, scan.pixel_values, [label])
+                (scan.maps[label],) = map_findings(self.pipe, scan.encoded, [label])
         return scan.maps[label]
 
     def strongest_slice(self, scan: Scan, label: str | None) -> int:

@@ -246,10 +246,12 @@ def prediction_rows(
         flat: One column per score instead of a list of findings.
         write_reports: From `report_writer`; a study has a row only once its reports are written.
     """
-    inputs = {"pixel_values": stacked(reads)}
-    for read, logits in zip(reads, pipe.forward(inputs, **prompts)["logits"], strict=True):
-        findings = pipe.postprocess({"logits": logits[None]}, **prompts)
-        reports = reported(write_reports, read, findings)
+    encoded = pipe.encode(stacked(reads))
+    logits = pipe.forward(encoded, **prompts)["logits"]
+    for index, read in enumerate(reads):
+        one = slice(index, index + 1)
+        findings = pipe.postprocess({"logits": logits[one]}, **prompts)
+        reports = reported(write_reports, read, {name: each[one] for name, each in encoded.items()}, findings)
         if isinstance(reports, str):
             yield FailedStudy(read.study, reports)
         elif flat:

@@ -7,6 +7,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import torch
+
 from medct.common.files import whole_file
 from medct.errors_medct import MedCTError
 from medct.inference.studies import ReadStudy, Study
@@ -20,8 +23,10 @@ if TYPE_CHECKING:
     from medct.reporting.page import Picture
 
 OPTIONS = ("dicom_sr", "dicom_page", "fhir")
-Writer = Callable[[ReadStudy, list[dict[str, Any]]], list[str]]
-"""Takes a study and what the pipeline found in it; returns the paths that it wrote."""
+Encoded = dict[str, torch.Tensor]
+"""One scan, from the pipeline's `encode`."""
+Writer = Callable[[ReadStudy, Encoded, list[dict[str, Any]]], list[str]]
+"""Takes a study, what the model saw and what the pipeline found in it; returns the paths that it wrote."""
 
 
 def asked_for(args: argparse.Namespace) -> list[str]:
@@ -67,7 +72,7 @@ def report_writer(args: argparse.Namespace, pipe: CTPipeline, prompts: dict[str,
     labels = list(prompts.get("candidate_labels", pipe.asked.label_names))
     options = {"series": args.series, "resample_irregular": args.resample_irregular}
 
-    def write(read: ReadStudy, results: list[dict[str, Any]]) -> list[str]:
+    def write(read: ReadStudy, encoded: Encoded, results: list[dict[str, Any]]) -> list[str]:
         findings = findings_of(results, labels, pipe.thresholds)
         written = []
         if args.dicom_sr is not None or args.dicom_page is not None or args.fhir_identity:
@@ -78,7 +83,12 @@ def report_writer(args: argparse.Namespace, pipe: CTPipeline, prompts: dict[str,
             report = structured_report(findings, algorithm, source)
             written.append(_save(report, args.dicom_sr, source, algorithm, findings, "sr"))
         if args.dicom_page is not None:
-            written.append(_write_page(args.dicom_page, read, findings, algorithm, source, pipe, prompts, options))
+            from medct.reporting.page import secondary_capture
+
+            page = secondary_capture(
+                _drawn(read, encoded, findings, algorithm, pipe, prompts, options), algorithm, source
+            )
+            written.append(_save(page, args.dicom_page, source, algorithm, findings, "page"))
         if args.fhir is not None:
             found = fhir.bundle(findings, algorithm, source.identity if args.fhir_identity else None)
             with whole_file(args.fhir) as aside:
@@ -102,28 +112,27 @@ def _save(
     return str(path)
 
 
-def _write_page(
-    folder: Path,
+def _drawn(
     read: ReadStudy,
+    encoded: Encoded,
     findings: list[Finding],
     algorithm: Algorithm,
-    source: SourceStudy,
     pipe: CTPipeline,
     prompts: dict[str, Any],
     options: dict[str, Any],
-) -> str:
+) -> np.ndarray:
+    """The page of a study, `(row, column, 3)`."""
     from medct.inference.slices import AxialSlices
-    from medct.reporting.page import draw_page, secondary_capture
+    from medct.reporting.page import draw_page
 
     # Read again: a loader process hands on only what the model sees of a scan.
     volume = read_volume(read.study.source, orientation=pipe.processor.image_processor.orientation, **options)
     slices = AxialSlices.of(volume)
-    page = draw_page(findings, algorithm, slices, _pictures(read, volume, findings, slices, pipe, prompts))
-    return _save(secondary_capture(page, algorithm, source), folder, source, algorithm, findings, "page")
+    return draw_page(findings, algorithm, slices, _pictures(encoded, volume, findings, slices, pipe, prompts))
 
 
 def _pictures(
-    read: ReadStudy, volume: CTVolume, findings: list[Finding], slices: Any, pipe: CTPipeline, prompts: dict[str, Any]
+    encoded: Encoded, volume: CTVolume, findings: list[Finding], slices: Any, pipe: CTPipeline, prompts: dict[str, Any]
 ) -> "list[Picture]":
     """The highest slices of some findings; the middle slice where a model cannot say which those are."""
     from medct.inference.maps import map_findings, strongest_slice
@@ -132,20 +141,21 @@ def _pictures(
     if not isinstance(pipe, ZeroShotCTClassificationPipeline):
         return [Picture("Middle slice", len(slices) // 2)]
     labels = [finding.label for finding in worth_a_picture(findings)]
-    maps = map_findings(
-        pipe, read.pixel_values[None], prompts.get("candidate_labels", labels), prompts.get("prompt_templates")
-    )
+    maps = map_findings(pipe, encoded, prompts.get("candidate_labels", labels), prompts.get("prompt_templates"))
     geometry = pipe.processor.image_processor.geometry(volume)
     where = (pipe.model.config.vision_config.patch_size, geometry, volume.array.shape, slices)
     return [Picture(each.label, strongest_slice(each.patches, *where)) for each in maps]
 
 
-def reported(write: Writer | None, read: ReadStudy, results: list[dict[str, Any]]) -> dict[str, Any] | str:
+def reported(
+    write: Writer | None, read: ReadStudy, encoded: Encoded, results: list[dict[str, Any]]
+) -> dict[str, Any] | str:
     """What a study's row says of its reports: nothing without any, else their paths.
 
     Args:
         write: From `report_writer`.
         read: The study.
+        encoded: The study as the model saw it.
         results: What the pipeline found in it.
 
     Returns:
@@ -154,6 +164,6 @@ def reported(write: Writer | None, read: ReadStudy, results: list[dict[str, Any]
     if write is None:
         return {}
     try:
-        return {"reports": write(read, results)}
+        return {"reports": write(read, encoded, results)}
     except MedCTError as error:
         return str(error)

@@ -22,7 +22,6 @@ import nibabel
 import numpy as np
 import torch
 from matplotlib.cm import ScalarMappable
-from torch.nn import functional as F
 
 from medct.image_processing_medct import VolumeGeometry
 from medct.inference.slices import AXIAL, AxialSlices, draw_places, draw_slice, fonts
@@ -63,7 +62,7 @@ class FindingMap:
 @torch.no_grad()
 def map_findings(
     pipe: ZeroShotCTClassificationPipeline,
-    pixel_values: torch.Tensor,
+    encoded: Mapping[str, torch.Tensor],
     labels: Sequence[str] | Mapping[str, Any] | None = None,
     templates: Sequence[Sequence[str]] | None = None,
 ) -> list[FindingMap]:
@@ -71,7 +70,7 @@ def map_findings(
 
     Args:
         pipe: With or without an adapter.
-        pixel_values: `(1, 1, z, y, x)`.
+        encoded: One scan, from the pipeline's `encode`.
         labels: Findings, see the pipeline's `candidate_labels`.
         templates: See the pipeline; the results are averaged.
 
@@ -81,18 +80,18 @@ def map_findings(
     model = pipe.model
     _, height, width = model.config.vision_config.grid_size
     names = list(labels or pipe.asked.label_names)
-    outputs = model.vision_model(pixel_values=pixel_values.to(pipe.device), return_dict=True)
-    latent = model.visual_projection(outputs.pooler_output).float()
-    text_embeds = pipe.prompt_embeds(labels, templates)
-    logits = torch.stack([model.get_logits(F.normalize(latent, dim=-1), texts) for texts in text_embeds], dim=1)
-    results = {result["label"]: result for result in pipe.postprocess({"logits": logits.cpu()}, labels, templates)}
+    prompts = {"candidate_labels": labels, "prompt_templates": templates}
+    results = {result["label"]: result for result in pipe.postprocess(pipe.forward(encoded, **prompts), **prompts)}
 
-    tokens = outputs.last_hidden_state[0].float().unflatten(0, (-1, height * width))  # (z, y * x, d)
-    present, absent = torch.stack(text_embeds).mean(0).unflatten(0, (-1, 2)).unbind(1)  # (labels, dim) each
+    tokens = encoded["last_hidden_state"][0].unflatten(0, (-1, height * width))  # (z, y * x, d)
+    pooled = tokens.mean(dim=0).flatten()[None]
+    length = model.visual_projection(pooled).float().norm()
+    text_embeds = torch.stack(pipe.prompt_embeds(labels, templates)).mean(dim=0)
+    present, absent = text_embeds.unflatten(0, (-1, 2)).unbind(1)  # (labels, dim) each
     maps = []
     for label, direction in zip(names, present - absent, strict=True):
-        places = _pull_back(model.visual_projection, direction, outputs.pooler_output).view(height * width, -1)
-        patches = model.logit_scale((tokens * places).sum(-1) / (len(tokens) * latent.norm()))
+        places = _pull_back(model.visual_projection, direction, pooled).view(height * width, -1)
+        patches = model.logit_scale((tokens.float() * places).sum(-1) / (len(tokens) * length))
         score, margin = results[label]["score"], results[label]["logits_margin"]
         maps.append(FindingMap(label, score, margin, patches.float().unflatten(1, (height, width)).cpu()))
     return maps
@@ -282,7 +281,7 @@ def map_scan(
     volume = read_volume(scan, orientation=image_processor.orientation, **reading)
     geometry = image_processor.geometry(volume)
     patch_size = pipe.model.config.vision_config.patch_size
-    maps = map_findings(pipe, image_processor.process_volume(volume)[None, None], labels, templates)
+    maps = map_findings(pipe, pipe.encode(image_processor.process_volume(volume)[None, None]), labels, templates)
     return [
         ScanMap(finding, to_scan(finding.patches, patch_size, geometry, volume.array.shape), volume) for finding in maps
     ]

@@ -86,8 +86,15 @@ def test_windows_and_overlay_change_the_picture(engine, phantom):
 
 
 def test_the_map_is_that_of_the_command(engine, phantom):
-    (expected,) = map_findings(engine.pipe, phantom.pixel_values, ["Cardiomegaly"])
+    (expected,) = map_findings(engine.pipe, phantom.encoded, ["Cardiomegaly"])
     np.testing.assert_allclose(engine.map_of(phantom, "Cardiomegaly").patches, expected.patches)
+
+
+def test_a_scan_is_encoded_once_whatever_it_is_asked(engine, monkeypatch):
+    scan = engine.phantom()
+    monkeypatch.setattr(engine.pipe.model.vision_model, "forward", None)
+    engine.ask(scan, "large mass")
+    assert 0 <= engine.strongest_slice(scan, "large mass") < len(scan.slices)
 
 
 def test_own_findings_stand_beside_the_models(engine):

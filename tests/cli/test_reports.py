@@ -9,7 +9,7 @@ import pytest
 from reports import dciodvfy_errors
 from scan_files import SECRET, SECRET_DATE, make_hu, write_series
 
-from medct import CT_CLIP_LABELS
+from medct import CT_CLIP_LABELS, MedCTVisionModel
 from medct.cli import main
 
 pytest.importorskip("highdicom")
@@ -119,6 +119,24 @@ def test_rows_with_and_without_reports_do_not_mix(predict):
     assert predict("series", "--dicom_sr", "out", "--output", "scores.jsonl")[0] == 0
     status, said = predict("series", "--output", "scores.jsonl")
     assert status == 2 and "was started with reports ['dicom_sr'], not None" in said
+
+
+@pytest.fixture
+def encoded(monkeypatch) -> list[int]:
+    """The batch sizes that went through the vision encoder."""
+    forward, sizes = MedCTVisionModel.forward, []
+
+    def counting(self, pixel_values=None, **kwargs):
+        sizes.append(len(pixel_values))
+        return forward(self, pixel_values, **kwargs)
+
+    monkeypatch.setattr(MedCTVisionModel, "forward", counting)
+    return sizes
+
+
+def test_pictures_of_a_page_cost_no_second_look_at_the_scan(predict, encoded):
+    assert predict("series", "--dicom_page", "out")[0] == 0
+    assert encoded == [1]
 
 
 def test_a_classifier_has_a_page_too(predict, classifier_folder, tmp_path):

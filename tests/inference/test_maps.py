@@ -43,7 +43,7 @@ def test_patches_add_up_to_the_margin(pipe, batch, templates):
     prompts = {"candidate_labels": LABELS} | ({"prompt_templates": templates} if templates else {})
     results = pipe.postprocess(pipe.forward({"pixel_values": volume}, **prompts), **prompts)
     expected = {result["label"]: result for result in results}
-    maps = map_findings(pipe, volume, LABELS, templates)
+    maps = map_findings(pipe, pipe.encode(volume), LABELS, templates)
     assert [finding.label for finding in maps] == LABELS
     for finding in maps:
         assert finding.patches.shape == pipe.model.config.vision_config.grid_size
@@ -55,7 +55,7 @@ def test_patches_add_up_to_the_margin(pipe, batch, templates):
 @torch.no_grad()
 def test_a_patch_is_its_token_through_its_slice_of_the_projection(pipe, model, batch):
     volume = batch["pixel_values"][:1]
-    (finding,) = map_findings(pipe, volume, ["a"])
+    (finding,) = map_findings(pipe, pipe.encode(volume), ["a"])
     outputs = model.vision_model(pixel_values=volume)
     t, h, w = model.config.vision_config.grid_size
     tokens = outputs.last_hidden_state[0].view(t, h, w, -1)

@@ -56,6 +56,16 @@ def test_scores_are_those_of_the_model(pipe, model, processor, scans):
         assert result["score"] == pytest.approx(1 / (1 + np.exp(-margin.item())), abs=1e-6)
 
 
+@pytest.mark.parametrize("task", ["zero-shot-ct-classification", "ct-classification"])
+def test_what_is_encoded_once_is_asked_many_times(task, converted, classifier_folder, scans, monkeypatch):
+    pipe = pipeline(task, str(converted if task.startswith("zero") else classifier_folder), device="cpu")
+    pixel_values = torch.cat([pipe.preprocess(scan)["pixel_values"] for scan in scans])
+    expected = pipe.forward({"pixel_values": pixel_values})["logits"]
+    encoded = pipe.encode(pixel_values)
+    monkeypatch.setattr(pipe.model.vision_model, "forward", None)
+    assert torch.equal(pipe.forward(encoded)["logits"], expected)
+
+
 def test_the_models_own_findings_are_the_default(pipe, model, scans):
     assert set(by_label(pipe(scans[0]))) == set(model.config.label_names)
     assert len(pipe(scans[0])) == 18
