@@ -24,7 +24,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from gpu_studies import best_seconds, decompress, processes_up_to, rate
+from gpu_studies import best_seconds, decompress, of_shards, processes_up_to, rate
 
 STARTED = time.perf_counter()
 FULL_SIZE = (240, 480, 480)
@@ -80,7 +80,9 @@ def config_of(size: tuple[int, int, int]):
     return MedCTConfig(vision_config={"image_size": list(size), "patch_size": patch})
 
 
-def write_shards(folder: Path, size: tuple[int, int, int], num_studies: int, studies_per_shard: int) -> None:
+def write_shards(
+    folder: Path, size: tuple[int, int, int], num_studies: int, studies_per_shard: int, compression: str = "zstd"
+) -> None:
     """Write drawn volumes as prepared shards.
 
     Args:
@@ -88,6 +90,7 @@ def write_shards(folder: Path, size: tuple[int, int, int], num_studies: int, stu
         size: Size of the volumes, `(z, y, x)`.
         num_studies: Number of volumes.
         studies_per_shard: Volumes in a file.
+        compression: Of the files.
     """
     from medct.data.prepare import prepare
     from medct.data.sources import Source
@@ -95,7 +98,8 @@ def write_shards(folder: Path, size: tuple[int, int, int], num_studies: int, stu
     config = config_of(size)
     groups = [(key,) for key in range(num_studies)]
     source = Source(groups, DrawStudy(size), config.label_names, f"{num_studies} SYNTHETIC volumes")
-    prepare({"train": source}, config, folder, {"reconstructions": "one", "studies_per_shard": studies_per_shard})
+    settings = {"reconstructions": "one", "studies_per_shard": studies_per_shard, "compression": compression}
+    prepare({"train": source}, config, folder, settings)
 
 
 def write_ct_rate(folder: Path, num_studies: int) -> None:
@@ -218,14 +222,18 @@ def measure_loader(folder: Path, repeats: int) -> dict:
     """
     import torch
 
+    from medct import MedCTImageProcessor
+
     torch.set_num_threads(1)
+    config = config_of(FULL_SIZE)
+    image_processor = MedCTImageProcessor.from_config(config.vision_config)
     shard = min((folder / "full/data").glob("*.parquet"))
     found = {"floor": best_seconds(lambda: decompress(shard), repeats)}
     for count in processes_up_to(os.cpu_count() or 1):
-        loader, _ = make_loader(folder / "full", FULL_SIZE, batch_size=1, num_workers=count)
-        volumes = (batch["pixel_values"] for _ in range(repeats) for batch in loader)
-        skipped = min(NUM_FULL, 2 * count + 1)
-        found[str(count)] = rate(volumes, skipped, repeats * NUM_FULL - skipped)
+        skipped, counted = 2 * count + 1, repeats * NUM_FULL * count
+        number = skipped + counted + 2 * count
+        volumes = of_shards(folder / "full", "train", config, image_processor, torch.device("cpu"), count, number)
+        found[str(count)] = rate(volumes, skipped, counted)
     return found
 
 
@@ -280,6 +288,9 @@ def measure(folder: Path, case: str, repeats: int) -> dict:
         case: One of `CASES`.
         repeats: Number of passes that count for the speed.
     """
+    from medct.common.host import keep_freed_memory
+
+    keep_freed_memory()  # as the commands do
     if case == "speed":
         return measure_speed(folder, repeats)
     if case == "loader":
@@ -330,6 +341,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="passes over the volumes that count (default: 3)")
     parser.add_argument("--folder", type=Path, help="where to write the data (2 GB), or find those of an earlier run")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES, help="which to measure (default: all)")
+    parser.add_argument("--compression", default="zstd", help="of the shards: zstd or lz4 (default: zstd)")
     parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.case:
@@ -339,13 +351,13 @@ def main() -> None:
         folder = arguments.folder or Path(temporary)
         folder.mkdir(exist_ok=True)
         if {"speed", "loader", "full"} & set(arguments.cases):
-            write_shards(folder / "full", FULL_SIZE, NUM_FULL, 4)
+            write_shards(folder / "full", FULL_SIZE, NUM_FULL, 4, arguments.compression)
         if "memory" in arguments.cases:
             write_shards(folder / "tiny", TINY_SIZE, NUM_TINY, 16)
         if "ct_rate" in arguments.cases and not (folder / "ct_rate").exists():
             write_ct_rate(folder / "ct_rate", 2)
         size = sum(path.stat().st_size for path in (folder / "full/data").glob("*.parquet")) / NUM_FULL / 1e6
-        print(f"SYNTHETIC volumes; {size:.1f} MB each in the shards\n")
+        print(f"SYNTHETIC volumes; {size:.1f} MB each in the shards ({arguments.compression})\n")
         print("| what | measured | |\n| --- | ---: | --- |")
         for case in arguments.cases:
             command = [sys.executable, __file__, "--case", case, "--folder", folder, "--repeats", arguments.repeats]

@@ -10,6 +10,7 @@ core, and reading and decompressing a prepared shard, alone in the same run.
 import argparse
 import contextlib
 import dataclasses
+import functools
 import os
 import tempfile
 import time
@@ -24,6 +25,7 @@ import torch
 SHAPE = (512, 512, 300)
 SPACING_MM = (0.7, 0.7, 1.0)
 NUM_FILES, NUM_PREPARED = 12, 4
+COMPRESSIONS = ("zstd", "lz4")
 
 
 def processes_up_to(count: int) -> list[int]:
@@ -91,7 +93,7 @@ class DrawStudy:
         return {**row, "volume": draw(key, self.shape), "affine": affine}
 
 
-def write_shards(folder: Path, shape: Sequence[int], count: int, config: Any) -> None:
+def write_shards(folder: Path, shape: Sequence[int], count: int, config: Any, compression: str) -> Path:
     """Write scans as prepared shards.
 
     Args:
@@ -99,13 +101,19 @@ def write_shards(folder: Path, shape: Sequence[int], count: int, config: Any) ->
         shape: `(i, j, k)`.
         count: How many.
         config: The model's, which has the grid.
+        compression: Of the files.
+
+    Returns:
+        The first of the files.
     """
     from medct.data.prepare import prepare
     from medct.data.sources import Source
 
     names = config.label_names
     source = Source([(key,) for key in range(count)], DrawStudy(shape, len(names)), names, f"{count} SYNTHETIC scans")
-    prepare({"valid": source}, config, folder, {"reconstructions": "one", "studies_per_shard": 1})
+    settings = {"reconstructions": "one", "studies_per_shard": 1, "compression": compression}
+    prepare({"valid": source}, config, folder, settings)
+    return min(folder.glob("data/*.parquet"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -191,12 +199,13 @@ def of_files(
 
 
 def of_shards(
-    folder: Path, config: Any, image_processor: Any, device: torch.device, processes: int, count: int
+    folder: Path, split: str, config: Any, image_processor: Any, device: torch.device, processes: int, count: int
 ) -> Generator[torch.Tensor, None, None]:
     """`pixel_values` of prepared shards, as training and `medct evaluate` read them.
 
     Args:
-        folder: From `write_shards`.
+        folder: Prepared shards.
+        split: Of them.
         config: The model's.
         image_processor: The model's.
         device: Where to.
@@ -206,7 +215,7 @@ def of_shards(
     from medct.data import StudyLoader, open_source
     from medct.processing_medct import MedCTProcessor
 
-    source = open_source(str(folder), "valid", config)
+    source = open_source(str(folder), split, config)
     source = dataclasses.replace(source, groups=(source.groups * count)[:count], names=())
     processor = MedCTProcessor.__new__(MedCTProcessor)  # without a tokenizer: no text is asked for
     processor.image_processor = image_processor
@@ -247,22 +256,20 @@ def whole_studies(
         config, device = MedCTConfig(vision_config=vision_config or {}), torch.device(device)
         image_processor = MedCTImageProcessor.from_config(config.vision_config)
         paths = write_files(folder, shape, NUM_FILES)
-        write_shards(folder / "shards", shape, NUM_PREPARED, config)
         buffer = np.empty(2 * int(np.prod(shape)) + 2**20, np.uint8)
-        shards = sorted((folder / "shards").glob("data/*.parquet"))
-        floors = {
-            ".nii.gz": best_seconds(lambda: inflate(paths[0], buffer)),
-            "prepared": best_seconds(lambda: decompress(shards[0])),
-        }
+        floors = {".nii.gz": best_seconds(lambda: inflate(paths[0], buffer))}
+        for name in COMPRESSIONS:
+            shard = write_shards(folder / name, shape, NUM_PREPARED, config, name)
+            floors[f"prepared, {name}"] = best_seconds(functools.partial(decompress, shard))
         rows = []
         for count in processes or processes_up_to(os.cpu_count() or 1):
             skipped = 2 * count + 1
             counted = studies_per_process * count
             number = skipped + counted + 2 * count
-            sources = {
-                ".nii.gz": of_files((paths * number)[:number], image_processor, device, count),
-                "prepared": of_shards(folder / "shards", config, image_processor, device, count, number),
-            }
+            sources = {".nii.gz": of_files((paths * number)[:number], image_processor, device, count)}
+            for name in COMPRESSIONS:
+                shards = of_shards(folder / name, "valid", config, image_processor, device, count, number)
+                sources[f"prepared, {name}"] = shards
             for source, batches in sources.items():
                 found = rate(batches, skipped, counted, use)
                 share = found * floors[source] / min(count, os.cpu_count() or 1)

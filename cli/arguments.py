@@ -273,6 +273,13 @@ def _add_prepare(add: Callable[..., argparse.ArgumentParser]) -> None:
         metavar="N",
         help="most studies in a file (default: 12, about 0.4 GB at CT-CLIP's sizes)",
     )
+    group.add_argument(
+        "--compression",
+        choices=("zstd", "lz4"),
+        default="zstd",
+        help="zstd (default): smaller files; lz4: half as large again and read twice as fast, where processors are the "
+        "limit and not the disk",
+    )
     group.add_argument("--retry_skipped", action="store_true", help="rewrite files in which studies were skipped")
     group.add_argument(
         "--max_skipped_share",

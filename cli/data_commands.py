@@ -67,7 +67,7 @@ def prepare_shards(args: argparse.Namespace) -> int:
     # All reconstructions of a scan are in its group, whichever of them are prepared.
     sources = {split: _open(args, split, config, mapping=mapping, tune_share=tune_share) for split in args.splits}
     settings = {"source": args.source, "tune_share": tune_share}
-    names = ("limit", "version", "revision", "reconstructions", "studies_per_shard")
+    names = ("limit", "version", "revision", "reconstructions", "studies_per_shard", "compression")
     settings |= {name: getattr(args, name) for name in names}
     work = (args.rank, args.world_size, args.retry_skipped, args.max_skipped_share)
     manifest = prepare(sources, config, args.output, settings, *work)

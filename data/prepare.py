@@ -36,6 +36,8 @@ from medct.image_processing_medct import MedCTImageProcessor
 from medct.volume_io_medct import VolumeError
 
 SCHEMA = FEATURES.arrow_schema
+COMPRESSION_LEVELS = {"zstd": 3, "lz4": None}
+"""How files may be compressed; the first is the default."""
 LICENCE_NOTE = (
     "The licence of the source applies to these shards. Volumes and reports derived from CT-RATE are CC-BY-NC-SA 4.0 "
     "and may not be redistributed: keep them private."
@@ -139,6 +141,7 @@ class Shard:
         split: Split that it belongs to.
         source: Source of the studies.
         keys: For each study, the name of its scan and its key in the source.
+        compression: A key of `COMPRESSION_LEVELS`.
     """
 
     folder: Path
@@ -146,6 +149,7 @@ class Shard:
     split: str
     source: Source
     keys: Sequence[tuple[str, int]]
+    compression: str
 
     @property
     def path(self) -> Path:
@@ -193,8 +197,8 @@ class Shard:
             parquet.ParquetWriter(
                 aside,
                 SCHEMA,
-                compression="zstd",
-                compression_level=3,
+                compression=self.compression,
+                compression_level=COMPRESSION_LEVELS[self.compression],
                 use_dictionary=False,
                 write_statistics=False,
                 write_page_checksum=True,
@@ -255,9 +259,10 @@ def shards_of(folder: Path, split: str, source: Source, settings: dict[str, Any]
     keys = [(name, key) for name, group in zip(source.names, source.groups, strict=True) for key in group[:last]]
     size = settings["studies_per_shard"]
     count = math.ceil(len(keys) / size)
+    parts = [keys[index * size : (index + 1) * size] for index in range(count)]
     return [
-        Shard(folder, shard_name(split, index, count), split, source, keys[index * size : (index + 1) * size])
-        for index in range(count)
+        Shard(folder, shard_name(split, index, count), split, source, part, settings["compression"])
+        for index, part in enumerate(parts)
     ]
 
 
@@ -384,8 +389,8 @@ def prepare(
         sources: Source of each split.
         config: Configuration of the model that the shards are for.
         folder: Output, which all processes share.
-        settings: What decides the content of the files: `reconstructions`, `studies_per_shard`, and anything else
-            that should be in the manifest and be the same when a run is resumed.
+        settings: What decides the content of the files: `reconstructions`, `studies_per_shard`, `compression` (by
+            default "zstd"), and anything else that should be in the manifest and be the same when a run is resumed.
         rank: Index of this process, from 0.
         world_size: Number of processes.
         retry_skipped: Rewrite files in which studies were skipped.
@@ -398,6 +403,7 @@ def prepare(
         DataError: If the folder was started with other settings, or too many studies cannot be read.
     """
     preparer = Preparer(config)
+    settings = {"compression": next(iter(COMPRESSION_LEVELS)), **settings}
     shards = {split: shards_of(folder, split, source, settings) for split, source in sources.items()}
     num_studies = {split: sum(len(shard.keys) for shard in shards[split]) for split in sources}
     settings = {**grid_settings(config), **label_settings(sources), **settings, "num_studies": num_studies}

@@ -20,6 +20,7 @@ from pyarrow import parquet
 
 from medct import CTVolume, MedCTConfig, MedCTImageProcessor, VolumeError, read_volume
 from medct.cli import main
+from medct.cli.arguments import make_parser
 from medct.common.lock import LockedError, only_run
 from medct.configuration_medct import CT_CLIP_LABELS
 from medct.data import PhantomCohort, StudyLoader, open_source, phantom_source, prepare
@@ -27,7 +28,7 @@ from medct.data.ct_rate import METADATA_COLUMNS
 from medct.data.prepared import decode_nifti, nifti_header, prepared_source, read_manifest
 from medct.data.sources import DataError, Skipped, Source, read_study
 
-SETTINGS = {"reconstructions": "one", "studies_per_shard": 3}
+SETTINGS = {"reconstructions": "one", "studies_per_shard": 3, "compression": "zstd"}
 SPACING_MM = (20.0, 15.0, 20.0)
 
 
@@ -169,6 +170,26 @@ def test_other_settings_are_refused(folder, config, sources):
     with pytest.raises(DataError, match=r"started with `hu_min` -1000.0, not -1200.0"):
         prepare.prepare(sources, other, folder, SETTINGS)
     assert contents(folder) == before
+
+
+@pytest.mark.parametrize("compression", prepare.COMPRESSION_LEVELS)
+def test_every_compression_gives_the_same_volumes(compression, tmp_path, folder, config, sources):
+    prepare.prepare(sources, config, tmp_path, {**SETTINGS, "compression": compression})
+    assert read_manifest(str(tmp_path))["settings"]["compression"] == compression
+    path = min(tmp_path.glob("data/*.parquet"))
+    column = parquet.read_metadata(path).row_group(0).column(parquet.read_schema(path).names.index("volume"))
+    assert column.compression.startswith(compression.upper())
+    one, another = (open_source(str(each), "train", config) for each in (tmp_path, folder))
+    for key in range(one.num_studies):
+        with one.read(key)["volume"].open() as volume, another.read(key)["volume"].open() as expected:
+            assert torch.equal(volume, expected)
+
+
+def test_the_command_offers_every_compression():
+    args = make_parser("").parse_args(["prepare", "source", "output"])
+    assert args.compression == next(iter(prepare.COMPRESSION_LEVELS))
+    for compression in prepare.COMPRESSION_LEVELS:
+        make_parser("").parse_args(["prepare", "source", "output", "--compression", compression])
 
 
 def test_a_window_that_int16_cannot_hold_is_refused(tmp_path, sources):

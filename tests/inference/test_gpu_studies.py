@@ -19,8 +19,8 @@ def test_whole_studies_at_a_tiny_size():
     )
     assert shapes == {torch.Size((1, 1, 20, 40, 40))}
     assert [(row["source"], row["processes"]) for row in rows] == [
-        (source, count) for count in (1, 2) for source in (".nii.gz", "prepared")
+        (source, count) for count in (1, 2) for source in (".nii.gz", "prepared, zstd", "prepared, lz4")
     ]
     assert all(row["studies_per_second"] > 0 and row["share_of_floor"] > 0 for row in rows)
-    assert benchmark.table(rows).count("\n| prepared |") == 2
+    assert benchmark.table(rows).count("\n| prepared, ") == 4
     assert benchmark.processes_up_to(16) == [1, 2, 4, 8, 16] and benchmark.processes_up_to(6) == [1, 2, 4, 6]
