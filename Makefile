@@ -7,7 +7,7 @@ LAUNCH := $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --
 # A process for each core, with one thread each: threads that wait for each other cost more than they bring.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8
 
-.PHONY: train test test-newest test-slow test-app style check phantom-base
+.PHONY: train test test-newest test-slow test-app style check phantom-base space
 
 train: $(VENV)/installed  ## adapt the phantom base to another site; ARGS="..." passes flags
 	$(LAUNCH) train.py $(ARGS)
@@ -42,6 +42,11 @@ check: $(VENV)/installed-dev  ## lint, format and types, changing nothing
 phantom-base: $(VENV)/installed  ## train phantom_base/ anew, about half an hour
 	$(BIN)/python -m medct.training.phantom_base phantom_base.new
 	rm -rf phantom_base && mv phantom_base.new phantom_base
+
+space:  ## the last commit as a Space in dist/space: hf upload ORG/NAME dist/space . --repo-type space
+	rm -rf dist/space && mkdir -p dist
+	git archive HEAD space | tar -x -C dist
+	git archive --prefix=medct/ HEAD . ':!tests' ':!docs' ':!benchmarks' ':!space' | tar -x -C dist/space
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
