@@ -145,12 +145,11 @@ def decode_nifti(data: pa.Buffer, shape: tuple[int, int, int], name: str) -> tor
 
 
 def _persist(address: str, fetch: Callable[[], Any]) -> Any:
-    """Fetch, and retry after a network fault; local files and damaged bytes would give the same a second time."""
+    """Fetch, and retry after a network fault, or bytes that arrived damaged; local files would give the same again."""
 
     def passes(error: Exception) -> float | None:
-        # Each file system raises its own errors; "integrity" is Arrow's word for a wrong checksum.
-        is_final = isinstance(error, VolumeError | FileNotFoundError) or "integrity" in str(error)
-        return None if is_final else 0
+        # Each file system raises its own errors for what passes.
+        return None if isinstance(error, VolumeError | FileNotFoundError) else 0
 
     return keep_trying(fetch, passes, _WAITS_S if is_address(address) else ())
 

@@ -145,11 +145,11 @@ def test_a_second_run_does_what_is_left(run, scans, tmp_path, monkeypatch):
     lines = whole.splitlines(keepends=True)
     output.write_bytes(b"".join(lines[:2]) + lines[2][:30])  # stopped in the middle of the second row
     asked = []
-    forward = ZeroShotCTClassificationPipeline.forward
+    encode = ZeroShotCTClassificationPipeline.encode
     monkeypatch.setattr(
         ZeroShotCTClassificationPipeline,
-        "forward",
-        lambda self, inputs, **kwargs: asked.append(len(inputs["pixel_values"])) or forward(self, inputs, **kwargs),
+        "encode",
+        lambda self, volumes: asked.append(len(volumes)) or encode(self, volumes),
     )
     status, _, err = run("predict", scans, "--output", output)
     assert status == 1
