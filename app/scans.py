@@ -113,7 +113,8 @@ class Engine:
     def _scored(self, name: str, volume: CTVolume) -> Scan:
         pixel_values = self.pipe.processor.image_processor.process_volume(volume)[None, None]
         with self._one_at_a_time:
-            encoded = self.pipe.encode(pixel_values)
+            # Not on a card, whose memory is not for sessions.
+            encoded = {name: each.cpu() for name, each in self.pipe.encode(pixel_values).items()}
         findings = self._findings(encoded, self.pipe.asked.label_names)
         return Scan(name, volume, AxialSlices.of(volume), encoded, findings, volume.notes)
 

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer
@@ -41,6 +42,7 @@ TRAINED = Path(__file__).parents[1] / "phantom_base"  # the random model uses it
 TRAINED_PHANTOMS = 24
 FORMULATIONS = {
     "eager": ("float32", "eager"),
+    "convolutions in TF32, as torch has them on NVIDIA cards by default": ("tf32 convolutions", "sdpa"),
     "weights rounded to bfloat16, products in float32": ("rounded", "sdpa"),
     "bfloat16": ("bfloat16", "sdpa"),
 }
@@ -196,19 +198,37 @@ def score(folder: Path, dtype: str, repeats: int) -> dict[str, Any]:
     return found | {"peak": peak_bytes()}
 
 
+def to_tf32(values: torch.Tensor) -> torch.Tensor:
+    """The nearest numbers with a mantissa of 10 bits.
+
+    Args:
+        values: Any shape, float32.
+    """
+    bits = values.contiguous().view(torch.int32)
+    dropped = 13
+    odd = (bits >> dropped) & 1  # ties go to even
+    return ((bits + 2 ** (dropped - 1) - 1 + odd) & -(2**dropped)).view(torch.float32)
+
+
 @torch.inference_mode()
 def answer(folder: Path, precision: str, attention: str) -> dict[str, Any]:
     """Scores and codebook rows of every volume.
 
     Args:
         folder: Folder of the model.
-        precision: "float32", "bfloat16", or "rounded": bfloat16 weights in a float32 model.
+        precision: "float32", "bfloat16", "rounded": bfloat16 weights in a float32 model, or "tf32 convolutions": what
+            these multiply is rounded to TF32, in a float32 model.
         attention: Name of an attention implementation of transformers.
     """
-    dtype = torch.float32 if precision == "float32" else torch.bfloat16
+    dtype = torch.bfloat16 if precision in ("bfloat16", "rounded") else torch.float32
     model = MedCTModel.from_pretrained(folder, dtype=dtype).eval()
     if precision == "rounded":
         model.float()
+    if precision == "tf32 convolutions":
+        for module in model.modules():
+            if isinstance(module, nn.Conv3d):
+                module.weight.data = to_tf32(module.weight.data)
+                module.register_forward_pre_hook(lambda _, inputs: (to_tf32(inputs[0]),))
     model.set_attn_implementation(attention)
     text_embeds = model.get_text_features(**prompts(model.config)).pooler_output
     found = {}

@@ -83,7 +83,7 @@ def map_findings(
     prompts = {"candidate_labels": labels, "prompt_templates": templates}
     results = {result["label"]: result for result in pipe.postprocess(pipe.forward(encoded, **prompts), **prompts)}
 
-    tokens = encoded["last_hidden_state"][0].unflatten(0, (-1, height * width))  # (z, y * x, d)
+    tokens = encoded["last_hidden_state"][0].to(pipe.device).unflatten(0, (-1, height * width))  # (z, y * x, d)
     pooled = tokens.mean(dim=0).flatten()[None]
     length = model.visual_projection(pooled).float().norm()
     text_embeds = torch.stack(pipe.prompt_embeds(labels, templates)).mean(dim=0)
