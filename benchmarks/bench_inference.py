@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer
@@ -42,11 +41,12 @@ TRAINED = Path(__file__).parents[1] / "phantom_base"  # the random model uses it
 TRAINED_PHANTOMS = 24
 FORMULATIONS = {
     "eager": ("float32", "eager"),
-    "convolutions in TF32, as torch has them on NVIDIA cards by default": ("tf32 convolutions", "sdpa"),
     "weights rounded to bfloat16, products in float32": ("rounded", "sdpa"),
     "bfloat16": ("bfloat16", "sdpa"),
 }
 PRODUCTS = {"torch.nn.Linear": F.linear, "as a convolution": linear}
+RANDOM_NOISE = "random, noise"
+TOKEN_ERRORS, TOKEN_ERROR_DRAWS = (1e-6, 1e-5, 3e-5, 1e-4), 5
 RATE_SIZES = (1024, 2048)  # edges of the square matrices used to measure the machine's rate
 
 
@@ -112,7 +112,7 @@ def volumes(folder: Path, config: MedCTConfig) -> dict[str, torch.Tensor]:
         return {f"trained on SYNTHETIC phantoms, {TRAINED_PHANTOMS} others": phantoms(processor, seeds)}
     noise = torch.rand(1, 1, *config.vision_config.image_size, generator=torch.Generator().manual_seed(1)) * 2 - 1
     return {
-        "random, noise": noise,
+        RANDOM_NOISE: noise,
         "random, 2 SYNTHETIC phantoms": phantoms(MedCTImageProcessor(), range(1)),
     }
 
@@ -198,37 +198,19 @@ def score(folder: Path, dtype: str, repeats: int) -> dict[str, Any]:
     return found | {"peak": peak_bytes()}
 
 
-def to_tf32(values: torch.Tensor) -> torch.Tensor:
-    """The nearest numbers with a mantissa of 10 bits.
-
-    Args:
-        values: Any shape, float32.
-    """
-    bits = values.contiguous().view(torch.int32)
-    dropped = 13
-    odd = (bits >> dropped) & 1  # ties go to even
-    return ((bits + 2 ** (dropped - 1) - 1 + odd) & -(2**dropped)).view(torch.float32)
-
-
 @torch.inference_mode()
 def answer(folder: Path, precision: str, attention: str) -> dict[str, Any]:
     """Scores and codebook rows of every volume.
 
     Args:
         folder: Folder of the model.
-        precision: "float32", "bfloat16", "rounded": bfloat16 weights in a float32 model, or "tf32 convolutions": what
-            these multiply is rounded to TF32, in a float32 model.
+        precision: "float32", "bfloat16", or "rounded": bfloat16 weights in a float32 model.
         attention: Name of an attention implementation of transformers.
     """
-    dtype = torch.bfloat16 if precision in ("bfloat16", "rounded") else torch.float32
+    dtype = torch.float32 if precision == "float32" else torch.bfloat16
     model = MedCTModel.from_pretrained(folder, dtype=dtype).eval()
     if precision == "rounded":
         model.float()
-    if precision == "tf32 convolutions":
-        for module in model.modules():
-            if isinstance(module, nn.Conv3d):
-                module.weight.data = to_tf32(module.weight.data)
-                module.register_forward_pre_hook(lambda _, inputs: (to_tf32(inputs[0]),))
     model.set_attn_implementation(attention)
     text_embeds = model.get_text_features(**prompts(model.config)).pooler_output
     found = {}
@@ -240,6 +222,49 @@ def answer(folder: Path, precision: str, attention: str) -> dict[str, Any]:
             "ids": torch.cat([each.codebook_ids for each in encoded]).tolist(),
         }
     return found
+
+
+@torch.inference_mode()
+def borders(folder: Path) -> list[list[float]]:
+    """What a small error of the tokens becomes: nothing, until one of them takes another row of the codebook.
+
+    Args:
+        folder: Folder of the random model.
+
+    Returns:
+        For each size of the error, as a share of a token's length, and each of some draws of it: the size, the tokens
+        in another row, and the largest change of a logit.
+    """
+    model = MedCTModel.from_pretrained(folder).eval()
+    quantizer, taken = model.vision_model.quantizer, []
+    hook = quantizer.register_forward_pre_hook(lambda _, inputs: taken.extend(inputs))
+    expected = model.get_image_features(volumes(folder, model.config)[RANDOM_NOISE][:1])
+    hook.remove()
+    tokens, dtype = taken
+    text_embeds = model.get_text_features(**prompts(model.config)).pooler_output
+    logits, found = model.get_logits(expected.pooler_output, text_embeds), []
+    for size in TOKEN_ERRORS:
+        for seed in range(TOKEN_ERROR_DRAWS):
+            error = torch.randn(tokens.shape, generator=torch.Generator().manual_seed(seed))
+            error *= size * tokens.norm(dim=-1, keepdim=True) / error.norm(dim=-1, keepdim=True)
+            rows, ids = quantizer(tokens + error, dtype)
+            embeds = F.normalize(model.visual_projection(rows.mean(dim=1).flatten(1)), dim=-1)
+            others = (ids.flatten() != expected.codebook_ids.flatten()).sum()
+            found.append([size, others.item(), (model.get_logits(embeds, text_embeds) - logits).abs().max().item()])
+    return found
+
+
+def border_rows(found: list[list[float]]) -> list[str]:
+    """One table row for each size of the error.
+
+    Args:
+        found: From `borders`.
+    """
+    rows = []
+    for size in TOKEN_ERRORS:
+        counts, changes = zip(*((count, change) for each, count, change in found if each == size), strict=True)
+        rows.append(f"| {size:.0e} | {min(counts)} to {max(counts)} | {min(changes):.2g} to {max(changes):.2g} |")
+    return rows
 
 
 def timing_rows(operations: dict[str, float], found: dict[str, dict[str, Any]]) -> list[str]:
@@ -316,6 +341,9 @@ def report(folder: Path, repeats: int) -> None:
             found = child(model, "answer", *case)
             for each, answers in found.items():
                 print(f"| {name} | {each} {agreement_row(expected[each], answers)}", flush=True)
+    print("\n| tokens off by, share of their length | tokens in another codebook row | logits off by |")
+    print("| ---: | ---: | ---: |")
+    print("\n".join(border_rows(child(folder, "borders"))))
 
 
 def main() -> None:
@@ -336,6 +364,8 @@ def main() -> None:
         make(arguments.folder)
     elif case == "load":
         print(json.dumps(load(arguments.folder)))
+    elif case == "borders":
+        print(json.dumps(borders(arguments.folder)))
     elif case == "score":
         print(json.dumps(score(arguments.folder, values[0], int(values[1]))))
     else:
