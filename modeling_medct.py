@@ -42,6 +42,7 @@ from .configuration_medct import CLASSIFIER_TASK, CODE, CUSTOM_PIPELINES, ZERO_S
 from .kernels_medct import (
     add,
     add_product,
+    agree,
     apply_linear,
     feed_forward,
     fused,
@@ -212,19 +213,27 @@ class MedCTPatchEmbeddings(nn.Module):
                 f"`pixel_values` must be (batch, 1, z, y, x) with (z, y, x) = {self.image_size}, "
                 f"not {tuple(pixel_values.shape)}."
             )
-        (t, h, w), (pz, py, px) = self.grid_size, self.patch_size
         if fused(pixel_values, pixel_values, self.patch_norm):
-            # (b, 1, t*pz, h*py, w*px) -> (b*t, pz, h*py, w*px)
-            dtype = row_dtype(pixel_values, dtype)
-            slabs = split_rows(pixel_values.reshape(-1, pz, h * py, w * px), h * w * pz * py * px, dtype)
-            tokens = torch.cat([apply_linear(self.projection, self._norm_patches(slab, dtype)) for slab in slabs])
-            return self.norm(tokens).unflatten(1, (h, w)).unflatten(0, (-1, t))
+            made_in = row_dtype(pixel_values, dtype)
+            case = ("patches", *pixel_values.shape[1:], pixel_values.dtype, made_in, pixel_values.device)
+            one = pixel_values[:1]
+            if agree(case, lambda: self._infer(one, dtype), lambda: self.forward(one, dtype)):
+                return self._infer(pixel_values, dtype)
+        (t, h, w), (pz, py, px) = self.grid_size, self.patch_size
         # (b, 1, t*pz, h*py, w*px) -> (b*t, h, w, pz, py, px)
         blocks = pixel_values.reshape(-1, pz, h, py, w, px).permute(0, 2, 4, 1, 3, 5)
         # Copies of blocks are as large as the volume, so they are made slab by slab.
         slabs = split_rows(blocks, h * w * pz * py * px, torch.float32)
         tokens = torch.cat([self._embed(slab, dtype) for slab in slabs])
         return tokens.unflatten(1, (h, w)).unflatten(0, (-1, t))
+
+    def _infer(self, pixel_values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        (t, h, w), (pz, py, px) = self.grid_size, self.patch_size
+        dtype = row_dtype(pixel_values, dtype)
+        # (b, 1, t*pz, h*py, w*px) -> (b*t, pz, h*py, w*px)
+        slabs = split_rows(pixel_values.reshape(-1, pz, h * py, w * px), h * w * pz * py * px, dtype)
+        tokens = torch.cat([apply_linear(self.projection, self._norm_patches(slab, dtype)) for slab in slabs])
+        return self.norm(tokens).unflatten(1, (h, w)).unflatten(0, (-1, t))
 
     def _norm_patches(self, slab: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """`(slabs, z, y, x)` voxels, as they lie, to `(slabs, rows * columns, patch_voxels)`."""
@@ -408,7 +417,7 @@ class MedCTLayer(GradientCheckpointingLayer):
         Returns:
             The same shape.
         """
-        if self._is_constant(hidden_states, position_bias):
+        if self._is_constant(hidden_states, position_bias) and self._agrees(hidden_states, position_bias):
             return self._infer(hidden_states, position_bias)
         stream, *rows = self._mix(hidden_states)
         # Gradients need all that a chunk would hand on, and "eager" is there to show the attention as a whole.
@@ -429,6 +438,20 @@ class MedCTLayer(GradientCheckpointingLayer):
         generator = self.position_generator
         others = (attention, mlp, generator, generator.conv, self.layer_norm1, self.layer_norm2, position_bias)
         return fused(hidden_states, *others, *products) and triton_kernels().can_attend(attention.q_scale)
+
+    def _agrees(self, hidden_states: torch.Tensor, position_bias: torch.Tensor | None) -> bool:
+        """Whether kernels make of the first volume what torch does."""
+        config, device = self.self_attn.config, hidden_states.device
+        sizes = (hidden_states.shape[1], *config.grid_size, config.hidden_size, config.intermediate_size)
+        heads = (config.num_attention_heads, config.head_dim)
+        case = ("layer", *sizes, *heads, hidden_states.dtype, self.dtype, device)
+        one = hidden_states[: math.prod(config.grid_size) // hidden_states.shape[1]]
+        # What is added to the stream, beside which it may be small.
+        return agree(
+            case,
+            lambda: self._infer(one, position_bias) - one,
+            lambda: self.forward(one, position_bias) - one,
+        )
 
     def _infer(self, hidden_states: torch.Tensor, position_bias: torch.Tensor | None) -> torch.Tensor:
         """The layer in as few passes over memory, and as few calls, as can be."""
@@ -532,7 +555,7 @@ class MedCTQuantizer(nn.Module):
             codes = F.normalize(self.codebook.to(torch.promote_types(self.codebook.dtype, torch.float32)), dim=-1)
             # Tokens need no normalising: their length does not change which row is nearest.
             rows = hidden_states.reshape(-1, hidden_states.shape[-1])
-            if fused(rows, self.codebook):
+            if fused(rows, self.codebook) and self._agrees(rows, codes, dtype):
                 quantized, ids = triton_kernels().quantize(rows, codes, self.codebook, dtype)
             else:
                 coarse_codes = codes.to(dtype)
@@ -543,6 +566,19 @@ class MedCTQuantizer(nn.Module):
             # The difference is exactly zero: the value is still the row itself, the gradient that of the token.
             quantized = quantized + (hidden_states - hidden_states.detach())
         return quantized, ids
+
+    def _agrees(self, rows: torch.Tensor, codes: torch.Tensor, dtype: torch.dtype) -> bool:
+        """Whether kernels find rows as similar to some tokens as torch does."""
+        some = rows[:1024]
+
+        def similarity(ids: torch.Tensor) -> torch.Tensor:
+            return (F.normalize(some.to(codes.dtype), dim=-1) * codes[ids]).sum(dim=-1)
+
+        return agree(
+            ("codebook", *codes.shape, len(some), rows.dtype, dtype, rows.device),
+            lambda: similarity(triton_kernels().quantize(some, codes, self.codebook, dtype)[1]),
+            lambda: similarity(nearest(some, codes, codes.to(dtype))),
+        )
 
 
 class MedCTLogitScale(nn.Module):

@@ -13,6 +13,8 @@ import functools
 import math
 import os
 import sys
+import threading
+import warnings
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -45,6 +47,18 @@ _FUSIBLE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _HALF = (torch.float16, torch.bfloat16)
 _GATED_DEPTH = 64  # channels that its kernel takes at a time
 _OLDEST_CARD = (8, 0)  # compute capability; older ones have no bfloat16
+_MOST_OFF = 0.05
+"""By how much kernels may differ from torch, as a share of the result's length: rounding stays far below, whatever the
+precision, and a kernel that a compiler got wrong far above."""
+_agreed: set[tuple] = set()
+
+
+class _Thread(threading.local):
+    is_plain = False
+    """Whether this thread is computing what kernels are compared with."""
+
+
+_thread = _Thread()
 # Classes whose forward pass kernels may compute in their place.
 _fusible: set[type] = {nn.Linear, nn.Conv3d}
 
@@ -86,9 +100,48 @@ def fused(tensor: torch.Tensor, *parts: nn.Module | torch.Tensor | None) -> bool
     """
     if torch.compiler.is_compiling() or tensor.dtype not in _FUSIBLE_DTYPES or type(tensor) is not torch.Tensor:
         return False
-    if not use_triton or not (interprets_triton if tensor.device.type == "cpu" else runs_kernels(tensor.device)):
+    if (
+        not use_triton
+        or _thread.is_plain
+        or not (interprets_triton if tensor.device.type == "cpu" else runs_kernels(tensor.device))
+    ):
         return False
     return all(_is_constant(part, tensor.device) for part in parts)
+
+
+def agree(case: tuple, by_kernels: Callable[[], torch.Tensor], plain: Callable[[], torch.Tensor]) -> bool:
+    """Whether kernels give what torch does, on the card at hand: tried once a process for each case.
+
+    Compilers of kernels have left out what only looked superfluous, and nobody would notice wrong scores. If they
+    differ, a warning says so, and this process computes without any of them.
+
+    Args:
+        case: All that decides which kernels run: names, sizes, precisions, the device.
+        by_kernels: Computes something with kernels.
+        plain: Computes the same; for it, no kernels are used.
+    """
+    global use_triton
+    if case in _agreed:
+        return True
+    with torch.no_grad():
+        found = by_kernels().float()
+        _thread.is_plain = True
+        try:
+            expected = plain().float()
+        finally:
+            _thread.is_plain = False
+        share = ((found - expected).norm() / expected.norm()).item()
+    if expected.isfinite().all() and not share <= _MOST_OFF:
+        use_triton = False
+        warnings.warn(
+            f"Triton's kernels are off by {share:.0%} on this card ({case[0]}), so torch computes in their place. "
+            "Please report this with the versions of torch, Triton and the driver.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return False
+    _agreed.add(case)
+    return True
 
 
 def _is_constant(part: nn.Module | torch.Tensor | None, device: torch.device) -> bool:

@@ -153,6 +153,17 @@ def test_products_with_the_gate(kernels):
     assert not got[:, 21:].any()
 
 
+def test_the_gate_of_a_product_is_gelu_wherever_it_lies(kernels):
+    """Gates from -9 to 9, made exact by a weight that picks one channel; the least float16 is 6e-8."""
+    gate = torch.linspace(-9, 9, 4001).half()
+    rows = torch.zeros(len(gate), 64, dtype=torch.float16)
+    rows[:, 0], rows[:, 1] = 1, gate
+    weight = torch.zeros(2, 64, dtype=torch.float16)
+    weight[0, 0] = weight[1, 1] = 1
+    got = kernels.gated_product(rows, weight, 16)[:, 0].double()
+    torch.testing.assert_close(got, F.gelu(gate.double()), rtol=2**-11, atol=2e-6)
+
+
 def test_prepared_weights_are_copies(kernels):
     weights = rand(64, 1, 3, 3, 3), rand(32, 64), rand(32, 64, seed=1), rand(64, 21, seed=2)
     taps, keys, padded = kernels.prepare(*weights, 32)
@@ -218,6 +229,23 @@ def test_the_encoder(small, pixels, used, monkeypatch, hooked):
     assert ("prepare" in used) != hooked
     torch.testing.assert_close(fused.last_hidden_state, plain.last_hidden_state)
     assert torch.equal(fused.codebook_ids, plain.codebook_ids)
+
+
+@pytest.mark.parametrize("name", ["norm_patches", "attention", "quantize"])
+def test_a_kernel_that_a_compiler_got_wrong_is_left_out(small, pixels, kernels, monkeypatch, name):
+    right = getattr(kernels, name)
+
+    def wrong(*args):
+        found = right(*args)
+        return found.flip(0) if name != "quantize" else tuple(each.flip(0) for each in found)
+
+    monkeypatch.setattr(kernels_medct, "_agreed", set())
+    monkeypatch.setattr(kernels_medct, "use_triton", True)
+    monkeypatch.setattr(kernels, name, wrong)
+    with torch.no_grad(), pytest.warns(RuntimeWarning, match="so torch computes in their place") as said:
+        fused, plain = both_ways(lambda: small.vision_model(pixels), monkeypatch)
+    assert len(said) == 1
+    torch.testing.assert_close(fused.last_hidden_state, plain.last_hidden_state)
 
 
 @pytest.mark.parametrize("targets", ["vision", "vision-all"])
