@@ -16,6 +16,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from medct.app import views
@@ -83,6 +84,84 @@ def sweep(folder: Path, age_s: float) -> None:
                 path.unlink()
 
 
+class _Answers:
+    """What the page shows after each thing that a user does.
+
+    Args:
+        gr: gradio.
+        engine: The model that answers.
+    """
+
+    def __init__(self, gr: Any, engine: Engine):
+        self.gr, self.engine = gr, engine
+
+    def take_file(self, path: str | None, window: str) -> list:
+        """A scan that was dropped; the field for it is empty again."""
+        if path is None:
+            return [self.gr.skip()] * 9
+        try:
+            return [*self._shown(self.engine.read(path), window), None]
+        except ScanError as error:
+            return [*self._refused(error), None]
+        finally:
+            _forget(path)
+
+    def take_phantom(self, window: str) -> list:
+        return self._shown(self.engine.phantom(), window)
+
+    def _shown(self, scan: Scan, window: str) -> list:
+        """A scan that was just read, in all parts of the page; the overlay is off."""
+        for note in scan.notes:
+            self.gr.Warning(f"{scan.name}: {note}.")
+        first = max(scan.findings, key=lambda each: each.score).label
+        choice = self.gr.Dropdown(choices=scan.labels, value=first)
+        return [scan, "", *self._findings(scan), choice, *self._strongest(scan, first, window, False), False]
+
+    def _refused(self, error: ScanError) -> list:
+        """Why there is no scan; nothing of one that was there before stays beside it."""
+        slider = self.gr.Slider(minimum=1, maximum=2, value=1, interactive=False)
+        nothing = self.gr.Dropdown(choices=[], value=None)
+        return [None, views.message(str(error)), "", "", nothing, slider, "", False]
+
+    def _findings(self, scan: Scan) -> tuple:
+        return views.findings_table(scan), views.downloads(self.engine.algorithm, scan)
+
+    def _strongest(self, scan: Scan, label: str | None, window: str, overlay: bool) -> tuple:
+        """The slider and the picture at the strongest slice of a finding."""
+        index = self.engine.strongest_slice(scan, label)
+        slider = self.gr.Slider(minimum=1, maximum=len(scan.slices), value=index + 1, interactive=True)
+        return slider, self.draw(scan, index + 1, window, label, overlay)
+
+    def draw(self, scan: Scan | None, number: float, window: str, label: str | None, overlay: bool) -> str:
+        if scan is None:
+            return ""
+        index = min(max(int(number) - 1, 0), len(scan.slices) - 1)
+        is_mapped = overlay and self.engine.can_be_asked
+        return views.slice_view(self.engine, scan, index, window, label if is_mapped else None)
+
+    def choose(self, scan: Scan | None, label: str | None, window: str, overlay: bool) -> tuple:
+        return (self.gr.skip(), "") if scan is None else self._strongest(scan, label, window, overlay)
+
+    def ask(self, scan: Scan | None, text: str) -> list:
+        """Findings in words, beside the model's own."""
+        if scan is None:
+            return [None, views.message("Load a scan first."), "", "", self.gr.skip()]
+        try:
+            self.engine.ask(scan, text)
+        except ScanError as error:
+            return [scan, views.message(str(error)), *self._findings(scan), self.gr.skip()]
+        return [scan, "", *self._findings(scan), self.gr.Dropdown(choices=scan.labels)]
+
+    def predict(self, path: str) -> dict[str, Any]:
+        """For programs: a file in, JSON out."""
+        try:
+            return views.as_json(self.engine.algorithm, self.engine.read(path))
+        except ScanError as error:
+            raise self.gr.Error(str(error), print_exception=False) from None
+        finally:
+            _forget(path)
+
+
 def build(engine: Engine) -> Any:
     """The page, as gradio's `Blocks`.
 
@@ -91,105 +170,63 @@ def build(engine: Engine) -> Any:
     """
     gr = import_gradio()
     own_temporary_folder()
-    algorithm = engine.algorithm
-
-    def shown(scan: Scan, window: str) -> list:
-        """A scan that was just read, in all parts of the page; the overlay is off."""
-        for note in scan.notes:
-            gr.Warning(f"{scan.name}: {note}.")
-        first = max(scan.findings, key=lambda each: each.score).label
-        choice = gr.Dropdown(choices=scan.labels, value=first)
-        return [scan, "", *answers(scan), choice, *looked_at(scan, first, window, False), False]
-
-    def refused(error: ScanError) -> list:
-        """Why there is no scan; nothing of one that was there before stays beside it."""
-        slider = gr.Slider(minimum=1, maximum=2, value=1, interactive=False)
-        return [None, views.message(str(error)), "", "", gr.Dropdown(choices=[], value=None), slider, "", False]
-
-    def answers(scan: Scan) -> tuple:
-        return views.findings_table(scan), views.downloads(algorithm, scan)
-
-    def looked_at(scan: Scan, label: str | None, window: str, overlay: bool) -> tuple:
-        """The slider and the picture at the strongest slice of a finding."""
-        index = engine.strongest_slice(scan, label)
-        slider = gr.Slider(minimum=1, maximum=len(scan.slices), value=index + 1, interactive=True)
-        return slider, drawn(scan, index + 1, window, label, overlay)
-
-    def drawn(scan: Scan | None, number: float, window: str, label: str | None, overlay: bool) -> str:
-        if scan is None:
-            return ""
-        index = min(max(int(number) - 1, 0), len(scan.slices) - 1)
-        return views.slice_view(engine, scan, index, window, label if overlay and engine.can_be_asked else None)
-
-    def take_file(path: str | None, window: str) -> list:
-        if path is None:
-            return [gr.skip()] * 9
-        try:
-            return [*shown(engine.read(path), window), None]
-        except ScanError as error:
-            return [*refused(error), None]
-        finally:
-            _forget(path)
-
-    def take_phantom(window: str) -> list:
-        return shown(engine.phantom(), window)
-
-    def ask(scan: Scan | None, text: str) -> list:
-        if scan is None:
-            return [None, views.message("Load a scan first."), "", "", gr.skip()]
-        try:
-            engine.ask(scan, text)
-        except ScanError as error:
-            return [scan, views.message(str(error)), *answers(scan), gr.skip()]
-        return [scan, "", *answers(scan), gr.Dropdown(choices=scan.labels)]
-
-    def choose(scan: Scan | None, label: str | None, window: str, overlay: bool) -> tuple:
-        return (gr.skip(), "") if scan is None else looked_at(scan, label, window, overlay)
-
-    def predict(path: str) -> dict[str, Any]:
-        try:
-            return views.as_json(algorithm, engine.read(path))
-        except ScanError as error:
-            raise gr.Error(str(error), print_exception=False) from None
-        finally:
-            _forget(path)
-
     with gr.Blocks(title="MedCT", analytics_enabled=False) as page:
-        gr.HTML(views.banner(algorithm))
+        gr.HTML(views.banner(engine.algorithm))
         gr.Markdown("# MedCT: findings in one chest CT")
-        state = gr.State(None, time_to_live=_KEPT_S)
         with gr.Row():
             with gr.Column(scale=5):
-                file = gr.File(label=_FILE, height=140, elem_id="file")
-                phantom = gr.Button(f"or take the {PHANTOM}", elem_id="phantom")
-                message = gr.HTML(elem_id="message")
-                table = gr.HTML(elem_id="findings")
-                links = gr.HTML(elem_id="downloads")
-                with gr.Group(visible=engine.can_be_asked):
-                    words = gr.Textbox(label="Own findings in words, one a line", lines=2, elem_id="words")
-                    asked = gr.Button("Ask", elem_id="ask")
-                gr.HTML(views.model_line(algorithm))
+                parts = _findings_column(gr, engine)
             with gr.Column(scale=4):
-                finding = gr.Dropdown([], label="Finding: jumps to its strongest slice", elem_id="finding")
-                window = gr.Radio(list(WINDOWS_HU), value=next(iter(WINDOWS_HU)), label="Window", elem_id="window")
-                bounds = {"minimum": 1, "maximum": 2, "value": 1, "step": 1, "interactive": False}
-                number = gr.Slider(**bounds, label="Slice, from the feet", elem_id="slice", buttons=[])
-                picture = gr.HTML(elem_id="picture")
-                overlay = gr.Checkbox(False, label=_OVERLAY, elem_id="overlay", visible=engine.can_be_asked)
-        own = {"api_visibility": "private"}
-        model = {**own, "concurrency_id": "model", "concurrency_limit": 1}
-        quick = {**own, "queue": False, "show_progress": "hidden", "trigger_mode": "always_last"}
-        result = [state, message, table, links, finding, number, picture, overlay]
-        file.upload(take_file, [file, window], [*result, file], **model)
-        phantom.click(take_phantom, window, result, **model)
-        asked.click(ask, [state, words], [state, message, table, links, finding], **model)
-        look = [window, finding, overlay]
-        finding.input(choose, [state, finding, window, overlay], [number, picture], **model)
-        for each in (number, window, overlay):
-            listen = each.change if each is number else each.input
-            listen(drawn, [state, number, *look], picture, **quick)
-        _add_endpoint(gr, predict)
+                parts |= _picture_column(gr, engine)
+        parts["state"] = gr.State(None, time_to_live=_KEPT_S)
+        answers = _Answers(gr, engine)
+        _connect(SimpleNamespace(**parts), answers)
+        _add_endpoint(gr, answers.predict)
     return page.queue(max_size=_MOST_WAITING, default_concurrency_limit=1)
+
+
+def _findings_column(gr: Any, engine: Engine) -> dict[str, Any]:
+    """What a scan is given with, and what was found in it, by name."""
+    parts = {
+        "file": gr.File(label=_FILE, height=140, elem_id="file"),
+        "phantom": gr.Button(f"or take the {PHANTOM}", elem_id="phantom"),
+        "message": gr.HTML(elem_id="message"),
+        "table": gr.HTML(elem_id="findings"),
+        "links": gr.HTML(elem_id="downloads"),
+    }
+    with gr.Group(visible=engine.can_be_asked):
+        parts["words"] = gr.Textbox(label="Own findings in words, one a line", lines=2, elem_id="words")
+        parts["asked"] = gr.Button("Ask", elem_id="ask")
+    gr.HTML(views.model_line(engine.algorithm))
+    return parts
+
+
+def _picture_column(gr: Any, engine: Engine) -> dict[str, Any]:
+    """The picture, and what decides what it shows, by name."""
+    bounds = {"minimum": 1, "maximum": 2, "value": 1, "step": 1, "interactive": False}
+    return {
+        "finding": gr.Dropdown([], label="Finding: jumps to its strongest slice", elem_id="finding"),
+        "window": gr.Radio(list(WINDOWS_HU), value=next(iter(WINDOWS_HU)), label="Window", elem_id="window"),
+        "number": gr.Slider(**bounds, label="Slice, from the feet", elem_id="slice", buttons=[]),
+        "picture": gr.HTML(elem_id="picture"),
+        "overlay": gr.Checkbox(False, label=_OVERLAY, elem_id="overlay", visible=engine.can_be_asked),
+    }
+
+
+def _connect(on: SimpleNamespace, answers: _Answers) -> None:
+    """What happens when a user does something. What takes the model waits in line; a picture does not."""
+    own = {"api_visibility": "private"}
+    model = {**own, "concurrency_id": "model", "concurrency_limit": 1}
+    quick = {**own, "queue": False, "show_progress": "hidden", "trigger_mode": "always_last"}
+    found = [on.state, on.message, on.table, on.links, on.finding]
+    result = [*found, on.number, on.picture, on.overlay]
+    look = [on.window, on.finding, on.overlay]
+    on.file.upload(answers.take_file, [on.file, on.window], [*result, on.file], **model)
+    on.phantom.click(answers.take_phantom, on.window, result, **model)
+    on.asked.click(answers.ask, [on.state, on.words], found, **model)
+    on.finding.input(answers.choose, [on.state, on.finding, on.window, on.overlay], [on.number, on.picture], **model)
+    for listen in (on.number.change, on.window.input, on.overlay.input):
+        listen(answers.draw, [on.state, on.number, *look], on.picture, **quick)
 
 
 def _forget(path: str) -> None:
