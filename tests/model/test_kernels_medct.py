@@ -35,9 +35,10 @@ def test_kernels_that_are_wrong_are_left_out_and_said(wrong):
     assert not kernels_medct.use_triton
 
 
-def test_volumes_of_no_numbers_say_nothing_about_kernels():
-    nothing = torch.full((3,), torch.nan)
-    assert kernels_medct.agree(("a",), lambda: nothing, lambda: nothing)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 0.0])
+def test_results_without_a_length_say_nothing_about_kernels(value):
+    same = torch.full((3,), value)
+    assert kernels_medct.agree(("a",), lambda: same, lambda: same)
 
 
 def test_no_kernel_has_a_part_in_what_they_are_compared_with(monkeypatch):
