@@ -134,8 +134,8 @@ def agree(case: tuple, by_kernels: Callable[[], torch.Tensor], plain: Callable[[
     if math.isfinite(length) and not off <= _MOST_OFF * length:
         use_triton = False
         warnings.warn(
-            f"Triton's kernels are off by {off / max(length, 1e-9):.0%} on this card ({case[0]}), so torch computes in their place. "
-            "Please report this with the versions of torch, Triton and the driver.",
+            f"Triton's kernels are off by {off / max(length, 1e-9):.0%} on this card ({case[0]}), so torch computes in "
+            "their place. Please report this with the versions of torch, Triton and the driver.",
             RuntimeWarning,
             stacklevel=2,
         )
