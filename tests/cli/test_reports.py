@@ -6,6 +6,7 @@ import re
 
 import pydicom
 import pytest
+import torch
 from reports import dciodvfy_errors
 from scan_files import SECRET, SECRET_DATE, make_hu, write_series
 
@@ -137,6 +138,23 @@ def encoded(monkeypatch) -> list[int]:
 def test_pictures_of_a_page_cost_no_second_look_at_the_scan(predict, encoded):
     assert predict("series", "--dicom_page", "out")[0] == 0
     assert encoded == [1]
+
+
+def test_each_report_gets_its_own_study_of_a_batch(predict, tmp_path, monkeypatch):
+    write_series(tmp_path / "other", make_hu((6, 16, 12))[:, ::-1])
+    got: dict[int, dict[str, torch.Tensor]] = {1: {}, 2: {}}
+    for size, by_study in got.items():
+
+        def keep(write, read, encoded, results, by_study=by_study):
+            by_study[read.study.id] = encoded["last_hidden_state"]
+            return {}
+
+        monkeypatch.setattr("medct.cli.commands.reported", keep)
+        assert predict("series", "other", "--dicom_page", "out", "--batch_size", str(size))[0] == 0
+    assert got[1].keys() == got[2].keys() and len(got[1]) == 2
+    for study, expected in got[1].items():
+        torch.testing.assert_close(got[2][study], expected)
+    assert not torch.equal(*got[1].values())
 
 
 def test_a_classifier_has_a_page_too(predict, classifier_folder, tmp_path):
