@@ -458,9 +458,10 @@ def small_model(tmp_path_factory, config):
 
 def test_the_command_prepares_ct_rate(ct_rate, small_model, tmp_path, config, capsys):
     command = [str(ct_rate), str(tmp_path), "--model", str(small_model), "--max_skipped_share", "1"]
-    main(["prepare", *command, "--reconstructions", "all", "--tune_share", "0.4"])
+    main(["prepare", *command, "--reconstructions", "all", "--tune_share", "0.4", "--compression", "lz4"])
     assert "skipped, see manifest.json" in capsys.readouterr().out
     manifest = read_manifest(str(tmp_path))
+    assert manifest["settings"]["compression"] == "lz4"
     skipped = {study["id"]: study["reason"] for study in manifest["splits"]["valid"]["skipped"]}
     assert set(skipped) == {"valid_3_a_1.nii.gz", "valid_4_a_1.nii.gz"}
     assert str(ct_rate) not in json.dumps(skipped)
