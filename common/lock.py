@@ -23,6 +23,11 @@ class LockedError(MedCTError, OSError):
     """An output that another run is writing; the message says which."""
 
 
+def is_first_process() -> bool:
+    """Whether this process speaks for all that were launched together; known before they have met."""
+    return not int(os.environ.get("RANK", 0))
+
+
 @contextlib.contextmanager
 def only_run(output: str | os.PathLike, each_process: bool = False) -> Iterator[None]:
     """Keep other runs from an output while the block lasts, and clear away what a killed one has left beside it.
@@ -39,7 +44,7 @@ def only_run(output: str | os.PathLike, each_process: bool = False) -> Iterator[
         LockedError: If another run has the output.
         OSError: If nothing can be written there.
     """
-    if not each_process and int(os.environ.get("RANK", 0)):
+    if not each_process and not is_first_process():
         yield
         return
     final = Path(output).absolute()

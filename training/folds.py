@@ -7,7 +7,6 @@ adapter that is kept is that of the first fold, with the operating points of its
 
 import dataclasses
 import json
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ import numpy as np
 from medct.adapters_medct import CONFIG_FILE
 from medct.common.errors import StoppedError
 from medct.common.files import whole_file
-from medct.common.lock import only_run
+from medct.common.lock import is_first_process, only_run
 from medct.data.sources import Source, first_of, hash_share
 from medct.evaluation.figures import Scores, source_figures
 from medct.evaluation.plots import calibration_plot, roc_plot, save_plot
@@ -99,7 +98,7 @@ def cross_validate(
     """
     folder = RunFolder(settings.output_dir, settings.resume)
     results: dict[str, Any] = {}
-    is_main_process = not int(os.environ.get("RANK", 0))
+    is_main_process = is_first_process()
     with only_run(folder.final):
         if is_main_process:
             _claim(folder.work, settings)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from medct.common.files import Reserve, refuse_taken, whole_file, whole_folder
-from medct.common.lock import only_run
+from medct.common.lock import is_first_process, only_run
 from medct.training.checkpoints import decode, encode
 from medct.training.settings import TrainingError
 
@@ -41,7 +41,8 @@ class RunFolder:
         self._reserve: Reserve | None = None
         with only_run(self.final):  # else the remedies below would break the run that has it
             refuse_taken(self.final)
-        if not resume and self.work.exists() and any(self.work.iterdir()):
+        # The first process speaks for all: when the others look, it may already have begun.
+        if is_first_process() and not resume and self.work.exists() and any(self.work.iterdir()):
             raise TrainingError(
                 f"{self.work} holds an unfinished run. Pass --resume to continue it, or remove the folder."
             )

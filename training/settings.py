@@ -1,6 +1,7 @@
 """The settings of a run: everything that does not travel with the weights."""
 
 import dataclasses
+import os
 from argparse import RawDescriptionHelpFormatter
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
@@ -259,6 +260,8 @@ def check(settings: TrainingSettings) -> None:
             "An adapter on the Hub must name a base on the Hub, but --model is a folder. Push the base with `medct "
             "push`, and pass --hub_base ORG/NAME --hub_base_revision COMMIT."
         )
+    if not settings.output_dir and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise TrainingError("Several processes need one folder for all. Pass --output_dir DIR.")
     if settings.resume and not settings.output_dir:
         raise TrainingError("--resume needs the --output_dir of the run to resume.")
     if settings.fsdp2 and settings.adaptation == "pissa":

@@ -1,10 +1,13 @@
 """Cross-validation by patient: everybody is held out once, by an adapter that has not seen them."""
 
+import contextlib
 import dataclasses
 import functools
 import json
 import os
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -20,6 +23,7 @@ from medct.evaluation.predictions import Key
 from medct.evaluation.record import read_scores
 from medct.train import Trainer, run
 from medct.training.folds import divide
+from medct.training.run_folder import RunFolder
 from medct.training.settings import TrainingError, TrainingSettings, check
 
 _draw_once = functools.lru_cache(maxsize=None)(make_phantom)
@@ -159,3 +163,32 @@ def test_a_stopped_cross_validation_goes_on_where_it_was(settings, monkeypatch, 
         json.loads((tmp_path / name / "results.json").read_text(encoding="utf-8")) for name in ("run", "stopped")
     ]
     assert results[0]["comparison"] == results[1]["comparison"]
+
+
+@pytest.mark.slow
+def test_two_processes_fold_as_one_does(settings, tmp_path):
+    run(settings)
+    flags = dataclasses.asdict(settings) | {"batch_size": 2, "output_dir": str(tmp_path / "two")}
+    arguments = [part for name, value in flags.items() if value is not None for part in (f"--{name}", str(value))]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--quiet"]
+    command += ["--main_process_port", "0", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, training.__file__, *arguments], check=True, env=environment, cwd=tmp_path)
+    one, two = (read_scores(tmp_path / name).scored for name in ("run", "two"))
+    for key, scored in one.items():
+        assert two[key].ids == scored.ids
+        np.testing.assert_allclose(two[key].scores, scored.scores, atol=1e-4)
+    assert json.loads((tmp_path / "two/results.json").read_text(encoding="utf-8"))["processes"] == 2
+
+
+def test_several_processes_need_one_folder(settings, monkeypatch, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(TrainingError, match=r"Several processes need one folder for all\. Pass --output_dir DIR\."):
+        check(dataclasses.replace(settings, output_dir=None))
+    check(settings)
+    (tmp_path / "run.unfinished").mkdir()
+    (tmp_path / "run.unfinished/settings.json").touch()
+    for rank, is_refused in (("0", True), ("1", False)):  # which may come when the first has begun
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(TrainingError) if is_refused else contextlib.nullcontext():
+            RunFolder(settings.output_dir, resume=False)
