@@ -13,6 +13,7 @@ import pydicom
 import pytest
 import scan_files
 import torch
+from hub_server import QUICKLY, WITHOUT_MEDCT
 from safetensors.torch import load_file, save_file
 
 from medct import MedCTModel
@@ -22,10 +23,6 @@ NOT_SHIPPED = {"__init__.py", "train.py"}
 SHIPPED = sorted(path.name for path in ROOT.glob("*.py") if path.name not in NOT_SHIPPED)
 ALLOWED = {"torch", "numpy", "transformers"} | set(sys.stdlib_module_names)
 
-WITHOUT_MEDCT = """
-import sys
-sys.modules["medct"] = None  # any import of it fails
-"""
 READ_AND_RUN = """
 import json, sys, numpy, torch
 from safetensors.torch import load_file, save_file
@@ -48,7 +45,7 @@ save_file({"logits": output.logits_per_image, "pixel_values": pixel_values}, res
 
 def run_without_medct(code: str, *arguments: object, home: Path) -> subprocess.CompletedProcess:
     environment = os.environ | {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", WITHOUT_MEDCT + code, *map(str, arguments)]
+    command = [sys.executable, "-c", QUICKLY + WITHOUT_MEDCT + code, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, encoding="utf-8", cwd=home, env=environment, check=False)
 
 
