@@ -126,12 +126,25 @@ def prompts_of(args: argparse.Namespace) -> dict[str, Any]:
     if args.labels:
         prompts["candidate_labels"] = _labels_of(args.labels)
     if args.templates:
-        prompts["prompt_templates"] = [tuple(template.split("|")) for template in args.templates]
-        try:
-            MedCTConfig().label_prompts([], prompts["prompt_templates"])
-        except ValueError as error:
-            raise CommandError(f"--templates: {error}") from error
+        prompts["prompt_templates"] = templates_of(args.templates)
     return prompts
+
+
+def templates_of(written: Sequence[str]) -> list[tuple[str, ...]]:
+    """Pairs of sentences.
+
+    Args:
+        written: Each "PRESENT|ABSENT", with "{label}" in both.
+
+    Raises:
+        CommandError: If one is not.
+    """
+    templates = [tuple(template.split("|")) for template in written]
+    try:
+        MedCTConfig().label_prompts([], templates)
+    except ValueError as error:
+        raise CommandError(f"--templates: {error}") from error
+    return templates
 
 
 def _labels_of(named: Sequence[str]) -> list[str] | dict[str, Any]:

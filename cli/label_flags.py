@@ -3,12 +3,13 @@
 import argparse
 
 
-def add_label_flags(parser: argparse.ArgumentParser, several: bool = False) -> None:
+def add_label_flags(parser: argparse.ArgumentParser, several: bool = False, templates: bool = True) -> None:
     """Add `--labels`, `--templates` and `--mapping`; `label_space.asked` takes them in this order.
 
     Args:
         parser: Of the command.
         several: Whether the command takes several sources, and so a mapping for each.
+        templates: Whether to add `--templates`, which another command may mean otherwise.
     """
     group = parser.add_argument_group("labels")
     group.add_argument(
@@ -17,12 +18,13 @@ def add_label_flags(parser: argparse.ArgumentParser, several: bool = False) -> N
         help="table (csv, xlsx) of what to ask for instead of the model's own findings: a column `label`, and where "
         "they differ `data`, its column in the data, and `words`, or `present` and `absent`, what the model is asked",
     )
-    group.add_argument(
-        "--templates",
-        nargs="+",
-        metavar="PRESENT|ABSENT",
-        help="pairs of sentences that contain {label}, instead of the model's own",
-    )
+    if templates:
+        group.add_argument(
+            "--templates",
+            nargs="+",
+            metavar="PRESENT|ABSENT",
+            help="pairs of sentences that contain {label}, instead of the model's own",
+        )
     group.add_argument(
         "--mapping",
         nargs="+" if several else None,

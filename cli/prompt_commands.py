@@ -11,13 +11,13 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from medct.adapters_medct import DESCRIPTION_FILE, adapter_fingerprint, fingerprint, read_description
-from medct.cli.commands import CommandError, ends, load_pipeline, prompts_of, start_processes
+from medct.cli.commands import CommandError, ends, load_pipeline, start_processes, templates_of
 from medct.cli.score_commands import loader_of, only_json, settings_of
 from medct.common.errors import OK, first_line
 from medct.common.files import whole_file
 from medct.configuration_medct import MedCTConfig
 from medct.data import open_source
-from medct.data.label_space import told_apart
+from medct.data.label_space import asked, told_apart
 from medct.evaluation.calibration import fit_calibration
 from medct.evaluation.operating_points import YOUDEN, choose_points
 from medct.evaluation.prompts import SYNONYMS, TEMPLATES, Template, spread, wording_scores
@@ -38,9 +38,12 @@ def try_prompts(args: argparse.Namespace) -> int:
 def _try_prompts(args: argparse.Namespace) -> int:
     pipe = load_pipeline(args, start_processes(args).device, zero_shot_only=True)
     accelerator = Accelerator(cpu=args.cpu)
-    config = pipe.asked
+    config, mapping = asked(pipe.asked, args.labels, mapping=args.mapping)
+    if args.store and config.label_names != pipe.asked.label_names:
+        raise CommandError("--store keeps the wording of the adapter's own findings. Leave out those that it has not.")
     templates, names = _wordings(args, config)
-    source = told_apart(open_source(args.data, args.split, config, limit=args.limit, revision=args.data_revision))
+    options = {"limit": args.limit, "revision": args.data_revision, "mapping": mapping}
+    source = told_apart(open_source(args.data, args.split, config, **options))
     loader = loader_of(args, pipe, accelerator, source)
     embeds, studies = embed_studies(pipe.model, loader, accelerator, source.description)
     failed = sum(gather_object([loader.num_bad]))
@@ -79,9 +82,9 @@ def _provenance(
 
 def _wordings(args: argparse.Namespace, config: MedCTConfig) -> tuple[list[Template], dict[str, list[str]]]:
     """Templates and names to try; first those that the model uses anyway."""
-    asked = prompts_of(args).get("prompt_templates", TEMPLATES)
+    wanted = templates_of(args.templates) if args.templates else TEMPLATES
     templates = [tuple(each) for each in config.prompt_templates]
-    templates += [each for each in asked if each not in templates]
+    templates += [each for each in wanted if each not in templates]
     synonyms: Mapping[str, Sequence[str]] = SYNONYMS if args.names is None else _read_names(args.names, config)
     usual = {label: words for label, words in (config.prompts or {}).items() if isinstance(words, str)}
     return templates, {

@@ -168,9 +168,9 @@ def _add_prompts(add: Callable[..., argparse.ArgumentParser]) -> None:
     )
     group.add_argument("--store", action="store_true", help="keep the best wording in the adapter's folder")
     group.add_argument("--output", type=Path, metavar="FILE", help="JSON file for all figures")
+    add_label_flags(parser, templates=False)
     model_arguments(parser)
     batch_arguments(parser.add_argument_group("reading"), "processes that load studies (default: 1)")
-    parser.set_defaults(labels=None)
 
 
 def _add_recall(add: Callable[..., argparse.ArgumentParser]) -> None:

@@ -1,6 +1,6 @@
 """Scores as Markdown tables."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from typing import Any
 
 from medct.evaluation.metrics import CT_CLIP_PREFIX, FEWEST, RADFINDER_PREFIX, Interval
@@ -300,11 +300,15 @@ def prompts_report(found: dict[str, Any]) -> str:
     lines.append(f"| all of them, averaged | {found['ensemble']:.3f} |")
     chosen = found["chosen"]
     aurocs = [each["auroc"] for each in found["templates"]]
+    used = f"{_counted(chosen['prompt_templates'], 'template')}, other names for {_counted(chosen['names'], 'finding')}"
     lines += [
         "",
-        f"By its template alone the mean AUROC moves from {min(aurocs):.3f} to {max(aurocs):.3f}. Chosen: "
-        f"{len(chosen['prompt_templates'])} templates, other names for {len(chosen['names'])} findings, mean AUROC "
-        f"{chosen['auroc']:.3f} on the {found['studies']:,} studies that it was chosen on. That is too good: score it "
-        "on other patients.",
+        f"By its template alone the mean AUROC moves from {min(aurocs):.3f} to {max(aurocs):.3f}. Chosen: {used}, mean "
+        f"AUROC {chosen['auroc']:.3f} on the {found['studies']:,} studies that it was chosen on. That is too good: "
+        "score it on other patients.",
     ]
     return "\n".join(lines)
+
+
+def _counted(things: Sized, name: str) -> str:
+    return f"{len(things)} {name}{'s' * (len(things) != 1)}"

@@ -10,7 +10,7 @@ from adapter_files import save_adapter
 from medct import CT_CLIP_LABELS, MedCTConfig, MedCTModel, ZeroShotCTClassificationPipeline
 from medct.adapters_medct import DESCRIPTION_FILE
 from medct.cli import main
-from medct.data import StudyLoader, phantom_source
+from medct.data import StudyLoader, open_source, phantom_source
 from medct.evaluation.prompts import SYNONYMS, TEMPLATES, spread, wording_scores
 from medct.evaluation.report import prompts_report
 from medct.evaluation.scoring import embed_studies, score_studies, tokenize_prompts
@@ -166,6 +166,25 @@ def test_names_that_cannot_be_meant_are_refused(converted, tmp_path, refused, na
     (tmp_path / "names.json").write_text(names, encoding="utf-8")
     options = ["--model", converted, "--cpu", "--names", tmp_path / "names.json"]
     assert said in refused("prompts", "--data", "phantoms:A", *options)
+
+
+def test_wordings_of_own_findings_are_tried(converted, tmp_path, refused):
+    """Under the names that the data have for them."""
+    (tmp_path / "own.csv").write_text("label,data,words\nNodule,Lung nodule,a b\nWater,Pleural effusion,\n", "utf-8")
+    (tmp_path / "names.json").write_text('{"Nodule": ["q"]}', encoding="utf-8")
+    output = tmp_path / "prompts.json"
+    options = ["prompts", "--data", "phantoms:A", "--limit", 20, "--model", converted, "--cpu", "--num_workers", 0]
+    options += ["--labels", tmp_path / "own.csv", "--names", tmp_path / "names.json", "--output", output]
+    assert main(list(map(str, options))) == 0
+    found = json.loads(output.read_text(encoding="utf-8"))
+    assert set(found["findings"]) == {"Nodule", "Water"}
+    nodule, water = found["findings"]["Nodule"], found["findings"]["Water"]
+    assert nodule["wordings"] == 2 * water["wordings"] and nodule["best"]["name"] in ("a b", "q")
+    source = open_source("phantoms:A", "tune", MedCTModel.from_pretrained(converted).config, limit=20)
+    labels = np.array([source.read(group[0])["labels"] for group in source.groups])
+    assert nodule["present"] == labels[:, CT_CLIP_LABELS.index("Lung nodule")].sum()
+    adapter = save_adapter(converted, tmp_path / "adapter")
+    assert "Leave out those that it has not" in refused(*options, "--adapter", adapter, "--store")
 
 
 def test_a_choice_needs_an_adapters_folder(converted, refused):
