@@ -41,6 +41,15 @@ def test_results_without_a_length_say_nothing_about_kernels(value):
     assert kernels_medct.agree(("a",), lambda: same, lambda: same)
 
 
+def test_no_room_for_a_comparison_ends_no_run():
+    def full():
+        raise torch.OutOfMemoryError
+
+    assert kernels_medct.agree(("a",), lambda: torch.ones(3), full)
+    with pytest.warns(RuntimeWarning, match="kernels are off"):
+        assert not kernels_medct.agree(("a",), lambda: torch.ones(3), lambda: torch.zeros(3) + 2)
+
+
 def test_no_kernel_has_a_part_in_what_they_are_compared_with(monkeypatch):
     monkeypatch.setattr(kernels_medct, "interprets_triton", True)
     rows = torch.ones(1)
