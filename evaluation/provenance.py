@@ -124,6 +124,7 @@ def versions() -> dict[str, str]:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
+    found["torch"] = str(torch.__version__)  # names its build for CUDA, too, which packages may not
     return found
 
 
