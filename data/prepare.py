@@ -37,7 +37,9 @@ from medct.volume_io_medct import VolumeError
 
 SCHEMA = FEATURES.arrow_schema
 COMPRESSION_LEVELS = {"zstd": 3, "lz4": None}
-"""How files may be compressed; the first is the default."""
+"""How files may be compressed, and how hard."""
+DEFAULTS = {"compression": "zstd"}
+"""Settings that need not be given; folders that were begun before there were others have these."""
 LICENCE_NOTE = (
     "The licence of the source applies to these shards. Volumes and reports derived from CT-RATE are CC-BY-NC-SA 4.0 "
     "and may not be redistributed: keep them private."
@@ -281,7 +283,7 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
         (folder / name).mkdir(parents=True, exist_ok=True)
     if not path.is_file():
         _write_json(path, settings)
-    found = json.loads(path.read_text(encoding="utf-8"))
+    found = {**DEFAULTS, **json.loads(path.read_text(encoding="utf-8"))}
     for name in sorted(settings.keys() | found.keys()):
         if settings.get(name) != found.get(name):
             raise DataError(
@@ -403,7 +405,7 @@ def prepare(
         DataError: If the folder was started with other settings, or too many studies cannot be read.
     """
     preparer = Preparer(config)
-    settings = {"compression": next(iter(COMPRESSION_LEVELS)), **settings}
+    settings = {**DEFAULTS, **settings}
     shards = {split: shards_of(folder, split, source, settings) for split, source in sources.items()}
     num_studies = {split: sum(len(shard.keys) for shard in shards[split]) for split in sources}
     settings = {**grid_settings(config), **label_settings(sources), **settings, "num_studies": num_studies}

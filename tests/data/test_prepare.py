@@ -185,9 +185,21 @@ def test_every_compression_gives_the_same_volumes(compression, tmp_path, folder,
             assert torch.equal(volume, expected)
 
 
+def test_a_folder_begun_before_there_was_a_choice_goes_on(tmp_path, config, sources):
+    settings = {name: value for name, value in SETTINGS.items() if name != "compression"}
+    prepare.prepare(sources, config, tmp_path, settings, rank=0, world_size=2)
+    path = tmp_path / "records" / "settings.json"
+    begun = json.loads(path.read_text(encoding="utf-8"))
+    assert begun.pop("compression") == "zstd"
+    path.write_text(json.dumps(begun), encoding="utf-8")
+    with pytest.raises(DataError, match='started with `compression` "zstd", not "lz4"'):
+        prepare.prepare(sources, config, tmp_path, {**settings, "compression": "lz4"}, rank=1, world_size=2)
+    assert prepare.prepare(sources, config, tmp_path, settings, rank=1, world_size=2) is not None
+
+
 def test_the_command_offers_every_compression():
     args = make_parser("").parse_args(["prepare", "source", "output"])
-    assert args.compression == next(iter(prepare.COMPRESSION_LEVELS))
+    assert args.compression == prepare.DEFAULTS["compression"]
     for compression in prepare.COMPRESSION_LEVELS:
         make_parser("").parse_args(["prepare", "source", "output", "--compression", compression])
 
