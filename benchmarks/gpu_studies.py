@@ -25,7 +25,6 @@ import torch
 SHAPE = (512, 512, 300)
 SPACING_MM = (0.7, 0.7, 1.0)
 NUM_FILES, NUM_PREPARED = 12, 4
-COMPRESSIONS = ("zstd", "lz4")
 
 
 def processes_up_to(count: int) -> list[int]:
@@ -249,6 +248,7 @@ def whole_studies(
         core needs for a study at least, and `share_of_floor`, of what so many cores could do.
     """
     from medct import MedCTConfig, MedCTImageProcessor
+    from medct.data.prepare import COMPRESSION_LEVELS
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = folder or Path(temporary)
@@ -258,7 +258,7 @@ def whole_studies(
         paths = write_files(folder, shape, NUM_FILES)
         buffer = np.empty(2 * int(np.prod(shape)) + 2**20, np.uint8)
         floors = {".nii.gz": best_seconds(lambda: inflate(paths[0], buffer))}
-        for name in COMPRESSIONS:
+        for name in COMPRESSION_LEVELS:
             shard = write_shards(folder / name, shape, NUM_PREPARED, config, name)
             floors[f"prepared, {name}"] = best_seconds(functools.partial(decompress, shard))
         rows = []
@@ -267,7 +267,7 @@ def whole_studies(
             counted = studies_per_process * count
             number = skipped + counted + 2 * count
             sources = {".nii.gz": of_files((paths * number)[:number], image_processor, device, count)}
-            for name in COMPRESSIONS:
+            for name in COMPRESSION_LEVELS:
                 shards = of_shards(folder / name, "valid", config, image_processor, device, count, number)
                 sources[f"prepared, {name}"] = shards
             for source, batches in sources.items():

@@ -277,8 +277,8 @@ def _add_prepare(add: Callable[..., argparse.ArgumentParser]) -> None:
         "--compression",
         choices=("zstd", "lz4"),
         default="zstd",
-        help="zstd (default): smaller files; lz4: half as large again and read twice as fast, where processors are the "
-        "limit and not the disk",
+        help="zstd (default): smaller files; lz4: half as large again, and read half as fast again, where processors "
+        "are the limit and not the disk",
     )
     group.add_argument("--retry_skipped", action="store_true", help="rewrite files in which studies were skipped")
     group.add_argument(
@@ -293,6 +293,10 @@ def _add_prepare(add: Callable[..., argparse.ArgumentParser]) -> None:
         metavar="ORG/NAME",
         help="upload the finished folder to this Hub dataset, created as private",
     )
+    _process_arguments(parser)
+
+
+def _process_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("processes")
     group.add_argument(
         "--rank",

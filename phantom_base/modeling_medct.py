@@ -214,11 +214,11 @@ class MedCTPatchEmbeddings(nn.Module):
                 f"not {tuple(pixel_values.shape)}."
             )
         if fused(pixel_values, pixel_values, self.patch_norm):
-            made_in = row_dtype(pixel_values, dtype)
-            case = ("patches", *pixel_values.shape[1:], pixel_values.dtype, made_in, pixel_values.device)
+            product_dtype = row_dtype(pixel_values, dtype)
+            case = ("patches", *pixel_values.shape[1:], pixel_values.dtype, product_dtype, pixel_values.device)
             one = pixel_values[:1]
-            if agree(case, lambda: self._infer(one, dtype), lambda: self.forward(one, dtype)):
-                return self._infer(pixel_values, dtype)
+            if agree(case, lambda: self._infer(one, product_dtype), lambda: self.forward(one, dtype)):
+                return self._infer(pixel_values, product_dtype)
         (t, h, w), (pz, py, px) = self.grid_size, self.patch_size
         # (b, 1, t*pz, h*py, w*px) -> (b*t, h, w, pz, py, px)
         blocks = pixel_values.reshape(-1, pz, h, py, w, px).permute(0, 2, 4, 1, 3, 5)
@@ -228,8 +228,8 @@ class MedCTPatchEmbeddings(nn.Module):
         return tokens.unflatten(1, (h, w)).unflatten(0, (-1, t))
 
     def _infer(self, pixel_values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """As `forward`, by kernels."""
         (t, h, w), (pz, py, px) = self.grid_size, self.patch_size
-        dtype = row_dtype(pixel_values, dtype)
         # (b, 1, t*pz, h*py, w*px) -> (b*t, pz, h*py, w*px)
         slabs = split_rows(pixel_values.reshape(-1, pz, h * py, w * px), h * w * pz * py * px, dtype)
         tokens = torch.cat([apply_linear(self.projection, self._norm_patches(slab, dtype)) for slab in slabs])

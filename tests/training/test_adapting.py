@@ -14,6 +14,7 @@ import psutil
 import pytest
 import torch
 from accelerate import Accelerator
+from launching import launch_command
 from peft import PeftModel
 from safetensors.torch import load_file
 
@@ -275,9 +276,7 @@ def launch(settings: TrainingSettings, processes: int = 1, **changes) -> list[st
     flags = [part for name, value in values.items() if value is not None for part in (f"--{name}", str(value))]
     if processes == 1:
         return [sys.executable, training.__file__, *flags]
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
-    command += ["--num_machines", "1", "--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    return [*command, "--quiet", training.__file__, *flags]
+    return launch_command(*flags, processes=processes)
 
 
 ENVIRONMENT = {"env": os.environ | {"OMP_NUM_THREADS": "1"}, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}

@@ -7,10 +7,10 @@ import json
 import os
 import signal
 import subprocess
-import sys
 
 import numpy as np
 import pytest
+from launching import launch_command
 
 from medct import CT_CLIP_LABELS, MedCTModel
 from medct import train as training
@@ -170,10 +170,8 @@ def test_two_processes_fold_as_one_does(settings, tmp_path):
     run(settings)
     flags = dataclasses.asdict(settings) | {"batch_size": 2, "output_dir": str(tmp_path / "two")}
     arguments = [part for name, value in flags.items() if value is not None for part in (f"--{name}", str(value))]
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--quiet"]
-    command += ["--main_process_port", "0", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, training.__file__, *arguments], check=True, env=environment, cwd=tmp_path)
+    subprocess.run(launch_command(*arguments, processes=2), check=True, env=environment, cwd=tmp_path)
     one, two = (read_scores(tmp_path / name).scored for name in ("run", "two"))
     for key, scored in one.items():
         assert two[key].ids == scored.ids

@@ -21,6 +21,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from ct_rate_like import BROKEN, ct_rate_files, write_files
+from launching import launch_command
 from peft import AutoPeftModelForFeatureExtraction, PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageClassification
@@ -658,13 +659,6 @@ def test_a_failed_push_leaves_the_finished_adapter(hub, settings, converted, mon
         training.main(flags(settings, hub_base_revision="main", **pushing))
     assert re.search(r"medct push .*run org/site-b", capsys.readouterr().err)
     assert {path.name for path in (tmp_path / "run").iterdir()} == FILES
-
-
-def launch_command(*arguments: object, processes: int = 1, precision: str = "no") -> list[str]:
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes), "--quiet"]
-    command += ["--cpu"] if processes == 1 else ["--multi_gpu", "--main_process_port", "0"]
-    command += ["--num_machines", "1", "--mixed_precision", precision, "--dynamo_backend", "no"]
-    return [*command, str(training.__file__), *map(str, arguments)]
 
 
 def launch(*arguments: object, cwd: Path, **options) -> subprocess.CompletedProcess:

@@ -8,14 +8,13 @@ from pathlib import Path
 import pytest
 from ct_rate_like import BROKEN, ct_rate_files, volume_path
 from huggingface_hub import HfFileSystem
+from launching import launch_command
 
 from medct import train as training
 from medct.cli import main
 
 REPO = "org/ct-rate-like"
 ADDRESS = f"hf://datasets/{REPO}"
-ACCELERATE = ["-m", "accelerate.commands.launch", "--quiet", "--multi_gpu", "--num_processes", "2"]
-ACCELERATE += ["--num_machines", "1", "--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no"]
 
 
 @pytest.fixture
@@ -122,7 +121,8 @@ def test_two_processes_with_two_workers_each_see_every_study_once(ct_rate, conve
     ct_rate.fail(r"GET .*\.nii\.gz", 503, times=3)
     script = tmp_path / "list_what_comes.py"
     script.write_text(LIST_WHAT_COMES, encoding="utf-8")
-    run = start(ct_rate, tmp_path, *ACCELERATE, script, converted, ADDRESS, tmp_path)
+    _, *command = launch_command(converted, ADDRESS, tmp_path, processes=2, script=script)
+    run = start(ct_rate, tmp_path, *command)
     assert run.returncode == 0, run.stderr
     scans = {f"train_{patient}_a" for patient in (1, 3, 4, 7, 8, 10, 11, 12)} | {"train_10_b"}  # usable and sound
     for epoch in range(2):
