@@ -28,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig
 from transformers.utils import logging
 
-from medct import MedCTConfig, MedCTModel, kernels_medct
+from medct import MedCTConfig, MedCTModel, graphs_medct, kernels_medct
 from medct.training.lora import add_lora, core, leave_casts_to_autocast
 from medct.training.objectives import StepLoss
 
@@ -43,6 +43,8 @@ PRECISIONS = {
     "tf32": (torch.float32, True, False),
     "fp32": (torch.float32, False, False),
 }
+# Whether kernels of Triton are used, and launches recorded.
+WAYS = {"": (True, True), ", launches one by one": (True, False), ", plain": (False, False)}
 CEILING_OF = {"bf16 weights": "bf16", "bf16 autocast": "bf16", "tf32": "tf32", "fp32": "fp32"}
 BATCHES = (1, 4, 8, 16)
 STEP_BATCHES = (1, 8)
@@ -189,11 +191,10 @@ class Bench:
         work, best = operations(self.config), {}
         print("| vision encoder | batch | ms a volume | volumes/s | share of ceiling | peak, GB | first call, s |")
         print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
-        for with_kernels in (True, False):
-            kernels_medct.use_triton = with_kernels
+        for way, (kernels_medct.use_triton, graphs_medct.use_graphs) in WAYS.items():
             for name, (dtype, is_tf32, is_autocast) in PRECISIONS.items():
                 vision = self.load(dtype).vision_model
-                for batch in self.batches if with_kernels else self.batches[:1]:
+                for batch in self.batches if way == "" else self.batches[:1]:
                     pixels = self.volumes(batch)
                     with torch.inference_mode(), tf32(is_tf32), self.autocast(is_autocast), peak(self.device) as most:
                         first, each = seconds(lambda v=vision, p=pixels: v(p), self.device, self.repeats)
@@ -201,12 +202,12 @@ class Bench:
                     best[name] = min(each, best.get(name, each))
                     share = work / each / rates[CEILING_OF[name]]
                     print(
-                        f"| {name}{'' if with_kernels else ', plain'} | {batch} | {each * 1e3:.2f} | {1 / each:.0f} "
+                        f"| {name}{way} | {batch} | {each * 1e3:.2f} | {1 / each:.0f} "
                         f"| {share:.2f} | {most[0]:.1f} | {first:.1f} |",
                         flush=True,
                     )
                 del vision
-        kernels_medct.use_triton = True
+        kernels_medct.use_triton = graphs_medct.use_graphs = True
         return best
 
     def borders(self) -> None:
@@ -221,8 +222,7 @@ class Bench:
         model.vision_model.temporal_encoder.register_forward_hook(lambda *outputs: seen.append(outputs[-1]))
         with torch.inference_mode():
             expected = model.get_image_features(pixels.cpu())
-        t, h, w = self.config.vision_config.grid_size
-        tokens = F.normalize(seen[0].double().view(h * w, t, -1).transpose(0, 1).flatten(0, 1), dim=-1)
+        tokens = F.normalize(seen[0].double().transpose(1, 2).flatten(0, 2), dim=-1)
         codes = F.normalize(model.vision_model.quantizer.codebook.double(), dim=-1)
         print("| float32 on the CPU against | tokens in another row | largest gap of their similarities | embedding |")
         print("| --- | ---: | ---: | ---: |")

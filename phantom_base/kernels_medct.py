@@ -331,7 +331,7 @@ def add_product(stream: torch.Tensor, rows: torch.Tensor, weight: torch.Tensor) 
     stream, rows = stream.view(-1, stream.shape[-1]), rows.reshape(-1, rows.shape[-1])
     if stream.dtype == rows.dtype:
         torch.addmm(stream, rows, weight.t(), out=stream)
-    elif stream.is_cuda:
+    elif stream.device.type != "cpu":
         torch.addmm(stream, rows, weight.t(), out_dtype=stream.dtype, out=stream)
     else:
         stream.add_(F.linear(rows, weight))

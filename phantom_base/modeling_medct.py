@@ -39,6 +39,7 @@ from .adapters_medct import (
 )
 from .checks_medct import refuse_other_weights
 from .configuration_medct import CLASSIFIER_TASK, CODE, CUSTOM_PIPELINES, ZERO_SHOT_TASK, MedCTConfig, MedCTVisionConfig
+from .graphs_medct import can_replay, replayed
 from .kernels_medct import (
     add,
     add_product,
@@ -178,10 +179,17 @@ class MedCTLayerNorm(nn.LayerNorm):
     rows of the codebook.
     """
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, turned: bool = False) -> torch.Tensor:
+        """Normalise along the last axis.
+
+        Args:
+            hidden_states: `(..., channels)`.
+            turned: Whether the two axes before the last had better lie the other way round in memory: kernels can write
+                them so. The shape is the same.
+        """
         dtype = torch.promote_types(hidden_states.dtype, torch.float32)
         if fused(hidden_states, self.weight, self.bias):
-            return triton_kernels().norm(hidden_states, self.weight, self.bias, self.eps, dtype)
+            return triton_kernels().norm(hidden_states, self.weight, self.bias, self.eps, dtype, turned)
         bias = None if self.bias is None else self.bias.to(dtype)
         return F.layer_norm(hidden_states.to(dtype), self.normalized_shape, self.weight.to(dtype), bias, self.eps)
 
@@ -247,6 +255,7 @@ class MedCTPatchEmbeddings(nn.Module):
         return self.norm(apply_linear(self.projection, scaled.to(dtype)))
 
 
+@fusible
 class MedCTPositionBias(nn.Module):
     """A bias on the attention scores of the spatial stage, made by a small network from the offset of two tokens.
 
@@ -391,6 +400,7 @@ class MedCTMLP(nn.Module):
         return apply_linear(self.fc2, gated(apply_linear(self.fc1, hidden_states)))
 
 
+@fusible
 class MedCTLayer(GradientCheckpointingLayer):
     """Position generator, attention and feed-forward, each added to the stream."""
 
@@ -457,20 +467,20 @@ class MedCTLayer(GradientCheckpointingLayer):
         """The layer in as few passes over memory, and as few calls, as can be."""
         kernels, attention, mlp, dtype = triton_kernels(), self.self_attn, self.mlp, self.dtype
         conv, norm1, norm2 = self.position_generator.conv, self.layer_norm1, self.layer_norm2
-        taps, keys, fc2 = kernels.prepare(
-            conv.weight, attention.k_proj.weight, attention.v_proj.weight, mlp.fc2.weight, padded_width(mlp.fc2.weight)
+        projections = (each.weight for each in (attention.q_proj, attention.k_proj, attention.v_proj))
+        taps, rows_to_heads, fc2 = kernels.prepare(
+            conv.weight, norm1.weight, *projections, mlp.fc2.weight, padded_width(mlp.fc2.weight)
         )
         grid = hidden_states.reshape(-1, *self.position_generator.grid_size, hidden_states.shape[-1])
-        mixed = kernels.mix_prepared(grid, taps, conv.bias, (norm1.weight, norm1.eps), dtype)
+        mixed = kernels.mix_prepared(grid, taps, conv.bias, dtype)
         bias = None if position_bias is None else position_bias.to(dtype)
         rows_of = [each.view(hidden_states.shape) for each in mixed]
         chunks = zip(*(split_sequences(each, fc2.shape[1], dtype) for each in rows_of), strict=True)
-        for stream, low, normed in chunks:
-            # (b, n, d) -> (b, n, heads, c)
-            query = F.linear(normed, attention.q_proj.weight).unflatten(-1, (-1, attention.head_dim))
-            key, value = F.linear(low, keys).unflatten(-1, (2, -1, attention.head_dim)).unbind(2)
-            kernels.unit_(key.flatten(0, 1), attention.k_scale)
-            attended = kernels.attention(query, key, value, bias, attention.scaling, attention.q_scale)
+        for stream, low in chunks:
+            # (b, n, d) -> 3 x (b, n, heads, c)
+            heads = F.linear(low, rows_to_heads).unflatten(-1, (3, -1, attention.head_dim)).unbind(2)
+            scales = attention.q_scale, attention.k_scale
+            attended = kernels.attention(*heads, bias, attention.scaling, scales)
             add_product(stream, attended.flatten(-2), attention.out_proj.weight)
             rows = kernels.norm(stream, norm2.weight, norm2.bias, norm2.eps, dtype)
             gated = gated_product(rows, mlp.fc1.weight, fc2.shape[1])
@@ -510,6 +520,7 @@ class MedCTLayer(GradientCheckpointingLayer):
         return add(stream, self.mlp(rows))
 
 
+@fusible
 class MedCTEncoder(nn.Module):
     """One stage: layers and a LayerNorm."""
 
@@ -523,17 +534,21 @@ class MedCTEncoder(nn.Module):
         """Run the stage; attention stays within a sequence.
 
         Args:
-            hidden_states: `(sequences, tokens, hidden_size)`.
+            hidden_states: `(batch, sequences, tokens, hidden_size)`.
             position_bias: `(1, heads, tokens, tokens)`.
 
         Returns:
-            The same shape.
+            The same shape, in memory as the next stage reads it if that costs nothing.
         """
+        batch = len(hidden_states)
+        # Also in memory: the position generator reads it there.
+        rows = hidden_states.flatten(0, 1).contiguous()
         for layer in self.layers:
-            hidden_states = layer(hidden_states, position_bias)
-        return self.norm(hidden_states)
+            rows = layer(rows, position_bias)
+        return self.norm(rows.unflatten(0, (batch, -1)), turned=True)
 
 
+@fusible
 class MedCTQuantizer(nn.Module):
     """Replaces every token by the codebook row of greatest cosine similarity."""
 
@@ -828,22 +843,31 @@ class MedCTVisionModel(MedCTPreTrainedModel):
         """
         if pixel_values is None:
             raise ValueError("`pixel_values` are missing: give the vision encoder a volume.")
-        dtype = self.precision
-        tokens = self.embeddings(pixel_values, dtype)
-        batch, t, h, w, _ = tokens.shape
-        # (b, t, h, w, d) -> (b*t, h*w, d)
-        tokens = self.spatial_encoder(tokens.flatten(0, 1).flatten(1, 2), self.position_bias(tokens.device, dtype))
-        # (b*t, h*w, d) -> (b*h*w, t, d), in memory too: the position generator reads it there
-        tokens = tokens.unflatten(0, (batch, t)).transpose(1, 2).flatten(0, 1).contiguous()
-        tokens = self.temporal_encoder(tokens)
-        # (b*h*w, t, d) -> (b, t, h*w, d)
-        tokens = tokens.unflatten(0, (batch, h * w)).transpose(1, 2)
-        tokens, codebook_ids = self.quantizer(tokens, row_dtype(tokens, dtype))
+        tokens = self.embeddings(pixel_values, self.precision).flatten(2, 3)  # (b, t, h*w, d)
+        if can_replay(tokens) and self._is_constant(tokens):
+            tokens, codebook_ids = replayed(self, self._encode, tokens, (*self.parameters(), *self.buffers()))
+        else:
+            tokens, codebook_ids = self._encode(tokens)
         return MedCTVisionOutput(
             last_hidden_state=tokens.flatten(1, 2),
             pooler_output=tokens.mean(dim=1).flatten(1),
             codebook_ids=codebook_ids.flatten(1),
         )
+
+    def _encode(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`(b, t, h*w, d)` tokens to rows of the codebook, same shape, and their `(b, t, h*w)` indices."""
+        dtype = self.precision
+        position_bias = self.position_bias(tokens.device, dtype)
+        tokens = self.spatial_encoder(tokens, position_bias).transpose(1, 2)  # (b, h*w, t, d)
+        tokens = self.temporal_encoder(tokens).transpose(1, 2)
+        return self.quantizer(tokens, row_dtype(tokens, dtype))
+
+    def _is_constant(self, tokens: torch.Tensor) -> bool:
+        """Whether `_encode` runs by kernels as a whole."""
+        encoders, bias = (self.spatial_encoder, self.temporal_encoder), self.position_bias
+        layers = [layer for encoder in encoders for layer in encoder.layers]
+        parts = (*encoders, *(encoder.norm for encoder in encoders), bias, bias.fc1, bias.fc2, bias.fc3, self.quantizer)
+        return fused(tokens, *parts, *layers) and all(layer._is_constant(tokens, None) for layer in layers)
 
 
 def _text_encoder(config: MedCTConfig) -> PreTrainedModel:

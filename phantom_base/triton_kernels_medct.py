@@ -21,7 +21,10 @@ except ImportError:
 
 from .triton_products_medct import attention, can_attend, gated_product, on_device_of, quantize
 
-_TILE_FRAMES, _TILE_ROWS = 1, 4  # places of the grid that one program of the convolution makes at a time
+# Frames, rows and channels that one program of the convolution makes, for all columns, and its warps. With a LayerNorm
+# it needs all channels; without, places that lie close together share more of what they read.
+_MIX_TILE = (2, 2, 128, 1)
+_MIX_NORM_TILE = (1, 4, None, 4)
 _NORM_ROWS = 4
 _MIX_NORM_ROWS = 8
 _GATE_ELEMENTS = 1024
@@ -63,14 +66,15 @@ def _mix_kernel(
     HAS_NORM: tl.constexpr,
 ):
     # A program makes a few frames and rows, all columns one after the other: each value is read for three COLUMNS.
-    row_tiles = tl.cdiv(ROWS, TILE_ROWS)
-    frame_tiles = tl.cdiv(FRAMES, TILE_FRAMES)
-    program = tl.program_id(0)
+    row_tiles: tl.constexpr = (ROWS + TILE_ROWS - 1) // TILE_ROWS
+    frame_tiles: tl.constexpr = (FRAMES + TILE_FRAMES - 1) // TILE_FRAMES
+    channel_tiles: tl.constexpr = (CHANNELS + BLOCK - 1) // BLOCK
+    program = tl.program_id(0) // channel_tiles
     volume = (program // (row_tiles * frame_tiles)).to(tl.int64)
     tile = tl.arange(0, TILE_FRAMES * TILE_ROWS)[:, None]
     frame = program // row_tiles % frame_tiles * TILE_FRAMES + tile // TILE_ROWS
     row = program % row_tiles * TILE_ROWS + tile % TILE_ROWS
-    channel = tl.arange(0, BLOCK)[None, :]
+    channel = tl.program_id(0) % channel_tiles * BLOCK + tl.arange(0, BLOCK)[None, :]
     is_channel = channel < CHANNELS
     is_place = (frame < FRAMES) & (row < ROWS) & is_channel
     place = ((volume * FRAMES + frame) * ROWS + row) * COLUMNS * CHANNELS + channel
@@ -103,6 +107,9 @@ def _mix_kernel(
         is_done = is_place & (column > 0)
         done = place + (column - 1) * CHANNELS
         tl.store(stream + done, total, mask=is_done)
+        if HAS_LOW:
+            # Four a thread, as the sum itself: for wider writes all that is read would change hands in between.
+            tl.store(low + tl.max_contiguous(done, (1, 4)), total.to(low.dtype.element_ty), mask=is_done)
         before = here
         here = after
         centre = middle
@@ -119,8 +126,6 @@ def _mix_kernel(
             is_its = (near < places) & (its_frame < FRAMES) & (its_row < ROWS) & is_channel
             its = (((volume * FRAMES + its_frame) * ROWS + its_row) * COLUMNS + near % COLUMNS) * CHANNELS + channel
             value = tl.load(stream + its, mask=is_its, other=0.0)
-            if HAS_LOW:
-                tl.store(low + its, value.to(low.dtype.element_ty), mask=is_its)
             mean = tl.sum(value, axis=1, keep_dims=True) / CHANNELS
             centred = tl.where(is_channel, value - mean, 0.0)
             variance = tl.sum(centred * centred, axis=1, keep_dims=True) / CHANNELS
@@ -128,31 +133,29 @@ def _mix_kernel(
             tl.store(normed + its, unit.to(normed.dtype.element_ty), mask=is_its)
 
 
-def mix_prepared(grid, weights, bias, norm, dtype, first=-2, tile=(_TILE_FRAMES, _TILE_ROWS), warps=4):
-    """`grid + convolution(grid)`, and on request its copy in another precision and its LayerNorm, without gradients.
+def _mix(grid, weights, bias, dtype, norm=None, first=-2):
+    """`grid + convolution(grid)`, its copy in another precision and, on request, its LayerNorm, without gradients.
 
     Args:
         grid: `(volumes, frames, rows, columns, channels)`.
-        weights: `(27, channels)`, the taps of the convolution, from `prepare`.
+        weights: `(27, channels)`, the taps of the convolution.
         bias: `(channels,)`, or `None`.
-        norm: Weight and epsilon of the LayerNorm; `None` for the sum alone.
         dtype: Precision of the copy and of the LayerNorm.
+        norm: Weight and epsilon of the LayerNorm.
         first: Offset of the first tap along the frames; -2 is causal.
-        tile: Frames and rows that one program makes.
-        warps: Warps of a program.
 
     Returns:
-        The sum, its copy, its LayerNorm, of the shape of `grid`; without `norm` the sum three times.
+        The sum, its copy, its LayerNorm, of the shape of `grid`; without `norm` the copy twice.
     """
     volumes, frames, rows, columns, channels = grid.shape
     stream = torch.empty_like(grid)
-    low = normed = stream
-    if norm is not None:
-        low = stream if dtype == grid.dtype else torch.empty_like(grid, dtype=dtype)
-        normed = torch.empty_like(grid, dtype=dtype)
-    programs = volumes * triton.cdiv(frames, tile[0]) * triton.cdiv(rows, tile[1])
+    low = stream if dtype == grid.dtype else torch.empty_like(grid, dtype=dtype)
+    normed = low if norm is None else torch.empty_like(grid, dtype=dtype)
+    tile_frames, tile_rows, block, warps = _MIX_TILE if norm is None else _MIX_NORM_TILE
+    block = triton.next_power_of_2(min(block or channels, channels))
+    tiles = triton.cdiv(frames, tile_frames) * triton.cdiv(rows, tile_rows) * triton.cdiv(channels, block)
     with on_device_of(grid):
-        _mix_kernel[(programs,)](
+        _mix_kernel[(volumes * tiles,)](
             grid,
             weights,
             weights if bias is None else bias,
@@ -165,9 +168,9 @@ def mix_prepared(grid, weights, bias, norm, dtype, first=-2, tile=(_TILE_FRAMES,
             ROWS=rows,
             COLUMNS=columns,
             CHANNELS=channels,
-            BLOCK=triton.next_power_of_2(channels),
-            TILE_FRAMES=tile[0],
-            TILE_ROWS=tile[1],
+            BLOCK=block,
+            TILE_FRAMES=tile_frames,
+            TILE_ROWS=tile_rows,
             NORM_ROWS=_MIX_NORM_ROWS,
             FIRST=first,
             HAS_BIAS=bias is not None,
@@ -182,7 +185,7 @@ class _Mix(torch.autograd.Function):
     @staticmethod
     def forward(ctx, grid, weight, bias, norm_weight, eps, dtype):
         taps = weight.flatten(1).t().float().contiguous()  # (27, channels)
-        stream, low, normed = mix_prepared(grid, taps, bias, (norm_weight, eps), dtype, first=-2)
+        stream, low, normed = _mix(grid, taps, bias, dtype, (norm_weight, eps))
         if low is stream:
             low = stream.view_as(stream)
         ctx.save_for_backward(stream, weight, norm_weight)
@@ -196,7 +199,7 @@ class _Mix(torch.autograd.Function):
         stream, weight, norm_weight = ctx.saved_tensors
         of_sum, _ = _norm_backward(stream, norm_weight, ctx.eps, of_normed, of_stream, of_low)
         taps = weight.flatten(1).flip(1).t().float().contiguous()
-        of_grid, _, _ = mix_prepared(of_sum, taps, None, None, None, first=0)
+        of_grid, _, _ = _mix(of_sum, taps, None, of_sum.dtype, first=0)
         return of_grid, None, None, None, None, None
 
 
@@ -224,42 +227,70 @@ def mix(
     return _Mix.apply(grid.contiguous(), weight, bias, norm_weight, eps, dtype)
 
 
+def mix_prepared(
+    grid: torch.Tensor, taps: torch.Tensor, bias: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A causal depthwise 3x3x3 convolution added to its input, without gradients.
+
+    Args:
+        grid: `(batch, t, h, w, channels)`, contiguous.
+        taps: `(27, channels)`, from `prepare`.
+        bias: `(channels,)`.
+        dtype: Precision of the second result.
+
+    Returns:
+        The sum in the precision of `grid`, and the same in `dtype`; both in the shape of `grid`.
+    """
+    return _mix(grid, taps, bias, dtype)[:2]
+
+
 # Weights in the form in which kernels and products take them, made anew for each call: no copy can be out of date.
 
 
 @triton.jit
 def _prepare_kernel(
     convolution,
+    norm,
+    query,
     key,
     value,
     second,
     taps,
-    keys,
+    projections,
     padded,
     CHANNELS: tl.constexpr,
-    KEYS: tl.constexpr,
+    HEADS: tl.constexpr,
     WIDTH: tl.constexpr,
     PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
+    ROW: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
     program = tl.program_id(0)
     tap_programs = tl.cdiv(27 * CHANNELS, BLOCK)
-    key_programs = tl.cdiv(KEYS * CHANNELS, BLOCK)
-    place = tl.arange(0, BLOCK)
+    head_programs = tl.cdiv(HEADS, ROWS)
     if program < tap_programs:
-        place += program * BLOCK
+        place = program * BLOCK + tl.arange(0, BLOCK)
         is_place = place < 27 * CHANNELS
         tap = tl.load(convolution + place % CHANNELS * 27 + place // CHANNELS, mask=is_place, other=0.0)
         tl.store(taps + place, tap.to(tl.float32), mask=is_place)
-    elif program < tap_programs + 2 * key_programs:
-        place += (program - tap_programs) % key_programs * BLOCK
-        is_place = place < KEYS * CHANNELS
-        if program < tap_programs + key_programs:
-            tl.store(keys + place, tl.load(key + place, mask=is_place), mask=is_place)
+    elif program < tap_programs + 3 * head_programs:
+        kind = (program - tap_programs) // head_programs
+        row = (program - tap_programs) % head_programs * ROWS + tl.arange(0, ROWS)[:, None]
+        channel = tl.arange(0, ROW)[None, :]
+        is_weight = (row < HEADS) & (channel < CHANNELS)
+        at = row * CHANNELS + channel
+        if kind == 0:
+            weight = tl.load(query + at, mask=is_weight, other=0.0).to(tl.float32)
+            weight *= tl.load(norm + channel, mask=channel < CHANNELS, other=0.0).to(tl.float32)
+            weight -= tl.sum(weight, axis=1, keep_dims=True) / CHANNELS
+            tl.store(projections + at, weight.to(projections.dtype.element_ty), mask=is_weight)
+        elif kind == 1:
+            tl.store(projections + HEADS * CHANNELS + at, tl.load(key + at, mask=is_weight), mask=is_weight)
         else:
-            tl.store(keys + KEYS * CHANNELS + place, tl.load(value + place, mask=is_place), mask=is_place)
+            tl.store(projections + 2 * HEADS * CHANNELS + at, tl.load(value + at, mask=is_weight), mask=is_weight)
     else:
-        place += (program - tap_programs - 2 * key_programs) * BLOCK
+        place = (program - tap_programs - 3 * head_programs) * BLOCK + tl.arange(0, BLOCK)
         is_place = place < CHANNELS * PADDED
         column = place % PADDED
         entry = tl.load(second + place // PADDED * WIDTH + column, mask=is_place & (column < WIDTH), other=0.0)
@@ -267,42 +298,61 @@ def _prepare_kernel(
 
 
 def prepare(
-    convolution: torch.Tensor, key: torch.Tensor, value: torch.Tensor, second: torch.Tensor, padded: int
+    convolution: torch.Tensor,
+    norm: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    second: torch.Tensor,
+    padded: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Bring the weights of a layer in the form in which kernels and products take them.
 
+    Queries are made of a LayerNorm and then brought to unit length, which undoes its division; what it weighs and what
+    it subtracts can stand in the weight: `query * norm`, less the mean of each row. So all three products are of the
+    same rows.
+
     Args:
         convolution: `(channels, 1, 3, 3, 3)`, of the position generator.
-        key: `(heads * width, channels)`, that makes keys.
+        norm: `(channels,)`, weight of the LayerNorm, which has no bias.
+        query: `(heads * width, channels)`, that makes queries of normalised rows.
+        key: Same shape, that makes keys.
         value: Same shape, that makes values.
         second: `(channels, width)`, of the feed-forward's second product.
         padded: Width to which that is filled up with zeros.
 
     Returns:
-        `(27, channels)`, float32; `(2 * heads * width, channels)`, keys before values; `(channels, padded)`.
+        `(27, channels)`, float32; `(3 * heads * width, channels)`, which makes queries of any length, keys and values
+        of rows that are not normalised; `(channels, padded)`.
     """
     channels, width = second.shape
     taps = torch.empty((27, channels), dtype=torch.float32, device=second.device)
-    keys = key.new_empty((2 * len(key), channels))
+    projections = key.new_empty((3 * len(key), channels))
     filled = second.new_empty((channels, padded))
-    blocks = [triton.cdiv(each.numel(), _COPIED) for each in (taps, key, value, filled)]
+    row = triton.next_power_of_2(channels)
+    rows = max(1, _COPIED // row)
+    programs = sum(triton.cdiv(each.numel(), _COPIED) for each in (taps, filled)) + 3 * triton.cdiv(len(key), rows)
     with on_device_of(second):
-        _prepare_kernel[(sum(blocks),)](
+        _prepare_kernel[(programs,)](
             convolution,
+            norm,
+            query,
             key,
             value,
             second,
             taps,
-            keys,
+            projections,
             filled,
             CHANNELS=channels,
-            KEYS=len(key),
+            HEADS=len(key),
             WIDTH=width,
             PADDED=padded,
             BLOCK=_COPIED,
+            ROW=row,
+            ROWS=rows,
             num_warps=4,
         )
-    return taps, keys, filled
+    return taps, projections, filled
 
 
 # LayerNorm, of a sum if there is an update.
@@ -321,6 +371,8 @@ def _norm_kernel(
     CHANNELS: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
+    OUTER: tl.constexpr,
+    INNER: tl.constexpr,
     HAS_UPDATE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ):
@@ -340,12 +392,16 @@ def _norm_kernel(
     unit *= tl.load(weight + channel, mask=is_channel, other=0.0).to(tl.float32)
     if HAS_BIAS:
         unit += tl.load(bias + channel, mask=is_channel, other=0.0).to(tl.float32)
+    if OUTER * INNER > 1:  # the rows of (batch, OUTER, INNER) are written as (batch, INNER, OUTER)
+        row = row - row % (OUTER * INNER) + row % INNER * OUTER + row // INNER % OUTER
+        place = row * CHANNELS + channel
     tl.store(normed + place, unit.to(normed.dtype.element_ty), mask=is_place)
 
 
-def _norm(values, update, total, weight, bias, eps, dtype):
+def _norm(values, update, total, weight, bias, eps, dtype, turned=False):
     """LayerNorm of `values`, or of their sum with `update`, which is written to `total`."""
     channels = values.shape[-1]
+    outer, inner = values.shape[-3:-1] if turned else (1, 1)
     normed = torch.empty_like(values, dtype=dtype)
     rows = values.numel() // channels
     with on_device_of(values):
@@ -361,11 +417,13 @@ def _norm(values, update, total, weight, bias, eps, dtype):
             CHANNELS=channels,
             BLOCK=triton.next_power_of_2(channels),
             ROWS=_NORM_ROWS,
+            OUTER=outer,
+            INNER=inner,
             HAS_UPDATE=update is not None,
             HAS_BIAS=bias is not None,
             num_warps=4,
         )
-    return normed
+    return normed.view(*values.shape[:-3], inner, outer, channels).transpose(-3, -2) if turned else normed
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -496,7 +554,12 @@ class _Norm(torch.autograd.Function):
 
 
 def norm(
-    values: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float, dtype: torch.dtype
+    values: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+    turned: bool = False,
 ) -> torch.Tensor:
     """LayerNorm.
 
@@ -506,9 +569,10 @@ def norm(
         bias: `(channels,)`.
         eps: Epsilon.
         dtype: Precision of the result.
+        turned: Whether the two axes before the last lie the other way round in memory, without gradients.
     """
     if not torch.is_grad_enabled():
-        return _norm(values.contiguous(), None, None, weight, bias, eps, dtype)
+        return _norm(values.contiguous(), None, None, weight, bias, eps, dtype, turned)
     return _Norm.apply(values.contiguous(), weight, bias, eps, dtype)
 
 
@@ -752,16 +816,6 @@ def _launch_unit(kernel, values, scale, *more):
     return more[-1]
 
 
-def unit_(values: torch.Tensor, scale: torch.Tensor) -> None:
-    """`unit`, in place and without gradients, of rows that may lie apart.
-
-    Args:
-        values: `(rows, heads, width)`.
-        scale: `(width,)`.
-    """
-    _launch_unit(_unit_kernel, values, scale, values)
-
-
 def unit(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Rows of unit length, times a scale of each column.
 
@@ -785,5 +839,4 @@ __all__ = [
     "prepare",
     "quantize",
     "unit",
-    "unit_",
 ]

@@ -44,16 +44,18 @@ def _attention_kernel(
     key,
     value,
     query_scale,
+    key_scale,
     bias,
     result,
     scaling,
     TOKENS: tl.constexpr,
     HEADS: tl.constexpr,
     WIDTH: tl.constexpr,
+    QUERY_ROW: tl.constexpr,
     KEY_ROW: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
+    HAS_SCALES: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     IS_EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -66,13 +68,14 @@ def _attention_kernel(
     column = tl.arange(0, COLUMNS)
     channel = tl.arange(0, WIDTH)
     is_row = row < TOKENS
-    rows = (sequence * TOKENS * HEADS + head) * WIDTH + row[:, None] * (HEADS * WIDTH) + channel[None, :]
+    rows = sequence * TOKENS * QUERY_ROW + head * WIDTH + row[:, None] * QUERY_ROW + channel[None, :]
     first = sequence * TOKENS * KEY_ROW + head * WIDTH
     queries = tl.load(query + rows, mask=is_row[:, None], other=0.0)
-    if HAS_SCALE:
+    if HAS_SCALES:
+        # Both scales stand with the queries, so that keys are only divided by their length: their scores are.
         wide = queries.to(tl.float32)
         length = tl.maximum(tl.sqrt(tl.sum(wide * wide, axis=1)), _TINIEST_NORM)
-        scale = tl.load(query_scale + channel).to(tl.float32) * (scaling * _LOG2_E)
+        scale = tl.load(query_scale + channel).to(tl.float32) * tl.load(key_scale + channel).to(tl.float32) * scaling
         queries = (wide / length[:, None] * scale[None, :]).to(queries.dtype)
     greatest = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
@@ -84,23 +87,25 @@ def _attention_kernel(
             keys = tl.load(key + columns)
         else:
             keys = tl.load(key + columns, mask=(at < TOKENS)[:, None], other=0.0)
-        scores = tl.zeros((ROWS, COLUMNS), tl.float32)
+        scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
+        if HAS_SCALES:
+            wide_keys = keys.to(tl.float32)
+            key_length = tl.maximum(tl.sqrt(tl.sum(wide_keys * wide_keys, axis=1)), _TINIEST_NORM)
+            scores *= (1.0 / key_length)[None, :]
+        else:
+            scores *= scaling
         if HAS_BIAS:
             places = (head * TOKENS + row[:, None]) * TOKENS + at[None, :]
             if IS_EVEN:
-                scores = tl.load(bias + places).to(tl.float32) * _LOG2_E
+                scores += tl.load(bias + places).to(tl.float32)
             else:
                 is_place = is_row[:, None] & (at < TOKENS)[None, :]
-                scores = tl.load(bias + places, mask=is_place, other=0.0).to(tl.float32) * _LOG2_E
-        if HAS_SCALE:  # whose product with the queries holds the scaling
-            scores = tl.dot(queries, tl.trans(keys), scores, input_precision=PRECISION)
-        else:
-            scores += tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * (scaling * _LOG2_E)
+                scores += tl.load(bias + places, mask=is_place, other=0.0).to(tl.float32)
         if not IS_EVEN:
             scores = tl.where((at < TOKENS)[None, :], scores, float("-inf"))
         now = tl.maximum(greatest, tl.max(scores, axis=1))
-        shrunk = tl.exp2(greatest - now)
-        weights = tl.exp2(scores - now[:, None])
+        shrunk = tl.exp2((greatest - now) * _LOG2_E)
+        weights = tl.exp2(scores * _LOG2_E - (now * _LOG2_E)[:, None])
         total = total * shrunk + tl.sum(weights, axis=1)
         if IS_EVEN:
             values = tl.load(value + columns)
@@ -109,7 +114,8 @@ def _attention_kernel(
         mixed = tl.dot(weights.to(values.dtype), values, mixed * shrunk[:, None], input_precision=PRECISION)
         greatest = now
     mixed = mixed / total[:, None]
-    tl.store(result + rows, mixed.to(result.dtype.element_ty), mask=is_row[:, None])
+    places = (sequence * TOKENS * HEADS + head) * WIDTH + row[:, None] * (HEADS * WIDTH) + channel[None, :]
+    tl.store(result + places, mixed.to(result.dtype.element_ty), mask=is_row[:, None])
 
 
 def can_attend(query: torch.Tensor) -> bool:
@@ -124,42 +130,46 @@ def attention(
     value: torch.Tensor,
     bias: torch.Tensor | None,
     scaling: float,
-    query_scale: torch.Tensor | None = None,
+    scales: tuple[torch.Tensor, torch.Tensor] | None = None,
     tile: tuple[int, int, int, int] | None = None,
 ) -> torch.Tensor:
     """Attention of every token on all of its sequence.
 
     Args:
-        query: `(sequences, tokens, heads, width)`, contiguous; the width is a power of 2 of at least 16.
-        key: Same shape; rows of tokens may lie apart.
+        query: `(sequences, tokens, heads, width)`; heads lie side by side, rows of tokens may lie apart. The width is a
+            power of 2 of at least 16.
+        key: Same shape, likewise.
         value: As `key`, with the same strides.
         bias: `(1, heads, tokens, tokens)`, contiguous, added to the scores.
         scaling: Factor of the scores.
-        query_scale: `(width,)`; with it queries are made of unit length and multiplied by it.
+        scales: `(width,)` each; with them queries and keys are made of unit length and multiplied by them.
         tile: Rows, columns, warps and stages of a program.
 
     Returns:
-        The shape of `query`.
+        The shape of `query`, contiguous.
     """
     sequences, tokens, heads, width = query.shape
-    result = torch.empty_like(query)
+    result = query.new_empty(query.shape)
+    query_scale, key_scale = scales or (query, query)
     rows, columns, warps, stages = tile or (_SHORT if tokens <= _SHORT_TOKENS else _LONG)
     with on_device_of(query):
         _attention_kernel[(triton.cdiv(tokens, rows) * heads * sequences,)](
             query,
             key,
             value,
-            query if query_scale is None else query_scale,
+            query_scale,
+            key_scale,
             query if bias is None else bias,
             result,
             scaling,
             TOKENS=tokens,
             HEADS=heads,
             WIDTH=width,
+            QUERY_ROW=query.stride(1),
             KEY_ROW=key.stride(1),
             ROWS=rows,
             COLUMNS=columns,
-            HAS_SCALE=query_scale is not None,
+            HAS_SCALES=scales is not None,
             HAS_BIAS=bias is not None,
             IS_EVEN=tokens % rows == 0 and tokens % columns == 0,
             PRECISION=_precision(query.dtype),

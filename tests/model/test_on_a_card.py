@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
 
-from medct import MedCTConfig, MedCTModel, kernels_medct
+from medct import MedCTConfig, MedCTModel, graphs_medct, kernels_medct
 from medct.training.lora import TARGETS
 
 if not torch.cuda.is_available():
@@ -81,8 +81,7 @@ def test_stages(folder, pixels, set_tf32, monkeypatch, precision, with_kernels):
     assert all(errors[name] < bound for name, bound in BOUNDS[precision].items()), errors
 
     ids, others = expected["codebook_ids"], found["codebook_ids"]
-    t, h, w = model.config.vision_config.grid_size
-    tokens = expected["temporal_encoder"].view(len(pixels), h * w, t, -1).transpose(1, 2).flatten(1, 2)
+    tokens = expected["temporal_encoder"].transpose(1, 2).flatten(1, 2)
     codes = F.normalize(model.vision_model.quantizer.codebook.cpu(), dim=-1)
     gaps = (F.normalize(tokens, dim=-1) * (codes[ids] - codes[others])).sum(dim=-1)
     print(f"{(ids != others).float().mean():.2%} of tokens in another row, gap {gaps.max():.1e}")
@@ -130,3 +129,34 @@ def test_a_model_that_moved_and_a_volume_that_lies_apart(folder, pixels):
     apart = pixels.to(CARD).transpose(-1, -2).contiguous().transpose(-1, -2)
     with torch.no_grad():
         assert torch.equal(model(apart).codebook_ids, model(pixels.to(CARD)).codebook_ids)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_recorded_launches(folder, pixels, monkeypatch, dtype):
+    """Results are those of launches one by one, also after weights have changed, in place and otherwise."""
+    monkeypatch.setattr(graphs_medct, "use_graphs", True)
+    vision = MedCTModel.from_pretrained(folder, dtype=dtype, device_map=CARD).eval().vision_model
+    weight = vision.temporal_encoder.layers[0].mlp.fc2.weight
+
+    def compare() -> None:
+        for volume in pixels.to(CARD).split(1):
+            found = vision(volume)
+            with monkeypatch.context() as patch:
+                patch.setattr(graphs_medct, "use_graphs", False)
+                plain = vision(volume)
+            assert (found.codebook_ids == plain.codebook_ids).double().mean() > 0.99
+            torch.testing.assert_close(found.pooler_output, plain.pooler_output, atol=0.05, rtol=0.05)
+
+    with torch.inference_mode():
+        compare()
+    with torch.no_grad():
+        compare()
+        assert graphs_medct.use_graphs
+        graph = graphs_medct._recordings[vision].graph
+        assert graph is not None
+        weight.mul_(-3)
+        compare()
+        assert graphs_medct._recordings[vision].graph is graph
+        weight.data = torch.randn_like(weight)
+        compare()
+        assert graphs_medct._recordings[vision].graph not in (None, graph)

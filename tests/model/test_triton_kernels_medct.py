@@ -78,6 +78,11 @@ def test_norms(kernels, dtype):
     assert_near(normed, plain, dtype)
     assert_same_gradients((normed,), (plain,), (stream,), dtype)
     with torch.no_grad():
+        turned = kernels.norm(
+            stream.unflatten(-2, (7, 1)).expand(-1, -1, 5, -1), weight, None, 1e-5, dtype, turned=True
+        )
+        assert turned.transpose(1, 2).is_contiguous()
+        assert torch.equal(turned, normed.unsqueeze(-2).expand_as(turned))
         memory = stream.detach().clone()
         assert kernels.add_norm(memory, update, weight, bias, 1e-5, dtype)[0] is memory
         assert_near(memory, total, dtype)
@@ -100,12 +105,6 @@ def test_unit_lengths(kernels, dtype):
     got = kernels.unit(values, scale)
     assert_near(got, expected, dtype)
     assert_same_gradients((got,), (expected,), (values,), dtype)
-    both = rand(5, 64, dtype=dtype)
-    before = both.clone()
-    kernels.unit_(both[:, 8:32].unflatten(-1, (2, 12)), scale)
-    assert_near(both[:, 8:32], (F.normalize(before[:, 8:32].view(5, 2, 12), dim=-1) * scale).view(5, 24), dtype)
-    assert torch.equal(both[:, :8], before[:, :8])
-    assert torch.equal(both[:, 32:], before[:, 32:])
 
 
 @pytest.mark.parametrize("dtype", BOUNDS)
@@ -121,17 +120,18 @@ def test_patches(kernels, dtype):
 @pytest.mark.parametrize("tokens", [24, 64, 70])
 @pytest.mark.parametrize("dtype", HALF)
 def test_attention(kernels, dtype, tokens, biased, scaled):
-    query = rand(3, tokens, 2, 16, dtype=dtype)
-    key, value = rand(3, tokens, 2, 2, 16, dtype=dtype, seed=1).unbind(2)
+    query, key, value = rand(3, tokens, 3, 2, 16, dtype=dtype).unbind(2)
     bias = rand(1, 2, tokens, tokens, dtype=dtype) if biased else None
-    scale = rand(16) if scaled else None
-    plain = (F.normalize(query.float(), dim=-1) * scale) if scaled else query.float()
+    scales = (rand(16), rand(16, seed=1)) if scaled else None
+    units = [F.normalize(each.float(), dim=-1) for each in (query, key)]
+    plain = [unit * scale for unit, scale in zip(units, scales, strict=True)] if scaled else [query, key]
     expected = F.scaled_dot_product_attention(
-        *(each.float().transpose(1, 2) for each in (plain, key, value)),
+        *(each.float().transpose(1, 2) for each in (*plain, value)),
         attn_mask=bias.float() if biased else None,
         scale=0.7,
     )
-    got = kernels.attention(query, key, value, bias, 0.7, scale)
+    got = kernels.attention(query, key, value, bias, 0.7, scales)
+    assert got.is_contiguous()
     assert_near(got, expected.transpose(1, 2), dtype)
 
 
@@ -164,12 +164,30 @@ def test_the_gate_of_a_product_is_gelu_wherever_it_lies(kernels):
     torch.testing.assert_close(got, F.gelu(gate.double()), rtol=2**-11, atol=2e-6)
 
 
-def test_prepared_weights_are_copies(kernels):
-    weights = rand(64, 1, 3, 3, 3), rand(32, 64), rand(32, 64, seed=1), rand(64, 21, seed=2)
-    taps, keys, padded = kernels.prepare(*weights, 32)
-    assert torch.equal(taps, weights[0].flatten(1).t())
-    assert torch.equal(keys, torch.cat(weights[1:3]))
-    assert torch.equal(padded, F.pad(weights[3], (0, 11)))
+@pytest.mark.parametrize("channels", [64, 20])
+def test_prepared_weights(kernels, channels):
+    convolution, second = rand(channels, 1, 3, 3, 3), rand(channels, 21, seed=2)
+    norm, projections = rand(channels), [rand(33, channels, seed=seed) for seed in range(3)]
+    taps, rows_to_heads, padded = kernels.prepare(convolution, norm, *projections, second, 32)
+    assert torch.equal(taps, convolution.flatten(1).t())
+    assert torch.equal(padded, F.pad(second, (0, 11)))
+    assert torch.equal(rows_to_heads[33:], torch.cat(projections[1:]))
+    rows = 3 + rand(7, channels, seed=4)
+    normed = F.linear(F.layer_norm(rows, (channels,), norm), projections[0])
+    assert_near(F.normalize(F.linear(rows, rows_to_heads[:33])), F.normalize(normed), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("sizes", [(2, 3, 5, 2, 150), (1, 1, 1, 1, 3)], ids=str)
+def test_position_generator_without_a_norm(kernels, sizes, dtype):
+    """In tiles of channels, frames and rows, none of which is full."""
+    grid, channels = rand(*sizes), sizes[-1]
+    weight, bias = rand(channels, 1, 3, 3, 3) / 5, rand(channels)
+    made = F.conv3d(grid.permute(0, 4, 1, 2, 3), weight, bias, padding=(2, 1, 1), groups=channels)
+    expected = grid + made[:, :, : sizes[1]].permute(0, 2, 3, 4, 1)
+    stream, low = kernels.mix_prepared(grid, weight.flatten(1).t().contiguous(), bias, dtype)
+    assert_near(stream, expected, torch.float32)
+    assert torch.equal(low, stream.to(dtype))
 
 
 @pytest.fixture
@@ -312,3 +330,30 @@ def test_float64_volumes_that_lie_apart_and_the_switch(small, pixels, used, monk
         monkeypatch.setattr(kernels_medct, "use_triton", False)
         small.vision_model(pixels)
     assert not used
+
+
+def test_what_is_recorded_runs_by_kernels_as_a_whole(small, pixels, monkeypatch):
+    """Whatever has a part in the encoder behind its embeddings; or a recording would pass it over."""
+    vision = small.vision_model
+
+    def is_constant() -> bool:
+        with torch.no_grad():
+            return vision._is_constant(vision.embeddings(pixels).flatten(2, 3))
+
+    assert is_constant()
+    for name, module in vision.named_modules():
+        if name and not name.startswith("embeddings") and not isinstance(module, torch.nn.ModuleList):
+            hook = module.register_forward_hook(lambda *_: None)
+            assert not is_constant(), name
+            hook.remove()
+    vision.set_attn_implementation("eager")
+    assert not is_constant()
+    vision.set_attn_implementation("sdpa")
+    assert is_constant()
+    adapted = get_peft_model(small, LoraConfig(r=2, target_modules=TARGETS["vision"]))
+    assert not is_constant()
+    adapted.unload()
+    assert is_constant()
+    with monkeypatch.context() as patch:
+        patch.setattr(kernels_medct, "use_triton", False)
+        assert not is_constant()
