@@ -91,7 +91,15 @@ class Launches(TorchDispatchMode):
         return made
 
     def launch(self, function: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        """What `JITFunction.run` is replaced by."""
+        """Write down a launch; stands in for `JITFunction.run`.
+
+        Args:
+            function: The kernel.
+            args: What it is called with.
+            grid: Not used.
+            warmup: Not used.
+            kwargs: What it is called with by name, and options.
+        """
         named = dict(zip(function.arg_names, args, strict=False)) | kwargs
         constants = {each.name for each in function.params if each.is_constexpr}
         self.bytes.append((function.__name__.strip("_").removesuffix("_kernel"), size(tensors(args))))
