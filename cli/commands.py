@@ -103,6 +103,23 @@ def load_pipeline(args: argparse.Namespace, device: torch.device, zero_shot_only
         raise CommandError(said if said.startswith(which) else f"{which}: {said}") from error
 
 
+def load_for_scans(args: argparse.Namespace, state: PartialState, zero_shot_only: bool = False) -> CTPipeline:
+    """As `load_pipeline`, for scans of patients: says so, on standard error, if the model knows drawings only.
+
+    Args:
+        args: Parsed, with the model's options.
+        state: This process's place in the launch.
+        zero_shot_only: Refuse classifiers.
+    """
+    from medct.reporting.findings import SYNTHETIC, knows_drawings_only
+
+    pipe = load_pipeline(args, state.device, zero_shot_only)
+    names = [name for name in (args.adapter, model_of(args)) if name is not None]
+    if state.is_main_process and any(map(knows_drawings_only, names)):
+        print(f"NOTE: {SYNTHETIC}", file=sys.stderr)
+    return pipe
+
+
 def reading_of(args: argparse.Namespace, pipe: CTPipeline) -> Reading:
     """How scans are read.
 
@@ -210,7 +227,7 @@ def _predict(args: argparse.Namespace) -> int:
     check_reports(args, studies)
     state = start_processes(args)
     prompts = prompts_of(args)
-    pipe = load_pipeline(args, state.device)
+    pipe = load_for_scans(args, state)
     pipe._sanitize_parameters(**prompts)  # refuses, before any scan is read, what the model cannot be asked
     labels = list(prompts.get("candidate_labels", pipe.asked.label_names))
     has_own_words = args.templates is not None or isinstance(prompts.get("candidate_labels"), dict)
@@ -306,7 +323,7 @@ def _embed(args: argparse.Namespace) -> int:
     studies = find_studies(args.scans)
     reports = search.read_reports(args.reports) if args.reports else {}
     state = start_processes(args)
-    pipe = load_pipeline(args, state.device, zero_shot_only=True)
+    pipe = load_for_scans(args, state, zero_shot_only=True)
     settings = settings_of(args, pipe)
     before = search.read_embeddings(args.output) if args.output.exists() else None
     rows_path = args.output.with_name(f"{args.output.name}.rows")
@@ -458,7 +475,7 @@ def map_scan(args: argparse.Namespace) -> int:
 
     (study,) = one_study(args.scan)
     prompts = prompts_of(args)
-    pipe = load_pipeline(args, PartialState(cpu=args.cpu).device, zero_shot_only=True)
+    pipe = load_for_scans(args, PartialState(cpu=args.cpu), zero_shot_only=True)
     labels, templates = prompts["candidate_labels"], prompts.get("prompt_templates")
     found = localization.map_scan(pipe, study.source, labels, templates, **reading_options(args))
     maps = [each.finding for each in found]

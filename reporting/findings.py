@@ -119,7 +119,7 @@ def algorithm_of(
     """
     commit = getattr(pipe.model.config, "_commit_hash", None) or fingerprint(pipe.model)
     adapter_commit = None if adapter is None else _commit_of(adapter, adapter_revision)
-    is_synthetic = any(_is_synthetic(name) for name in (model, adapter) if name is not None)
+    is_synthetic = any(knows_drawings_only(name) for name in (model, adapter) if name is not None)
     return Algorithm(
         public_name(model), commit, adapter and public_name(adapter), adapter_commit, tuple(templates), is_synthetic
     )
@@ -138,8 +138,12 @@ def _commit_of(name: str, revision: str | None) -> str | None:
     return extract_commit_hash(cached_file(name, CONFIG_FILE, revision=revision, local_files_only=True), None)
 
 
-def _is_synthetic(name: str) -> bool:
-    """Whether the card of a model or an adapter says that it has learned from drawings alone."""
+def knows_drawings_only(name: str) -> bool:
+    """Whether the card of a model or an adapter says that it has learned from synthetic drawings alone.
+
+    Args:
+        name: Hub id or folder.
+    """
     try:
         path = cached_file(name, "README.md", _raise_exceptions_for_missing_entries=False)
         tags = [] if path is None else ModelCard.load(path, ignore_metadata_errors=True).data.get("tags")

@@ -34,6 +34,7 @@ from medct.data import phantom_source
 from medct.inference.search import read_embeddings
 from medct.inference.studies import find_studies
 from medct.publishing.loading import ModelError, named
+from medct.reporting.findings import SYNTHETIC
 
 PHANTOM_BASE = Path(medct.__file__).with_name("phantom_base")
 
@@ -96,6 +97,15 @@ def test_a_table_for_people(run, scans, pipe):
     assert [line.split() for line in lines] == [
         [f"{result['score']:.3f}", f"{result['logits_margin']:+.2f}", result["label"]] for result in expected
     ]
+
+
+def test_a_model_that_knows_drawings_only_says_so(run, scans, tmp_path):
+    """Of itself or of its adapter; scores of a patient would look like any others."""
+    status, _, err = run("predict", scans / "0.nii.gz", "--labels", "a", model="phantom")
+    assert (status, err.count(SYNTHETIC)) == (0, 1)
+    assert err.startswith("NOTE: ")
+    status, _, err = run("embed", scans / "0.nii.gz", "--output", tmp_path / "index.parquet", model="phantom")
+    assert (status, err.count(SYNTHETIC)) == (0, 1)
 
 
 def test_the_dtype_reaches_the_model(run, scans, converted, processor):

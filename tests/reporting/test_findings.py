@@ -44,7 +44,7 @@ def test_of_the_hub_the_commits_are_named(pipe, monkeypatch):
     pipe.model.config._commit_hash = COMMIT
     path = f"/cache/models--ORG--SITE-B/snapshots/{COMMIT[::-1]}/adapter_config.json"
     monkeypatch.setattr(module, "cached_file", lambda *_, **__: path)
-    monkeypatch.setattr(module, "_is_synthetic", lambda name: False)
+    monkeypatch.setattr(module, "knows_drawings_only", lambda name: False)
     found = algorithm_of(pipe, "ORG/BASE", "ORG/SITE-B")
     assert found == Algorithm("ORG/BASE", COMMIT, "ORG/SITE-B", COMMIT[::-1])
 
