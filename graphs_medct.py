@@ -40,8 +40,10 @@ class _Recording:
 
     def record(self, run: Callable[[torch.Tensor], tuple[torch.Tensor, ...]], rows: torch.Tensor) -> None:
         """Record, nothing is computed yet."""
-        # Inference tensors could not be written outside of inference mode.
-        with torch.inference_mode(False), torch.no_grad(), torch.cuda.device(rows.device):
+        # Inference tensors could not be written outside of inference mode. And where torch fails to record, it leaves
+        # the stream that it records on the current one.
+        current = torch.cuda.stream(torch.cuda.current_stream(rows.device))
+        with torch.inference_mode(False), torch.no_grad(), torch.cuda.device(rows.device), current:
             self.rows = torch.empty_like(rows)
             graph = torch.cuda.CUDAGraph()
             # Other threads may go on, as those that pin memory.

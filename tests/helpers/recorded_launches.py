@@ -35,10 +35,29 @@ class _Noting(TorchDispatchMode):
         return made
 
 
-@contextmanager
-def _recording(graph: Graph, **_: Any) -> Iterator[None]:
-    with _Noting(graph):
-        yield
+class Streams:
+    """Which stream is the current one."""
+
+    current: Any = "main"
+
+    @classmethod
+    @contextmanager
+    def stream(cls, stream: Any) -> Iterator[None]:
+        before, cls.current = cls.current, stream
+        try:
+            yield
+        finally:
+            cls.current = before
+
+    @classmethod
+    @contextmanager
+    def recording(cls, graph: Graph, stream: Any, capture_error_mode: str) -> Iterator[None]:
+        """As torch's, also in that the stream stays the current one if it fails."""
+        assert capture_error_mode == "thread_local"
+        before, cls.current = cls.current, stream
+        with _Noting(graph):
+            yield
+        cls.current = before
 
 
 def imitate(monkeypatch) -> None:
@@ -48,8 +67,10 @@ def imitate(monkeypatch) -> None:
         monkeypatch: pytest's fixture.
     """
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "graph", _recording)
+    monkeypatch.setattr(Streams, "current", "main")
+    monkeypatch.setattr(torch.cuda, "graph", Streams.recording)
+    monkeypatch.setattr(torch.cuda, "stream", Streams.stream)
     monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
-    monkeypatch.setattr(torch.cuda, "Stream", lambda _: None)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: "the only one")
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _: "a new one")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: Streams.current)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)

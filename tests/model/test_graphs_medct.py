@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from recorded_launches import Graph, imitate
+from recorded_launches import Graph, Streams, imitate
 from torch import nn
 
 from medct import graphs_medct, modeling_medct
@@ -111,14 +111,19 @@ def test_recorded_in_inference_mode_and_replayed_without(doubler):
 
 
 def test_what_cannot_be_recorded_is_launched_and_said_once(doubler, monkeypatch):
-    def refused(*_, **__):
-        raise RuntimeError("operation not permitted when stream is capturing\nand much more")
+    run = doubler.run
 
-    monkeypatch.setattr(torch.cuda, "graph", refused)
+    def refused(rows):
+        if Streams.current != "main":
+            raise RuntimeError("operation not permitted when stream is capturing\nand much more")
+        return run(rows)
+
+    monkeypatch.setattr(doubler, "run", refused)
     assert_right(doubler, torch.randn(2, 4))
     with pytest.warns(RuntimeWarning, match=r"cannot be recorded \(RuntimeError: operation .* capturing\), so they"):
         assert_right(doubler, torch.randn(2, 4))
     assert not graphs_medct.use_graphs
+    assert Streams.current == "main"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert_right(doubler, torch.randn(2, 4))
