@@ -4,6 +4,10 @@ import sys
 
 import tqdm as library
 
+LINE_SECONDS = 60.0
+"""How often a run whose output goes to a file says there how far it is; one that is done sooner never does."""
+_LINE = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+
 _is_quiet = False
 
 
@@ -24,8 +28,21 @@ def remark(text: str) -> None:
 
 
 class tqdm(library.tqdm):  # noqa: N801 - the library's own name
-    """The library's bar, where a person is looking: never in a file, a pipe or a quiet process."""
+    """The library's bar, on standard error: where a person is looking a bar, in a file a line now and then."""
 
     def __init__(self, *args, disable: bool = False, **kwargs):
-        # `None` leaves it to the library to see whether this is a terminal.
-        super().__init__(*args, disable=True if disable or _is_quiet else None, **kwargs)
+        if not sys.stderr.isatty():
+            seconds = {"delay": LINE_SECONDS, "mininterval": LINE_SECONDS, "maxinterval": LINE_SECONDS}
+            kwargs |= {"file": _Lines(), "bar_format": _LINE, **seconds}
+        super().__init__(*args, disable=disable or _is_quiet, **kwargs)
+
+
+class _Lines:
+    """Takes what would be written over a bar, and writes it to standard error as a line."""
+
+    def write(self, text: str) -> None:
+        if line := text.strip():
+            print(line, file=sys.stderr)
+
+    def flush(self) -> None:
+        sys.stderr.flush()

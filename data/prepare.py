@@ -421,7 +421,7 @@ def prepare(
                 skipped = shard.write(preparer, bar)
             num_skipped += len(skipped)
             num_seen += len(shard.keys)
-            bar.set_postfix(skipped=num_skipped)
+            bar.set_postfix(skipped=num_skipped, refresh=False)
             if too_many_bad(num_skipped, num_seen, max_skipped_share):
                 raise DataError(
                     f"{num_skipped} of {num_seen} studies could not be read, more than the allowed share of "

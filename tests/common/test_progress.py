@@ -1,4 +1,4 @@
-"""Bars are for people: shown in a terminal, never in a file, and not at all where that is asked for."""
+"""Bars are for people: shown in a terminal, lines now and then in a file, and neither where that is asked for."""
 
 import fcntl
 import os
@@ -21,6 +21,7 @@ spec = importlib.util.spec_from_file_location("progress", {progress.__file__!r})
 progress = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(progress)
 progress.be_quiet(sys.argv[1] == "quiet")
+progress.LINE_SECONDS = float(sys.argv[2]) if sys.argv[2:] else progress.LINE_SECONDS
 for _ in progress.tqdm(range(3), "work"):
     pass
 progress.remark("a remark")
@@ -54,9 +55,21 @@ def test_a_terminal_shows_bars_unless_told_not_to(quiet):
     assert "a result" in text
 
 
-def test_a_file_holds_no_bar():
-    run = subprocess.run([sys.executable, "-c", CODE, "aloud"], capture_output=True, encoding="utf-8", check=True)
-    assert (run.stdout, run.stderr) == ("a result\n", "a remark\n")
+@pytest.mark.parametrize(
+    ("how", "lines"),
+    [
+        (["aloud"], []),  # it is done before a line is due
+        (["aloud", "0"], ["work: 0/3 [00:00<?, ?it/s]", *(f"work: {step}/3 [00:00<" for step in (1, 2, 3, 3))]),
+        (["quiet", "0"], None),
+    ],
+    ids=str,
+)
+def test_a_file_holds_lines_now_and_then(how, lines):
+    run = subprocess.run([sys.executable, "-c", CODE, *how], capture_output=True, encoding="utf-8", check=True)
+    assert run.stdout == "a result\n"
+    expected = [] if lines is None else [*lines, "a remark"]
+    assert [line[: len(start)] for line, start in zip(run.stderr.splitlines(), expected, strict=True)] == expected
+    assert "\r" not in run.stderr
 
 
 def test_a_quiet_command_shows_its_result_alone(nifti, converted, tmp_path, capfd):
