@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from medct.checks_medct import refuse_what_is_no_number
 from medct.common.distributed import sum_over_processes
 from medct.common.progress import tqdm
 from medct.configuration_medct import MedCTConfig
@@ -248,6 +249,7 @@ def _of_every_study(
     )
     for batch, is_own in bar:
         values = compute(batch["pixel_values"])
+        refuse_what_is_no_number(values)
         if is_own:
             labels = batch["labels"].cpu().numpy()
             rows += zip(batch["ids"], batch["patients"], values.cpu().numpy(), labels, batch["about"], strict=True)
