@@ -117,3 +117,18 @@ def test_sources_with_other_labels_are_read_back_with_their_own(tmp_path):
     found = read_predictions(tmp_path / "scores.csv").scored
     assert [each.names for each in found.values()] == [["Lung nodule", "Mass"], ["Mass"]]
     assert found[Key("m", "b", "valid")].scores.tolist() == two.scores.astype(float).tolist()
+
+
+def test_patients_of_a_table_are_as_everywhere(tmp_path):
+    """Spaces do not count, and nobody is called nothing."""
+    pd.DataFrame({"file_name": ["a", "b", "c", "x"], "nodule": [0.1, 0.2, 0.3, 0.4]}).to_csv(
+        tmp_path / "s.csv", index=False
+    )
+    table = pd.DataFrame({"file_name": ["a", "b", "c"], "nodule": [0, 1, 1], "patient": [" P1", "P1 ", "P2"]})
+    table.to_csv(tmp_path / "m.csv", index=False)
+    with pytest.warns(UserWarning, match=r"1 of 4 rows of .*s.csv are not in .*m.csv; left out"):
+        (scored,) = join_metadata(tmp_path / "s.csv", tmp_path / "m.csv").scored.values()
+    assert scored.patients == ["P1", "P1", "P2"]
+    table.assign(patient=["", " ", "P2"]).to_csv(tmp_path / "m.csv", index=False)
+    with pytest.raises(DataError, match="2 rows have an empty 'patient'"):
+        join_metadata(tmp_path / "s.csv", tmp_path / "m.csv")
