@@ -3,8 +3,10 @@
 Unusual:
 - Bits outside of BitsStored, which may hold overlays, are dropped here, however pixels are stored.
 - Padding (PixelPaddingValue, and all up to PixelPaddingRangeLimit) becomes air, wherever its value lies: everywhere if
-  that is no more than air, or if no other voxel of the scan comes within `_TISSUE_HU` of it. Else tissue has that value
-  too, and only what runs in from the edges of a slice with all four corners of it is padding.
+  that is no more than air, or more than any CT has. Between these it is padding only where it surrounds the scan, since
+  tissue and saturated metal may have its value too: what hangs together with a corner of a slice; and if other voxels
+  of the scan come within `_TISSUE_HU` of it, only what runs in straight from the edges of a slice with four such
+  corners.
 
 Source: DICOM PS3.3 (C.7.6.3, C.7.5.1.1.2), PS3.5 (A).
 """
@@ -17,7 +19,7 @@ import numpy as np
 from .byte_sources_medct import ByteSource
 from .dicom_elements_medct import Elements
 from .dicom_frames_medct import AGAIN, DEFLATED, EXPLICIT_BIG, EXPLICIT_LITTLE, UNCOMPRESSED, Frames, stored_pixels
-from .volume_medct import AIR_HU, MAX_VOXELS, VolumeError
+from .volume_medct import AIR_HU, HIGHEST_HU, MAX_VOXELS, VolumeError
 
 _TISSUE_HU = 100
 """How near other voxels must come to a padding value for it to be one that tissue has."""
@@ -158,14 +160,26 @@ def _clear_padding(hu: np.ndarray, slices: list[Slice]) -> list[str]:
     """Air instead of padding that lies above it, in place, by the rule at the top of this file."""
     ranges = [one.padding_hu for one in slices]
     padded = [(hu[k], *found) for k, found in enumerate(ranges) if found is not None and found[1] > AIR_HU]
-    is_tissue, is_remarkable = any(_is_used(*one) for one in padded), False
+    is_tissue, cleared, is_kept = any(_is_used(*one) for one in padded), 0, False
     for values, lowest, highest in padded:
-        outside = (values >= lowest) & (values <= highest)
-        is_remarkable |= is_tissue and bool(outside.any())
-        values[_from_edges(outside) if is_tissue else outside] = AIR_HU
-    if not is_remarkable:
-        return []
-    return ["tissue has the value of its padding: taken for padding only where it surrounds the scan"]
+        found = (values >= lowest) & (values <= highest)
+        around = _from_edges(found) if is_tissue else _from_corners(found)
+        beyond = found & ~around & (values > HIGHEST_HU)
+        cleared += int(np.count_nonzero(beyond))
+        is_kept |= bool((found if is_tissue else found & ~around & ~beyond).any())
+        values[around | beyond] = AIR_HU
+    return _remarks_on_padding(is_kept, cleared)
+
+
+def _remarks_on_padding(is_kept: bool, cleared: int) -> list[str]:
+    notes = []
+    if is_kept:
+        notes.append(
+            "tissue has the value of its padding, or metal: taken for padding only where it surrounds the scan"
+        )
+    if cleared:
+        notes.append(f"{cleared} voxels within the scan have the value of its padding: set to {AIR_HU} HU")
+    return notes
 
 
 def _is_used(hu: np.ndarray, lowest: float, highest: float) -> bool:
@@ -181,6 +195,27 @@ def _from_edges(mask: np.ndarray) -> np.ndarray:
     runs = np.logical_and.accumulate
     found = runs(mask, axis=0) | runs(mask[::-1], axis=0)[::-1]
     return found | runs(mask, axis=1) | runs(mask[:, ::-1], axis=1)[:, ::-1]
+
+
+def _from_corners(mask: np.ndarray) -> np.ndarray:
+    """What of a mask `(row, column)` hangs together with a corner, side by side."""
+    found, corners = np.zeros_like(mask), np.ix_((0, -1), (0, -1))
+    found[corners] = mask[corners]
+    rows, columns, count = _runs_of(mask), _runs_of(mask.T).T, 0
+    while np.count_nonzero(found) > count:
+        count = np.count_nonzero(found)
+        for runs in (rows, columns):
+            reached = np.zeros(runs.max() + 1, bool)
+            reached[runs[found]] = True
+            found = reached[runs] & mask
+    return found
+
+
+def _runs_of(mask: np.ndarray) -> np.ndarray:
+    """The number of the run along its row for each pixel of a mask `(row, column)`, different in every row."""
+    starts = mask.copy()
+    starts[:, 1:] &= ~mask[:, :-1]
+    return np.cumsum(starts).reshape(mask.shape)
 
 
 def _check_pixel_bytes(one: Slice) -> None:

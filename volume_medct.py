@@ -37,6 +37,8 @@ MAX_VOXELS = 2**31
 SPACING_DECIMALS = 6
 """Of a spacing in mm, what is more than the noise of float32 and of short decimals: 0.7 mm arrives as 0.69999999."""
 AIR_HU = -1000
+HIGHEST_HU = 30710
+"""The end of the extended scale, on which metal is ten times the usual 3071 HU."""
 _NO_AIR_HU = -500
 _USUAL_SHAPE = (512, 512, 512)
 # What the letters of an orientation mean in the world space of an affine, RAS+: (axis, direction).
