@@ -2,6 +2,8 @@
 
 Unusual:
 - Bits outside of BitsStored, which may hold overlays, are dropped here, however pixels are stored.
+- Where the header does not say which bits of a pixel count, or whether it has a sign, a slice is read if its pixels are
+  the same numbers either way.
 - Padding (PixelPaddingValue, and all up to PixelPaddingRangeLimit) becomes air, wherever its value lies: everywhere if
   that is no more than air, or more than any CT has. Between these it is padding only where it surrounds the scan, since
   tissue and saturated metal may have its value too: what hangs together with a corner of a slice; and if other voxels
@@ -21,6 +23,8 @@ from .dicom_elements_medct import Elements
 from .dicom_frames_medct import AGAIN, DEFLATED, EXPLICIT_BIG, EXPLICIT_LITTLE, UNCOMPRESSED, Frames, stored_pixels
 from .volume_medct import AIR_HU, HIGHEST_HU, MAX_VOXELS, VolumeError
 
+_LEAST_BITS = 12
+"""Of a pixel of CT."""
 _TISSUE_HU = 100
 """How near other voxels must come to a padding value for it to be one that tissue has."""
 
@@ -32,6 +36,8 @@ class PixelLayout(Frames):
     high_bit: int
     padding: tuple[int, int] | None
     """Lowest and highest stored value that is not part of the scan."""
+    missing: tuple[str, ...]
+    """Attributes that say what a pixel is, and that the header lacks."""
 
 
 @dataclass(frozen=True)
@@ -86,8 +92,9 @@ def layout_of(header: Elements, offset: int) -> PixelLayout:
     Raises:
         ValueError: If the header is damaged.
     """
-    bits_stored, bits_allocated = int(header.get("BitsStored") or 16), int(header.get("BitsAllocated") or 16)
-    high_bit, is_signed = header.get("HighBit"), int(header.get("PixelRepresentation") or 0) == 1
+    bits_allocated, sign = int(header.get("BitsAllocated") or 16), header.get("PixelRepresentation")
+    bits_stored, high_bit, missing = _bits_of(header, bits_allocated)
+    is_signed = sign == 1
     _, is_little = header.original_encoding
     return PixelLayout(
         syntax=str(header.file_meta.get("TransferSyntaxUID") or (EXPLICIT_LITTLE if is_little else EXPLICIT_BIG)),
@@ -99,9 +106,20 @@ def layout_of(header: Elements, offset: int) -> PixelLayout:
         is_little=is_little,
         offset=offset,
         table=header.get("ExtendedOffsetTable"),
-        high_bit=bits_stored - 1 if high_bit is None else int(high_bit),
+        high_bit=high_bit,
         padding=_padding_of(header, bits_allocated, is_signed),
+        missing=missing if sign in (0, 1) else (*missing, "PixelRepresentation"),
     )
+
+
+def _bits_of(header: Elements, bits_allocated: int) -> tuple[int, int, tuple[str, ...]]:
+    """BitsStored, HighBit, and which of them is assumed because neither says it; each follows from the other."""
+    bits_stored, high_bit = int(header.get("BitsStored") or 0), header.get("HighBit")
+    if bits_stored:
+        return (bits_stored, bits_stored - 1, ("HighBit",)) if high_bit is None else (bits_stored, int(high_bit), ())
+    if high_bit is not None and int(high_bit) + 1 >= min(_LEAST_BITS, bits_allocated):
+        return int(high_bit) + 1, int(high_bit), ()
+    return bits_allocated, bits_allocated - 1, ("BitsStored",)
 
 
 def _padding_of(header: Elements, bits: int, is_signed: bool) -> tuple[int, int] | None:
@@ -237,6 +255,8 @@ def hu_of(one: Slice, cache: dict[ByteSource, Any]) -> np.ndarray:
     try:
         words = stored_pixels(one.file, one.pixels, one.frame or 0, cache)
         stored = _used_bits(words, one)
+        if one.pixels.missing:
+            _check_no_choice(words, one)
     except VolumeError:
         raise
     except Exception as error:  # of many kinds
@@ -260,13 +280,36 @@ def _used_bits(words: np.ndarray, one: Slice) -> np.ndarray:
     high_bit, bits = min(one.pixels.high_bit, width - 1), min(one.pixels.bits_stored, width)
     if bits == width:
         return words
-    # Some scanners keep overlays in the unused bits; shifting up and down drops them and restores the sign.
-    lowest = (words << (width - bits)) >> (width - bits)
+    # Some scanners keep overlays in the unused bits.
+    lowest = _lowest_bits(words, bits)
     if high_bit == bits - 1 or np.array_equal(lowest, words):  # a HighBit of 15 is often wrong
         return lowest
     if high_bit < bits or (words & ((1 << (high_bit + 1 - bits)) - 1)).any():
         raise VolumeError(one.name, "its pixels do not lie where its HighBit says", AGAIN)
     return (words << (width - 1 - high_bit)) >> (width - bits)
+
+
+def _lowest_bits(words: np.ndarray, bits: int) -> np.ndarray:
+    """So many bits of pixels: shifting up and down drops the others and restores the sign."""
+    unused = 8 * words.dtype.itemsize - bits
+    return (words << unused) >> unused if unused else words
+
+
+def _check_no_choice(words: np.ndarray, one: Slice) -> None:
+    """Refuse pixels that may be other numbers than those read, since the header does not say what they are."""
+    pixels = one.pixels
+    least = min(_LEAST_BITS if "BitsStored" in pixels.missing else pixels.bits_stored, 8 * words.dtype.itemsize)
+    lowest = _lowest_bits(words, least)
+    if pixels.missing[0] != "PixelRepresentation" and not np.array_equal(lowest, words):
+        raise _undescribed(one.name, pixels.missing[0], "which bits of its pixels count")
+    # A compressed pixel may have its sign below the bits in use, in a stream of fewer bits.
+    sign = least if pixels.syntax in UNCOMPRESSED else min(least, _LEAST_BITS)
+    if "PixelRepresentation" in pixels.missing and (lowest >= 1 << (sign - 1)).any():
+        raise _undescribed(one.name, "PixelRepresentation", "whether its pixels have a sign")
+
+
+def _undescribed(name: str, attribute: str, what: str) -> VolumeError:
+    return VolumeError(name, f"it has no {attribute}, so it is not known {what}", "Export it with that attribute")
 
 
 def _scaled(stored: np.ndarray, slope: float, intercept: float) -> np.ndarray:

@@ -3,7 +3,8 @@
 Rules for values, in one place. Stored values become HU exactly once (`slope * stored + intercept`), and then
 - refused: NaN or infinite values; values that all lie within -1..1 (scaled for some network, or a mask);
 - remarked on (`VolumeWarning`, `CTVolume.notes`): all values within 0..255 (a picture already windowed, or labels); no
-  air, that is nothing below -500 HU (another modality, another unit, or a scan not rescaled).
+  air, that is nothing below -500 HU (another modality, another unit, or a scan not rescaled); values above 30710 HU
+  (padding, or signed values read as unsigned ones).
 A volume of one single value is not judged, since nothing can be told from it.
 
 Rules for space, the same for all formats. An affine is finite and not singular, its spacings are positive, and no axis
@@ -258,9 +259,12 @@ def check_values(volume: CTVolume) -> tuple[str, ...]:
         )
     if lowest >= 0 and highest <= 255:
         return (f"its values lie within {lowest:g}..{highest:g}: a windowed picture or labels rather than HU",)
+    notes = []
     if lowest > _NO_AIR_HU:
-        return (f"it holds no air (its lowest value is {lowest:g}): perhaps not rescaled, or no CT",)
-    return ()
+        notes.append(f"it holds no air (its lowest value is {lowest:g}): perhaps not rescaled, or no CT")
+    if highest > HIGHEST_HU:
+        notes.append(f"its highest value is {highest:g}, more than any CT has: padding, or values that lost their sign")
+    return tuple(notes)
 
 
 def check_affine(source: str, affine: np.ndarray) -> None:
