@@ -10,7 +10,7 @@ Source: DICOM PS3.5 (6.2, 7), PS3.10 (7.1).
 import io
 import struct
 from collections.abc import Iterator
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 try:
     from pydicom import datadict
@@ -179,7 +179,9 @@ def _read_element(
     if not is_implicit and _is_kind(head[4:6]):
         kind = head[4:6].decode()
         length = int.from_bytes(_exactly(stream, 4) if head[4:6] in _LONG else head[6:], order)
-    if length == _UNDEFINED:
+    if length == _UNDEFINED and (tag in _PIXELS or kind in ("OB", "OW")):
+        _skip_fragments(stream, order)  # of a compressed icon
+    elif length == _UNDEFINED:
         # Values of an unknown kind and length are sequences without kinds.
         value = _items_of(stream, None, is_implicit or kind == "UN", is_little, depth)
         raw[tag] = ("SQ", value)
@@ -241,6 +243,19 @@ def _skip(stream: BinaryIO, count: int) -> None:
     for size in _chunks(count):
         if len(stream.read(size)) != size:
             raise EOFError("cut short")
+
+
+def _skip_fragments(stream: BinaryIO, order: Literal["little", "big"]) -> None:
+    """Pass over a compressed image up to its end."""
+    for _ in range(_MAX_ELEMENTS):
+        head = _exactly(stream, 8)
+        tag, length = _tag(head[:4], order == "little"), int.from_bytes(head[4:], order)
+        if tag == _SEQUENCE_END:
+            return
+        if tag != _ITEM or length == _UNDEFINED:
+            raise ValueError("no fragment of an image")
+        _skip(stream, length)
+    raise ValueError("too many fragments")
 
 
 def _chunks(count: int) -> Iterator[int]:
