@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from .byte_sources_medct import ByteSource, base_name, of_path
+from .byte_sources_medct import GZIP_MAGIC, ByteSource, base_name, inflated_head, of_path
 from .dicom_elements_medct import INSTALL, Elements, name_of_uid, read_data_set, read_meta
 from .dicom_frames_medct import AGAIN, DEFLATED, EXPLICIT_BIG, inflated_header, warm_up_for
 from .dicom_geometry_medct import check_alike, order, to_grid
@@ -172,7 +172,9 @@ def _place_and_suffix(file: ByteSource) -> tuple[str, str]:
 
 
 def _check_other(file: ByteSource, names: set[tuple[str, str]]) -> None:
-    """Refuse what is not a DICOM file and lies in the place of one, which its name or its emptiness shows."""
+    """Refuse what is not a DICOM file and lies in the place of one, which its name, content or emptiness shows."""
+    if file.head(len(GZIP_MAGIC)) == GZIP_MAGIC and is_dicom(inflated_head(file, _HEAD_BYTES)):
+        raise VolumeError(file.name, "it is a DICOM file in gzip, which may be a slice", "Unpack it (gunzip)")
     what, remedy = what_is(file) or (None, AGAIN)
     name = _place_and_suffix(file)
     is_alike = name in names and (what is None or remedy in STANDS_FOR_A_FILE)
