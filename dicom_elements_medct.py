@@ -69,7 +69,7 @@ class Elements:
             return default
         kind, value = self._raw[tag]
         if kind in ("", "UN"):
-            kind = _known_kind(tag)
+            kind = kind_of(tag)
             if kind == "US or SS":  # of pixel values
                 kind = "SS" if self.get("PixelRepresentation") == 1 else "US"
         if kind == "SQ":
@@ -92,7 +92,7 @@ class Elements:
             ValueError, EOFError: If one is damaged.
         """
         for tag, (kind, _) in list(self._raw.items()):
-            if kind == "SQ" or (kind in ("", "UN") and _known_kind(tag) == "SQ"):
+            if kind == "SQ" or (kind in ("", "UN") and kind_of(tag) == "SQ"):
                 yield self.get(datadict.keyword_for_tag(tag)) or []
 
 
@@ -185,14 +185,15 @@ def _read_element(
         # Values of an unknown kind and length are sequences without kinds.
         value = _items_of(stream, None, is_implicit or kind == "UN", is_little, depth)
         raw[tag] = ("SQ", value)
-    elif length > _MAX_VALUE_BYTES and kind != "SQ" and (kind or _known_kind(tag) != "SQ"):
+    elif length > _MAX_VALUE_BYTES and kind != "SQ" and (kind or kind_of(tag) != "SQ"):
         _skip(stream, length)
     else:
         raw[tag] = (kind, _exactly(stream, length))
     return tag
 
 
-def _known_kind(tag: int) -> str:
+def kind_of(tag: int) -> str:
+    """The value representation of an attribute in the dictionary; UN if it is not there."""
     try:
         return datadict.dictionary_VR(tag)
     except KeyError:
@@ -294,4 +295,4 @@ def _integer(text: str) -> int | None:
     return int(number)
 
 
-__all__ = ["INSTALL", "Elements", "name_of_uid", "read_data_set", "read_meta"]
+__all__ = ["INSTALL", "Elements", "kind_of", "name_of_uid", "read_data_set", "read_meta"]

@@ -64,6 +64,11 @@ class Slice:
         return name_of(self.file, self.frame)
 
     @property
+    def instance_number(self) -> Any:
+        """As the header has it: a number, if it is sound."""
+        return self.told[-1]
+
+    @property
     def padding_hu(self) -> tuple[float, float] | None:
         """Lowest and highest padding, HU."""
         if self.pixels.padding is None:
