@@ -59,6 +59,8 @@ _FIRST_GROUPS = (b"\x02\x00", b"\x08\x00")
 _DECIMALS = (0x00200032, 0x00200037, 0x00280030, 0x00281052, 0x00281053, 0x00180050, 0x00180088)
 """Position, orientation, spacing, intercept, slope, thickness and step."""
 _AIR_HU_RANGE = (-1100, -900)
+_MOST_MM = 1e6
+"""Of a position or spacing; numbers beyond it overflow where they are multiplied."""
 _LEAST_AIR = 0.01
 """Share of voxels in that range which shows that values without a unit are HU; of a chest it is far more."""
 
@@ -294,8 +296,8 @@ def _slice(
         if found is None:
             raise VolumeError(name, f"it has no {attribute}", "Export the series with its geometry")
         array = np.array(found, dtype=float).reshape(-1)
-        if array.shape != (count,) or not np.isfinite(array).all():
-            raise VolumeError(name, f"its {attribute} is not a list of {count} numbers", AGAIN)
+        if array.shape != (count,) or not (np.abs(array) < _MOST_MM).all():
+            raise VolumeError(name, f"its {attribute} is not a list of {count} numbers below {_MOST_MM:g}", AGAIN)
         return array
 
     try:

@@ -191,8 +191,9 @@ def rescale_to_hu(array: np.ndarray, slope: float, intercept: float) -> np.ndarr
             hu += np.array(int(intercept)).astype(np.int16)
             return hu
     hu = np.empty_like(array, np.float32)
-    np.multiply(array, np.float32(slope), out=hu, casting="unsafe")
-    hu += np.float32(intercept)
+    with np.errstate(over="ignore", invalid="ignore"):  # what overflows is infinite, which `check_values` refuses
+        np.multiply(array, np.float32(slope), out=hu, casting="unsafe")
+        hu += np.float32(intercept)
     return hu
 
 
