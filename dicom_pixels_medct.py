@@ -222,16 +222,21 @@ def _from_edges(mask: np.ndarray) -> np.ndarray:
 
 def _from_corners(mask: np.ndarray) -> np.ndarray:
     """What of a mask `(row, column)` hangs together with a corner, side by side."""
-    found, corners = np.zeros_like(mask), np.ix_((0, -1), (0, -1))
-    found[corners] = mask[corners]
-    rows, columns, count = _runs_of(mask), _runs_of(mask.T).T, 0
-    while np.count_nonzero(found) > count:
-        count = np.count_nonzero(found)
-        for runs in (rows, columns):
+    result, corners = np.zeros_like(mask), np.ix_((0, -1), (0, -1))
+    result[corners] = mask[corners]
+    if not result.any():
+        return result
+    found = result[mask]
+    lines = _runs_of(mask)[mask], _runs_of(mask.T).T[mask]
+    before, count = 0, np.count_nonzero(found)
+    while before < count < len(found):
+        for runs in lines:
             reached = np.zeros(runs.max() + 1, bool)
             reached[runs[found]] = True
-            found = reached[runs] & mask
-    return found
+            found = reached[runs]
+        before, count = count, np.count_nonzero(found)
+    result[mask] = found
+    return result
 
 
 def _runs_of(mask: np.ndarray) -> np.ndarray:
