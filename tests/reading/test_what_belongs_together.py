@@ -160,6 +160,23 @@ def test_what_lies_in_the_place_of_a_slice_is_never_left_out(kind, suffix, tmp_p
     assert SECRET not in str(refused.value)
 
 
+@pytest.mark.parametrize("name", ["{}.dcm.gz", "{}.dcm", "slice-{}", "elsewhere/{}.bin"])
+@pytest.mark.parametrize("which", [[0], [3], [5], range(6)])
+@pytest.mark.parametrize("is_bare", [False, True])
+def test_slices_in_gzip_are_never_left_out(which, name, is_bare, tmp_path):
+    files = sorted(write_series(tmp_path, HU).iterdir())
+    for path in (files[k] for k in which):
+        start = 144 + pydicom.dcmread(path).file_meta.FileMetaInformationGroupLength if is_bare else 0
+        packed = tmp_path / name.format(path.stem)
+        packed.parent.mkdir(exist_ok=True)
+        raw = path.read_bytes()[start:]
+        path.unlink()
+        packed.write_bytes(gzip.compress(raw))
+    with pytest.raises(VolumeError, match="it is a DICOM file in gzip, which may be a slice") as refused:
+        read_volume(tmp_path)
+    assert "Unpack" in refused.value.remedy
+
+
 @pytest.mark.parametrize(
     "name", ["readme.txt", "report.pdf", "VIEWER.EXE", "autorun.inf", "index.html", "a.jpg", "x.json"]
 )
