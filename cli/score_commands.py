@@ -6,7 +6,7 @@ import functools
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from medct.data.loader import StudyLoader
 from medct.data.sources import why_skipped
 from medct.evaluation.calibration import fit_calibration
 from medct.evaluation.figures import Scores, source_figures
-from medct.evaluation.operating_points import YOUDEN, Points, choose_points, wanted_points
+from medct.evaluation.operating_points import YOUDEN, Points, choose_points, remark_on_points, wanted_points
 from medct.evaluation.predictions import (
     Key,
     Predictions,
@@ -192,7 +192,10 @@ def _evaluate(args: argparse.Namespace, recorded: Mapping[str, Any] | None) -> i
         "prompts": {name: version.asks for name, version in versions.items()},
         "sources": sources,
         "table": evaluation_report(sources, names),
-        "remarks": [remark for about in sources for remark in _remarks(about)],
+        "remarks": [
+            *([] if args.tune_on is None else _on_points(next(iter(brought.values()))[0], names)),
+            *(remark for about in sources for remark in _remarks(about)),
+        ],
         "provenance": provenance(
             settings_of(args),
             {name: version.about for name, version in versions.items()},
@@ -408,6 +411,10 @@ def figures_of(models: Mapping[str, Scores], what: str, **options: int) -> dict[
         return source_figures(models, next(iter(models.values())).scored.names, **options)
     except ValueError as error:
         raise CommandError(f"{what}: {error}") from error
+
+
+def _on_points(points: Points, names: Sequence[str]) -> list[str]:
+    return remark_on_points([name for name in names if name not in points.get(YOUDEN, {})], names)
 
 
 def _remarks(about: Mapping[str, Any]) -> Iterator[str]:
