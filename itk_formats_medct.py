@@ -14,6 +14,7 @@ import math
 import os
 import re
 import zlib
+from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -79,6 +80,7 @@ _NRRD_SPACES = {
         f"{x}-{y}-{z}" for x in ("left", "right") for y in ("anterior", "posterior") for z in ("superior", "inferior")
     )
 }
+_NRRD_DATA_FILE = ("data file", "datafile")
 _TEXTS = ("text", "txt", "ascii")
 _NRRD_SPACES |= {letters.lower(): letters for letters in _NRRD_SPACES.values()}
 
@@ -148,7 +150,7 @@ def read_nrrd(source: ByteSource, find: Finder, rescale: bool = False) -> CTVolu
         shape, dtype, encoding = _nrrd_layout(source, fields)
         affine, notes = _nrrd_affine(source, fields)
         _check_quantized(source, fields, dtype, rescale)
-        name = fields.get("data file", fields.get("datafile"))
+        name = next((fields[key] for key in _NRRD_DATA_FILE if key in fields), None)
         if name is None:
             return CTVolume(_nrrd_voxels(source, file, fields, shape, dtype, encoding), affine, source.name, notes)
         voxels = _detached(source, find, name)
@@ -183,14 +185,20 @@ def _bad_numbers(source: ByteSource, field: str, text: str) -> VolumeError:
     return VolumeError(source.name, f"its {field} holds no numbers as they should be", _AGAIN)
 
 
-def _lines(source: ByteSource, file: BinaryIO):
-    """Lines of a text header; bounded, since a damaged one may hold no end."""
+def _lines(source: ByteSource, file: BinaryIO) -> Iterator[str]:
+    """Lines of a text header, to the end of the file at most; bounded, since a damaged one may hold no end."""
     for _ in range(10_000):
         line = file.readline(_MAX_HEADER_BYTES)
-        if not line.endswith(b"\n") or file.tell() > _MAX_HEADER_BYTES:
-            raise VolumeError(source.name, "its header has no end", _AGAIN)
+        if file.tell() > _MAX_HEADER_BYTES:
+            break
+        if not line:
+            return
         yield line.decode("latin-1").rstrip("\r\n")
-    raise VolumeError(source.name, "its header has no end", _AGAIN)
+    raise _endless(source)
+
+
+def _endless(source: ByteSource) -> VolumeError:
+    return VolumeError(source.name, "its header has no end", _AGAIN)
 
 
 def _nrrd_fields(source: ByteSource, file: BinaryIO) -> dict[str, str]:
@@ -201,9 +209,11 @@ def _nrrd_fields(source: ByteSource, file: BinaryIO) -> dict[str, str]:
         name, colon, value = line.partition(":")
         if colon and not line.startswith("#") and not value.startswith("="):
             fields[name.strip().lower()] = value.strip()
-        if name.lower() in ("data file", "datafile") and value.split()[:1] == ["LIST"]:
-            break
-    raise VolumeError(source.name, "its voxels are spread over a list of files", "Write it as one .nrrd file")
+        if name.lower() in _NRRD_DATA_FILE and value.split()[:1] == ["LIST"]:
+            raise VolumeError(source.name, "its voxels are spread over a list of files", "Write it as one .nrrd file")
+    if not set(_NRRD_DATA_FILE) & set(fields):
+        raise _endless(source)
+    return fields  # where the voxels lie in another file, this one may end with its last field
 
 
 def _nrrd_layout(source: ByteSource, fields: dict[str, str]) -> tuple[tuple[int, ...], np.dtype, str]:
@@ -259,7 +269,10 @@ def _unit(source: ByteSource, unit: str) -> tuple[float, tuple[str, ...]]:
 
 
 def _vector(text: str) -> list[float]:
-    return [float(word) for word in text.strip().strip("()").split(",")]
+    text = text.strip()
+    if not (text.startswith("(") and text.endswith(")")):  # a header that was cut in the middle of a number
+        raise ValueError("no vector")
+    return [float(word) for word in text[1:-1].split(",")]
 
 
 def _nrrd_voxels(
@@ -352,6 +365,8 @@ def read_metaimage(source: ByteSource, find: Finder, rescale: bool = False) -> C
             fields[name.strip()] = value[0].strip() if value else ""
             if name.strip() == "ElementDataFile":
                 break
+        else:
+            raise _endless(source)
         shape, dtype = _meta_layout(source, fields)
         affine, notes = _meta_affine(source, fields)
         scale, more = _meta_scale(source, fields, rescale)
