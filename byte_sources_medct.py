@@ -344,7 +344,9 @@ def check_promise(source: ByteSource, promised: int, compressed: bool) -> None:
         )
 
 
-def read_array(source: ByteSource, stream: BinaryIO, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+def read_array(
+    source: ByteSource, stream: BinaryIO, shape: tuple[int, ...], dtype: np.dtype, is_alone: bool = False
+) -> np.ndarray:
     """Exactly one array in Fortran order, straight into its memory, then the end of the stream.
 
     Args:
@@ -352,6 +354,8 @@ def read_array(source: ByteSource, stream: BinaryIO, shape: tuple[int, ...], dty
         stream: Stands at the first voxel. Reading it to its end is what verifies a checksum.
         shape: Of the array.
         dtype: As stored.
+        is_alone: Whether the stream holds these voxels and nothing else, so that any other length is that of other
+            voxels. Else less than a slice may follow them, since programs pad their files.
 
     Returns:
         The array, in the machine's byte order.
@@ -368,13 +372,7 @@ def read_array(source: ByteSource, stream: BinaryIO, shape: tuple[int, ...], dty
                     "Copy or download the file again",
                 )
             unread = unread[count:]
-        rest = 0
-        while chunk := stream.read(2**20):
-            rest += len(chunk)
-            if rest > _MAX_REST_BYTES:
-                raise VolumeError(
-                    source.name, f"more than {_MAX_REST_BYTES} bytes follow its voxels", "Check how it was written"
-                )
+        _read_rest(source, stream, array.nbytes, 0 if is_alone else array.nbytes // shape[-1] - 1)
     except VolumeError:
         raise
     except MemoryError as error:
@@ -386,6 +384,19 @@ def read_array(source: ByteSource, stream: BinaryIO, shape: tuple[int, ...], dty
             source.name, f"the {_stream_kind(stream)} stream is damaged ({error})", "Copy or download the file again"
         ) from error
     return array if array.dtype.isnative else array.byteswap(inplace=True).view(array.dtype.newbyteorder("="))
+
+
+def _read_rest(source: ByteSource, stream: BinaryIO, promised: int, most: int) -> None:
+    """Read a stream to its end, and refuse it where more follows the voxels than `most` bytes."""
+    rest = 0
+    while chunk := stream.read(2**20):
+        rest += len(chunk)
+        if rest > min(most, _MAX_REST_BYTES):
+            raise VolumeError(
+                source.name,
+                f"it holds more than the {promised} bytes of voxels that its header promises",
+                "Correct the type or the shape in the header, or write the file again",
+            )
 
 
 def _stream_kind(stream: BinaryIO) -> str:

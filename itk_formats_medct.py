@@ -155,7 +155,8 @@ def read_nrrd(source: ByteSource, find: Finder, rescale: bool = False) -> CTVolu
             return CTVolume(_nrrd_voxels(source, file, fields, shape, dtype, encoding), affine, source.name, notes)
         voxels = _detached(source, find, name)
         with voxels.open() as file:
-            return CTVolume(_nrrd_voxels(voxels, file, fields, shape, dtype, encoding), affine, source.name, notes)
+            array = _nrrd_voxels(voxels, file, fields, shape, dtype, encoding, is_detached=True)
+            return CTVolume(array, affine, source.name, notes)
 
 
 def _check_quantized(source: ByteSource, fields: dict[str, str], dtype: np.dtype, rescale: bool) -> None:
@@ -276,8 +277,15 @@ def _vector(text: str) -> list[float]:
 
 
 def _nrrd_voxels(
-    source: ByteSource, file: BinaryIO, fields: dict[str, str], shape: tuple[int, ...], dtype: np.dtype, encoding: str
+    source: ByteSource,
+    file: BinaryIO,
+    fields: dict[str, str],
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    encoding: str,
+    is_detached: bool = False,
 ) -> np.ndarray:
+    """Voxels from where a header stands, or from a file of their own."""
     promised = math.prod(shape) * dtype.itemsize
     is_text = encoding in (*_TEXTS, "hex")
     if not is_text:
@@ -287,6 +295,7 @@ def _nrrd_voxels(
         byte_skip = int(fields.get("byte skip", fields.get("byteskip", "0")))
     except ValueError as error:
         raise VolumeError(source.name, "its NRRD header is damaged", _AGAIN) from error
+    is_alone = is_detached and line_skip == byte_skip == 0
     for _, _line in zip(range(line_skip), file, strict=False):
         pass
     if encoding == "raw" and byte_skip == -1:
@@ -303,7 +312,7 @@ def _nrrd_voxels(
     _skip_bytes(source, file, byte_skip)  # of what is inflated, as the format has it
     if encoding == "hex":
         return _hex_voxels(source, file, shape, dtype)
-    return _text_voxels(source, file, shape, dtype) if is_text else read_array(source, file, shape, dtype)
+    return _text_voxels(source, file, shape, dtype) if is_text else read_array(source, file, shape, dtype, is_alone)
 
 
 def _skip_bytes(source: ByteSource, file: BinaryIO, count: int) -> None:
@@ -376,7 +385,7 @@ def read_metaimage(source: ByteSource, find: Finder, rescale: bool = False) -> C
         else:
             voxels = _detached(source, find, name)
             with voxels.open() as file:
-                array = _meta_voxels(voxels, file, fields, shape, dtype, is_alone=True)
+                array = _meta_voxels(voxels, file, fields, shape, dtype, is_detached=True)
     return CTVolume(rescale_to_hu(array, *scale), affine, source.name, (*notes, *more))
 
 
@@ -456,7 +465,7 @@ def _meta_voxels(
     fields: dict[str, str],
     shape: tuple[int, ...],
     dtype: np.dtype,
-    is_alone: bool = False,
+    is_detached: bool = False,
 ) -> np.ndarray:
     """Voxels from where a header stands, or from a file of their own."""
     if not _is_true(fields, "BinaryData", default="True"):
@@ -473,13 +482,8 @@ def _meta_voxels(
         file.seek(header_size)
     elif header_size == -1 and 0 < stored <= source.size:
         file.seek(source.size - stored)
-    elif is_alone and not compressed and source.size != promised:
-        raise VolumeError(
-            source.name,
-            f"it holds {source.size} bytes, and its header promises {promised} of voxels",
-            "Correct the header; HeaderSize = -1 takes the voxels from the end",
-        )
-    return read_array(source, ZlibFile(file) if compressed else file, shape, dtype)
+    is_alone = is_detached and header_size <= 0
+    return read_array(source, ZlibFile(file) if compressed else file, shape, dtype, is_alone)
 
 
 def _detached(source: ByteSource, find: Finder, name: str) -> ByteSource:

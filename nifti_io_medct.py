@@ -85,7 +85,7 @@ def _read_voxels(
 ) -> np.ndarray:
     check_promise(source, math.prod(shape) * dtype.itemsize, compressed=stream is not file)
     _skip(source, stream, skip)
-    return read_array(source, stream, shape, dtype)
+    return read_array(source, stream, shape, dtype, is_alone=skip == 0)
 
 
 def _is_pair(header: Any) -> bool:

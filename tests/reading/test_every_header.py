@@ -205,7 +205,7 @@ def test_metaimage_beyond_itk(changes, data, array, factor, remark, tmp_path):
         ({"Offset": "1,5 2 3"}, "Offset is written with decimal commas"),
         ({"ElementDataFile": "LIST"}, "lie in other files"),
         ({"ElementDataFile": "s%02d.raw 0 6 1"}, "lie in other files"),
-        ({"ElementDataFile": "long.raw"}, "430 bytes, and its header promises 420"),
+        ({"ElementDataFile": "long.raw"}, "more than the 420 bytes of voxels that its header promises"),
         ({"HeaderSize": "x"}, "header is damaged"),
     ],
 )
@@ -392,3 +392,66 @@ def test_nifti_pairs(image_class, tmp_path):
     (tmp_path / "scan.img").unlink()
     with pytest.raises(VolumeError, match=r"second file \(.img\)"):
         read_volume(tmp_path / "scan.hdr")
+
+
+def nifti_file(folder, data: bytes, suffix="nii"):
+    """A single file of ARRAY's header and any voxels."""
+    image = nibabel.Nifti1Image(ARRAY, np.diag([-0.7, -0.8, 2.5, 1]))
+    whole = image.to_bytes()[:352] + data
+    path = folder / f"scan.{suffix}"
+    path.write_bytes(gzip.compress(whole) if suffix.endswith("gz") else whole)
+    return path
+
+
+def nifti_pair(folder, data: bytes, suffix="img"):
+    nibabel.Nifti1Pair(ARRAY, np.diag([-0.7, -0.8, 2.5, 1])).to_filename(folder / "scan.hdr")
+    (folder / "scan.img").unlink()
+    (folder / f"scan.{suffix}").write_bytes(gzip.compress(data) if suffix.endswith("gz") else data)
+    return folder / "scan.hdr"
+
+
+def detached(write, data: bytes, folder, name: str, **changes):
+    (folder / "scan.raw").write_bytes(data)
+    return write(folder, b"", **{name: "scan.raw"}, **changes)
+
+
+WITH_OTHERS = {
+    "nii": nifti_file,
+    "nii.gz": lambda folder, data: nifti_file(folder, data, "nii.gz"),
+    "nrrd": write_nrrd,
+    "nrrd gzip": lambda folder, data: write_nrrd(folder, gzip.compress(data), encoding="gzip"),
+    "nrrd bzip2": lambda folder, data: write_nrrd(folder, bz2.compress(data), encoding="bzip2"),
+    "nrrd skip": lambda folder, data: detached(write_nrrd, b"12" + data, folder, "data file", **{"byte skip": "2"}),
+    "mha": meta,
+    "mha zlib": lambda folder, data: meta(folder, zlib.compress(data), CompressedData="True"),
+    "mhd skip": lambda folder, data: detached(meta, b"12" + data, folder, "ElementDataFile", HeaderSize="2"),
+}
+ALONE = {
+    "img": nifti_pair,
+    "img.gz": lambda folder, data: nifti_pair(folder, data, "img.gz"),
+    "nhdr": lambda folder, data: detached(write_nrrd, data, folder, "data file"),
+    "nhdr gzip": lambda folder, data: detached(write_nrrd, gzip.compress(data), folder, "data file", encoding="gzip"),
+    "mhd": lambda folder, data: detached(meta, data, folder, "ElementDataFile"),
+    "mhd zlib": lambda folder, data: detached(
+        meta, zlib.compress(data), folder, "ElementDataFile", CompressedData="True"
+    ),
+}
+SLICE_BYTES = 5 * 6 * 2
+
+
+@pytest.mark.parametrize("case", WITH_OTHERS | ALONE)
+@pytest.mark.parametrize("surplus", [0, 1, SLICE_BYTES - 1, SLICE_BYTES, 7 * SLICE_BYTES, 3 * 7 * SLICE_BYTES])
+def test_voxels_that_go_on_are_other_voxels(case, surplus, tmp_path):
+    path = (WITH_OTHERS | ALONE)[case](tmp_path, body() + bytes(surplus))
+    if surplus < (1 if case in ALONE else SLICE_BYTES):
+        assert_is(read_volume(path), origin_mm=read_volume(path).affine[:3, 3] * (-1, -1, 1))
+    else:
+        with pytest.raises(VolumeError, match="more than the 420 bytes of voxels that its header promises"):
+            read_volume(path)
+
+
+@pytest.mark.parametrize("case", WITH_OTHERS | ALONE)
+@pytest.mark.parametrize("dtype", ["i1", "<i4", "<f4", "<f8"])
+def test_a_type_of_another_width_is_refused(case, dtype, tmp_path):
+    with pytest.raises(VolumeError, match=r"bytes of voxels that its header promises|voxels cannot be read"):
+        read_volume((WITH_OTHERS | ALONE)[case](tmp_path, body(dtype)))
