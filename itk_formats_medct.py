@@ -33,6 +33,9 @@ from .volume_medct import (
 _MAX_HEADER_BYTES = 2**20
 _MAX_TEXT_BYTES = 2**26
 _TEXT_PIECE_BYTES = 2**20
+_MAX_NUMBER_BYTES = 32
+_MAX_WHOLE = 2.0**53
+"""Up to which double precision, as which texts are read, holds every whole number."""
 _AGAIN = "Copy or download the file again"
 _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 _NRRD_TYPES = {
@@ -347,7 +350,7 @@ def _text_voxels(source: ByteSource, file: BinaryIO, shape: tuple[int, ...], dty
             end = min(at + _TEXT_PIECE_BYTES, len(text))
             while end < len(text) and not text[end : end + 1].isspace():
                 end += 1
-            piece = np.array(text[at:end].split(), dtype="S32").astype(float)
+            piece = _numbers_of_text(text[at:end], values.dtype)
             values[found : found + len(piece)] = piece
             found, at = found + len(piece), end
         if found != count:
@@ -355,8 +358,24 @@ def _text_voxels(source: ByteSource, file: BinaryIO, shape: tuple[int, ...], dty
         return values.reshape(shape, order="F")
     except (ValueError, OverflowError) as error:
         raise VolumeError(
-            source.name, "its voxels cannot be read (text encoding)", "Write it raw or with gzip"
+            source.name,
+            "its voxels cannot be read (text encoding), or are not all numbers of the type in its header",
+            "Write it raw or with gzip",
         ) from error
+
+
+def _numbers_of_text(text: bytes, dtype: np.dtype) -> np.ndarray:
+    """Numbers as they are written; a ValueError if their type cannot hold them, since a cast would say nothing."""
+    words = text.split()
+    if max(map(len, words), default=0) > _MAX_NUMBER_BYTES:  # numpy would cut it
+        raise ValueError("too long a number")
+    numbers = np.array(words, dtype=f"S{_MAX_NUMBER_BYTES}").astype(float)
+    with np.errstate(all="ignore"):
+        values = numbers.astype(dtype)
+        fits = np.isfinite(values) if dtype.kind == "f" else (values == numbers) & (np.abs(numbers) <= _MAX_WHOLE)
+    if not fits.all():
+        raise ValueError("numbers that are not of their type")
+    return values
 
 
 def read_metaimage(source: ByteSource, find: Finder, rescale: bool = False) -> CTVolume:

@@ -37,6 +37,7 @@ from .itk_formats_medct import is_metaimage, is_nrrd, read_metaimage, read_nrrd
 from .nifti_io_medct import is_nifti, read_nibabel_image, read_nifti
 from .no_scans_medct import what_is
 from .volume_medct import (
+    NO_SECOND_RESCALE,
     CTVolume,
     VolumeError,
     VolumeWarning,
@@ -200,7 +201,7 @@ def _refuse_rescale_of_fixed(name: str, rescale: tuple[float | None, float | Non
         raise VolumeError(
             name,
             "it is of CT-RATE's second version (`_fixed`), whose values are HU already",
-            "Leave out `rescale_slope` and `rescale_intercept`, or HU would be computed twice",
+            NO_SECOND_RESCALE,
         )
 
 

@@ -36,6 +36,8 @@ MAX_VOXELS = 2**31
 
 SPACING_DECIMALS = 6
 """Of a spacing in mm, what is more than the noise of float32 and of short decimals: 0.7 mm arrives as 0.69999999."""
+NO_SECOND_RESCALE = "Leave out `rescale_slope` and `rescale_intercept`, or HU would be computed twice"
+"""The remedy where a header and the caller both rescale."""
 AIR_HU = -1000
 _NO_AIR_HU = -500
 _USUAL_SHAPE = (512, 512, 512)
@@ -204,7 +206,7 @@ def refuse_second_rescale(source: str, slope: float, intercept: float) -> None:
     raise VolumeError(
         source,
         f"its header already rescales (slope {slope}, intercept {intercept})",
-        "Leave out `rescale_slope` and `rescale_intercept`, or HU would be computed twice",
+        NO_SECOND_RESCALE,
     )
 
 

@@ -15,7 +15,7 @@ import pytest
 import SimpleITK
 from scan_files import make_hu
 
-from medct import VolumeError, VolumeWarning, read_volume
+from medct import VolumeError, read_volume
 
 pytestmark = pytest.mark.filterwarnings("ignore::medct.VolumeWarning", "ignore::UserWarning")
 ARRAY = make_hu((5, 6, 7))
@@ -374,14 +374,6 @@ def test_nifti_units_and_forms(unit, factor, qform, sform, tmp_path):
         assert SimpleITK.ReadImage(str(tmp_path / "scan.nii")).GetSpacing() == pytest.approx(SPACING_MM)
 
 
-def test_a_slope_of_zero_is_none(tmp_path):
-    image = nibabel.Nifti1Image(ARRAY, np.diag([-0.7, -0.8, 2.5, 1]))
-    raw = bytearray(image.to_bytes())
-    raw[112:120] = np.array([0, -1024], "<f4").tobytes()
-    with pytest.warns(VolumeWarning, match="its scl_inter of -1024 is not applied"):
-        assert np.array_equal(read_volume(bytes(raw)).array, ARRAY)
-
-
 @pytest.mark.parametrize("image_class", [nibabel.Nifti1Pair, nibabel.Nifti2Pair])
 def test_nifti_pairs(image_class, tmp_path):
     image_class(ARRAY, np.diag([-0.7, -0.8, 2.5, 1])).to_filename(tmp_path / "scan.hdr")
@@ -455,3 +447,85 @@ def test_voxels_that_go_on_are_other_voxels(case, surplus, tmp_path):
 def test_a_type_of_another_width_is_refused(case, dtype, tmp_path):
     with pytest.raises(VolumeError, match=r"bytes of voxels that its header promises|voxels cannot be read"):
         read_volume((WITH_OTHERS | ALONE)[case](tmp_path, body(dtype)))
+
+
+INTEGERS = {"i1": "MET_CHAR", "u1": "MET_UCHAR", "i2": "MET_SHORT", "u2": "MET_USHORT", "i4": "MET_INT"}
+
+
+def in_text(folder, words: list[str], dtype: str):
+    """The same numbers as a MetaImage and as an NRRD file in text."""
+    data = " ".join(words).encode()
+    name = {"f4": "MET_FLOAT"}.get(dtype) or INTEGERS[dtype]
+    yield meta(folder, data, ElementType=name, BinaryData="False")
+    yield write_nrrd(folder, data, type=TYPES[dtype][0], encoding="ascii")
+
+
+@pytest.mark.parametrize("dtype", INTEGERS)
+@pytest.mark.parametrize("beyond", [-1, 0, 1])
+def test_numbers_in_text_that_a_type_can_and_cannot_hold(dtype, beyond, tmp_path):
+    limits = np.iinfo(dtype)
+    for extreme in (int(limits.min) - beyond, int(limits.max) + beyond):
+        words = [str(extreme), *["0"] * (ARRAY.size - 2), "100"]
+        for path in in_text(tmp_path, words, dtype):
+            if beyond <= 0:
+                assert read_volume(path).array[0, 0, 0] == extreme
+            else:
+                with pytest.raises(VolumeError, match="not all numbers of the type in its header"):
+                    read_volume(path)
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+@pytest.mark.parametrize(
+    ("word", "as_short", "as_float"),
+    [
+        ("-1024", -1024, -1024),
+        ("-1024.0", -1024, -1024),
+        ("1e3", 1000, 1000),
+        ("1.5", None, 1.5),
+        ("nan", None, None),
+        ("inf", None, None),
+        ("-inf", None, None),
+        ("1e39", None, None),
+        ("1e999", None, None),
+        ("1." + 40 * "0" + "e3", None, None),
+        ("x", None, None),
+        ("0x10", None, None),
+    ],
+)
+def test_words_of_a_text(word, as_short, as_float, tmp_path):
+    words = [word, *text().decode().split()[1:]]
+    for dtype, expected in (("i2", as_short), ("f4", as_float)):
+        for path in in_text(tmp_path, words, dtype):
+            if expected is None:
+                with pytest.raises(VolumeError, match="text encoding"):
+                    read_volume(path)
+            else:
+                assert read_volume(path).array[0, 0, 0] == expected
+
+
+@pytest.mark.parametrize("image_class", [nibabel.Nifti1Image, nibabel.Nifti2Image])
+def test_where_voxels_of_a_single_file_begin(image_class, tmp_path):
+    """Not in the header, nor in the four bytes after it; 0 stands for right behind them."""
+    image = image_class(ARRAY, np.diag([-0.7, -0.8, 2.5, 1]))
+    raw = image.to_bytes()
+    first = len(raw) - ARRAY.nbytes
+    for offset in (0, 1, first // 2, first - 4, first - 2, first - 1, first, first + 2, first + 16):
+        header = image.header.copy()
+        header["vox_offset"] = offset
+        path = tmp_path / "scan.nii"
+        path.write_bytes(header.binaryblock + bytes(4) + bytes(max(0, offset - first)) + body())
+        if offset == 0 or offset >= first:
+            assert np.array_equal(read_volume(path).array, ARRAY)
+        else:
+            with pytest.raises(VolumeError, match=f"header is damaged.*voxels from byte {offset}"):
+                read_volume(path)
+
+
+@pytest.mark.parametrize("slope", [0, np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("intercept", [0, -1024])
+def test_a_slope_that_is_none_is_remarked_on_where_there_is_an_intercept(slope, intercept):
+    raw = bytearray(nibabel.Nifti1Image(ARRAY, np.diag([-0.7, -0.8, 2.5, 1])).to_bytes())
+    raw[112:120] = np.array([slope, intercept], "<f4").tobytes()
+    volume = read_volume(bytes(raw))
+    assert np.array_equal(volume.array, ARRAY)
+    assert ("its scl_inter of -1024 is not applied" in " ".join(volume.notes)) == (intercept != 0)
