@@ -103,15 +103,19 @@ def of_file_object(file: Any, name: str) -> ByteSource:
     Raises:
         VolumeError: If it cannot be read, is open in text mode, or holds more than `MAX_BYTES`.
     """
-    try:
-        data = file.read(MAX_BYTES + 1)
-    except Exception as error:  # any, of a file object that the caller made
-        raise VolumeError(name, f"it cannot be read ({type(error).__name__})", "Check the file object") from error
-    if not isinstance(data, bytes):
-        raise VolumeError(name, "it is opened as text", 'Open it with mode "rb"')
-    if len(data) > MAX_BYTES:
-        raise VolumeError(name, f"it holds more than {MAX_BYTES} bytes", "Pass a single scan")
-    return of_bytes(data, name)
+    pieces, count = [], 0
+    while count <= MAX_BYTES:  # a raw stream may give less than it is asked for
+        try:
+            piece = file.read(MAX_BYTES + 1 - count)
+        except Exception as error:  # any, of a file object that the caller made
+            raise VolumeError(name, f"it cannot be read ({type(error).__name__})", "Check the file object") from error
+        if not isinstance(piece, bytes):
+            raise VolumeError(name, "it is opened as text", 'Open it with mode "rb"')
+        if not piece:
+            return of_bytes(b"".join(pieces), name)
+        pieces.append(piece)
+        count += len(piece)
+    raise VolumeError(name, f"it holds more than {MAX_BYTES} bytes", "Pass a single scan")
 
 
 def is_address(source: Any) -> bool:

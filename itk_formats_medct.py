@@ -259,7 +259,8 @@ def _nrrd_affine(source: ByteSource, fields: dict[str, str]) -> tuple[np.ndarray
         ) from error
     units = {unit.strip() for unit in fields.get("space units", "").split('"')} - {""}
     unit_mm, notes = _unit(source, units.pop() if len(units) == 1 else "several" if units else "")
-    affine = np.diag([unit_mm, unit_mm, unit_mm, 1.0]) @ affine_from_spacing((1, 1, 1), space) @ affine
+    with np.errstate(all="ignore"):  # what is not finite is refused
+        affine = np.diag([unit_mm, unit_mm, unit_mm, 1.0]) @ affine_from_spacing((1, 1, 1), space) @ affine
     check_affine(source.name, affine)
     return affine, notes
 
@@ -445,10 +446,11 @@ def _meta_affine(source: ByteSource, fields: dict[str, str]) -> tuple[np.ndarray
     spacing_mm = _numbers(source, "ElementSpacing", spacing, 3)
     if not (spacing_mm > 0).all():
         raise VolumeError(source.name, f"its spacing is {tuple(spacing_mm.tolist())} mm", "Correct the header")
-    affine[:3, :3] *= spacing_mm
     affine[:3, 3] = _numbers(source, "Offset", offset, 3)
     unit_mm, more = _unit(source, fields.get("DistanceUnits", ""))
-    affine = np.diag([unit_mm, unit_mm, unit_mm, 1.0]) @ _LPS_TO_RAS @ affine
+    with np.errstate(all="ignore"):  # what is not finite is refused
+        affine[:3, :3] *= spacing_mm
+        affine = np.diag([unit_mm, unit_mm, unit_mm, 1.0]) @ _LPS_TO_RAS @ affine
     check_affine(source.name, affine)
     return affine, (*notes, *more)
 

@@ -268,7 +268,7 @@ def header_affine(
         VolumeError: If the header's orientation is missing or unusable.
     """
     if affine is not None:
-        return np.asarray(affine, float), ()
+        return affine, ()
     with np.errstate(all="ignore"):
         try:
             has_qform, has_sform = int(header["qform_code"]) != 0, int(header["sform_code"]) != 0

@@ -190,8 +190,9 @@ def rescale_to_hu(array: np.ndarray, slope: float, intercept: float) -> np.ndarr
             hu += np.array(int(intercept)).astype(np.int16)
             return hu
     hu = np.empty_like(array, np.float32)
-    np.multiply(array, np.float32(slope), out=hu, casting="unsafe")
-    hu += np.float32(intercept)
+    with np.errstate(all="ignore"):  # what overflows becomes infinite, which `check_values` refuses
+        np.multiply(array, np.float32(slope), out=hu, casting="unsafe")
+        hu += np.float32(intercept)
     return hu
 
 
@@ -264,16 +265,17 @@ def check_values(volume: CTVolume) -> tuple[str, ...]:
 
 
 def check_affine(source: str, affine: np.ndarray) -> None:
-    """Refuse an affine that cannot place a volume: singular, not finite or implausibly large.
+    """Refuse an affine that cannot place a volume: of another shape, singular, not finite or implausibly large.
 
     Args:
         source: What to call the volume in messages.
         affine: `(4, 4)`, voxel indices to RAS+ mm.
     """
+    if not isinstance(affine, np.ndarray) or affine.shape != (4, 4):
+        raise VolumeError(source, f"its affine has shape {np.shape(affine)}", "Pass an array of 4 x 4 numbers")
     with np.errstate(all="ignore"):
         sound = (
-            affine.shape == (4, 4)
-            and np.isfinite(affine).all()
+            np.isfinite(affine).all()
             and np.array_equal(affine[3], (0, 0, 0, 1))
             and 1e-9 < abs(np.linalg.det(affine[:3, :3])) < 1e9
             and np.abs(affine).max() < 1e6
