@@ -70,7 +70,7 @@ class ByteSource:
 
 
 Finder = Callable[[Collection[str]], ByteSource | None]
-"""Gives the file beside another one that has one of some names."""
+"""Gives the file that one of some names leads to from another one's folder: `x.raw` beside it, `data/x.raw` below."""
 
 
 def too_inflated(inflated: int, packed: int) -> bool:
@@ -174,33 +174,48 @@ def of_path(path: Path) -> list[ByteSource]:
 
 
 def find_beside(path: Path, names: Collection[str]) -> ByteSource | None:
-    """The file with one of the given names in the same folder as another file; never one in another folder.
+    """The file that one of some names leads to from the folder of another file; never one outside of that folder.
 
     Args:
         path: The other file.
-        names: Acceptable base names, in any Unicode normalization.
+        names: Acceptable names, with folders before a slash, in any Unicode normalization.
 
     Returns:
         The file, or `None` if there is none.
     """
-    try:
-        beside = [file for file in path.parent.iterdir() if _same_name(file.name, names)]
-    except OSError:
-        return None
-    return _of_file(beside[0]) if beside else None
+    found = (_find_below(path.parent, name.split("/")) for name in names)
+    file = next((file for file in found if file is not None), None)
+    return None if file is None else _of_file(file)
 
 
-def find_among(files: Iterable[ByteSource], names: Collection[str]) -> ByteSource | None:
-    """The first file with one of the given names.
+def _find_below(folder: Path, parts: list[str]) -> Path | None:
+    """Follow a name by what folders list, so that it cannot lead upwards; nor through a folder that is a link."""
+    for number, part in enumerate(parts):
+        try:
+            if number > 0 and folder.is_symlink():
+                return None
+            found = [file for file in folder.iterdir() if _same_name(file.name, [part])]
+        except OSError:
+            return None
+        if not found:
+            return None
+        folder = found[0]
+    return folder
+
+
+def find_among(folder: str, files: Iterable[ByteSource], names: Collection[str]) -> ByteSource | None:
+    """The first file that one of some names leads to.
 
     Args:
+        folder: How the names of files begin in the folder from which names lead.
         files: Files to choose from.
-        names: Acceptable base names, in any Unicode normalization.
+        names: As in `find_beside`.
 
     Returns:
         The file, or `None` if there is none.
     """
-    return next((file for file in files if _same_name(base_name(file.name), names)), None)
+    below = (file for file in files if file.name.startswith(folder))
+    return next((file for file in below if _same_name(file.name[len(folder) :].replace("\\", "/"), names)), None)
 
 
 def _same_name(name: str, names: Collection[str]) -> bool:

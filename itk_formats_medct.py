@@ -1,8 +1,8 @@
 """NRRD and MetaImage, the two formats that ITK's family writes: a text header, then voxels in the same or another file.
 
 Both are read without a library: a header is a few lines, and the voxels are text or raw, gzip, bzip2 or zlib bytes.
-Detached voxels are looked for among the files beside the header only, since a name in a header must not open any file
-of the machine. What a header says of units and of the scale of values is followed, also where ITK ignores it.
+Detached voxels are looked for among the files beside and below the header only, since a name in a header must not open
+any file of the machine. What a header says of units and of the scale of values is followed, also where ITK ignores it.
 
 Source: NRRD format definition (teem), MetaIO documentation and source (Kitware).
 """
@@ -26,6 +26,7 @@ from .volume_medct import (
     affine_from_spacing,
     check_affine,
     check_voxels,
+    drop_singletons,
     refuse_second_rescale,
     rescale_to_hu,
 )
@@ -104,6 +105,7 @@ _UNITS_MM = {
     **dict.fromkeys(("m", "meter", "metre", "meters", "metres"), 1000.0),
     **dict.fromkeys(("um", "\u00b5m", "micron", "microns", "micrometer", "micrometre"), 0.001),
 }
+_AXIS_DIRECTION = re.compile(r"\([^)]*\)|\S+")
 _DECIMAL_COMMA = re.compile(r"\d,\d+(\s|$)")
 # In which a name may be written that a header gives in bytes.
 _NAME_ENCODINGS = ("utf-8", "cp1252", "gb18030", "shift_jis", "latin-1")
@@ -149,7 +151,7 @@ def read_nrrd(source: ByteSource, find: Finder, rescale: bool = False) -> CTVolu
         rescale: Whether the caller will compute HU.
     """
     with source.open() as file:
-        fields = _nrrd_fields(source, file)
+        fields = _without_singletons(_nrrd_fields(source, file))
         shape, dtype, encoding = _nrrd_layout(source, fields)
         affine, notes = _nrrd_affine(source, fields)
         _check_quantized(source, fields, dtype, rescale)
@@ -220,6 +222,16 @@ def _nrrd_fields(source: ByteSource, file: BinaryIO) -> dict[str, str]:
     return fields  # where the voxels lie in another file, this one may end with its last field
 
 
+def _without_singletons(fields: dict[str, str]) -> dict[str, str]:
+    """A header without the axes that are one long and have no direction in space, such as time or components."""
+    sizes, directions = fields.get("sizes", "").split(), _AXIS_DIRECTION.findall(fields.get("space directions", ""))
+    if not 3 < len(sizes) == len(directions):
+        return fields
+    kept = [axis for axis in zip(sizes, directions, strict=True) if axis != ("1", "none")]
+    sizes, directions = ([axis[part] for axis in kept] for part in (0, 1))
+    return fields | {"sizes": " ".join(sizes), "space directions": " ".join(directions)}
+
+
 def _nrrd_layout(source: ByteSource, fields: dict[str, str]) -> tuple[tuple[int, ...], np.dtype, str]:
     try:
         shape = tuple(int(word) for word in fields["sizes"].split())
@@ -248,7 +260,7 @@ def _nrrd_affine(source: ByteSource, fields: dict[str, str]) -> tuple[np.ndarray
             "Write it with space left-posterior-superior",
         )
     try:
-        columns = [_vector(text) for text in fields["space directions"].replace(" ", "").replace(")(", ") (").split()]
+        columns = [_vector(text) for text in _AXIS_DIRECTION.findall(fields["space directions"])]
         origin = _vector(fields.get("space origin", "(0,0,0)"))
         affine = np.eye(4)
         affine[:3, :3] = np.array(columns).T
@@ -416,7 +428,7 @@ def _is_true(fields: dict[str, str], *names: str, default: str = "False") -> boo
 
 def _meta_layout(source: ByteSource, fields: dict[str, str]) -> tuple[tuple[int, ...], np.dtype]:
     try:
-        shape = tuple(int(word) for word in fields["DimSize"].split())
+        shape = drop_singletons([int(word) for word in fields["DimSize"].split()])
         channels = int(fields.get("ElementNumberOfChannels", "1"))
         dtype = np.dtype(_META_TYPES[fields["ElementType"].upper()])
     except (KeyError, ValueError) as error:
@@ -440,13 +452,16 @@ def _meta_affine(source: ByteSource, fields: dict[str, str]) -> tuple[np.ndarray
         raise VolumeError(source.name, "its header gives no ElementSpacing", "Write it with one, in mm")
     axes = fields.get("TransformMatrix") or fields.get("Rotation") or fields.get("Orientation")
     notes = () if axes else ("its header gives no TransformMatrix: axes taken towards L, P and S",)
-    offset = fields.get("Offset") or fields.get("Position") or fields.get("Origin") or "0 0 0"
+    offset = fields.get("Offset") or fields.get("Position") or fields.get("Origin")
+    count = len(fields["DimSize"].split())
     affine = np.eye(4)
-    affine[:3, :3] = _numbers(source, "TransformMatrix", axes or "1 0 0 0 1 0 0 0 1", 9).reshape(3, 3).T
-    spacing_mm = _numbers(source, "ElementSpacing", spacing, 3)
+    if axes:
+        affine[:3, :3] = _directions_in_space(source, _numbers(source, "TransformMatrix", axes, count, count))
+    spacing_mm = _numbers(source, "ElementSpacing", spacing, count)[:3]
     if not (spacing_mm > 0).all():
         raise VolumeError(source.name, f"its spacing is {tuple(spacing_mm.tolist())} mm", "Correct the header")
-    affine[:3, 3] = _numbers(source, "Offset", offset, 3)
+    if offset:
+        affine[:3, 3] = _numbers(source, "Offset", offset, count)[:3]
     unit_mm, more = _unit(source, fields.get("DistanceUnits", ""))
     with np.errstate(all="ignore"):  # what is not finite is refused
         affine[:3, :3] *= spacing_mm
@@ -455,14 +470,21 @@ def _meta_affine(source: ByteSource, fields: dict[str, str]) -> tuple[np.ndarray
     return affine, (*notes, *more)
 
 
-def _numbers(source: ByteSource, field: str, text: str, count: int) -> np.ndarray:
+def _directions_in_space(source: ByteSource, rows: np.ndarray) -> np.ndarray:
+    """The columns of an affine from the axes that a header gives as rows; a fourth must be no part of them."""
+    if rows[:3, 3:].any() or rows[3:, :3].any():
+        raise VolumeError(source.name, "its TransformMatrix turns a fourth axis into space", "Write it with three axes")
+    return rows[:3, :3].T
+
+
+def _numbers(source: ByteSource, field: str, text: str, *shape: int) -> np.ndarray:
     try:
         numbers = np.array(text.split(), float)
     except ValueError as error:
         raise _bad_numbers(source, field, text) from error
-    if numbers.shape != (count,):
-        raise VolumeError(source.name, f"its {field} is not that of three axes in mm", _AGAIN)
-    return numbers
+    if numbers.size != math.prod(shape):
+        raise VolumeError(source.name, f"its {field} is not that of {shape[0]} axes in mm", _AGAIN)
+    return numbers.reshape(shape)
 
 
 def _meta_scale(
@@ -508,19 +530,20 @@ def _meta_voxels(
 
 
 def _detached(source: ByteSource, find: Finder, name: str) -> ByteSource:
-    """The file of voxels that a header names, if it lies beside the header."""
+    """The file of voxels that a header names, if it lies beside the header or in a folder beside it."""
     name = name.removeprefix("./")
     written = name.encode("latin-1")  # as `_lines` decoded it
     names = {os.fsdecode(written)}
     for encoding in _NAME_ENCODINGS:
         with contextlib.suppress(UnicodeDecodeError):
             names.add(written.decode(encoding))
+    names |= {each.replace("\\", "/") for each in names}  # as Windows writes folders
     if name and (voxels := find(names)) is not None:
         return voxels
     if not name or "/" in name or "\\" in name or name.upper().startswith("LIST") or re.search(r"%\d*d", name):
         raise VolumeError(
             source.name,
             "its voxels lie in other files",
-            "Pass the path of the header with one file of voxels beside it",
+            "Pass the path of the header with one file of voxels beside it, or in a folder beside it",
         )
     raise VolumeError(source.name, "the file of its voxels is not beside it", "Copy both files to one folder")

@@ -23,6 +23,7 @@ from .volume_medct import (
     VolumeError,
     check_affine,
     check_voxels,
+    drop_singletons,
     refuse_second_rescale,
     rescale_to_hu,
     voxels_off,
@@ -117,7 +118,7 @@ def read_nibabel_image(image: Any, affine: np.ndarray | None, rescale: bool) -> 
         VolumeError: If it is not a usable volume, or both header and caller rescale.
     """
     source, header, data = "nibabel image", image.header, image.dataobj
-    shape = _drop_singletons(image.shape)
+    shape = drop_singletons(image.shape)
     check_voxels(source, shape, np.dtype(getattr(data, "dtype", np.float64)))
     is_nifti_header = hasattr(header, "get_xyzt_units")
     if affine is None and is_nifti_header:
@@ -189,7 +190,7 @@ def _read_header(source: ByteSource, stream: Any) -> Any:
 def _layout(source: ByteSource, header: Any) -> tuple[tuple[int, ...], np.dtype, int]:
     """Shape, type on disk, and where the voxels begin."""
     try:
-        shape = _drop_singletons(header.get_data_shape())
+        shape = drop_singletons(header.get_data_shape())
         dtype = header.get_data_dtype()
         # Four bytes that announce extensions lie between the header of a single file and its voxels.
         first = 0 if _is_pair(header) else int(header["sizeof_hdr"]) + 4
@@ -203,12 +204,6 @@ def _layout(source: ByteSource, header: Any) -> tuple[tuple[int, ...], np.dtype,
             "Copy or download the file again",
         )
     return shape, dtype, offset
-
-
-def _drop_singletons(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """A fourth and later axis of length one is a habit of some writers."""
-    shape = tuple(int(length) for length in shape)
-    return shape[:3] if len(shape) > 3 and set(shape[3:]) == {1} else shape
 
 
 def _skip(source: ByteSource, stream: Any, count: int) -> None:

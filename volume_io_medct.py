@@ -6,9 +6,10 @@ What a source is, is decided by its content, not by its name. Files of one forma
 Source: specification of CT-CLIP, section 1, step 1; NIfTI-1 and DICOM standards.
 """
 
+import contextlib
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ import torch
 from .byte_sources_medct import (
     GZIP_MAGIC,
     ByteSource,
+    Finder,
     base_name,
     find_among,
     find_beside,
@@ -32,7 +34,7 @@ from .byte_sources_medct import (
     of_zip,
 )
 from .configuration_medct import MedCTVisionConfig, is_orientation
-from .dicom_io_medct import is_dicom, places_of_slices, read_dicom
+from .dicom_io_medct import has_mark, is_dicom, places_of_slices, read_dicom
 from .itk_formats_medct import is_metaimage, is_nrrd, read_metaimage, read_nrrd
 from .nifti_io_medct import is_nifti, read_nibabel_image, read_nifti
 from .no_scans_medct import what_is
@@ -172,15 +174,21 @@ def _load(source: Any, spacing_mm, orientation: str, affine, rescale, series, re
         _refuse_rescale_of_fixed(name, rescale)
     if len(files) == 1 and files[0].head(4) == b"PK\x03\x04":
         files, path = of_zip(files[0]), None
-    kind, files, beside = _kind_of(files, name)
+    kind, files, others = _kind_of(files, name)
     if kind == "dicom":
         return _placed(read_dicom(files, name, series, rescale, resample_irregular), affine)
     _refuse_unused(name, series=series)
-    find = partial(find_among, beside) if path is None or beside else partial(find_beside, Path(files[0].name))
+    is_alone = path is not None and not others
+    find = partial(find_beside, Path(files[0].name)) if is_alone else partial(find_among, _folder(files[0]), others)
+    return _rescaled(_read_scan(kind, files[0], find, affine, is_rescaled), rescale)
+
+
+def _read_scan(kind: str, file: ByteSource, find: Finder, affine: Any = None, is_rescaled: bool = False) -> CTVolume:
+    """A scan that is one file, or one with its voxels in another."""
     if kind == "nifti":
-        return _rescaled(read_nifti(files[0], affine, is_rescaled, find), rescale)
+        return read_nifti(file, affine, is_rescaled, find)
     read = read_nrrd if kind == "nrrd" else read_metaimage
-    return _rescaled(_placed(read(files[0], find, is_rescaled), affine), rescale)
+    return _placed(read(file, find, is_rescaled), affine)
 
 
 def _number(argument: str, value: Any) -> float | None:
@@ -296,10 +304,10 @@ def _bytes_of(content: Any) -> bytes:
 
 
 def _kind_of(files: list[ByteSource], source: str) -> tuple[str, list[ByteSource], list[ByteSource]]:
-    """What format files have, those of the scan, and what lies beside it.
+    """What format files have, those of the scan, and the others.
 
     Of several files they are DICOM if any of them is; else one of them is the scan, and the others are its voxels, or
-    what programs write beside a scan.
+    what programs write beside a scan. Voxels can look like DICOM without its mark, and are no DICOM for that.
     """
     if len(files) == 1:
         kind = _format_of(files[0])
@@ -308,21 +316,43 @@ def _kind_of(files: list[ByteSource], source: str) -> tuple[str, list[ByteSource
             reason = "it is not a NIfTI, DICOM, NRRD or MetaImage file" + (f", but {what}" if what else "")
             raise VolumeError(files[0].name, reason, remedy)
         return kind, files, []
-    scans = []
+    scans, unmarked = [], []
     for file in files:
         kind = _format_of(file)
-        if kind == "dicom":
+        if kind == "dicom" and has_mark(file.head(_HEAD_BYTES)):
             return kind, files, []
-        if kind is not None:
+        if kind == "dicom":
+            unmarked.append(file)
+        elif kind is not None:
             scans.append((kind, file))
+    if unmarked and not all(_are_voxels(file, scans) for file in unmarked):
+        return "dicom", files, []
     if len(scans) > 1:
         names = ", ".join(base_name(file.name) for _, file in scans[:5])
         raise VolumeError(source, f"it holds {len(scans)} scans ({names})", "Pass one of them")
     if not scans:
         return "dicom", files, []  # which says what it holds
     kind, scan = scans[0]
-    folder = scan.name.removesuffix(base_name(scan.name))
-    return kind, [scan], [file for file in files if file.name.removesuffix(base_name(file.name)) == folder]
+    return kind, [scan], [file for file in files if file is not scan]
+
+
+def _folder(file: ByteSource) -> str:
+    """How the names of the files in the folder of one begin."""
+    return file.name.removesuffix(base_name(file.name))
+
+
+def _are_voxels(file: ByteSource, scans: list[tuple[str, ByteSource]]) -> bool:
+    """Whether the header of a scan asks for a file."""
+    asked: list[ByteSource] = []
+
+    def find(folder: str, names: Collection[str]) -> None:
+        if (found := find_among(folder, [file], names)) is not None:
+            asked.append(found)
+
+    for kind, scan in scans:
+        with contextlib.suppress(VolumeError):  # that the voxels are missing, or what the reader will say
+            _read_scan(kind, scan, partial(find, _folder(scan)))
+    return bool(asked)
 
 
 def _format_of(file: ByteSource) -> str | None:

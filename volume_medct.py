@@ -211,6 +211,19 @@ def refuse_second_rescale(source: str, slope: float, intercept: float) -> None:
     )
 
 
+def drop_singletons(shape: Sequence[int]) -> tuple[int, ...]:
+    """A shape without a fourth and later axes of length one, a habit of some writers.
+
+    Args:
+        shape: Voxels along each axis.
+
+    Returns:
+        The same if a later axis is longer.
+    """
+    shape = tuple(int(length) for length in shape)
+    return shape[:3] if len(shape) > 3 and set(shape[3:]) == {1} else shape
+
+
 def check_voxels(source: str, shape: Sequence[int], dtype: np.dtype) -> None:
     """Refuse anything but a single 3-D volume of numbers; allocates nothing, so it can be called before reading.
 

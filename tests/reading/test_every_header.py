@@ -386,6 +386,63 @@ def test_nifti_pairs(image_class, tmp_path):
         read_volume(tmp_path / "scan.hdr")
 
 
+UNITY = "1 0 0 0 0 1 0 0 0 0 1 0 0 0 0 1"
+FOUR = {"NDims": "4", "DimSize": "5 6 7 1", "TransformMatrix": UNITY, "Offset": "-10 20 30 5"}
+FOUR |= {"ElementSpacing": "0.7 0.8 2.5 3", "CenterOfRotation": "0 0 0 0"}
+
+
+@pytest.mark.parametrize("compressed", [True, False])
+@pytest.mark.parametrize("suffix", ["mha", "mhd", "nrrd", "nhdr", "nii"])
+def test_a_fourth_axis_of_length_one(suffix, compressed, tmp_path):
+    image = SimpleITK.JoinSeries([SimpleITK.GetImageFromArray(ARRAY.T)])
+    image.SetSpacing((*SPACING_MM, 3))
+    image.SetOrigin((*ORIGIN_MM, 5))
+    if suffix not in ("nrrd", "nhdr"):  # where ITK names no space of four axes
+        SimpleITK.WriteImage(image, str(tmp_path / f"scan.{suffix}"), useCompression=compressed)
+        assert_is(read_volume(tmp_path / f"scan.{suffix}"))
+    assert_is(read_volume(meta(tmp_path, body(), **FOUR)))
+    assert_is(read_volume(meta(tmp_path, body(), **FOUR | {"TransformMatrix": None, "CenterOfRotation": None})))
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"DimSize": "5 6 7 2"}, r"shape \(5, 6, 7, 2\)"),
+        ({"DimSize": "1 5 6 7"}, r"shape \(1, 5, 6, 7\)"),
+        ({"TransformMatrix": "1 0 0 0 0 1 0 0 0 0 0 1 0 0 1 0"}, "turns a fourth axis into space"),
+        ({"TransformMatrix": "1 0 0 0 1 0 0 0 1"}, "not that of 4 axes"),
+        ({"ElementSpacing": "0.7 0.8 2.5"}, "not that of 4 axes"),
+        ({"DimSize": "5 6 7" + 200_000 * " 1"}, "not that of 200003 axes"),
+    ],
+)
+def test_a_fourth_axis_that_is_more(changes, reason, tmp_path):
+    with pytest.raises(VolumeError, match=reason):
+        read_volume(meta(tmp_path, body(), **FOUR | changes))
+
+
+DIRECTIONS = ["(0.7,0,0)", "(0,0.8,0)", "(0,0,2.5)"]
+
+
+@pytest.mark.parametrize("at", [0, 1, 2, 3])
+@pytest.mark.parametrize("space", [" ", "  ", ""])
+def test_nrrd_axes_without_a_direction(at, space, tmp_path):
+    sizes, directions = ["5", "6", "7"], list(DIRECTIONS)
+    sizes.insert(at, "1")
+    directions.insert(at, "none")
+    changes = {"dimension": "4", "sizes": " ".join(sizes), "space directions": (space or " ").join(directions)}
+    if not space:
+        changes["space directions"] = changes["space directions"].replace(") (", ")(").replace(",", " , ")
+    path = write_nrrd(tmp_path, body(), **changes)
+    assert_is(read_volume(path))
+    assert not space or np.array_equal(nrrd.read(str(path), index_order="F")[0].squeeze(), ARRAY)
+    for other in (
+        {"sizes": changes["sizes"].replace("1", "2")},
+        {"space directions": " ".join([*DIRECTIONS, "(0,0,1)"])},
+    ):
+        with pytest.raises(VolumeError):
+            read_volume(write_nrrd(tmp_path, body() * 2, **changes | other))
+
+
 def nifti_file(folder, data: bytes, suffix="nii"):
     """A single file of ARRAY's header and any voxels."""
     image = nibabel.Nifti1Image(ARRAY, np.diag([-0.7, -0.8, 2.5, 1]))

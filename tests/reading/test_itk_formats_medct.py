@@ -163,7 +163,7 @@ def meta_text(array, **changes) -> bytes:
     [
         ({"ElementSpacing": None}, "no ElementSpacing"),
         ({"ElementSpacing": "1 0 1"}, r"spacing is \(1.0, 0.0, 1.0\) mm"),
-        ({"ElementSpacing": "1 1"}, "three axes"),
+        ({"ElementSpacing": "1 1"}, "not that of 3 axes"),
         ({"ElementType": "MET_OTHER"}, "known ElementType"),
         ({"DimSize": "5 6 7 2"}, r"shape \(5, 6, 7, 2\)"),
         ({"DimSize": "5 6 70000"}, "header promises"),
