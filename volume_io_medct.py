@@ -256,9 +256,11 @@ def _rescaled(volume: CTVolume, rescale: tuple[float | None, float | None]) -> C
     """Stored values to HU by what the caller knows: a slope of 1 and an intercept of 0 where only one is given."""
     check_voxels(volume.source, volume.array.shape, volume.array.dtype)
     if np.ma.is_masked(volume.array):
-        raise VolumeError(volume.source, "some of its voxels are masked", f"Pass `array.filled({AIR_HU})` or the like")
+        raise VolumeError(
+            volume.source, "some of its voxels are masked", f"Pass `array.filled({AIR_HU})` if they are air"
+        )
     slope, intercept = (default if given is None else given for given, default in zip(rescale, (1, 0), strict=True))
-    return replace(volume, array=rescale_to_hu(volume.array, slope, intercept))
+    return replace(volume, array=rescale_to_hu(np.asarray(volume.array), slope, intercept))
 
 
 def _refuse_rescale_of_fixed(name: str, rescale: tuple[float | None, float | None]) -> None:
