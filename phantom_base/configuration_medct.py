@@ -80,7 +80,11 @@ _PATIENT_AXES = ("LR", "AP", "IS")
 
 def is_orientation(code: str) -> bool:
     """Whether three letters name each patient axis once, such as "SLP" or "RAS"."""
-    return len(code) == 3 and all(sum(letter in axis for letter in code) == 1 for axis in _PATIENT_AXES)
+    return (
+        isinstance(code, str)
+        and len(code) == 3
+        and all(sum(letter in axis for letter in code) == 1 for axis in _PATIENT_AXES)
+    )
 
 
 @strict

@@ -71,7 +71,12 @@ _CTFile = tuple[ByteSource, Elements, int]
 
 def is_dicom(head: bytes) -> bool:
     """Whether a file begins as DICOM: with the mark, or with a data set that was stored without one."""
-    return head[128:132] == b"DICM" or _is_bare(head)
+    return has_mark(head) or _is_bare(head)
+
+
+def has_mark(head: bytes) -> bool:
+    """Whether a file begins with a preamble and DICOM's mark."""
+    return head[128:132] == b"DICM"
 
 
 def _is_bare(head: bytes) -> bool:

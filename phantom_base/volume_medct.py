@@ -37,6 +37,8 @@ MAX_VOXELS = 2**31
 
 SPACING_DECIMALS = 6
 """Of a spacing in mm, what is more than the noise of float32 and of short decimals: 0.7 mm arrives as 0.69999999."""
+NO_SECOND_RESCALE = "Leave out `rescale_slope` and `rescale_intercept`, or HU would be computed twice"
+"""The remedy where a header and the caller both rescale."""
 AIR_HU = -1000
 HIGHEST_HU = 30710
 """The end of the extended scale, on which metal is ten times the usual 3071 HU."""
@@ -191,7 +193,11 @@ def rescale_to_hu(array: np.ndarray, slope: float, intercept: float) -> np.ndarr
             hu += np.array(int(intercept)).astype(np.int16)
             return hu
     hu = np.empty_like(array, np.float32)
+<<<<<<< HEAD
     with np.errstate(over="ignore", invalid="ignore"):  # what overflows is infinite, which `check_values` refuses
+=======
+    with np.errstate(all="ignore"):  # what overflows becomes infinite, which `check_values` refuses
+>>>>>>> b591e2eedbb87a5d3096a2585e4a89a3f68625dc
         np.multiply(array, np.float32(slope), out=hu, casting="unsafe")
         hu += np.float32(intercept)
     return hu
@@ -208,8 +214,21 @@ def refuse_second_rescale(source: str, slope: float, intercept: float) -> None:
     raise VolumeError(
         source,
         f"its header already rescales (slope {slope}, intercept {intercept})",
-        "Leave out `rescale_slope` and `rescale_intercept`, or HU would be computed twice",
+        NO_SECOND_RESCALE,
     )
+
+
+def drop_singletons(shape: Sequence[int]) -> tuple[int, ...]:
+    """A shape without a fourth and later axes of length one, a habit of some writers.
+
+    Args:
+        shape: Voxels along each axis.
+
+    Returns:
+        The same if a later axis is longer.
+    """
+    shape = tuple(int(length) for length in shape)
+    return shape[:3] if len(shape) > 3 and set(shape[3:]) == {1} else shape
 
 
 def check_voxels(source: str, shape: Sequence[int], dtype: np.dtype) -> None:
@@ -269,16 +288,17 @@ def check_values(volume: CTVolume) -> tuple[str, ...]:
 
 
 def check_affine(source: str, affine: np.ndarray) -> None:
-    """Refuse an affine that cannot place a volume: singular, not finite or implausibly large.
+    """Refuse an affine that cannot place a volume: of another shape, singular, not finite or implausibly large.
 
     Args:
         source: What to call the volume in messages.
         affine: `(4, 4)`, voxel indices to RAS+ mm.
     """
+    if not isinstance(affine, np.ndarray) or affine.shape != (4, 4):
+        raise VolumeError(source, f"its affine has shape {np.shape(affine)}", "Pass an array of 4 x 4 numbers")
     with np.errstate(all="ignore"):
         sound = (
-            affine.shape == (4, 4)
-            and np.isfinite(affine).all()
+            np.isfinite(affine).all()
             and np.array_equal(affine[3], (0, 0, 0, 1))
             and 1e-9 < abs(np.linalg.det(affine[:3, :3])) < 1e9
             and np.abs(affine).max() < 1e6
