@@ -193,11 +193,7 @@ def rescale_to_hu(array: np.ndarray, slope: float, intercept: float) -> np.ndarr
             hu += np.array(int(intercept)).astype(np.int16)
             return hu
     hu = np.empty_like(array, np.float32)
-<<<<<<< HEAD
     with np.errstate(over="ignore", invalid="ignore"):  # what overflows is infinite, which `check_values` refuses
-=======
-    with np.errstate(all="ignore"):  # what overflows becomes infinite, which `check_values` refuses
->>>>>>> b591e2eedbb87a5d3096a2585e4a89a3f68625dc
         np.multiply(array, np.float32(slope), out=hu, casting="unsafe")
         hu += np.float32(intercept)
     return hu
