@@ -10,6 +10,7 @@ if not os.path.exists("/dev/nvidiactl"):  # noqa: PTH110
     os.environ["TRITON_INTERPRET"] = "1"  # without a card kernels can only be interpreted
 
 import json
+import locale
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,6 +29,14 @@ from medct.publishing.convert_ct_clip_to_hf import convert
 ROOT = Path(__file__).resolve().parents[1]
 # Tensors recorded from the original, and real scans.
 SHARED = Path(os.environ.get("MEDCT_SHARED", ROOT.parent / "shared"))
+
+
+@pytest.fixture(autouse=True)
+def _same_locale() -> Iterator[None]:
+    """SimpleITK sets the process's locale to "C" when it writes DICOM, in which Python opens files as ASCII."""
+    before = locale.setlocale(locale.LC_ALL)
+    yield
+    locale.setlocale(locale.LC_ALL, before)
 
 
 @pytest.fixture(scope="session")
