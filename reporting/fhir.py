@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from pathlib import Path
 from typing import Any
 
 from medct.reporting import codes
@@ -67,6 +68,16 @@ def bundle(findings: Sequence[Finding], algorithm: Algorithm, identity: Identity
     images = {} if study is None else {"imagingStudy": [study]}
     add({**_report(findings, algorithm), **about, "result": results, **images})
     return {"resourceType": "Bundle", "type": "collection", "entry": entries}
+
+
+def is_bundle(path: Path) -> bool:
+    """Whether a file is a bundle that `bundle` made, so that a new one may replace it."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        device = found["entry"][0]["resource"]
+        return found["resourceType"] == "Bundle" and device["deviceName"][0]["name"] == Algorithm.name
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
 
 
 def _concept(*coded: codes.Coded, text: str = "") -> Resource:
