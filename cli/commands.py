@@ -481,15 +481,16 @@ def map_scan(args: argparse.Namespace) -> int:
     maps = [each.finding for each in found]
     names = localization.file_names([finding.label for finding in maps])
     with whole_folder(args.output) as folder:
-        for each, finding, name in zip(found, maps, names, strict=True):
+        for each, name in zip(found, names, strict=True):
             each.save(folder / f"{name}.nii.gz")
             each.plot().savefig(folder / f"{name}.png", dpi=100)
-            numbers = f"{finding.score:.3f}  {finding.logits_margin:+6.2f}"
-            print(f"{numbers}  {finding.label}: {args.output / name}.nii.gz, .png")
         index = [
             {"label": finding.label, "score": finding.score, "logits_margin": finding.logits_margin, "name": name}
             for finding, name in zip(maps, names, strict=True)
         ]
         (folder / "findings.json").write_text(json.dumps(index, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    for finding, name in zip(maps, names, strict=True):
+        numbers = f"{finding.score:.3f}  {finding.logits_margin:+6.2f}"
+        print(f"{numbers}  {finding.label}: {args.output / name}.nii.gz, .png")
     print(f"{localization.CAVEAT}.")
     return OK

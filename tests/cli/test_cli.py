@@ -659,3 +659,13 @@ def test_an_index_of_other_weights_is_not_searched(run, scans, site_model, tmp_p
     status, _, err = run("search", "a", "--index", index, model=None)
     assert status == 2
     assert "was made with other weights than those that" in err
+
+
+def test_a_label_is_printed_whatever_the_terminal_can_show(scans, converted):
+    """As an escape that JSON reads, where the encoding lacks a character."""
+    options = ["--model", str(converted), "--cpu", "--labels", "Gefäß", "--format", "json"]
+    line = [sys.executable, "-m", "medct.cli", "predict", str(scans / "0.nii.gz"), *options]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    done = subprocess.run(line, capture_output=True, encoding="ascii", env=environment, check=False)
+    assert done.returncode == 0
+    assert json.loads(done.stdout)["findings"][0]["label"] == "Gefäß"

@@ -1,6 +1,9 @@
 """Evaluate, compare and metrics: sources and models side by side, what is left out, and a run that is repeated."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import nibabel
@@ -294,3 +297,69 @@ def test_training_runs_are_compared_on_held_out_studies(run, tmp_path):
     assert run("compare", old, old, "--models", "base", "adapted", "--output", output)[0] == 0
     (source,) = read(output)["sources"]
     assert source["models"] == {"base": "old: base", "adapted": "old (2): adapted"}
+
+
+@pytest.mark.parametrize("command", ["evaluate", "metrics", "compare"])
+def test_figures_replace_only_those_of_the_same_command(run, folder, tmp_path, command):
+    root, output = folder("site", 6), tmp_path / "scores.json"
+    assert run("evaluate", "--data", root, "--split", "all", "--output", output)[0] == 1
+    commands = {
+        "evaluate": ["--data", root, "--split", "all"],
+        "metrics": [scores_path(output), "--bootstrap_resamples", 20],
+        "compare": [output, output, "--bootstrap_resamples", 20],
+    }
+    arguments, own = commands[command], tmp_path / "own.json"
+    for _ in range(2):
+        assert run(command, *arguments, "--output", own)[0] in (0, 1) and own.is_file()
+    taken = [(own, other) for other in commands if other != command]
+    for index, content in enumerate(("{", "[]", "{}", '{"sources": [], "provenance": null}')):
+        taken.append((tmp_path / f"{index}.json", command))
+        taken[-1][0].write_text(content, encoding="utf-8")
+    for path, other in taken:
+        before = path.read_bytes()
+        status, out, err = run(other, *commands[other], "--output", path)
+        assert (status, out) == (2, "") and path.read_bytes() == before
+        assert err == (
+            f"error: {path}: it exists, and `medct {other}` did not write it. Choose another --output, or remove it.\n"
+        )
+
+
+def test_scores_that_nobody_named_are_not_replaced(run, tmp_path):
+    scores = tmp_path / "my.studies.csv"
+    scores.write_text("of others", encoding="utf-8")
+    status, _, err = run("evaluate", "--data", "phantoms", "--limit", 4, "--output", tmp_path / "my.json")
+    assert status == 2 and err.startswith(f"error: {scores}: it exists, and the scores that belong to my.json go there")
+    assert scores.read_text(encoding="utf-8") == "of others"
+
+
+@pytest.mark.parametrize("command", ["evaluate", "metrics"])
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_figures_are_kept_where_they_cannot_be_printed(converted, tmp_path, command):
+    table, output = tmp_path / "scores.csv", tmp_path / "figures.json"
+    rows = [f"{k},{k % 2},m,s,all,p{k},{k % 2}" for k in range(9)]
+    table.write_text("\n".join(["file_name,Mass,model,source,split,patient,Mass label", *rows]), encoding="utf-8")
+    arguments = {
+        "metrics": [table, "--bootstrap_resamples", 9],
+        "evaluate": ["--data", "phantoms", "--limit", 9, "--cpu", "--model", converted, "--bootstrap_resamples", 9],
+    }[command]
+    line = [sys.executable, "-m", "medct.cli", command, *map(str, arguments), "--output", str(output)]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(line, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    said = done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and said.startswith("error: ") and "No space left on device" in said
+    assert read(output)["sources"]
+
+
+def test_a_label_that_the_terminal_cannot_show_is_escaped(tmp_path):
+    table, output = tmp_path / "scores.csv", tmp_path / "figures.json"
+    rows = [f"{k},{k % 2},m,s,all,p{k},{k % 2}" for k in range(9)]
+    text = "\n".join(["file_name,Gefäß,model,source,split,patient,Gefäß label", *rows])
+    table.write_text(text, encoding="utf-8")
+    line = [sys.executable, "-m", "medct.cli", "metrics", str(table), "--bootstrap_resamples", "9"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    done = subprocess.run(
+        [*line, "--output", str(output)], capture_output=True, encoding="ascii", env=environment, check=False
+    )
+    assert done.returncode == 0 and done.stderr == ""
+    assert json.loads(r'"Gef\u00e4\u00df"') == "Gefäß" and r"Gef\u00e4\u00df" in done.stdout
+    assert read(output)["label_names"] == ["Gefäß"]
