@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from medct.reporting import codes
-from medct.reporting.findings import NO_PROBABILITY, Algorithm, Finding
+from medct.reporting.findings import NO_PROBABILITY, Algorithm, Finding, kind_of
 
 _SYSTEMS = {"SCT": "http://snomed.info/sct", "LN": "http://loinc.org", codes.SCHEME: f"urn:oid:{codes.SCHEME_UID}"}
 _HL7 = "http://terminology.hl7.org/CodeSystem"
@@ -94,8 +94,12 @@ def _number(value: float) -> Resource:
 
 
 def _device(algorithm: Algorithm) -> Resource:
-    names = [("software", algorithm.version), ("model", algorithm.model), ("model commit", algorithm.model_commit)]
-    names += [("adapter", algorithm.adapter), ("adapter commit", algorithm.adapter_commit)]
+    names = [("software", algorithm.version)]
+    for what, name, commit in (
+        ("model", algorithm.model, algorithm.model_commit),
+        ("adapter", algorithm.adapter, algorithm.adapter_commit),
+    ):
+        names += [(what, name), (f"{what} {kind_of(commit)}", commit)]
     return {
         "resourceType": "Device",
         "status": "active",
