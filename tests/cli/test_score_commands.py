@@ -138,7 +138,8 @@ def test_numbers_that_make_no_sense_are_refused(arguments, capsys):
         (["--output", "{tmp}/scores.csv"], "{tmp}/scores.csv: figures are written as JSON"),
         (["--sensitivity", "0.9"], "A wanted sensitivity or specificity needs tuning patients"),
         (["--against", "base"], "--against base compares an adapter with its base. Pass --adapter."),
-        (["--repeat", "{tmp}/none.json"], "{tmp}/none.json: no results"),
+        (["--repeat", "{tmp}/none.json"], "{tmp}/none.json: no such file. Pass a training run's folder, or"),
+        (["--repeat", "{tmp}/file"], "{tmp}/file: no results"),
     ],
 )
 def test_what_cannot_be_done_is_refused_before_the_work(run, tmp_path, monkeypatch, arguments, said):
@@ -237,8 +238,11 @@ def test_figures_from_tables(run, folder, tmp_path):
         (source,) = read(tmp_path / "again.json")["sources"]
         assert source["scores"] == expected
         assert source["table"] if "table" in source else read(tmp_path / "again.json")["table"] in out
-    status, _, err = run("metrics", root / "metadata.csv", tmp_path / "nowhere.csv")
-    assert status == 2 and len(err.splitlines()) == 1
+    nowhere = tmp_path / "nowhere.csv"
+    for tables in ([root / "metadata.csv", nowhere], [nowhere], [nowhere, root / "metadata.csv"]):
+        status, _, err = run("metrics", *tables)
+        assert status == 2 and len(err.splitlines()) == 1
+        assert err.startswith(f"error: {nowhere}: no such file. ")
 
 
 def test_runs_that_do_not_fit_are_refused(run, folder, tmp_path):
@@ -248,8 +252,13 @@ def test_runs_that_do_not_fit_are_refused(run, folder, tmp_path):
     status, _, err = run("compare", tmp_path / "a.json", tmp_path / "a.json", "--models", "new", "old")
     assert status == 2
     assert "it has no scores of 'new', but of model" in err
-    status, _, err = run("compare", tmp_path / "a.json", tmp_path / "none.json")
-    assert status == 2 and len(err.splitlines()) == 1
+    for name in ("none.json", "none.csv", "none"):
+        status, _, err = run("compare", tmp_path / "a.json", tmp_path / name)
+        assert status == 2 and len(err.splitlines()) == 1
+        assert err.startswith(f"error: {tmp_path / name}: no such file. ")
+    scores_path(tmp_path / "b.json").unlink()
+    status, _, err = run("compare", tmp_path / "a.json", tmp_path / "b.json")
+    assert status == 2 and err.startswith(f"error: {tmp_path / 'b.studies.csv'}: no such file. ")
 
 
 def test_subgroups_come_with_the_table(run, folder, tmp_path):

@@ -655,7 +655,7 @@ def test_shards_do_not_lie_among_files_of_others(name, tmp_path, config, sources
     other = tmp_path / name
     other.parent.mkdir(exist_ok=True)
     other.write_text("of others", encoding="utf-8")
-    with pytest.raises(DataError, match="it holds something else, such as .*Choose another folder"):
+    with pytest.raises(DataError, match=r"it holds something else, such as .*Choose another folder"):
         prepare.prepare(sources, config, tmp_path, SETTINGS)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [other]
     assert other.read_text(encoding="utf-8") == "of others"
