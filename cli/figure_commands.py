@@ -13,6 +13,7 @@ from medct.cli.commands import CommandError
 from medct.cli.score_commands import figures_of, only_json, settings_of
 from medct.common.errors import OK
 from medct.configuration_medct import CT_CLIP_LABELS
+from medct.data.study_names import matched
 from medct.data.tables import to_numbers
 from medct.evaluation.figures import Scores
 from medct.evaluation.predictions import (
@@ -20,7 +21,6 @@ from medct.evaluation.predictions import (
     Predictions,
     held_out,
     join_metadata,
-    matched,
     named_table,
     paired,
     short_names,

@@ -7,6 +7,7 @@
 | `tables` | from tables of studies to sources: splits, what is left out |
 | `label_space` | labels of a data set as findings of a model: mappings, labels of one's own |
 | `table_files` | csv files and Excel sheets |
+| `study_names` | which row of a table is a study's |
 | `ct_rate` | CT-RATE, on the Hub or local |
 | `rad_chestct` | RAD-ChestCT, on the Hub or local |
 | `own_data` | folders with `metadata.csv`, Parquet and `datasets` repositories |
