@@ -79,7 +79,9 @@ def read_scores(run: Path) -> Predictions:
         DataError: If there are none.
     """
     path = run / RESULTS if run.is_dir() else run
-    scores = path if path.suffix == ".csv" else scores_path(path)
+    if path.suffix == ".csv":
+        return read_predictions(path)
+    scores = scores_path(path)
     if not scores.exists():
         missing = scores if path.exists() else path
         raise DataError(f"{missing}: no such file. {_WANTED}")

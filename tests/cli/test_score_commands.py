@@ -256,9 +256,9 @@ def test_runs_that_do_not_fit_are_refused(run, folder, tmp_path):
         status, _, err = run("compare", tmp_path / "a.json", tmp_path / name)
         assert status == 2 and len(err.splitlines()) == 1
         assert err.startswith(f"error: {tmp_path / name}: no such file. ")
-    scores_path(tmp_path / "b.json").unlink()
-    status, _, err = run("compare", tmp_path / "a.json", tmp_path / "b.json")
-    assert status == 2 and err.startswith(f"error: {tmp_path / 'b.studies.csv'}: no such file. ")
+    (tmp_path / "alone.json").write_bytes((tmp_path / "a.json").read_bytes())
+    status, _, err = run("compare", tmp_path / "a.json", tmp_path / "alone.json")
+    assert status == 2 and err.startswith(f"error: {tmp_path / 'alone.studies.csv'}: no such file. ")
 
 
 def test_subgroups_come_with_the_table(run, folder, tmp_path):
