@@ -58,6 +58,9 @@ class AdapterMismatchError(MedCTError, ValueError):
     """An adapter that does not belong to this model; the message says why and what to do."""
 
 
+OTHER_WORDS = "its scores and thresholds hold for its own, which pipelines ask for while it is in use"
+
+
 class OtherWordsWarning(UserWarning):
     """An adapter that was trained to be asked in other words than its model."""
 
@@ -151,6 +154,49 @@ def refuse_adapter_without_values(model: PreTrainedModel, name: str) -> None:
             "The adapter belongs beside layers that are offloaded, where its weights cannot be loaded. Merge it into "
             "the model before (`PeftModel.merge_and_unload`, `save_pretrained`), or offload other layers."
         )
+
+
+def use_adapters(model: PreTrainedModel, name: list[str] | str) -> None:
+    """Switch to one adapter or several, wherever a model has them.
+
+    Args:
+        model: With the adapters.
+        name: One name, or several.
+    """
+    try:
+        from peft.functional import set_adapter
+    except ImportError:  # then there are none
+        return
+    # transformers' own stops half way at a whole module that one adapter has and another has not.
+    set_adapter(model, name)
+
+
+def refuse_name_of_a_part(model: PreTrainedModel, name: str) -> None:
+    """Refuse a name for an adapter by which its tensors could not be told from the model's own.
+
+    Args:
+        model: With or without other adapters.
+        name: The new adapter's.
+
+    Raises:
+        AdapterMismatchError: If a part of the model has that name.
+    """
+    parts = {part for key, _ in model.named_parameters() for part in key.split(".")}
+    if name in parts - set(getattr(model, "peft_config", ())):
+        raise AdapterMismatchError(f"A part of the model is called {name!r}. Load the adapter under another name.")
+
+
+def copy_description(model: PreTrainedModel, folder: str | Path) -> None:
+    """Write down again what the adapter in use remembers, beside its weights; nothing of one that has changed since.
+
+    Args:
+        model: With the adapter.
+        folder: Where it was saved.
+    """
+    in_use = adapters_in_use(model)
+    snapshot, description = model._described.get(in_use[0], (None, {})) if len(in_use) == 1 else (None, {})
+    if description and snapshot.equals(adapter_tensors(model, in_use[0])):
+        Path(folder, DESCRIPTION_FILE).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
 
 def fingerprint(model: PreTrainedModel) -> str | None:
@@ -386,8 +432,7 @@ def check_fit(model: PreTrainedModel, adapter: str | Path, **hub: Any) -> dict[s
     words = ("label_names", "prompt_templates", "prompts")
     if other := [name for name in words if _plain(description.get(name)) != _plain(getattr(model.config, name))]:
         warnings.warn(
-            f"{adapter} was trained with other {' and '.join(other)} than this model's: its scores and thresholds hold "
-            "for its own, which pipelines ask for while it is in use.",
+            f"{adapter} was trained with other {' and '.join(other)} than this model's: {OTHER_WORDS}.",
             OtherWordsWarning,
             stacklevel=3,
         )
@@ -464,6 +509,11 @@ def _wanted(model: PreTrainedModel, config: Any) -> dict[str, torch.Size]:
         skeleton = type(model)(copy.deepcopy(model.config))
     try:
         _peft().inject_adapter_in_model(config, skeleton, "wanted")
+    except NotImplementedError as error:  # it looks at the weights, and here are none
+        raise AdapterMismatchError(
+            f"What an adapter of the kind {config.peft_type.value} has to hold depends on the weights of its base, so "
+            "it cannot be checked. Load it with `peft.PeftModel.from_pretrained`, which asks nothing."
+        ) from error
     except ValueError as error:  # of PEFT: the targets are not in this model
         raise AdapterMismatchError(
             f"The adapter's configuration fits no module of this model ({str(error).splitlines()[0]}). Load its base."

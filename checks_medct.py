@@ -7,6 +7,7 @@ lacks, and with voxels that mean something else to the model than to those who m
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from transformers import PreTrainedConfig
 
 from .errors_medct import MedCTError
@@ -18,6 +19,26 @@ _PARTS = {"text_model": "text encoder", "vision_model": "vision encoder", "class
 
 class CheckpointMismatchError(MedCTError, ValueError):
     """Weights that are not those of the class that was asked for; the message says which, and what to do."""
+
+
+class NotANumberError(MedCTError, ValueError):
+    """Results of a model that are NaN or infinite, in whose place there is nothing to be said."""
+
+
+def refuse_what_is_no_number(results: torch.Tensor) -> None:
+    """Refuse what a model gives if it is NaN or infinite somewhere: comparisons would take it for a low score.
+
+    Args:
+        results: Of any shape.
+
+    Raises:
+        NotANumberError: If it is so.
+    """
+    if not torch.isfinite(results).all():
+        raise NotANumberError(
+            "The model's results are not numbers (NaN or infinite): the scan, the weights or the adapter are so "
+            "somewhere, or float16 is too narrow for them. Load them again, or use bfloat16 or float32."
+        )
 
 
 class ProcessorMismatchError(MedCTError, ValueError):

@@ -80,7 +80,11 @@ _PATIENT_AXES = ("LR", "AP", "IS")
 
 def is_orientation(code: str) -> bool:
     """Whether three letters name each patient axis once, such as "SLP" or "RAS"."""
-    return len(code) == 3 and all(sum(letter in axis for letter in code) == 1 for axis in _PATIENT_AXES)
+    return (
+        isinstance(code, str)
+        and len(code) == 3
+        and all(sum(letter in axis for letter in code) == 1 for axis in _PATIENT_AXES)
+    )
 
 
 @strict
@@ -229,7 +233,8 @@ class MedCTConfig(PreTrainedConfig):
     """A vision encoder, a text encoder, their common space, and what the model is asked.
 
     Args:
-        text_config: Configuration of any transformers encoder (a dict needs its `model_type`; BERT by default).
+        text_config: Configuration of any transformers encoder that is trained to fill in masks (a dict needs its
+            `model_type`; BERT by default).
         vision_config: Configuration of the vision encoder.
         projection_dim: Width of the common space.
         logit_scale_init_value: Logarithm of the scale of fresh logits.
@@ -278,7 +283,8 @@ class MedCTConfig(PreTrainedConfig):
     @property
     def label_names(self) -> list[str]:
         """Names of the labels in the order of their index."""
-        return [label for _, label in sorted((self.id2label or {}).items())]
+        # Whoever sets `id2label` later may have the indices as text, as JSON has them.
+        return [label for _, label in sorted((self.id2label or {}).items(), key=lambda each: int(each[0]))]
 
     def label_prompts(
         self,

@@ -10,7 +10,7 @@ Source: DICOM PS3.5 (6.2, 7), PS3.10 (7.1).
 import io
 import struct
 from collections.abc import Iterator
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 try:
     from pydicom import datadict
@@ -69,7 +69,7 @@ class Elements:
             return default
         kind, value = self._raw[tag]
         if kind in ("", "UN"):
-            kind = _known_kind(tag)
+            kind = kind_of(tag)
             if kind == "US or SS":  # of pixel values
                 kind = "SS" if self.get("PixelRepresentation") == 1 else "US"
         if kind == "SQ":
@@ -92,7 +92,7 @@ class Elements:
             ValueError, EOFError: If one is damaged.
         """
         for tag, (kind, _) in list(self._raw.items()):
-            if kind == "SQ" or (kind in ("", "UN") and _known_kind(tag) == "SQ"):
+            if kind == "SQ" or (kind in ("", "UN") and kind_of(tag) == "SQ"):
                 yield self.get(datadict.keyword_for_tag(tag)) or []
 
 
@@ -179,18 +179,21 @@ def _read_element(
     if not is_implicit and _is_kind(head[4:6]):
         kind = head[4:6].decode()
         length = int.from_bytes(_exactly(stream, 4) if head[4:6] in _LONG else head[6:], order)
-    if length == _UNDEFINED:
+    if length == _UNDEFINED and (tag in _PIXELS or kind in ("OB", "OW")):
+        _skip_fragments(stream, order)  # of a compressed icon
+    elif length == _UNDEFINED:
         # Values of an unknown kind and length are sequences without kinds.
         value = _items_of(stream, None, is_implicit or kind == "UN", is_little, depth)
         raw[tag] = ("SQ", value)
-    elif length > _MAX_VALUE_BYTES and kind != "SQ" and (kind or _known_kind(tag) != "SQ"):
+    elif length > _MAX_VALUE_BYTES and kind != "SQ" and (kind or kind_of(tag) != "SQ"):
         _skip(stream, length)
     else:
         raw[tag] = (kind, _exactly(stream, length))
     return tag
 
 
-def _known_kind(tag: int) -> str:
+def kind_of(tag: int) -> str:
+    """The value representation of an attribute in the dictionary; UN if it is not there."""
     try:
         return datadict.dictionary_VR(tag)
     except KeyError:
@@ -243,6 +246,19 @@ def _skip(stream: BinaryIO, count: int) -> None:
             raise EOFError("cut short")
 
 
+def _skip_fragments(stream: BinaryIO, order: Literal["little", "big"]) -> None:
+    """Pass over a compressed image up to its end."""
+    for _ in range(_MAX_ELEMENTS):
+        head = _exactly(stream, 8)
+        tag, length = _tag(head[:4], order == "little"), int.from_bytes(head[4:], order)
+        if tag == _SEQUENCE_END:
+            return
+        if tag != _ITEM or length == _UNDEFINED:
+            raise ValueError("no fragment of an image")
+        _skip(stream, length)
+    raise ValueError("too many fragments")
+
+
 def _chunks(count: int) -> Iterator[int]:
     """Never more at once than a damaged length may waste."""
     while count > 0:
@@ -279,4 +295,4 @@ def _integer(text: str) -> int | None:
     return int(number)
 
 
-__all__ = ["INSTALL", "Elements", "name_of_uid", "read_data_set", "read_meta"]
+__all__ = ["INSTALL", "Elements", "kind_of", "name_of_uid", "read_data_set", "read_meta"]

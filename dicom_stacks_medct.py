@@ -8,12 +8,13 @@ Source: DICOM PS3.3 (C.7.6.1, C.7.6.2, C.8.2, C.7.6.16).
 """
 
 import itertools
+import math
 from collections import Counter, defaultdict
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 
-from .dicom_elements_medct import Elements
+from .dicom_elements_medct import Elements, kind_of
 from .dicom_pixels_medct import Slice
 
 TELLING = {
@@ -45,14 +46,17 @@ TELLING = {
     0x00200052: "FrameOfReferenceUID",
 }
 """Attributes that tell scans apart. Times of making an image do not: its parts are computed side by side."""
+_OF_ALL_SLICES = ("StudyInstanceUID", "FrameOfReferenceUID")
+"""Those that every slice of a series must have: where some lack it, that tells nothing."""
+_NUMBERS_IN_LETTERS = ("DS", "IS", "TM")
 _INSTANCE_NUMBER = 0x00200013
 _LEAST_SLICES = 2
 _LEAST_RUN = 3
 _SAME_POSITION_MM = 1e-3
 
 
-def told_by(header: Elements, groups: Elements | None) -> tuple[bytes | None, ...]:
-    """What a slice has of `TELLING`, then its instance number; as written, for comparison only.
+def told_by(header: Elements, groups: Elements | None) -> tuple[Hashable, ...]:
+    """What a slice has of `TELLING`, then its instance number; numbers as such, the rest as written, to be compared.
 
     Args:
         header: Of the file.
@@ -61,12 +65,23 @@ def told_by(header: Elements, groups: Elements | None) -> tuple[bytes | None, ..
     items = [header]
     if groups is not None:
         items = [found[0] for found in groups.sequences() if found] + items
-    return tuple(_written(items, tag) for tag in (*TELLING, _INSTANCE_NUMBER))
+    return tuple(_comparable(_written(items, tag), tag) for tag in (*TELLING, _INSTANCE_NUMBER))
 
 
 def _written(items: list[Elements], tag: int) -> bytes | None:
     values = (item.written(tag).strip(b" \0") for item in items)
     return next((value for value in values if value), None)
+
+
+def _comparable(written: bytes | None, tag: int) -> Hashable:
+    """The same for 2 and 2.0, where an attribute is a number in letters."""
+    if written is None or kind_of(tag) not in _NUMBERS_IN_LETTERS:
+        return written
+    try:
+        numbers = tuple(float(part) for part in written.split(b"\\"))
+    except ValueError:
+        return written
+    return written if not all(map(math.isfinite, numbers)) else numbers if len(numbers) > 1 else numbers[0]
 
 
 def stacks_of(slices: list[Slice]) -> tuple[list[list[Slice]], str]:
@@ -80,19 +95,25 @@ def stacks_of(slices: list[Slice]) -> tuple[list[list[Slice]], str]:
     keys = [
         ("Rows and Columns", [one.pixels.shape for one in slices]),
         ("PixelSpacing", list(map(tuple, spacing_mm))),
-        *zip((*TELLING.values(),), zip(*(one.told[:-1] for one in slices), strict=True), strict=True),
+        *zip(TELLING.values(), zip(*(one.told[:-1] for one in slices), strict=True), strict=True),
     ]
+    keys = [(name, _completed(values) if name in _OF_ALL_SLICES else values) for name, values in keys]
     telling = [(name, values) for name, values in keys if _overlap(values, along)]
     if telling:
         labels = list(zip(*(values for _, values in telling), strict=True))
         return _split(slices, labels), ", ".join(name for name, _ in telling)
-    labels = _runs([one.told[-1] for one in slices], along)
+    labels = _runs([one.instance_number for one in slices], along)
     if labels is not None and _overlap(labels, along):
         return _split(slices, labels), "InstanceNumber"
     return [slices], ""
 
 
-def _split(slices: list[Slice], labels: list[Hashable]) -> list[list[Slice]]:
+def _completed(values: Sequence[Hashable]) -> Sequence[Hashable]:
+    """Values of slices of which some lack theirs, and all others have the same."""
+    return values if len({*values} - {None}) > 1 else [None] * len(values)
+
+
+def _split(slices: list[Slice], labels: Sequence[Hashable]) -> list[list[Slice]]:
     groups: dict[Hashable, list[Slice]] = defaultdict(list)
     for one, label in zip(slices, labels, strict=True):
         groups[label].append(one)
@@ -100,7 +121,7 @@ def _split(slices: list[Slice], labels: list[Hashable]) -> list[list[Slice]]:
     return [groups[label] for label in sorted(groups, key=lambda label: (-len(groups[label]), str(label)))]
 
 
-def _overlap(labels: list[Hashable], along: np.ndarray) -> bool:
+def _overlap(labels: Sequence[Hashable], along: np.ndarray) -> bool:
     """Whether slices of one label lie among those of another; a single one does not tell."""
     counts = Counter(labels)
     if len(counts) == 1 or len(counts) > len(labels) // _LEAST_SLICES:

@@ -1,8 +1,8 @@
 """NRRD and MetaImage, the two formats that ITK's family writes: a text header, then voxels in the same or another file.
 
 Both are read without a library: a header is a few lines, and the voxels are text or raw, gzip, bzip2 or zlib bytes.
-Detached voxels are looked for among the files beside the header only, since a name in a header must not open any file
-of the machine. What a header says of units and of the scale of values is followed, also where ITK ignores it.
+Detached voxels are looked for among the files beside and below the header only, since a name in a header must not open
+any file of the machine. What a header says of units and of the scale of values is followed, also where ITK ignores it.
 
 Source: NRRD format definition (teem), MetaIO documentation and source (Kitware).
 """
@@ -14,6 +14,7 @@ import math
 import os
 import re
 import zlib
+from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -25,6 +26,7 @@ from .volume_medct import (
     affine_from_spacing,
     check_affine,
     check_voxels,
+    drop_singletons,
     refuse_second_rescale,
     rescale_to_hu,
 )
@@ -32,6 +34,9 @@ from .volume_medct import (
 _MAX_HEADER_BYTES = 2**20
 _MAX_TEXT_BYTES = 2**26
 _TEXT_PIECE_BYTES = 2**20
+_MAX_NUMBER_BYTES = 32
+_MAX_WHOLE = 2.0**53
+"""Up to which double precision, as which texts are read, holds every whole number."""
 _AGAIN = "Copy or download the file again"
 _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 _NRRD_TYPES = {
@@ -79,6 +84,7 @@ _NRRD_SPACES = {
         f"{x}-{y}-{z}" for x in ("left", "right") for y in ("anterior", "posterior") for z in ("superior", "inferior")
     )
 }
+_NRRD_DATA_FILE = ("data file", "datafile")
 _TEXTS = ("text", "txt", "ascii")
 _NRRD_SPACES |= {letters.lower(): letters for letters in _NRRD_SPACES.values()}
 
@@ -99,6 +105,7 @@ _UNITS_MM = {
     **dict.fromkeys(("m", "meter", "metre", "meters", "metres"), 1000.0),
     **dict.fromkeys(("um", "\u00b5m", "micron", "microns", "micrometer", "micrometre"), 0.001),
 }
+_AXIS_DIRECTION = re.compile(r"\([^)]*\)|\S+")
 _DECIMAL_COMMA = re.compile(r"\d,\d+(\s|$)")
 # In which a name may be written that a header gives in bytes.
 _NAME_ENCODINGS = ("utf-8", "cp1252", "gb18030", "shift_jis", "latin-1")
@@ -144,16 +151,17 @@ def read_nrrd(source: ByteSource, find: Finder, rescale: bool = False) -> CTVolu
         rescale: Whether the caller will compute HU.
     """
     with source.open() as file:
-        fields = _nrrd_fields(source, file)
+        fields = _without_singletons(_nrrd_fields(source, file))
         shape, dtype, encoding = _nrrd_layout(source, fields)
         affine, notes = _nrrd_affine(source, fields)
         _check_quantized(source, fields, dtype, rescale)
-        name = fields.get("data file", fields.get("datafile"))
+        name = next((fields[key] for key in _NRRD_DATA_FILE if key in fields), None)
         if name is None:
             return CTVolume(_nrrd_voxels(source, file, fields, shape, dtype, encoding), affine, source.name, notes)
         voxels = _detached(source, find, name)
         with voxels.open() as file:
-            return CTVolume(_nrrd_voxels(voxels, file, fields, shape, dtype, encoding), affine, source.name, notes)
+            array = _nrrd_voxels(voxels, file, fields, shape, dtype, encoding, is_detached=True)
+            return CTVolume(array, affine, source.name, notes)
 
 
 def _check_quantized(source: ByteSource, fields: dict[str, str], dtype: np.dtype, rescale: bool) -> None:
@@ -183,14 +191,20 @@ def _bad_numbers(source: ByteSource, field: str, text: str) -> VolumeError:
     return VolumeError(source.name, f"its {field} holds no numbers as they should be", _AGAIN)
 
 
-def _lines(source: ByteSource, file: BinaryIO):
-    """Lines of a text header; bounded, since a damaged one may hold no end."""
+def _lines(source: ByteSource, file: BinaryIO) -> Iterator[str]:
+    """Lines of a text header, to the end of the file at most; bounded, since a damaged one may hold no end."""
     for _ in range(10_000):
         line = file.readline(_MAX_HEADER_BYTES)
-        if not line.endswith(b"\n") or file.tell() > _MAX_HEADER_BYTES:
-            raise VolumeError(source.name, "its header has no end", _AGAIN)
+        if file.tell() > _MAX_HEADER_BYTES:
+            break
+        if not line:
+            return
         yield line.decode("latin-1").rstrip("\r\n")
-    raise VolumeError(source.name, "its header has no end", _AGAIN)
+    raise _endless(source)
+
+
+def _endless(source: ByteSource) -> VolumeError:
+    return VolumeError(source.name, "its header has no end", _AGAIN)
 
 
 def _nrrd_fields(source: ByteSource, file: BinaryIO) -> dict[str, str]:
@@ -201,9 +215,21 @@ def _nrrd_fields(source: ByteSource, file: BinaryIO) -> dict[str, str]:
         name, colon, value = line.partition(":")
         if colon and not line.startswith("#") and not value.startswith("="):
             fields[name.strip().lower()] = value.strip()
-        if name.lower() in ("data file", "datafile") and value.split()[:1] == ["LIST"]:
-            break
-    raise VolumeError(source.name, "its voxels are spread over a list of files", "Write it as one .nrrd file")
+        if name.lower() in _NRRD_DATA_FILE and value.split()[:1] == ["LIST"]:
+            raise VolumeError(source.name, "its voxels are spread over a list of files", "Write it as one .nrrd file")
+    if not set(_NRRD_DATA_FILE) & set(fields):
+        raise _endless(source)
+    return fields  # where the voxels lie in another file, this one may end with its last field
+
+
+def _without_singletons(fields: dict[str, str]) -> dict[str, str]:
+    """A header without the axes that are one long and have no direction in space, such as time or components."""
+    sizes, directions = fields.get("sizes", "").split(), _AXIS_DIRECTION.findall(fields.get("space directions", ""))
+    if not 3 < len(sizes) == len(directions):
+        return fields
+    kept = [axis for axis in zip(sizes, directions, strict=True) if axis != ("1", "none")]
+    sizes, directions = ([axis[part] for axis in kept] for part in (0, 1))
+    return fields | {"sizes": " ".join(sizes), "space directions": " ".join(directions)}
 
 
 def _nrrd_layout(source: ByteSource, fields: dict[str, str]) -> tuple[tuple[int, ...], np.dtype, str]:
@@ -234,7 +260,7 @@ def _nrrd_affine(source: ByteSource, fields: dict[str, str]) -> tuple[np.ndarray
             "Write it with space left-posterior-superior",
         )
     try:
-        columns = [_vector(text) for text in fields["space directions"].replace(" ", "").replace(")(", ") (").split()]
+        columns = [_vector(text) for text in _AXIS_DIRECTION.findall(fields["space directions"])]
         origin = _vector(fields.get("space origin", "(0,0,0)"))
         affine = np.eye(4)
         affine[:3, :3] = np.array(columns).T
@@ -245,7 +271,8 @@ def _nrrd_affine(source: ByteSource, fields: dict[str, str]) -> tuple[np.ndarray
         ) from error
     units = {unit.strip() for unit in fields.get("space units", "").split('"')} - {""}
     unit_mm, notes = _unit(source, units.pop() if len(units) == 1 else "several" if units else "")
-    affine = np.diag([unit_mm, unit_mm, unit_mm, 1.0]) @ affine_from_spacing((1, 1, 1), space) @ affine
+    with np.errstate(all="ignore"):  # what is not finite is refused
+        affine = np.diag([unit_mm, unit_mm, unit_mm, 1.0]) @ affine_from_spacing((1, 1, 1), space) @ affine
     check_affine(source.name, affine)
     return affine, notes
 
@@ -259,12 +286,22 @@ def _unit(source: ByteSource, unit: str) -> tuple[float, tuple[str, ...]]:
 
 
 def _vector(text: str) -> list[float]:
-    return [float(word) for word in text.strip().strip("()").split(",")]
+    text = text.strip()
+    if not (text.startswith("(") and text.endswith(")")):  # a header that was cut in the middle of a number
+        raise ValueError("no vector")
+    return [float(word) for word in text[1:-1].split(",")]
 
 
 def _nrrd_voxels(
-    source: ByteSource, file: BinaryIO, fields: dict[str, str], shape: tuple[int, ...], dtype: np.dtype, encoding: str
+    source: ByteSource,
+    file: BinaryIO,
+    fields: dict[str, str],
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    encoding: str,
+    is_detached: bool = False,
 ) -> np.ndarray:
+    """Voxels from where a header stands, or from a file of their own."""
     promised = math.prod(shape) * dtype.itemsize
     is_text = encoding in (*_TEXTS, "hex")
     if not is_text:
@@ -274,6 +311,7 @@ def _nrrd_voxels(
         byte_skip = int(fields.get("byte skip", fields.get("byteskip", "0")))
     except ValueError as error:
         raise VolumeError(source.name, "its NRRD header is damaged", _AGAIN) from error
+    is_alone = is_detached and line_skip == byte_skip == 0
     for _, _line in zip(range(line_skip), file, strict=False):
         pass
     if encoding == "raw" and byte_skip == -1:
@@ -290,7 +328,7 @@ def _nrrd_voxels(
     _skip_bytes(source, file, byte_skip)  # of what is inflated, as the format has it
     if encoding == "hex":
         return _hex_voxels(source, file, shape, dtype)
-    return _text_voxels(source, file, shape, dtype) if is_text else read_array(source, file, shape, dtype)
+    return _text_voxels(source, file, shape, dtype) if is_text else read_array(source, file, shape, dtype, is_alone)
 
 
 def _skip_bytes(source: ByteSource, file: BinaryIO, count: int) -> None:
@@ -325,7 +363,7 @@ def _text_voxels(source: ByteSource, file: BinaryIO, shape: tuple[int, ...], dty
             end = min(at + _TEXT_PIECE_BYTES, len(text))
             while end < len(text) and not text[end : end + 1].isspace():
                 end += 1
-            piece = np.array(text[at:end].split(), dtype="S32").astype(float)
+            piece = _numbers_of_text(text[at:end], values.dtype)
             values[found : found + len(piece)] = piece
             found, at = found + len(piece), end
         if found != count:
@@ -333,8 +371,24 @@ def _text_voxels(source: ByteSource, file: BinaryIO, shape: tuple[int, ...], dty
         return values.reshape(shape, order="F")
     except (ValueError, OverflowError) as error:
         raise VolumeError(
-            source.name, "its voxels cannot be read (text encoding)", "Write it raw or with gzip"
+            source.name,
+            "its voxels cannot be read (text encoding), or are not all numbers of the type in its header",
+            "Write it raw or with gzip",
         ) from error
+
+
+def _numbers_of_text(text: bytes, dtype: np.dtype) -> np.ndarray:
+    """Numbers as they are written; a ValueError if their type cannot hold them, since a cast would say nothing."""
+    words = text.split()
+    if max(map(len, words), default=0) > _MAX_NUMBER_BYTES:  # numpy would cut it
+        raise ValueError("too long a number")
+    numbers = np.array(words, dtype=f"S{_MAX_NUMBER_BYTES}").astype(float)
+    with np.errstate(all="ignore"):
+        values = numbers.astype(dtype)
+        fits = np.isfinite(values) if dtype.kind == "f" else (values == numbers) & (np.abs(numbers) <= _MAX_WHOLE)
+    if not fits.all():
+        raise ValueError("numbers that are not of their type")
+    return values
 
 
 def read_metaimage(source: ByteSource, find: Finder, rescale: bool = False) -> CTVolume:
@@ -352,6 +406,8 @@ def read_metaimage(source: ByteSource, find: Finder, rescale: bool = False) -> C
             fields[name.strip()] = value[0].strip() if value else ""
             if name.strip() == "ElementDataFile":
                 break
+        else:
+            raise _endless(source)
         shape, dtype = _meta_layout(source, fields)
         affine, notes = _meta_affine(source, fields)
         scale, more = _meta_scale(source, fields, rescale)
@@ -361,7 +417,7 @@ def read_metaimage(source: ByteSource, find: Finder, rescale: bool = False) -> C
         else:
             voxels = _detached(source, find, name)
             with voxels.open() as file:
-                array = _meta_voxels(voxels, file, fields, shape, dtype, is_alone=True)
+                array = _meta_voxels(voxels, file, fields, shape, dtype, is_detached=True)
     return CTVolume(rescale_to_hu(array, *scale), affine, source.name, (*notes, *more))
 
 
@@ -372,7 +428,7 @@ def _is_true(fields: dict[str, str], *names: str, default: str = "False") -> boo
 
 def _meta_layout(source: ByteSource, fields: dict[str, str]) -> tuple[tuple[int, ...], np.dtype]:
     try:
-        shape = tuple(int(word) for word in fields["DimSize"].split())
+        shape = drop_singletons([int(word) for word in fields["DimSize"].split()])
         channels = int(fields.get("ElementNumberOfChannels", "1"))
         dtype = np.dtype(_META_TYPES[fields["ElementType"].upper()])
     except (KeyError, ValueError) as error:
@@ -396,28 +452,39 @@ def _meta_affine(source: ByteSource, fields: dict[str, str]) -> tuple[np.ndarray
         raise VolumeError(source.name, "its header gives no ElementSpacing", "Write it with one, in mm")
     axes = fields.get("TransformMatrix") or fields.get("Rotation") or fields.get("Orientation")
     notes = () if axes else ("its header gives no TransformMatrix: axes taken towards L, P and S",)
-    offset = fields.get("Offset") or fields.get("Position") or fields.get("Origin") or "0 0 0"
+    offset = fields.get("Offset") or fields.get("Position") or fields.get("Origin")
+    count = len(fields["DimSize"].split())
     affine = np.eye(4)
-    affine[:3, :3] = _numbers(source, "TransformMatrix", axes or "1 0 0 0 1 0 0 0 1", 9).reshape(3, 3).T
-    spacing_mm = _numbers(source, "ElementSpacing", spacing, 3)
+    if axes:
+        affine[:3, :3] = _directions_in_space(source, _numbers(source, "TransformMatrix", axes, count, count))
+    spacing_mm = _numbers(source, "ElementSpacing", spacing, count)[:3]
     if not (spacing_mm > 0).all():
         raise VolumeError(source.name, f"its spacing is {tuple(spacing_mm.tolist())} mm", "Correct the header")
-    affine[:3, :3] *= spacing_mm
-    affine[:3, 3] = _numbers(source, "Offset", offset, 3)
+    if offset:
+        affine[:3, 3] = _numbers(source, "Offset", offset, count)[:3]
     unit_mm, more = _unit(source, fields.get("DistanceUnits", ""))
-    affine = np.diag([unit_mm, unit_mm, unit_mm, 1.0]) @ _LPS_TO_RAS @ affine
+    with np.errstate(all="ignore"):  # what is not finite is refused
+        affine[:3, :3] *= spacing_mm
+        affine = np.diag([unit_mm, unit_mm, unit_mm, 1.0]) @ _LPS_TO_RAS @ affine
     check_affine(source.name, affine)
     return affine, (*notes, *more)
 
 
-def _numbers(source: ByteSource, field: str, text: str, count: int) -> np.ndarray:
+def _directions_in_space(source: ByteSource, rows: np.ndarray) -> np.ndarray:
+    """The columns of an affine from the axes that a header gives as rows; a fourth must be no part of them."""
+    if rows[:3, 3:].any() or rows[3:, :3].any():
+        raise VolumeError(source.name, "its TransformMatrix turns a fourth axis into space", "Write it with three axes")
+    return rows[:3, :3].T
+
+
+def _numbers(source: ByteSource, field: str, text: str, *shape: int) -> np.ndarray:
     try:
         numbers = np.array(text.split(), float)
     except ValueError as error:
         raise _bad_numbers(source, field, text) from error
-    if numbers.shape != (count,):
-        raise VolumeError(source.name, f"its {field} is not that of three axes in mm", _AGAIN)
-    return numbers
+    if numbers.size != math.prod(shape):
+        raise VolumeError(source.name, f"its {field} is not that of {shape[0]} axes in mm", _AGAIN)
+    return numbers.reshape(shape)
 
 
 def _meta_scale(
@@ -441,7 +508,7 @@ def _meta_voxels(
     fields: dict[str, str],
     shape: tuple[int, ...],
     dtype: np.dtype,
-    is_alone: bool = False,
+    is_detached: bool = False,
 ) -> np.ndarray:
     """Voxels from where a header stands, or from a file of their own."""
     if not _is_true(fields, "BinaryData", default="True"):
@@ -458,29 +525,25 @@ def _meta_voxels(
         file.seek(header_size)
     elif header_size == -1 and 0 < stored <= source.size:
         file.seek(source.size - stored)
-    elif is_alone and not compressed and source.size != promised:
-        raise VolumeError(
-            source.name,
-            f"it holds {source.size} bytes, and its header promises {promised} of voxels",
-            "Correct the header; HeaderSize = -1 takes the voxels from the end",
-        )
-    return read_array(source, ZlibFile(file) if compressed else file, shape, dtype)
+    is_alone = is_detached and header_size <= 0
+    return read_array(source, ZlibFile(file) if compressed else file, shape, dtype, is_alone)
 
 
 def _detached(source: ByteSource, find: Finder, name: str) -> ByteSource:
-    """The file of voxels that a header names, if it lies beside the header."""
+    """The file of voxels that a header names, if it lies beside the header or in a folder beside it."""
     name = name.removeprefix("./")
     written = name.encode("latin-1")  # as `_lines` decoded it
     names = {os.fsdecode(written)}
     for encoding in _NAME_ENCODINGS:
         with contextlib.suppress(UnicodeDecodeError):
             names.add(written.decode(encoding))
+    names |= {each.replace("\\", "/") for each in names}  # as Windows writes folders
     if name and (voxels := find(names)) is not None:
         return voxels
     if not name or "/" in name or "\\" in name or name.upper().startswith("LIST") or re.search(r"%\d*d", name):
         raise VolumeError(
             source.name,
             "its voxels lie in other files",
-            "Pass the path of the header with one file of voxels beside it",
+            "Pass the path of the header with one file of voxels beside it, or in a folder beside it",
         )
     raise VolumeError(source.name, "the file of its voxels is not beside it", "Copy both files to one folder")

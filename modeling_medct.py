@@ -24,7 +24,7 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.auto.modeling_auto import MODEL_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES, MODEL_MAPPING
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple, maybe_autocast, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
@@ -33,8 +33,11 @@ from .adapters_medct import (
     AdapterMismatchError,
     adapter_tensors,
     check_fit,
+    copy_description,
     loadable_tensors,
     refuse_adapter_without_values,
+    refuse_name_of_a_part,
+    use_adapters,
     without_load_report,
 )
 from .checks_medct import refuse_other_weights
@@ -51,6 +54,7 @@ from .kernels_medct import (
     gated,
     gated_product,
     is_autocast,
+    is_bare,
     nearest,
     padded_width,
     row_dtype,
@@ -430,14 +434,19 @@ class MedCTLayer(GradientCheckpointingLayer):
         if self._is_constant(hidden_states, position_bias) and self._agrees(hidden_states, position_bias):
             return self._infer(hidden_states, position_bias)
         stream, *rows = self._mix(hidden_states)
-        # Gradients need all that a chunk would hand on, and "eager" is there to show the attention as a whole.
-        if torch.is_grad_enabled() or self.self_attn.config._attn_implementation == "eager":
+        # Gradients, and whoever looks at parts, need all that a chunk would hand on; "eager" is there to show the
+        # attention as a whole.
+        if torch.is_grad_enabled() or self.self_attn.config._attn_implementation == "eager" or self._is_watched():
             return self._within_sequences(stream, *rows, position_bias=position_bias)
         width = 2 * self.self_attn.config.intermediate_size
         chunks = (split_rows(each, stream.shape[1] * width, self.dtype) for each in (stream, *rows))
         for chunk in zip(*chunks, strict=True):
             self._within_sequences(*chunk, position_bias=position_bias)
         return stream
+
+    def _is_watched(self) -> bool:
+        """Whether anybody may have kept what parts take or give."""
+        return not all(map(is_bare, self.modules()))
 
     def _is_constant(self, hidden_states: torch.Tensor, position_bias: torch.Tensor | None) -> bool:
         """Whether kernels may run the layer as a whole: no gradients, adapters, hooks or other attention."""
@@ -491,7 +500,7 @@ class MedCTLayer(GradientCheckpointingLayer):
         """The stream after the position generator; from kernels also what `_within_sequences` takes with it."""
         generator, norm = self.position_generator, self.layer_norm1
         if not fused(hidden_states, generator, generator.conv, norm):
-            return (add(generator(hidden_states).to(hidden_states.dtype), hidden_states),)
+            return (add(generator(hidden_states).to(hidden_states.dtype), hidden_states, self._is_watched()),)
         grid = hidden_states.reshape(-1, *generator.grid_size, hidden_states.shape[-1])
         weights = (generator.conv.weight, generator.conv.bias, norm.weight)
         mixed = triton_kernels().mix(grid, *weights, norm.eps, row_dtype(grid, self.dtype))
@@ -510,14 +519,15 @@ class MedCTLayer(GradientCheckpointingLayer):
             rows, normed = stream.to(self.dtype), self.layer_norm1(stream).to(self.dtype)
         # Only queries are normalised; keys and values come from the stream itself.
         attended, _ = self.self_attn(normed, rows, position_bias=position_bias)
-        norm = self.layer_norm2
+        norm, is_watched = self.layer_norm2, self._is_watched()
         if fused(stream, norm):
             dtype = row_dtype(stream, self.dtype)
+            stream = stream.clone() if is_watched else stream
             stream, rows = triton_kernels().add_norm(stream, attended, norm.weight, norm.bias, norm.eps, dtype)
         else:
-            stream = add(stream, attended)
+            stream = add(stream, attended, is_watched)
             rows = norm(stream).to(self.dtype)
-        return add(stream, self.mlp(rows))
+        return add(stream, self.mlp(rows), is_watched)
 
 
 @fusible
@@ -540,12 +550,12 @@ class MedCTEncoder(nn.Module):
         Returns:
             The same shape, in memory as the next stage reads it if that costs nothing.
         """
-        batch = len(hidden_states)
+        sequences = hidden_states.shape[1]
         # Also in memory: the position generator reads it there.
         rows = hidden_states.flatten(0, 1).contiguous()
         for layer in self.layers:
             rows = layer(rows, position_bias)
-        return self.norm(rows.unflatten(0, (batch, -1)), turned=True)
+        return self.norm(rows.unflatten(0, (-1, sequences)), turned=True)
 
 
 @fusible
@@ -562,6 +572,8 @@ class MedCTQuantizer(nn.Module):
     def forward(self, hidden_states: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """`(..., hidden_size)` tokens to rows of the codebook, same shape, and their `(...)` indices.
 
+        Tokens that are not finite become NaN.
+
         Args:
             hidden_states: Tokens.
             dtype: Precision of the product of all tokens with all rows; the nearest are compared in float32.
@@ -575,9 +587,11 @@ class MedCTQuantizer(nn.Module):
             else:
                 coarse_codes = codes.to(dtype)
                 ids = torch.cat([nearest(chunk, codes, coarse_codes) for chunk in split_rows(rows, len(codes), dtype)])
-                quantized = F.embedding(ids, self.codebook)
+                # Some row is always the nearest: without this, what has overflowed would look like any scan.
+                spoiled = (rows.sum(dim=-1, keepdim=True) * 0).to(self.codebook.dtype)
+                quantized = F.embedding(ids, self.codebook) + spoiled
         quantized, ids = quantized.view(hidden_states.shape), ids.view(hidden_states.shape[:-1])
-        if hidden_states.requires_grad:
+        if torch.is_grad_enabled():
             # The difference is exactly zero: the value is still the row itself, the gradient that of the token.
             quantized = quantized + (hidden_states - hidden_states.detach())
         return quantized, ids
@@ -692,7 +706,11 @@ class MedCTPreTrainedModel(PreTrainedModel):
             others = {name: task for name, task in self.config.custom_pipelines.items() if name not in CUSTOM_PIPELINES}
             self.config.set_custom_pipelines({name: CUSTOM_PIPELINES[name] for name in self._tasks} | others)
             self.config.auto_map = dict(CODE)
-        return super().save_pretrained(*args, **kwargs)
+        saved = super().save_pretrained(*args, **kwargs)
+        folder = args[0] if args else kwargs["save_directory"]
+        if getattr(self, "_hf_peft_config_loaded", False):  # then an adapter was saved, and nothing else
+            copy_description(self, folder)
+        return saved
 
     def load_adapter(self, peft_model_id: str | None = None, adapter_name: str | None = None, *args, **kwargs):
         """transformers' own, for an adapter that fits this model; see `check_fit` for the rule.
@@ -708,7 +726,8 @@ class MedCTPreTrainedModel(PreTrainedModel):
         Raises:
             AdapterMismatchError: If the adapter was trained on another model or another preprocessing, or is not whole.
         """
-        description = None
+        description, name = None, adapter_name or "default"
+        refuse_name_of_a_part(self, name)
         if peft_model_id is not None:
             load_config, adapter_kwargs = kwargs.get("load_config"), kwargs.get("adapter_kwargs") or {}
             downloads = kwargs if load_config is None else load_config.download_kwargs
@@ -719,15 +738,32 @@ class MedCTPreTrainedModel(PreTrainedModel):
                 kwargs.setdefault("adapter_state_dict", loadable_tensors(peft_model_id, **hub))
         with without_load_report():
             loaded = super().load_adapter(peft_model_id, adapter_name, *args, **kwargs)
-        name = adapter_name or "default"
         refuse_adapter_without_values(self, name)
         # transformers counts the base's tensors as missing where the adapter's name stands in theirs.
         missing = {key for key in loaded.missing_keys if name in key.split(".")}
         if astray := missing | loaded.unexpected_keys:
+            kind = self.peft_config[name].peft_type.value
             self.delete_adapter(name)
-            raise AdapterMismatchError(f"{len(astray)} tensors of the adapter were not loaded, such as {min(astray)}.")
+            raise AdapterMismatchError(
+                f"{len(astray)} tensors of the adapter were not loaded, such as {min(astray)}; transformers loads no "
+                f"{kind} adapter whole. Use `peft.PeftModel.from_pretrained`, after `check_fit`."
+            )
         self._described = {**self._described, name: (Snapshot(adapter_tensors(self, name)), description or {})}
         return loaded
+
+    def set_adapter(self, adapter_name: list[str] | str) -> None:
+        """transformers' own, also where one adapter has whole modules and another has none.
+
+        Args:
+            adapter_name: Name of the adapter to use from now on, or several.
+
+        Raises:
+            ValueError: If it is not loaded.
+        """
+        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
+        if not getattr(self, "_hf_peft_config_loaded", False) or not set(names) <= set(self.peft_config):
+            return super().set_adapter(adapter_name)  # says what is wrong
+        return use_adapters(self, adapter_name)
 
     def adapter_description(self, name: str) -> dict:
         """What the adapter of a name remembers of its training; see `describe_adapter`.
@@ -871,7 +907,17 @@ class MedCTVisionModel(MedCTPreTrainedModel):
 
 
 def _text_encoder(config: MedCTConfig) -> PreTrainedModel:
-    """The text encoder that the configuration names, without a pooler, which CT-CLIP does not use."""
+    """The text encoder that the configuration names, without a pooler, which CT-CLIP does not use.
+
+    Raises:
+        ValueError: If its first token, which is read, would not see the text behind it.
+    """
+    kind = config.text_config.model_type
+    if getattr(config.text_config, "is_decoder", False) or kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        raise ValueError(
+            f"`text_config` of type {kind!r} is no encoder whose first token sees the whole text: all texts would be "
+            'the same. Choose one that is trained to fill in masks, such as "bert" or "modernbert".'
+        )
     parameters = inspect.signature(MODEL_MAPPING[type(config.text_config)].__init__).parameters
     options = {"add_pooling_layer": False} if "add_pooling_layer" in parameters else {}
     return AutoModel.from_config(config.text_config, **options)
@@ -940,8 +986,9 @@ class MedCTModel(MedCTPreTrainedModel):
             first = attention_mask.ne(0).int().argmax(dim=-1, keepdim=True)
             order = (torch.arange(input_ids.shape[-1], device=input_ids.device) + first) % input_ids.shape[-1]
             input_ids, attention_mask = input_ids.gather(-1, order), attention_mask.gather(-1, order)
-            if kwargs.get("token_type_ids") is not None:
-                kwargs["token_type_ids"] = kwargs["token_type_ids"].gather(-1, order)
+            for name in ("token_type_ids", "position_ids"):
+                if kwargs.get(name) is not None:
+                    kwargs[name] = kwargs[name].expand_as(order).gather(-1, order)
         outputs = self.text_model(input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **kwargs)
         # CT-CLIP reads the first token itself, not BERT's pooler.
         embeds = _embed(self.text_projection, outputs.last_hidden_state[:, 0])
@@ -1040,6 +1087,11 @@ class MedCTForImageClassification(MedCTPreTrainedModel):
         precision = self.vision_model.precision
         embeds = _embed(self.visual_projection, outputs.pooler_output.to(precision))
         logits = _project(self.classifier, self.dropout(F.relu(embeds)).to(precision))
+        if logits.shape[-1] != self.config.num_labels:
+            raise ValueError(
+                f"The head has {logits.shape[-1]} outputs for {self.config.num_labels} labels. "
+                "Load the model with `id2label=` of yours and `ignore_mismatched_sizes=True` instead of replacing it."
+            )
         return ImageClassifierOutput(
             loss=None if labels is None else self.label_loss(logits, labels),
             logits=logits,
@@ -1054,14 +1106,31 @@ class MedCTForImageClassification(MedCTPreTrainedModel):
             logits: `(batch, labels)`.
             labels: `(batch, labels)`: 0, 1, or NaN where unknown.
             reduction: "mean" over them, or "sum".
+
+        Raises:
+            ValueError: If there is not one label for each logit, or a label is none.
         """
+        _check_labels(labels, logits)
         weight = self.config.classifier_pos_weight
+        if weight is not None and len(weight) != logits.shape[-1]:
+            raise ValueError(f"`classifier_pos_weight` has {len(weight)} numbers for {logits.shape[-1]} labels.")
         pos_weight = None if weight is None else torch.tensor(weight, device=logits.device, dtype=logits.dtype)
         known = ~labels.isnan()
         total = F.binary_cross_entropy_with_logits(
             logits, labels.nan_to_num().to(logits), weight=known.to(logits), pos_weight=pos_weight, reduction="sum"
         )
         return total / known.sum().clamp(min=1) if reduction == "mean" else total
+
+
+def _check_labels(labels: torch.Tensor, logits: torch.Tensor) -> None:
+    """Refuse what binary cross-entropy would take for a label, such as -1 for "uncertain" or -100 for "ignored"."""
+    if labels.shape != logits.shape:
+        raise ValueError(
+            f"`labels` must be (batch, labels) = {tuple(logits.shape)}, 0 or 1 each, not {tuple(labels.shape)}: this "
+            "classifier has labels that do not exclude each other."
+        )
+    if not torch.compiler.is_compiling() and not ((labels >= 0) & (labels <= 1) | labels.isnan()).all():
+        raise ValueError("`labels` hold numbers outside of [0, 1]. Pass NaN where a label is unknown.")
 
 
 __all__ = ["MedCTForImageClassification", "MedCTModel", "MedCTPreTrainedModel", "MedCTVisionModel"]

@@ -1,6 +1,6 @@
 """Volumes and texts to the model's inputs, in one call."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from transformers import ProcessorMixin
@@ -31,6 +31,7 @@ class MedCTProcessor(PicklesAnywhere, ProcessorMixin):
 
     Raises:
         TextError: If the list of texts is empty, or holds something else than texts.
+        TypeError: If there is no such argument.
     """
 
     text_kwargs = {"padding": True, "truncation": True}
@@ -44,7 +45,16 @@ class MedCTProcessor(PicklesAnywhere, ProcessorMixin):
             if not text or not all(isinstance(each, str) for each in text):
                 shown = "an empty list" if not text else repr(next(each for each in text if not isinstance(each, str)))
                 raise TextError(f"`text` is a sentence or a list of them, not {shown}.")
+        self._refuse_unknown(kwargs)
         return super().__call__(images=images, text=text, **kwargs)
+
+    def _refuse_unknown(self, given: Iterable[str]) -> None:
+        """Refuse what belongs to neither images nor texts; the library would go on without it."""
+        takes = self.valid_processor_kwargs.__annotations__
+        parts = (takes["images_kwargs"], takes["text_kwargs"], getattr(self.image_processor, "valid_kwargs", None))
+        known = {"common_kwargs", *takes}.union(*(getattr(part, "__annotations__", ()) for part in parts))
+        if strange := [name for name in given if name not in known]:
+            raise TypeError(f"There is no argument {strange[0]!r}; see `help(MedCTImageProcessor.preprocess)`.")
 
     def remark_on_words(self, prompts: Sequence[Sequence[str]], labels: Sequence[str]) -> str | None:
         """What should be said of labels in whose prompts the tokenizer finds words that it does not know.

@@ -37,6 +37,7 @@ from medct.common.paths import local_paths, without_paths
 from medct.common.progress import be_quiet, tqdm
 from medct.data import StudyLoader
 from medct.data.label_space import asked
+from medct.data.sources import why_skipped
 from medct.evaluation.metrics import zero_shot_scores
 from medct.evaluation.operating_points import wanted_points
 from medct.evaluation.predictions import short_names
@@ -47,8 +48,11 @@ from medct.evaluation.scoring import (
     Texts,
     about_model,
     embed_prompts,
+    has_known_label,
+    has_same_labels,
     is_classifier,
     prompts_for,
+    refuse_shares,
     remark_on_words,
     score_studies,
     score_versions,
@@ -135,7 +139,7 @@ class Trainer:
             few_steps(self.steps, steps_per_epoch(self.sources["train"], settings, processes), settings),
             remark_on_words(self.base, self.processor, self.config),
         )
-        self.remarks = [remark for remark in remarks if remark]
+        self.remarks = [*(remark for remark in remarks if remark), *self._left_out()]
         self.folder.work.mkdir(parents=True, exist_ok=True)
         self.stopped_by = ""
         self.line: Line | None = None
@@ -163,6 +167,9 @@ class Trainer:
         scored = [split for split in (*SPLITS, *KEPT_SPLITS) if split in self.sources]
         for remark in self.remarks:
             self.accelerator.print(f"NOTE: {remark}")
+        self._check_known()
+        for split in scored:
+            refuse_shares(self.sources[split])
         before = {split: self.score_base(split) for split in scored}
         self._check_labels(before["valid"])
         model = self._attach()
@@ -203,6 +210,18 @@ class Trainer:
             for each, handler in before.items():
                 signal.signal(each, handler)
 
+    def _left_out(self) -> Iterator[str]:
+        """Remarks on studies that no figure knows of."""
+        for split, source in self.sources.items():
+            if source.skipped:
+                yield f"{split}: left out before they were read: {why_skipped(source.skipped)}."
+
+    def _check_known(self) -> None:
+        """Refuse, before any training, studies that teach nothing."""
+        source, learns_labels = self.sources["train"], self.settings.objective != "contrastive"
+        if learns_labels and not source.is_synthetic and not has_known_label(source):
+            raise TrainingError(f"{source.description}: no label of any study is known. Fill in the table.")
+
     def loader(self, split: str, **options: Any) -> StudyLoader:
         return StudyLoader(
             self.sources[split],
@@ -224,10 +243,12 @@ class Trainer:
         return score_studies(model, loader, self.prompts, self.accelerator, f"score {what}, {split}")
 
     def score_base(self, split: str) -> ScoredStudies:
-        """From the run that is resumed, if it came so far."""
+        """From the run that is resumed, if it came so far and the table says the same of these studies."""
         name = f"base_{split}"
         if (known := self.folder.remembered(name)) is not None:
-            return ScoredStudies(**known)
+            if has_same_labels(self.sources[split], scored := ScoredStudies(**known)):
+                return scored
+            self.accelerator.print(f"NOTE: {split}: studies or labels have changed since, so the base is scored anew.")
         scored = self._score(self.base, split, "base")
         if self.accelerator.is_main_process:
             self.folder.remember(name, scored)

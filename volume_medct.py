@@ -3,7 +3,8 @@
 Rules for values, in one place. Stored values become HU exactly once (`slope * stored + intercept`), and then
 - refused: NaN or infinite values; values that all lie within -1..1 (scaled for some network, or a mask);
 - remarked on (`VolumeWarning`, `CTVolume.notes`): all values within 0..255 (a picture already windowed, or labels); no
-  air, that is nothing below -500 HU (another modality, another unit, or a scan not rescaled).
+  air, that is nothing below -500 HU (another modality, another unit, or a scan not rescaled); values above 30710 HU
+  (padding, or signed values read as unsigned ones).
 A volume of one single value is not judged, since nothing can be told from it.
 
 Rules for space, the same for all formats. An affine is finite and not singular, its spacings are positive, and no axis
@@ -36,7 +37,11 @@ MAX_VOXELS = 2**31
 
 SPACING_DECIMALS = 6
 """Of a spacing in mm, what is more than the noise of float32 and of short decimals: 0.7 mm arrives as 0.69999999."""
+NO_SECOND_RESCALE = "Leave out `rescale_slope` and `rescale_intercept`, or HU would be computed twice"
+"""The remedy where a header and the caller both rescale."""
 AIR_HU = -1000
+HIGHEST_HU = 30710
+"""The end of the extended scale, on which metal is ten times the usual 3071 HU."""
 _NO_AIR_HU = -500
 _USUAL_SHAPE = (512, 512, 512)
 # What the letters of an orientation mean in the world space of an affine, RAS+: (axis, direction).
@@ -188,8 +193,9 @@ def rescale_to_hu(array: np.ndarray, slope: float, intercept: float) -> np.ndarr
             hu += np.array(int(intercept)).astype(np.int16)
             return hu
     hu = np.empty_like(array, np.float32)
-    np.multiply(array, np.float32(slope), out=hu, casting="unsafe")
-    hu += np.float32(intercept)
+    with np.errstate(over="ignore", invalid="ignore"):  # what overflows is infinite, which `check_values` refuses
+        np.multiply(array, np.float32(slope), out=hu, casting="unsafe")
+        hu += np.float32(intercept)
     return hu
 
 
@@ -204,8 +210,21 @@ def refuse_second_rescale(source: str, slope: float, intercept: float) -> None:
     raise VolumeError(
         source,
         f"its header already rescales (slope {slope}, intercept {intercept})",
-        "Leave out `rescale_slope` and `rescale_intercept`, or HU would be computed twice",
+        NO_SECOND_RESCALE,
     )
+
+
+def drop_singletons(shape: Sequence[int]) -> tuple[int, ...]:
+    """A shape without a fourth and later axes of length one, a habit of some writers.
+
+    Args:
+        shape: Voxels along each axis.
+
+    Returns:
+        The same if a later axis is longer.
+    """
+    shape = tuple(int(length) for length in shape)
+    return shape[:3] if len(shape) > 3 and set(shape[3:]) == {1} else shape
 
 
 def check_voxels(source: str, shape: Sequence[int], dtype: np.dtype) -> None:
@@ -256,22 +275,26 @@ def check_values(volume: CTVolume) -> tuple[str, ...]:
         )
     if lowest >= 0 and highest <= 255:
         return (f"its values lie within {lowest:g}..{highest:g}: a windowed picture or labels rather than HU",)
+    notes = []
     if lowest > _NO_AIR_HU:
-        return (f"it holds no air (its lowest value is {lowest:g}): perhaps not rescaled, or no CT",)
-    return ()
+        notes.append(f"it holds no air (its lowest value is {lowest:g}): perhaps not rescaled, or no CT")
+    if highest > HIGHEST_HU:
+        notes.append(f"its highest value is {highest:g}, more than any CT has: padding, or values that lost their sign")
+    return tuple(notes)
 
 
 def check_affine(source: str, affine: np.ndarray) -> None:
-    """Refuse an affine that cannot place a volume: singular, not finite or implausibly large.
+    """Refuse an affine that cannot place a volume: of another shape, singular, not finite or implausibly large.
 
     Args:
         source: What to call the volume in messages.
         affine: `(4, 4)`, voxel indices to RAS+ mm.
     """
+    if not isinstance(affine, np.ndarray) or affine.shape != (4, 4):
+        raise VolumeError(source, f"its affine has shape {np.shape(affine)}", "Pass an array of 4 x 4 numbers")
     with np.errstate(all="ignore"):
         sound = (
-            affine.shape == (4, 4)
-            and np.isfinite(affine).all()
+            np.isfinite(affine).all()
             and np.array_equal(affine[3], (0, 0, 0, 1))
             and 1e-9 < abs(np.linalg.det(affine[:3, :3])) < 1e9
             and np.abs(affine).max() < 1e6

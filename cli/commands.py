@@ -49,6 +49,8 @@ if TYPE_CHECKING:
 MODEL_VARIABLE = "MEDCT_MODEL"
 # Processes of a launch wait for the slowest one at the end of a night.
 _PATIENCE = timedelta(days=7)
+# As many as tell any two float32 apart: scores near 0 or 1 would tie otherwise.
+_DIGITS = ".9g"
 _SUFFIXES = {".csv": "csv", ".json": "json", ".jsonl": "json"}
 
 
@@ -298,11 +300,11 @@ def prediction_rows(
         if isinstance(reports, str):
             yield FailedStudy(read.study, reports)
         elif flat:
-            scores = {finding["label"]: f"{finding['score']:.6f}" for finding in findings}
+            scores = {finding["label"]: f"{finding['score']:{_DIGITS}}" for finding in findings}
             called = [finding for finding in findings if "present" in finding]
             calls = {f"{finding['label']} present": int(finding["present"]) for finding in called}
             calls |= {
-                f"{finding['label']} probability": f"{finding['probability']:.6f}"
+                f"{finding['label']} probability": f"{finding['probability']:{_DIGITS}}"
                 for finding in findings
                 if "probability" in finding
             }

@@ -94,7 +94,7 @@ def score_tables(args: argparse.Namespace) -> int:
         for key, scored in found.scored.items():
             title = key.source if len({each.model for each in found.scored}) == 1 else f"{key.source}: {key.model}"
             options = {"resamples": args.bootstrap_resamples, "seed": args.seed}
-            figures = figures_of({key.model: Scores(scored)}, title, **options)
+            figures = figures_of({key.model: Scores(scored)}, f"{args.predictions}, {title}", **options)
             sources.append({"source": f"{title}, {key.split}", "studies": list_checksum(scored), **figures})
         _finish(args, sources)
     return OK

@@ -4,8 +4,9 @@ import argparse
 import contextlib
 import functools
 import json
+import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,10 @@ from medct.configuration_medct import MedCTConfig
 from medct.data import PhantomCohort, Source, open_source
 from medct.data.label_space import LabelTable, asked
 from medct.data.loader import StudyLoader
-from medct.data.sources import DataError
+from medct.data.sources import DataError, why_skipped
 from medct.evaluation.calibration import fit_calibration
 from medct.evaluation.figures import Scores, source_figures
-from medct.evaluation.operating_points import YOUDEN, Points, choose_points, wanted_points
+from medct.evaluation.operating_points import YOUDEN, Points, choose_points, remark_on_points, wanted_points
 from medct.evaluation.predictions import (
     Key,
     Predictions,
@@ -33,7 +34,15 @@ from medct.evaluation.predictions import (
 from medct.evaluation.provenance import changed_figures, list_checksum, provenance, reasons
 from medct.evaluation.record import read_results, scores_path, write_record
 from medct.evaluation.report import evaluation_report
-from medct.evaluation.scoring import ScoredStudies, Texts, about_model, prompts_for, remark_on_words, score_versions
+from medct.evaluation.scoring import (
+    ScoredStudies,
+    Texts,
+    about_model,
+    prompts_for,
+    refuse_shares,
+    remark_on_words,
+    score_versions,
+)
 from medct.pipeline_medct import CTPipeline
 
 BASE = "base"
@@ -188,6 +197,7 @@ def _evaluate(args: argparse.Namespace, recorded: Mapping[str, Any] | None) -> i
     versions = versions_of(args, pipe, config)
     score = functools.partial(_score, args, pipe, versions, accelerator)
     opened = functools.partial(_open, args, config, mappings)
+    _refuse_the_same(args)
     tuned = None if args.tune_on is None else score(opened(args.tune_on, "tune"))[0]
     scored, sources, lists, failed = {}, [], {}, 0
     if tuned is not None:
@@ -195,6 +205,8 @@ def _evaluate(args: argparse.Namespace, recorded: Mapping[str, Any] | None) -> i
     for name, address in zip(short_names(args.data), args.data, strict=True):
         source = opened(address, args.split)
         scored[name], unreadable = score(source)
+        if tuned is not None:
+            _refuse_overlap(next(iter(tuned.values())), next(iter(scored[name].values())), name)
         failed += unreadable
         sources.append(_about(name, source, args.split, unreadable))
     if not accelerator.is_main_process:
@@ -214,7 +226,10 @@ def _evaluate(args: argparse.Namespace, recorded: Mapping[str, Any] | None) -> i
         "prompts": {name: version.asks for name, version in versions.items()},
         "sources": sources,
         "table": evaluation_report(sources, names),
-        "remarks": [remark for about in sources for remark in _remarks(about)],
+        "remarks": [
+            *([] if args.tune_on is None else _on_points(next(iter(brought.values()))[0], names)),
+            *(remark for about in sources for remark in _remarks(about)),
+        ],
         "provenance": provenance(
             settings_of(args),
             {name: version.about for name, version in versions.items()},
@@ -231,6 +246,34 @@ def _evaluate(args: argparse.Namespace, recorded: Mapping[str, Any] | None) -> i
     _show(results)
     status = ends(failed, sum(about["num_studies"] for about in sources), None)
     return max(status, OK if recorded is None else _tell_changes(recorded, results))
+
+
+def _refuse_the_same(args: argparse.Namespace) -> None:
+    """Refuse, before anything is scored, thresholds from the very studies that they would be tried on.
+
+    Raises:
+        CommandError: If the tuning studies are asked for once more, whatever their address is called.
+    """
+    tuning = None if args.tune_on is None else os.path.realpath(args.tune_on)
+    if args.split in ("tune", "all") and tuning in map(os.path.realpath, args.data):
+        raise CommandError(
+            f"--split {args.split} scores the studies of {args.tune_on} that --tune_on chooses thresholds on. Pass "
+            "--split valid, or tune on another source."
+        )
+
+
+def _refuse_overlap(tuned: ScoredStudies, scored: ScoredStudies, name: str) -> None:
+    """Refuse studies that were tuned on, known by their names and scores, since copies have other addresses.
+
+    Raises:
+        CommandError: If there are any.
+    """
+    ours, theirs = (set(zip(each.ids, map(tuple, each.scores.tolist()), strict=True)) for each in (scored, tuned))
+    if both := len(ours & theirs):
+        raise CommandError(
+            f"{name}: thresholds would be tried on {both} studies that they were chosen on. Leave these out, or tune "
+            "on others."
+        )
 
 
 def _asked(args: argparse.Namespace, pipe: CTPipeline) -> tuple[MedCTConfig, dict[str, LabelTable | None]]:
@@ -309,7 +352,7 @@ def _open(
     split: str,
 ) -> Source:
     options = {} if args.phantoms is None else {"phantoms": PhantomCohort(**args.phantoms)}
-    return open_source(
+    source = open_source(
         address,
         split,
         config,
@@ -319,6 +362,8 @@ def _open(
         revision=args.data_revision if address in args.data else None,
         **options,
     )
+    refuse_shares(source)
+    return source
 
 
 def _score(
@@ -367,6 +412,7 @@ def _about(name: str, source: Source, split: str, unreadable: int) -> dict[str, 
         "synthetic": source.is_synthetic,
         "num_studies": source.num_studies,
         "skipped": len(source.skipped),
+        "why": why_skipped(source.skipped),
         "unreadable": unreadable,
         "left_out": dict(source.elsewhere),
         "mapping": source.mapping,
@@ -401,6 +447,10 @@ def figures_of(models: Mapping[str, Scores], what: str, **options: int) -> dict[
         raise CommandError(f"{what}: {error}") from error
 
 
+def _on_points(points: Points, names: Sequence[str]) -> list[str]:
+    return remark_on_points([name for name in names if name not in points.get(YOUDEN, {})], names)
+
+
 def _remarks(about: Mapping[str, Any]) -> Iterator[str]:
     if about["left_out"]:
         others = ", ".join(f"{count:,} of {split}" for split, count in about["left_out"].items())
@@ -408,6 +458,8 @@ def _remarks(about: Mapping[str, Any]) -> Iterator[str]:
             f"{about['source']}: only the {about['num_studies']:,} studies of the split {about['split']} were scored; "
             f"left out: {others}. For a test set that the model has never seen, pass --split all."
         )
+    if about["skipped"]:
+        yield f"{about['source']}: left out before they were read: {about['why']}."
     if about["synthetic"]:
         yield f"{about['source']}: SYNTHETIC drawings: no patients, and no clinical meaning."
 

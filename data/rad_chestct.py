@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from medct.byte_sources_medct import ByteSource, find_among, of_bytes, of_path, of_zip
+from medct.byte_sources_medct import ByteSource, base_name, of_bytes, of_path, of_zip
 from medct.configuration_medct import MedCTConfig
 from medct.data.folders import Folder
 from medct.data.label_space import LabelSpace, LabelTable, read_labels
@@ -72,7 +72,7 @@ def read_npz(file: ByteSource) -> CTVolume:
     if file.head(4) != b"PK\x03\x04":
         what, remedy = what_is(file) or ("", _REMEDY)
         raise VolumeError(file.name, f"it is no {SUFFIX} archive" + (f", but {what}" if what else ""), remedy)
-    member = find_among(of_zip(file), {f"{_KEY}.npy"})
+    member = next((member for member in of_zip(file) if base_name(member.name) == f"{_KEY}.npy"), None)
     if member is None:
         raise VolumeError(file.name, f"it holds no array {_KEY!r}, so it is none of RAD-ChestCT's files", _REMEDY)
     if member.size > 2 * MAX_VOXELS + _NPY_HEADER_BYTES:

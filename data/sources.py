@@ -17,6 +17,7 @@ A row describes one study before its volume is read:
 import contextlib
 import hashlib
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -77,6 +78,13 @@ def too_many_bad(num_bad: int, num_seen: int, max_share: float) -> bool:
         max_share: Largest share allowed, in [0, 1].
     """
     return num_bad > max_share * max(num_seen, FEWEST_JUDGED)
+
+
+def why_skipped(skipped: Sequence["Skipped"]) -> str:
+    """The reasons for which studies were left out, each with an example."""
+    first = {each.reason: each.id for each in reversed(skipped)}
+    counts = Counter(each.reason for each in skipped)
+    return "; ".join(f"{reason} ({counts[reason]:,}, such as {name})" for reason, name in first.items())
 
 
 def hash_share(name: str, purpose: str) -> float:

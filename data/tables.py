@@ -32,7 +32,7 @@ WORDS = {**dict.fromkeys(_YES.split(), 1.0), "はい": 1.0, **dict.fromkeys(_NO.
 """Labels that are written as words, casefolded; what means different things in different places is not among them."""
 _NOT_KNOWN = "nan na n/a unknown unbekannt inconnu desconocido sconosciuto bilinmiyor 未知"
 _UNKNOWN = {"", *_NOT_KNOWN.split()}
-_DECIMAL_COMMA = re.compile(r"[0-9]*,[0-9]+")
+_DECIMAL_COMMA = re.compile(r"^([+-]?[0-9]*),([0-9]+)$")
 # What reports hold where nothing was dictated.
 _NO_TEXT = {"", "not given.", "not given", "nan"}
 
@@ -126,10 +126,17 @@ def to_numbers(table: pd.DataFrame, columns: Sequence[str], name: str) -> pd.Dat
     Raises:
         DataError: If a cell is not a number.
     """
-    try:
-        return table.assign(**{column: pd.to_numeric(table[column].replace("", np.nan)) for column in columns})
-    except ValueError as error:
-        raise DataError(f"{name}: a cell of {', '.join(map(repr, columns))} is not a number ({error}).") from error
+    found = {}
+    for column in columns:
+        cells = table[column].str.strip() if table[column].dtype == object else table[column]
+        numbers = pd.to_numeric(
+            cells.replace(_DECIMAL_COMMA, r"\1.\2", regex=True).replace("", np.nan), errors="coerce"
+        )
+        strange = cells[numbers.isna() & cells.notna() & (cells != "") & (cells.astype(str).str.lower() != "nan")]
+        if len(strange):
+            raise DataError(f"{name}: {column!r} is {strange.iloc[0]!r} somewhere. Write a number, or leave it empty.")
+        found[column] = numbers.astype(float)
+    return table.assign(**found)
 
 
 def check_labels(table: pd.DataFrame, label_names: Sequence[str], name: str) -> pd.DataFrame:

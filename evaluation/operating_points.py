@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from medct.evaluation.metrics import (
+    FEWEST,
     checked,
     choose_thresholds,
     enough,
@@ -78,6 +79,18 @@ def choose_points(
         columns = zip(scores.T, labels.T, strict=True)
         points[name] = named([threshold_for(score, truth, rule, share) for score, truth in columns], names)
     return points
+
+
+def remark_on_points(lacking: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Why findings have no operating point; nothing if all have one.
+
+    Args:
+        lacking: Those that have none.
+        names: Of all.
+    """
+    which = "any finding" if len(lacking) == len(names) else ", ".join(lacking)
+    said = f"No operating point for {which}: fewer than {FEWEST} tuning patients have it, or are without it."
+    return [said] if lacking else []
 
 
 def threshold_for(scores: np.ndarray, labels: np.ndarray, rule: str, share: float) -> float:

@@ -7,6 +7,7 @@ where unknown. Columns of subgroups may follow. Rows without a model name studie
 The file stays with its user: it names patients, so it is never pushed.
 """
 
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,7 +156,10 @@ def join_metadata(predictions: Path, metadata: Path, split: str | None = None) -
     names = [name for name in scores if name in labels and name not in (*KEYS, NAME, "patient")]
     if not names:
         raise DataError(f"{predictions} and {metadata} have no label in common. Name the columns alike.")
-    labels = check_labels(labels, names, str(metadata)).assign(patient=labels.get("patient", labels[NAME]))
+    patients = labels.get("patient", labels[NAME]).str.strip()
+    if (empty := int((patients == "").sum())) > 0:
+        raise DataError(f"{metadata}: {empty} rows have an empty 'patient'. Fill it in.")
+    labels = check_labels(labels, names, str(metadata)).assign(patient=patients)
     if split is not None:
         if "split" not in labels:
             raise DataError(f"{metadata}: it has no column 'split'. Leave out --split.")
@@ -163,6 +167,10 @@ def join_metadata(predictions: Path, metadata: Path, split: str | None = None) -
     _refuse_doubles(labels, [NAME], metadata)
     scores = to_numbers(scores, names, str(predictions))
     scores = scores.assign(**{NAME: matched(scores[NAME], set(labels[NAME])), "model": scores.get("model", "scores")})
+    if 0 < (others := int(scores[NAME].isna().sum())) < len(scores):
+        within = "" if split is None else f", split {split}"
+        said = f"{others} of {len(scores)} rows of {predictions} are not in {metadata}{within}; left out."
+        warnings.warn(said, stacklevel=2)
     scores = scores[scores[NAME].notna()]
     _refuse_doubles(scores, ["model", NAME], predictions)
     if scores.empty:

@@ -123,6 +123,9 @@ def _means(values: np.ndarray, people: np.ndarray, resamples: int, seed: int) ->
     for weights in patient_draws(people, resamples, seed):
         blocks.append(values.T @ weights / weights.sum(axis=0))
     drawn = np.concatenate(blocks, axis=1)
+    # As elsewhere, what is at an end of its range in every resample has no interval.
+    at_an_end = np.isin(drawn[:, :1], (0, 1)) & (drawn == drawn[:, :1]).all(axis=1, keepdims=True)
+    drawn = np.where(at_an_end & (np.arange(drawn.shape[1]) > 0), np.nan, drawn)
     return list(intervals_of({str(index): row for index, row in enumerate(drawn)}).values())
 
 

@@ -11,11 +11,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from medct.checks_medct import refuse_what_is_no_number
 from medct.common.distributed import sum_over_processes
 from medct.common.progress import tqdm
 from medct.configuration_medct import MedCTConfig
 from medct.data import StudyLoader
 from medct.data.label_space import merge_columns
+from medct.data.sources import DataError, Source
 from medct.modeling_medct import MedCTForImageClassification, MedCTModel, zero_shot_probabilities
 from medct.processing_medct import MedCTProcessor
 
@@ -209,6 +211,51 @@ def score_versions(
     ]
 
 
+def has_same_labels(source: Source, scored: ScoredStudies) -> bool:
+    """Whether a source has the same studies, patients and labels as when it was scored; drawings always have.
+
+    Args:
+        source: Whose rows are read, without their volumes.
+        scored: Earlier.
+    """
+    if source.is_synthetic:
+        return True
+    rows = {row["id"]: row for row in map(source.read, source.keys())}
+    if set(rows) != set(scored.ids) or [rows[each]["patient"] for each in scored.ids] != scored.patients:
+        return False
+    labels, _ = merge_columns(
+        np.array([rows[each]["labels"] for each in scored.ids], float), source.label_names, source.merged
+    )
+    return np.array_equal(labels, np.asarray(scored.labels, float), equal_nan=True)
+
+
+def refuse_shares(source: Source) -> None:
+    """Refuse, before anything is scored, labels between 0 and 1: there a finding is present or not.
+
+    Args:
+        source: Whose rows are read, without their volumes; drawings have no such labels.
+
+    Raises:
+        DataError: If there is one.
+    """
+    for row in [] if source.is_synthetic else map(source.read, source.keys()):
+        for name, label in zip(source.label_names, row["labels"], strict=True):
+            if 0 < label < 1:
+                raise DataError(
+                    f"{source.description}: {name!r} of {row['id']} is {label:g}, and shares are for training only. "
+                    "Write 0, 1 or nothing where studies are scored or tuned on."
+                )
+
+
+def has_known_label(source: Source) -> bool:
+    """Whether a label of any study is known.
+
+    Args:
+        source: Whose rows are read, without their volumes, until one is.
+    """
+    return any(not np.isnan(row["labels"]).all() for row in map(source.read, source.keys()))
+
+
 @torch.no_grad()
 def embed_studies(
     model: AnyModel, loader: StudyLoader, accelerator: Accelerator, what: str
@@ -248,6 +295,7 @@ def _of_every_study(
     )
     for batch, is_own in bar:
         values = compute(batch["pixel_values"])
+        refuse_what_is_no_number(values)
         if is_own:
             labels = batch["labels"].cpu().numpy()
             rows += zip(batch["ids"], batch["patients"], values.cpu().numpy(), labels, batch["about"], strict=True)

@@ -79,14 +79,14 @@ def map_findings(
     """
     model = pipe.model
     _, height, width = model.config.vision_config.grid_size
-    names = list(labels or pipe.asked.label_names)
-    prompts = {"candidate_labels": labels, "prompt_templates": templates}
-    results = {result["label"]: result for result in pipe.postprocess(pipe.forward(encoded, **prompts), **prompts)}
+    _, prompts, _ = pipe._sanitize_parameters(labels or None, templates)
+    names = list(prompts.get("candidate_labels", pipe.asked.label_names))
+    results = {result["label"]: result for result in pipe.postprocess(pipe.forward(encoded, **prompts))}
 
     tokens = encoded["last_hidden_state"][0].to(pipe.device).unflatten(0, (-1, height * width))  # (z, y * x, d)
-    pooled = tokens.mean(dim=0).flatten()[None]
+    pooled = tokens.mean(dim=0).flatten()[None].to(model.vision_model.precision)
     length = model.visual_projection(pooled).float().norm()
-    text_embeds = torch.stack(pipe.prompt_embeds(labels, templates)).mean(dim=0)
+    text_embeds = torch.stack(pipe.prompt_embeds(**prompts)).mean(dim=0)
     present, absent = text_embeds.unflatten(0, (-1, 2)).unbind(1)  # (labels, dim) each
     maps = []
     for label, direction in zip(names, present - absent, strict=True):
@@ -99,8 +99,8 @@ def map_findings(
 
 def _pull_back(projection: torch.nn.Module, direction: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """How much each input of a linear module, adapted or not, adds along an output direction; same shape as `like`."""
-    with torch.enable_grad():
-        inputs = torch.zeros_like(like, requires_grad=True)
+    with torch.inference_mode(False), torch.enable_grad():
+        inputs, direction = torch.zeros_like(like, requires_grad=True), direction.clone()
         return torch.autograd.grad((projection(inputs).float() @ direction).sum(), inputs)[0].float()
 
 

@@ -70,7 +70,7 @@ class ByteSource:
 
 
 Finder = Callable[[Collection[str]], ByteSource | None]
-"""Gives the file beside another one that has one of some names."""
+"""Gives the file that one of some names leads to from another one's folder: `x.raw` beside it, `data/x.raw` below."""
 
 
 def too_inflated(inflated: int, packed: int) -> bool:
@@ -103,15 +103,19 @@ def of_file_object(file: Any, name: str) -> ByteSource:
     Raises:
         VolumeError: If it cannot be read, is open in text mode, or holds more than `MAX_BYTES`.
     """
-    try:
-        data = file.read(MAX_BYTES + 1)
-    except Exception as error:  # any, of a file object that the caller made
-        raise VolumeError(name, f"it cannot be read ({type(error).__name__})", "Check the file object") from error
-    if not isinstance(data, bytes):
-        raise VolumeError(name, "it is opened as text", 'Open it with mode "rb"')
-    if len(data) > MAX_BYTES:
-        raise VolumeError(name, f"it holds more than {MAX_BYTES} bytes", "Pass a single scan")
-    return of_bytes(data, name)
+    pieces, count = [], 0
+    while count <= MAX_BYTES:  # a raw stream may give less than it is asked for
+        try:
+            piece = file.read(MAX_BYTES + 1 - count)
+        except Exception as error:  # any, of a file object that the caller made
+            raise VolumeError(name, f"it cannot be read ({type(error).__name__})", "Check the file object") from error
+        if not isinstance(piece, bytes):
+            raise VolumeError(name, "it is opened as text", 'Open it with mode "rb"')
+        if not piece:
+            return of_bytes(b"".join(pieces), name)
+        pieces.append(piece)
+        count += len(piece)
+    raise VolumeError(name, f"it holds more than {MAX_BYTES} bytes", "Pass a single scan")
 
 
 def is_address(source: Any) -> bool:
@@ -170,33 +174,48 @@ def of_path(path: Path) -> list[ByteSource]:
 
 
 def find_beside(path: Path, names: Collection[str]) -> ByteSource | None:
-    """The file with one of the given names in the same folder as another file; never one in another folder.
+    """The file that one of some names leads to from the folder of another file; never one outside of that folder.
 
     Args:
         path: The other file.
-        names: Acceptable base names, in any Unicode normalization.
+        names: Acceptable names, with folders before a slash, in any Unicode normalization.
 
     Returns:
         The file, or `None` if there is none.
     """
-    try:
-        beside = [file for file in path.parent.iterdir() if _same_name(file.name, names)]
-    except OSError:
-        return None
-    return _of_file(beside[0]) if beside else None
+    found = (_find_below(path.parent, name.split("/")) for name in names)
+    file = next((file for file in found if file is not None), None)
+    return None if file is None else _of_file(file)
 
 
-def find_among(files: Iterable[ByteSource], names: Collection[str]) -> ByteSource | None:
-    """The first file with one of the given names.
+def _find_below(folder: Path, parts: list[str]) -> Path | None:
+    """Follow a name by what folders list, so that it cannot lead upwards; nor through a folder that is a link."""
+    for number, part in enumerate(parts):
+        try:
+            if number > 0 and folder.is_symlink():
+                return None
+            found = [file for file in folder.iterdir() if _same_name(file.name, [part])]
+        except OSError:
+            return None
+        if not found:
+            return None
+        folder = found[0]
+    return folder
+
+
+def find_among(folder: str, files: Iterable[ByteSource], names: Collection[str]) -> ByteSource | None:
+    """The first file that one of some names leads to.
 
     Args:
+        folder: How the names of files begin in the folder from which names lead.
         files: Files to choose from.
-        names: Acceptable base names, in any Unicode normalization.
+        names: As in `find_beside`.
 
     Returns:
         The file, or `None` if there is none.
     """
-    return next((file for file in files if _same_name(base_name(file.name), names)), None)
+    below = (file for file in files if file.name.startswith(folder))
+    return next((file for file in below if _same_name(file.name[len(folder) :].replace("\\", "/"), names)), None)
 
 
 def _same_name(name: str, names: Collection[str]) -> bool:
@@ -344,7 +363,9 @@ def check_promise(source: ByteSource, promised: int, compressed: bool) -> None:
         )
 
 
-def read_array(source: ByteSource, stream: BinaryIO, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+def read_array(
+    source: ByteSource, stream: BinaryIO, shape: tuple[int, ...], dtype: np.dtype, is_alone: bool = False
+) -> np.ndarray:
     """Exactly one array in Fortran order, straight into its memory, then the end of the stream.
 
     Args:
@@ -352,6 +373,8 @@ def read_array(source: ByteSource, stream: BinaryIO, shape: tuple[int, ...], dty
         stream: Stands at the first voxel. Reading it to its end is what verifies a checksum.
         shape: Of the array.
         dtype: As stored.
+        is_alone: Whether the stream holds these voxels and nothing else, so that any other length is that of other
+            voxels. Else less than a slice may follow them, since programs pad their files.
 
     Returns:
         The array, in the machine's byte order.
@@ -368,13 +391,7 @@ def read_array(source: ByteSource, stream: BinaryIO, shape: tuple[int, ...], dty
                     "Copy or download the file again",
                 )
             unread = unread[count:]
-        rest = 0
-        while chunk := stream.read(2**20):
-            rest += len(chunk)
-            if rest > _MAX_REST_BYTES:
-                raise VolumeError(
-                    source.name, f"more than {_MAX_REST_BYTES} bytes follow its voxels", "Check how it was written"
-                )
+        _read_rest(source, stream, array.nbytes, 0 if is_alone else array.nbytes // shape[-1] - 1)
     except VolumeError:
         raise
     except MemoryError as error:
@@ -386,6 +403,19 @@ def read_array(source: ByteSource, stream: BinaryIO, shape: tuple[int, ...], dty
             source.name, f"the {_stream_kind(stream)} stream is damaged ({error})", "Copy or download the file again"
         ) from error
     return array if array.dtype.isnative else array.byteswap(inplace=True).view(array.dtype.newbyteorder("="))
+
+
+def _read_rest(source: ByteSource, stream: BinaryIO, promised: int, most: int) -> None:
+    """Read a stream to its end, and refuse it where more follows the voxels than `most` bytes."""
+    rest = 0
+    while chunk := stream.read(2**20):
+        rest += len(chunk)
+        if rest > min(most, _MAX_REST_BYTES):
+            raise VolumeError(
+                source.name,
+                f"it holds more than the {promised} bytes of voxels that its header promises",
+                "Correct the type or the shape in the header, or write the file again",
+            )
 
 
 def _stream_kind(stream: BinaryIO) -> str:

@@ -5,7 +5,8 @@ its place are read, with a remark from `REMARKED_VOXELS_OFF` on; others are refu
 does not matter with how many digits positions were written, or whether a stack leans by less than a pixel.
 
 Unusual: a missing slice of a short stack puts no voxel of an even grid half a voxel off. So a gap of about two steps is
-refused too, unless the step that the headers write fits the whole stack.
+refused too, unless the step that the headers write fits the whole stack but for the rounding of positions, and instance
+numbers run on across the gap.
 
 Source: DICOM PS3.3 (C.7.6.2).
 """
@@ -27,6 +28,7 @@ _MISSING_STEPS = 1.75
 """Usual steps from which on a gap is one of a missing slice."""
 _MAX_GAP_STEPS = 5
 """Usual steps that interpolation bridges when the caller asks for it."""
+_LEAST_SKIPPED = 2
 _LISTED_GAP = 0.02
 _HALF_STEP = 0.02
 _ONE_STACK = "Pass the files of one stack of slices"
@@ -103,7 +105,7 @@ def order(slices: list[Slice], source: str, resample_irregular: bool) -> tuple[l
     if _is_uneven(slices):
         _check_gaps(slices, source, resample_irregular)
     _check_line(slices, source, resample_irregular)
-    notes += _remarks_on_overlap(slices)
+    notes += _remarks_on_overlap(slices) + _remarks_on_skipped(slices)
     if not (_is_uneven(slices) or _is_leaning(slices)):
         notes += remark_on_offset("its slices", max(_unevenness(slices), _off_place(slices)))
     return slices, notes
@@ -161,6 +163,27 @@ def _remarks_on_overlap(slices: list[Slice]) -> list[str]:
     ]
 
 
+def _remarks_on_skipped(slices: list[Slice]) -> list[str]:
+    """Every second slice alone looks like a whole scan of wider steps."""
+    jumps = _jumps(slices)
+    if jumps is None or np.ptp(jumps) or jumps[0] < _LEAST_SKIPPED:
+        return []
+    step, times = float(np.diff(_places(slices)[:, 2]).mean()), int(jumps[0])
+    for written in slices[0].written_steps_mm:
+        if abs(step - times * written) < _HALF_STEP * step:
+            return [
+                f"its slices lie {step:g} mm apart, {times} times the {written:g} mm that its headers say, and their "
+                f"instance numbers run in steps of {times}: those between may be missing"
+            ]
+    return []
+
+
+def _jumps(slices: list[Slice]) -> np.ndarray | None:
+    """By how much instance numbers differ from slice to slice; none if one has none."""
+    numbers = [one.instance_number for one in slices]
+    return np.abs(np.diff(numbers)) if all(isinstance(number, float) for number in numbers) else None
+
+
 def _check_gaps(slices: list[Slice], source: str, resample_irregular: bool) -> None:
     along = _places(slices)[:, 2]
     gaps = np.diff(along)
@@ -177,9 +200,19 @@ def _check_gaps(slices: list[Slice], source: str, resample_irregular: bool) -> N
 def _is_uneven(slices: list[Slice]) -> bool:
     """Whether slices are missing, or one lies half a step or more off its place."""
     gaps = np.diff(_places(slices)[:, 2])
-    fits = any(abs(step * len(gaps) - gaps.sum()) < 0.5 * step for step in slices[0].written_steps_mm)
-    is_missing = gaps.max() >= _MISSING_STEPS * _usual(gaps) and not fits
+    is_wide = gaps >= _MISSING_STEPS * _usual(gaps)
+    is_missing = is_wide.any() and not _is_rounded(slices, is_wide)
     return bool(is_missing) or _unevenness(slices) >= MAX_VOXELS_OFF
+
+
+def _is_rounded(slices: list[Slice], is_wide: np.ndarray) -> bool:
+    """Whether wide gaps come of rounded positions alone, of slices that are all there."""
+    jumps = _jumps(slices)
+    if jumps is not None and np.ptp(usual := jumps[~is_wide]) == 0 and jumps[is_wide].max() > usual[0] > 0:
+        return False
+    along = _places(slices)[:, 2]
+    noise_mm = 1.1 * _last_digit_mm(along, 0.0)
+    return any(np.ptp(along - step * np.arange(len(along))) < noise_mm for step in slices[0].written_steps_mm)
 
 
 def _usual(gaps: np.ndarray) -> float:
@@ -312,10 +345,11 @@ def _with_all_digits(step: float, count: int) -> float:
     return exact if exact > 0 and float(f"{exact:.6g}") == step else step
 
 
-def _last_digit_mm(along: np.ndarray) -> float:
-    """The unit of the last decimal with which positions were written, mm."""
+def _last_digit_mm(along: np.ndarray, start: float | None = None) -> float:
+    """The unit of the last decimal with which positions were written, from the first one or another start, mm."""
+    distance = along - (along[0] if start is None else start)
     for digits in range(3):
-        if np.abs(along - along[0] - (along - along[0]).round(digits)).max() < 1e-6:
+        if np.abs(distance - distance.round(digits)).max() < 1e-6:
             return 10.0**-digits
     return 10.0**-3
 

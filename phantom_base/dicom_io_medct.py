@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from .byte_sources_medct import ByteSource, base_name, of_path
+from .byte_sources_medct import GZIP_MAGIC, ByteSource, base_name, inflated_head, of_path
 from .dicom_elements_medct import INSTALL, Elements, name_of_uid, read_data_set, read_meta
 from .dicom_frames_medct import AGAIN, DEFLATED, EXPLICIT_BIG, inflated_header, warm_up_for
 from .dicom_geometry_medct import check_alike, order, to_grid
@@ -47,6 +47,10 @@ _DICOMDIR_CLASS = "1.2.840.10008.1.3.10"
 _DICOMDIR = "table of contents of a disc (DICOMDIR)"
 _HU = ("HU", "HU_MOD")
 _RESCALE_TYPES = ("HU", "HU_MOD", "US", "OD", "MGML", "PCT", "Z_EFF", "ED", "EDW")
+_MAPS = ("MAT_SPECIFIC", "MAT_FRACTIONAL", "MAT_VALUE_BASED", "EFF_ATOMIC_NUM", "ELECTRON_DENSITY")
+"""Types of multi-energy images whose values are no attenuation, whatever their RescaleType says."""
+_MODIFIED = ("MAT_REMOVED", "MAT_MODIFIED")
+"""Those whose values are HU if their RescaleType says so."""
 _MODALITIES = ("CT", "MR", "PT", "NM", "US", "CR", "DX", "MG", "XA", "SC", "OT", "SEG", "RTSTRUCT", "RTDOSE", "SR")
 _SUFFIXES = (".dcm", ".dicom", ".dic", ".ima")
 """Of files that stand for a DICOM file whatever they hold."""
@@ -55,6 +59,8 @@ _FIRST_GROUPS = (b"\x02\x00", b"\x08\x00")
 _DECIMALS = (0x00200032, 0x00200037, 0x00280030, 0x00281052, 0x00281053, 0x00180050, 0x00180088)
 """Position, orientation, spacing, intercept, slope, thickness and step."""
 _AIR_HU_RANGE = (-1100, -900)
+_MOST_MM = 1e6
+"""Of a position or spacing; numbers beyond it overflow where they are multiplied."""
 _LEAST_AIR = 0.01
 """Share of voxels in that range which shows that values without a unit are HU; of a chest it is far more."""
 
@@ -65,7 +71,12 @@ _CTFile = tuple[ByteSource, Elements, int]
 
 def is_dicom(head: bytes) -> bool:
     """Whether a file begins as DICOM: with the mark, or with a data set that was stored without one."""
-    return head[128:132] == b"DICM" or _is_bare(head)
+    return has_mark(head) or _is_bare(head)
+
+
+def has_mark(head: bytes) -> bool:
+    """Whether a file begins with a preamble and DICOM's mark."""
+    return head[128:132] == b"DICM"
 
 
 def _is_bare(head: bytes) -> bool:
@@ -168,7 +179,9 @@ def _place_and_suffix(file: ByteSource) -> tuple[str, str]:
 
 
 def _check_other(file: ByteSource, names: set[tuple[str, str]]) -> None:
-    """Refuse what is not a DICOM file and lies in the place of one, which its name or its emptiness shows."""
+    """Refuse what is not a DICOM file and lies in the place of one, which its name, content or emptiness shows."""
+    if file.head(len(GZIP_MAGIC)) == GZIP_MAGIC and is_dicom(inflated_head(file, _HEAD_BYTES)):
+        raise VolumeError(file.name, "it is a DICOM file in gzip, which may be a slice", "Unpack it (gunzip)")
     what, remedy = what_is(file) or (None, AGAIN)
     name = _place_and_suffix(file)
     is_alike = name in names and (what is None or remedy in STANDS_FOR_A_FILE)
@@ -212,8 +225,7 @@ def _why_no_slice(file: ByteSource, header: Elements) -> str | None:
         # The file meta information has it where a data set leaves it empty, as some anonymizers do.
         stored_as = str(header.file_meta.get("MediaStorageSOPClassUID") or "")
         kind = str(header.get("SOPClassUID") or stored_as)
-        modality, image_type = str(header.get("Modality") or "CT"), header.get("ImageType") or []
-        image_types = [str(value).upper() for value in ([image_type] if isinstance(image_type, str) else image_type)]
+        modality, types = str(header.get("Modality") or "CT"), _types(header.get("ImageType"))
     except Exception as error:  # as above
         raise VolumeError(file.name, f"it is a damaged DICOM file ({type(error).__name__})", AGAIN) from None
     if kind == _DICOMDIR_CLASS:
@@ -228,7 +240,12 @@ def _why_no_slice(file: ByteSource, header: Elements) -> str | None:
         raise VolumeError(file.name, "it is a damaged DICOM file (without the size of its image)", AGAIN)
     if modality != "CT":
         return f"modality {modality}" if modality in _MODALITIES else "modality other than CT"
-    return "localizer" if "LOCALIZER" in image_types else None
+    return "localizer" if "LOCALIZER" in types else None
+
+
+def _types(found: Any) -> list[str]:
+    """Values of ImageType or FrameType."""
+    return [str(value).strip().upper() for value in ([found] if isinstance(found, str) else found or [])]
 
 
 def _slices_of(
@@ -284,8 +301,8 @@ def _slice(
         if found is None:
             raise VolumeError(name, f"it has no {attribute}", "Export the series with its geometry")
         array = np.array(found, dtype=float).reshape(-1)
-        if array.shape != (count,) or not np.isfinite(array).all():
-            raise VolumeError(name, f"its {attribute} is not a list of {count} numbers", AGAIN)
+        if array.shape != (count,) or not (np.abs(array) < _MOST_MM).all():
+            raise VolumeError(name, f"its {attribute} is not a list of {count} numbers below {_MOST_MM:g}", AGAIN)
         return array
 
     try:
@@ -295,10 +312,15 @@ def _slice(
         steps = [value("PixelMeasuresSequence", step) for step in ("SpacingBetweenSlices", "SliceThickness")]
         steps = tuple(float(step) for step in steps if isinstance(step, int | float))
         scale = [value("PixelValueTransformationSequence", part) for part in ("RescaleSlope", "RescaleIntercept")]
-        unit = str(value("PixelValueTransformationSequence", "RescaleType") or "HU").strip().upper()
+        unit = str(value("PixelValueTransformationSequence", "RescaleType") or "").strip().upper()
+        types = _types(header.get("ImageType")) + _types(value("CTImageFrameTypeSequence", "FrameType"))
+        has_lookup = bool(header.get("ModalityLUTSequence")) and None not in scale
         has_modality = bool(header.get("Modality"))
-        slope, intercept = _rescale(name, scale, rescale, unit, is_single=frame is None)
-        is_hu = unit in _HU or None not in rescale
+        if "LOCALIZER" in types:
+            raise VolumeError(name, "it is a localizer, not a slice", "Export the slices without it")
+        why = _why_no_hu(types, unit, has_lookup, is_single=frame is None)
+        is_hu = why is None and unit != "US"
+        slope, intercept = _rescale(name, scale, rescale, is_hu, why)
         told = told_by(header, own)
     except VolumeError:
         raise
@@ -309,19 +331,42 @@ def _slice(
     if not (spacing > 0).all():
         raise VolumeError(name, f"its spacing is {tuple(spacing.tolist())} mm", AGAIN)
     return Slice(
-        file, frame, has_modality, pixels, position, orientation, spacing, steps, slope, intercept, is_hu, told
+        file,
+        frame,
+        has_modality,
+        pixels,
+        position,
+        orientation,
+        spacing,
+        steps,
+        slope,
+        intercept,
+        is_hu or None not in rescale,
+        told,
     )
 
 
+def _why_no_hu(types: list[str], unit: str, has_lookup: bool, is_single: bool) -> str | None:
+    """Why slope and intercept of a header do not give HU; none if they do, or if the values tell (`_check_air`)."""
+    for kind in types:
+        if kind in _MAPS or (kind in _MODIFIED and unit not in _HU):
+            return f"its ImageType is {kind}, a map computed from several energies, not HU"
+    if has_lookup:
+        return "its ModalityLUTSequence and its RescaleSlope contradict each other, so HU are not known"
+    if unit in ("", *_HU) or (unit == "US" and is_single):
+        return None
+    return f"its RescaleType is {unit if unit in _RESCALE_TYPES else 'of another unit'}, not HU"
+
+
 def _rescale(
-    name: str, found: list[Any], given: tuple[float | None, float | None], unit: str, is_single: bool
+    name: str, found: list[Any], given: tuple[float | None, float | None], is_hu: bool, why: str | None
 ) -> tuple[float, float]:
     """Slope and intercept, of the header or of the caller, and never of both where those of the header give HU."""
     is_known = None not in found
-    if None not in given and not (is_known and unit in _HU):
+    if None not in given and not (is_known and is_hu):
         slope, intercept = float(given[0]), float(given[1])
-    elif unit not in _HU and not (unit == "US" and is_single):
-        raise _no_hu(name, unit if unit in _RESCALE_TYPES else "of another unit")
+    elif why is not None:
+        raise _no_hu(name, why)
     elif not is_known:
         raise VolumeError(
             name,
@@ -337,10 +382,10 @@ def _rescale(
     return slope, intercept
 
 
-def _no_hu(name: str, unit: str, why: str = "") -> VolumeError:
+def _no_hu(name: str, why: str) -> VolumeError:
     return VolumeError(
         name,
-        f"its RescaleType is {unit}, not HU{why}",
+        why,
         "Pass the CT series, not a map computed from it, or both `rescale_slope=` and `rescale_intercept=` to HU",
     )
 
@@ -350,7 +395,7 @@ def _check_air(hu: np.ndarray, source: str) -> list[str]:
     lowest, highest = _AIR_HU_RANGE
     share = np.count_nonzero((hu >= lowest) & (hu <= highest)) / hu.size
     if share < _LEAST_AIR:
-        raise _no_hu(source, "US", f", and it shows no air near {AIR_HU} HU")
+        raise _no_hu(source, f"its RescaleType is US, not HU, and it shows no air near {AIR_HU} HU")
     return [f"its RescaleType is US, as GDCM and ITK write: taken for HU, since {share:.0%} of it is air"]
 
 

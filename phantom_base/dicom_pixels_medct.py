@@ -2,9 +2,13 @@
 
 Unusual:
 - Bits outside of BitsStored, which may hold overlays, are dropped here, however pixels are stored.
+- Where the header does not say which bits of a pixel count, or whether it has a sign, a slice is read if its pixels are
+  the same numbers either way.
 - Padding (PixelPaddingValue, and all up to PixelPaddingRangeLimit) becomes air, wherever its value lies: everywhere if
-  that is no more than air, or if no other voxel of the scan comes within `_TISSUE_HU` of it. Else tissue has that value
-  too, and only what runs in from the edges of a slice with all four corners of it is padding.
+  that is no more than air, or more than any CT has. Between these it is padding only where it surrounds the scan, since
+  tissue and saturated metal may have its value too: what hangs together with a corner of a slice; and if other voxels
+  of the scan come within `_TISSUE_HU` of it, only what runs in straight from the edges of a slice with four such
+  corners.
 
 Source: DICOM PS3.3 (C.7.6.3, C.7.5.1.1.2), PS3.5 (A).
 """
@@ -17,8 +21,10 @@ import numpy as np
 from .byte_sources_medct import ByteSource
 from .dicom_elements_medct import Elements
 from .dicom_frames_medct import AGAIN, DEFLATED, EXPLICIT_BIG, EXPLICIT_LITTLE, UNCOMPRESSED, Frames, stored_pixels
-from .volume_medct import AIR_HU, MAX_VOXELS, VolumeError
+from .volume_medct import AIR_HU, HIGHEST_HU, MAX_VOXELS, VolumeError
 
+_LEAST_BITS = 12
+"""Of a pixel of CT."""
 _TISSUE_HU = 100
 """How near other voxels must come to a padding value for it to be one that tissue has."""
 
@@ -30,6 +36,8 @@ class PixelLayout(Frames):
     high_bit: int
     padding: tuple[int, int] | None
     """Lowest and highest stored value that is not part of the scan."""
+    missing: tuple[str, ...]
+    """Attributes that say what a pixel is, and that the header lacks."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +62,11 @@ class Slice:
     @property
     def name(self) -> str:
         return name_of(self.file, self.frame)
+
+    @property
+    def instance_number(self) -> Any:
+        """As the header has it: a number, if it is sound."""
+        return self.told[-1]
 
     @property
     def padding_hu(self) -> tuple[float, float] | None:
@@ -84,8 +97,9 @@ def layout_of(header: Elements, offset: int) -> PixelLayout:
     Raises:
         ValueError: If the header is damaged.
     """
-    bits_stored, bits_allocated = int(header.get("BitsStored") or 16), int(header.get("BitsAllocated") or 16)
-    high_bit, is_signed = header.get("HighBit"), int(header.get("PixelRepresentation") or 0) == 1
+    bits_allocated, sign = int(header.get("BitsAllocated") or 16), header.get("PixelRepresentation")
+    bits_stored, high_bit, missing = _bits_of(header, bits_allocated)
+    is_signed = sign == 1
     _, is_little = header.original_encoding
     return PixelLayout(
         syntax=str(header.file_meta.get("TransferSyntaxUID") or (EXPLICIT_LITTLE if is_little else EXPLICIT_BIG)),
@@ -97,9 +111,20 @@ def layout_of(header: Elements, offset: int) -> PixelLayout:
         is_little=is_little,
         offset=offset,
         table=header.get("ExtendedOffsetTable"),
-        high_bit=bits_stored - 1 if high_bit is None else int(high_bit),
+        high_bit=high_bit,
         padding=_padding_of(header, bits_allocated, is_signed),
+        missing=missing if sign in (0, 1) else (*missing, "PixelRepresentation"),
     )
+
+
+def _bits_of(header: Elements, bits_allocated: int) -> tuple[int, int, tuple[str, ...]]:
+    """BitsStored, HighBit, and which of them is assumed because neither says it; each follows from the other."""
+    bits_stored, high_bit = int(header.get("BitsStored") or 0), header.get("HighBit")
+    if bits_stored:
+        return (bits_stored, bits_stored - 1, ("HighBit",)) if high_bit is None else (bits_stored, int(high_bit), ())
+    if high_bit is not None and int(high_bit) + 1 >= min(_LEAST_BITS, bits_allocated):
+        return int(high_bit) + 1, int(high_bit), ()
+    return bits_allocated, bits_allocated - 1, ("BitsStored",)
 
 
 def _padding_of(header: Elements, bits: int, is_signed: bool) -> tuple[int, int] | None:
@@ -158,14 +183,26 @@ def _clear_padding(hu: np.ndarray, slices: list[Slice]) -> list[str]:
     """Air instead of padding that lies above it, in place, by the rule at the top of this file."""
     ranges = [one.padding_hu for one in slices]
     padded = [(hu[k], *found) for k, found in enumerate(ranges) if found is not None and found[1] > AIR_HU]
-    is_tissue, is_remarkable = any(_is_used(*one) for one in padded), False
+    is_tissue, cleared, is_kept = any(_is_used(*one) for one in padded), 0, False
     for values, lowest, highest in padded:
-        outside = (values >= lowest) & (values <= highest)
-        is_remarkable |= is_tissue and bool(outside.any())
-        values[_from_edges(outside) if is_tissue else outside] = AIR_HU
-    if not is_remarkable:
-        return []
-    return ["tissue has the value of its padding: taken for padding only where it surrounds the scan"]
+        found = (values >= lowest) & (values <= highest)
+        around = _from_edges(found) if is_tissue else _from_corners(found)
+        beyond = found & ~around & (values > HIGHEST_HU)
+        cleared += int(np.count_nonzero(beyond))
+        is_kept |= bool((found if is_tissue else found & ~around & ~beyond).any())
+        values[around | beyond] = AIR_HU
+    return _remarks_on_padding(is_kept, cleared)
+
+
+def _remarks_on_padding(is_kept: bool, cleared: int) -> list[str]:
+    notes = []
+    if is_kept:
+        notes.append(
+            "tissue has the value of its padding, or metal: taken for padding only where it surrounds the scan"
+        )
+    if cleared:
+        notes.append(f"{cleared} voxels within the scan have the value of its padding: set to {AIR_HU} HU")
+    return notes
 
 
 def _is_used(hu: np.ndarray, lowest: float, highest: float) -> bool:
@@ -181,6 +218,32 @@ def _from_edges(mask: np.ndarray) -> np.ndarray:
     runs = np.logical_and.accumulate
     found = runs(mask, axis=0) | runs(mask[::-1], axis=0)[::-1]
     return found | runs(mask, axis=1) | runs(mask[:, ::-1], axis=1)[:, ::-1]
+
+
+def _from_corners(mask: np.ndarray) -> np.ndarray:
+    """What of a mask `(row, column)` hangs together with a corner, side by side."""
+    result, corners = np.zeros_like(mask), np.ix_((0, -1), (0, -1))
+    result[corners] = mask[corners]
+    if not result.any():
+        return result
+    found = result[mask]
+    lines = _runs_of(mask)[mask], _runs_of(mask.T).T[mask]
+    before, count = 0, np.count_nonzero(found)
+    while before < count < len(found):
+        for runs in lines:
+            reached = np.zeros(runs.max() + 1, bool)
+            reached[runs[found]] = True
+            found = reached[runs]
+        before, count = count, np.count_nonzero(found)
+    result[mask] = found
+    return result
+
+
+def _runs_of(mask: np.ndarray) -> np.ndarray:
+    """The number of the run along its row for each pixel of a mask `(row, column)`, different in every row."""
+    starts = mask.copy()
+    starts[:, 1:] &= ~mask[:, :-1]
+    return np.cumsum(starts).reshape(mask.shape)
 
 
 def _check_pixel_bytes(one: Slice) -> None:
@@ -202,6 +265,8 @@ def hu_of(one: Slice, cache: dict[ByteSource, Any]) -> np.ndarray:
     try:
         words = stored_pixels(one.file, one.pixels, one.frame or 0, cache)
         stored = _used_bits(words, one)
+        if one.pixels.missing:
+            _check_no_choice(words, one)
     except VolumeError:
         raise
     except Exception as error:  # of many kinds
@@ -225,13 +290,36 @@ def _used_bits(words: np.ndarray, one: Slice) -> np.ndarray:
     high_bit, bits = min(one.pixels.high_bit, width - 1), min(one.pixels.bits_stored, width)
     if bits == width:
         return words
-    # Some scanners keep overlays in the unused bits; shifting up and down drops them and restores the sign.
-    lowest = (words << (width - bits)) >> (width - bits)
+    # Some scanners keep overlays in the unused bits.
+    lowest = _lowest_bits(words, bits)
     if high_bit == bits - 1 or np.array_equal(lowest, words):  # a HighBit of 15 is often wrong
         return lowest
     if high_bit < bits or (words & ((1 << (high_bit + 1 - bits)) - 1)).any():
         raise VolumeError(one.name, "its pixels do not lie where its HighBit says", AGAIN)
     return (words << (width - 1 - high_bit)) >> (width - bits)
+
+
+def _lowest_bits(words: np.ndarray, bits: int) -> np.ndarray:
+    """So many bits of pixels: shifting up and down drops the others and restores the sign."""
+    unused = 8 * words.dtype.itemsize - bits
+    return (words << unused) >> unused if unused else words
+
+
+def _check_no_choice(words: np.ndarray, one: Slice) -> None:
+    """Refuse pixels that may be other numbers than those read, since the header does not say what they are."""
+    pixels = one.pixels
+    least = min(_LEAST_BITS if "BitsStored" in pixels.missing else pixels.bits_stored, 8 * words.dtype.itemsize)
+    lowest = _lowest_bits(words, least)
+    if pixels.missing[0] != "PixelRepresentation" and not np.array_equal(lowest, words):
+        raise _undescribed(one.name, pixels.missing[0], "which bits of its pixels count")
+    # A compressed pixel may have its sign below the bits in use, in a stream of fewer bits.
+    sign = least if pixels.syntax in UNCOMPRESSED else min(least, _LEAST_BITS)
+    if "PixelRepresentation" in pixels.missing and (lowest >= 1 << (sign - 1)).any():
+        raise _undescribed(one.name, "PixelRepresentation", "whether its pixels have a sign")
+
+
+def _undescribed(name: str, attribute: str, what: str) -> VolumeError:
+    return VolumeError(name, f"it has no {attribute}, so it is not known {what}", "Export it with that attribute")
 
 
 def _scaled(stored: np.ndarray, slope: float, intercept: float) -> np.ndarray:

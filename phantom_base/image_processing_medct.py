@@ -15,10 +15,12 @@ from transformers.processing_utils import ImagesKwargs
 from .configuration_medct import MedCTVisionConfig
 from .resampling_medct import ScanPart, crop_window, inside, resampled_length, scale_hu
 from .volume_io_medct import CTVolume, axis_order, read_volume
-from .volume_medct import grid_in_words
+from .volume_medct import VolumeError, grid_in_words
 from .workers_medct import PicklesAnywhere, Place
 
 _DEFAULTS = MedCTVisionConfig()
+_OF_PICTURES = ("data_format", "input_data_format", "disable_grouping")
+"""What transformers says of every picture's channels and sizes; volumes have one channel, and are read one by one."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,15 +152,21 @@ class MedCTImageProcessor(PicklesAnywhere, BaseImageProcessor):
             resample_irregular: Resample tilted, oblique and unevenly spaced scans instead of refusing them.
             return_geometry: Whether to give the way back too.
             device: Where to compute the result, and to leave it; the CPU by default.
+            kwargs: What transformers passes to every image processor and means nothing here; nothing else.
 
         Returns:
             `pixel_values`: `(volumes, 1, z, y, x)`, float32 within the scaled window. With `return_geometry` also
             `geometry`: a list of `VolumeGeometry`.
 
         Raises:
-            VolumeError: If a source is not a usable CT volume.
+            VolumeError: If a source is not a usable CT volume, or the list is empty.
+            ValueError: If a list has not one entry an image.
+            TypeError: If there is no such argument.
         """
+        self._refuse_unknown(kwargs)
         images = list(images) if isinstance(images, list | tuple) else [images]
+        if not images:
+            raise VolumeError("images", "it is an empty list", "Pass at least one scan")
         options = {
             "spacing_mm": _per_image(spacing_mm, len(images), ndim=1),
             "affine": _per_image(affine, len(images), ndim=2),
@@ -179,6 +187,15 @@ class MedCTImageProcessor(PicklesAnywhere, BaseImageProcessor):
         if return_geometry:
             batch["geometry"] = geometry
         return batch
+
+    def _refuse_unknown(self, given: dict[str, Any]) -> None:
+        """Refuse arguments of a call that would not be heeded, misspelt ones above all."""
+        for name, value in given.items():
+            if name in _OF_PICTURES or (value is None and name in ImagesKwargs.__annotations__):
+                continue
+            if hasattr(self, name):
+                raise TypeError(f"{name!r} is set where the processor is made: `MedCTImageProcessor({name}=...)`.")
+            raise TypeError(f"There is no argument {name!r}; see `help(MedCTImageProcessor.preprocess)`.")
 
     def process_volume(self, volume: CTVolume, out: torch.Tensor | None = None) -> torch.Tensor:
         """Convert one volume to the model's input.
@@ -252,13 +269,23 @@ class MedCTImageProcessor(PicklesAnywhere, BaseImageProcessor):
 
 
 def _per_image(value: Any, count: int, ndim: int) -> list[Any]:
-    """One value for each image, from one for all (of `ndim` dimensions) or a list of them."""
-    if value is None or np.ndim(value) == ndim:
+    """One value for each image: one for all, of `ndim` dimensions, or those of a list, in which `None` is for none."""
+    if isinstance(value, str) or not np.iterable(value) or _dimensions(value) == ndim:
         return [value] * count
     values = list(value)
     if len(values) != count:
         raise ValueError(f"{len(values)} values were given for {count} images.")
     return values
+
+
+def _dimensions(value: Any) -> int | None:
+    """Of an array, or of nested lists that could be one; none of those that could not."""
+    if isinstance(value, list | tuple) and any(each is None for each in value):
+        return None
+    try:
+        return np.ndim(value)
+    except ValueError:
+        return None
 
 
 __all__ = ["MedCTImageProcessor", "VolumeGeometry"]

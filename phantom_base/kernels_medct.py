@@ -133,7 +133,9 @@ def agree(case: tuple, by_kernels: Callable[[], torch.Tensor], plain: Callable[[
         finally:
             _thread.is_plain = False
         off, length = (found - expected).norm().item(), expected.norm().item()
-    if math.isfinite(length) and not off <= _MOST_OFF * length:
+    if not math.isfinite(length):  # nothing can be said of this volume; perhaps of the next
+        return True
+    if not off <= _MOST_OFF * length:
         use_triton = False
         warnings.warn(
             f"Triton's kernels are off by {off / max(length, 1e-9):.0%} on this card ({case[0]}), so torch computes in "
@@ -148,13 +150,13 @@ def agree(case: tuple, by_kernels: Callable[[], torch.Tensor], plain: Callable[[
 
 def _is_constant(part: nn.Module | torch.Tensor | None, device: torch.device) -> bool:
     if isinstance(part, nn.Module):
-        is_known = type(part) in _fusible and _is_bare(part)
+        is_known = type(part) in _fusible and is_bare(part)
         return is_known and all(_is_constant(parameter, device) for parameter in part._parameters.values())
     is_trained = part is not None and part.requires_grad and torch.is_grad_enabled()
     return part is None or (type(part) in _PLAIN and part.device == device and not is_trained)
 
 
-def _is_bare(module: nn.Module) -> bool:
+def is_bare(module: nn.Module) -> bool:
     """Whether nothing but its class has a part in what a module computes."""
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     return not hooks and "forward" not in vars(module)
@@ -187,14 +189,15 @@ def row_dtype(tensor: torch.Tensor, dtype: torch.dtype) -> torch.dtype:
     return torch.get_autocast_dtype(tensor.device.type) if is_autocast(tensor) else dtype
 
 
-def add(stream: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
+def add(stream: torch.Tensor, update: torch.Tensor, is_kept: bool = False) -> torch.Tensor:
     """The sum of two tensors, in the memory of the first unless gradients are enabled.
 
     Args:
         stream: Any shape; overwritten without gradients.
         update: Same shape.
+        is_kept: Whether somebody else may hold the first.
     """
-    return stream + update if torch.is_grad_enabled() else stream.add_(update)
+    return stream + update if is_kept or torch.is_grad_enabled() else stream.add_(update)
 
 
 def split_rows(rows: torch.Tensor, width: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
@@ -272,7 +275,7 @@ def apply_linear(module: nn.Module, rows: torch.Tensor, product: Callable[..., t
     Returns:
         `(..., out_features)`.
     """
-    if type(module) is nn.Linear and _is_bare(module) and type(module.weight) in _PLAIN:
+    if type(module) is nn.Linear and is_bare(module) and type(module.weight) in _PLAIN:
         # As below; a call of the module costs as much of a processor's time as the product itself.
         rows = rows if is_autocast(rows) else rows.to(module.weight.dtype)
         return product(rows, module.weight, *([] if module.bias is None else [module.bias]))

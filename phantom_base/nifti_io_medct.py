@@ -17,11 +17,13 @@ import numpy as np
 
 from .byte_sources_medct import ByteSource, Finder, base_name, check_promise, open_inflated, read_array
 from .volume_medct import (
+    NO_SECOND_RESCALE,
     REMARKED_VOXELS_OFF,
     CTVolume,
     VolumeError,
     check_affine,
     check_voxels,
+    drop_singletons,
     refuse_second_rescale,
     rescale_to_hu,
     voxels_off,
@@ -85,7 +87,7 @@ def _read_voxels(
 ) -> np.ndarray:
     check_promise(source, math.prod(shape) * dtype.itemsize, compressed=stream is not file)
     _skip(source, stream, skip)
-    return read_array(source, stream, shape, dtype)
+    return read_array(source, stream, shape, dtype, is_alone=skip == 0)
 
 
 def _is_pair(header: Any) -> bool:
@@ -116,12 +118,9 @@ def read_nibabel_image(image: Any, affine: np.ndarray | None, rescale: bool) -> 
         VolumeError: If it is not a usable volume, or both header and caller rescale.
     """
     source, header, data = "nibabel image", image.header, image.dataobj
-    shape = _drop_singletons(image.shape)
+    shape = drop_singletons(image.shape)
     check_voxels(source, shape, np.dtype(getattr(data, "dtype", np.float64)))
     is_nifti_header = hasattr(header, "get_xyzt_units")
-    slope, intercept = getattr(data, "slope", 1), getattr(data, "inter", 0)
-    if rescale and (slope, intercept) != (1, 0):
-        refuse_second_rescale(source, slope, intercept)
     if affine is None and is_nifti_header:
         _, notes = header_affine(source, header, None, shape)
         unit_mm = _unit_mm(source, header)
@@ -130,12 +129,37 @@ def read_nibabel_image(image: Any, affine: np.ndarray | None, rescale: bool) -> 
         raise VolumeError(source, "Analyze 7.5 does not say where right and left are", "Pass `affine=`")
     else:
         affine, notes = image.affine if affine is None else affine, ()
+    array, slope, intercept = _values_of_image(source, data, rescale)
+    return CTVolume(rescale_to_hu(array.reshape(shape), slope, intercept), np.asarray(affine, float), source, notes)
+
+
+def _values_of_image(source: str, data: Any, rescale: bool) -> tuple[np.ndarray, float, float]:
+    """Values of a nibabel image's `dataobj`, and the slope and intercept that they still lack."""
     try:
-        # Unscaled, because nibabel would scale in float64.
-        array = np.asanyarray(data.get_unscaled() if hasattr(data, "get_unscaled") else data)
+        # Unscaled, because nibabel would scale in float64. Other proxies (AFNI, PAR/REC, MINC) scale in their own ways.
+        if _is_plain_proxy(data):
+            array, slope, intercept = np.asanyarray(data.get_unscaled()), data.slope, data.inter
+        else:
+            array, slope, intercept = np.asanyarray(data), 1, 0
+        is_scaled = rescale and _scales_itself(data, array)
     except Exception as error:  # nibabel's own, struct's, zlib's, numpy's
         raise VolumeError(source, f"its voxels cannot be read ({error})", "Copy or download the file again") from error
-    return CTVolume(rescale_to_hu(array.reshape(shape), slope, intercept), np.asarray(affine, float), source, notes)
+    if rescale and (slope, intercept) != (1, 0):
+        refuse_second_rescale(source, slope, intercept)
+    if is_scaled:
+        raise VolumeError(source, "its format already rescales, in a way of its own", NO_SECOND_RESCALE)
+    return array, slope, intercept
+
+
+def _is_plain_proxy(data: Any) -> bool:
+    return nibabel is not None and type(data) is nibabel.arrayproxy.ArrayProxy
+
+
+def _scales_itself(data: Any, array: np.ndarray) -> bool:
+    """Whether a proxy of another format scales; one that does not tell what its file holds counts as such."""
+    if _is_plain_proxy(data) or not getattr(data, "is_proxy", False):
+        return False
+    return not (hasattr(data, "get_unscaled") and np.array_equal(data.get_unscaled(), array))
 
 
 def _read_header(source: ByteSource, stream: Any) -> Any:
@@ -166,10 +190,11 @@ def _read_header(source: ByteSource, stream: Any) -> Any:
 def _layout(source: ByteSource, header: Any) -> tuple[tuple[int, ...], np.dtype, int]:
     """Shape, type on disk, and where the voxels begin."""
     try:
-        shape = _drop_singletons(header.get_data_shape())
+        shape = drop_singletons(header.get_data_shape())
         dtype = header.get_data_dtype()
-        first = 0 if _is_pair(header) else int(header["sizeof_hdr"])
-        offset = int(header["vox_offset"]) or (first and first + 4)
+        # Four bytes that announce extensions lie between the header of a single file and its voxels.
+        first = 0 if _is_pair(header) else int(header["sizeof_hdr"]) + 4
+        offset = int(header["vox_offset"]) or first
     except Exception as error:  # as above
         raise VolumeError(source.name, f"it is not a NIfTI file ({error})", _NO_NIFTI) from error
     if min(shape, default=0) <= 0 or not first <= offset <= _MAX_OFFSET:
@@ -179,12 +204,6 @@ def _layout(source: ByteSource, header: Any) -> tuple[tuple[int, ...], np.dtype,
             "Copy or download the file again",
         )
     return shape, dtype, offset
-
-
-def _drop_singletons(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """A fourth and later axis of length one is a habit of some writers."""
-    shape = tuple(int(length) for length in shape)
-    return shape[:3] if len(shape) > 3 and set(shape[3:]) == {1} else shape
 
 
 def _skip(source: ByteSource, stream: Any, count: int) -> None:
@@ -218,8 +237,11 @@ def header_scale(source: str, header: Any, rescale: bool) -> tuple[float, float]
 
 def _scale_remarks(header: Any) -> tuple[str, ...]:
     slope, intercept = float(header["scl_slope"]), float(header["scl_inter"])
-    if slope == 0 and np.isfinite(intercept) and intercept != 0:
-        return (f"its scl_slope is 0, which stands for no scale: its scl_inter of {intercept:g} is not applied",)
+    is_none = slope == 0 or not np.isfinite(slope)
+    if is_none and np.isfinite(intercept) and intercept != 0:
+        return (
+            f"its scl_slope is {slope:g}, which stands for no scale: its scl_inter of {intercept:g} is not applied",
+        )
     return ()
 
 
@@ -241,7 +263,7 @@ def header_affine(
         VolumeError: If the header's orientation is missing or unusable.
     """
     if affine is not None:
-        return np.asarray(affine, float), ()
+        return affine, ()
     with np.errstate(all="ignore"):
         try:
             has_qform, has_sform = int(header["qform_code"]) != 0, int(header["sform_code"]) != 0

@@ -20,8 +20,8 @@ import torch
 from transformers import Pipeline, PreTrainedModel
 from transformers.pipelines.pt_utils import PipelineIterator
 
-from .adapters_medct import OtherWordsWarning, asked_config, calibrated, description_in_use
-from .checks_medct import check_processor
+from .adapters_medct import OTHER_WORDS, asked_config, calibrated, description_in_use
+from .checks_medct import check_processor, refuse_what_is_no_number
 from .configuration_medct import MedCTConfig, Prompt
 from .errors_medct import MedCTError
 from .image_processing_medct import MedCTImageProcessor
@@ -59,8 +59,9 @@ class CTPipeline(Pipeline):
     _load_image_processor = False
     _load_feature_extractor = False
     _load_tokenizer = False
-    # What a model must have for this pipeline, and what is said of one that has it not.
+    # What a model must have for this pipeline, and what is said of one that has it not; what `encode` gives.
     _needs = ""
+    _encoded = ""
     _else = ""
 
     def __init__(self, *args, adapter: str | None = None, adapter_revision: str | None = None, **kwargs):
@@ -72,7 +73,8 @@ class CTPipeline(Pipeline):
         check_processor(self.model.config, self.processor)
         if adapter is not None:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", OtherWordsWarning)  # here its own are asked for
+                # Here its own are asked for. By its text, as the model's code may be another copy of this one.
+                warnings.filterwarnings("ignore", message=f".*{OTHER_WORDS}", category=UserWarning)
                 self.model.load_adapter(adapter, adapter_kwargs={"revision": adapter_revision})
         self.model.eval()
 
@@ -123,11 +125,7 @@ class CTPipeline(Pipeline):
         _check_shown(**shown)
         if kwargs:
             raise TypeError(f"There is no argument {next(iter(kwargs))!r}; see `help(pipe.__call__)`.")
-        prompts: dict[str, Any] = {}
-        if candidate_labels is not None:
-            prompts["candidate_labels"] = _checked_labels(candidate_labels)
-        if prompt_templates is not None:
-            prompts["prompt_templates"] = tuple(map(tuple, _checked_templates(prompt_templates)))
+        prompts = self._checked_prompts(candidate_labels, prompt_templates)
         return reading, prompts, prompts | shown
 
     def preprocess(self, volume: Any, on_error: str = "raise", **reading) -> dict[str, Any]:
@@ -153,14 +151,47 @@ class CTPipeline(Pipeline):
         return found if on_error == "raise" else found | {"error": ""}
 
     def _forward(self, inputs: dict[str, Any], **prompts) -> dict[str, Any]:
-        """`logits` of each scan, float32, and `error` as `preprocess` gave it; takes what `encode` gives, too."""
+        """`logits` of each scan, float32, what was `asked`, and `error` of `preprocess`; takes what `encode` gives."""
+        prompts = self._checked_prompts(**prompts)
         error = inputs.get("error")
         errors = [error] if isinstance(error, str) else error
         if errors and all(errors):  # there is nothing to be computed
             return {"logits": torch.zeros(len(errors), 1), "error": error}
         encoded = self.encode(inputs["pixel_values"]) if "pixel_values" in inputs else inputs
+        if self._encoded not in encoded:
+            raise PromptError(f"`forward` takes `pixel_values`, or what `encode` gives, not {', '.join(encoded)}.")
         logits = self._logits(encoded, **prompts)
-        return {"logits": logits} if error is None else {"logits": logits, "error": error}
+        found = {"logits": logits, "asked": [(prompts,)] * len(logits)}  # one a scan, as batches are split again
+        return found if error is None else found | {"error": error}
+
+    def _checked_prompts(
+        self, candidate_labels: Any = None, prompt_templates: Any = None
+    ) -> dict[str, Sequence[str] | Mapping[str, Prompt] | Sequence[Sequence[str]]]:
+        """What is asked, as a call takes it too, in one form; only what is not the model's own."""
+        prompts: dict[str, Any] = {}
+        if candidate_labels is not None:
+            prompts["candidate_labels"] = _checked_labels(candidate_labels)
+        if prompt_templates is not None:
+            prompts["prompt_templates"] = tuple(map(tuple, _checked_templates(prompt_templates)))
+        return prompts
+
+    def _one_scan(self, outputs: dict[str, Any], **prompts) -> tuple[torch.Tensor, dict[str, Any]]:
+        """The logits of the one scan in what `forward` gave, and what it was asked.
+
+        Raises:
+            PromptError: If there are several scans, or they were asked something else than is said here.
+        """
+        if len(outputs["logits"]) != 1:
+            raise PromptError('`postprocess` takes one scan at a time: pass `{"logits": logits[i : i + 1]}` of each.')
+        prompts = self._checked_prompts(**prompts)
+        asked = outputs.get("asked")
+        while isinstance(asked, list | tuple):
+            asked = asked[0]
+        if asked is not None and prompts and prompts != asked:
+            raise PromptError(
+                "`postprocess` was given other labels or templates than `forward`. Pass the same to both."
+            )
+        return outputs["logits"][0], prompts if asked is None else asked
 
     def get_iterator(self, inputs, num_workers, batch_size, preprocess_params, forward_params, postprocess_params):
         """Results one by one; with `num_workers`, other processes read ahead.
@@ -235,6 +266,7 @@ class ZeroShotCTClassificationPipeline(CTPipeline):
     """Scores of findings for CT scans, without training; see `CTPipeline` for its arguments."""
 
     _needs = "get_text_features"
+    _encoded = "image_embeds"
     _else = "has no text encoder, so it cannot be asked for findings in words. Pass a MedCTModel."
     # What the prompts of `prompt_embeds` were encoded with, and what became of them; replaced as a whole.
     _kept: tuple[list[list[str]], Snapshot, list[torch.Tensor]] | None = None
@@ -250,7 +282,8 @@ class ZeroShotCTClassificationPipeline(CTPipeline):
             `image_embeds`, `(volumes, projection_dim)`, float32, of length 1; `last_hidden_state`, `(volumes, tokens,
             hidden_size)`.
         """
-        outputs = self.model.get_image_features(pixel_values.to(self.device))
+        outputs = self.model.get_image_features(_checked_volumes(pixel_values).to(self.device))
+        refuse_what_is_no_number(outputs.pooler_output)
         return {"image_embeds": outputs.pooler_output.float(), "last_hidden_state": outputs.last_hidden_state}
 
     def _logits(self, encoded: dict[str, torch.Tensor], **prompts) -> torch.Tensor:
@@ -269,15 +302,20 @@ class ZeroShotCTClassificationPipeline(CTPipeline):
 
         Args:
             outputs: `logits` of one scan, from `forward`.
-            candidate_labels: Findings that were asked for; the model's own by default.
-            prompt_templates: Those that were used; with words of one's own there are no operating points.
+            candidate_labels: Findings that were asked for; those of `forward` by default.
+            prompt_templates: Those that were used, likewise; with words of one's own there are no operating points.
             shown: `top_k` and `threshold`, see `__call__`.
+
+        Raises:
+            PromptError: If there are several scans, or `forward` was asked something else.
         """
         if error := outputs.get("error"):
             return {"error": error}
-        labels = self._asked_names(candidate_labels)
-        has_own_words = prompt_templates is not None or isinstance(candidate_labels, Mapping)
-        logits = outputs["logits"][0]  # (templates, 2 * labels)
+        logits, asked = self._one_scan(  # (templates, 2 * labels)
+            outputs, candidate_labels=candidate_labels, prompt_templates=prompt_templates
+        )
+        labels = self._asked_names(asked.get("candidate_labels"))
+        has_own_words = "prompt_templates" in asked or isinstance(asked.get("candidate_labels"), Mapping)
         scores = zero_shot_probabilities(logits).mean(dim=0)
         present, absent = logits.mean(dim=0).unflatten(-1, (-1, 2)).unbind(-1)
         description = {} if has_own_words else self._description()
@@ -327,19 +365,29 @@ class CTClassificationPipeline(CTPipeline):
     """Scores of the labels that a classifier was trained on; see `CTPipeline` for its arguments."""
 
     _needs = "classifier"
+    _encoded = "logits"
     _else = "has no classifier. Pass a MedCTForImageClassification, or ask in words: zero-shot-ct-classification."
 
     def _sanitize_parameters(self, candidate_labels=None, prompt_templates=None, **kwargs):
         if prompt_templates is not None:
             raise PromptError("A classifier asks nothing in words. Leave out `prompt_templates`.")
         reading, _, shown = super()._sanitize_parameters(candidate_labels, **kwargs)
-        unknown = sorted(set(shown.get("candidate_labels", ())) - set(self.model.config.label_names))
-        if unknown:
+        self._known(shown.get("candidate_labels", self.model.config.label_names))
+        return reading, {}, shown
+
+    def _known(self, labels: Any) -> Sequence[str]:
+        """Labels that the classifier has.
+
+        Raises:
+            PromptError: If it lacks one.
+        """
+        labels = list(_checked_labels(labels))
+        if unknown := sorted(set(labels) - set(self.model.config.label_names)):
             raise PromptError(
                 f"This classifier was not trained on {', '.join(unknown)}. Its labels: "
                 f"{', '.join(self.model.config.label_names)}."
             )
-        return reading, {}, shown
+        return labels
 
     @torch.no_grad()
     def encode(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -351,7 +399,9 @@ class CTClassificationPipeline(CTPipeline):
         Returns:
             `logits`, `(volumes, labels)`, float32.
         """
-        return {"logits": self.model(pixel_values=pixel_values.to(self.device)).logits.float()}
+        logits = self.model(pixel_values=_checked_volumes(pixel_values).to(self.device)).logits.float()
+        refuse_what_is_no_number(logits)
+        return {"logits": logits}
 
     def _logits(self, encoded: dict[str, torch.Tensor], **_: Any) -> torch.Tensor:
         """`(volumes, labels)`."""
@@ -370,9 +420,10 @@ class CTClassificationPipeline(CTPipeline):
         if error := outputs.get("error"):
             return {"error": error}
         names = self.model.config.label_names
-        labels = names if candidate_labels is None else candidate_labels
+        logits, _ = self._one_scan(outputs)
+        labels = names if candidate_labels is None else self._known(candidate_labels)
         # Each label's logit is that of its presence against its absence.
-        margins = outputs["logits"][0][[names.index(label) for label in labels]]
+        margins = logits[[names.index(label) for label in labels]]
         return self._results(labels, margins.sigmoid(), margins, self._description(), **shown)
 
 
@@ -444,10 +495,21 @@ def _processor_of(model: PreTrainedModel) -> MedCTProcessor:
 
 
 def _sentence(error: Exception) -> str:
-    """Why a scan could not be scored; what is not a refusal of ours may quote a header, so its text stays here."""
-    if isinstance(error, MedCTError | FileNotFoundError):
+    """Why a scan could not be scored; what is not a refusal of ours may quote a header, so its text stays here.
+
+    Ours are known by name: the processor's code may be another copy of this one.
+    """
+    if isinstance(error, FileNotFoundError) or MedCTError.__name__ in (each.__name__ for each in type(error).__mro__):
         return str(error)
     return f"Reading failed ({type(error).__name__}). Call the pipeline for this scan alone to see where."
+
+
+def _checked_volumes(pixel_values: Any) -> torch.Tensor:
+    if not isinstance(pixel_values, torch.Tensor) or pixel_values.ndim != 5:
+        raise ValueError(
+            "`encode` takes the tensor `pixel_values`, (volumes, 1, z, y, x), as `pipe.preprocess` makes it of a scan."
+        )
+    return pixel_values
 
 
 def _check_shown(top_k: int = 1, threshold: float = 0.0) -> None:

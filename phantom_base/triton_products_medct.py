@@ -331,6 +331,8 @@ def _choice_kernel(
     code = tl.where(is_other, other, one).to(tl.int64)
     tl.store(ids + row, code, mask=is_row)
     picked = tl.load(codebook + code[:, None] * CHANNELS + channel, mask=is_place, other=0.0)
+    is_finite = tl.abs(tl.sum(token, axis=1)) < float("inf")
+    picked = tl.where(is_finite[:, None], picked, float("nan"))
     tl.store(chosen + row[:, None] * CHANNELS + channel, picked, mask=is_place)
 
 
@@ -353,7 +355,7 @@ def quantize(
         tile: Tokens, codes and channels, warps and stages of a program.
 
     Returns:
-        `(tokens, d)`, the rows, and `(tokens,)`, which.
+        `(tokens, d)`, the rows, and `(tokens,)`, which. The rows of tokens that are not finite are NaN.
     """
     (number, channels), size = tokens.shape, len(codes)
     tokens, codebook = tokens.contiguous(), codebook.contiguous()

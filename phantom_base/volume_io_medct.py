@@ -6,9 +6,10 @@ What a source is, is decided by its content, not by its name. Files of one forma
 Source: specification of CT-CLIP, section 1, step 1; NIfTI-1 and DICOM standards.
 """
 
+import contextlib
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ import torch
 from .byte_sources_medct import (
     GZIP_MAGIC,
     ByteSource,
+    Finder,
     base_name,
     find_among,
     find_beside,
@@ -31,12 +33,14 @@ from .byte_sources_medct import (
     of_path,
     of_zip,
 )
-from .configuration_medct import MedCTVisionConfig
-from .dicom_io_medct import is_dicom, places_of_slices, read_dicom
+from .configuration_medct import MedCTVisionConfig, is_orientation
+from .dicom_io_medct import has_mark, is_dicom, places_of_slices, read_dicom
 from .itk_formats_medct import is_metaimage, is_nrrd, read_metaimage, read_nrrd
 from .nifti_io_medct import is_nifti, read_nibabel_image, read_nifti
 from .no_scans_medct import what_is
 from .volume_medct import (
+    AIR_HU,
+    NO_SECOND_RESCALE,
     CTVolume,
     VolumeError,
     VolumeWarning,
@@ -52,6 +56,7 @@ from .volume_medct import (
 )
 
 _HEAD_BYTES = 600
+_FLOATS_OF_NUMPY = (torch.float16, torch.float32, torch.float64)
 _KNOWN = "NIfTI (.nii, .nii.gz), DICOM, NRRD or MetaImage (.mha, .mhd)"
 
 
@@ -72,21 +77,30 @@ def read_volume(
         source: Path of a NIfTI, NRRD or MetaImage file, of a DICOM folder, zip archive or multi-frame file; list of
             DICOM files; `hf://` or other fsspec address of any of these; their bytes, or a binary file object; what a
             column of `datasets.Nifti()` holds, decoded or not; nibabel image; `CTVolume`; array or tensor `(i, j, k)`.
-        spacing_mm: Of an array whose axes run as `orientation` says: one number an axis, mm.
+        spacing_mm: Of an array without `affine`, whose axes run as `orientation` says: one number an axis, mm.
         orientation: Direction in which the indices of an array with `spacing_mm` grow.
-        affine: `(4, 4)`, voxel indices to RAS+ mm: of an array, or instead of a file's own.
+        affine: `(4, 4)`, voxel indices to RAS+ mm: of an array, or instead of a file's or nibabel image's own.
         rescale_slope: HU of one stored unit, for stored values that are not HU yet.
         rescale_intercept: HU of the stored value 0, likewise.
         series: Which of several DICOM series: its number in the list that the refusal shows, or its SeriesInstanceUID.
+            A source of another format is its own number 1.
         resample_irregular: Resample tilted, oblique and unevenly spaced scans to a straight grid instead of refusing.
 
     Returns:
         The volume, in HU by the rules of `volume_medct`. Its notes are issued as warnings (`VolumeWarning`) too.
 
     Raises:
-        VolumeError: If the source is not a single finite 3-D volume in HU with a certain geometry.
+        VolumeError: If the source is not a single finite 3-D volume in HU with a certain geometry, or if an argument is
+            not what it should be or not for such a source.
     """
-    rescale = (rescale_slope, rescale_intercept)
+    rescale = _number("rescale_slope", rescale_slope), _number("rescale_intercept", rescale_intercept)
+    if rescale[0] == 0:
+        raise VolumeError("rescale_slope", "it is 0, which would make all voxels the same", "Pass HU per stored unit")
+    affine = None if affine is None else _numbers("affine", affine, "Pass a matrix of 4 x 4 numbers")
+    if not is_orientation(orientation):
+        raise VolumeError(
+            "orientation", f"{orientation!r} does not name each patient axis once", 'Pass three letters such as "SLP"'
+        )
     volume = _load(source, spacing_mm, orientation, affine, rescale, series, resample_irregular)
     check_affine(volume.source, volume.affine)
     check_voxels(volume.source, volume.array.shape, volume.array.dtype)
@@ -143,34 +157,87 @@ def _load(source: Any, spacing_mm, orientation: str, affine, rescale, series, re
     """The volume in HU, before any judgement of its values and geometry."""
     is_rescaled = rescale != (None, None)
     if isinstance(source, torch.Tensor):
-        source = source.detach().cpu().numpy()
+        source = _of_tensor(source)
     if isinstance(source, np.ndarray):
-        source = _of_array(source, spacing_mm, orientation, affine)
+        volume = _of_array(source, spacing_mm, orientation, affine)
+        _refuse_unused(volume.source, series=series)
+        return _rescaled(volume, rescale)
     if isinstance(source, CTVolume):
+        _refuse_unused(source.source, spacing_mm=spacing_mm, affine=affine, series=series)
         return _rescaled(source, rescale)
     if hasattr(source, "dataobj") and hasattr(source, "affine"):
+        _refuse_unused("nibabel image", spacing_mm=spacing_mm, series=series)
         return _rescaled(read_nibabel_image(source, affine, is_rescaled), rescale)
     files, name, path = _files_of(source)
+    _refuse_unused(name, spacing_mm=spacing_mm)
     if is_rescaled:
         _refuse_rescale_of_fixed(name, rescale)
     if len(files) == 1 and files[0].head(4) == b"PK\x03\x04":
         files, path = of_zip(files[0]), None
-    kind, files, beside = _kind_of(files, name)
+    kind, files, others = _kind_of(files, name)
     if kind == "dicom":
         return _placed(read_dicom(files, name, series, rescale, resample_irregular), affine)
-    find = partial(find_among, beside) if path is None or beside else partial(find_beside, Path(files[0].name))
+    _refuse_unused(name, series=series)
+    is_alone = path is not None and not others
+    find = partial(find_beside, Path(files[0].name)) if is_alone else partial(find_among, _folder(files[0]), others)
+    return _rescaled(_read_scan(kind, files[0], find, affine, is_rescaled), rescale)
+
+
+def _read_scan(kind: str, file: ByteSource, find: Finder, affine: Any = None, is_rescaled: bool = False) -> CTVolume:
+    """A scan that is one file, or one with its voxels in another."""
     if kind == "nifti":
-        return _rescaled(read_nifti(files[0], affine, is_rescaled, find), rescale)
+        return read_nifti(file, affine, is_rescaled, find)
     read = read_nrrd if kind == "nrrd" else read_metaimage
-    return _rescaled(_placed(read(files[0], find, is_rescaled), affine), rescale)
+    return _placed(read(file, find, is_rescaled), affine)
+
+
+def _number(argument: str, value: Any) -> float | None:
+    """A finite number that the caller gave, or none."""
+    if value is None:
+        return None
+    number = _numbers(argument, value, "Pass a finite number")
+    if number.size != 1 or not np.isfinite(number).all():
+        raise VolumeError(argument, "it is not a finite number", "Pass a finite number")
+    return number.item()
+
+
+def _numbers(argument: str, value: Any, remedy: str) -> np.ndarray:
+    try:
+        return np.asarray(value, float)
+    except (TypeError, ValueError) as error:
+        raise VolumeError(argument, "it does not hold numbers as it should", remedy) from error
+
+
+def _refuse_unused(name: str, *, spacing_mm: Any = None, affine: Any = None, series: Any = None) -> None:
+    """Refuse arguments that a source has no use for: whoever gives them expects them to be heeded."""
+    if spacing_mm is not None:
+        raise VolumeError(name, "it has a geometry of its own", "Leave out `spacing_mm=`, which is for arrays")
+    if affine is not None:
+        raise VolumeError(name, "it has an affine already", "Leave out `affine=`, or pass its `array` with another one")
+    if series is not None and str(series) != "1":
+        raise VolumeError(name, "it is one scan, and not DICOM with several series", "Leave out `series=` for it")
+
+
+def _of_tensor(tensor: torch.Tensor) -> np.ndarray:
+    if tensor.is_meta or tensor.layout != torch.strided or tensor.is_quantized:
+        raise VolumeError(
+            f"tensor {tuple(tensor.shape)}",
+            "it does not hold one value a voxel (meta, sparse or quantized)",
+            "Pass a dense tensor",
+        )
+    if tensor.is_floating_point() and tensor.dtype not in _FLOATS_OF_NUMPY:
+        tensor = tensor.float()
+    return tensor.numpy(force=True)
 
 
 def _of_array(array: np.ndarray, spacing_mm, orientation: str, affine) -> CTVolume:
     name = f"array {array.shape}"
     if affine is None and spacing_mm is None:
         raise VolumeError(name, "it comes without a geometry", "Pass `spacing_mm=(z, y, x)` or `affine=`")
+    if affine is not None and spacing_mm is not None:
+        raise VolumeError(name, "it comes with two geometries", "Pass either `spacing_mm=` or `affine=`")
     if affine is None:
-        spacing_mm = np.asarray(spacing_mm, float)
+        spacing_mm = _numbers("spacing_mm", spacing_mm, "Pass three positive numbers, one an array axis")
         if spacing_mm.shape != (3,) or not (np.isfinite(spacing_mm) & (spacing_mm > 0)).all():
             raise VolumeError(
                 name,
@@ -182,16 +249,18 @@ def _of_array(array: np.ndarray, spacing_mm, orientation: str, affine) -> CTVolu
 
 
 def _placed(volume: CTVolume, affine) -> CTVolume:
-    return volume if affine is None else replace(volume, affine=np.asarray(affine, float))
+    return volume if affine is None else replace(volume, affine=affine)
 
 
 def _rescaled(volume: CTVolume, rescale: tuple[float | None, float | None]) -> CTVolume:
     """Stored values to HU by what the caller knows: a slope of 1 and an intercept of 0 where only one is given."""
     check_voxels(volume.source, volume.array.shape, volume.array.dtype)
-    slope, intercept = (
-        default if given is None else float(given) for given, default in zip(rescale, (1, 0), strict=True)
-    )
-    return replace(volume, array=rescale_to_hu(volume.array, slope, intercept))
+    if np.ma.is_masked(volume.array):
+        raise VolumeError(
+            volume.source, "some of its voxels are masked", f"Pass `array.filled({AIR_HU})` if they are air"
+        )
+    slope, intercept = (default if given is None else given for given, default in zip(rescale, (1, 0), strict=True))
+    return replace(volume, array=rescale_to_hu(np.asarray(volume.array), slope, intercept))
 
 
 def _refuse_rescale_of_fixed(name: str, rescale: tuple[float | None, float | None]) -> None:
@@ -200,7 +269,7 @@ def _refuse_rescale_of_fixed(name: str, rescale: tuple[float | None, float | Non
         raise VolumeError(
             name,
             "it is of CT-RATE's second version (`_fixed`), whose values are HU already",
-            "Leave out `rescale_slope` and `rescale_intercept`, or HU would be computed twice",
+            NO_SECOND_RESCALE,
         )
 
 
@@ -210,12 +279,14 @@ def _files_of(source: Any) -> tuple[list[ByteSource], str, Path | None]:
         if source.get("bytes") is None:
             source = source.get("path")
         else:
-            name = Path(source.get("path") or "bytes").name
-            return [of_bytes(bytes(source["bytes"]), name)], name, None
+            name = Path(str(source.get("path") or "bytes")).name
+            return [of_bytes(_bytes_of(source["bytes"]), name)], name, None
     if isinstance(source, bytes | bytearray | memoryview):
         return [of_bytes(bytes(source), "bytes")], "bytes", None
     if is_address(source):
         return of_address(source), source, None
+    if isinstance(source, str) and not source:
+        raise VolumeError("path", "it is empty, and would stand for the current folder", 'Pass a path, if only "."')
     if isinstance(source, str | os.PathLike):
         return of_path(Path(source)), str(source), Path(source)
     if isinstance(source, list | tuple) and source:
@@ -227,11 +298,18 @@ def _files_of(source: Any) -> tuple[list[ByteSource], str, Path | None]:
     raise VolumeError(type(source).__name__, "it is not a CT source", f"Pass a {_KNOWN} path, an array or an image")
 
 
+def _bytes_of(content: Any) -> bytes:
+    try:
+        return bytes(memoryview(content))  # which takes no text, and no number for a length
+    except TypeError as error:
+        raise VolumeError("bytes", f"they are of type {type(content).__name__}", "Pass the bytes of a file") from error
+
+
 def _kind_of(files: list[ByteSource], source: str) -> tuple[str, list[ByteSource], list[ByteSource]]:
-    """What format files have, those of the scan, and what lies beside it.
+    """What format files have, those of the scan, and the others.
 
     Of several files they are DICOM if any of them is; else one of them is the scan, and the others are its voxels, or
-    what programs write beside a scan.
+    what programs write beside a scan. Voxels can look like DICOM without its mark, and are no DICOM for that.
     """
     if len(files) == 1:
         kind = _format_of(files[0])
@@ -240,21 +318,43 @@ def _kind_of(files: list[ByteSource], source: str) -> tuple[str, list[ByteSource
             reason = "it is not a NIfTI, DICOM, NRRD or MetaImage file" + (f", but {what}" if what else "")
             raise VolumeError(files[0].name, reason, remedy)
         return kind, files, []
-    scans = []
+    scans, unmarked = [], []
     for file in files:
         kind = _format_of(file)
-        if kind == "dicom":
+        if kind == "dicom" and has_mark(file.head(_HEAD_BYTES)):
             return kind, files, []
-        if kind is not None:
+        if kind == "dicom":
+            unmarked.append(file)
+        elif kind is not None:
             scans.append((kind, file))
+    if unmarked and not all(_are_voxels(file, scans) for file in unmarked):
+        return "dicom", files, []
     if len(scans) > 1:
         names = ", ".join(base_name(file.name) for _, file in scans[:5])
         raise VolumeError(source, f"it holds {len(scans)} scans ({names})", "Pass one of them")
     if not scans:
         return "dicom", files, []  # which says what it holds
     kind, scan = scans[0]
-    folder = scan.name.removesuffix(base_name(scan.name))
-    return kind, [scan], [file for file in files if file.name.removesuffix(base_name(file.name)) == folder]
+    return kind, [scan], [file for file in files if file is not scan]
+
+
+def _folder(file: ByteSource) -> str:
+    """How the names of the files in the folder of one begin."""
+    return file.name.removesuffix(base_name(file.name))
+
+
+def _are_voxels(file: ByteSource, scans: list[tuple[str, ByteSource]]) -> bool:
+    """Whether the header of a scan asks for a file."""
+    asked: list[ByteSource] = []
+
+    def find(folder: str, names: Collection[str]) -> None:
+        if (found := find_among(folder, [file], names)) is not None:
+            asked.append(found)
+
+    for kind, scan in scans:
+        with contextlib.suppress(VolumeError):  # that the voxels are missing, or what the reader will say
+            _read_scan(kind, scan, partial(find, _folder(scan)))
+    return bool(asked)
 
 
 def _format_of(file: ByteSource) -> str | None:

@@ -8,8 +8,8 @@ from typing import Any
 from medct.data.prepared import with_revision
 from medct.evaluation.calibration import fit_calibration
 from medct.evaluation.figures import Scores, source_figures
-from medct.evaluation.metrics import FEWEST, zero_shot_scores
-from medct.evaluation.operating_points import YOUDEN, Points, choose_points
+from medct.evaluation.metrics import zero_shot_scores
+from medct.evaluation.operating_points import YOUDEN, Points, choose_points, remark_on_points
 from medct.evaluation.predictions import Key, Predictions
 from medct.evaluation.report import calibration_table, points_table, results_table, sites_table
 from medct.evaluation.scoring import ScoredStudies
@@ -165,12 +165,8 @@ def few_patients(results: dict[str, Any]) -> list[str]:
             f"{comparison['patients']} held-out patients are too few to tell how far the figures are to be trusted, so "
             f"there are no intervals.{remedy}"
         )
-    if lacking := [name for name in results["label_names"] if name not in (results["thresholds"] or {})]:
-        which = "any finding" if len(lacking) == len(results["label_names"]) else ", ".join(lacking)
-        remarks.append(
-            f"No operating point for {which}: fewer than {FEWEST} tuning patients have it, or are without it."
-        )
-    return remarks
+    lacking = [name for name in results["label_names"] if name not in (results["thresholds"] or {})]
+    return remarks + remark_on_points(lacking, results["label_names"])
 
 
 def few_steps(steps: int, per_epoch: int, settings: TrainingSettings) -> str | None:

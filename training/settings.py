@@ -1,6 +1,7 @@
 """The settings of a run: everything that does not travel with the weights."""
 
 import dataclasses
+import math
 import os
 from argparse import RawDescriptionHelpFormatter
 from dataclasses import dataclass, field
@@ -230,6 +231,8 @@ def check(settings: TrainingSettings) -> None:
     for name in (*at_least_1, "patience"):
         if (value := getattr(settings, name)) is not None and value < 1:
             raise TrainingError(f"--{name} is {value}. Pass 1 or more.")
+    if settings.learning_rate is not None and not 0 < settings.learning_rate < math.inf:
+        raise TrainingError(f"--learning_rate is {settings.learning_rate:g}. Pass a number above 0.")
     if settings.eval_steps is not None and settings.eval_steps < 0:
         raise TrainingError(f"--eval_steps is {settings.eval_steps}. Pass 1 or more, or 0 for never.")
     if not 0 <= settings.replay_share < 1:

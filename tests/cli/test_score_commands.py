@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -372,3 +373,54 @@ def test_a_label_that_the_terminal_cannot_show_is_escaped(tmp_path):
     assert done.returncode == 0 and done.stderr == ""
     assert json.loads(r'"Gef\u00e4\u00df"') == "Gefäß" and r"Gef\u00e4\u00df" in done.stdout
     assert read(output)["label_names"] == ["Gefäß"]
+
+
+@pytest.mark.parametrize("split", ["tune", "all"])
+def test_thresholds_are_not_tried_on_what_they_were_chosen_on(run, folder, tmp_path, split):
+    """Whatever the studies' address is called."""
+    root, link = folder("site", 40), tmp_path / "link"
+    link.symlink_to(root)
+    for address in (root, link):
+        status, _, err = run("evaluate", "--data", address, "--split", split, "--tune_on", root)
+        assert status == 2
+        assert f"--split {split} scores the studies of {root} that --tune_on chooses thresholds on" in err
+    shutil.copytree(root, tmp_path / "copy")
+    status, _, err = run("evaluate", "--data", tmp_path / "copy", "--split", split, "--tune_on", root)
+    assert status == 2
+    assert "studies that they were chosen on. Leave these out" in err
+    status, out, _ = run("evaluate", "--data", root, "--tune_on", root)
+    assert status == 0
+    assert "NOTE: No operating point for any finding: fewer than 5 tuning patients have it" in out
+
+
+def test_studies_without_a_file_are_remarked_on(run, folder, tmp_path):
+    root = folder("site", 6)
+    (root / "1.nii.gz").unlink()
+    _, out, _ = run("evaluate", "--data", root, "--split", "all", "--output", tmp_path / "scores.json")
+    said = "NOTE: site: left out before they were read: no such file (1, such as 1.nii.gz)."
+    assert said in out
+    assert said.removeprefix("NOTE: ") in read(tmp_path / "scores.json")["remarks"]
+
+
+def test_shares_are_refused_before_anything_is_scored(run, folder, monkeypatch):
+    root = folder("site", 6)
+    table = pd.read_csv(root / "metadata.csv").astype({"Emphysema": float})
+    table.loc[2, "Emphysema"] = 0.5
+    table.to_csv(root / "metadata.csv", index=False)
+    monkeypatch.setattr(score_commands, "score_versions", None)
+    status, _, err = run("evaluate", "--data", root, "--split", "all")
+    assert status == 2
+    assert "'Emphysema' of 2.nii.gz is 0.5, and shares are for training only" in err
+
+
+def test_predicted_scores_are_as_exact_as_the_model_gives_them(run, folder, tmp_path, converted):
+    """Scores near 0 or 1 would tie at six decimals."""
+    root = folder("site", 6)
+    output = tmp_path / "predicted.csv"
+    main(
+        ["predict", *map(str, sorted(root.glob("[0-9]*"))), "--cpu", "--model", str(converted), "--output", str(output)]
+    )
+    run("evaluate", "--data", root, "--split", "all", "--output", tmp_path / "scores.json")
+    (scored,) = read_predictions(scores_path(tmp_path / "scores.json")).scored.values()
+    predicted = pd.read_csv(output)[scored.names].to_numpy(np.float32)
+    assert np.array_equal(predicted, scored.scores.astype(np.float32))

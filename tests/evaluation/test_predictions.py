@@ -80,7 +80,7 @@ def test_scores_join_with_metadata_by_the_name_of_the_file(tmp_path):
         ({"file_name": ["a", "a"], "Mass": [1, 0]}, {"file_name": ["a"], "Mass": [1]}, "1 studies have several rows"),
         ({"file_name": ["a"], "Mass": [1]}, {"file_name": ["a", "a"], "Mass": [1, 0]}, "1 studies have several rows"),
         ({"name": ["a"], "Mass": [1]}, {"file_name": ["a"], "Mass": [1]}, "has no column 'file_name'"),
-        ({"file_name": ["a"], "Mass": ["high"]}, {"file_name": ["a"], "Mass": [1]}, "is not a number"),
+        ({"file_name": ["a"], "Mass": ["high"]}, {"file_name": ["a"], "Mass": [1]}, "Write a number"),
     ],
 )
 def test_tables_that_do_not_go_together_are_refused(tmp_path, scores, metadata, said):
@@ -117,3 +117,30 @@ def test_sources_with_other_labels_are_read_back_with_their_own(tmp_path):
     found = read_predictions(tmp_path / "scores.csv").scored
     assert [each.names for each in found.values()] == [["Lung nodule", "Mass"], ["Mass"]]
     assert found[Key("m", "b", "valid")].scores.tolist() == two.scores.astype(float).tolist()
+
+
+def test_patients_of_a_table_are_as_everywhere(tmp_path):
+    """Spaces do not count, and nobody is called nothing."""
+    pd.DataFrame({"file_name": ["a", "b", "c", "x"], "nodule": [0.1, 0.2, 0.3, 0.4]}).to_csv(
+        tmp_path / "s.csv", index=False
+    )
+    table = pd.DataFrame({"file_name": ["a", "b", "c"], "nodule": [0, 1, 1], "patient": [" P1", "P1 ", "P2"]})
+    table.to_csv(tmp_path / "m.csv", index=False)
+    with pytest.warns(UserWarning, match=r"1 of 4 rows of .*s.csv are not in .*m.csv; left out"):
+        (scored,) = join_metadata(tmp_path / "s.csv", tmp_path / "m.csv").scored.values()
+    assert scored.patients == ["P1", "P1", "P2"]
+    table.assign(patient=["", " ", "P2"]).to_csv(tmp_path / "m.csv", index=False)
+    with pytest.raises(DataError, match="2 rows have an empty 'patient'"):
+        join_metadata(tmp_path / "s.csv", tmp_path / "m.csv")
+
+
+def test_a_cell_that_is_no_number_is_named(tmp_path):
+    table = pd.DataFrame({"file_name": ["a", "b"], "nodule": ["0,25", "1e-3"], "mass": [" 0.5 ", ""]})
+    table.to_csv(tmp_path / "s.csv", index=False, sep=";")
+    labels = pd.DataFrame({"file_name": ["a", "b"], "nodule": [0, 1], "mass": [1, 0]})
+    labels.to_csv(tmp_path / "m.csv", index=False)
+    (scored,) = join_metadata(tmp_path / "s.csv", tmp_path / "m.csv").scored.values()
+    np.testing.assert_array_equal(scored.scores, [[0.25, 0.5], [0.001, np.nan]])
+    table.assign(mass=["0.5", "high"]).to_csv(tmp_path / "s.csv", index=False)
+    with pytest.raises(DataError, match=r"s.csv: 'mass' is 'high' somewhere. Write a number"):
+        join_metadata(tmp_path / "s.csv", tmp_path / "m.csv")

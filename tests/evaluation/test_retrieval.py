@@ -134,6 +134,11 @@ def test_intervals_are_by_patient_and_ks_beyond_the_studies_left_out(pairs):
     assert list(recall_figures(few, resamples=5)["text_to_image"]) == [5, 10]
 
 
+def test_what_is_right_in_every_resample_has_no_interval(pairs):
+    same = Pairs(pairs.image_embeds, pairs.image_embeds, pairs.report_ids, pairs.patients)
+    assert recall_figures(same, resamples=20)["text_to_image"][5] == {"value": 1.0, "low": None, "high": None}
+
+
 def test_the_report_shows_each_protocol(pairs):
     results = recall_figures(pairs, pool=20, resamples=20)
     labels = np.random.default_rng(1).integers(0, 2, (123, 3)).astype(float)

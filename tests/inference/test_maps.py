@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from medct import CTVolume, MedCTImageProcessor, ZeroShotCTClassificationPipeline
+from medct import CTVolume, MedCTImageProcessor, MedCTModel, ZeroShotCTClassificationPipeline
 from medct.inference.maps import (
     CAVEAT,
     FindingMap,
@@ -188,3 +188,14 @@ def test_one_call_from_a_scan_to_its_maps(pipe, nifti):
     assert first.plot(slices=1)._repr_png_().startswith(b"\x89PNG")
     first.save(scan.parent / "map.nii.gz")
     np.testing.assert_array_equal(nibabel.load(scan.parent / "map.nii.gz").get_fdata(), first.values)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_maps_in_half_precision_and_in_inference_mode(converted, processor, batch, dtype):
+    """The codebook stays in float32, the projection does not."""
+    model = MedCTModel.from_pretrained(converted, dtype=dtype)
+    half = ZeroShotCTClassificationPipeline(model=model, processor=processor, device="cpu")
+    with torch.inference_mode():
+        maps = map_findings(half, half.encode(batch["pixel_values"][:1]), "a")
+    assert [finding.label for finding in maps] == ["a"], "one finding may stand alone"
+    assert maps[0].patches.sum().item() == pytest.approx(maps[0].logits_margin, abs=0.02)

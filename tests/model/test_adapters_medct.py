@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from adapter_files import save_adapter
-from peft import PeftConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
@@ -399,3 +399,50 @@ def test_a_report_of_what_went_wrong_is_shown(reports, caplog):
     assert "LOAD REPORT" in caplog.text
     reports.warning("the next LOAD REPORT")
     assert "the next" in caplog.text
+
+
+def test_an_adapter_with_a_whole_module_gives_way_to_one_without(converted, adapter, batch, tmp_path):
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["visual_projection"], init_lora_weights=False)
+    whole = get_peft_model(MedCTModel.from_pretrained(converted), config)
+    with torch.no_grad():
+        for name, parameter in whole.named_parameters():
+            if "modules_to_save" in name:
+                parameter.mul_(-1)
+    whole.save_pretrained(tmp_path / "whole")
+    alone = {}
+    for name, folder in (("whole", tmp_path / "whole"), ("plain", adapter)):
+        one = MedCTModel.from_pretrained(converted)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            one.load_adapter(folder)
+        alone[name] = logits(one, batch)
+    both = MedCTModel.from_pretrained(converted)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        both.load_adapter(adapter, "plain")
+        both.load_adapter(tmp_path / "whole", "whole")
+    for name in ("plain", "whole", "plain"):
+        both.set_adapter(name)
+        torch.testing.assert_close(logits(both, batch), alone[name])
+    with pytest.raises(ValueError, match="not found"):
+        both.set_adapter("neither")
+    torch.testing.assert_close(logits(both, batch), alone["plain"])
+
+
+@pytest.mark.parametrize("name", ["0", "q_proj", "vision_model", "weight"])
+def test_an_adapter_cannot_be_called_like_a_part(model, adapter, name):
+    with pytest.raises(AdapterMismatchError, match=f"A part of the model is called '{name}'"):
+        model.load_adapter(adapter, name)
+    model.load_adapter(adapter, "fold0")
+
+
+def test_a_loaded_adapter_that_is_saved_again_remembers(model, converted, adapter, tmp_path):
+    model.load_adapter(adapter)
+    model.save_pretrained(tmp_path / "again")
+    assert read_description(tmp_path / "again") == read_description(adapter)
+    again = MedCTModel.from_pretrained(converted)
+    again.load_adapter(tmp_path / "again")
+    with torch.no_grad():
+        next(each for name, each in model.named_parameters() if "lora_B" in name).add_(1)
+    model.save_pretrained(tmp_path / "changed")
+    assert read_description(tmp_path / "changed") is None

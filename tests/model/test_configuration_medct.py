@@ -73,3 +73,12 @@ def test_impossible_vision_values_are_refused(values, message):
 def test_impossible_values_are_refused(values, message):
     with pytest.raises((ValueError, StrictDataclassError), match=message):
         MedCTConfig(**values)
+
+
+def test_labels_keep_the_order_of_their_numbers_however_these_are_written():
+    names = {str(index): f"finding {index}" for index in range(12)}
+    expected = list(names.values())
+    assert MedCTConfig(id2label=names).label_names == expected
+    config = MedCTConfig()
+    config.id2label = names
+    assert config.label_names == expected

@@ -11,7 +11,7 @@ import torch
 from scan_files import at, make_hu, write_series
 from torch.nn import functional as F
 
-from medct import CTVolume, MedCTConfig, MedCTImageProcessor, read_volume, resampling_medct
+from medct import CTVolume, MedCTConfig, MedCTImageProcessor, VolumeError, read_volume, resampling_medct
 from medct.resampling_medct import AxisPlan, ScanPart, crop_window, inside, reorient, resampled_length, scale_hu
 from medct.volume_io_medct import affine_from_spacing
 
@@ -331,3 +331,53 @@ def test_a_gpu_gives_the_voxels_of_the_cpu():
     assert found.is_cuda
     difference = (found.cpu() - expected).abs()
     assert difference.max() < 1e-4 and difference.mean() < 1e-6
+
+
+def test_what_is_listed_may_be_none_for_some_images(tmp_path):
+    processor = MedCTImageProcessor(image_size=(8, 8, 8), target_spacing_mm=(2, 2, 2))
+    array = np.random.default_rng(0).integers(-1000, 1000, (9, 8, 7)).astype(np.int16)
+    affine, other = affine_from_spacing((2, 1.5, 3), "SLP"), affine_from_spacing((3, 2, 1.5), "RAS")
+    volume = CTVolume(array, other)
+    for listed, alone in (
+        ({"spacing_mm": [None, (2, 1.5, 3)]}, {"spacing_mm": (2, 1.5, 3)}),
+        ({"spacing_mm": (None, [2, 1.5, 3])}, {"spacing_mm": (2, 1.5, 3)}),
+        ({"affine": [None, affine]}, {"affine": affine}),
+        ({"affine": [None, affine], "series": [None, 1]}, {"affine": affine}),
+    ):
+        together = processor([volume, array], return_tensors="pt", **listed)["pixel_values"]
+        assert torch.equal(together[0], processor(volume, return_tensors="pt")["pixel_values"][0])
+        assert torch.equal(together[1], processor(array, return_tensors="pt", **alone)["pixel_values"][0])
+    assert len(processor([volume] * 3, spacing_mm=[None] * 3)["pixel_values"]) == 3
+
+
+@pytest.mark.parametrize("name", ["spacing_mm", "affine", "rescale_slope", "rescale_intercept"])
+@pytest.mark.parametrize("value", ["abc", [None, "abc"], [[1, 2], [1]], [1, None]])
+def test_listed_nonsense_is_refused_in_a_sentence(name, value):
+    processor = MedCTImageProcessor(image_size=(8, 8, 8))
+    array = np.random.default_rng(0).integers(-1000, 1000, (9, 8, 7)).astype(np.int16)
+    geometry = {} if name in ("spacing_mm", "affine") else {"spacing_mm": (1, 1, 1)}
+    if (name, value) == ("rescale_slope", [1, None]) or (name, value) == ("rescale_intercept", [1, None]):
+        assert processor([array, array], **geometry, **{name: value})
+    else:
+        with pytest.raises(VolumeError):
+            processor([array, array], **geometry, **{name: value})
+
+
+def test_arguments_that_there_are_not():
+    processor = MedCTImageProcessor(image_size=(8, 8, 8))
+    array = np.random.default_rng(0).integers(-1000, 1000, (9, 8, 7)).astype(np.int16)
+    for name in ("hu_min", "image_size", "orientation"):
+        with pytest.raises(TypeError, match=f"'{name}' is set where the processor is made"):
+            processor(array, spacing_mm=(1, 1, 1), **{name: -500})
+    for name in ("rescale_intersept", "spacing", "do_resize", "size"):
+        for call in (processor, processor.preprocess):
+            with pytest.raises(TypeError, match=f"There is no argument '{name}'"):
+                call(array, spacing_mm=(1, 1, 1), **{name: -1024})
+    passed_by_the_library = {"data_format": "channels_first", "disable_grouping": True, "do_resize": None, "size": None}
+    assert processor(array, spacing_mm=(1, 1, 1), **passed_by_the_library)
+
+
+def test_an_empty_list_is_refused():
+    for none in ([], ()):
+        with pytest.raises(VolumeError, match="images: it is an empty list"):
+            MedCTImageProcessor()(none)

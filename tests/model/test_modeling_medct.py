@@ -2,6 +2,7 @@
 
 import copy
 import json
+import warnings
 
 import ct_clip_reference as reference
 import pytest
@@ -516,3 +517,115 @@ def test_the_loss_of_a_head_is_the_mean_over_known_labels(converted):
     each = torch.nn.functional.binary_cross_entropy_with_logits(logits[known], labels[known], reduction="none")
     torch.testing.assert_close(classifier.label_loss(logits, labels), each.mean())
     torch.testing.assert_close(classifier.label_loss(logits, labels, "sum"), each.sum())
+
+
+def test_labels_that_are_none_are_refused(converted):
+    """-1 is "uncertain" in some tables, -100 what the library ignores elsewhere; here NaN is unknown."""
+    classifier = MedCTForImageClassification.from_pretrained(converted)
+    logits = torch.zeros(2, 18)
+    for value in (-1, -100, 2, 255, torch.inf):
+        labels = torch.ones(2, 18)
+        labels[1, 3] = value
+        with pytest.raises(ValueError, match=r"numbers outside of \[0, 1\]. Pass NaN where a label is unknown"):
+            classifier.label_loss(logits, labels)
+    for labels in (torch.tensor([0, 1]), torch.zeros(2, 17)):
+        with pytest.raises(ValueError, match=r"`labels` must be \(batch, labels\) = \(2, 18\)"):
+            classifier.label_loss(logits, labels)
+    assert classifier.label_loss(logits, torch.full((2, 18), 0.3)).isfinite()
+    classifier.config.classifier_pos_weight = [5.0]
+    with pytest.raises(ValueError, match="1 numbers for 18 labels"):
+        classifier.label_loss(logits, torch.ones(2, 18))
+
+
+def test_a_head_has_one_output_a_label(converted, batch):
+    classifier = MedCTForImageClassification.from_pretrained(converted)
+    classifier.classifier = torch.nn.Linear(classifier.config.projection_dim, 20)
+    with pytest.raises(ValueError, match="The head has 20 outputs for 18 labels"):
+        classifier(batch["pixel_values"])
+
+
+@pytest.mark.parametrize("with_gradients", [False, True])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_no_number_stays_so(model, batch, value, with_gradients):
+    """One volume of two; some row of the codebook is always the nearest."""
+    pixels = batch["pixel_values"][:2].clone()
+    pixels[1, 0, 0, 0, 0] = value
+    with torch.set_grad_enabled(with_gradients):
+        found = model.get_image_features(pixels)
+    assert found.pooler_output[0].isfinite().all()
+    assert found.pooler_output[1].isnan().all()
+
+
+@pytest.mark.parametrize("traced_with", [1, 3])
+def test_a_traced_encoder_takes_other_batches(model, batch, traced_with):
+    class Encoder(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, pixel_values):
+            return self.model.get_image_features(pixel_values).pooler_output
+
+    pixels = torch.cat([batch["pixel_values"]] * 3)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(Encoder(), pixels[:traced_with])
+        for number in (1, 2, 4):
+            torch.testing.assert_close(traced(pixels[:number]), Encoder()(pixels[:number]))
+
+
+def test_what_hooks_keep_is_not_written_over(model, batch):
+    """Without gradients layers add in place, unless somebody looks at their parts."""
+
+    def seen(**options):
+        kept, hooks = [], []
+
+        def keep(module, given, made):
+            kept.extend(each for each in (*given, *(made if isinstance(made, tuple) else (made,))))
+
+        for name, module in model.vision_model.named_modules():
+            if ".layers." in name:
+                hooks.append(module.register_forward_hook(keep))
+        with torch.set_grad_enabled(options["with_gradients"]):
+            model.vision_model(batch["pixel_values"])
+        for hook in hooks:
+            hook.remove()
+        return [each.detach().clone() for each in kept if isinstance(each, torch.Tensor)]
+
+    for without, plain in zip(seen(with_gradients=False), seen(with_gradients=True), strict=True):
+        torch.testing.assert_close(without, plain, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "text_config",
+    [{"model_type": "gpt2"}, {"model_type": "clip_text_model"}, {"model_type": "bert", "is_decoder": True}],
+)
+def test_a_text_encoder_whose_first_token_sees_nothing_is_refused(text_config):
+    with torch.device("meta"), pytest.raises(ValueError, match="no encoder whose first token sees the whole text"):
+        MedCTModel(MedCTConfig(text_config=text_config))
+
+
+def test_positions_are_moved_with_the_text(model, batch):
+    tokens, length = batch["input_ids"][:1], batch["input_ids"].shape[1]
+    positions = torch.arange(length)[None]
+    with torch.no_grad():
+        expected = model.get_text_features(tokens, torch.ones_like(tokens)).pooler_output
+        left = torch.cat([torch.zeros(1, 2, dtype=torch.long), tokens], dim=1)
+        mask = torch.cat([torch.zeros(1, 2, dtype=torch.long), torch.ones_like(tokens)], dim=1)
+        moved = torch.cat([torch.zeros(1, 2, dtype=torch.long), positions], dim=1)
+        found = model.get_text_features(left, mask, position_ids=moved).pooler_output
+    torch.testing.assert_close(found, expected)
+
+
+def test_derivatives_forward_are_those_backward(model, batch):
+    pixels = batch["pixel_values"][:1]
+    direction = torch.randn_like(pixels)
+
+    def summed(pixel_values):
+        return model.get_image_features(pixel_values).pooler_output.sum()
+
+    model.set_attn_implementation("eager")  # torch has no forward derivative of the others
+    _, forward = torch.func.jvp(summed, (pixels,), (direction,))
+    backward = (torch.func.grad(summed)(pixels) * direction).sum()
+    assert forward.item() == pytest.approx(backward.item(), rel=1e-3)
+    assert forward.abs() > 0

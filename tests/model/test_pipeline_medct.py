@@ -296,3 +296,62 @@ def test_prompts_are_encoded_anew_for_an_adapter_that_is_loaded_later(pipe, conv
     fresh.load_adapter(str(adapter))
     expected = ZeroShotCTClassificationPipeline(model=fresh, processor=processor, device="cpu")(scans[0])
     assert pipe(scans[0]) == expected != before
+
+
+# what is encoded, asked and shown in steps of one's own
+
+
+def test_what_was_asked_is_what_is_shown(pipe, batch):
+    one = pipe.encode(batch["pixel_values"][:1])
+    whole = pipe.postprocess(pipe.forward(one, candidate_labels=LABELS), candidate_labels=LABELS)
+    assert pipe.postprocess(pipe.forward(one, candidate_labels=LABELS)) == whole, (
+        "what was asked need not be said again"
+    )
+    assert [each["label"] for each in pipe.postprocess(pipe.forward(one, candidate_labels="a b"))] == ["a b"]
+    for labels in ([*reversed(LABELS)], ["a"], ["a", "b", "d"]):
+        with pytest.raises(ValueError, match="other labels or templates than `forward`"):
+            pipe.postprocess(pipe.forward(one, candidate_labels=LABELS), candidate_labels=labels)
+    single = pipe.postprocess(pipe.forward(one, candidate_labels=LABELS, prompt_templates=TEMPLATES[0]))
+    assert by_label(single)["a"]["score"] == pytest.approx(by_label(whole)["a"]["score"])
+
+
+@pytest.mark.parametrize("task", ["zero-shot-ct-classification", "ct-classification"])
+def test_several_scans_are_shown_one_by_one(task, converted, classifier_folder, batch):
+    folder = converted if task.startswith("zero") else classifier_folder
+    asked = pipeline(task, model=str(folder), trust_remote_code=True, device="cpu")
+    both = asked.forward(asked.encode(batch["pixel_values"][:2]))
+    with pytest.raises(ValueError, match="one scan at a time"):
+        asked.postprocess(both)
+    alone = [asked.postprocess(asked.forward(asked.encode(batch["pixel_values"][i : i + 1]))) for i in range(2)]
+    found = [asked.postprocess({"logits": both["logits"][i : i + 1]}) for i in range(2)]
+    for ours, expected in zip(found, alone, strict=True):
+        assert {each["label"]: pytest.approx(each["score"], abs=1e-5) for each in expected} == {
+            each["label"]: each["score"] for each in ours
+        }
+    with pytest.raises(ValueError, match="takes `pixel_values`, or what `encode` gives, not ids"):
+        asked.forward({"ids": torch.zeros(1)})
+    for volume in (np.zeros((1, 1, 4, 4, 4)), {"pixel_values": batch["pixel_values"]}, batch["pixel_values"][0]):
+        with pytest.raises(ValueError, match="`encode` takes the tensor `pixel_values`"):
+            asked.encode(volume)
+
+
+def test_own_templates_leave_no_operating_points_however_they_are_given(model, processor, adapter, batch):
+    adapted = ZeroShotCTClassificationPipeline(model=model, processor=processor, device="cpu", adapter=str(adapter))
+    one = adapted.encode(batch["pixel_values"][:1])
+    assert "present" in by_label(adapted.postprocess(adapted.forward(one)))["Lung nodule"]
+    own = adapted.postprocess(adapted.forward(one, prompt_templates=TEMPLATES))
+    assert "present" not in by_label(own)["Lung nodule"]
+
+
+@pytest.mark.parametrize("bad", [[], ["a", 1], 3])
+def test_labels_that_are_none_are_refused_in_every_step(pipe, batch, bad):
+    with pytest.raises((ValueError, TypeError), match=r"candidate_labels|not iterable"):
+        pipe.forward({"pixel_values": batch["pixel_values"][:1]}, candidate_labels=bad)
+
+
+def test_results_that_are_no_numbers_are_refused(pipe, scans):
+    """An adapter that diverged, or float16 that overflowed: NaN is below every operating point."""
+    with torch.no_grad():
+        pipe.model.vision_model.temporal_encoder.layers[0].mlp.fc2.weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="The model's results are not numbers"):
+        pipe(scans[0])

@@ -56,3 +56,22 @@ def test_survives_saving_and_loading(processor, tmp_path):
     again = MedCTProcessor.from_pretrained(tmp_path)
     assert again.image_processor.to_dict() == processor.image_processor.to_dict()
     assert again(text="a b.")["input_ids"] == processor(text="a b.")["input_ids"]
+
+
+def test_arguments_that_there_are_not(processor):
+    stored = np.full((8, 12, 8), 1024, np.int16)
+    for name in ("hu_min", "rescale_intersept", "fps", "videos"):
+        with pytest.raises(TypeError, match=name):
+            processor(images=stored, text="a", spacing_mm=(1.5, 0.75, 0.75), **{name: -1024})
+        with pytest.raises(TypeError, match=name):
+            processor(images=stored, spacing_mm=(1.5, 0.75, 0.75), images_kwargs={name: -1024})
+    passed = {
+        "common_kwargs": {"return_tensors": "pt"},
+        "text_kwargs": {"max_length": 8, "padding": "max_length"},
+        "images_kwargs": {"spacing_mm": (1.5, 0.75, 0.75), "data_format": "channels_first"},
+        "return_mm_token_type_ids": False,
+        "add_special_tokens": False,
+    }
+    batch = processor(images=stored, text="a", **passed)
+    assert batch["input_ids"].shape == (1, 8)
+    assert batch["pixel_values"].shape == (1, 1, 8, 12, 8)

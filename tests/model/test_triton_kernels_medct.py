@@ -358,3 +358,23 @@ def test_what_is_recorded_runs_by_kernels_as_a_whole(small, pixels, monkeypatch)
     with monkeypatch.context() as patch:
         patch.setattr(kernels_medct, "use_triton", False)
         assert not is_constant()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_tokens_that_are_no_numbers_have_no_row(kernels, value):
+    codebook, tokens = rand(40, 20), rand(5, 20, seed=1)
+    tokens[3, 7] = value
+    rows, ids = kernels.quantize(tokens, F.normalize(codebook, dim=-1), codebook, torch.float32)
+    assert rows[3].isnan().all()
+    assert torch.equal(rows[[0, 1, 2, 4]], codebook[ids[[0, 1, 2, 4]]])
+
+
+def test_hooks_keep_what_they_saw_beside_kernels(small, pixels):
+    """As in the plain formulation, kernels add in place only where nobody looks at the parts of a layer."""
+    kept = []
+    for module in small.vision_model.spatial_encoder.layers[0].modules():
+        module.register_forward_hook(lambda _, given, __: kept.append((given[0], given[0].clone())))
+    with torch.no_grad():
+        small.vision_model(pixels)
+    assert len(kept) > 5
+    assert all(torch.equal(now, then) for now, then in kept)

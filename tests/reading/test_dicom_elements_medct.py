@@ -94,6 +94,35 @@ def test_values_are_those_of_pydicom(syntax, undefined_length):
         _ = header.PatientComments
 
 
+@pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, ImplicitVRLittleEndian])
+@pytest.mark.parametrize("is_sequence_undefined", [False, True])
+@pytest.mark.parametrize("is_item_undefined", [False, True])
+@pytest.mark.parametrize("fragments", [[], [bytes(range(64))], [b"\xfe\xff\xdd\xe0\0\0\0\0", bytes(2**21)]])
+def test_a_compressed_icon_is_passed_over(fragments, is_item_undefined, is_sequence_undefined, syntax):
+    """Whatever its fragments hold, the end of a sequence too."""
+    ds = odd_slice()
+    icon = scan_files.item(Rows=8, Columns=8, ImageComments="before the pixels")
+    icon.add_new(0x7FE00010, "OB", pydicom.encaps.encapsulate(fragments) if fragments else b"\xfe\xff\0\xe0\0\0\0\0")
+    icon["PixelData"].is_undefined_length = True
+    icon.is_undefined_length_sequence_item = is_item_undefined
+    ds.IconImageSequence = [icon, scan_files.item(Rows=3)]
+    ds["IconImageSequence"].is_undefined_length = is_sequence_undefined
+    raw = saved(ds, syntax)
+    header, at = header_of(raw)
+    assert [found.Rows for found in header.IconImageSequence] == [8, 3]
+    assert header.IconImageSequence[0].ImageComments == "before the pixels"
+    assert "PixelData" not in header.IconImageSequence[0]
+    assert raw[at:].startswith(b"\xe0\x7f\x10\0")
+    assert header.get("RescaleIntercept") == -1024
+
+
+@pytest.mark.parametrize("fragment", [struct.pack("<HHI", 8, 5, 0), struct.pack("<HHI", 0xFFFE, 0xE000, 0xFFFFFFFF)])
+def test_what_is_no_fragment_is_damage(fragment):
+    element = struct.pack("<HH2sHI", 0x7FE1, 0x1010, b"OB", 0, 0xFFFFFFFF)
+    with pytest.raises(ValueError, match="no fragment"):
+        read_data_set(io.BytesIO(element + fragment), True)
+
+
 def test_kinds_are_found_where_the_transfer_syntax_is_wrong():
     ds = odd_slice()
     raw = saved(ds, ImplicitVRLittleEndian).replace(b"1.2.840.10008.1.2\0", b"1.2.840.10008.1.2.1\0"[:18])

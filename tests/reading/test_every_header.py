@@ -15,7 +15,7 @@ import pytest
 import SimpleITK
 from scan_files import make_hu
 
-from medct import VolumeError, VolumeWarning, read_volume
+from medct import VolumeError, read_volume
 
 pytestmark = pytest.mark.filterwarnings("ignore::medct.VolumeWarning", "ignore::UserWarning")
 ARRAY = make_hu((5, 6, 7))
@@ -205,7 +205,7 @@ def test_metaimage_beyond_itk(changes, data, array, factor, remark, tmp_path):
         ({"Offset": "1,5 2 3"}, "Offset is written with decimal commas"),
         ({"ElementDataFile": "LIST"}, "lie in other files"),
         ({"ElementDataFile": "s%02d.raw 0 6 1"}, "lie in other files"),
-        ({"ElementDataFile": "long.raw"}, "430 bytes, and its header promises 420"),
+        ({"ElementDataFile": "long.raw"}, "more than the 420 bytes of voxels that its header promises"),
         ({"HeaderSize": "x"}, "header is damaged"),
     ],
 )
@@ -374,14 +374,6 @@ def test_nifti_units_and_forms(unit, factor, qform, sform, tmp_path):
         assert SimpleITK.ReadImage(str(tmp_path / "scan.nii")).GetSpacing() == pytest.approx(SPACING_MM)
 
 
-def test_a_slope_of_zero_is_none(tmp_path):
-    image = nibabel.Nifti1Image(ARRAY, np.diag([-0.7, -0.8, 2.5, 1]))
-    raw = bytearray(image.to_bytes())
-    raw[112:120] = np.array([0, -1024], "<f4").tobytes()
-    with pytest.warns(VolumeWarning, match="its scl_inter of -1024 is not applied"):
-        assert np.array_equal(read_volume(bytes(raw)).array, ARRAY)
-
-
 @pytest.mark.parametrize("image_class", [nibabel.Nifti1Pair, nibabel.Nifti2Pair])
 def test_nifti_pairs(image_class, tmp_path):
     image_class(ARRAY, np.diag([-0.7, -0.8, 2.5, 1])).to_filename(tmp_path / "scan.hdr")
@@ -392,3 +384,205 @@ def test_nifti_pairs(image_class, tmp_path):
     (tmp_path / "scan.img").unlink()
     with pytest.raises(VolumeError, match=r"second file \(.img\)"):
         read_volume(tmp_path / "scan.hdr")
+
+
+UNITY = "1 0 0 0 0 1 0 0 0 0 1 0 0 0 0 1"
+FOUR = {"NDims": "4", "DimSize": "5 6 7 1", "TransformMatrix": UNITY, "Offset": "-10 20 30 5"}
+FOUR |= {"ElementSpacing": "0.7 0.8 2.5 3", "CenterOfRotation": "0 0 0 0"}
+
+
+@pytest.mark.parametrize("compressed", [True, False])
+@pytest.mark.parametrize("suffix", ["mha", "mhd", "nrrd", "nhdr", "nii"])
+def test_a_fourth_axis_of_length_one(suffix, compressed, tmp_path):
+    image = SimpleITK.JoinSeries([SimpleITK.GetImageFromArray(ARRAY.T)])
+    image.SetSpacing((*SPACING_MM, 3))
+    image.SetOrigin((*ORIGIN_MM, 5))
+    if suffix not in ("nrrd", "nhdr"):  # where ITK names no space of four axes
+        SimpleITK.WriteImage(image, str(tmp_path / f"scan.{suffix}"), useCompression=compressed)
+        assert_is(read_volume(tmp_path / f"scan.{suffix}"))
+    assert_is(read_volume(meta(tmp_path, body(), **FOUR)))
+    assert_is(read_volume(meta(tmp_path, body(), **FOUR | {"TransformMatrix": None, "CenterOfRotation": None})))
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"DimSize": "5 6 7 2"}, r"shape \(5, 6, 7, 2\)"),
+        ({"DimSize": "1 5 6 7"}, r"shape \(1, 5, 6, 7\)"),
+        ({"TransformMatrix": "1 0 0 0 0 1 0 0 0 0 0 1 0 0 1 0"}, "turns a fourth axis into space"),
+        ({"TransformMatrix": "1 0 0 0 1 0 0 0 1"}, "not that of 4 axes"),
+        ({"ElementSpacing": "0.7 0.8 2.5"}, "not that of 4 axes"),
+        ({"DimSize": "5 6 7" + 200_000 * " 1"}, "not that of 200003 axes"),
+    ],
+)
+def test_a_fourth_axis_that_is_more(changes, reason, tmp_path):
+    with pytest.raises(VolumeError, match=reason):
+        read_volume(meta(tmp_path, body(), **FOUR | changes))
+
+
+DIRECTIONS = ["(0.7,0,0)", "(0,0.8,0)", "(0,0,2.5)"]
+
+
+@pytest.mark.parametrize("at", [0, 1, 2, 3])
+@pytest.mark.parametrize("space", [" ", "  ", ""])
+def test_nrrd_axes_without_a_direction(at, space, tmp_path):
+    sizes, directions = ["5", "6", "7"], list(DIRECTIONS)
+    sizes.insert(at, "1")
+    directions.insert(at, "none")
+    changes = {"dimension": "4", "sizes": " ".join(sizes), "space directions": (space or " ").join(directions)}
+    if not space:
+        changes["space directions"] = changes["space directions"].replace(") (", ")(").replace(",", " , ")
+    path = write_nrrd(tmp_path, body(), **changes)
+    assert_is(read_volume(path))
+    assert not space or np.array_equal(nrrd.read(str(path), index_order="F")[0].squeeze(), ARRAY)
+    for other in (
+        {"sizes": changes["sizes"].replace("1", "2")},
+        {"space directions": " ".join([*DIRECTIONS, "(0,0,1)"])},
+    ):
+        with pytest.raises(VolumeError):
+            read_volume(write_nrrd(tmp_path, body() * 2, **changes | other))
+
+
+def nifti_file(folder, data: bytes, suffix="nii"):
+    """A single file of ARRAY's header and any voxels."""
+    image = nibabel.Nifti1Image(ARRAY, np.diag([-0.7, -0.8, 2.5, 1]))
+    whole = image.to_bytes()[:352] + data
+    path = folder / f"scan.{suffix}"
+    path.write_bytes(gzip.compress(whole) if suffix.endswith("gz") else whole)
+    return path
+
+
+def nifti_pair(folder, data: bytes, suffix="img"):
+    nibabel.Nifti1Pair(ARRAY, np.diag([-0.7, -0.8, 2.5, 1])).to_filename(folder / "scan.hdr")
+    (folder / "scan.img").unlink()
+    (folder / f"scan.{suffix}").write_bytes(gzip.compress(data) if suffix.endswith("gz") else data)
+    return folder / "scan.hdr"
+
+
+def detached(write, data: bytes, folder, name: str, **changes):
+    (folder / "scan.raw").write_bytes(data)
+    return write(folder, b"", **{name: "scan.raw"}, **changes)
+
+
+WITH_OTHERS = {
+    "nii": nifti_file,
+    "nii.gz": lambda folder, data: nifti_file(folder, data, "nii.gz"),
+    "nrrd": write_nrrd,
+    "nrrd gzip": lambda folder, data: write_nrrd(folder, gzip.compress(data), encoding="gzip"),
+    "nrrd bzip2": lambda folder, data: write_nrrd(folder, bz2.compress(data), encoding="bzip2"),
+    "nrrd skip": lambda folder, data: detached(write_nrrd, b"12" + data, folder, "data file", **{"byte skip": "2"}),
+    "mha": meta,
+    "mha zlib": lambda folder, data: meta(folder, zlib.compress(data), CompressedData="True"),
+    "mhd skip": lambda folder, data: detached(meta, b"12" + data, folder, "ElementDataFile", HeaderSize="2"),
+}
+ALONE = {
+    "img": nifti_pair,
+    "img.gz": lambda folder, data: nifti_pair(folder, data, "img.gz"),
+    "nhdr": lambda folder, data: detached(write_nrrd, data, folder, "data file"),
+    "nhdr gzip": lambda folder, data: detached(write_nrrd, gzip.compress(data), folder, "data file", encoding="gzip"),
+    "mhd": lambda folder, data: detached(meta, data, folder, "ElementDataFile"),
+    "mhd zlib": lambda folder, data: detached(
+        meta, zlib.compress(data), folder, "ElementDataFile", CompressedData="True"
+    ),
+}
+SLICE_BYTES = 5 * 6 * 2
+
+
+@pytest.mark.parametrize("case", WITH_OTHERS | ALONE)
+@pytest.mark.parametrize("surplus", [0, 1, SLICE_BYTES - 1, SLICE_BYTES, 7 * SLICE_BYTES, 3 * 7 * SLICE_BYTES])
+def test_voxels_that_go_on_are_other_voxels(case, surplus, tmp_path):
+    path = (WITH_OTHERS | ALONE)[case](tmp_path, body() + bytes(surplus))
+    if surplus < (1 if case in ALONE else SLICE_BYTES):
+        assert_is(read_volume(path), origin_mm=read_volume(path).affine[:3, 3] * (-1, -1, 1))
+    else:
+        with pytest.raises(VolumeError, match="more than the 420 bytes of voxels that its header promises"):
+            read_volume(path)
+
+
+@pytest.mark.parametrize("case", WITH_OTHERS | ALONE)
+@pytest.mark.parametrize("dtype", ["i1", "<i4", "<f4", "<f8"])
+def test_a_type_of_another_width_is_refused(case, dtype, tmp_path):
+    with pytest.raises(VolumeError, match=r"bytes of voxels that its header promises|voxels cannot be read"):
+        read_volume((WITH_OTHERS | ALONE)[case](tmp_path, body(dtype)))
+
+
+INTEGERS = {"i1": "MET_CHAR", "u1": "MET_UCHAR", "i2": "MET_SHORT", "u2": "MET_USHORT", "i4": "MET_INT"}
+
+
+def in_text(folder, words: list[str], dtype: str):
+    """The same numbers as a MetaImage and as an NRRD file in text."""
+    data = " ".join(words).encode()
+    name = {"f4": "MET_FLOAT"}.get(dtype) or INTEGERS[dtype]
+    yield meta(folder, data, ElementType=name, BinaryData="False")
+    yield write_nrrd(folder, data, type=TYPES[dtype][0], encoding="ascii")
+
+
+@pytest.mark.parametrize("dtype", INTEGERS)
+@pytest.mark.parametrize("beyond", [-1, 0, 1])
+def test_numbers_in_text_that_a_type_can_and_cannot_hold(dtype, beyond, tmp_path):
+    limits = np.iinfo(dtype)
+    for extreme in (int(limits.min) - beyond, int(limits.max) + beyond):
+        words = [str(extreme), *["0"] * (ARRAY.size - 2), "100"]
+        for path in in_text(tmp_path, words, dtype):
+            if beyond <= 0:
+                assert read_volume(path).array[0, 0, 0] == extreme
+            else:
+                with pytest.raises(VolumeError, match="not all numbers of the type in its header"):
+                    read_volume(path)
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+@pytest.mark.parametrize(
+    ("word", "as_short", "as_float"),
+    [
+        ("-1024", -1024, -1024),
+        ("-1024.0", -1024, -1024),
+        ("1e3", 1000, 1000),
+        ("1.5", None, 1.5),
+        ("nan", None, None),
+        ("inf", None, None),
+        ("-inf", None, None),
+        ("1e39", None, None),
+        ("1e999", None, None),
+        ("1." + 40 * "0" + "e3", None, None),
+        ("x", None, None),
+        ("0x10", None, None),
+    ],
+)
+def test_words_of_a_text(word, as_short, as_float, tmp_path):
+    words = [word, *text().decode().split()[1:]]
+    for dtype, expected in (("i2", as_short), ("f4", as_float)):
+        for path in in_text(tmp_path, words, dtype):
+            if expected is None:
+                with pytest.raises(VolumeError, match="text encoding"):
+                    read_volume(path)
+            else:
+                assert read_volume(path).array[0, 0, 0] == expected
+
+
+@pytest.mark.parametrize("image_class", [nibabel.Nifti1Image, nibabel.Nifti2Image])
+def test_where_voxels_of_a_single_file_begin(image_class, tmp_path):
+    """Not in the header, nor in the four bytes after it; 0 stands for right behind them."""
+    image = image_class(ARRAY, np.diag([-0.7, -0.8, 2.5, 1]))
+    raw = image.to_bytes()
+    first = len(raw) - ARRAY.nbytes
+    for offset in (0, 1, first // 2, first - 4, first - 2, first - 1, first, first + 2, first + 16):
+        header = image.header.copy()
+        header["vox_offset"] = offset
+        path = tmp_path / "scan.nii"
+        path.write_bytes(header.binaryblock + bytes(4) + bytes(max(0, offset - first)) + body())
+        if offset == 0 or offset >= first:
+            assert np.array_equal(read_volume(path).array, ARRAY)
+        else:
+            with pytest.raises(VolumeError, match=f"header is damaged.*voxels from byte {offset}"):
+                read_volume(path)
+
+
+@pytest.mark.parametrize("slope", [0, np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("intercept", [0, -1024])
+def test_a_slope_that_is_none_is_remarked_on_where_there_is_an_intercept(slope, intercept):
+    raw = bytearray(nibabel.Nifti1Image(ARRAY, np.diag([-0.7, -0.8, 2.5, 1])).to_bytes())
+    raw[112:120] = np.array([slope, intercept], "<f4").tobytes()
+    volume = read_volume(bytes(raw))
+    assert np.array_equal(volume.array, ARRAY)
+    assert ("its scl_inter of -1024 is not applied" in " ".join(volume.notes)) == (intercept != 0)

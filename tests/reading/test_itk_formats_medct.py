@@ -104,6 +104,7 @@ def nrrd_text(array, **changes) -> bytes:
         ({"encoding": "gzip"}, "gzip stream is damaged"),
         ({"data_file": "../../etc/passwd"}, "lie in other files"),
         ({"data_file": "LIST"}, "list of files"),
+        ({"space_origin": "(0,0,0"}, "not give three `space directions`"),
     ],
 )
 def test_bad_nrrd(changes, reason, array, tmp_path):
@@ -162,7 +163,7 @@ def meta_text(array, **changes) -> bytes:
     [
         ({"ElementSpacing": None}, "no ElementSpacing"),
         ({"ElementSpacing": "1 0 1"}, r"spacing is \(1.0, 0.0, 1.0\) mm"),
-        ({"ElementSpacing": "1 1"}, "three axes"),
+        ({"ElementSpacing": "1 1"}, "not that of 3 axes"),
         ({"ElementType": "MET_OTHER"}, "known ElementType"),
         ({"DimSize": "5 6 7 2"}, r"shape \(5, 6, 7, 2\)"),
         ({"DimSize": "5 6 70000"}, "header promises"),
@@ -196,3 +197,42 @@ def test_a_zlib_stream_cut_short(array, tmp_path):
     (tmp_path / "scan.mha").write_bytes(whole[:start] + packed[:-9])
     with pytest.raises(VolumeError, match="zlib stream is damaged"):
         read_volume(tmp_path / "scan.mha")
+
+
+@pytest.mark.parametrize("name", ["scan.nhdr", "scan.mhd"])
+@pytest.mark.parametrize("compressed", [True, False])
+@pytest.mark.parametrize("end", [b"", b"\n", b"\n\n", b"\r\n"])
+def test_a_detached_header_may_end_with_its_file(name, compressed, end, image, array, tmp_path):
+    SimpleITK.WriteImage(image, str(tmp_path / name), useCompression=compressed)
+    (tmp_path / name).write_bytes((tmp_path / name).read_bytes().rstrip(b"\n") + end)
+    for source in (tmp_path / name, tmp_path):
+        volume = read_volume(source)
+        assert np.array_equal(volume.array, array)
+        for voxel in ((0, 0, 0), (4, 5, 6), (1, 3, 2)):
+            np.testing.assert_allclose(lps(volume, voxel), image.TransformIndexToPhysicalPoint(voxel), atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["scan.nhdr", "scan.mhd"])
+def test_a_header_cut_anywhere_gives_the_scan_or_none(name, image, array, tmp_path):
+    SimpleITK.WriteImage(image, str(tmp_path / name))
+    whole = read_volume(tmp_path / name)
+    header = (tmp_path / name).read_bytes()
+    for length in range(12, len(header) - 1):
+        (tmp_path / name).write_bytes(header[:length])
+        with pytest.raises(VolumeError):
+            read_volume(tmp_path / name)
+    (tmp_path / name).write_bytes(header[:-1])
+    assert np.array_equal(read_volume(tmp_path / name).affine, whole.affine)
+
+
+def test_an_origin_cut_in_the_middle_of_a_number(array, tmp_path):
+    header = nrrd_text(array, data_file="scan.raw", space_origin="(0,0,-123.5)")
+    (tmp_path / "scan.raw").write_bytes(array.tobytes(order="F"))
+    lines = [line for line in header.split(b"\n\n")[0].split(b"\n") if not line.startswith((b"space origin", b"key"))]
+    for cut, is_read in ((b"(0,0,-123.5)", True), (b"(0,0,-12", False), (b"(0,0,", False), (b"(", False)):
+        (tmp_path / "scan.nhdr").write_bytes(b"\n".join([*lines, b"space origin: " + cut]))
+        if is_read:
+            assert lps(read_volume(tmp_path / "scan.nhdr"), (0, 0, 0))[2] == -123.5
+        else:
+            with pytest.raises(VolumeError, match="three `space directions`"):
+                read_volume(tmp_path / "scan.nhdr")

@@ -200,6 +200,31 @@ def test_a_bad_pixdim_matters_only_where_it_is_used(array, tmp_path, pixdim):
                 read_volume(path)
 
 
+@pytest.mark.parametrize("attribute", ["ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing"])
+@pytest.mark.parametrize("number", ["1e308", "-1e308", "1e200", "1e39", "1e6"])
+@pytest.mark.parametrize("is_first_only", [False, True])
+@pytest.mark.parametrize("which", [range(6), [2]])
+def test_numbers_without_bound_are_refused(attribute, number, is_first_only, which, tmp_path):
+    """With one sentence and no warning from where they overflow."""
+
+    def edit(ds, k):
+        if k in which:
+            others = [str(value)[:16] for value in ds[attribute].value]
+            text = "\\".join([number, *others[1:]] if is_first_only else [number] * len(others)).encode()
+            ds._dict[ds[attribute].tag] = RawDataElement(ds[attribute].tag, "DS", len(text), text, 0, False, True)
+
+    folder = write_series(tmp_path, make_hu(), edit)
+    with warnings.catch_warnings(), pytest.raises(VolumeError, match=f"its {attribute} is not a list of . numbers"):
+        warnings.simplefilter("error")
+        read_volume(folder)
+
+
+def test_values_that_overflow_are_refused_as_infinite(array):
+    with warnings.catch_warnings(), pytest.raises(VolumeError, match="NaN or infinite"):
+        warnings.simplefilter("error")
+        read_volume(array.astype(np.float64) * 1e305, affine=AFFINE, rescale_slope=2, rescale_intercept=0)
+
+
 # privacy
 
 READ = (
@@ -207,6 +232,7 @@ READ = (
     *("PhotometricInterpretation", "NumberOfFrames", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation"),
     *("PixelPaddingValue", "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SliceThickness"),
     *("SpacingBetweenSlices", "RescaleSlope", "RescaleIntercept", "RescaleType", "InstanceNumber", "PatientName"),
+    *("ModalityLUTSequence", "KVP", "AcquisitionTime", "IconImageSequence"),
     *("PerFrameFunctionalGroupsSequence", "SharedFunctionalGroupsSequence"),
 )
 

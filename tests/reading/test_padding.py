@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 import scan_files
+import SimpleITK
 from scan_files import write_series
 
 from medct import read_volume
+from medct.dicom_pixels_medct import _from_corners
 
 SHAPE = (3, 40, 48)
 Y, X = np.indices(SHAPE[1:])
@@ -113,15 +115,61 @@ def test_tissue_of_the_padding_value_stays(padding_hu, hu, tmp_path):
     assert "tissue has the value of its padding" in " ".join(volume.notes)
 
 
-@pytest.mark.parametrize(("distance", "stays"), [(1, True), (50, True), (99, True), (101, False), (500, False)])
-def test_how_near_tissue_must_come(distance, stays, hu, tmp_path):
-    """Voxels of the padding's value inside the body are metal, or holes: metal where other voxels come near."""
+@pytest.mark.parametrize("distance", [1, 50, 99, 101, 500])
+@pytest.mark.parametrize("where", [OUTSIDE, OUTSIDE & (X < 24), []])
+def test_what_does_not_surround_the_scan_is_no_padding(distance, where, hu, tmp_path):
+    """However steep the edges of metal are, so that no other voxel comes near."""
     hole = np.s_[:, 25:28, 30:33]
     padding_hu = int(hu.max()) + distance
     hu[hole] = padding_hu
-    volume = read_volume(written(hu, tmp_path, padding_hu + 1024))
-    assert (volume.array.T[hole] == (padding_hu if stays else -1000)).all()
-    assert (volume.array.T[:, OUTSIDE] == -1000).all()
+    volume = read_volume(written(hu, tmp_path, padding_hu + 1024, where=where))
+    assert (volume.array.T[hole] == padding_hu).all()
+    assert (distance < 100 and where is not OUTSIDE) or (volume.array.T[:, where] == -1000).all()
+    assert "tissue has the value of its padding, or metal" in " ".join(volume.notes)
+
+
+@pytest.mark.parametrize(
+    ("padding", "is_air"), [(4095, False), (30710 + 1024, False), (30711 + 1024, True), (65535, True)]
+)
+def test_padding_within_the_scan(padding, is_air, hu, tmp_path):
+    """Is padding for certain where it is more than any CT has; one voxel of metal stays what it is."""
+    where = OUTSIDE.copy()
+    where[26, 30] = True
+    volume = read_volume(written(hu, tmp_path, padding, where=where))
+    expected = with_air(hu).astype(np.float32)
+    expected[:, 26, 30] = -1000 if is_air else padding - 1024
+    assert np.array_equal(volume.array, expected.T)
+    assert ("3 voxels within the scan" if is_air else "or metal") in " ".join(volume.notes)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_padding_is_what_hangs_together_with_a_corner(seed):
+    """As SimpleITK's region growing has it, of shapes with bays and islands."""
+    noise = SimpleITK.GetImageFromArray(np.random.default_rng(seed).normal(size=(60, 70)))
+    mask = SimpleITK.GetArrayFromImage(SimpleITK.DiscreteGaussian(noise, 4.0)) > 0
+    corners = [(x, y) for x in (0, 69) for y in (0, 59) if mask[y, x]]
+    image = SimpleITK.GetImageFromArray(mask.astype(np.uint8))
+    expected = (
+        SimpleITK.GetArrayFromImage(SimpleITK.ConnectedThreshold(image, corners, 1, 1)) if corners else mask & False
+    )
+    assert np.array_equal(_from_corners(mask), expected.astype(bool))
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("is_round", [True, False])
+def test_small_metal_is_no_padding(seed, is_round, tmp_path):
+    """Clips of a few voxels, saturated at the value of the padding, with and without a round field of view."""
+    rng, shape = np.random.default_rng(seed), (4, 64, 64)
+    y, x = np.indices(shape[1:]) - 31.5
+    hu = np.where(y**2 + x**2 < 25**2, 40, -1000) + rng.normal(0, 15, shape)
+    for k in range(4):
+        clip_y, clip_x = rng.integers(20, 44, 2) - 31.5
+        hu[k] += 5000 * rng.uniform(1, 2) * np.exp(-((y - clip_y) ** 2 + (x - clip_x) ** 2) / rng.uniform(0.3, 2))
+    hu = hu.clip(-1024, 3071).round().astype(np.int16)
+    outside = (y**2 + x**2 > 32**2) & is_round
+    volume = read_volume(written(hu, tmp_path, 4095, bits=12, where=outside))
+    assert (hu == 3071).any()
+    assert np.array_equal(volume.array, with_air(hu, outside).T)
 
 
 def test_saturated_metal_is_no_padding(hu, tmp_path):

@@ -1,10 +1,10 @@
-"""RescaleType US: what GDCM and ITK write into every CT, and what maps of other units have."""
+"""What says that values are HU, or that they are not: RescaleType, ImageType, and what GDCM and ITK write."""
 
 import numpy as np
 import pytest
 import SimpleITK
 from pydicom.uid import CTImageStorage
-from scan_files import make_hu, write_enhanced, write_series
+from scan_files import item, make_hu, write_enhanced, write_series
 
 from medct import VolumeError, read_volume
 
@@ -64,6 +64,59 @@ def test_the_callers_own_scale(unit, slope, intercept, tmp_path):
         for options in ({}, {"rescale_slope": 1}):
             with pytest.raises(VolumeError, match=r"its RescaleType is .* not HU"):
                 read_volume(folder, **options)
+
+
+MAPS = ("MAT_SPECIFIC", "MAT_FRACTIONAL", "MAT_VALUE_BASED", "EFF_ATOMIC_NUM", "ELECTRON_DENSITY")
+MODIFIED = ("MAT_REMOVED", "MAT_MODIFIED")
+
+
+@pytest.mark.parametrize("unit", [None, "", "HU", "HU_MOD", "US", "MGML"])
+@pytest.mark.parametrize("kind", [*MAPS, *MODIFIED, "VMI", "STANDARD"])
+@pytest.mark.parametrize("is_enhanced", [False, True])
+def test_images_of_several_energies(kind, unit, is_enhanced, tmp_path):
+    def edit(ds, k=0):
+        ds.ImageType = ["DERIVED", "PRIMARY", "AXIAL", kind]
+        scale = ds.SharedFunctionalGroupsSequence[0].PixelValueTransformationSequence[0] if is_enhanced else ds
+        scale.RescaleType = unit
+        if unit is None:
+            del scale.RescaleType
+
+    hu = with_air(0.5)
+    source = write_enhanced(tmp_path / "e.dcm", hu, edit) if is_enhanced else write_series(tmp_path, hu, edit)
+    is_unit = unit in (None, "", "HU", "HU_MOD") or (unit == "US" and not is_enhanced)
+    if kind in MAPS or (kind in MODIFIED and unit not in ("HU", "HU_MOD")):
+        with pytest.raises(VolumeError, match=f"its ImageType is {kind}, a map computed from several energies"):
+            read_volume(source)
+        given = read_volume(source, rescale_slope=1, rescale_intercept=-1024)
+        assert np.array_equal(given.array, hu.T)
+    elif is_unit:
+        assert np.array_equal(read_volume(source).array, hu.T)
+    else:
+        with pytest.raises(VolumeError, match="its RescaleType is"):
+            read_volume(source)
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"), [("MAT_SPECIFIC", "its ImageType is MAT_SPECIFIC"), ("LOCALIZER", "localizer")]
+)
+def test_one_frame_of_another_type(kind, why, tmp_path):
+    def edit(ds):
+        for k, frame in enumerate(ds.PerFrameFunctionalGroupsSequence):
+            types = ["ORIGINAL", "PRIMARY", *((kind, "NONE") if k == 3 else ("VOLUME", "NONE"))]
+            frame.CTImageFrameTypeSequence = [item(FrameType=types)]
+
+    with pytest.raises(VolumeError, match=f"frame 4: .*{why}"):
+        read_volume(write_enhanced(tmp_path / "enhanced.dcm", HU, edit))
+
+
+def test_a_lookup_table_beside_a_slope(tmp_path):
+    def edit(ds, k):
+        ds.ModalityLUTSequence = [item(LUTDescriptor=[4, 0, 16], ModalityLUTType="HU", LUTData=bytes(8))]
+
+    with pytest.raises(VolumeError, match="ModalityLUTSequence and its RescaleSlope contradict each other"):
+        read_volume(write_series(tmp_path, HU, edit))
+    volume = read_volume(tmp_path, rescale_slope=1, rescale_intercept=-1024)
+    assert np.array_equal(volume.array, HU.T)
 
 
 def test_hu_are_never_rescaled_again(tmp_path):

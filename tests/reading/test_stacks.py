@@ -149,3 +149,54 @@ def test_frames_of_two_phases(name, tmp_path):
             frame.FrameContentSequence = [scan_files.item(**{name: value})]
 
     assert_two(write_enhanced(tmp_path / "enhanced.dcm", HU, edit), name)
+
+
+@pytest.mark.parametrize(
+    ("name", "spellings"),
+    [
+        ("SliceThickness", ("5", "5.0", "+5", "5e0")),
+        ("KVP", ("120", "120.0", "120.00")),
+        ("AcquisitionNumber", ("2", "+2", "02")),
+        ("ReconstructionDiameter", ("350", "350.000", "3.5e2")),
+        ("AcquisitionTime", ("120000", "120000.0", "120000.000000")),
+    ],
+)
+def test_numbers_written_in_several_ways_are_the_same(name, spellings, tmp_path):
+    def edit(ds, k):
+        tag = scan_files.pydicom.datadict.tag_for_keyword(name)
+        kind = scan_files.pydicom.datadict.dictionary_VR(tag)
+        ds[tag] = scan_files.pydicom.DataElement(tag, kind, spellings[k % len(spellings)], already_converted=True)
+
+    folder = write_series(tmp_path, HU, edit)
+    written = b"".join(path.read_bytes() for path in folder.iterdir())
+    assert all(spelling.encode() in written for spelling in spellings)
+    assert np.array_equal(read_volume(folder).array, HU.T)
+
+
+@pytest.mark.parametrize("name", ["FrameOfReferenceUID", "StudyInstanceUID"])
+def test_what_some_slices_lack_does_not_tell(name, tmp_path):
+    folder = write_series(tmp_path, HU, lambda ds, k: delattr(ds, name) if k % 2 else None)
+    assert np.array_equal(read_volume(folder).array, HU.T)
+
+
+def test_a_scan_without_contrast_is_another_one(tmp_path):
+    folder = two_scans(
+        tmp_path, 0.5, instance=None, edit=lambda ds, k: k < COUNT or setattr(ds, "ContrastBolusAgent", "x")
+    )
+    assert_two(folder, "ContrastBolusAgent")
+
+
+@pytest.mark.parametrize("each", [2, 3])
+@pytest.mark.parametrize("name", ["SpacingBetweenSlices", "SliceThickness"])
+@pytest.mark.parametrize(
+    ("times", "is_numbered", "is_remarked"), [(1, True, True), (1, False, False), (1.5, True, False)]
+)
+def test_skipped_slices_are_remarked_on(times, is_numbered, name, each, is_remarked, tmp_path):
+    def edit(ds, k):
+        setattr(ds, name, times * STEP_MM)
+        ds.InstanceNumber = k + 1 if is_numbered else k // each + 1
+        return k % each == 0
+
+    volume = read_volume(write_series(tmp_path, HU, edit))
+    assert np.array_equal(volume.array, HU[::each].T)
+    assert any("those between may be missing" in note for note in volume.notes) == is_remarked

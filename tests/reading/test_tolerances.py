@@ -87,6 +87,28 @@ def test_a_missing_slice_is_never_read_over(missing, count, thickness, tmp_path)
     assert volume.spacing_mm[2] == pytest.approx(STEP_MM)
 
 
+@pytest.mark.parametrize(("start", "is_numbered", "is_read"), [(0, True, False), (0, False, True), (0.3, False, False)])
+@pytest.mark.parametrize("count", [5, 6])
+@pytest.mark.parametrize("missing", [1, 2, 3])
+def test_a_thickness_that_fits_by_chance(start, is_numbered, is_read, missing, count, tmp_path):
+    """Steps of 1.25 mm rounded to whole ones, and of 1 mm with a slice missing, are the same positions."""
+
+    def edit(ds, k):
+        if k == missing:
+            return False
+        ds.ImagePositionPatient, ds.SliceThickness = at(0, 0, start + k), 1.25
+        ds.InstanceNumber = k + 1 if is_numbered else k + (k < missing)
+        return True
+
+    folder = write_series(tmp_path, make_hu((count, 16, 12)), edit)
+    if is_read:
+        assert remarked(read_volume(folder))
+        return
+    with pytest.raises(VolumeError, match="slice steps are uneven"):
+        read_volume(folder)
+    assert read_volume(folder, resample_irregular=True).spacing_mm[2] == 1
+
+
 @pytest.mark.parametrize(
     ("pixels", "verdict"), [(0.05, "read"), (0.15, "read"), (0.3, "remark"), (0.9, "remark"), (1.1, "no"), (5, "no")]
 )

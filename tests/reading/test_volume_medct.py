@@ -106,7 +106,7 @@ def test_spacings_are_positive(spacing_mm):
 
 
 @pytest.mark.parametrize(
-    "affine", [np.zeros((4, 4)), np.eye(3), np.full((4, 4), np.nan), np.diag([1, 1, 1, 2]), np.diag([1e8, 1, 1, 1])]
+    "affine", [np.zeros((4, 4)), np.full((4, 4), np.nan), np.diag([1, 1, 1, 2]), np.diag([1e8, 1, 1, 1])]
 )
 def test_affines_that_place_nothing(affine):
     with pytest.raises(VolumeError, match="affine is singular"):

@@ -116,14 +116,74 @@ def test_names_in_the_encoding_of_another_system(name, encoding, tmp_path):
     assert np.array_equal(read_volume(tmp_path / "x.mhd").array, HU.T)
 
 
-@pytest.mark.parametrize("name", ["../secret.raw", "/etc/passwd", "sub/scan.raw", "..\\secret.raw", "C:\\scan.raw"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../secret.raw",
+        "/etc/passwd",
+        "sub/../../secret.raw",
+        "sub",
+        "link/secret.raw",
+        "..\\secret.raw",
+        "C:\\scan.raw",
+    ],
+)
 def test_names_never_lead_out_of_the_folder(name, tmp_path):
     (tmp_path / "secret.raw").write_bytes(VOXELS)
     (tmp_path / "in/sub").mkdir(parents=True)
-    (tmp_path / "in/sub/scan.raw").write_bytes(VOXELS)
+    (tmp_path / "in/link").symlink_to(tmp_path)
     (tmp_path / "in/x.mhd").write_bytes(meta_header(name))
-    with pytest.raises(VolumeError, match="lie in other files"):
+    with pytest.raises(VolumeError, match=r"lie in other files|not a regular file|file of its voxels is not beside it"):
         read_volume(tmp_path / "in/x.mhd")
+
+
+@pytest.mark.parametrize("header", [meta_header, nrrd_header])
+@pytest.mark.parametrize("name", ["data/x.raw", "./a/b/x.raw", "data\\x.raw", "Brüste/胸部.raw"])
+def test_voxels_in_a_folder_below_their_header(header, name, tmp_path):
+    path = tmp_path / "in" / ("x.mhd" if header is meta_header else "x.nhdr")
+    voxels = tmp_path / "in" / unicodedata.normalize("NFD", name.replace("\\", "/"))
+    voxels.parent.mkdir(parents=True)
+    voxels.write_bytes(VOXELS)
+    (tmp_path / "in" / "x.raw").write_bytes(bytes(len(VOXELS)))  # of the same name, in another folder
+    path.write_bytes(header(name))
+    archive = shutil.make_archive(str(tmp_path / "zipped"), "zip", tmp_path / "in")
+    for source in (path, path.parent, archive):
+        assert np.array_equal(read_volume(source).array, HU.T)
+
+
+LIKE_DICOM = [b"\x08\x00\x05\x00\x0c\x00\x00\x00", b"\x08\x00\x05\x00CS\x0a\x00", b"\x02\x00\x00\x00UL\x04\x00"]
+
+
+@pytest.mark.parametrize("first", LIKE_DICOM)
+@pytest.mark.parametrize("kind", ["mhd", "nhdr", "hdr", "below"])
+def test_voxels_that_begin_as_dicom_does(first, kind, tmp_path):
+    hu = np.frombuffer(first + VOXELS[len(first) :], np.int16).reshape(HU.T.shape, order="F")
+    files = {
+        "mhd": {"scan.mhd": meta_header("scan.raw"), "scan.raw": hu},
+        "nhdr": {"scan.nhdr": nrrd_header("scan.raw"), "scan.raw": hu},
+        "hdr": {"scan.hdr": nibabel.Nifti1Pair(hu, AFFINE).header.binaryblock, "scan.img": hu},
+        "below": {"scan.mhd": meta_header("scan.raw"), "scan.raw": hu, "scan.json": b"{}"},
+    }[kind]
+    folder = tmp_path / ("below/it" if kind == "below" else "flat")
+    folder.mkdir(parents=True)
+    for name, data in files.items():
+        (folder / name).write_bytes(data if isinstance(data, bytes) else data.tobytes(order="F"))
+    assert read_volume(folder / next(iter(files))).array.tobytes() == hu.tobytes()
+    assert np.array_equal(read_volume(tmp_path).array, hu)
+    if kind == "mhd":  # the voxels of no header
+        (folder / "scan.raw").rename(folder / "other.raw")
+        with pytest.raises(VolumeError):
+            read_volume(tmp_path)
+
+
+def test_slices_without_a_mark_beside_a_scan_of_another_format(tmp_path):
+    write_series(tmp_path, HU)
+    for path in tmp_path.iterdir():
+        dataset = pydicom.dcmread(path)
+        pydicom.dcmwrite(path, pydicom.Dataset(dataset), implicit_vr=False, little_endian=True)
+        assert path.read_bytes()[128:132] != b"DICM"
+    (tmp_path / "mask.nii").write_bytes(nifti_bytes(HU[::-1]))
+    assert np.array_equal(read_volume(tmp_path).array, HU.T)
 
 
 def without_mark(raw: bytes) -> bytes:
@@ -158,6 +218,23 @@ def test_what_lies_in_the_place_of_a_slice_is_never_left_out(kind, suffix, tmp_p
         read_volume(folder)
     assert victim.name in str(refused.value)
     assert SECRET not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["{}.dcm.gz", "{}.dcm", "slice-{}", "elsewhere/{}.bin"])
+@pytest.mark.parametrize("which", [[0], [3], [5], range(6)])
+@pytest.mark.parametrize("is_bare", [False, True])
+def test_slices_in_gzip_are_never_left_out(which, name, is_bare, tmp_path):
+    files = sorted(write_series(tmp_path, HU).iterdir())
+    for path in (files[k] for k in which):
+        start = 144 + pydicom.dcmread(path).file_meta.FileMetaInformationGroupLength if is_bare else 0
+        packed = tmp_path / name.format(path.stem)
+        packed.parent.mkdir(exist_ok=True)
+        raw = path.read_bytes()[start:]
+        path.unlink()
+        packed.write_bytes(gzip.compress(raw))
+    with pytest.raises(VolumeError, match="it is a DICOM file in gzip, which may be a slice") as refused:
+        read_volume(tmp_path)
+    assert "Unpack" in refused.value.remedy
 
 
 @pytest.mark.parametrize(

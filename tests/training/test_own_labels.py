@@ -4,12 +4,14 @@ import dataclasses
 import json
 import warnings
 
+import nibabel
 import numpy as np
+import pandas as pd
 import pytest
 from ct_rate_like import write_files
 from rad_chestct_like import rad_chestct_files
 
-from medct import MedCTModel, MedCTProcessor
+from medct import CT_CLIP_LABELS, MedCTModel, MedCTProcessor
 from medct.adapters_medct import OtherWordsWarning
 from medct.cli import main
 from medct.data import DataError
@@ -153,3 +155,63 @@ def test_a_classifier_learns_its_own_labels_only(settings, labels, classifier_fo
     settings = dataclasses.replace(settings, model=str(classifier_folder), targets="vision")
     with pytest.raises((DataError, TrainingError), match="The model is a classifier: it knows the labels of its head"):
         run(dataclasses.replace(settings, labels=str(labels)))
+
+
+@pytest.fixture
+def site(tmp_path):
+    """A folder of scans with labels that a table gives, and the table to be written anew."""
+    root = tmp_path / "site"
+    root.mkdir()
+    rows = []
+    for index in range(24):
+        array = np.random.default_rng(index).integers(-1000, 1000, (9, 12, 5)).astype(np.int16)
+        nibabel.save(nibabel.Nifti1Image(array, np.diag([-3.0, -2, 4, 1])), root / f"{index}.nii.gz")
+        split = ("train", "train", "tune", "valid")[index % 4]
+        rows.append({"file_name": f"{index}.nii.gz", "split": split, **dict.fromkeys(CT_CLIP_LABELS, index // 4 % 2)})
+    return root, pd.DataFrame(rows)
+
+
+def test_labels_that_were_corrected_count_when_a_run_is_resumed(settings, site, monkeypatch, capsys):
+    root, table = site
+    table.to_csv(root / "metadata.csv", index=False)
+    settings = dataclasses.replace(settings, data=str(root), epochs=1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("medct.train.Trainer._train", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(settings)
+    is_valid = table["split"] == "valid"
+    table.loc[is_valid, "Emphysema"] = 1 - table.loc[is_valid, "Emphysema"]
+    table.to_csv(root / "metadata.csv", index=False)
+    run(dataclasses.replace(settings, resume=True))
+    assert "NOTE: valid: studies or labels have changed since, so the base is scored anew." in capsys.readouterr().out
+    found = pd.read_csv(root.parent / "run" / "results.studies.csv").query("split == 'valid'")
+    wanted = table[is_valid].set_index("file_name")["Emphysema"]
+    assert set(found["model"]) >= {"base", "adapted"}
+    assert all(found["Emphysema label"] == found["file_name"].map(wanted))
+
+
+def test_what_cannot_be_learned_or_scored_is_refused_before_anything_is(settings, site, monkeypatch):
+    root, table = site
+    settings = dataclasses.replace(settings, data=str(root))
+    monkeypatch.setattr("medct.train.Trainer.score_base", None)
+    nothing = table.astype(dict.fromkeys(CT_CLIP_LABELS, float))
+    nothing.loc[nothing["split"] == "train", list(CT_CLIP_LABELS)] = np.nan
+    nothing.to_csv(root / "metadata.csv", index=False)
+    with pytest.raises(TrainingError, match="no label of any study is known"):
+        run(settings)
+    shares = table.astype({"Emphysema": float})
+    shares.loc[shares["split"] == "valid", "Emphysema"] = 0.5
+    shares.to_csv(root / "metadata.csv", index=False)
+    with pytest.raises(DataError, match=r"'Emphysema' of 3.nii.gz is 0.5, and shares are for training only"):
+        run(dataclasses.replace(settings, output_dir=settings.output_dir + "2"))
+
+
+def test_studies_that_are_left_out_are_remarked_on(settings, site, capsys):
+    root, table = site
+    table.to_csv(root / "metadata.csv", index=False)
+    (root / "3.nii.gz").unlink()
+    results = run(dataclasses.replace(settings, data=str(root), epochs=1))
+    said = "valid: left out before they were read: no such file (1, such as 3.nii.gz)."
+    assert said in capsys.readouterr().out
+    assert said in results["remarks"]

@@ -1,6 +1,7 @@
 """Settings that make no sense are refused by name, before anything is loaded."""
 
 import dataclasses
+import math
 
 import pytest
 
@@ -26,3 +27,9 @@ def test_what_may_differ_when_a_run_is_resumed():
 
 def test_phantoms_are_drawn_with_the_runs_seed():
     assert dataclasses.replace(TrainingSettings(), seed=7).phantoms.seed == 7
+
+
+@pytest.mark.parametrize("rate", [-1.0, 0.0, math.nan, math.inf])
+def test_learning_rates_that_make_no_sense(rate):
+    with pytest.raises(TrainingError, match=r"--learning_rate is .*Pass a number above 0"):
+        check(dataclasses.replace(TrainingSettings(), learning_rate=rate))
