@@ -7,6 +7,7 @@ Every command says more with --help. Exit status: 0, all is done; 1, done, but s
 could not be done, and why is said in one sentence.
 """
 
+import argparse
 import functools
 import gc
 import importlib
@@ -17,10 +18,12 @@ from types import ModuleType
 from medct.cli.arguments import RUNS, make_parser
 from medct.cli.wording import in_flags
 from medct.common.errors import one_line_errors
+from medct.common.output import escape_unknown, flush_output
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the exit status, or raises `SystemExit` with it."""
+    escape_unknown()
     argv = sys.argv[1:] if argv is None else argv
     run = RUNS.get(argv[0]) if argv else None
     args = None if run else make_parser(__doc__ or "").parse_args(argv)
@@ -29,22 +32,29 @@ def main(argv: list[str] | None = None) -> int:
         _imported("publishing.registration").register()
         if run:
             return _imported(run[0].removeprefix("medct.")).main(argv[1:], prog=f"medct {argv[0]}") or 0
-        host = _imported("common.host")
-        host.keep_freed_memory()
-        host.quiet_libraries()
-        loading = _imported("publishing.loading")
-        for flag, what in (("model", "model"), ("adapter", "adapter"), ("against", "adapter")):
-            name = getattr(args, flag, None)
-            if name and (flag, name) != ("against", "base"):
-                setattr(args, flag, loading.named(name, what))
-        progress = _imported("common.progress")
-        progress.be_quiet(args.quiet)
-        module, function = args.run.split(".")
-        with warnings.catch_warnings():
-            # Notes stand in each row; as warnings they would tear the progress bar.
-            warnings.simplefilter("ignore", _imported("volume_medct").VolumeWarning)
-            warnings.showwarning = lambda message, *_, **__: progress.remark(f"warning: {message}")
-            return getattr(_imported(f"cli.{module}"), function)(args)
+        status = _carried_out(args)
+        flush_output()  # while what goes wrong with it can still be said
+        return status
+
+
+def _carried_out(args: argparse.Namespace) -> int:
+    """Do what parsed arguments ask for; returns the exit status."""
+    host = _imported("common.host")
+    host.keep_freed_memory()
+    host.quiet_libraries()
+    loading = _imported("publishing.loading")
+    for flag, what in (("model", "model"), ("adapter", "adapter"), ("against", "adapter")):
+        name = getattr(args, flag, None)
+        if name and (flag, name) != ("against", "base"):
+            setattr(args, flag, loading.named(name, what))
+    progress = _imported("common.progress")
+    progress.be_quiet(args.quiet)
+    module, function = args.run.split(".")
+    with warnings.catch_warnings():
+        # Notes stand in each row; as warnings they would tear the progress bar.
+        warnings.simplefilter("ignore", _imported("volume_medct").VolumeWarning)
+        warnings.showwarning = lambda message, *_, **__: progress.remark(f"warning: {message}")
+        return getattr(_imported(f"cli.{module}"), function)(args)
 
 
 def _imported(name: str) -> ModuleType:

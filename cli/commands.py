@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
@@ -20,18 +20,31 @@ from medct.byte_sources_medct import is_address
 from medct.checks_medct import preprocessing
 from medct.cli.reports import Writer, asked_for, check_reports, report_writer, reported
 from medct.cli.wording import in_flags
+from medct.common.counting import counted
 from medct.common.errors import OK, SOME_FAILED, first_line
 from medct.common.files import whole_folder
-from medct.common.lock import only_run
-from medct.common.progress import tqdm
+from medct.common.lock import is_first_process, only_run
+from medct.common.progress import remark, tqdm
 from medct.configuration_medct import MedCTConfig
 from medct.errors_medct import MedCTError
 from medct.inference.bulk import KEY, Csv, JsonLines, Reading, process, process_to_file, read_rows
-from medct.inference.studies import FailedStudy, LoadStudy, ReadStudy, Study, find_studies, read_study, stacked
+from medct.inference.studies import (
+    FailedStudy,
+    LoadStudy,
+    ReadStudy,
+    Study,
+    find_studies,
+    looks_like_path,
+    read_study,
+    stacked,
+)
 from medct.inference.weights import KEY as WEIGHTS
 from medct.inference.weights import weights_of
 from medct.pipeline_medct import CTPipeline, ZeroShotCTClassificationPipeline
 from medct.publishing.loading import load_model, named, pipeline_of
+
+if TYPE_CHECKING:
+    from medct.inference.search import Embeddings
 
 MODEL_VARIABLE = "MEDCT_MODEL"
 # Processes of a launch wait for the slowest one at the end of a night.
@@ -323,11 +336,11 @@ def _embed(args: argparse.Namespace) -> int:
     from medct.inference import search
 
     studies = find_studies(args.scans)
-    reports = search.read_reports(args.reports) if args.reports else {}
+    before = search.read_embeddings(args.output) if args.output.exists() else None
     state = start_processes(args)
+    reports = _reports_of(args, studies, before) if args.reports else {}
     pipe = load_for_scans(args, state, zero_shot_only=True)
     settings = settings_of(args, pipe)
-    before = search.read_embeddings(args.output) if args.output.exists() else None
     rows_path = args.output.with_name(f"{args.output.name}.rows")
     failed = process_to_file(
         studies,
@@ -346,6 +359,21 @@ def _embed(args: argparse.Namespace) -> int:
         search.write_embeddings(args.output, [with_report(pipe, reports, row) for row in rows], settings)
         rows_path.unlink()
     return ends(failed, len(studies), args.output)
+
+
+def _reports_of(args: argparse.Namespace, studies: Sequence[Study], before: "Embeddings | None") -> dict[str, str]:
+    """The reports that the user named, each of one study at most; says how many studies have none."""
+    from medct.inference import search
+
+    reports = search.read_reports(args.reports)
+    embedded = [] if before is None else before.ids
+    reported = set() if before is None else {each for each, has in zip(embedded, before.has_report, strict=True) if has}
+    wanting = dict.fromkeys(each for each in (*embedded, *(study.id for study in studies)) if each not in reported)
+    search.refuse_shared(reports, list(wanting), args.reports)
+    missing = sum(search.report_of(each, reports) is None for each in wanting)
+    if missing and is_first_process():
+        remark(f"Without a report in {args.reports}: {missing} of {counted(len(wanting), 'study', 'studies')}.")
+    return reports
 
 
 def embedding_rows(
@@ -412,6 +440,7 @@ def embed_text(pipe: ZeroShotCTClassificationPipeline, text: str) -> torch.Tenso
 def search_index(args: argparse.Namespace) -> int:
     from medct.inference import search
 
+    is_scan = _is_scan(args.query)
     embeddings = search.read_embeddings(args.index)
     for name in ("model", "revision", "adapter", "adapter_revision", "dtype"):
         made_with = embeddings.settings.get(name)
@@ -428,7 +457,7 @@ def search_index(args: argparse.Namespace) -> int:
             f"{args.index} was made with other weights than those that {which} has now, so nothing in it can be "
             "compared. Make the index anew."
         )
-    if is_address(args.query) or Path(args.query).exists():
+    if is_scan:
         (study,) = one_study(args.query)
         read = read_one(study, args, pipe)
         query = embed_images(pipe, [read])[0]
@@ -445,6 +474,21 @@ def search_index(args: argparse.Namespace) -> int:
         print("rank  similarity  study")
         print("".join(f"{row['rank']:4d}  {row['similarity']:10.4f}  {row[KEY]}\n" for row in rows), end="")
     return OK
+
+
+def _is_scan(query: str) -> bool:
+    """Whether a query is a scan, and not a text.
+
+    Raises:
+        CommandError: If it is neither.
+    """
+    if not query.strip():
+        raise CommandError("The query is empty. Pass a text, or the path of a scan.")
+    if is_address(query) or os.path.exists(query):  # noqa: PTH110 - `Path` fails for a text longer than a path may be
+        return True
+    if looks_like_path(query):
+        raise CommandError(f"{query}: no such file or folder. Check the path, or say in words what to look for.")
+    return False
 
 
 def one_study(path: str) -> list[Study]:
@@ -483,15 +527,16 @@ def map_scan(args: argparse.Namespace) -> int:
     maps = [each.finding for each in found]
     names = localization.file_names([finding.label for finding in maps])
     with whole_folder(args.output) as folder:
-        for each, finding, name in zip(found, maps, names, strict=True):
+        for each, name in zip(found, names, strict=True):
             each.save(folder / f"{name}.nii.gz")
             each.plot().savefig(folder / f"{name}.png", dpi=100)
-            numbers = f"{finding.score:.3f}  {finding.logits_margin:+6.2f}"
-            print(f"{numbers}  {finding.label}: {args.output / name}.nii.gz, .png")
         index = [
             {"label": finding.label, "score": finding.score, "logits_margin": finding.logits_margin, "name": name}
             for finding, name in zip(maps, names, strict=True)
         ]
         (folder / "findings.json").write_text(json.dumps(index, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    for finding, name in zip(maps, names, strict=True):
+        numbers = f"{finding.score:.3f}  {finding.logits_margin:+6.2f}"
+        print(f"{numbers}  {finding.label}: {args.output / name}.nii.gz, .png")
     print(f"{localization.CAVEAT}.")
     return OK

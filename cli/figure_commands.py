@@ -13,6 +13,7 @@ from medct.cli.commands import CommandError
 from medct.cli.score_commands import figures_of, only_json, settings_of
 from medct.common.errors import OK
 from medct.configuration_medct import CT_CLIP_LABELS
+from medct.data.study_names import matched
 from medct.data.tables import to_numbers
 from medct.evaluation.figures import Scores
 from medct.evaluation.predictions import (
@@ -20,7 +21,6 @@ from medct.evaluation.predictions import (
     Predictions,
     held_out,
     join_metadata,
-    matched,
     named_table,
     paired,
     short_names,
@@ -34,7 +34,7 @@ from medct.inference.search import read_embeddings
 
 
 def compare_runs(args: argparse.Namespace) -> int:
-    with only_json(args.output):
+    with only_json(args.output, args.command):
         runs = [held_out(read_scores(run)) for run in args.runs]
         pairs = _pairs(runs, args)
         sources = []
@@ -85,7 +85,7 @@ def _pairs(runs: Sequence[Predictions], args: argparse.Namespace) -> dict[str, t
 
 
 def score_tables(args: argparse.Namespace) -> int:
-    with only_json(args.output):
+    with only_json(args.output, args.command):
         if args.metadata is None:
             found = held_out(read_scores(args.predictions))
         else:
@@ -101,15 +101,15 @@ def score_tables(args: argparse.Namespace) -> int:
 
 
 def _finish(args: argparse.Namespace, sources: list[dict[str, Any]]) -> None:
-    """Print figures that were computed from tables, and write them if asked to."""
+    """Write figures that were computed from tables if asked to, and print them."""
     names = list(dict.fromkeys(name for each in sources for name in each["present"]))
     results = {"label_names": names, "sources": sources, "table": evaluation_report(sources, names)}
+    if args.output is not None:
+        write_figures(args.output, results | {"provenance": _without_model(args, sources)})
     print(results["table"])
     for each in sources:
         if each.get("unpaired"):
             print(f"NOTE: {each['source']}: {each['unpaired']} scores have no partner in the other run; left out.")
-    if args.output is not None:
-        write_figures(args.output, results | {"provenance": _without_model(args, sources)})
 
 
 def _without_model(args: argparse.Namespace, sources: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

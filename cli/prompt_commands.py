@@ -31,7 +31,7 @@ from medct.pipeline_medct import CTPipeline
 def try_prompts(args: argparse.Namespace) -> int:
     if args.store and (args.adapter is None or not (Path(args.adapter) / DESCRIPTION_FILE).is_file()):
         raise CommandError(f"--store writes into an adapter's {DESCRIPTION_FILE}. Pass its folder as --adapter.")
-    with only_json(args.output):
+    with only_json(args.output, args.command):
         return _try_prompts(args)
 
 
@@ -54,12 +54,13 @@ def _try_prompts(args: argparse.Namespace) -> int:
         found = spread(scores, studies.labels, templates, names)
     except ValueError as error:
         raise CommandError(f"{source.description}: {error}") from error
-    print(f"{source.description}\n\n{prompts_report(found)}")
     if args.store:
         _store_wording(Path(args.adapter), found, scores, studies, templates, names)
-        print(f"\nstored in {Path(args.adapter) / DESCRIPTION_FILE}, with operating points and calibration for it")
     if args.output is not None:
         write_figures(args.output, found | {"provenance": _provenance(args, pipe, accelerator, studies)})
+    print(f"{source.description}\n\n{prompts_report(found)}")
+    if args.store:
+        print(f"\nstored in {Path(args.adapter) / DESCRIPTION_FILE}, with operating points and calibration for it")
     return ends(failed, source.num_studies, None)
 
 

@@ -42,12 +42,18 @@ def check_reports(args: argparse.Namespace, studies: Sequence[Study]) -> None:
         studies: All studies of the run.
 
     Raises:
-        ReportError: If there is no DICOM study that a report could belong to, or a library is missing.
+        ReportError: If there is no DICOM study that a report could belong to, a library is missing, or a report would
+            lie where something else is.
     """
     if args.fhir_identity and args.fhir is None:
         raise ReportError("--fhir_identity says what a bundle holds. Add --fhir FILE.")
     if args.fhir is not None and len(studies) != 1:
         raise ReportError(f"--fhir writes one bundle for one study, and there are {len(studies)}. Pass one of them.")
+    if args.fhir is not None:
+        _refuse_bundle(args.fhir, args.output)
+    for name in ("dicom_sr", "dicom_page"):
+        if getattr(args, name) is not None:
+            _refuse_folder(getattr(args, name), args.scans, f"--{name}")
     for name in ("dicom_sr", "dicom_page", "fhir_identity"):
         if getattr(args, name):
             refuse_without_study(list(studies), f"--{name}")
@@ -55,6 +61,28 @@ def check_reports(args: argparse.Namespace, studies: Sequence[Study]) -> None:
         from medct.reporting.sr import need_highdicom
 
         need_highdicom()
+
+
+def _refuse_bundle(path: Path, rows: Path | None) -> None:
+    """Refuse a bundle in place of anything but an older bundle."""
+    if path.suffix != ".json":
+        raise ReportError(f"--fhir {path}: a bundle is written as JSON. Name it .json.")
+    if rows is not None and path.resolve() == rows.resolve():
+        raise ReportError(f"--fhir {path}: --output writes its rows there. Name another file.")
+    if path.exists() and not fhir.is_bundle(path):
+        raise ReportError(f"--fhir {path}: it exists and is no bundle of MedCT. Name another file.")
+
+
+def _refuse_folder(folder: Path, scans: Sequence[str], option: str) -> None:
+    """Refuse reports in a folder of scans, where the next run would take them for scans."""
+    if folder.exists() and not folder.is_dir():
+        raise ReportError(f"{option} {folder}: it is a file. Name a folder.")
+    read = [Path(scan).resolve() for scan in scans if Path(scan).is_dir()]
+    if any(folder.resolve().is_relative_to(each) for each in read):
+        raise ReportError(
+            f"{option} {folder}: scans are read from there, and the next run would take the reports for scans. Name a "
+            "folder outside of the scans'."
+        )
 
 
 def report_writer(args: argparse.Namespace, pipe: CTPipeline, prompts: dict[str, Any], model: str) -> Writer | None:

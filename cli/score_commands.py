@@ -22,7 +22,7 @@ from medct.configuration_medct import MedCTConfig
 from medct.data import PhantomCohort, Source, open_source
 from medct.data.label_space import LabelTable, asked
 from medct.data.loader import StudyLoader
-from medct.data.sources import why_skipped
+from medct.data.sources import DataError, why_skipped
 from medct.evaluation.calibration import fit_calibration
 from medct.evaluation.figures import Scores, source_figures
 from medct.evaluation.operating_points import YOUDEN, Points, choose_points, remark_on_points, wanted_points
@@ -32,7 +32,7 @@ from medct.evaluation.predictions import (
     short_names,
 )
 from medct.evaluation.provenance import changed_figures, list_checksum, provenance, reasons
-from medct.evaluation.record import read_results, write_record
+from medct.evaluation.record import read_results, scores_path, write_record
 from medct.evaluation.report import evaluation_report
 from medct.evaluation.scoring import (
     ScoredStudies,
@@ -62,6 +62,13 @@ _NOT_RECORDED = {"command", "run", "explain", "quiet", "output", "repeat", "num_
 # operating points of each.
 _ONLY_RECORDED = ("phantoms", "names", "points")
 _MOST_SHOWN = 10
+# What figures of each command hold, by themselves or in their settings, and those of no other command.
+_MARKS = {
+    "evaluate": {"sources", "prompts"},
+    "compare": {"sources", "runs"},
+    "metrics": {"sources", "predictions"},
+    "prompts": {"ensemble", "chosen"},
+}
 
 
 @dataclass(frozen=True)
@@ -100,21 +107,48 @@ class Version:
 def evaluate(args: argparse.Namespace) -> int:
     recorded = None if args.repeat is None else read_results(args.repeat)
     settle(args, recorded)
-    with only_json(args.output):
+    with only_json(args.output, args.command):
         return _evaluate(args, recorded)
 
 
 @contextlib.contextmanager
-def only_json(output: Path | None) -> Iterator[None]:
-    """Refuse, before any work, an output that is no JSON file, cannot be written, or is written by another run.
+def only_json(output: Path | None, command: str) -> Iterator[None]:
+    """Refuse, before any work, an output that is no JSON file, cannot be written, is written by another run, or would
+    replace anything but what the same command wrote.
 
     Args:
         output: Where figures go; nowhere by default.
+        command: Which one writes them.
     """
     if output is not None and output.suffix != ".json":
         raise CommandError(f"{output}: figures are written as JSON, and scores into a csv file beside. Name it .json.")
     with contextlib.nullcontext() if output is None else only_run(output):
+        if output is not None:
+            _refuse_others(output, command)
         yield
+
+
+def _refuse_others(output: Path, command: str) -> None:
+    """Refuse to replace what another command wrote, or anybody else."""
+    if output.exists() and not _is_record(output, command):
+        raise CommandError(
+            f"{output}: it exists, and `medct {command}` did not write it. Choose another --output, or remove it."
+        )
+    scores = scores_path(output)
+    if command == "evaluate" and scores.exists() and not output.exists():
+        raise CommandError(
+            f"{scores}: it exists, and the scores that belong to {output.name} go there. Choose another --output, or "
+            "remove it."
+        )
+
+
+def _is_record(path: Path, command: str) -> bool:
+    """Whether a file holds figures that a command wrote."""
+    try:
+        results = read_results(path)
+        return results.keys() | results["provenance"]["settings"].keys() >= _MARKS[command]
+    except (DataError, LookupError, TypeError, AttributeError):
+        return False
 
 
 def settle(args: argparse.Namespace, recorded: Mapping[str, Any] | None) -> None:
@@ -206,10 +240,10 @@ def _evaluate(args: argparse.Namespace, recorded: Mapping[str, Any] | None) -> i
             precision=accelerator.mixed_precision,
         ),
     }
-    _show(results)
     keys = {Key(model, name, args.split): each for name, by_model in scored.items() for model, each in by_model.items()}
     if args.output is not None:
         write_record(args.output, results, Predictions(names, keys))
+    _show(results)
     status = ends(failed, sum(about["num_studies"] for about in sources), None)
     return max(status, OK if recorded is None else _tell_changes(recorded, results))
 

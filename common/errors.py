@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from medct.common.output import drop_output
 from medct.errors_medct import MedCTError
 
 OK, SOME_FAILED, FAILED = 0, 1, 2
@@ -59,8 +60,7 @@ def _end_of(error: BaseException) -> tuple[int, str]:
         case KeyboardInterrupt():
             return INTERRUPTED, "stopped; a command with --output resumes from here when run again."
         case BrokenPipeError():
-            # The reader has had enough. The interpreter must not try to flush once more.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            drop_output()  # the reader has had enough
             return BROKEN_PIPE, ""
         case MedCTError():
             return FAILED, f"error: {error}"

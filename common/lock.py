@@ -55,6 +55,9 @@ def only_run(output: str | os.PathLike, each_process: bool = False) -> Iterator[
     try:
         lock.acquire()
     except filelock.Timeout:
+        # The library goes on trying where the system lets nobody make a file, as in /proc.
+        if not path.exists():
+            raise OSError(f"{output}: no file can be made in {final.parent}. Choose another output.") from None
         raise LockedError(
             f"{output} is being written by another run{_holder(path)}. Wait for its end, or choose another output."
         ) from None

@@ -7,6 +7,7 @@
 | `tables` | from tables of studies to sources: splits, what is left out |
 | `label_space` | labels of a data set as findings of a model: mappings, labels of one's own |
 | `table_files` | csv files and Excel sheets |
+| `study_names` | which row of a table is a study's |
 | `ct_rate` | CT-RATE, on the Hub or local |
 | `rad_chestct` | RAD-ChestCT, on the Hub or local |
 | `own_data` | folders with `metadata.csv`, Parquet and `datasets` repositories |
@@ -20,7 +21,7 @@ from typing import Any, Literal
 
 from medct.configuration_medct import CT_CLIP_LABELS, MedCTConfig
 from medct.data.ct_rate import REPORT_COLUMNS, ct_rate_source, is_ct_rate
-from medct.data.folders import open_folder
+from medct.data.folders import Folder, open_folder
 from medct.data.label_space import LabelSpace, LabelTable, read_labels
 from medct.data.loader import StudyLoader, report_id
 from medct.data.own_data import metadata_files, metadata_source, parquet_source
@@ -138,6 +139,7 @@ def open_source(
         return space.apply(parquet_source(address, space.columns, selection, revision, token))
     folder = open_folder(address, revision, token)
     if folder.file(MANIFEST):
+        _refuse_mixture(folder)
         return _prepared_split(folder.address, config, space, selection, tune_share, token)
     if files := metadata_files(folder):
         return space.apply(metadata_source(folder, files, space.columns, selection))
@@ -169,6 +171,15 @@ def open_splits(address: str, config: MedCTConfig, **options: Any) -> dict[str, 
     if not found:
         raise last
     return found
+
+
+def _refuse_mixture(folder: Folder) -> None:
+    """Refuse prepared shards beside tables of studies: nobody knows which of them are meant."""
+    # On the Hub, each look for a table would be a request, and what is pushed there is shards alone.
+    if folder.is_local and (metadata_files(folder) or is_rad_chestct(folder) or is_ct_rate(folder)):
+        raise DataError(
+            f"{folder}: it has both prepared shards ({MANIFEST}) and tables of studies. Move one of them elsewhere."
+        )
 
 
 def _prepared_split(

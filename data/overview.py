@@ -20,6 +20,7 @@ from matplotlib.figure import Figure, SubFigure
 from transformers import PreTrainedTokenizerBase
 
 from medct import pictures_medct
+from medct.common.counting import counted
 from medct.common.files import whole_file
 from medct.common.progress import tqdm
 from medct.configuration_medct import MedCTConfig
@@ -140,8 +141,11 @@ def _quantiles(lengths: Sequence[int], times: Sequence[int]) -> dict[str, int]:
 def as_text(summary: dict[str, Any]) -> str:
     """The counts as readable text."""
     lines = [summary["description"], ""]
-    volumes = f", {summary['num_volumes']} volumes" if summary["num_volumes"] != summary["num_studies"] else ""
-    lines += [f"{summary['num_studies']} studies{volumes}, {summary['num_patients']} patients", ""]
+    studies = counted(summary["num_studies"], "study", "studies")
+    volumes = (
+        f", {counted(summary['num_volumes'], 'volume')}" if summary["num_volumes"] != summary["num_studies"] else ""
+    )
+    lines += [f"{studies}{volumes}, {counted(summary['num_patients'], 'patient')}", ""]
     width = max(map(len, summary["labels"]), default=0)
     lines.append(f"{'finding':{width}}  prevalence  present   absent  unknown")
     for name, of in summary["labels"].items():
@@ -150,7 +154,7 @@ def as_text(summary: dict[str, Any]) -> str:
     lines.append(f"no finding: {summary['no_finding']['studies']} of {summary['no_finding']['known']} studies")
     lines += _split_lines(summary["splits"], width)
     lines += ["", *_report_lines(summary["reports"], summary["num_studies"]), ""]
-    lines.append(f"{sum(map(len, summary['skipped'].values()))} studies left out before reading")
+    lines.append(f"{counted(sum(map(len, summary['skipped'].values())), 'study', 'studies')} left out before reading")
     for reason, ids in summary["skipped"].items():
         lines.append(f"{len(ids):7}  {reason} ({', '.join(ids[:3])}{' ...' if len(ids) > 3 else ''})")
     return "\n".join(lines)

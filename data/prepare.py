@@ -40,6 +40,8 @@ COMPRESSION_LEVELS = {"zstd": 3, "lz4": None}
 """How files may be compressed, and how hard."""
 DEFAULTS = {"compression": "zstd"}
 """Settings that need not be given; folders that were begun before there were others have these."""
+SETTINGS = "records/settings.json"
+"""In a folder of shards: what it was begun with, first of all its files."""
 LICENCE_NOTE = (
     "The licence of the source applies to these shards. Volumes and reports derived from CT-RATE are CC-BY-NC-SA 4.0 "
     "and may not be redistributed: keep them private."
@@ -276,13 +278,17 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
         settings: Everything that decides the content of the files.
 
     Raises:
-        DataError: If they differ.
+        DataError: If they differ, or the folder holds something else or lies in the source.
     """
-    path = folder / "records" / "settings.json"
-    for name in ("data", "records"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
+    path = folder / SETTINGS
+    source = settings.get("source")
+    if source is not None and Path(source).is_dir() and folder.resolve().is_relative_to(Path(source).resolve()):
+        raise DataError(f"{folder}: it lies in {source}, which is read. Choose a folder outside of it.")
     if not path.is_file():
+        _refuse_taken(folder)
+        # Before anything else: it says to the other processes whose folder this is.
         _write_json(path, settings)
+    (folder / "data").mkdir(exist_ok=True)
     found = {**DEFAULTS, **json.loads(path.read_text(encoding="utf-8"))}
     for name in sorted(settings.keys() | found.keys()):
         if settings.get(name) != found.get(name):
@@ -290,6 +296,18 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
                 f"{folder}: started with `{name}` {_brief(found.get(name))}, not {_brief(settings.get(name))}. Resume "
                 "with the same settings, or choose another folder."
             )
+
+
+def _refuse_taken(folder: Path) -> None:
+    """Refuse a folder where shards would lie among files of others."""
+    own = [folder / "data", folder / "records"]
+    places = [folder, *own]
+    found = [path for place in places if place.exists() for path in sorted(place.iterdir()) if path not in own]
+    # Hidden files are the system's, or what a process that was killed has left.
+    others = [path.name for path in found if not path.name.startswith(".")]
+    # Another process may have begun the folder meanwhile.
+    if others and not (folder / SETTINGS).is_file():
+        raise DataError(f"{folder}: it holds something else, such as {others[0]}. Choose another folder.")
 
 
 def _brief(value: Any) -> str:
@@ -342,7 +360,7 @@ def finish(
 
 def _tidy_up(folder: Path, shards: list[Shard]) -> None:
     """Remove what processes that were killed have left, but of shards that are being made again."""
-    for path in (folder / "README.md", folder / "records" / "settings.json"):
+    for path in (folder / "README.md", folder / SETTINGS):
         remove_leftovers(path)
     named = {left.name.split(".partial-")[0] for left in (folder / "data").glob(".*.partial-*")}
     named |= {left.name.split(".partial-")[0] for left in (folder / "records").glob(".*.partial-*")}
@@ -402,7 +420,8 @@ def prepare(
         The manifest if all files of all processes are there, else `None`.
 
     Raises:
-        DataError: If the folder was started with other settings, or too many studies cannot be read.
+        DataError: If the folder was started with other settings, holds something else or lies in the source, or too
+            many studies cannot be read.
     """
     preparer = Preparer(config)
     settings = {**DEFAULTS, **settings}

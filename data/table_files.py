@@ -104,6 +104,8 @@ def _rows_of(path: Path, wanted: Sequence[str], name: str, comments: bool = Fals
         yield from _sheet(path, wanted, name) if start == _ZIP else _csv(path, wanted, comments)
     except DataError:
         raise
+    except FileNotFoundError as error:
+        raise DataError(f"{name}: no such file. Check the path.") from error
     except (OSError, ValueError, csv.Error) as error:  # wrong encodings are ValueErrors
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(f"{name}: not a readable csv file ({reason}). Save it as csv in UTF-8.") from error

@@ -8,7 +8,7 @@ The file stays with its user: it names patients, so it is never pushed.
 """
 
 import warnings
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +18,7 @@ import pandas as pd
 
 from medct.common.files import whole_file
 from medct.data.sources import DataError
+from medct.data.study_names import matched
 from medct.data.table_files import columns_of, read_table
 from medct.data.tables import check_labels, to_numbers
 from medct.evaluation.scoring import ScoredStudies
@@ -197,21 +198,6 @@ def named_table(path: Path) -> pd.DataFrame:
     name = next((column for column in _NAME_COLUMNS if column in columns), NAME)
     table = read_table(path, [name], [column for column in columns if column != name])
     return table.rename(columns={name: NAME})
-
-
-def matched(studies: Iterable[str], known: Container[str]) -> list[str | None]:
-    """The known name that each study's path ends with; `None` if there is none.
-
-    Args:
-        studies: Names or paths of studies.
-        known: Names in a table.
-    """
-    matched = []
-    for study in studies:
-        parts = str(study).replace("\\", "/").split("/")
-        ends = ("/".join(parts[start:]) for start in range(len(parts)))
-        matched.append(next((end for end in (study, *ends) if end in known), None))
-    return matched
 
 
 def _refuse_doubles(table: pd.DataFrame, key: list[str], path: Path) -> None:

@@ -11,6 +11,7 @@ from medct.data.sources import DataError
 from medct.evaluation.predictions import Predictions, read_predictions, write_predictions
 
 RESULTS = "results.json"
+_WANTED = "Pass a training run's folder, or the JSON file of `medct evaluate --output`."
 
 
 def scores_path(path: Path) -> Path:
@@ -59,11 +60,10 @@ def read_results(run: Path) -> dict[str, Any]:
     path = run / RESULTS if run.is_dir() else run
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such file. {_WANTED}") from error
     except (OSError, ValueError) as error:
-        raise DataError(
-            f"{path}: no results ({first_line(error)}). Pass a training run's folder, or the JSON file of `medct "
-            "evaluate --output`."
-        ) from error
+        raise DataError(f"{path}: no results ({first_line(error)}). {_WANTED}") from error
     if not isinstance(results, dict):
         raise DataError(f"{path}: these are not results. Pass what `medct train` or `medct evaluate` wrote.")
     return results
@@ -79,4 +79,10 @@ def read_scores(run: Path) -> Predictions:
         DataError: If there are none.
     """
     path = run / RESULTS if run.is_dir() else run
-    return read_predictions(path if path.suffix == ".csv" else scores_path(path))
+    if path.suffix == ".csv":
+        return read_predictions(path)
+    scores = scores_path(path)
+    if not scores.exists():
+        missing = scores if path.exists() else path
+        raise DataError(f"{missing}: no such file. {_WANTED}")
+    return read_predictions(scores)

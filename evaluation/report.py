@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence, Sized
 from typing import Any
 
+from medct.common.counting import counted
 from medct.evaluation.metrics import CT_CLIP_PREFIX, FEWEST, RADFINDER_PREFIX, Interval
 
 UNDEFINED = "–"
@@ -98,7 +99,7 @@ def _means_of(sources: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
 
 def _across(heading: str, rows: Any, by_name: Mapping[str, dict[str, Any]]) -> str:
     """One Markdown table whose columns are sources."""
-    titles = [f"{name} ({each['scans']:,} scans)" for name, each in by_name.items()]
+    titles = [f"{name} ({counted(each['scans'], 'scan')})" for name, each in by_name.items()]
     lines = [f"| {heading} | {' | '.join(titles)} |", f"| --- |{' ---: |' * len(titles)}"]
     return "\n".join([*lines, *(f"| {title} | {' | '.join(cells)} |" for title, cells in rows)])
 
@@ -109,7 +110,7 @@ def _differences(by_name: Mapping[str, dict[str, Any]]) -> str:
     lines = [f"| mean AUROC | {' | '.join(titles)} |", "| --- | ---: | ---: | ---: |"]
     for title, each in by_name.items():
         cells = [_cell(each[which]["auroc"], sign) for which, sign in _COLUMNS]
-        lines.append(f"| {title} ({each['scans']:,} scans) | {' | '.join(cells)} |")
+        lines.append(f"| {title} ({counted(each['scans'], 'scan')}) | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -219,10 +220,10 @@ def _cell(interval: Interval, sign: str = "") -> str:
 
 def _caption(sources: Sequence[dict[str, Any]]) -> str:
     """Where the figures come from, and their limits."""
-    counted = "; ".join(f"{each['scans']:,} scans of {each['patients']:,} patients" for each in sources)
+    scans = "; ".join(f"{counted(each['scans'], 'scan')} of {counted(each['patients'], 'patient')}" for each in sources)
     paired = "; the difference is paired" if "base" in sources[0] else ""
-    resamples = f"{sources[0]['resamples']:,} resamples"
-    said = [f"{counted}. In brackets: 95 % intervals, bootstrap over patients, {resamples}{paired}."]
+    resamples = counted(sources[0]["resamples"], "resample")
+    said = [f"{scans}. In brackets: 95 % intervals, bootstrap over patients, {resamples}{paired}."]
     figures = [each.get("base") or each["scores"] for each in sources]
     if any("accuracy" in each for each in figures):
         said.append("Accuracy and F1 are at thresholds chosen on other scans.")
@@ -248,8 +249,9 @@ def retrieval_report(results: dict[str, Any]) -> str:
     Args:
         results: From `recall_figures`, with `findings` from `shared_findings` where there are labels.
     """
-    counted = f"{results['studies']:,} studies with a report, {results['reports']:,} different reports"
-    lines = [f"{counted}, {results['patients']:,} patients", "", _retrieval_head("recall at", results["chance"])]
+    head = f"{counted(results['studies'], 'study', 'studies')} with a report"
+    head += f", {counted(results['reports'], 'different report')}, {counted(results['patients'], 'patient')}"
+    lines = [head, "", _retrieval_head("recall at", results["chance"])]
     protocols = {"": results, "unique reports: ": results["unique_reports"]}
     protocols["CT-CLIP protocol: "] = results["ct_clip_protocol"]
     for title, each in protocols.items():
@@ -261,7 +263,7 @@ def retrieval_report(results: dict[str, Any]) -> str:
             title = f"pools of {pools['size']}: {name.replace('_', ' ')}"
             lines.append(_retrieval_row(title, pools[name], results["chance"]))
     if found := results.get("findings"):
-        lines += ["", f"{found['studies']:,} scans with a finding; chance {found['chance']:.3f}", ""]
+        lines += ["", f"{counted(found['studies'], 'scan')} with a finding; chance {found['chance']:.3f}", ""]
         lines.append(_retrieval_head("MAP at", found["image_to_image"]))
         for title, each in {"": found, "CT-CLIP protocol: ": found["ct_clip_protocol"]}.items():
             lines.append(_retrieval_row(f"{title}image to image", each["image_to_image"], found["image_to_image"]))

@@ -6,7 +6,7 @@ no reports, no labels and nothing from a scan's header; an `id` is the path that
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import torch
 
 from medct.common.files import whole_file
 from medct.data.ct_rate import REPORT_COLUMNS
+from medct.data.study_names import matched
 from medct.data.table_files import columns_of, read_table
 from medct.data.tables import join_text
 from medct.errors_medct import MedCTError
@@ -101,9 +102,27 @@ def report_of(study: str, reports: dict[str, str]) -> str | None:
     Returns:
         The report under the longest end of the path; `None` if there is none.
     """
-    parts = Path(study).parts
-    ends = ("/".join(parts[k:]) for k in range(len(parts)))
-    return next((reports[end] for end in (study, *ends) if end in reports), None)
+    (name,) = matched([study], reports)
+    return None if name is None else reports[name]
+
+
+def refuse_shared(reports: Mapping[str, str], studies: Sequence[str], path: Path) -> None:
+    """Refuse reports of which nobody can tell whose they are, because paths of several studies end with their name.
+
+    Args:
+        reports: From `read_reports`.
+        studies: Paths of all studies that a report may be given to.
+        path: The file of reports, for messages.
+
+    Raises:
+        SearchError: If a report would be given to several of them.
+    """
+    first: dict[str, str] = {}
+    for study, name in zip(studies, matched(studies, reports), strict=True):
+        if name is not None and first.setdefault(name, study) != study:
+            raise SearchError(
+                f"{path}: its row {name!r} could be of {first[name]} and of {study}. Write more of their paths into it."
+            )
 
 
 def write_embeddings(path: Path, rows: Sequence[dict[str, Any]], settings: dict[str, Any]) -> None:

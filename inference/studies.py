@@ -6,6 +6,7 @@ A study is a NIfTI, NRRD, MetaImage or zip file, or all DICOM files of one folde
 
 import contextlib
 import os
+import re
 import stat
 import traceback
 from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -22,6 +23,8 @@ from medct.volume_io_medct import VolumeError, read_volume
 from medct.workers_medct import Lost, Place, load_ahead, overlapped
 
 _VOLUME_SUFFIXES = (".nii", ".nii.gz", ".nrrd", ".nhdr", ".mha", ".mhd", ".zip")
+# One word with a separator that begins as paths do, ends as folders do, or has a suffix; "w/o" is none.
+_PATH = re.compile(r"(?:~|\.{1,2})?/\S*|\S*[/\\]|\S*[/\\]\S*\.[A-Za-z]\w*")
 _DICOM_HEAD_BYTES = 600
 _DICOMDIR_CLASS = b"1.2.840.10008.1.3.10"
 _DICOMDIR = "dicomdir"
@@ -92,6 +95,13 @@ def find_studies(paths: Iterable[str | os.PathLike]) -> list[Study]:
             # Under another spelling or through a link it is still the same study.
             studies.setdefault(path if is_address(path) else os.path.realpath(study.id), study)
     return list(studies.values())
+
+
+def looks_like_path(text: str) -> bool:
+    """Whether a text is written as the path of a scan, whether or not there is one."""
+    if text.lower().endswith((*_VOLUME_SUFFIXES, ".dcm")):
+        return True
+    return bool(_PATH.fullmatch(text))
 
 
 def _studies_below(folder: Path) -> Iterator[Study]:

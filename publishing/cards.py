@@ -13,6 +13,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers.utils.hub import cached_file
 
 from medct.adapters_medct import CONFIG_FILE, DESCRIPTION_FILE
+from medct.common.counting import counted
 from medct.common.paths import local_paths, without_paths
 
 TEMPLATE = Path(__file__).with_name("adapter_card.md")
@@ -278,14 +279,15 @@ def _decided(results: dict[str, Any]) -> list[str]:
     said = [f"medct {code['version']}{commit}"]
     said.append(", ".join(f"{name} {version}" for name, version in known["versions"].items()))
     said.append(
-        f"{machine['device']}, {machine['processes']} processes of {machine['threads']} threads, mixed precision: "
+        f"{machine['device']}, {counted(machine['processes'], 'process', 'processes')} of "
+        f"{counted(machine['threads'], 'thread')}, mixed precision: "
         f"{machine['mixed_precision']}; seed {known['seed']}"
     )
     for name, model in known["models"].items():
         prints = [model[key] for key in ("fingerprint", "adapter_fingerprint") if model.get(key)]
         said.append(f"{name}: {', '.join(f'`{each}`' for each in prints)}")
     for name, studies in known["studies"].items():
-        said.append(f"{name}: {studies['scans']:,} scans, names `{studies['ids_sha256']}`")
+        said.append(f"{name}: {counted(studies['scans'], 'scan')}, names `{studies['ids_sha256']}`")
     mapping = (known.get("settings") or {}).get("mapping")
     return [*said, f"labels by the mapping {mapping}"] if mapping else said
 

@@ -11,10 +11,11 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from pathlib import Path
 from typing import Any
 
 from medct.reporting import codes
-from medct.reporting.findings import NO_PROBABILITY, Algorithm, Finding
+from medct.reporting.findings import NO_PROBABILITY, Algorithm, Finding, kind_of
 
 _SYSTEMS = {"SCT": "http://snomed.info/sct", "LN": "http://loinc.org", codes.SCHEME: f"urn:oid:{codes.SCHEME_UID}"}
 _HL7 = "http://terminology.hl7.org/CodeSystem"
@@ -69,6 +70,16 @@ def bundle(findings: Sequence[Finding], algorithm: Algorithm, identity: Identity
     return {"resourceType": "Bundle", "type": "collection", "entry": entries}
 
 
+def is_bundle(path: Path) -> bool:
+    """Whether a file is a bundle that `bundle` made, so that a new one may replace it."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        device = found["entry"][0]["resource"]
+        return found["resourceType"] == "Bundle" and device["deviceName"][0]["name"] == Algorithm.name
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
+
+
 def _concept(*coded: codes.Coded, text: str = "") -> Resource:
     codings = [{"system": _SYSTEMS[each.scheme], "code": each.value, "display": each.meaning} for each in coded]
     return {"coding": codings, "text": text or coded[0].meaning}
@@ -83,8 +94,12 @@ def _number(value: float) -> Resource:
 
 
 def _device(algorithm: Algorithm) -> Resource:
-    names = [("software", algorithm.version), ("model", algorithm.model), ("model commit", algorithm.model_commit)]
-    names += [("adapter", algorithm.adapter), ("adapter commit", algorithm.adapter_commit)]
+    names = [("software", algorithm.version)]
+    for what, name, commit in (
+        ("model", algorithm.model, algorithm.model_commit),
+        ("adapter", algorithm.adapter, algorithm.adapter_commit),
+    ):
+        names += [(what, name), (f"{what} {kind_of(commit)}", commit)]
     return {
         "resourceType": "Device",
         "status": "active",

@@ -90,15 +90,21 @@ class Algorithm:
     @property
     def parameters(self) -> list[str]:
         """All of it, one line each."""
-        lines = [f"model: {self.model}", f"commit: {self.model_commit or 'not known'}"]
+        lines = [f"model: {self.model}", f"{kind_of(self.model_commit)}: {self.model_commit or 'not known'}"]
         if self.adapter is not None:
-            lines += [f"adapter: {self.adapter}", f"commit of the adapter: {self.adapter_commit or 'not known'}"]
+            which = f"{kind_of(self.adapter_commit)} of the adapter"
+            lines += [f"adapter: {self.adapter}", f"{which}: {self.adapter_commit or 'not known'}"]
         return [*lines, *(f"prompts: {template}" for template in self.templates)]
 
     @property
     def warning(self) -> str:
         """What every form of the report says first."""
         return f"{WARNING} {SYNTHETIC}" if self.is_synthetic else WARNING
+
+
+def kind_of(commit: str | None) -> str:
+    """What to call what an `Algorithm` has as a commit: of a folder, it is the fingerprint of its weights."""
+    return "fingerprint" if commit is not None and commit.startswith("sha256") else "commit"
 
 
 def algorithm_of(

@@ -426,6 +426,39 @@ def test_embed_search_and_recall(run, scans, pipe, tmp_path):
     assert status == 2 and "has no column 'Nodule'" in err
 
 
+def test_reports_that_could_be_of_several_studies_are_refused(run, scans, tmp_path):
+    """And how many studies have none is said: the table may be of another hospital."""
+    index, reports, other = tmp_path / "index.parquet", tmp_path / "reports.csv", tmp_path / "other"
+    other.mkdir()
+    shutil.copy(scans / "1.nii.gz", other / "0.nii.gz")
+    reports.write_text("file_name,report\n0.nii.gz,a\n", encoding="utf-8")
+    both = [scans / "0.nii.gz", other / "0.nii.gz"]
+    status, _, err = run("embed", *both, "--reports", reports, "--output", index)
+    assert status == 2 and not index.exists() and len(err.splitlines()) == 1
+    assert f"{reports}: its row '0.nii.gz' could be of {both[0]} and of {both[1]}." in err
+    status, _, err = run("embed", both[0], scans / "1.nii.gz", "--reports", reports, "--output", index)
+    assert status == 0 and f"Without a report in {reports}: 1 of 2 studies." in err
+    # The study that has its report already is none of those that the row could be of.
+    status, _, err = run("embed", both[1], "--reports", reports, "--output", index)
+    assert status == 0 and read_embeddings(index).has_report.tolist() == [True, False, True]
+    status, _, err = run("embed", both[1], "--reports", tmp_path / "nope.csv", "--output", index)
+    assert status == 2 and err == f"error: {tmp_path / 'nope.csv'}: no such file. Check the path.\n"
+
+
+@pytest.mark.parametrize("query", ["", " ", "scan999.nii.gz", "a/b.nrrd", "/nowhere", "./case", "case/", "a/b.img"])
+def test_a_query_that_is_no_text_is_no_text(run, tmp_path, monkeypatch, query):
+    monkeypatch.chdir(tmp_path)
+    status, _, err = run("search", query, "--index", "none.parquet")
+    said = f"{query}: no such file or folder. Check" if query.strip() else "The query is empty. Pass a text"
+    assert status == 2 and err.startswith(f"error: {said}") and len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("query", ["nodule w/o calcification.", "effusion/atelectasis", "5.5 mm", "long " * 999])
+def test_a_text_is_a_text(run, tmp_path, query):
+    _, _, err = run("search", query, "--index", tmp_path / "none.parquet")
+    assert "none.parquet: no such file. Make it with" in err
+
+
 def test_map(run, scans, tmp_path):
     status, out, _ = run("map", scans / "0.nii.gz", "--labels", "a", "b c", "--output", tmp_path / "maps")
     assert status == 0
@@ -659,3 +692,13 @@ def test_an_index_of_other_weights_is_not_searched(run, scans, site_model, tmp_p
     status, _, err = run("search", "a", "--index", index, model=None)
     assert status == 2
     assert "was made with other weights than those that" in err
+
+
+def test_a_label_is_printed_whatever_the_terminal_can_show(scans, converted):
+    """As an escape that JSON reads, where the encoding lacks a character."""
+    options = ["--model", str(converted), "--cpu", "--labels", "Gefäß", "--format", "json"]
+    line = [sys.executable, "-m", "medct.cli", "predict", str(scans / "0.nii.gz"), *options]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    done = subprocess.run(line, capture_output=True, encoding="ascii", env=environment, check=False)
+    assert done.returncode == 0
+    assert json.loads(done.stdout)["findings"][0]["label"] == "Gefäß"

@@ -160,3 +160,42 @@ def test_each_report_gets_its_own_study_of_a_batch(predict, tmp_path, monkeypatc
 def test_a_classifier_has_a_page_too(predict, classifier_folder, tmp_path):
     assert predict("series", "--dicom_page", "out", model=classifier_folder)[0] == 0
     assert len(list((tmp_path / "out").iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("scan.nii.gz", None, "Name it .json"),
+        ("metadata.csv", "file_name,patient\n", "Name it .json"),
+        ("own.json", "{}", "it exists and is no bundle of MedCT"),
+        ("own.json", '{"resourceType": "Bundle", "entry": [{"resource": {"resourceType": "Patient"}}]}', "no bundle"),
+        ("own.json", "[1", "no bundle"),
+        ("rows.json", None, "--output writes its rows there"),
+    ],
+)
+def test_a_bundle_replaces_nothing_but_a_bundle(predict, nifti, tmp_path, name, content, said):
+    nifti(make_hu((6, 8, 8)))
+    path = tmp_path / name
+    if content is not None:
+        path.write_text(content, encoding="utf-8")
+    before = path.read_bytes() if path.exists() else None
+    status, told = predict("scan.nii.gz", "--fhir", name, "--output", "rows.json")
+    assert status == 2 and said in told and len(told.splitlines()) == 1
+    assert (path.read_bytes() if path.exists() else None) == before
+
+
+def test_a_bundle_replaces_an_older_bundle(predict, tmp_path):
+    for labels in (["a"], ["b"]):
+        assert predict("series", "--fhir", "f.json", "--labels", *labels)[0] == 0
+    assert '"b"' in (tmp_path / "f.json").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("option", ["--dicom_sr", "--dicom_page"])
+def test_reports_do_not_lie_among_scans(predict, tmp_path, option):
+    """The next run over the folder would take them for scans."""
+    (tmp_path / "link").symlink_to("series")
+    (tmp_path / "file").write_text("of others", encoding="utf-8")
+    for folder, said in (("series", "scans are read from there"), ("link/new", "are read"), ("file", "it is a file")):
+        status, told = predict("series", option, folder)
+        assert status == 2 and said in told and len(told.splitlines()) == 1
+    assert all(path.suffix == ".dcm" and "_" not in path.name for path in (tmp_path / "series").iterdir())

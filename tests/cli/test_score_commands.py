@@ -1,7 +1,10 @@
 """Evaluate, compare and metrics: sources and models side by side, what is left out, and a run that is repeated."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import nibabel
@@ -136,7 +139,8 @@ def test_numbers_that_make_no_sense_are_refused(arguments, capsys):
         (["--output", "{tmp}/scores.csv"], "{tmp}/scores.csv: figures are written as JSON"),
         (["--sensitivity", "0.9"], "A wanted sensitivity or specificity needs tuning patients"),
         (["--against", "base"], "--against base compares an adapter with its base. Pass --adapter."),
-        (["--repeat", "{tmp}/none.json"], "{tmp}/none.json: no results"),
+        (["--repeat", "{tmp}/none.json"], "{tmp}/none.json: no such file. Pass a training run's folder, or"),
+        (["--repeat", "{tmp}/file"], "{tmp}/file: no results"),
     ],
 )
 def test_what_cannot_be_done_is_refused_before_the_work(run, tmp_path, monkeypatch, arguments, said):
@@ -235,8 +239,11 @@ def test_figures_from_tables(run, folder, tmp_path):
         (source,) = read(tmp_path / "again.json")["sources"]
         assert source["scores"] == expected
         assert source["table"] if "table" in source else read(tmp_path / "again.json")["table"] in out
-    status, _, err = run("metrics", root / "metadata.csv", tmp_path / "nowhere.csv")
-    assert status == 2 and len(err.splitlines()) == 1
+    nowhere = tmp_path / "nowhere.csv"
+    for tables in ([root / "metadata.csv", nowhere], [nowhere], [nowhere, root / "metadata.csv"]):
+        status, _, err = run("metrics", *tables)
+        assert status == 2 and len(err.splitlines()) == 1
+        assert err.startswith(f"error: {nowhere}: no such file. ")
 
 
 def test_runs_that_do_not_fit_are_refused(run, folder, tmp_path):
@@ -246,8 +253,13 @@ def test_runs_that_do_not_fit_are_refused(run, folder, tmp_path):
     status, _, err = run("compare", tmp_path / "a.json", tmp_path / "a.json", "--models", "new", "old")
     assert status == 2
     assert "it has no scores of 'new', but of model" in err
-    status, _, err = run("compare", tmp_path / "a.json", tmp_path / "none.json")
-    assert status == 2 and len(err.splitlines()) == 1
+    for name in ("none.json", "none.csv", "none"):
+        status, _, err = run("compare", tmp_path / "a.json", tmp_path / name)
+        assert status == 2 and len(err.splitlines()) == 1
+        assert err.startswith(f"error: {tmp_path / name}: no such file. ")
+    (tmp_path / "alone.json").write_bytes((tmp_path / "a.json").read_bytes())
+    status, _, err = run("compare", tmp_path / "a.json", tmp_path / "alone.json")
+    assert status == 2 and err.startswith(f"error: {tmp_path / 'alone.studies.csv'}: no such file. ")
 
 
 def test_subgroups_come_with_the_table(run, folder, tmp_path):
@@ -295,6 +307,72 @@ def test_training_runs_are_compared_on_held_out_studies(run, tmp_path):
     assert run("compare", old, old, "--models", "base", "adapted", "--output", output)[0] == 0
     (source,) = read(output)["sources"]
     assert source["models"] == {"base": "old: base", "adapted": "old (2): adapted"}
+
+
+@pytest.mark.parametrize("command", ["evaluate", "metrics", "compare"])
+def test_figures_replace_only_those_of_the_same_command(run, folder, tmp_path, command):
+    root, output = folder("site", 6), tmp_path / "scores.json"
+    assert run("evaluate", "--data", root, "--split", "all", "--output", output)[0] == 1
+    commands = {
+        "evaluate": ["--data", root, "--split", "all"],
+        "metrics": [scores_path(output), "--bootstrap_resamples", 20],
+        "compare": [output, output, "--bootstrap_resamples", 20],
+    }
+    arguments, own = commands[command], tmp_path / "own.json"
+    for _ in range(2):
+        assert run(command, *arguments, "--output", own)[0] in (0, 1) and own.is_file()
+    taken = [(own, other) for other in commands if other != command]
+    for index, content in enumerate(("{", "[]", "{}", '{"sources": [], "provenance": null}')):
+        taken.append((tmp_path / f"{index}.json", command))
+        taken[-1][0].write_text(content, encoding="utf-8")
+    for path, other in taken:
+        before = path.read_bytes()
+        status, out, err = run(other, *commands[other], "--output", path)
+        assert (status, out) == (2, "") and path.read_bytes() == before
+        assert err == (
+            f"error: {path}: it exists, and `medct {other}` did not write it. Choose another --output, or remove it.\n"
+        )
+
+
+def test_scores_that_nobody_named_are_not_replaced(run, tmp_path):
+    scores = tmp_path / "my.studies.csv"
+    scores.write_text("of others", encoding="utf-8")
+    status, _, err = run("evaluate", "--data", "phantoms", "--limit", 4, "--output", tmp_path / "my.json")
+    assert status == 2 and err.startswith(f"error: {scores}: it exists, and the scores that belong to my.json go there")
+    assert scores.read_text(encoding="utf-8") == "of others"
+
+
+@pytest.mark.parametrize("command", ["evaluate", "metrics"])
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_figures_are_kept_where_they_cannot_be_printed(converted, tmp_path, command):
+    table, output = tmp_path / "scores.csv", tmp_path / "figures.json"
+    rows = [f"{k},{k % 2},m,s,all,p{k},{k % 2}" for k in range(9)]
+    table.write_text("\n".join(["file_name,Mass,model,source,split,patient,Mass label", *rows]), encoding="utf-8")
+    arguments = {
+        "metrics": [table, "--bootstrap_resamples", 9],
+        "evaluate": ["--data", "phantoms", "--limit", 9, "--cpu", "--model", converted, "--bootstrap_resamples", 9],
+    }[command]
+    line = [sys.executable, "-m", "medct.cli", command, *map(str, arguments), "--output", str(output)]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(line, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    said = done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and said.startswith("error: ") and "No space left on device" in said
+    assert read(output)["sources"]
+
+
+def test_a_label_that_the_terminal_cannot_show_is_escaped(tmp_path):
+    table, output = tmp_path / "scores.csv", tmp_path / "figures.json"
+    rows = [f"{k},{k % 2},m,s,all,p{k},{k % 2}" for k in range(9)]
+    text = "\n".join(["file_name,Gefäß,model,source,split,patient,Gefäß label", *rows])
+    table.write_text(text, encoding="utf-8")
+    line = [sys.executable, "-m", "medct.cli", "metrics", str(table), "--bootstrap_resamples", "9"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    done = subprocess.run(
+        [*line, "--output", str(output)], capture_output=True, encoding="ascii", env=environment, check=False
+    )
+    assert done.returncode == 0 and done.stderr == ""
+    assert json.loads(r'"Gef\u00e4\u00df"') == "Gefäß" and r"Gef\u00e4\u00df" in done.stdout
+    assert read(output)["label_names"] == ["Gefäß"]
 
 
 @pytest.mark.parametrize("split", ["tune", "all"])

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 import time
+from pathlib import Path
 
 import filelock
 import pytest
@@ -102,6 +103,13 @@ def test_an_output_that_cannot_be_is_named(tmp_path):
     with pytest.raises(OSError) as caught, only_run(tmp_path / "file" / "out.csv"):
         pytest.fail("must not begin")
     assert str(tmp_path / "file") in _end_of(caught.value)[1]
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no folder in which nobody can make a file")
+def test_where_no_file_can_be_made_there_is_no_other_run():
+    with pytest.raises(OSError) as caught, only_run("/proc/x.json"):
+        pytest.fail("must not begin")
+    assert _end_of(caught.value)[1] == "error: /proc/x.json: no file can be made in /proc. Choose another output."
 
 
 def test_a_clock_that_jumps_ends_no_lock(tmp_path, other_run, monkeypatch):

@@ -648,3 +648,49 @@ def test_each_setting_of_the_grid_is_compared(folder, tmp_path, config, setting)
     path.write_text(json.dumps(manifest), encoding="utf-8")
     with pytest.raises(DataError, match=f"prepared for `{setting}`"):
         prepared_source(tmp_path / "out", "train", config)
+
+
+@pytest.mark.parametrize("name", ["README.md", "data/train-0.parquet", "records/notes.txt"])
+def test_shards_do_not_lie_among_files_of_others(name, tmp_path, config, sources):
+    other = tmp_path / name
+    other.parent.mkdir(exist_ok=True)
+    other.write_text("of others", encoding="utf-8")
+    with pytest.raises(DataError, match=r"it holds something else, such as .*Choose another folder"):
+        prepare.prepare(sources, config, tmp_path, SETTINGS)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [other]
+    assert other.read_text(encoding="utf-8") == "of others"
+
+
+def test_a_folder_that_was_killed_at_its_start_is_begun_again(folder, tmp_path, config, sources):
+    (tmp_path / "records").mkdir()
+    (tmp_path / "records" / ".settings.json.partial-0123abcd").write_text("{", encoding="utf-8")
+    prepare.prepare(sources, config, tmp_path, SETTINGS)
+    assert contents(tmp_path) == contents(folder)
+
+
+@pytest.mark.parametrize("where", ["", "shards", "../link/shards"])
+def test_shards_do_not_lie_in_their_source(where, small_model, tmp_path, refused):
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "metadata.csv").write_text(
+        "\n".join([",".join(["file_name", *CT_CLIP_LABELS]), *(f"{k}.nii.gz,{'1,' * 17}0" for k in range(60))]),
+        encoding="utf-8",
+    )
+    for k in range(60):
+        (source / f"{k}.nii.gz").write_bytes(b"never read")
+    before = sorted(source.iterdir())
+    (tmp_path / "link").symlink_to(source)
+    assert "which is read. Choose a folder outside of it." in refused(
+        "prepare", str(source), str(source / where), "--model", str(small_model)
+    )
+    assert sorted(source.iterdir()) == before
+
+
+@pytest.mark.parametrize("table", ["metadata.csv", "train/metadata.csv", "own.csv"])
+def test_shards_beside_tables_are_refused(folder, table, tmp_path, config):
+    mixed = tmp_path / "mixed"
+    shutil.copytree(folder, mixed)
+    (mixed / table).parent.mkdir(exist_ok=True)
+    (mixed / table).write_text(f"{'VolumeName' if table == 'own.csv' else 'file_name'}\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"both prepared shards \(manifest.json\) and tables of studies. Move one"):
+        open_source(str(mixed), "train", config)

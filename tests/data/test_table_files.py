@@ -90,6 +90,12 @@ def test_what_cannot_be_told_is_refused(tmp_path, content, message):
     assert str(refusal.value).startswith(f"{path}: ")
 
 
+def test_a_table_that_is_not_there_is_said_to_be_so(tmp_path):
+    with pytest.raises(DataError) as refusal:
+        read_table(tmp_path / "nope.csv", ["a"])
+    assert str(refusal.value) == f"{tmp_path / 'nope.csv'}: no such file. Check the path."
+
+
 def test_without_openpyxl_it_says_what_to_do(tmp_path, monkeypatch):
     path = write_xlsx(tmp_path / "table.xlsx", [["a"], ["1"]])
     monkeypatch.setitem(__import__("sys").modules, "openpyxl", None)

@@ -11,6 +11,7 @@ from medct.inference.search import (
     nearest,
     read_embeddings,
     read_reports,
+    refuse_shared,
     report_of,
     write_embeddings,
 )
@@ -120,6 +121,16 @@ def test_the_longest_end_of_a_path_is_the_studys(tmp_path):
     reports = read_reports(tmp_path / "reports.csv")
     assert report_of("/data/a/1.nii.gz", reports) == "Long."
     assert report_of("/data/b/1.nii.gz", reports) == "Short."
+
+
+def test_a_report_of_several_studies_is_refused(tmp_path):
+    path, reports = tmp_path / "reports.csv", {"1.nii.gz": "Short.", "a/1.nii.gz": "Long."}
+    refuse_shared(reports, ["x/a/1.nii.gz", "x/b/1.nii.gz", "x/b/2.nii.gz", "x/c/2.nii.gz"], path)
+    with pytest.raises(SearchError) as refusal:
+        refuse_shared(reports, ["x/a/1.nii.gz", "x/b/1.nii.gz", "x/c/1.nii.gz"], path)
+    assert str(refusal.value) == (
+        f"{path}: its row '1.nii.gz' could be of x/b/1.nii.gz and of x/c/1.nii.gz. Write more of their paths into it."
+    )
 
 
 def test_a_csv_without_reports_is_refused(tmp_path):

@@ -48,6 +48,17 @@ def check_elements(resource: dict) -> None:
     assert resource.get("status") == STATUS.get(kind)
 
 
+def test_a_fingerprint_is_not_called_a_commit():
+    of_folder = Algorithm("site", "sha256-bf16:0", "adapter", "sha256:1")
+    of_hub = Algorithm("org/site", "0" * 40, "org/adapter", "1" * 40)
+    for algorithm, what in ((of_folder, "fingerprint"), (of_hub, "commit")):
+        (device,) = resources(fhir.bundle(FINDINGS, algorithm))["Device"]
+        said = [version["type"]["text"] for version in device["version"]]
+        assert said == ["software", "model", f"model {what}", "adapter", f"adapter {what}"]
+        lines = [line.split(": ")[0] for line in algorithm.parameters]
+        assert lines == ["model", what, "adapter", f"{what} of the adapter"]
+
+
 @pytest.mark.parametrize("identity", [None, IDENTITY])
 def test_the_structure_is_that_of_the_standard(identity):
     bundle = json.loads(json.dumps(fhir.bundle(FINDINGS, ALGORITHM, identity), allow_nan=False))

@@ -36,6 +36,7 @@ def test_local_folders_are_named_without_their_place(pipe, converted, tmp_path):
     assert found.adapter_commit == f"sha256:{hashlib.sha256(weights).hexdigest()}"
     assert (found.model, found.adapter, found.is_synthetic) == (converted.name, "site-b", False)
     assert found.model_commit.startswith("sha256-bf16:")
+    assert [line.split(":")[0] for line in found.parameters[1:4:2]] == ["fingerprint", "fingerprint of the adapter"]
     assert not any("/" in line for line in found.parameters)
     assert found.parameters[-1] == "prompts: {label}|no {label}"
 

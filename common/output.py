@@ -1,0 +1,43 @@
+"""Standard output that says what it can, and what went wrong with it."""
+
+import codecs
+import io
+import json
+import os
+import sys
+
+_ESCAPED = "medct.escaped"
+
+
+def escape_unknown() -> None:
+    """Let characters that the terminal's or the file's encoding lacks be printed as escapes, which JSON can read."""
+    codecs.register_error(_ESCAPED, _escaped)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=_ESCAPED)
+
+
+def _escaped(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return json.dumps(error.object[error.start : error.end])[1:-1], error.end
+
+
+def flush_output() -> None:
+    """Write out what has been printed, here and not when the process ends, where nobody could say what went wrong.
+
+    Raises:
+        OSError: If it cannot be written, of a full disk say; what is left of it is dropped.
+    """
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        drop_output()
+        raise OSError(error.errno, error.strerror, "standard output") from error
+
+
+def drop_output() -> None:
+    """Let what has not been written out go nowhere: the interpreter would try once more when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
