@@ -342,7 +342,7 @@ def test_scores_that_nobody_named_are_not_replaced(run, tmp_path):
     assert scores.read_text(encoding="utf-8") == "of others"
 
 
-@pytest.mark.parametrize("command", ["evaluate", "metrics"])
+@pytest.mark.parametrize("command", [pytest.param("evaluate", marks=pytest.mark.slow), "metrics"])
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
 def test_figures_are_kept_where_they_cannot_be_printed(converted, tmp_path, command):
     table, output = tmp_path / "scores.csv", tmp_path / "figures.json"
@@ -360,6 +360,7 @@ def test_figures_are_kept_where_they_cannot_be_printed(converted, tmp_path, comm
     assert read(output)["sources"]
 
 
+@pytest.mark.slow
 def test_a_label_that_the_terminal_cannot_show_is_escaped(tmp_path):
     table, output = tmp_path / "scores.csv", tmp_path / "figures.json"
     rows = [f"{k},{k % 2},m,s,all,p{k},{k % 2}" for k in range(9)]

@@ -371,7 +371,7 @@ def test_patches_lose_nothing_to_half_precision_before_they_are_scaled(model):
     assert (half - expected).norm() < 0.01 * expected.norm()
 
 
-@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("grad", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_vision_model_compiles_as_one_graph(model, batch, grad):
     vision = model.vision_model
     compiled = torch.compile(vision, fullgraph=True, backend="aot_eager")
