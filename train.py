@@ -48,7 +48,6 @@ from medct.evaluation.scoring import (
     Texts,
     about_model,
     embed_prompts,
-    has_known_label,
     has_same_labels,
     is_classifier,
     prompts_for,
@@ -101,7 +100,7 @@ from medct.training.settings import (
     complete,
     parse_settings,
 )
-from medct.training.sources import endless, load_sources, number_of_steps, steps_per_epoch
+from medct.training.sources import endless, has_known_label, load_sources, number_of_steps, steps_per_epoch
 from medct.training.strength import Choice, Line, choose_strength
 
 

@@ -6,7 +6,7 @@ import functools
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -219,6 +219,7 @@ def _evaluate(args: argparse.Namespace, recorded: Mapping[str, Any] | None) -> i
         about |= figures_of(models, about["description"], **options)
         about["studies"] = lists[f"{about['source']}, {args.split}"] = list_checksum(next(iter(by_model.values())))
     names = list(dict.fromkeys(name for about in sources for name in about["present"]))
+    points, _ = next(iter(brought.values()))
     results = {
         "measured_on": "; ".join(about["description"] for about in sources),
         "synthetic": any(about["synthetic"] for about in sources),
@@ -227,7 +228,7 @@ def _evaluate(args: argparse.Namespace, recorded: Mapping[str, Any] | None) -> i
         "sources": sources,
         "table": evaluation_report(sources, names),
         "remarks": [
-            *([] if args.tune_on is None else _on_points(next(iter(brought.values()))[0], names)),
+            *([] if args.tune_on is None else remark_on_points(points.get(YOUDEN, {}), names)),
             *(remark for about in sources for remark in _remarks(about)),
         ],
         "provenance": provenance(
@@ -445,10 +446,6 @@ def figures_of(models: Mapping[str, Scores], what: str, **options: int) -> dict[
         return source_figures(models, next(iter(models.values())).scored.names, **options)
     except ValueError as error:
         raise CommandError(f"{what}: {error}") from error
-
-
-def _on_points(points: Points, names: Sequence[str]) -> list[str]:
-    return remark_on_points([name for name in names if name not in points.get(YOUDEN, {})], names)
 
 
 def _remarks(about: Mapping[str, Any]) -> Iterator[str]:

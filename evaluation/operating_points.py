@@ -81,13 +81,14 @@ def choose_points(
     return points
 
 
-def remark_on_points(lacking: Sequence[str], names: Sequence[str]) -> list[str]:
+def remark_on_points(thresholds: Mapping[str, float], names: Sequence[str]) -> list[str]:
     """Why findings have no operating point; nothing if all have one.
 
     Args:
-        lacking: Those that have none.
+        thresholds: By finding, of those that have one.
         names: Of all.
     """
+    lacking = [name for name in names if name not in thresholds]
     which = "any finding" if len(lacking) == len(names) else ", ".join(lacking)
     said = f"No operating point for {which}: fewer than {FEWEST} tuning patients have it, or are without it."
     return [said] if lacking else []

@@ -247,15 +247,6 @@ def refuse_shares(source: Source) -> None:
                 )
 
 
-def has_known_label(source: Source) -> bool:
-    """Whether a label of any study is known.
-
-    Args:
-        source: Whose rows are read, without their volumes, until one is.
-    """
-    return any(not np.isnan(row["labels"]).all() for row in map(source.read, source.keys()))
-
-
 @torch.no_grad()
 def embed_studies(
     model: AnyModel, loader: StudyLoader, accelerator: Accelerator, what: str

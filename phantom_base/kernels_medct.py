@@ -59,12 +59,12 @@ class _Thread(threading.local):
 
 
 _thread = _Thread()
-# Classes whose forward pass kernels may compute in their place.
+# Classes whose forward pass kernels, or a recording, may compute in their place.
 _fusible: set[type] = {nn.Linear, nn.Conv3d}
 
 
 def fusible(module_class: type) -> type:
-    """Class decorator: kernels may compute the forward pass of modules of this very class."""
+    """Class decorator: kernels, or a recording, may compute the forward pass of modules of this very class."""
     _fusible.add(module_class)
     return module_class
 

@@ -165,8 +165,7 @@ def few_patients(results: dict[str, Any]) -> list[str]:
             f"{comparison['patients']} held-out patients are too few to tell how far the figures are to be trusted, so "
             f"there are no intervals.{remedy}"
         )
-    lacking = [name for name in results["label_names"] if name not in (results["thresholds"] or {})]
-    return remarks + remark_on_points(lacking, results["label_names"])
+    return remarks + remark_on_points(results["thresholds"] or {}, results["label_names"])
 
 
 def few_steps(steps: int, per_epoch: int, settings: TrainingSettings) -> str | None:

@@ -1,5 +1,6 @@
 """What a run reads: its studies by split, and how many steps they make."""
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -89,3 +90,12 @@ def endless(loader: StudyLoader) -> Iterator[dict[str, Any]]:
     """Batches of one epoch after the other."""
     while True:
         yield from loader
+
+
+def has_known_label(source: Source) -> bool:
+    """Whether a label of any study is known.
+
+    Args:
+        source: Whose rows are read, without their volumes, until one is.
+    """
+    return any(not all(map(math.isnan, row["labels"])) for row in map(source.read, source.keys()))

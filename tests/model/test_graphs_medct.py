@@ -12,7 +12,7 @@ from torch import nn
 from medct import graphs_medct, modeling_medct
 
 
-class Doubler(nn.Linear):
+class Product(nn.Linear):
     """What is recorded in these tests: a product, something in place, and indices."""
 
     def __init__(self):
@@ -38,61 +38,61 @@ def imitated(monkeypatch):
 
 
 @pytest.fixture
-def doubler() -> Doubler:
+def product() -> Product:
     torch.manual_seed(0)
-    return Doubler()
+    return Product()
 
 
-def assert_right(doubler, rows):
-    expected = rows @ doubler.weight.detach().t() + doubler.bias.detach()
-    made, indices = doubler(rows)
+def assert_right(product, rows):
+    expected = rows @ product.weight.detach().t() + product.bias.detach()
+    made, indices = product(rows)
     torch.testing.assert_close(made, expected)
     assert torch.equal(indices, expected.argmax(dim=-1))
     return made
 
 
-def test_the_third_call_launches_nothing_one_by_one(doubler):
+def test_the_third_call_launches_nothing_one_by_one(product):
     for _ in range(2):
-        assert_right(doubler, torch.randn(2, 4))
-    launched = doubler.runs
-    results = [(rows, assert_right(doubler, rows)) for rows in torch.randn(3, 2, 4)]
-    assert doubler.runs == launched
+        assert_right(product, torch.randn(2, 4))
+    launched = product.runs
+    results = [(rows, assert_right(product, rows)) for rows in torch.randn(3, 2, 4)]
+    assert product.runs == launched
     for rows, made in results:  # no later replay has written to them
-        torch.testing.assert_close(made, rows @ doubler.weight.detach().t() + doubler.bias.detach())
+        torch.testing.assert_close(made, rows @ product.weight.detach().t() + product.bias.detach())
 
 
-def test_weights_written_in_place_are_followed_and_others_recorded_anew(doubler):
+def test_weights_written_in_place_are_followed_and_others_recorded_anew(product):
     for _ in range(3):
-        assert_right(doubler, torch.randn(2, 4))
-    launched = doubler.runs
+        assert_right(product, torch.randn(2, 4))
+    launched = product.runs
     with torch.no_grad():
-        doubler.weight.mul_(-2)
-    assert_right(doubler, torch.randn(2, 4))
-    assert doubler.runs == launched
-    doubler.weight.data = torch.randn(3, 4)
+        product.weight.mul_(-2)
+    assert_right(product, torch.randn(2, 4))
+    assert product.runs == launched
+    product.weight.data = torch.randn(3, 4)
     for _ in range(3):
-        assert_right(doubler, torch.randn(2, 4))
-    assert doubler.runs > launched
+        assert_right(product, torch.randn(2, 4))
+    assert product.runs > launched
 
 
-def test_rows_of_another_shape_or_precision_are_recorded_anew(doubler):
+def test_rows_of_another_shape_or_precision_are_recorded_anew(product):
     for rows in (torch.randn(2, 4), torch.randn(5, 4)):
         for _ in range(3):
-            assert_right(doubler, rows)
-    before = doubler.runs
+            assert_right(product, rows)
+    before = product.runs
     torch.backends.cuda.matmul.fp32_precision = "tf32"
     try:
-        assert_right(doubler, torch.randn(5, 4))
+        assert_right(product, torch.randn(5, 4))
     finally:
         torch.backends.cuda.matmul.fp32_precision = "ieee"
-    assert doubler.runs == before + 1
+    assert product.runs == before + 1
 
 
-def test_each_owner_has_its_own_and_takes_it_along(doubler):
-    other = copy.deepcopy(doubler)
+def test_each_owner_has_its_own_and_takes_it_along(product):
+    other = copy.deepcopy(product)
     other.weight.data *= 3
     for _ in range(3):
-        assert_right(doubler, torch.randn(2, 4))
+        assert_right(product, torch.randn(2, 4))
         assert_right(other, torch.randn(2, 4))
     assert len(graphs_medct._recordings) == 2
     del other
@@ -100,51 +100,51 @@ def test_each_owner_has_its_own_and_takes_it_along(doubler):
     assert len(graphs_medct._recordings) == 1
 
 
-def test_recorded_in_inference_mode_and_replayed_without(doubler):
+def test_recorded_in_inference_mode_and_replayed_without(product):
     with torch.inference_mode():
         for _ in range(2):
-            assert_right(doubler, torch.randn(2, 4))
-    launched = doubler.runs
-    made = assert_right(doubler, torch.randn(2, 4))
-    assert doubler.runs == launched
+            assert_right(product, torch.randn(2, 4))
+    launched = product.runs
+    made = assert_right(product, torch.randn(2, 4))
+    assert product.runs == launched
     assert not made.is_inference()
 
 
-def test_what_cannot_be_recorded_is_launched_and_said_once(doubler, monkeypatch):
-    run = doubler.run
+def test_what_cannot_be_recorded_is_launched_and_said_once(product, monkeypatch):
+    run = product.run
 
     def refused(rows):
         if Streams.current != "main":
             raise RuntimeError("operation not permitted when stream is capturing\nand much more")
         return run(rows)
 
-    monkeypatch.setattr(doubler, "run", refused)
-    assert_right(doubler, torch.randn(2, 4))
+    monkeypatch.setattr(product, "run", refused)
+    assert_right(product, torch.randn(2, 4))
     with pytest.warns(RuntimeWarning, match=r"cannot be recorded \(RuntimeError: operation .* capturing\), so they"):
-        assert_right(doubler, torch.randn(2, 4))
+        assert_right(product, torch.randn(2, 4))
     assert not graphs_medct.use_graphs
     assert Streams.current == "main"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert_right(doubler, torch.randn(2, 4))
+        assert_right(product, torch.randn(2, 4))
 
 
-def test_a_replay_that_is_wrong_is_left_out_and_said(doubler, monkeypatch):
+def test_a_replay_that_is_wrong_is_left_out_and_said(product, monkeypatch):
     monkeypatch.setattr(Graph, "replay", lambda graph: None)
-    assert_right(doubler, torch.randn(2, 4))
+    assert_right(product, torch.randn(2, 4))
     with pytest.warns(RuntimeWarning, match=r"are off by .*% when replayed, so they are made one by one"):
-        assert_right(doubler, torch.randn(2, 4))
+        assert_right(product, torch.randn(2, 4))
     assert not graphs_medct.use_graphs
     assert not graphs_medct._recordings
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, 0.0])
-def test_results_without_a_length_say_nothing_about_a_replay(doubler, value):
+def test_results_without_a_length_say_nothing_about_a_replay(product, value):
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("error")
-        doubler.bias.fill_(value)
+        product.bias.fill_(value)
         for _ in range(3):
-            doubler(torch.zeros(2, 4))
+            product(torch.zeros(2, 4))
     assert graphs_medct.use_graphs
 
 
