@@ -19,6 +19,7 @@ import io
 import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any, BinaryIO
 
@@ -274,6 +275,38 @@ def _slices_of(
     return [_slice(file, header, k, frame, shared, pixels, rescale) for k, frame in enumerate(frames)]
 
 
+@dataclass(frozen=True)
+class _Attributes:
+    """What is said of a slice: by the functional groups of a frame, or by a flat data set.
+
+    Args:
+        name: Of the slice.
+        header: Of its file.
+        groups: Of its frame, the frame's own first; `None` in a flat data set.
+    """
+
+    name: str
+    header: Elements
+    groups: list[Elements] | None
+
+    def value(self, sequence: str, attribute: str) -> Any:
+        """An attribute; `None` if nobody says it."""
+        if self.groups is None:
+            return self.header.get(attribute)
+        said = (group.get(sequence)[0].get(attribute) for group in self.groups if group.get(sequence))
+        return next((found for found in said if found is not None), None)
+
+    def numbers(self, sequence: str, attribute: str, count: int) -> np.ndarray:
+        """`(count,)`, an attribute of the slice's place."""
+        found = self.value(sequence, attribute)
+        if found is None:
+            raise VolumeError(self.name, f"it has no {attribute}", "Export the series with its geometry")
+        array = np.array(found, dtype=float).reshape(-1)
+        if array.shape != (count,) or not (np.abs(array) < _MOST_MM).all():
+            raise VolumeError(self.name, f"its {attribute} is not a list of {count} numbers below {_MOST_MM:g}", AGAIN)
+        return array
+
+
 def _slice(
     file: ByteSource,
     header: Elements,
@@ -284,27 +317,8 @@ def _slice(
     rescale: tuple[float | None, float | None],
 ) -> Slice:
     name = name_of(file, frame)
-
-    def value(sequence: str, attribute: str) -> Any:
-        """An attribute of the frame's functional groups, or of a flat data set."""
-        if frame is None:
-            return header.get(attribute)
-        for groups in (own, shared):
-            if groups is not None and groups.get(sequence):
-                found = groups.get(sequence)[0].get(attribute)
-                if found is not None:
-                    return found
-        return None
-
-    def numbers(sequence: str, attribute: str, count: int) -> np.ndarray:
-        found = value(sequence, attribute)
-        if found is None:
-            raise VolumeError(name, f"it has no {attribute}", "Export the series with its geometry")
-        array = np.array(found, dtype=float).reshape(-1)
-        if array.shape != (count,) or not (np.abs(array) < _MOST_MM).all():
-            raise VolumeError(name, f"its {attribute} is not a list of {count} numbers below {_MOST_MM:g}", AGAIN)
-        return array
-
+    said = _Attributes(name, header, None if frame is None else [each for each in (own, shared) if each is not None])
+    value, numbers = said.value, said.numbers
     try:
         position = numbers("PlanePositionSequence", "ImagePositionPatient", 3)
         orientation = numbers("PlaneOrientationSequence", "ImageOrientationPatient", 6)
