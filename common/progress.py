@@ -32,8 +32,9 @@ class tqdm(library.tqdm):  # noqa: N801 - the library's own name
 
     def __init__(self, *args, disable: bool = False, **kwargs):
         if not sys.stderr.isatty():
-            seconds = {"delay": LINE_SECONDS, "mininterval": LINE_SECONDS, "maxinterval": LINE_SECONDS}
-            kwargs |= {"file": _Lines(), "bar_format": _LINE, **seconds}
+            # The clock is looked at after every step; else a thread of the library's would, and write a second line.
+            times = {"delay": LINE_SECONDS, "mininterval": LINE_SECONDS, "miniters": 1}
+            kwargs |= {"file": _Lines(), "bar_format": _LINE, **times}
         super().__init__(*args, disable=disable or _is_quiet, **kwargs)
 
 
