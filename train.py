@@ -15,7 +15,6 @@ import hashlib
 import json
 import math
 import shlex
-import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -28,7 +27,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 from medct.adapters_medct import adapter_fingerprint, describe_adapter, fingerprint
 from medct.common.digest import digest
-from medct.common.distributed import process_rank, shard, sum_gradients, sum_over_processes
+from medct.common.distributed import process_rank, shard, sum_gradients
 from medct.common.errors import StoppedError, one_line_errors
 from medct.common.files import refuse_taken
 from medct.common.host import device_name, keep_freed_memory, peak_memory_bytes, quiet_libraries
@@ -101,6 +100,7 @@ from medct.training.settings import (
     parse_settings,
 )
 from medct.training.sources import endless, has_known_label, load_sources, number_of_steps, steps_per_epoch
+from medct.training.stopping import StopWish
 from medct.training.strength import Choice, Line, choose_strength
 
 
@@ -140,7 +140,7 @@ class Trainer:
         )
         self.remarks = [*(remark for remark in remarks if remark), *self._left_out()]
         self.folder.work.mkdir(parents=True, exist_ok=True)
-        self.stopped_by = ""
+        self.stop = StopWish()
         self.line: Line | None = None
 
     def run(self) -> dict[str, Any]:
@@ -175,7 +175,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             # Adapter, plots and tables.
             self.folder.reserve(8 * self.counts["trainable_parameters"] + 2**23)
-        with self._noting_signals():
+        with self.stop.noting():
             self._train(model)
         self._check_base(model)
         choice = self._choose_strength(model, before)
@@ -185,29 +185,6 @@ class Trainer:
         results = self._results(before, after, choice)
         self._save(model, results, before, after)
         return results
-
-    @contextlib.contextmanager
-    def _noting_signals(self) -> Iterator[None]:
-        """While training, SIGTERM and Ctrl-C are wishes to stop after the step; a second Ctrl-C is not put off."""
-
-        def note(number: int, *_: Any) -> None:
-            if self.stopped_by and number == signal.SIGINT:
-                raise KeyboardInterrupt
-            self.stopped_by = signal.Signals(number).name
-
-        before: dict[int, Any] = {}
-        try:
-            for each in (signal.SIGTERM, signal.SIGINT):
-                # A job in the background ignores Ctrl-C, which is meant for another.
-                if signal.getsignal(each) is not signal.SIG_IGN:
-                    before[each] = signal.signal(each, note)
-        except (AttributeError, ValueError):  # a system without it, or a thread, which gets no signals
-            pass
-        try:
-            yield
-        finally:
-            for each, handler in before.items():
-                signal.signal(each, handler)
 
     def _left_out(self) -> Iterator[str]:
         """Remarks on studies that no figure knows of."""
@@ -340,9 +317,9 @@ class Trainer:
                 if history:
                     history.add(state.step, figures)
                 accelerator.log(figures, step=state.step)
-                if self._must_stop():
+                if self.stop.is_anyones(accelerator.device):
                     checkpoints.save(state)
-                    by = self.stopped_by or "a signal to another process"
+                    by = self.stop.by or "a signal to another process"
                     raise StoppedError(f"stopped by {by} after step {state.step} of {self.steps}. {self._remedy()}")
                 is_last = state.step == self.steps or best.has_waited_enough
                 if state.step % settings.checkpoint_steps == 0 or is_last:
@@ -414,11 +391,6 @@ class Trainer:
         mappings = [source.mapping for _, source in sorted(self.sources.items())]
         learned = json.dumps([self.config.label_names, self.config.label_prompts(), mappings])
         return hashlib.sha256(learned.encode()).hexdigest()[:16]
-
-    def _must_stop(self) -> bool:
-        """Whether any process was told to; all of them stop after the same step."""
-        told = torch.tensor(float(bool(self.stopped_by)), device=self.accelerator.device)
-        return bool(sum_over_processes(told))
 
     def _check_base(self, model: PeftModel | MedCTModel) -> None:
         if digest(frozen_tensors(model)) != self.frozen:

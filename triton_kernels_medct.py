@@ -1,6 +1,6 @@
 """The passes over memory between the vision encoder's products, as Triton kernels for NVIDIA cards.
 
-What they compute is `modeling_medct`'s, in float32 inside whatever the tensors hold; `kernels_medct.fused` says when
+What they compute is `layers_medct`'s, in float32 inside whatever the tensors hold; `kernels_medct.fused` says when
 they are used. Each reads and writes a tensor once where the plain formulation does so several times. Weights of norms
 and convolutions are constants here: gradients are those of the tensors that flow through.
 

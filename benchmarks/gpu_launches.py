@@ -28,7 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from medct import MedCTConfig, MedCTModel, kernels_medct, modeling_medct
+from medct import MedCTConfig, MedCTModel, kernels_medct, layers_medct, modeling_medct
 
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64"}
 NO_LAUNCHES = ("aten.empty", "aten.new_empty", "aten._unsafe_view")
@@ -137,7 +137,7 @@ def recorded() -> Iterator[Launches]:
     with (
         mock.patch.object(JITFunction, "run", lambda function, *a, **k: launches.launch(function, *a, **k)),
         mock.patch.object(kernels_medct, "runs_kernels", lambda _: True),
-        mock.patch.object(modeling_medct, "agree", lambda *_: True),
+        mock.patch.object(layers_medct, "agree", lambda *_: True),
         torch.no_grad(),  # in which, unlike in inference mode, copies are calls of their own
         launches,
     ):

@@ -1,4 +1,4 @@
-"""Products and copies in the form that is fastest on the hardware at hand; what they compute is `modeling_medct`'s.
+"""Products and copies in the form that is fastest on the hardware at hand; what they compute is `layers_medct`'s.
 
 Each has a plain formulation that gives the same up to rounding: `linear` is `F.linear`, `nearest` an argmax. Layers
 narrower than `WIDE` take the plain one, so that a small model rounds as the original does.

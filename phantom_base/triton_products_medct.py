@@ -1,6 +1,6 @@
 """Products that are never written to memory as a whole, as Triton kernels: attention with a bias, nearest codes.
 
-What they compute is `modeling_medct`'s; `kernels_medct.fused` says when they are used.
+What they compute is `layers_medct`'s; `kernels_medct.fused` says when they are used.
 """
 
 import math

@@ -32,7 +32,8 @@ from medct.data.phantoms import report_sentences
 from medct.evaluation.metrics import zero_shot_scores
 from medct.evaluation.scoring import score_studies, tokenize_prompts
 from medct.image_processing_medct import MedCTImageProcessor
-from medct.modeling_medct import MedCTModel, MedCTQuantizer, contrastive_loss
+from medct.layers_medct import MedCTQuantizer
+from medct.modeling_medct import MedCTModel, contrastive_loss
 from medct.processing_medct import MedCTProcessor
 from medct.publishing.registration import register
 
