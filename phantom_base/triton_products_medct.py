@@ -4,7 +4,6 @@ What they compute is `layers_medct`'s; `kernels_medct.fused` says when they are 
 """
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -14,8 +13,9 @@ try:  # in `try`, so that nobody is asked to install it; who imports this file e
 except ImportError:
     raise
 
+from .triton_launch_medct import TINIEST_NORM, on_device_of
+
 _LOG2_E = tl.constexpr(math.log2(math.e))
-_TINIEST_NORM = tl.constexpr(1e-12)  # as `F.normalize`
 
 # Tiles: rows, columns, warps, stages.
 _LONG = (64, 64, 4, 3)
@@ -24,12 +24,6 @@ _SHORT_TOKENS = 32
 _CODES = (128, 128, 64, 8, 3)  # tokens, codes, channels, warps, stages
 _GATED = (128, 64, 64, 8, 8, 3)  # rows, columns, channels, group, warps, stages
 _CHOICE_ROWS = 4
-
-
-def on_device_of(tensor: torch.Tensor) -> AbstractContextManager:
-    """A context in which kernels are launched where a tensor lies; costs nothing where they are anyway."""
-    is_here = not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device()
-    return nullcontext() if is_here else torch.cuda.device(tensor.get_device())
 
 
 def _precision(dtype: torch.dtype) -> str:
@@ -74,7 +68,7 @@ def _attention_kernel(
     if HAS_SCALES:
         # Both scales stand with the queries, so that keys are only divided by their length: their scores are.
         wide = queries.to(tl.float32)
-        length = tl.maximum(tl.sqrt(tl.sum(wide * wide, axis=1)), _TINIEST_NORM)
+        length = tl.maximum(tl.sqrt(tl.sum(wide * wide, axis=1)), TINIEST_NORM)
         scale = tl.load(query_scale + channel).to(tl.float32) * tl.load(key_scale + channel).to(tl.float32) * scaling
         queries = (wide / length[:, None] * scale[None, :]).to(queries.dtype)
     greatest = tl.full((ROWS,), float("-inf"), tl.float32)
@@ -90,7 +84,7 @@ def _attention_kernel(
         scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
         if HAS_SCALES:
             wide_keys = keys.to(tl.float32)
-            key_length = tl.maximum(tl.sqrt(tl.sum(wide_keys * wide_keys, axis=1)), _TINIEST_NORM)
+            key_length = tl.maximum(tl.sqrt(tl.sum(wide_keys * wide_keys, axis=1)), TINIEST_NORM)
             scores *= (1.0 / key_length)[None, :]
         else:
             scores *= scaling
