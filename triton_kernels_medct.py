@@ -4,8 +4,8 @@ What they compute is `layers_medct`'s, in float32 inside whatever the tensors ho
 they are used. Each reads and writes a tensor once where the plain formulation does so several times. Weights of norms
 and convolutions are constants here: gradients are those of the tensors that flow through.
 
-All of them can be had from this file. It holds the gate, unit length and what is made of weights; the convolution, norms
-and products have files of their own.
+All of them can be had from this file. It holds the gate, unit length and what is made of weights; the convolution,
+norms and products have files of their own.
 
 Masks make every size right. Sizes of the model are constants of a kernel, those of a batch are not, so that
 another batch needs no other kernel. Sizes of tiles are those that were fastest on an H100.

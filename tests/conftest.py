@@ -146,6 +146,21 @@ def refused(capfd):
 
 
 @pytest.fixture
+def ended(capfd):
+    """`ended("predict", ...)`: the exit status of a command, stdout and stderr."""
+
+    def ended(*arguments: object) -> tuple[int, str, str]:
+        capfd.readouterr()  # what was printed before
+        try:
+            status = main([str(argument) for argument in arguments])
+        except SystemExit as stop:
+            status = stop.code
+        return status, *capfd.readouterr()
+
+    return ended
+
+
+@pytest.fixture
 def hub() -> Iterator[HubServer]:
     """A Hub of this test's own, on loopback; see `hub_server.py`."""
     server = HubServer()

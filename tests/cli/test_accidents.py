@@ -7,12 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import nibabel
-import numpy as np
 import pytest
+from scan_files import write_noise
 
 import medct
-from medct.cli import commands, main
+from medct.cli import commands
 from medct.common.errors import FAILED, INTERRUPTED, OK
 from medct.inference import studies as reading
 from medct.pipeline_medct import ZeroShotCTClassificationPipeline
@@ -26,24 +25,14 @@ def scans(tmp_path):
     folder = tmp_path / "scans"
     folder.mkdir()
     for index in range(3):
-        array = np.random.default_rng(index).integers(-1000, 1000, (9, 12, 5)).astype(np.int16)
-        nibabel.save(nibabel.Nifti1Image(array, np.diag([-3.0, -2, 4, 1])), folder / f"{index}.nii.gz")
+        write_noise(folder / f"{index}.nii.gz", index)
     return folder
 
 
 @pytest.fixture
-def run(capfd):
+def run(ended):
     """`run("predict", ...)`: exit status and stderr."""
-
-    def run(*arguments: object) -> tuple[int, str]:
-        capfd.readouterr()
-        try:
-            status = main([str(argument) for argument in arguments])
-        except SystemExit as stop:
-            status = stop.code
-        return status, capfd.readouterr().err
-
-    return run
+    return lambda *arguments: ended(*arguments)[::2]
 
 
 @pytest.fixture

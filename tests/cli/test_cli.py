@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from adapter_files import RESULTS, save_adapter
-from scan_files import make_hu, write_series
+from scan_files import make_hu, write_noise, write_series
 
 import medct
 from medct import (
@@ -45,8 +45,7 @@ def scans(tmp_path):
     folder = tmp_path / "scans"
     folder.mkdir()
     for index in range(3):
-        array = np.random.default_rng(index).integers(-1000, 1000, (9, 12, 5)).astype(np.int16)
-        nibabel.save(nibabel.Nifti1Image(array, np.diag([-3.0, -2, 4, 1])), folder / f"{index}.nii.gz")
+        write_noise(folder / f"{index}.nii.gz", index)
     write_series(folder / "series", make_hu((4, 12, 12)))
     (folder / "bad.nii.gz").write_bytes(b"nothing")
     nibabel.save(nibabel.Nifti1Image(np.eye(4, dtype=np.float32)[:, :, None] * [0, 1], np.eye(4)), folder / "mask.nii")
@@ -58,18 +57,13 @@ BAD = ["bad.nii.gz", "mask.nii"]
 
 
 @pytest.fixture
-def run(converted, capfd):
+def run(converted, ended):
     """`run("predict", ...)`: exit status, stdout, stderr, with the small model on the CPU."""
 
     def run(command: str, *arguments: object, model: object = converted) -> tuple[int, str, str]:
         options = ["--cpu"] if command != "recall" else []
         options += ["--model", str(model)] if model and command != "recall" else []
-        capfd.readouterr()  # output of the fixtures
-        try:
-            status = main([command, *map(str, arguments), *options])
-        except SystemExit as stop:
-            status = stop.code
-        return status, *capfd.readouterr()
+        return ended(command, *arguments, *options)
 
     return run
 

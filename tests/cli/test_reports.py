@@ -11,24 +11,19 @@ from reports import dciodvfy_errors
 from scan_files import SECRET, SECRET_DATE, make_hu, write_series
 
 from medct import CT_CLIP_LABELS, MedCTVisionModel
-from medct.cli import main
 
 pytest.importorskip("highdicom")
 
 
 @pytest.fixture
-def predict(converted, tmp_path, monkeypatch, capfd):
+def predict(converted, tmp_path, monkeypatch, ended):
     """`predict("series", "--fhir", "out.json")`: exit status and all that was printed, in a folder with two studies."""
     monkeypatch.chdir(tmp_path)
     write_series(tmp_path / "series", make_hu((6, 16, 12)))
 
     def predict(*arguments, model=converted):
-        try:
-            status = main(["predict", *arguments, "--model", str(model), "--cpu"])
-        except SystemExit as stop:
-            status = stop.code
-        captured = capfd.readouterr()
-        return status, captured.out + captured.err
+        status, out, err = ended("predict", *arguments, "--model", model, "--cpu")
+        return status, out + err
 
     return predict
 

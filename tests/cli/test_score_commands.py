@@ -7,11 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import nibabel
 import numpy as np
 import pandas as pd
 import pytest
 from adapter_files import RESULTS, save_adapter
+from scan_files import write_noise
 
 import medct
 from medct import CT_CLIP_LABELS
@@ -28,18 +28,13 @@ BAD = "bad.nii.gz"
 
 
 @pytest.fixture
-def run(converted, capfd):
+def run(converted, ended):
     """`run("evaluate", ...)`: exit status, stdout, stderr; evaluations with the small model on the CPU."""
 
     def run(command: str, *arguments: object, model: object = converted) -> tuple[int, str, str]:
         options = ["--cpu", "--num_workers", "0", "--bootstrap_resamples", "20"] if command == "evaluate" else []
         options += ["--model", str(model)] if model and command == "evaluate" else []
-        capfd.readouterr()  # output of the fixtures
-        try:
-            status = main([command, *map(str, arguments), *options])
-        except SystemExit as stop:
-            status = stop.code
-        return status, *capfd.readouterr()
+        return ended(command, *arguments, *options)
 
     return run
 
@@ -53,8 +48,7 @@ def folder(tmp_path):
         root.mkdir()
         rows = []
         for index in range(count):
-            array = np.random.default_rng(index).integers(-1000, 1000, (9, 12, 5)).astype(np.int16)
-            nibabel.save(nibabel.Nifti1Image(array, np.diag([-3.0, -2, 4, 1])), root / f"{index}.nii.gz")
+            write_noise(root / f"{index}.nii.gz", index)
             rows.append({"file_name": f"{index}.nii.gz", **dict.fromkeys(CT_CLIP_LABELS, index % 2)})
         (root / BAD).write_bytes(b"nothing")
         rows.append({"file_name": BAD, **dict.fromkeys(CT_CLIP_LABELS, 1)})

@@ -17,6 +17,7 @@ import torch
 from ct_rate_like import ct_rate_files, write_files
 from datasets import load_dataset
 from pyarrow import parquet
+from scan_files import write_noise
 
 from medct import CTVolume, MedCTConfig, MedCTImageProcessor, VolumeError, read_volume
 from medct.cli import main
@@ -529,8 +530,7 @@ def test_a_limit_takes_the_same_scans_from_a_source_and_from_its_shards(reconstr
     for scan in range(6):
         for reconstruction in (1, 2):
             name = f"train_{scan}_a_{reconstruction}.nii.gz"
-            array = np.random.default_rng(scan).integers(-1000, 1000, (9, 12, 5)).astype(np.int16)
-            nibabel.save(nibabel.Nifti1Image(array, np.diag([-3.0, -2, 4, 1])), volumes / name)
+            write_noise(volumes / name, scan)
             rows.append(
                 {"VolumeName": name, "Findings_EN": "x", "Impressions_EN": "y", **dict.fromkeys(CT_CLIP_LABELS, 0)}
             )

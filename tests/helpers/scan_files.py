@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pydicom
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
@@ -34,6 +35,13 @@ def make_hu(shape: tuple[int, ...] = (6, 16, 12), seed: int = 0) -> np.ndarray:
     axes = np.meshgrid(*(np.linspace(0, 1, n) for n in shape), indexing="ij")
     noise = np.random.default_rng(seed).integers(-30, 30, shape)
     return (1500 * sum(axes) / len(axes) - 1000 + noise).astype(np.int16)
+
+
+def write_noise(path: Path, seed: int = 0) -> Path:
+    """A small NIfTI scan of noise."""
+    array = np.random.default_rng(seed).integers(-1000, 1000, (9, 12, 5)).astype(np.int16)
+    nibabel.save(nibabel.Nifti1Image(array, np.diag([-3.0, -2, 4, 1])), path)
+    return path
 
 
 def new_slice(hu: np.ndarray, k: int) -> FileDataset:

@@ -1,9 +1,8 @@
 """A run stopped at any of its writes leaves whole files only, and the next one ends where one run would have."""
 
-import nibabel
-import numpy as np
 import pytest
 from accelerate import PartialState
+from scan_files import write_noise
 
 from medct.common import files
 from medct.image_processing_medct import MedCTImageProcessor
@@ -19,8 +18,7 @@ def run(tmp_path):
     folder = tmp_path / "scans"
     folder.mkdir()
     for index in range(2):
-        array = np.random.default_rng(index).integers(-1000, 1000, (9, 12, 5)).astype(np.int16)
-        nibabel.save(nibabel.Nifti1Image(array, np.diag([-3.0, -2, 4, 1])), folder / f"{index}.nii.gz")
+        write_noise(folder / f"{index}.nii.gz", index)
     (folder / "bad.nii.gz").write_bytes(b"nothing")
     processor = MedCTImageProcessor(image_size=(4, 8, 8), target_spacing_mm=(4, 4, 4))
     studies = find_studies([folder])

@@ -1,7 +1,6 @@
 """Learning more and forgetting less: replay, early stopping, strength and calibration in whole runs."""
 
 import dataclasses
-import functools
 import json
 import os
 import subprocess
@@ -22,7 +21,6 @@ from medct import CT_CLIP_LABELS, MedCTForImageClassification, MedCTModel, MedCT
 from medct import train as training
 from medct.adapters_medct import calibrated, read_description
 from medct.data import StudyLoader, phantom_source
-from medct.data.phantoms import make_phantom
 from medct.evaluation.metrics import FEWEST, zero_shot_scores
 from medct.evaluation.scoring import score_studies, tokenize_prompts
 from medct.pipeline_medct import CTClassificationPipeline
@@ -33,23 +31,20 @@ from medct.training.settings import TrainingSettings
 from medct.training.strength import GRID, Trial
 
 TUNE, EVAL, SITE_A_TUNE = 16, 12, range(12, 28)
-_draw_once = functools.lru_cache(maxsize=None)(make_phantom)
-
-
-@pytest.fixture(autouse=True)
-def phantoms_are_drawn_once(monkeypatch):
-    monkeypatch.setattr("medct.data.make_phantom", _draw_once)
+pytestmark = pytest.mark.usefixtures("phantoms_are_drawn_once")
 
 
 @pytest.fixture
-def settings(converted, tmp_path) -> TrainingSettings:
-    """A run of seconds on the small random model with everything that a run can choose: at most 8 steps."""
-    return TrainingSettings(
-        model=str(converted),
-        output_dir=str(tmp_path / "run"),
+def settings(small_run) -> TrainingSettings:
+    """With everything that a run can choose: at most 8 steps."""
+    default = TrainingSettings()
+    return dataclasses.replace(
+        small_run,
+        replay=default.replay,
+        keep=default.keep,
+        strength=default.strength,
         learning_rate=1e-2,
         rank=2,
-        batch_size=4,
         replay_share=0.25,
         epochs=2,
         eval_steps=2,
@@ -57,9 +52,6 @@ def settings(converted, tmp_path) -> TrainingSettings:
         phantom_tune_patients=TUNE,
         phantom_eval_patients=EVAL,
         checkpoint_steps=3,
-        bootstrap_resamples=20,
-        num_workers=0,
-        cpu=True,
     )
 
 
@@ -213,12 +205,10 @@ def test_a_resumed_run_equals_one_that_never_stopped(settings, step, monkeypatch
         return figures
 
     stopped = dataclasses.replace(settings, output_dir=str(tmp_path / "stopped"))
-    monkeypatch.setattr(Trainer, "_watch", cut)
-    monkeypatch.setattr(training, "choose_strength", cut_power)
-    with pytest.raises(PowerCutError):
+    with monkeypatch.context() as patch, pytest.raises(PowerCutError):
+        patch.setattr(Trainer, "_watch", cut)
+        patch.setattr(training, "choose_strength", cut_power)
         run(stopped)
-    monkeypatch.undo()
-    monkeypatch.setattr("medct.data.make_phantom", _draw_once)
     torch.rand(7)
     run(dataclasses.replace(stopped, resume=True, num_workers=1))
     same_run(tmp_path / "run", tmp_path / "stopped")

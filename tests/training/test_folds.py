@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import json
 import os
 import signal
@@ -16,7 +15,6 @@ from medct import CT_CLIP_LABELS, MedCTModel
 from medct import train as training
 from medct.common.errors import StoppedError
 from medct.data import PhantomCohort, open_source
-from medct.data.phantoms import make_phantom
 from medct.data.sources import Source
 from medct.evaluation.metrics import compare
 from medct.evaluation.predictions import Key
@@ -26,23 +24,15 @@ from medct.training.folds import divide
 from medct.training.run_folder import RunFolder
 from medct.training.settings import TrainingError, TrainingSettings, check
 
-_draw_once = functools.lru_cache(maxsize=None)(make_phantom)
 FOLDS = 3
-
-
-@pytest.fixture(autouse=True)
-def phantoms_are_drawn_once(monkeypatch):
-    monkeypatch.setattr("medct.data.make_phantom", _draw_once)
+pytestmark = pytest.mark.usefixtures("phantoms_are_drawn_once")
 
 
 @pytest.fixture
-def settings(converted, tmp_path) -> TrainingSettings:
+def settings(small_run) -> TrainingSettings:
     """Two steps for each of three folds of eight patients."""
-    return TrainingSettings(
-        model=str(converted), output_dir=str(tmp_path / "run"), rank=4, replay="none", keep="none", strength="1",
-        eval_steps=0, batch_size=4, phantom_train_patients=14, phantom_tune_patients=4, phantom_eval_patients=6,
-        bootstrap_resamples=20, num_workers=0, cpu=True, folds=FOLDS,
-    )  # fmt: skip
+    sizes = {"phantom_train_patients": 14, "phantom_tune_patients": 4, "phantom_eval_patients": 6}
+    return dataclasses.replace(small_run, folds=FOLDS, **sizes)
 
 
 def cohort(patients: int, of_one_kind: bool = False) -> Source:

@@ -4,12 +4,12 @@ import dataclasses
 import json
 import warnings
 
-import nibabel
 import numpy as np
 import pandas as pd
 import pytest
 from ct_rate_like import write_files
 from rad_chestct_like import rad_chestct_files
+from scan_files import write_noise
 
 from medct import CT_CLIP_LABELS, MedCTModel, MedCTProcessor
 from medct.adapters_medct import OtherWordsWarning
@@ -28,25 +28,9 @@ MERGED = "Arterial wall calcification or Coronary artery wall calcification"
 
 
 @pytest.fixture
-def settings(converted, tmp_path) -> TrainingSettings:
-    """A run of seconds on the small random model."""
-    return TrainingSettings(
-        model=str(converted),
-        output_dir=str(tmp_path / "run"),
-        recipe="paper",
-        rank=2,
-        replay="none",
-        keep="none",
-        strength="1",
-        eval_steps=0,
-        batch_size=4,
-        phantom_train_patients=8,
-        phantom_tune_patients=6,
-        phantom_eval_patients=12,
-        bootstrap_resamples=10,
-        num_workers=0,
-        cpu=True,
-    )
+def settings(small_run) -> TrainingSettings:
+    sizes = {"phantom_train_patients": 8, "phantom_tune_patients": 6, "phantom_eval_patients": 12}
+    return dataclasses.replace(small_run, recipe="paper", rank=2, bootstrap_resamples=10, **sizes)
 
 
 @pytest.fixture
@@ -164,8 +148,7 @@ def site(tmp_path):
     root.mkdir()
     rows = []
     for index in range(24):
-        array = np.random.default_rng(index).integers(-1000, 1000, (9, 12, 5)).astype(np.int16)
-        nibabel.save(nibabel.Nifti1Image(array, np.diag([-3.0, -2, 4, 1])), root / f"{index}.nii.gz")
+        write_noise(root / f"{index}.nii.gz", index)
         split = ("train", "train", "tune", "valid")[index % 4]
         rows.append({"file_name": f"{index}.nii.gz", "split": split, **dict.fromkeys(CT_CLIP_LABELS, index // 4 % 2)})
     return root, pd.DataFrame(rows)

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import json
 import math
 import os
@@ -32,7 +31,6 @@ from medct.cli import main
 from medct.common.errors import FAILED, STOPPED, StoppedError
 from medct.common.lock import LockedError, only_run
 from medct.data import DataError, StudyLoader, phantom_source
-from medct.data.phantoms import make_phantom
 from medct.evaluation.metrics import zero_shot_scores
 from medct.evaluation.predictions import Key, read_predictions
 from medct.evaluation.scoring import ScoredStudies, score_studies, tokenize_prompts
@@ -54,36 +52,14 @@ FILES = {
     "roc.png",
     "train_config.json",
 }
-_draw_once = functools.lru_cache(maxsize=None)(make_phantom)
 
 
-@pytest.fixture(autouse=True)
-def phantoms_are_drawn_once(monkeypatch):
-    """The same few patients serve most runs here."""
-    monkeypatch.setattr("medct.data.make_phantom", _draw_once)
+pytestmark = pytest.mark.usefixtures("phantoms_are_drawn_once")
 
 
 @pytest.fixture
-def settings(converted, tmp_path) -> TrainingSettings:
-    """A run of seconds on the small random model: 6 steps, and nothing chosen afterwards."""
-    return TrainingSettings(
-        model=str(converted),
-        output_dir=str(tmp_path / "run"),
-        recipe="paper",
-        learning_rate=3e-3,
-        rank=4,
-        replay="none",
-        keep="none",
-        strength="1",
-        eval_steps=0,
-        batch_size=4,
-        phantom_train_patients=24,
-        phantom_tune_patients=12,
-        phantom_eval_patients=20,
-        bootstrap_resamples=20,
-        num_workers=0,
-        cpu=True,
-    )
+def settings(small_run) -> TrainingSettings:
+    return dataclasses.replace(small_run, recipe="paper", learning_rate=3e-3)
 
 
 def adapter_bytes(folder: Path) -> bytes:

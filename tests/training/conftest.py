@@ -1,0 +1,37 @@
+"""Shared by the tests of training: a run of seconds."""
+
+import functools
+
+import pytest
+
+from medct.data.phantoms import make_phantom
+from medct.training.settings import TrainingSettings
+
+_draw_once = functools.lru_cache(maxsize=None)(make_phantom)
+
+
+@pytest.fixture
+def small_run(converted, tmp_path) -> TrainingSettings:
+    """A run of seconds on the small random model: 6 steps, and nothing chosen afterwards."""
+    return TrainingSettings(
+        model=str(converted),
+        output_dir=str(tmp_path / "run"),
+        rank=4,
+        replay="none",
+        keep="none",
+        strength="1",
+        eval_steps=0,
+        batch_size=4,
+        phantom_train_patients=24,
+        phantom_tune_patients=12,
+        phantom_eval_patients=20,
+        bootstrap_resamples=20,
+        num_workers=0,
+        cpu=True,
+    )
+
+
+@pytest.fixture
+def phantoms_are_drawn_once(monkeypatch):
+    """The same few patients serve most runs."""
+    monkeypatch.setattr("medct.data.make_phantom", _draw_once)
