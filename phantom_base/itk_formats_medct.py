@@ -37,6 +37,7 @@ _TEXT_PIECE_BYTES = 2**20
 _MAX_NUMBER_BYTES = 32
 _MAX_WHOLE = 2.0**53
 """Up to which double precision, as which texts are read, holds every whole number."""
+_SPACING_TOLERANCE = 1e-2
 _AGAIN = "Copy or download the file again"
 _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 _NRRD_TYPES = {
@@ -84,19 +85,32 @@ _NRRD_SPACES = {
         f"{x}-{y}-{z}" for x in ("left", "right") for y in ("anterior", "posterior") for z in ("superior", "inferior")
     )
 }
-_NRRD_DATA_FILE = ("data file", "datafile")
+_NRRD_ALIASES = {name.replace(" ", ""): name for name in ("data file", "line skip", "byte skip", "old min", "old max")}
+_NRRD_FIELDS = (
+    *("sizes", "type", "encoding", "endian", "space", "spacings", "space directions", "space origin", "space units"),
+    *_NRRD_ALIASES.values(),
+)
 _TEXTS = ("text", "txt", "ascii")
 _NRRD_SPACES |= {letters.lower(): letters for letters in _NRRD_SPACES.values()}
 
 
-_META_KEYS = (
-    *("Comment", "ObjectType", "ObjectSubType", "TransformType", "NDims", "Name", "ID", "ParentID", "AcquisitionDate"),
-    *("CompressedData", "CompressedDataSize", "CompressionLevel", "BinaryData", "BinaryDataByteOrderMSB", "Color"),
-    *("ElementByteOrderMSB", "Position", "Offset", "Origin", "Orientation", "Rotation", "TransformMatrix"),
-    *("CenterOfRotation", "DistanceUnits", "AnatomicalOrientation", "ElementSpacing", "DimSize", "HeaderSize"),
-    *("Modality", "SequenceID", "ElementMin", "ElementMax", "ElementNumberOfChannels", "ElementSize", "ElementType"),
+_META_FIELDS = (
+    *("CompressedData", "CompressedDataSize", "BinaryData", "BinaryDataByteOrderMSB", "ElementByteOrderMSB"),
+    *("Position", "Offset", "Origin", "Orientation", "Rotation", "TransformMatrix", "DistanceUnits", "ElementSpacing"),
+    *("ElementSize", "DimSize", "HeaderSize", "Modality", "ElementNumberOfChannels", "ElementType"),
     *("ElementToIntensityFunctionSlope", "ElementToIntensityFunctionOffset", "ElementDataFile"),
 )
+_META_KEYS = (
+    *("Comment", "ObjectType", "ObjectSubType", "TransformType", "NDims", "Name", "ID", "ParentID", "AcquisitionDate"),
+    *("CompressionLevel", "Color", "CenterOfRotation", "AnatomicalOrientation", "SequenceID", "ElementMin"),
+    *("ElementMax", *_META_FIELDS),
+)
+# Other names of a field, by which a header may say it a second time.
+_META_ALIASES = {
+    **dict.fromkeys(("Position", "Origin"), "Offset"),
+    **dict.fromkeys(("Rotation", "Orientation"), "TransformMatrix"),
+    "ElementByteOrderMSB": "BinaryDataByteOrderMSB",
+}
 _META_MODALITIES = ("MET_MOD_CT", "MET_MOD_OTHER", "MET_MOD_UNKNOWN")
 _META_SEPARATOR = re.compile("[=:]")
 _UNITS_MM = {
@@ -155,7 +169,7 @@ def read_nrrd(source: ByteSource, find: Finder, rescale: bool = False) -> CTVolu
         shape, dtype, encoding = _nrrd_layout(source, fields)
         affine, notes = _nrrd_affine(source, fields)
         _check_quantized(source, fields, dtype, rescale)
-        name = next((fields[key] for key in _NRRD_DATA_FILE if key in fields), None)
+        name = fields.get("data file")
         if name is None:
             return CTVolume(_nrrd_voxels(source, file, fields, shape, dtype, encoding), affine, source.name, notes)
         voxels = _detached(source, find, name)
@@ -166,7 +180,7 @@ def read_nrrd(source: ByteSource, find: Finder, rescale: bool = False) -> CTVolu
 
 def _check_quantized(source: ByteSource, fields: dict[str, str], dtype: np.dtype, rescale: bool) -> None:
     """Refuse whole numbers that stand for others, unless the caller says how."""
-    known = [fields.get(name, fields.get(name.replace(" ", ""))) for name in ("old min", "old max")]
+    known = [fields.get(name) for name in ("old min", "old max")]
     if None in known or rescale or dtype.kind == "f":
         return
     if [_number(source, value, "old min") for value in known] != [np.iinfo(dtype).min, np.iinfo(dtype).max]:
@@ -207,17 +221,39 @@ def _endless(source: ByteSource) -> VolumeError:
     return VolumeError(source.name, "its header has no end", _AGAIN)
 
 
+def _take(source: ByteSource, fields: dict[str, str], name: str, value: str) -> None:
+    """Keep what a header says, unless it has said something else: which of both is right cannot be known."""
+    known = fields.get(name) or value
+    if value and not _is_same(known, value):
+        raise _contradiction(source, name)
+    fields[name] = known
+
+
+def _contradiction(source: ByteSource, name: str) -> VolumeError:
+    return VolumeError(source.name, f"its header says two different things of its {name}", "Correct the header")
+
+
+def _is_same(one: str, other: str) -> bool:
+    """Whether two texts stand for the same numbers, or are the same words."""
+    try:
+        return np.array_equal(np.array(one.split(), float), np.array(other.split(), float), equal_nan=True)
+    except ValueError:
+        return one.lower() == other.lower()
+
+
 def _nrrd_fields(source: ByteSource, file: BinaryIO) -> dict[str, str]:
     fields: dict[str, str] = {}
     for line in _lines(source, file):
         if not line:
             return fields
         name, colon, value = line.partition(":")
-        if colon and not line.startswith("#") and not value.startswith("="):
-            fields[name.strip().lower()] = value.strip()
-        if name.lower() in _NRRD_DATA_FILE and value.split()[:1] == ["LIST"]:
+        name = name.strip().lower()
+        name = _NRRD_ALIASES.get(name, name)
+        if colon and name in _NRRD_FIELDS and not value.startswith("="):
+            _take(source, fields, name, value.strip())
+        if name == "data file" and value.split()[:1] == ["LIST"]:
             raise VolumeError(source.name, "its voxels are spread over a list of files", "Write it as one .nrrd file")
-    if not set(_NRRD_DATA_FILE) & set(fields):
+    if "data file" not in fields:
         raise _endless(source)
     return fields  # where the voxels lie in another file, this one may end with its last field
 
@@ -265,6 +301,7 @@ def _nrrd_affine(source: ByteSource, fields: dict[str, str]) -> tuple[np.ndarray
         affine = np.eye(4)
         affine[:3, :3] = np.array(columns).T
         affine[:3, 3] = origin
+        spacings = np.abs([float(word) for word in fields.get("spacings", "").split()])
     except (KeyError, ValueError) as error:
         raise VolumeError(
             source.name, "its header does not give three `space directions`", "Write it with directions and origin"
@@ -272,6 +309,9 @@ def _nrrd_affine(source: ByteSource, fields: dict[str, str]) -> tuple[np.ndarray
     units = {unit.strip() for unit in fields.get("space units", "").split('"')} - {""}
     unit_mm, notes = _unit(source, units.pop() if len(units) == 1 else "several" if units else "")
     with np.errstate(all="ignore"):  # what is not finite is refused
+        lengths = np.linalg.norm(affine[:3, :3], axis=0)
+        if len(spacings) == 3 and (np.abs(spacings / lengths - 1) > _SPACING_TOLERANCE).any():  # NaN says nothing
+            raise _contradiction(source, "spacings")
         affine = np.diag([unit_mm, unit_mm, unit_mm, 1.0]) @ affine_from_spacing((1, 1, 1), space) @ affine
     check_affine(source.name, affine)
     return affine, notes
@@ -307,8 +347,8 @@ def _nrrd_voxels(
     if not is_text:
         check_promise(source, promised, compressed=encoding not in ("raw",))
     try:
-        line_skip = int(fields.get("line skip", fields.get("lineskip", "0")))
-        byte_skip = int(fields.get("byte skip", fields.get("byteskip", "0")))
+        line_skip = int(fields.get("line skip", "0"))
+        byte_skip = int(fields.get("byte skip", "0"))
     except ValueError as error:
         raise VolumeError(source.name, "its NRRD header is damaged", _AGAIN) from error
     is_alone = is_detached and line_skip == byte_skip == 0
@@ -402,9 +442,10 @@ def read_metaimage(source: ByteSource, find: Finder, rescale: bool = False) -> C
     with source.open() as file:
         fields: dict[str, str] = {}
         for line in _lines(source, file):
-            name, *value = _META_SEPARATOR.split(line, maxsplit=1)
-            fields[name.strip()] = value[0].strip() if value else ""
-            if name.strip() == "ElementDataFile":
+            name, *value = (part.strip() for part in _META_SEPARATOR.split(line, maxsplit=1))
+            if name in _META_FIELDS:
+                _take(source, fields, _META_ALIASES.get(name, name), value[0] if value else "")
+            if name == "ElementDataFile":
                 break
         else:
             raise _endless(source)
@@ -421,9 +462,9 @@ def read_metaimage(source: ByteSource, find: Finder, rescale: bool = False) -> C
     return CTVolume(rescale_to_hu(array, *scale), affine, source.name, (*notes, *more))
 
 
-def _is_true(fields: dict[str, str], *names: str, default: str = "False") -> bool:
+def _is_true(fields: dict[str, str], name: str, default: str = "False") -> bool:
     """A truth value as MetaIO reads it, by its first letter."""
-    return next((fields[name] for name in names if name in fields), default)[:1] in ("T", "t", "1")
+    return fields.get(name, default)[:1] in ("T", "t", "1")
 
 
 def _meta_layout(source: ByteSource, fields: dict[str, str]) -> tuple[tuple[int, ...], np.dtype]:
@@ -441,7 +482,7 @@ def _meta_layout(source: ByteSource, fields: dict[str, str]) -> tuple[tuple[int,
             f"it has shape {shape} and {channels} channels",
             "Pass one volume with three axes, one at a time",
         )
-    is_big = _is_true(fields, "BinaryDataByteOrderMSB", "ElementByteOrderMSB")
+    is_big = _is_true(fields, "BinaryDataByteOrderMSB")
     check_voxels(source.name, shape, dtype)
     return shape, dtype.newbyteorder(">" if is_big else "<")
 
@@ -450,9 +491,9 @@ def _meta_affine(source: ByteSource, fields: dict[str, str]) -> tuple[np.ndarray
     spacing = fields.get("ElementSpacing") or fields.get("ElementSize")
     if spacing is None:
         raise VolumeError(source.name, "its header gives no ElementSpacing", "Write it with one, in mm")
-    axes = fields.get("TransformMatrix") or fields.get("Rotation") or fields.get("Orientation")
+    axes = fields.get("TransformMatrix")
     notes = () if axes else ("its header gives no TransformMatrix: axes taken towards L, P and S",)
-    offset = fields.get("Offset") or fields.get("Position") or fields.get("Origin")
+    offset = fields.get("Offset")
     count = len(fields["DimSize"].split())
     affine = np.eye(4)
     if axes:

@@ -115,6 +115,31 @@ def test_bad_nrrd(changes, reason, array, tmp_path):
     assert "SECRET" not in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "is_said_again"),
+    [
+        ("space origin", "(1,2,3)", False),
+        ("space origin", "(0,0,0)", True),
+        ("Space Directions", "(1,0,0) (0,1,0) (0,0,1)", False),
+        ("endian", "big", False),
+        ("type", "ushort", False),
+        ("sizes", "5 7 6", False),
+        ("byteskip", "2", False),
+        ("spacings", "1 1 1", False),
+        ("spacings", "nan nan nan", True),
+        ("spacings", "1 1 2", True),
+        ("content", "another text", True),
+    ],
+)
+def test_what_an_nrrd_header_says_twice(name, value, is_said_again, array):
+    content = nrrd_text(array, byte_skip="0", content="text").replace(b"key:=", f"{name}: {value}\nkey:=".encode())
+    if is_said_again:
+        assert np.array_equal(read_volume(content).array, array)
+    else:
+        with pytest.raises(VolumeError, match="says two different things of its "):
+            read_volume(content)
+
+
 def test_nrrd_text_is_sound(array, tmp_path):
     (tmp_path / "scan.nrrd").write_bytes(nrrd_text(array))
     assert np.array_equal(read_volume(tmp_path / "scan.nrrd").array, array)
@@ -180,6 +205,34 @@ def test_bad_metaimage(changes, reason, array, tmp_path):
     path.write_bytes(meta_text(array, **changes))
     with pytest.raises(VolumeError, match=reason):
         read_volume(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "is_said_again"),
+    [
+        *((name, "1 2 3", False) for name in ("Offset", "Position", "Origin")),
+        *((name, "0.0 0 -0", True) for name in ("Offset", "Position", "Origin")),
+        *((name, "", True) for name in ("Offset", "Position", "Origin")),
+        *((name, "0 1 0 1 0 0 0 0 1", False) for name in ("TransformMatrix", "Rotation", "Orientation")),
+        *((name, "True", False) for name in ("BinaryDataByteOrderMSB", "ElementByteOrderMSB")),
+        *((name, "false", True) for name in ("BinaryDataByteOrderMSB", "ElementByteOrderMSB")),
+        ("ElementSpacing", "1 1 1", False),
+        ("ElementSize", "1 1 5", True),  # of a slice that is thicker than the step
+        ("Comment", "another text", True),
+    ],
+)
+@pytest.mark.parametrize("is_first", [True, False])
+def test_what_a_metaimage_header_says_twice(name, value, is_said_again, is_first, array):
+    content = meta_text(array, Comment="text")
+    at = content.index(b"NDims" if is_first else b"ElementDataFile")
+    content = content[:at] + f"{name} = {value}\n".encode() + content[at:]
+    if is_said_again:
+        volume = read_volume(content)
+        assert np.array_equal(volume.array, array)
+        assert volume.spacing_mm == (1, 1, 2)
+    else:
+        with pytest.raises(VolumeError, match="says two different things of its "):
+            read_volume(content)
 
 
 def test_metaimage_without_axes_is_remarked_on(array, tmp_path):
