@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from .byte_sources_medct import ByteSource, Finder, base_name, check_promise, open_inflated, read_array
+from .byte_sources_medct import ByteSource, Finder, base_name, check_promise, of_bytes, open_inflated, read_array
 from .volume_medct import (
     NO_SECOND_RESCALE,
     REMARKED_VOXELS_OFF,
@@ -129,19 +129,22 @@ def read_nibabel_image(image: Any, affine: np.ndarray | None, rescale: bool) -> 
         raise VolumeError(source, "Analyze 7.5 does not say where right and left are", "Pass `affine=`")
     else:
         affine, notes = image.affine if affine is None else affine, ()
-    array, slope, intercept = _values_of_image(source, data, rescale)
+    array, slope, intercept = _values_of_image(source, image, shape, rescale)
     return CTVolume(rescale_to_hu(array.reshape(shape), slope, intercept), np.asarray(affine, float), source, notes)
 
 
-def _values_of_image(source: str, data: Any, rescale: bool) -> tuple[np.ndarray, float, float]:
-    """Values of a nibabel image's `dataobj`, and the slope and intercept that they still lack."""
+def _values_of_image(source: str, image: Any, shape: tuple[int, ...], rescale: bool) -> tuple[np.ndarray, float, float]:
+    """Values of a nibabel image, and the slope and intercept that they still lack."""
+    data = image.dataobj
     try:
         # Unscaled, because nibabel would scale in float64. Other proxies (AFNI, PAR/REC, MINC) scale in their own ways.
         if _is_plain_proxy(data):
-            array, slope, intercept = np.asanyarray(data.get_unscaled()), data.slope, data.inter
+            array, slope, intercept = _stored_values(source, image, shape), data.slope, data.inter
         else:
             array, slope, intercept = np.asanyarray(data), 1, 0
         is_scaled = rescale and _scales_itself(data, array)
+    except VolumeError:
+        raise
     except Exception as error:  # nibabel's own, struct's, zlib's, numpy's
         raise VolumeError(source, f"its voxels cannot be read ({error})", "Copy or download the file again") from error
     if rescale and (slope, intercept) != (1, 0):
@@ -149,6 +152,17 @@ def _values_of_image(source: str, data: Any, rescale: bool) -> tuple[np.ndarray,
     if is_scaled:
         raise VolumeError(source, "its format already rescales, in a way of its own", NO_SECOND_RESCALE)
     return array, slope, intercept
+
+
+def _stored_values(source: str, image: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """What the file of an image holds; of NIfTI to its end, so that its length and checksum are judged as of a path."""
+    data = image.dataobj
+    # The base of NIfTI. Files of other formats may hold more behind their voxels.
+    if not isinstance(image, nibabel.AnalyzeImage) or getattr(data, "order", "F") != "F":
+        return np.asanyarray(data.get_unscaled())
+    with nibabel.openers.ImageOpener(data.file_like) as stream:
+        stream.seek(data.offset)
+        return read_array(of_bytes(b"", source), stream, shape, data.dtype, is_alone=data.offset == 0)
 
 
 def _is_plain_proxy(data: Any) -> bool:

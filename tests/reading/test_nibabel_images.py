@@ -1,5 +1,7 @@
 """Images that nibabel opened, whose values nibabel itself is the judge of."""
 
+import gzip
+
 import nibabel
 import numpy as np
 import pytest
@@ -96,3 +98,29 @@ def test_an_image_has_the_values_that_nibabel_gives_it(case, tmp_path):
             read_volume(image, rescale_slope=1, rescale_intercept=-24)
     else:
         np.testing.assert_allclose(read_volume(image, rescale_intercept=-24).array, expected - 24)
+
+
+@pytest.mark.parametrize("name", ["scan.nii", "scan.nii.gz", "scan.img"])
+@pytest.mark.parametrize(("more", "is_read"), [(-1, False), (0, True), (1, True), (2 * 5 * 6 - 1, True), (60, False)])
+def test_an_image_is_as_long_as_the_header_says_as_its_file_is(name, more, is_read, tmp_path):
+    path = tmp_path / name
+    (nibabel.Nifti1Pair if name == "scan.img" else nibabel.Nifti1Image)(ARRAY, AFFINE).to_filename(path)
+    unpack, pack = (gzip.decompress, gzip.compress) if name.endswith(".gz") else (bytes, bytes)
+    content = unpack(path.read_bytes())
+    path.write_bytes(pack(content[:more] if more < 0 else content + bytes(more)))
+    for source in nibabel.load(path), path.with_suffix(".hdr") if name == "scan.img" else path:
+        if is_read and not (name == "scan.img" and more):
+            assert np.array_equal(read_volume(source).array, ARRAY)
+        else:
+            with pytest.raises(VolumeError, match="voxels"):
+                read_volume(source)
+
+
+def test_a_damaged_checksum_of_an_image(tmp_path):
+    path = tmp_path / "scan.nii.gz"
+    nibabel.save(nibabel.Nifti1Image(ARRAY, AFFINE), path)
+    image, content = nibabel.load(path), bytearray(path.read_bytes())  # which looks at so small a file to its end
+    content[-6] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(VolumeError, match="damaged"):
+        read_volume(image)
