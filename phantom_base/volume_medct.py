@@ -3,8 +3,9 @@
 Rules for values, in one place. Stored values become HU exactly once (`slope * stored + intercept`), and then
 - refused: NaN or infinite values; values that all lie within -1..1 (scaled for some network, or a mask);
 - remarked on (`VolumeWarning`, `CTVolume.notes`): all values within 0..255 (a picture already windowed, or labels); no
-  air, that is nothing below -500 HU (another modality, another unit, or a scan not rescaled); values above 30710 HU
-  (padding, or signed values read as unsigned ones).
+  air, that is nothing below -500 HU (another modality, another unit, or a scan not rescaled); hardly anything above
+  -500 HU (a scan rescaled twice, or a picture that was rescaled); values above 30710 HU (padding, or signed values
+  read as unsigned ones).
 A volume of one single value is not judged, since nothing can be told from it.
 
 Rules for space, the same for all formats. An affine is finite and not singular, its spacings are positive, and no axis
@@ -43,6 +44,8 @@ AIR_HU = -1000
 HIGHEST_HU = 30710
 """The end of the extended scale, on which metal is ten times the usual 3071 HU."""
 _NO_AIR_HU = -500
+_LEAST_TISSUE = 0.02
+"""Share of voxels above that; of a chest it is far more, of one rescaled twice only hard bone is left."""
 _USUAL_SHAPE = (512, 512, 512)
 # What the letters of an orientation mean in the world space of an affine, RAS+: (axis, direction).
 _RAS_DIRECTIONS = {"R": (0, 1), "L": (0, -1), "A": (1, 1), "P": (1, -1), "S": (2, 1), "I": (2, -1)}
@@ -278,9 +281,19 @@ def check_values(volume: CTVolume) -> tuple[str, ...]:
     notes = []
     if lowest > _NO_AIR_HU:
         notes.append(f"it holds no air (its lowest value is {lowest:g}): perhaps not rescaled, or no CT")
+    elif (tissue := _share_of_tissue(array)) < _LEAST_TISSUE:
+        notes.append(
+            f"it holds hardly any tissue ({tissue:.1%} above {_NO_AIR_HU} HU): perhaps rescaled twice, or a picture"
+        )
     if highest > HIGHEST_HU:
         notes.append(f"its highest value is {highest:g}, more than any CT has: padding, or values that lost their sign")
     return tuple(notes)
+
+
+def _share_of_tissue(array: np.ndarray) -> float:
+    """Of some voxels all over a scan."""
+    some = array[tuple(slice(None, None, max(1, length // 64)) for length in array.shape)]
+    return float(np.mean(some > _NO_AIR_HU))
 
 
 def check_affine(source: str, affine: np.ndarray) -> None:

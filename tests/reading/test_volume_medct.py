@@ -77,6 +77,24 @@ def test_values_are_remarked_on(lowest, highest, remark):
     assert remark is None or remark in remarks[0]
 
 
+@pytest.mark.parametrize(("count", "is_remarked"), [(0, True), (9, True), (10, False), (499, False), (500, False)])
+def test_a_scan_holds_tissue(count, is_remarked):
+    array = np.linspace(-1000, -600, 500, dtype="f4").reshape(5, 10, 10)
+    array.reshape(-1)[:count] = 40
+    remarks = check_values(CTVolume(array, AXIAL, "scan"))
+    assert bool(remarks) == is_remarked
+    assert not is_remarked or "hardly any tissue" in remarks[0]
+
+
+def test_a_scan_that_is_rescaled_twice_is_remarked_on():
+    hu = np.full((64, 64, 70), -1000, np.int16)
+    hu[16:48, 16:48] = 40
+    hu[30:34, 30:34] = 900
+    assert check_values(CTVolume(hu, AXIAL, "scan")) == ()
+    (remark,) = check_values(CTVolume(hu - np.int16(1024), AXIAL, "scan"))
+    assert "rescaled twice" in remark
+
+
 def test_a_single_value_is_not_judged():
     assert judge(0, 0) == ()
 
