@@ -324,7 +324,8 @@ def _slice(
         orientation = numbers("PlaneOrientationSequence", "ImageOrientationPatient", 6)
         spacing = numbers("PixelMeasuresSequence", "PixelSpacing", 2)
         steps = [value("PixelMeasuresSequence", step) for step in ("SpacingBetweenSlices", "SliceThickness")]
-        steps = tuple(float(step) for step in steps if isinstance(step, int | float))
+        # Some scanners write a step with the sign of its direction.
+        steps = tuple(abs(float(step)) for step in steps if isinstance(step, int | float))
         scale = [value("PixelValueTransformationSequence", part) for part in ("RescaleSlope", "RescaleIntercept")]
         unit = str(value("PixelValueTransformationSequence", "RescaleType") or "").strip().upper()
         types = _types(header.get("ImageType")) + _types(value("CTImageFrameTypeSequence", "FrameType"))

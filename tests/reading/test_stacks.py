@@ -54,7 +54,7 @@ def assert_two(folder, reason) -> None:
 
 @pytest.mark.parametrize(
     ("spacing", "thickness", "is_remarked"),
-    [(2, 2, True), (2, 3, True), (1, 2, False), (None, 2, False), (1.5, 2, False), (3, 3, False)],
+    [(2, 2, True), (-2, 2, True), (2, 3, True), (1, 2, False), (None, 2, False), (1.5, 2, False), (3, 3, False)],
 )
 def test_half_the_written_step_is_remarked_on(spacing, thickness, is_remarked, tmp_path):
     def write(ds, k):
@@ -189,7 +189,8 @@ def test_a_scan_without_contrast_is_another_one(tmp_path):
 @pytest.mark.parametrize("each", [2, 3])
 @pytest.mark.parametrize("name", ["SpacingBetweenSlices", "SliceThickness"])
 @pytest.mark.parametrize(
-    ("times", "is_numbered", "is_remarked"), [(1, True, True), (1, False, False), (1.5, True, False)]
+    ("times", "is_numbered", "is_remarked"),
+    [(1, True, True), (-1, True, True), (1, False, False), (1.5, True, False)],
 )
 def test_skipped_slices_are_remarked_on(times, is_numbered, name, each, is_remarked, tmp_path):
     def edit(ds, k):

@@ -76,6 +76,22 @@ def test_rounded_positions(step, digits, count, start, tmp_path):
     assert not remarked(volume) or rounding > 0.04
 
 
+@pytest.mark.parametrize("digits", [1, 6])
+def test_a_step_that_is_written_with_a_sign(digits, tmp_path):
+    """As some scanners do, by the direction in which slices were made."""
+
+    def write(sign):
+        def edit(ds, k):
+            ds.SpacingBetweenSlices, ds.SliceThickness = sign * 0.625, 5
+            ds.ImagePositionPatient = [0, 0, round(-311.37 + 0.625 * k, digits)]
+
+        return write_series(tmp_path / str(sign), make_hu((40, 2, 3)), edit)
+
+    affines = [read_volume(write(sign)).affine for sign in (1, -1)]
+    assert np.array_equal(*affines)
+    assert affines[0][2, 2] == 0.625
+
+
 @pytest.mark.parametrize(("count", "missing"), [(4, 1), (4, 2), (6, 1), (6, 3), (12, 1), (12, 5), (12, 10), (40, 20)])
 @pytest.mark.parametrize("thickness", [2.5, 5.0, None])
 def test_a_missing_slice_is_never_read_over(missing, count, thickness, tmp_path):
