@@ -26,6 +26,7 @@ _ITEM, _ITEM_END, _SEQUENCE_END = 0xFFFEE000, 0xFFFEE00D, 0xFFFEE0DD
 _PIXELS = (0x7FE00008, 0x7FE00009, 0x7FE00010)
 _LONG = (b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT", b"UV")
 _NUMBERS = {"US": "H", "SS": "h", "UL": "I", "SL": "i", "FL": "f", "FD": "d", "UV": "Q", "SV": "q"}
+_TWICE = "twice"
 _TEXTS_OF_ONE = ("LT", "ST", "UT", "UR")
 _MAX_VALUE_BYTES = 2**20
 """Longer values, such as overlays and colour tables, are passed over."""
@@ -68,6 +69,8 @@ class Elements:
         if tag not in self._raw:
             return default
         kind, value = self._raw[tag]
+        if kind == _TWICE:
+            raise ValueError("twice in one data set")
         if kind in ("", "UN"):
             kind = kind_of(tag)
             if kind == "US or SS":  # of pixel values
@@ -184,12 +187,17 @@ def _read_element(
     elif length == _UNDEFINED:
         # Values of an unknown kind and length are sequences without kinds.
         value = _items_of(stream, None, is_implicit or kind == "UN", is_little, depth)
-        raw[tag] = ("SQ", value)
+        _put(raw, tag, "SQ", value)
     elif length > _MAX_VALUE_BYTES and kind != "SQ" and (kind or kind_of(tag) != "SQ"):
         _skip(stream, length)
     else:
-        raw[tag] = (kind, _exactly(stream, length))
+        _put(raw, tag, kind, _exactly(stream, length))
     return tag
+
+
+def _put(raw: dict[int, tuple[str, Any]], tag: int, kind: str, value: Any) -> None:
+    """An element that a data set may hold once; two different ones leave nothing to rely on."""
+    raw[tag] = (_TWICE, None) if raw.get(tag, (kind, value)) != (kind, value) else (kind, value)
 
 
 def kind_of(tag: int) -> str:

@@ -141,6 +141,39 @@ def test_any_header_cut_short_is_an_error_or_has_what_stands_before():
             continue
 
 
+@pytest.mark.parametrize("syntax", SYNTAXES)
+@pytest.mark.parametrize("is_first", [True, False])
+@pytest.mark.parametrize(
+    ("name", "other", "is_read"),
+    [
+        ("RescaleIntercept", "0", False),
+        ("ImagePositionPatient", [1, 2, 3], False),
+        ("PixelRepresentation", 1, False),
+        ("RescaleIntercept", -1024, True),
+        ("PatientName", "SECRET", True),
+    ],
+)
+def test_an_element_that_is_there_twice(name, other, is_read, is_first, syntax):
+    """Readers take the first or the last; what is not asked for does not matter."""
+    ds = scan_files.new_slice(scan_files.make_hu((1, 8, 6))[0], 0)
+    own, more = (saved_item(scan_files.item(**{name: value}), syntax) for value in (ds.get(name), other))
+    raw = saved(ds, syntax)
+    assert raw.count(own) == 1
+    header, _ = header_of(raw.replace(own, more + own if is_first else own + more))
+    if is_read:
+        assert header.get("RescaleIntercept") == -1024
+    else:
+        with pytest.raises(ValueError, match="twice"):
+            header.get(name)
+
+
+def saved_item(item: pydicom.Dataset, syntax: str) -> bytes:
+    file = pydicom.filebase.DicomBytesIO()
+    file.is_little_endian, file.is_implicit_VR = syntax != ExplicitVRBigEndian, syntax == ImplicitVRLittleEndian
+    pydicom.filewriter.write_dataset(file, item)
+    return file.getvalue()
+
+
 def test_lengths_and_depths_are_bounded():
     element = struct.pack("<HH2sHI", 8, 0x1140, b"SQ", 0, 0xFFFFFFFF)
     item = struct.pack("<HHI", 0xFFFE, 0xE000, 0xFFFFFFFF)
