@@ -89,6 +89,7 @@ class MedCTImageProcessor(PicklesAnywhere, BaseImageProcessor):
         hu_per_unit: HU that make 1.0.
     """
 
+    _auto_class = "AutoImageProcessor"
     model_input_names = ["pixel_values"]
     valid_kwargs = MedCTImagesKwargs
 

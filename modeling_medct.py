@@ -141,6 +141,8 @@ class MedCTPreTrainedModel(PreTrainedModel):
     """What all models here share: configuration, initialisation, and what of transformers they support."""
 
     config: MedCTConfig
+    # So every part ships the code, also one that was taken out of a model that was loaded as remote code.
+    _auto_class = "AutoModel"
     base_model_prefix = "medct"
     main_input_name = "pixel_values"
     input_modalities = ("image", "text")
@@ -563,6 +565,7 @@ class MedCTModel(MedCTPreTrainedModel):
 class MedCTForImageClassification(MedCTPreTrainedModel):
     """The vision half with a linear head, one output a label ("ClassFine" of CT-CLIP)."""
 
+    _auto_class = "AutoModelForImageClassification"
     input_modalities = ("image",)
     _tasks = (CLASSIFIER_TASK,)
     _may_lack = ("classifier.",)

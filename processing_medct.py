@@ -34,6 +34,7 @@ class MedCTProcessor(PicklesAnywhere, ProcessorMixin):
         TypeError: If there is no such argument.
     """
 
+    _auto_class = "AutoProcessor"
     text_kwargs = {"padding": True, "truncation": True}
 
     def __init__(self, image_processor=None, tokenizer=None, **kwargs):

@@ -114,6 +114,7 @@ class MedCTVisionConfig(PreTrainedConfig):
         ValueError: If values contradict each other; the message holds both.
     """
 
+    _auto_class = "AutoConfig"
     model_type = "medct_vision_model"
     base_config_key = "vision_config"
 
@@ -249,6 +250,7 @@ class MedCTConfig(PreTrainedConfig):
         id2label: Names of the labels by their index; CT-CLIP's 18 findings by default.
     """
 
+    _auto_class = "AutoConfig"
     model_type = "medct"
     sub_configs_defaults = {
         "text_config": SubConfigSpec(config_class=AutoConfig, model_type="bert"),

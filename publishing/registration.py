@@ -11,7 +11,7 @@ from medct.processing_medct import MedCTProcessor
 
 
 def register() -> None:
-    """Let this process's Auto classes and `pipeline` find MedCT's, and let `save_pretrained` ship their code."""
+    """Let this process's Auto classes and `pipeline` find MedCT's."""
     AutoConfig.register(MedCTConfig.model_type, MedCTConfig, exist_ok=True)
     AutoConfig.register(MedCTVisionConfig.model_type, MedCTVisionConfig, exist_ok=True)
     AutoModel.register(MedCTConfig, MedCTModel, exist_ok=True)
@@ -19,16 +19,6 @@ def register() -> None:
     AutoModelForImageClassification.register(MedCTConfig, MedCTForImageClassification, exist_ok=True)
     AutoImageProcessor.register(MedCTConfig, MedCTImageProcessor, exist_ok=True)
     AutoProcessor.register(MedCTConfig, MedCTProcessor, exist_ok=True)
-    for shipped, auto_class in (
-        (MedCTConfig, "AutoConfig"),
-        (MedCTVisionConfig, "AutoConfig"),
-        (MedCTModel, "AutoModel"),
-        (MedCTVisionModel, "AutoModel"),
-        (MedCTForImageClassification, "AutoModelForImageClassification"),
-        (MedCTImageProcessor, "AutoImageProcessor"),
-        (MedCTProcessor, "AutoProcessor"),
-    ):
-        shipped.register_for_auto_class(auto_class)
     PIPELINE_REGISTRY.register_pipeline(ZERO_SHOT_TASK, ZeroShotCTClassificationPipeline, AutoModel, type="multimodal")
     PIPELINE_REGISTRY.register_pipeline(
         CLASSIFIER_TASK, CTClassificationPipeline, AutoModelForImageClassification, type="image"

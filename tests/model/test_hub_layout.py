@@ -78,11 +78,16 @@ def test_a_saved_folder_works_without_medct(model, processor, batch, nifti, tmp_
 def test_what_was_loaded_as_remote_code_saves_a_whole_folder(converted, tmp_path):
     code = """
 import sys
-from transformers import AutoModel, AutoProcessor
+from transformers import AutoConfig, AutoModel, AutoProcessor
 folder, first, second = sys.argv[1:]
 for source, target in ((folder, first), (first, second)):
     AutoModel.from_pretrained(source, trust_remote_code=True).save_pretrained(target)
     AutoProcessor.from_pretrained(source, trust_remote_code=True).save_pretrained(target)
+model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+for part, auto_class in ((model.vision_model, AutoModel), (model.config.vision_config, AutoConfig)):
+    part.save_pretrained(first + auto_class.__name__)
+    again = auto_class.from_pretrained(first + auto_class.__name__, trust_remote_code=True)
+    assert type(again).__name__ == type(part).__name__, again
 """
     run = run_without_medct(code, converted, tmp_path / "first", tmp_path / "second", home=tmp_path)
     assert run.returncode == 0, run.stderr
