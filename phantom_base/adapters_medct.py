@@ -169,6 +169,8 @@ def use_adapters(model: PreTrainedModel, name: list[str] | str) -> None:
         return
     # transformers' own stops half way at a whole module that one adapter has and another has not.
     set_adapter(model, name)
+    # Where tokens are adapted, a layer lies within such a module, and has just been told a name that it may not have.
+    set_adapter(model, name, layer_cls=())
 
 
 def refuse_name_of_a_part(model: PreTrainedModel, name: str) -> None:
@@ -318,7 +320,9 @@ def adapters_in_use(model: PreTrainedModel) -> list[str]:
     is_disabled = any(getattr(module, "disable_adapters", None) is True for module in model.modules())
     if is_disabled or not getattr(model, "_hf_peft_config_loaded", False):
         return []
-    return model.active_adapters()
+    # The model's own `active_adapters` asks one layer only, which may be one that the adapter in use has no part in.
+    active = [getattr(module, "active_adapters", None) for module in model.modules()]
+    return list(dict.fromkeys(name for names in active if isinstance(names, list) for name in names))
 
 
 def description_in_use(model: PreTrainedModel) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 from medct import AdapterMismatchError, MedCTModel, check_fit
-from medct.adapters_medct import base_tensors, fingerprint, read_description, without_load_report
+from medct.adapters_medct import adapters_in_use, base_tensors, fingerprint, read_description, without_load_report
 
 
 @pytest.fixture(scope="module")
@@ -401,12 +401,15 @@ def test_a_report_of_what_went_wrong_is_shown(reports, caplog):
     assert "the next" in caplog.text
 
 
-def test_an_adapter_with_a_whole_module_gives_way_to_one_without(converted, adapter, batch, tmp_path):
-    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["visual_projection"], init_lora_weights=False)
+@pytest.mark.parametrize(
+    "more", [{"modules_to_save": ["visual_projection"]}, {"trainable_token_indices": [0, 1, 2, 3, 4]}], ids="".join
+)
+def test_an_adapter_with_a_whole_module_gives_way_to_one_without(converted, adapter, batch, more, tmp_path):
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, **more)
     whole = get_peft_model(MedCTModel.from_pretrained(converted), config)
     with torch.no_grad():
         for name, parameter in whole.named_parameters():
-            if "modules_to_save" in name:
+            if "modules_to_save" in name or "tokens_delta" in name:
                 parameter.mul_(-1)
     whole.save_pretrained(tmp_path / "whole")
     alone = {}
@@ -423,9 +426,12 @@ def test_an_adapter_with_a_whole_module_gives_way_to_one_without(converted, adap
         both.load_adapter(tmp_path / "whole", "whole")
     for name in ("plain", "whole", "plain"):
         both.set_adapter(name)
+        assert adapters_in_use(both) == [name]
         torch.testing.assert_close(logits(both, batch), alone[name])
     with pytest.raises(ValueError, match="not found"):
         both.set_adapter("neither")
+    torch.testing.assert_close(logits(both, batch), alone["plain"])
+    both.delete_adapter("whole")
     torch.testing.assert_close(logits(both, batch), alone["plain"])
 
 
