@@ -28,6 +28,8 @@ from .adapters_medct import (
     loadable_tensors,
     refuse_adapter_without_values,
     refuse_name_of_a_part,
+    refuse_to_do_without,
+    refuse_to_share_base,
     use_adapters,
     without_load_report,
 )
@@ -246,6 +248,8 @@ class MedCTPreTrainedModel(PreTrainedModel):
             # The second argument is `adapter_state_dict`; beside offloaded layers transformers reads files only.
             if len(args) < 2 and not any(weight.is_meta for weight in self.parameters()):
                 kwargs.setdefault("adapter_state_dict", loadable_tensors(peft_model_id, **hub))
+        else:
+            refuse_to_share_base(self, args[0] if args else kwargs.get("peft_config"))
         with without_load_report():
             loaded = super().load_adapter(peft_model_id, adapter_name, *args, **kwargs)
         refuse_adapter_without_values(self, name)
@@ -253,13 +257,28 @@ class MedCTPreTrainedModel(PreTrainedModel):
         missing = {key for key in loaded.missing_keys if name in key.split(".")}
         if astray := missing | loaded.unexpected_keys:
             kind = self.peft_config[name].peft_type.value
-            self.delete_adapter(name)
+            super().delete_adapter(name)
             raise AdapterMismatchError(
                 f"{len(astray)} tensors of the adapter were not loaded, such as {min(astray)}; transformers loads no "
                 f"{kind} adapter whole. Use `peft.PeftModel.from_pretrained`, after `check_fit`."
             )
         self._described = {**self._described, name: (Snapshot(adapter_tensors(self, name)), description or {})}
         return loaded
+
+    def add_adapter(self, adapter_config, *args, **kwargs) -> None:
+        """transformers' own, for an adapter that leaves the base and so the others as they are; see `check_fit`."""
+        refuse_to_share_base(self, adapter_config)
+        super().add_adapter(adapter_config, *args, **kwargs)
+
+    def disable_adapters(self) -> None:
+        """transformers' own, where the base is what is left; see `check_fit`."""
+        refuse_to_do_without(self)
+        super().disable_adapters()
+
+    def delete_adapter(self, *args, **kwargs) -> None:
+        """transformers' own, where the base is what is left; see `check_fit`."""
+        refuse_to_do_without(self)
+        super().delete_adapter(*args, **kwargs)
 
     def set_adapter(self, adapter_name: list[str] | str) -> None:
         """transformers' own, also where one adapter has whole modules and another has none.

@@ -41,6 +41,8 @@ _COMPARABLE = (torch.float32, torch.bfloat16)
 _SAVED = "base_model.model."
 _CHUNK_ELEMENTS = 2**22
 _REPORTS = logging.getLogger("transformers.integrations.peft")
+# Ways to begin that take out of the base's weights what the adapter holds.
+_TAKEN_FROM_BASE = ("corda", "loftq", "lora_ga", "olora", "pissa")
 _SMALLEST_SCORE = 1e-7  # float32 tells no smaller ones from 0, or from 1
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
@@ -153,6 +155,46 @@ def refuse_adapter_without_values(model: PreTrainedModel, name: str) -> None:
         raise AdapterMismatchError(
             "The adapter belongs beside layers that are offloaded, where its weights cannot be loaded. Merge it into "
             "the model before (`PeftModel.merge_and_unload`, `save_pretrained`), or offload other layers."
+        )
+
+
+def _changes_base(config: Any) -> bool:
+    """Whether an adapter of a configuration changes the base's own weights where it is put on."""
+    begins = str(getattr(config, "init_lora_weights", "")).lower().split("_niter_")[0]
+    return begins in _TAKEN_FROM_BASE or getattr(config, "bias", "none") != "none"
+
+
+def refuse_to_share_base(model: PreTrainedModel, config: Any) -> None:
+    """Refuse to put an adapter beside others if one of them changes the base, which belongs to all of them.
+
+    Args:
+        model: With or without other adapters.
+        config: Of the new adapter.
+
+    Raises:
+        AdapterMismatchError: If it is so.
+    """
+    others = getattr(_without_peft(model), "peft_config", {}).values()
+    if others and any(map(_changes_base, (config, *others))):
+        raise AdapterMismatchError(
+            "An adapter that changes weights of its base (PiSSA, OLoRA and the like, or biases) cannot lie beside "
+            "another, whose scores would change too. Load each on a model of its own."
+        )
+
+
+def refuse_to_do_without(model: PreTrainedModel) -> None:
+    """Refuse to go on without an adapter that has changed the base: what is left is not the base.
+
+    Args:
+        model: With adapters.
+
+    Raises:
+        AdapterMismatchError: If it is so.
+    """
+    if any(map(_changes_base, getattr(model, "peft_config", {}).values())):
+        raise AdapterMismatchError(
+            "The adapter has changed weights of its base (PiSSA, OLoRA and the like, or biases), so that without it "
+            "this is not the base. Load the base anew."
         )
 
 
@@ -396,6 +438,7 @@ def check_fit(model: PreTrainedModel, adapter: str | Path, **hub: Any) -> dict[s
     | was trained with another window, spacing, size or orientation of `pixel_values` | refused |
     | lacks a tensor that its configuration asks for, has another one, or one of another shape | refused |
     | has a number that is NaN or infinite | refused |
+    | changes weights of the base (PiSSA, OLoRA and the like, biases), or another one there does | refused |
     | was trained with other labels or prompts | warning |
     | has no `medct_adapter.json`, or its base or this model cannot be told | warning: nothing to compare |
     | and the model is float16 or quantized | compared with the file that was loaded, and warning |
@@ -427,7 +470,9 @@ def check_fit(model: PreTrainedModel, adapter: str | Path, **hub: Any) -> dict[s
         _check_base(model, adapter, description["base"])
         _check_preprocessing(model, adapter, description["preprocessing"])
     tensors = read_tensors(adapter, **hub)
-    check_tensors(model, tensors, _peft().PeftConfig.from_pretrained(str(Path(config_file).parent)), str(adapter))
+    config = _peft().PeftConfig.from_pretrained(str(Path(config_file).parent))
+    refuse_to_share_base(model, config)
+    check_tensors(model, tensors, config, str(adapter))
     if description is None:
         warnings.warn(
             f"{adapter} has no {DESCRIPTION_FILE}: nobody can tell whether it was trained on this model.", stacklevel=3

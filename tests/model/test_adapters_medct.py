@@ -452,3 +452,38 @@ def test_a_loaded_adapter_that_is_saved_again_remembers(model, converted, adapte
         next(each for name, each in model.named_parameters() if "lora_B" in name).add_(1)
     model.save_pretrained(tmp_path / "changed")
     assert read_description(tmp_path / "changed") is None
+
+
+@pytest.mark.parametrize("begins", [True, "gaussian", "orthogonal", "eva", "mica", "olora", "pissa", "pissa_niter_4"])
+def test_an_adapter_that_changes_its_base_stands_alone(model, adapter, begins):
+    """Else the others' scores, and those of the base, would become others without a word."""
+    before = fingerprint(model)
+    config = LoraConfig(r=2, target_modules=["query"], init_lora_weights=begins)
+    model.add_adapter(config, "other")
+    if fingerprint(model) == before:
+        model.load_adapter(adapter, "plain")
+        model.disable_adapters()
+        return
+    with pytest.raises(AdapterMismatchError, match="without it this is not the base"):
+        model.disable_adapters()
+    with pytest.raises(AdapterMismatchError, match="without it this is not the base"):
+        model.delete_adapter("other")
+    with pytest.raises(AdapterMismatchError):
+        model.load_adapter(adapter, "plain")
+
+
+@pytest.mark.parametrize("change", [{"bias": "lora_only"}, {"init_lora_weights": "pissa"}])
+def test_beside_another_no_adapter_changes_the_base(model, converted, adapter, change, tmp_path):
+    model.load_adapter(adapter, "plain")
+    before = fingerprint(model)
+    folder = save_adapter(converted, tmp_path / "other", **change)
+    (folder / "medct_adapter.json").unlink()
+    peft_config = PeftConfig.from_pretrained(folder)
+    for put_on in (
+        lambda: model.load_adapter(folder, "other"),
+        lambda: model.load_adapter(None, "other", adapter_state_dict={}, peft_config=peft_config),
+        lambda: model.add_adapter(peft_config, "other"),
+    ):
+        with pytest.raises(AdapterMismatchError, match="cannot lie beside another"):
+            put_on()
+    assert fingerprint(model) == before and list(model.peft_config) == ["plain"]
