@@ -37,8 +37,6 @@ CONFIG_FILE = "adapter_config.json"
 
 # Rounding to bfloat16 is the same from float32 and from bfloat16 itself, and from no other type.
 _COMPARABLE = (torch.float32, torch.bfloat16)
-# What PEFT writes before every name, and looks for when it loads.
-_SAVED = "base_model.model."
 _CHUNK_ELEMENTS = 2**22
 _REPORTS = logging.getLogger("transformers.integrations.peft")
 # Ways to begin that take out of the base's weights what the adapter holds.
@@ -528,7 +526,7 @@ def check_tensors(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], c
     Raises:
         AdapterMismatchError: If one is missing, is not asked for, has another shape, or is NaN or infinite somewhere.
     """
-    wanted = {_SAVED + name: shape for name, shape in _wanted(model, config).items()}
+    wanted = _wanted(model, config)
     remedy = "Save it again, or ask its author for all of it."
     if missing := wanted.keys() - tensors.keys():
         raise AdapterMismatchError(
@@ -550,14 +548,17 @@ def check_tensors(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], c
 
 
 def _wanted(model: PreTrainedModel, config: Any) -> dict[str, torch.Size]:
-    """Shapes of the tensors that an adapter has on a model, by name: of one that is put on an empty copy."""
+    """Shapes of the tensors that PEFT saves of an adapter on a model, by name: of one that is put on an empty copy."""
     model, config = _without_peft(model), copy.deepcopy(config)
+    config.base_model_name_or_path = config.task_type = None  # neither says what there is to hold
     if hasattr(config, "init_lora_weights"):
         config.init_lora_weights = True  # other ways look at the weights, and here are none
     with torch.device("meta"):
         skeleton = type(model)(copy.deepcopy(model.config))
     try:
-        _peft().inject_adapter_in_model(config, skeleton, "wanted")
+        with warnings.catch_warnings(action="ignore"):  # of PEFT's own dealings with transformers
+            # Not `inject_adapter_in_model`, which takes no adapter whose layers share what is kept beside them.
+            adapted = _peft().get_peft_model(skeleton, config, adapter_name="wanted")
     except NotImplementedError as error:  # it looks at the weights, and here are none
         raise AdapterMismatchError(
             f"What an adapter of the kind {config.peft_type.value} has to hold depends on the weights of its base, so "
@@ -567,7 +568,7 @@ def _wanted(model: PreTrainedModel, config: Any) -> dict[str, torch.Size]:
         raise AdapterMismatchError(
             f"The adapter's configuration fits no module of this model ({str(error).splitlines()[0]}). Load its base."
         ) from error
-    found = _peft().get_peft_model_state_dict(skeleton, adapter_name="wanted")
+    found = _peft().get_peft_model_state_dict(adapted, adapter_name="wanted")
     return {name: tensor.shape for name, tensor in found.items()}
 
 

@@ -9,7 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 from adapter_files import save_adapter
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import (
+    LoHaConfig,
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    RandLoraConfig,
+    VBLoRAConfig,
+    VeraConfig,
+    get_peft_model,
+)
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
@@ -487,3 +496,29 @@ def test_beside_another_no_adapter_changes_the_base(model, converted, adapter, c
         with pytest.raises(AdapterMismatchError, match="cannot lie beside another"):
             put_on()
     assert fingerprint(model) == before and list(model.peft_config) == ["plain"]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        VeraConfig(r=2, target_modules=["q_proj"]),
+        VBLoRAConfig(r=2, num_vectors=4, vector_length=4, topk=2, target_modules=["q_proj"]),
+        RandLoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"),
+        LoHaConfig(r=2, target_modules=["q_proj"], task_type="SEQ_CLS"),
+    ],
+    ids=lambda config: config.peft_type.value,
+)
+def test_what_peft_saves_is_what_is_asked_for(model, converted, config, tmp_path):
+    """Also of kinds that transformers does not load, for which PEFT's own loader is asked."""
+    config.task_type, task = None, config.task_type
+    peft = get_peft_model(MedCTModel.from_pretrained(converted), config)
+    config.task_type = task
+    peft.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="nobody can tell") as warned:
+        check_fit(model, tmp_path)
+    assert len(warned) == 1
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    tensors.pop(max(tensors))
+    save_file(tensors, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(AdapterMismatchError, match="lacks 1 of"):
+        check_fit(model, tmp_path)
