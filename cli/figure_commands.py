@@ -14,13 +14,13 @@ from medct.cli.score_commands import figures_of, only_json, settings_of
 from medct.common.errors import OK
 from medct.configuration_medct import CT_CLIP_LABELS
 from medct.data.study_names import matched
-from medct.data.tables import to_numbers
 from medct.evaluation.figures import Scores
 from medct.evaluation.predictions import (
     NAME,
     Predictions,
     held_out,
     join_metadata,
+    labelled,
     named_table,
     paired,
     short_names,
@@ -30,7 +30,7 @@ from medct.evaluation.record import read_scores, write_figures
 from medct.evaluation.report import evaluation_report, retrieval_report
 from medct.evaluation.retrieval import Pairs, recall_figures, shared_findings
 from medct.evaluation.scoring import ScoredStudies
-from medct.inference.search import read_embeddings
+from medct.inference.search import read_embeddings, refuse_shared
 
 
 def compare_runs(args: argparse.Namespace) -> int:
@@ -145,14 +145,15 @@ def recall(args: argparse.Namespace) -> int:
 
 def _patients_and_labels(args: argparse.Namespace, studies: Sequence[str]) -> tuple[np.ndarray, np.ndarray | None]:
     """Of each study of an index; a study that the table does not name is a patient of its own, without findings."""
-    table = named_table(args.metadata).drop_duplicates(NAME).set_index(NAME)
-    names = matched(studies, set(table.index))
-    if not any(names):
-        raise CommandError(f"{args.metadata} names no study of {args.index}. Names must be the ends of their paths.")
+    table = named_table(args.metadata)
     columns = args.findings or [name for name in CT_CLIP_LABELS if name in table]
     if missing := [name for name in columns if name not in table]:
         raise CommandError(f"{args.metadata}: has no column {missing[0]!r}. Pass the names of its labels.")
-    rows = to_numbers(table.reindex(names), columns, str(args.metadata))
-    own = rows["patient"] if "patient" in rows else rows.index.to_series()
-    patients = [study if who is None or pd.isna(who) else str(who) for study, who in zip(studies, own, strict=True)]
+    table = labelled(table, columns, args.metadata).set_index(NAME)
+    names = matched(studies, set(table.index))
+    if not any(names):
+        raise CommandError(f"{args.metadata} names no study of {args.index}. Names must be the ends of their paths.")
+    refuse_shared(table.index, studies, args.metadata)
+    rows = table.reindex(names)
+    patients = [study if pd.isna(who) else who for study, who in zip(studies, rows["patient"], strict=True)]
     return np.array(patients), rows[columns].to_numpy(float) if columns else None

@@ -156,15 +156,11 @@ def join_metadata(predictions: Path, metadata: Path, split: str | None = None) -
     names = [name for name in scores if name in labels and name not in (*KEYS, NAME, "patient")]
     if not names:
         raise DataError(f"{predictions} and {metadata} have no label in common. Name the columns alike.")
-    patients = labels.get("patient", labels[NAME]).str.strip()
-    if (empty := int((patients == "").sum())) > 0:
-        raise DataError(f"{metadata}: {empty} rows have an empty 'patient'. Fill it in.")
-    labels = check_labels(labels, names, str(metadata)).assign(patient=patients)
+    labels = labelled(labels, names, metadata)
     if split is not None:
         if "split" not in labels:
             raise DataError(f"{metadata}: it has no column 'split'. Leave out --split.")
         labels = labels[labels["split"] == split]
-    _refuse_doubles(labels, [NAME], metadata)
     scores = to_numbers(scores, names, str(predictions))
     scores = scores.assign(**{NAME: matched(scores[NAME], set(labels[NAME])), "model": scores.get("model", "scores")})
     if 0 < (others := int(scores[NAME].isna().sum())) < len(scores):
@@ -197,7 +193,25 @@ def named_table(path: Path) -> pd.DataFrame:
     columns = columns_of(path)
     name = next((column for column in _NAME_COLUMNS if column in columns), NAME)
     table = read_table(path, [name], [column for column in columns if column != name])
-    return table.rename(columns={name: NAME})
+    return table.rename(columns={name: NAME}).assign(**{NAME: table[name].str.strip()})
+
+
+def labelled(table: pd.DataFrame, names: Sequence[str], path: Path) -> pd.DataFrame:
+    """A table of studies with labels as numbers and the patient of each study, by default the study itself.
+
+    Args:
+        table: From `named_table`.
+        names: Columns of the labels.
+        path: The file, for messages.
+
+    Raises:
+        DataError: If a label or a patient is not what it should be, or a study has two rows.
+    """
+    patients = table.get("patient", table[NAME]).str.strip()
+    if (empty := int((patients == "").sum())) > 0:
+        raise DataError(f"{path}: {empty} rows have an empty 'patient'. Fill it in.")
+    _refuse_doubles(table, [NAME], path)
+    return check_labels(table, names, str(path)).assign(patient=patients)
 
 
 def _refuse_doubles(table: pd.DataFrame, key: list[str], path: Path) -> None:

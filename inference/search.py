@@ -6,7 +6,7 @@ no reports, no labels and nothing from a scan's header; an `id` is the path that
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,7 +89,7 @@ def read_reports(path: Path) -> dict[str, str]:
             f"and one report, or {' and '.join(REPORT_COLUMNS)}."
         )
     reports = [join_text(*parts) for parts in table[columns].itertuples(index=False)]
-    return {study: report for study, report in zip(table[name], reports, strict=True) if report}
+    return {study: report for study, report in zip(table[name].str.strip(), reports, strict=True) if report}
 
 
 def report_of(study: str, reports: dict[str, str]) -> str | None:
@@ -106,19 +106,19 @@ def report_of(study: str, reports: dict[str, str]) -> str | None:
     return None if name is None else reports[name]
 
 
-def refuse_shared(reports: Mapping[str, str], studies: Sequence[str], path: Path) -> None:
-    """Refuse reports of which nobody can tell whose they are, because paths of several studies end with their name.
+def refuse_shared(names: Container[str], studies: Sequence[str], path: Path) -> None:
+    """Refuse rows of which nobody can tell whose they are, because paths of several studies end with their name.
 
     Args:
-        reports: From `read_reports`.
-        studies: Paths of all studies that a report may be given to.
-        path: The file of reports, for messages.
+        names: Of the rows of a table of reports or labels.
+        studies: Paths of all studies that a row may be given to.
+        path: The table, for messages.
 
     Raises:
-        SearchError: If a report would be given to several of them.
+        SearchError: If a row would be given to several of them.
     """
     first: dict[str, str] = {}
-    for study, name in zip(studies, matched(studies, reports), strict=True):
+    for study, name in zip(studies, matched(studies, names), strict=True):
         if name is not None and first.setdefault(name, study) != study:
             raise SearchError(
                 f"{path}: its row {name!r} could be of {first[name]} and of {study}. Write more of their paths into it."

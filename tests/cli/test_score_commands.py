@@ -1,5 +1,6 @@
 """Evaluate, compare and metrics: sources and models side by side, what is left out, and a run that is repeated."""
 
+import argparse
 import json
 import os
 import shutil
@@ -16,7 +17,9 @@ from scan_files import write_noise
 import medct
 from medct import CT_CLIP_LABELS
 from medct.cli import main, score_commands
+from medct.cli.figure_commands import _patients_and_labels
 from medct.data import phantom_source
+from medct.errors_medct import MedCTError
 from medct.evaluation.metrics import zero_shot_scores
 from medct.evaluation.operating_points import threshold_for
 from medct.evaluation.predictions import Key, Predictions, read_predictions, write_predictions
@@ -419,3 +422,27 @@ def test_predicted_scores_are_as_exact_as_the_model_gives_them(run, folder, tmp_
     (scored,) = read_predictions(scores_path(tmp_path / "scores.json")).scored.values()
     predicted = pd.read_csv(output)[scored.names].to_numpy(np.float32)
     assert np.array_equal(predicted, scored.scores.astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    ("table", "said"),
+    [
+        ("a,,1\nb,,0\n", "2 rows have an empty 'patient'"),
+        ("1.nii,P,1\n", "its row '1.nii' could be of x/1.nii and of y/1.nii"),
+        ("a,P,1\na,Q,0\n", "have several rows, such as 'a'"),
+        ("a,P,7\nb,Q,-1\n", "the label 'Mass' is 7 somewhere"),
+        (" a , P,yes\nb,P ,no\n", None),
+    ],
+)
+def test_patients_and_labels_of_retrieval_are_as_everywhere(tmp_path, table, said):
+    """Who has no name is not the same patient as all others without one, and a row is of one study."""
+    args = argparse.Namespace(metadata=tmp_path / "m.csv", index=tmp_path / "i.parquet", findings=["Mass"])
+    args.metadata.write_text(f"file_name,patient,Mass\n{table}", encoding="utf-8")
+    studies = ["x/a", "b", "x/1.nii", "y/1.nii"]
+    if said is not None:
+        with pytest.raises(MedCTError, match=said):
+            _patients_and_labels(args, studies)
+        return
+    patients, labels = _patients_and_labels(args, studies)
+    assert patients.tolist() == ["P", "P", "x/1.nii", "y/1.nii"]
+    np.testing.assert_array_equal(labels[:, 0], [1, 0, np.nan, np.nan])
