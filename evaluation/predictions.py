@@ -16,9 +16,11 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
+from medct.common.counting import counted
 from medct.common.files import whole_file
 from medct.data.sources import DataError
 from medct.data.study_names import matched
+from medct.data.subgroups import COLUMNS as SUBGROUPS
 from medct.data.table_files import columns_of, read_table
 from medct.data.tables import check_labels, to_numbers
 from medct.evaluation.scoring import ScoredStudies
@@ -153,7 +155,8 @@ def join_metadata(predictions: Path, metadata: Path, split: str | None = None) -
         DataError: If a file cannot be read, they share no label or no study, or a study has two rows.
     """
     scores, labels = (named_table(path) for path in (predictions, metadata))
-    names = [name for name in scores if name in labels and name not in (*KEYS, NAME, "patient")]
+    scores = _of_models(scores, split)
+    names = [name for name in _label_columns(scores) if name in labels]
     if not names:
         raise DataError(f"{predictions} and {metadata} have no label in common. Name the columns alike.")
     labels = labelled(labels, names, metadata)
@@ -194,6 +197,23 @@ def named_table(path: Path) -> pd.DataFrame:
     name = next((column for column in _NAME_COLUMNS if column in columns), NAME)
     table = read_table(path, [name], [column for column in columns if column != name])
     return table.rename(columns={name: NAME}).assign(**{NAME: table[name].str.strip()})
+
+
+def _of_models(scores: pd.DataFrame, split: str | None) -> pd.DataFrame:
+    """Rows that hold scores and, unless a split is asked for, not those of tuning patients; see `held_out`."""
+    if "model" in scores:
+        scores = scores[scores["model"] != ""]
+    is_tuned = scores.get("split", pd.Series("", scores.index)) == TUNE
+    if split is not None or is_tuned.all() or not is_tuned.any():
+        return scores
+    warnings.warn(f"{counted(int(is_tuned.sum()), 'score')} of tuning patients left out.", stacklevel=3)
+    return scores[~is_tuned]
+
+
+def _label_columns(scores: pd.DataFrame) -> list[str]:
+    """Columns of scores: of a run's own file those with a label beside them, of others all that can be."""
+    own = [name for name in scores if _LABEL.format(name) in scores]
+    return own or [name for name in scores if name not in (*KEYS, NAME, "patient", *SUBGROUPS)]
 
 
 def labelled(table: pd.DataFrame, names: Sequence[str], path: Path) -> pd.DataFrame:

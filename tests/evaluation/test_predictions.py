@@ -72,6 +72,27 @@ def test_scores_join_with_metadata_by_the_name_of_the_file(tmp_path):
     assert scored.ids == ["a/0.nii.gz", "2.nii.gz"]
 
 
+def test_a_runs_own_scores_join_with_the_table_it_was_made_of(tmp_path):
+    """Subgroups are no labels, what was trained on has no scores, and what was tuned on is not held out."""
+    valid, tune = studies(0, about=True), studies(1)
+    tune = dataclasses.replace(tune, ids=[f"t/{each}" for each in tune.ids])
+    written = {Key("new", "site-b", "tune"): tune, Key("new", "site-b", "valid"): valid}
+    path, metadata = tmp_path / "results.csv", tmp_path / "metadata.csv"
+    write_predictions(path, Predictions(NAMES, written), [("site-b", "train", ["x.nii"])])
+    table = pd.DataFrame({"file_name": [*valid.ids, *tune.ids, "x.nii"], "sex": "F", "Lung nodule": 1, "Mass": 0})
+    table.assign(split=["valid"] * 4 + ["tune"] * 4 + ["train"]).to_csv(metadata, index=False)
+    said = {None: "4 scores of tuning patients left out", "tune": "4 of 8 rows"}
+    for split, expected in ((None, valid), ("tune", tune)):
+        with pytest.warns(UserWarning, match=said[split]):
+            found = join_metadata(path, metadata, split)
+        (scored,) = found.scored.values()
+        assert (found.names, scored.ids) == (NAMES, expected.ids)
+        assert scored.scores.tolist() == expected.scores.tolist()
+    foreign = pd.DataFrame({"file_name": valid.ids, "sex": "F", "Mass": 0.5})
+    foreign.to_csv(path, index=False)
+    assert join_metadata(path, metadata).names == ["Mass"]
+
+
 @pytest.mark.parametrize(
     ("scores", "metadata", "said"),
     [
