@@ -92,7 +92,7 @@ def compare_calibration(
         labels: `(scans, labels)`, 0, 1 or NaN for unknown.
         patients: `(scans,)`, who was scanned.
         names: Of the labels.
-        calibration: From `fit_calibration`; labels without one are left out, before and after.
+        calibration: From `fit_calibration`; labels without one, or known of no scan, are left out, before and after.
         resamples: Of the bootstrap over patients.
         seed: Of the bootstrap.
 
@@ -101,9 +101,11 @@ def compare_calibration(
         `{"value", "low", "high"}`; `reliability`, by "before" and "after" a list of bins with `probability`, `count`
         and `share` present, as such an interval; and `labels`. `None` if no label is calibrated.
     """
-    columns = [index for index, name in enumerate(names) if name in calibration]
+    is_known = ~np.isnan(np.asarray(labels, float)).all(axis=0)
+    columns = [index for index, name in enumerate(names) if name in calibration and is_known[index]]
     if not columns:
         return None
+    calibration = {names[index]: calibration[names[index]] for index in columns}
     truth = np.asarray(labels, float)[:, columns]
     versions = {
         "before": np.asarray(scores, float)[:, columns],

@@ -67,7 +67,9 @@ def source_figures(
     first = next(iter(models.values())).scored
     about = (first.labels, first.patients, names)
     scores = [each.scored.scores for each in models.values()]
-    thresholds = [as_array(each.points.get(YOUDEN), names) for each in models.values()]
+    called = [each.points.get(YOUDEN, {}) for each in models.values()]
+    shared = set.intersection(*map(set, called))
+    thresholds = [as_array({name: each[name] for name in shared}, names) for each in called]
     if any(each is None for each in thresholds):
         thresholds = [None] * len(thresholds)
     if len(models) == 1:

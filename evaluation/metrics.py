@@ -172,14 +172,15 @@ def with_intervals(
         Ready for JSON. `scores`: `{"value", "low", "high"}` by metric, with None where undefined; the means of
         `zero_shot_scores`, those of the protocols prefixed with `ct_clip_protocol/` and `radfinder_protocol/`, and
         `auroc/NAME` and `average_precision/NAME`. Besides, `scans`, `patients`, `resamples`, and `present` and
-        `absent`, which count the scans by label; `too_few`, the labels that have a value and no interval, see `enough`.
+        `absent`, which count the scans by label; `too_few`, the labels that have a value and no interval, see `enough`;
+        with thresholds `no_threshold`, the labels that have an AUROC and no part in the means at thresholds.
 
     Raises:
         ValueError: If shapes do not match, arrays hold other values, or no label varies.
     """
     (drawn,) = _resampled([(scores, thresholds)], labels, patients, names, resamples, seed)
     return {
-        **_about(labels, patients, names, resamples),
+        **_about(labels, patients, names, resamples, thresholds),
         "scores": intervals_of(trusted(drawn, labels, patients, names)),
     }
 
@@ -202,7 +203,8 @@ def compare(
         adapted_scores: `(scans, labels)`, probabilities after it.
         labels, patients, names, resamples, seed: See `with_intervals`.
         thresholds_base: `(labels,)`, for the scores before adaptation, chosen on other scans.
-        thresholds_adapted: `(labels,)`, for the scores after adaptation, chosen on other scans.
+        thresholds_adapted: `(labels,)`, for the scores after adaptation, chosen on other scans. A label for which one
+            of the models has none has no part in the means at thresholds, whose difference would be of other labels.
 
     Returns:
         As `with_intervals`, with `base`, `adapted` and `difference` (adapted - base) in place of `scores`.
@@ -212,11 +214,16 @@ def compare(
     """
     if (thresholds_base is None) != (thresholds_adapted is None):
         raise ValueError("Only one model has thresholds. Pass thresholds_base and thresholds_adapted, or neither.")
+    if thresholds_base is not None and np.shape(thresholds_base) == np.shape(thresholds_adapted):
+        lacking = np.isnan(thresholds_base) | np.isnan(thresholds_adapted)
+        thresholds_base, thresholds_adapted = (
+            np.where(lacking, np.nan, each) for each in (thresholds_base, thresholds_adapted)
+        )
     models = [(base_scores, thresholds_base), (adapted_scores, thresholds_adapted)]
     drawn = _resampled(models, labels, patients, names, resamples, seed)
     base, adapted = (trusted(each, labels, patients, names) for each in drawn)
     return {
-        **_about(labels, patients, names, resamples),
+        **_about(labels, patients, names, resamples, thresholds_base),
         "base": intervals_of(base),
         "adapted": intervals_of(adapted),
         "difference": intervals_of({key: adapted[key] - base[key] for key in base}, lowest=-1),
@@ -452,17 +459,29 @@ def intervals_of(drawn: dict[str, np.ndarray], lowest: float = 0) -> dict[str, I
     return intervals
 
 
-def _about(labels: np.ndarray, patients: Sequence[str] | None, names: Sequence[str], resamples: int) -> dict[str, Any]:
-    """What was scored: numbers of scans, patients and resamples, and how often each label is present and absent."""
+def _about(
+    labels: np.ndarray,
+    patients: Sequence[str] | None,
+    names: Sequence[str],
+    resamples: int,
+    thresholds: np.ndarray | None,
+) -> dict[str, Any]:
+    """What was scored: numbers of scans, patients and resamples, and what is known of each label."""
     labels = np.asarray(labels, float)
-    return {
+    varies = _varies(labels)
+
+    def named(which: np.ndarray) -> list[str]:
+        return [name for name, is_one in zip(names, which, strict=True) if is_one]
+
+    about = {
         "scans": len(labels),
         "patients": len(labels) if patients is None else len(np.unique(patients)),
         "resamples": resamples,
         "present": dict(zip(names, (labels == 1).sum(axis=0).tolist(), strict=True)),
         "absent": dict(zip(names, (labels == 0).sum(axis=0).tolist(), strict=True)),
-        "too_few": [name for name, few in zip(names, _varies(labels) & ~enough(labels, patients), strict=True) if few],
+        "too_few": named(varies & ~enough(labels, patients)),
     }
+    return about if thresholds is None else about | {"no_threshold": named(varies & np.isnan(thresholds))}
 
 
 def enough(labels: np.ndarray, patients: Sequence[str] | None) -> np.ndarray:

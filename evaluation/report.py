@@ -142,7 +142,8 @@ def points_table(points: Mapping[str, Any], where: str) -> str:
     for model, by_point in points.items():
         for name, each in by_point.items():
             cells = [_cell(each[key]) for key in ("sensitivity", "specificity")]
-            lines.append(f"| {model}: {name}, {len(each['thresholds'])} findings | {' | '.join(cells)} |")
+            over = sum(key.startswith("sensitivity/") and each[key]["value"] is not None for key in each)
+            lines.append(f"| {model}: {name}, {counted(over, 'finding')} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", "Means over findings; thresholds were chosen on other patients."])
 
 
@@ -182,7 +183,7 @@ def calibration_table(errors: dict[str, Any] | None, title: str = "") -> str:
         return ""
     whose = f"{title}: " if title else ""
     lines = [
-        f"| {whose}probabilities of {len(errors['labels'])} findings | score | calibrated | difference |",
+        f"| {whose}probabilities of {counted(len(errors['labels']), 'finding')} | score | calibrated | difference |",
         "| --- | ---: | ---: | ---: |",
     ]
     for title, key in (("expected calibration error", "expected_calibration_error"), ("Brier score", "brier")):
@@ -227,6 +228,8 @@ def _caption(sources: Sequence[dict[str, Any]]) -> str:
     figures = [each.get("base") or each["scores"] for each in sources]
     if any("accuracy" in each for each in figures):
         said.append("Accuracy and F1 are at thresholds chosen on other scans.")
+    if left := list(dict.fromkeys(name for each in sources for name in each.get("no_threshold", ()))):
+        said.append(f"Their means leave out findings without a threshold ({', '.join(left)}).")
     said.append(
         "The CT-CLIP and RadFinder protocols choose their thresholds on the scans that they score: only for comparison "
         "with papers."

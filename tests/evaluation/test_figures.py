@@ -157,7 +157,7 @@ def test_sources_are_columns_with_numbers_of_positives():
     cells = lines[2].strip("| ").split(" | ")
     assert cells[0] == "nodule" and cells[1] == cells[2]
     assert cells[1] == "0.778, 3"
-    assert "| model: youden, 1 findings | 0.667 | 0.667 |" in table
+    assert "| model: youden, 1 finding | 0.667 | 0.667 |" in table
     assert "Without an interval: findings that fewer than 5 patients have, or are without (nodule)" in table
     assert "Accuracy and F1 are at thresholds chosen on other scans." in table
 
@@ -183,3 +183,24 @@ def test_subgroups_are_scored_where_they_are_large_enough():
     table = evaluation_report([{"source": "b", **source_figures(models, ["a", "b"], resamples=5)}], ["a", "b"])
     assert "| sex: M | 19 | 10 | 2 | too few | too few | too few |" in table
     assert "The smallest group has 1 scans." in table
+
+
+def test_means_at_thresholds_are_of_the_same_findings_and_say_of_which():
+    """Of two adapters, each has operating points of its own; a source may know less than an adapter was tuned on."""
+    names = ["nodule", "mass", "unknown"]
+    scores = np.hstack([SCORES, 1 - SCORES, SCORES])
+    labels = np.hstack([LABELS, LABELS, LABELS * np.nan])
+    studies = ScoredStudies([f"{index}.nii" for index in range(6)], PATIENTS, scores, labels, names=names)
+    calibration = {name: [1.0, 0.0] for name in names}
+    old = Scores(studies, {"youden": {"nodule": 0.6, "mass": 0.5, "unknown": 0.5}}, calibration)
+    new = Scores(studies, {"youden": {"nodule": 0.6, "unknown": 0.5}})
+    found = source_figures({"old": old, "new": new}, names, resamples=5)
+    assert found["base"]["accuracy"]["value"] == found["adapted"]["accuracy"]["value"] == 4 / 6
+    assert found["difference"]["accuracy"]["value"] == 0
+    assert found["no_threshold"] == ["mass"]
+    table = evaluation_report([{"source": "site", **found}], names)
+    assert "Their means leave out findings without a threshold (mass)." in table
+    assert "| old: youden, 2 findings |" in table and "| new: youden, 1 finding |" in table
+    assert "| old on site: probabilities of 2 findings |" in table
+    none = Scores(studies, {"youden": {"mass": 0.5}})
+    assert "accuracy" not in source_figures({"new": new, "none": none}, names, resamples=5)["base"]
