@@ -51,7 +51,7 @@ def _try_prompts(args: argparse.Namespace) -> int:
         return OK
     scores = wording_scores(pipe.model, pipe.processor, embeds, templates, names, accelerator)
     try:
-        found = spread(scores, studies.labels, templates, names)
+        found = spread(scores, studies.labels, templates, names, studies.patients)
     except ValueError as error:
         raise CommandError(f"{source.description}: {error}") from error
     if args.store:
@@ -129,8 +129,8 @@ def _store_wording(
     described |= {
         "prompt_templates": chosen["prompt_templates"],
         "prompts": {label: each for label, each in words.items() if each != label} or None,
-        "thresholds": choose_points(values, studies.labels, list(names), {}).get(YOUDEN),
-        "calibration": fit_calibration(values, studies.labels, list(names)) or None,
+        "thresholds": choose_points(values, studies.labels, list(names), {}, studies.patients).get(YOUDEN),
+        "calibration": fit_calibration(values, studies.labels, list(names), studies.patients) or None,
         "operating_points": None,
     }
     with whole_file(folder / DESCRIPTION_FILE) as aside:

@@ -11,8 +11,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from medct.evaluation.calibration import FEWEST
-from medct.evaluation.metrics import zero_shot_scores
+from medct.evaluation.metrics import enough, zero_shot_scores
 from medct.evaluation.scoring import texts_to
 from medct.modeling_medct import MedCTModel, zero_shot_probabilities
 from medct.processing_medct import MedCTProcessor
@@ -92,6 +91,7 @@ def spread(
     labels: np.ndarray,
     templates: Sequence[Template],
     names: Mapping[str, Sequence[str]],
+    patients: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """What wording does to AUROC, and the wording that did best.
 
@@ -100,13 +100,14 @@ def spread(
         labels: `(studies, labels)`, 0, 1 or NaN for unknown, in the order of `names`.
         templates: As they were scored; the first is the usual one.
         names: Likewise, and of each label the first name.
+        patients: `(studies,)`, who was scanned; None makes every scan a patient of its own.
 
     Returns:
         Ready for JSON. `studies`; `findings`: by label the AUROC of the usual wording (`usual`), and `mean`, `lowest`,
         `highest` and `best` (its `template` and `name`) of all, with the number of `wordings`; `templates`: of each the
         mean AUROC over labels with their usual names; `ensemble`: that of the mean score of all templates; `chosen`:
-        `prompt_templates` (the best one, or all where their mean is better), `names` (of a label with fewer than
-        `FEWEST` studies of either kind the usual one) and `auroc`.
+        `prompt_templates` (the best one, or all where their mean is better), `names` (of a label with too few patients,
+        see `metrics.enough`, the usual one) and `auroc`.
 
     Raises:
         ValueError: If no label varies.
@@ -118,10 +119,11 @@ def spread(
     is_ensemble = best == len(templates)
     chosen_templates = list(templates) if is_ensemble else [templates[best]]
     findings, chosen_names, chosen = {}, {}, []
-    for (label, each), truth in zip(scores.items(), np.asarray(labels, float).T, strict=True):
+    of_each = zip(scores.items(), np.asarray(labels, float).T, enough(labels, patients), strict=True)
+    for (label, each), truth, is_enough in of_each:
         findings[label] = _finding(each, truth, templates, names[label])
         with_templates = each.mean(axis=0) if is_ensemble else each[best]  # (names, studies)
-        index = _best_name(with_templates, truth)
+        index = int(np.argmax(_aurocs(with_templates, truth))) if is_enough else 0  # the first of equals
         chosen_names[label] = names[label][index]
         chosen.append(with_templates[index])
     return {
@@ -163,10 +165,3 @@ def _finding(
         "highest": float(aurocs.max()),
         "best": {"template": list(templates[template]), "name": names[name]},
     }
-
-
-def _best_name(scores: np.ndarray, truth: np.ndarray) -> int:
-    """Index of the name with the best AUROC; the first of equals, and where there are too few studies to tell."""
-    if min((truth == 1).sum(), (truth == 0).sum()) < FEWEST:
-        return 0
-    return int(np.argmax(_aurocs(scores, truth)))

@@ -69,6 +69,9 @@ def test_of_few_studies_no_name_is_chosen():
     assert spread(scores, LABELS, [A], NAMES)["chosen"]["names"] == {"x": "y"}
     found = spread(scores, labels, [A], NAMES)
     assert found["chosen"]["names"] == {}
+    patients = ["p", "p", *"qrstuvwxyz"]  # five of six studies with it are of others
+    assert spread(scores, LABELS, [A], NAMES, patients)["chosen"]["names"] == {"x": "y"}
+    assert spread(scores, LABELS, [A], NAMES, ["p", *patients[:-1]])["chosen"]["names"] == {}
     labels[:, 1] = 0
     found = spread(scores, labels, [A], NAMES)["findings"]
     assert found["z"]["usual"] is None and found["x"]["usual"] is not None
