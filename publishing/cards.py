@@ -12,9 +12,10 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers.utils.hub import cached_file
 
-from medct.adapters_medct import CONFIG_FILE, DESCRIPTION_FILE
+from medct.adapters_medct import CONFIG_FILE, DESCRIPTION_FILE, as_described
 from medct.common.counting import counted
 from medct.common.paths import local_paths, without_paths
+from medct.configuration_medct import MedCTConfig
 
 TEMPLATE = Path(__file__).with_name("adapter_card.md")
 GENERATED = "<!-- Made from the files of this folder, anew with every push; delete this line to keep own edits. -->"
@@ -30,6 +31,11 @@ PICTURES = {
     "calibration.png": "Calibration: how often findings were present among scans of such a score",
 }
 """The pictures that a card shows where they lie beside it, and no others are pushed."""
+_REWORDED = (
+    "The figures here are of the wording that it was trained with. What it asks now, under Prompts, was chosen later, "
+    "and its operating points with it."
+)
+_APART = "studies apart from those above"
 _TRAINING_FACTS = {
     "recipe": "recipe: {}",
     "objective": "objective: {}",
@@ -239,8 +245,10 @@ def _facts(folder: Path, results: dict[str, Any], known: list[str]) -> dict[str,
     """The facts about the run that the template shows."""
     description = without_paths(read_json(folder, DESCRIPTION_FILE), known)
     settings = without_paths(read_json(folder, "train_config.json"), known)
+    asks = as_described(MedCTConfig(), description).label_prompts() if description.get("label_names") else []
     templates = None if description.get("prompts") else description.get("prompt_templates")
-    prompts = templates or results.get("prompts") or []
+    prompts = templates or asks or results.get("prompts") or []
+    is_reworded = bool(asks and results.get("prompts")) and asks != results["prompts"]
     training = [words.format(settings[key]) for key, words in _TRAINING_FACTS.items() if settings.get(key) is not None]
     if "steps" in results:
         training.append(f"{results['steps']:,} steps")
@@ -257,9 +265,11 @@ def _facts(folder: Path, results: dict[str, Any], known: list[str]) -> dict[str,
         "measured_on": results.get("measured_on") or "No scores are recorded.",
         "headline": _headline(results),
         "table": results.get("table", ""),
-        "remarks": results.get("remarks") or [],
+        "remarks": [*(results.get("remarks") or []), *([_REWORDED] if is_reworded else [])],
         "calibration": description.get("calibration") or {},
-        "thresholds": results.get("thresholds") or description.get("thresholds") or {},
+        # What a pipeline uses; it may have been chosen after the run.
+        "thresholds": description.get("thresholds", results.get("thresholds")) or {},
+        "chosen_on": _chosen_on(results, is_reworded),
         "data": _data(results),
         "prompts": [prompt if isinstance(prompt, str) else " / ".join(prompt) for prompt in prompts],
         "training": training,
@@ -267,6 +277,13 @@ def _facts(folder: Path, results: dict[str, Any], known: list[str]) -> dict[str,
         "decided": _decided(results),
         "is_classifier": _is_of_classifier(folder),
     }
+
+
+def _chosen_on(results: dict[str, Any], is_reworded: bool) -> str:
+    """Which studies the operating points are from."""
+    if is_reworded:
+        return "the studies that the wording was chosen on"
+    return "the tuning patients of its own fold, which other folds held out" if results.get("folds") else _APART
 
 
 def _decided(results: dict[str, Any]) -> list[str]:

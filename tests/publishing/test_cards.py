@@ -167,3 +167,33 @@ def test_what_decided_the_figures_is_on_the_page_and_where_it_lay_is_not(convert
     assert "/home/me" not in text and "/scans" not in text
     cleaned = without_paths(json.loads((folder / "results.json").read_text(encoding="utf-8")))
     assert cleaned["provenance"]["settings"]["data"] == ["scans of mine", "site"]
+
+
+def test_the_page_has_the_wording_and_operating_points_that_are_used(converted, tmp_path):
+    """Both may be chosen after training, by `medct prompts --store`: the figures are not of them."""
+    folder = save_adapter(converted, tmp_path / "run", results=RESULTS)
+    file = folder / "medct_adapter.json"
+    described = json.loads(file.read_text(encoding="utf-8"))
+    label = described["label_names"][0]
+    as_trained = [
+        described["prompt_templates"][0][side].format(label=name)
+        for name in described["label_names"]
+        for side in (0, 1)
+    ]
+    (folder / "results.json").write_text(json.dumps(RESULTS | {"prompts": [as_trained]}), encoding="utf-8")
+    page = render_card(folder)
+    assert "| Emphysema | 0.310 |" in page and "chosen on studies apart from those above" in page
+    assert "was chosen later" not in page
+    later = {"prompts": {label: "other words"}, "thresholds": {label: 0.25}}
+    file.write_text(json.dumps(described | later), encoding="utf-8")
+    page = render_card(folder)
+    assert f"| {label} | 0.250 |" in page and "| Emphysema | 0.310 |" not in page
+    assert "other words is present. / other words is not present." in page
+    assert "was chosen later" in page and "chosen on the studies that the wording was chosen on" in page
+
+
+def test_a_page_of_folds_does_not_say_that_it_tuned_on_others(converted, tmp_path):
+    """Each patient was held out once, those that the kept adapter was tuned on, too."""
+    page = render_card(save_adapter(converted, tmp_path / "run", results=RESULTS | {"folds": [{"fold": 1}]}))
+    assert "chosen on the tuning patients of its own fold, which other folds held out" in page
+    assert "apart from those above" not in page
