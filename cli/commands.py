@@ -126,7 +126,8 @@ def load_for_scans(args: argparse.Namespace, state: PartialState, zero_shot_only
         state: This process's place in the launch.
         zero_shot_only: Refuse classifiers.
     """
-    from medct.reporting.findings import SYNTHETIC, knows_drawings_only
+    from medct.common.drawings import knows_drawings_only
+    from medct.reporting.findings import SYNTHETIC
 
     pipe = load_pipeline(args, state.device, zero_shot_only)
     names = [name for name in (args.adapter, model_of(args)) if name is not None]

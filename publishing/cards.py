@@ -14,6 +14,7 @@ from transformers.utils.hub import cached_file
 
 from medct.adapters_medct import CONFIG_FILE, DESCRIPTION_FILE, as_described
 from medct.common.counting import counted
+from medct.common.drawings import knows_drawings_only
 from medct.common.paths import local_paths, without_paths
 from medct.configuration_medct import MedCTConfig
 
@@ -159,6 +160,7 @@ def render_card(
         base=base if is_hub_id(base) else PLACEHOLDER_BASE,
         revision=(revision if is_hub_id(base) else None) or PLACEHOLDER_REVISION,
         base_in_words=_base_in_words(base),
+        base_knows_drawings_only=any(knows_drawings_only(name) for name in {base, recorded_base(folder)[0]} if name),
         license=license,
         pictures={name: words for name, words in PICTURES.items() if (folder / name).is_file()},
         generated=GENERATED,

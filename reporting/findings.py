@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 import medct
 from medct.adapters_medct import CONFIG_FILE, WEIGHTS_FILE, fingerprint
+from medct.common.drawings import knows_drawings_only
 from medct.pipeline_medct import CTPipeline
 
 WARNING = "Research only: not a diagnosis, not checked by a physician, not for clinical use."
@@ -142,17 +142,3 @@ def _commit_of(name: str, revision: str | None) -> str | None:
         weights = Path(name, WEIGHTS_FILE)
         return f"sha256:{hashlib.sha256(weights.read_bytes()).hexdigest()}" if weights.is_file() else None
     return extract_commit_hash(cached_file(name, CONFIG_FILE, revision=revision, local_files_only=True), None)
-
-
-def knows_drawings_only(name: str) -> bool:
-    """Whether the card of a model or an adapter says that it has learned from synthetic drawings alone.
-
-    Args:
-        name: Hub id or folder.
-    """
-    try:
-        path = cached_file(name, "README.md", _raise_exceptions_for_missing_entries=False)
-        tags = [] if path is None else ModelCard.load(path, ignore_metadata_errors=True).data.get("tags")
-    except OSError:  # no network
-        return False
-    return "synthetic" in (tags or [])

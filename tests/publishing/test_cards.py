@@ -144,6 +144,16 @@ def test_the_page_tells_the_bases_licence(trained, tmp_path, card):
     assert "apache-2.0, as the base that it was derived from." in found.content
 
 
+def test_the_page_tells_that_the_base_knows_drawings_only(trained, tmp_path):
+    """Whatever the adapter was trained on."""
+    said = "The base has learned from SYNTHETIC drawings alone"
+    base = tmp_path / "base"
+    base.mkdir()
+    for tags, is_said in (("[ct]", False), ("[ct, synthetic]", True)):
+        (base / "README.md").write_text(f"---\ntags: {tags}\n---\n", encoding="utf-8")
+        assert (said in render_card(trained, base=str(base))) == is_said
+
+
 def test_what_was_forgotten_and_remarks_are_on_the_page(converted, tmp_path):
     kept = {"difference": {"auroc": {"value": -0.004, "low": -0.009, "high": 0.001}}}
     results = RESULTS | {"kept": kept, "remarks": ["This adapter does not help."], "strength": 0.0, "best_step": 40}
