@@ -16,6 +16,7 @@ from accelerate.utils import gather_object
 
 from medct.adapters_medct import adapter_fingerprint, as_described, fingerprint
 from medct.cli.commands import CommandError, ends, load_pipeline, model_of, start_processes
+from medct.common.counting import counted
 from medct.common.errors import OK, SOME_FAILED
 from medct.common.lock import only_run
 from medct.configuration_medct import MedCTConfig
@@ -29,10 +30,11 @@ from medct.evaluation.operating_points import YOUDEN, Points, choose_points, rem
 from medct.evaluation.predictions import (
     Key,
     Predictions,
+    learned_from,
     short_names,
 )
 from medct.evaluation.provenance import changed_figures, list_checksum, provenance, reasons
-from medct.evaluation.record import read_results, scores_path, write_record
+from medct.evaluation.record import RESULTS, read_results, scores_path, write_record
 from medct.evaluation.report import evaluation_report
 from medct.evaluation.scoring import (
     ScoredStudies,
@@ -62,6 +64,7 @@ _NOT_RECORDED = {"command", "run", "explain", "quiet", "output", "repeat", "num_
 # operating points of each.
 _ONLY_RECORDED = ("phantoms", "names", "points")
 _MOST_SHOWN = 10
+_LEARNED = {"train": "trained on", "tune": "chosen on"}
 # What figures of each command hold, by themselves or in their settings, and those of no other command.
 _MARKS = {
     "evaluate": {"sources", "prompts"},
@@ -208,7 +211,8 @@ def _evaluate(args: argparse.Namespace, recorded: Mapping[str, Any] | None) -> i
         if tuned is not None:
             _refuse_overlap(next(iter(tuned.values())), next(iter(scored[name].values())), name)
         failed += unreadable
-        sources.append(_about(name, source, args.split, unreadable))
+        learned = _learned(args, source, next(iter(scored[name].values())))
+        sources.append(_about(name, source, args.split, unreadable) | {"learned": learned})
     if not accelerator.is_main_process:
         return OK
     brought = {name: _brought(args, name, version, tuned and tuned[name]) for name, version in versions.items()}
@@ -420,6 +424,19 @@ def _about(name: str, source: Source, split: str, unreadable: int) -> dict[str, 
     }
 
 
+def _learned(args: argparse.Namespace, source: Source, scored: ScoredStudies) -> dict[str, dict[str, int]]:
+    """By adapter, how many of these studies bear the names of those that it was trained on, and chosen on."""
+    found: dict[str, dict[str, int]] = {}
+    for adapter in (args.adapter, args.against):
+        if adapter in (None, BASE) or source.is_synthetic:  # drawings have numbers, the same in every split
+            continue
+        for split, names in learned_from(scores_path(Path(adapter) / RESULTS)).items():
+            # Of several reconstructions, the scan is named.
+            if count := max(len(names.intersection(each)) for each in (source.names, scored.ids)):
+                found.setdefault(short_names([adapter])[0], {})[split] = count
+    return found
+
+
 def _brought(
     args: argparse.Namespace, name: str, version: Version, tuned: ScoredStudies | None
 ) -> tuple[Points, dict[str, list[float]]]:
@@ -454,6 +471,12 @@ def _remarks(about: Mapping[str, Any]) -> Iterator[str]:
         yield (
             f"{about['source']}: only the {about['num_studies']:,} studies of the split {about['split']} were scored; "
             f"left out: {others}. For a test set that the model has never seen, pass --split all."
+        )
+    for adapter, counts in about["learned"].items():
+        said = " and ".join(f"{_LEARNED[split]} {count:,}" for split, count in counts.items())
+        yield (
+            f"{about['source']}: of the {counted(about['num_studies'], 'study', 'studies')}, {adapter} has {said}, by "
+            "their names. If they are the same studies, its figures are too good."
         )
     if about["skipped"]:
         yield f"{about['source']}: left out before they were read: {about['why']}."

@@ -138,6 +138,21 @@ def read_predictions(path: Path) -> Predictions:
     return Predictions(names, found)
 
 
+def learned_from(path: Path) -> dict[str, set[str]]:
+    """The names of the studies that a run has trained on ("train") and chosen on ("tune").
+
+    Args:
+        path: What `write_predictions` wrote of it; nothing is known without the file.
+
+    Raises:
+        DataError: If it is not such a file.
+    """
+    if not path.is_file():
+        return {}
+    table = read_table(path, ["split", NAME])
+    return {split: set(table[NAME][table["split"] == split]) for split in ("train", TUNE)}
+
+
 def join_metadata(predictions: Path, metadata: Path, split: str | None = None) -> Predictions:
     """Scores of any origin, with the labels and patients of a table of studies.
 

@@ -21,8 +21,8 @@ from medct.common.lock import is_first_process, only_run
 from medct.data.sources import Source, first_of, hash_share
 from medct.evaluation.figures import Scores, source_figures
 from medct.evaluation.plots import calibration_plot, roc_plot, save_plot
-from medct.evaluation.predictions import Key, Predictions
-from medct.evaluation.record import RESULTS, read_results, read_scores, write_record
+from medct.evaluation.predictions import Key, Predictions, learned_from
+from medct.evaluation.record import RESULTS, read_results, read_scores, scores_path, write_record
 from medct.evaluation.report import folds_table, results_table
 from medct.evaluation.scoring import ScoredStudies
 from medct.publishing.cards import read_json, write_card
@@ -154,7 +154,9 @@ def _gather(folder: RunFolder, runs: Sequence[Path], settings: TrainingSettings)
         config = read_json(final, "train_config.json") | {"output_dir": str(folder.final)}
         (final / "train_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         keys = {Key(model, source, "valid"): scored for model, scored in pooled.items()}
-        write_record(final / RESULTS, results, Predictions(names, keys))
+        learned = learned_from(scores_path(kept / RESULTS)).items()
+        others = [(source, split, sorted(studies)) for split, studies in learned]
+        write_record(final / RESULTS, results, Predictions(names, keys), others)
         models = {model: scored.scores for model, scored in pooled.items()}
         note = results["measured_on"]
         save_plot(roc_plot(models, pooled[BASE].labels, names, note), final / "roc.png")

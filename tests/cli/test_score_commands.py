@@ -1,6 +1,7 @@
 """Evaluate, compare and metrics: sources and models side by side, what is left out, and a run that is repeated."""
 
 import argparse
+import dataclasses
 import json
 import os
 import shutil
@@ -18,7 +19,7 @@ import medct
 from medct import CT_CLIP_LABELS
 from medct.cli import main, score_commands
 from medct.cli.figure_commands import _patients_and_labels
-from medct.data import phantom_source
+from medct.data import Source, phantom_source
 from medct.errors_medct import MedCTError
 from medct.evaluation.metrics import zero_shot_scores
 from medct.evaluation.operating_points import threshold_for
@@ -446,3 +447,22 @@ def test_patients_and_labels_of_retrieval_are_as_everywhere(tmp_path, table, sai
     patients, labels = _patients_and_labels(args, studies)
     assert patients.tolist() == ["P", "P", "x/1.nii", "y/1.nii"]
     np.testing.assert_array_equal(labels[:, 0], [1, 0, np.nan, np.nan])
+
+
+def test_studies_that_an_adapter_has_learned_from_are_remarked_on(tmp_path):
+    """By what its folder knows: their names, or that of their scan where there are several reconstructions."""
+    scored = ScoredStudies(["a", "b_1", "t", "v"], list("abtv"), np.zeros((4, 1)), np.zeros((4, 1)), names=["Mass"])
+    source = Source([(0,), (1, 2), (3,), (4,)], lambda key: {}, ("Mass",), "four", names=["a", "b", "t", "v"])
+    tuned = Predictions(["Mass"], {Key("adapted", "site", "tune"): scored.take([2])})
+    (tmp_path / "run").mkdir()
+    write_predictions(tmp_path / "run/results.studies.csv", tuned, [("site", "train", ["a", "b", "x"])])
+    args = argparse.Namespace(adapter=str(tmp_path / "run"), against="base")
+    about = score_commands._about("site", source, "all", 0)
+    about["learned"] = score_commands._learned(args, source, scored)
+    (said,) = score_commands._remarks(about)
+    assert said.startswith("site: of the 4 studies, run has trained on 2 and chosen on 1, by their names.")
+    others = dataclasses.replace(source, names=list("wyuv"))
+    assert score_commands._learned(args, others, scored.take([3])) == {}
+    assert score_commands._learned(args, dataclasses.replace(source, is_synthetic=True), scored) == {}
+    args = argparse.Namespace(adapter="ORG/NAME", against=None)
+    assert score_commands._learned(args, source, scored) == {}

@@ -17,7 +17,7 @@ from medct.common.errors import StoppedError
 from medct.data import PhantomCohort, open_source
 from medct.data.sources import Source
 from medct.evaluation.metrics import compare
-from medct.evaluation.predictions import Key
+from medct.evaluation.predictions import Key, learned_from
 from medct.evaluation.record import read_scores
 from medct.train import Trainer, run
 from medct.training.folds import divide
@@ -96,6 +96,8 @@ def test_scores_of_all_folds_are_pooled_and_the_first_adapter_is_kept(settings, 
     base, adapted = (scored[Key(model, "phantoms", "valid")] for model in ("base", "adapted"))
     everybody = {f"phantom_b_{patient}" for patient in range(24)}
     assert set(base.patients) == everybody and len(base.patients) == 24
+    learned = learned_from(folder / "results.studies.csv")  # of the adapter that is kept
+    assert len(learned["train"]) + len(learned["tune"]) + results["folds"][0]["scans"] == 24
     assert base.ids == adapted.ids and not np.array_equal(base.scores, adapted.scores)
     expected = compare(base.scores, adapted.scores, base.labels, base.patients, list(CT_CLIP_LABELS), resamples=20)
     for version in ("base", "adapted", "difference"):
