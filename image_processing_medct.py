@@ -176,7 +176,7 @@ class MedCTImageProcessor(PicklesAnywhere, BaseImageProcessor):
             "series": _per_image(series, len(images), ndim=0),
             "resample_irregular": _per_image(resample_irregular, len(images), ndim=0),
         }
-        pixel_values = torch.empty(len(images), 1, *self.image_size, device=device)
+        pixel_values = torch.empty(len(images), 1, *self.image_size, dtype=torch.float32, device=device)
         geometry = []
         for index, image in enumerate(images):
             volume = read_volume(
@@ -243,7 +243,7 @@ class MedCTImageProcessor(PicklesAnywhere, BaseImageProcessor):
         """
         if isinstance(part, torch.Tensor):
             return part if out is None else out.copy_(part)
-        out = torch.empty(*self.image_size) if out is None else out
+        out = torch.empty(*self.image_size, dtype=torch.float32) if out is None else out
         part = part if out.device.type == "cpu" else part.to(out.device)
         inner = inside(out, part.shape, self.hu_min / self.hu_per_unit)
         first = 0

@@ -145,7 +145,8 @@ class CTPipeline(Pipeline):
         except Exception as error:
             if on_error == "raise":
                 raise
-            empty = torch.zeros(1, 1, *self.processor.image_processor.image_size, device=self.device)
+            size = (1, 1, *self.processor.image_processor.image_size)
+            empty = torch.zeros(size, dtype=torch.float32, device=self.device)
             return {"pixel_values": empty, "error": _sentence(error)}
         found = {"pixel_values": batch["pixel_values"]}
         return found if on_error == "raise" else found | {"error": ""}
@@ -156,7 +157,7 @@ class CTPipeline(Pipeline):
         error = inputs.get("error")
         errors = [error] if isinstance(error, str) else error
         if errors and all(errors):  # there is nothing to be computed
-            return {"logits": torch.zeros(len(errors), 1), "error": error}
+            return {"logits": torch.zeros(len(errors), 1, dtype=torch.float32), "error": error}
         encoded = self.encode(inputs["pixel_values"]) if "pixel_values" in inputs else inputs
         if self._encoded not in encoded:
             raise PromptError(f"`forward` takes `pixel_values`, or what `encode` gives, not {', '.join(encoded)}.")
@@ -465,7 +466,7 @@ def _batches(loaded: Generator[Any, None, None], load: _LoadScan, size: int) -> 
     shape = (1, *load.image_processor.image_size)
     with contextlib.closing(loaded):
         while parts := list(islice(loaded, size)):
-            pixel_values = torch.empty(len(parts), *shape, device=load.device)
+            pixel_values = torch.empty(len(parts), *shape, dtype=torch.float32, device=load.device)
             errors = []
             for part, out in zip(parts, pixel_values, strict=True):
                 if isinstance(part, Lost):

@@ -87,7 +87,7 @@ class AxisPlan:
         """
         if resampled == length:
             lower = torch.arange(*window)
-            return cls(lower, lower, torch.zeros(len(lower)))
+            return cls(lower, lower, torch.zeros(len(lower), dtype=torch.float32))
         # In float32, as torch's own interpolation computes them.
         centres = torch.arange(*window, dtype=torch.float32) + 0.5
         positions = (centres * np.float32(length / resampled) - 0.5).clamp(min=0)

@@ -168,6 +168,25 @@ def test_any_dtype(dtype):
     torch.testing.assert_close(pixel_values[0, 0], torch.from_numpy(volume.astype(np.float32)) / 1000)
 
 
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_torchs_default_precision_is_not_the_results(default):
+    """Which whoever trains other models in half precision may have set for the whole process."""
+    processor = MedCTImageProcessor(image_size=(6, 8, 8))
+    volume = np.random.default_rng(0).integers(-1100, 1500, (7, 9, 5)).astype(np.int16)
+
+    def results():
+        with_axes = processor(volume, spacing_mm=(1.5, 1.3, 0.9))["pixel_values"]
+        return with_axes, processor.process_volume(read_volume(volume, spacing_mm=(1.5, 1.3, 0.9)))
+
+    expected = results()
+    try:
+        torch.set_default_dtype(default)
+        found = results()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(map(torch.equal, found, expected)) and {each.dtype for each in found} == {torch.float32}
+
+
 def test_batches_take_one_value_or_one_each():
     processor = MedCTImageProcessor(image_size=(4, 4, 4), target_spacing_mm=(1, 1, 1))
     volumes = [np.full((4, 4, 4), value, np.int16) for value in (100, 200)]
