@@ -142,8 +142,8 @@ class MedCTImageProcessor(PicklesAnywhere, BaseImageProcessor):
 
         Args:
             images: What `read_volume` takes: paths and addresses of NIfTI, DICOM, NRRD and MetaImage, bytes, file
-                objects, nibabel images, `CTVolume`s, arrays `(i, j, k)`. A list holds one volume an entry, so a series
-                as a list of DICOM files is a list in a list.
+                objects, nibabel images, `CTVolume`s, arrays `(i, j, k)`. A list, or a column of a data set, holds one
+                volume an entry, so a series as a list of DICOM files is a list in a list.
             return_tensors: "pt" or "np".
             spacing_mm: Of arrays whose axes run as `orientation` says, mm. This and the following: once, or a list.
             affine: `(4, 4)`, voxel indices to RAS+ mm, of arrays, or instead of a file's own.
@@ -165,7 +165,7 @@ class MedCTImageProcessor(PicklesAnywhere, BaseImageProcessor):
             TypeError: If there is no such argument.
         """
         self._refuse_unknown(kwargs)
-        images = list(images) if isinstance(images, list | tuple) else [images]
+        images = list(images) if isinstance(images, list | tuple) or is_column(images) else [images]
         if not images:
             raise VolumeError("images", "it is an empty list", "Pass at least one scan")
         options = {
@@ -267,6 +267,11 @@ class MedCTImageProcessor(PicklesAnywhere, BaseImageProcessor):
             matrix[axis, row] = sign * step
             matrix[axis, 3] = start if sign > 0 else length - 1 - start
         return VolumeGeometry(matrix, volume.affine)
+
+
+def is_column(images: Any) -> bool:
+    """Whether these are several scans, in another sequence than a list: a column of a data set gives none."""
+    return isinstance(images, Sequence) and not isinstance(images, str | bytes | bytearray | memoryview | list | tuple)
 
 
 def _per_image(value: Any, count: int, ndim: int) -> list[Any]:

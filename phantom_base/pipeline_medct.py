@@ -24,7 +24,7 @@ from .adapters_medct import OTHER_WORDS, asked_config, calibrated, description_i
 from .checks_medct import check_processor, refuse_what_is_no_number
 from .configuration_medct import MedCTConfig, Prompt
 from .errors_medct import MedCTError
-from .image_processing_medct import MedCTImageProcessor
+from .image_processing_medct import MedCTImageProcessor, is_column
 from .modeling_medct import zero_shot_probabilities
 from .processing_medct import MedCTProcessor
 from .resampling_medct import ScanPart
@@ -82,8 +82,9 @@ class CTPipeline(Pipeline):
         """Score the findings of one scan, a list of scans, or a generator or dataset of them.
 
         Args:
-            inputs: What `read_volume` takes. A list holds one scan an entry, so a series as a list of DICOM files is a
-                list in a list, or a tuple. A generator or dataset gives results one by one, as they are asked for.
+            inputs: What `read_volume` takes. A list, or a column of a dataset, holds one scan an entry, so a series as
+                a list of DICOM files is a list in a list, or a tuple. A generator or dataset gives results one by one,
+                as they are asked for.
             candidate_labels: Findings to score: names, or a dictionary from names to words for the prompts or pairs of
                 sentences, see `MedCTConfig.prompts`. By default those of the adapter in use, else the model's own. A
                 classifier takes no others.
@@ -114,6 +115,8 @@ class CTPipeline(Pipeline):
         """
         if isinstance(inputs, list) and not inputs:
             return []
+        if is_column(inputs):  # one scan at a time, as all of them together may not fit into memory
+            return list(super().__call__((each for each in inputs), **kwargs))
         return super().__call__(inputs, **kwargs)
 
     def _sanitize_parameters(self, candidate_labels=None, prompt_templates=None, **kwargs):

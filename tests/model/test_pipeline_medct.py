@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from adapter_files import RESULTS, save_adapter
+from datasets import Dataset
 from transformers import pipeline
 
 from medct import AdapterMismatchError, MedCTModel, VolumeError, ZeroShotCTClassificationPipeline
@@ -193,6 +194,16 @@ def test_few_findings_are_given_where_few_are_wanted(pipe, scans):
 def test_other_amounts_are_refused(pipe, scans, name, value):
     with pytest.raises(ValueError, match=f"`{name}` is .*, not "):
         pipe(scans[0], **{name: value})
+
+
+def test_a_column_of_a_data_set_is_many_scans(pipe, scans):
+    column = Dataset.from_dict({"scan": scans})["scan"]
+    assert not isinstance(column, list)
+    assert pipe(column, top_k=2) == pipe(list(column), top_k=2)
+    columns = {"images": column, "text": Dataset.from_dict({"text": ["a", "b"]})["text"]}
+    found = pipe.processor(**columns, return_tensors="pt")
+    expected = pipe.processor(images=list(column), text=["a", "b"], return_tensors="pt")
+    assert all(torch.equal(found[name], expected[name]) for name in ("pixel_values", "input_ids"))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
