@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -517,9 +518,9 @@ def _checked_volumes(pixel_values: Any) -> torch.Tensor:
 
 
 def _check_shown(top_k: int = 1, threshold: float = 0.0) -> None:
-    if not isinstance(top_k, int) or top_k < 1:
+    if not isinstance(top_k, Integral) or top_k < 1:
         raise PromptError(f"`top_k` is a whole number of at least 1, not {top_k!r}.")
-    if not isinstance(threshold, int | float) or not 0 <= threshold <= 1:
+    if not isinstance(threshold, Real) or not 0 <= threshold <= 1:
         raise PromptError(f"`threshold` is a score in [0, 1], not {threshold!r}.")
 
 

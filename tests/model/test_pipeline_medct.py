@@ -181,6 +181,7 @@ def test_few_findings_are_given_where_few_are_wanted(pipe, scans):
     everything = pipe(scans[0])
     assert pipe(scans[0], top_k=3) == everything[:3]
     assert pipe(scans[0], top_k=99) == everything
+    assert pipe(scans[0], top_k=np.int64(3), threshold=np.float32(0)) == everything[:3]
     least = everything[6]["score"]
     assert pipe(scans[0], threshold=least) == everything[:7]
     assert pipe(scans[0], threshold=least, top_k=2) == everything[:2]
