@@ -127,9 +127,9 @@ class MedCTVisionConfig(PreTrainedConfig):
     num_temporal_layers: int = 4
     codebook_size: int = 8192
     attention_scale: float | int = 8.0
-    layer_norm_eps: float = 1e-5
-    position_bias_negative_slope: float = 0.1
-    initializer_range: float = 0.02
+    layer_norm_eps: float | int = 1e-5
+    position_bias_negative_slope: float | int = 0.1
+    initializer_range: float | int = 0.02
     hu_min: float | int = -1000
     hu_max: float | int = 1000
     hu_per_unit: float | int = 1000
@@ -265,8 +265,8 @@ class MedCTConfig(PreTrainedConfig):
         ("{label} is present.", "{label} is not present."),
     )
     prompts: dict | None = None
-    classifier_dropout: float = 0.3
-    classifier_pos_weight: list[float] | None = None
+    classifier_dropout: float | int = 0.3
+    classifier_pos_weight: list[float | int] | None = None
     custom_pipelines: dict | None = None
     _tasks_as = dict  # the installed package puts `RegisteredTasks` here
 

@@ -44,6 +44,17 @@ def test_survives_saving_and_loading(tmp_path):
     assert again.label_names == ["nodule", "mass"]
 
 
+@pytest.mark.parametrize("config", [MedCTConfig(num_labels=2, classifier_pos_weight=[1.5, 2.5]), MedCTVisionConfig()])
+def test_a_number_may_be_whole(config):
+    """As whoever writes a configuration by hand, or in another language, writes 1 and 0."""
+    fractions = {name: value for name, value in config.to_dict().items() if isinstance(value, float)}
+    whole = {name: max(1, round(value)) for name, value in fractions.items()}
+    if getattr(config, "classifier_pos_weight", None):
+        whole |= {"classifier_pos_weight": [1, 3], "num_labels": 2}
+    again = type(config)(**whole)
+    assert fractions and all(getattr(again, name) == value for name, value in whole.items())
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
