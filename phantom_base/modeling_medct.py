@@ -191,12 +191,17 @@ class MedCTPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(
-        cls, name=None, *args, use_safetensors: bool = True, output_loading_info: bool = False, **kwargs
+        cls,
+        pretrained_model_name_or_path=None,
+        *args,
+        use_safetensors: bool = True,
+        output_loading_info: bool = False,
+        **kwargs,
     ):
         """transformers' own, but that nothing except safetensors is read unless it is asked for: no pickles.
 
         Args:
-            name: Hub id or folder.
+            pretrained_model_name_or_path: Hub id or folder.
             use_safetensors: Whether to read safetensors only.
             output_loading_info: Whether to return what was missing or unexpected as well.
 
@@ -205,6 +210,7 @@ class MedCTPreTrainedModel(PreTrainedModel):
                 has others. A head to be trained may be missing, and a half that this class does not use may be there.
         """
         options = {"use_safetensors": use_safetensors, "output_loading_info": True}
+        name = pretrained_model_name_or_path
         model, loading_info = super().from_pretrained(name, *args, **options, **kwargs)
         refuse_other_weights(name, cls, model.config, loading_info, cls._may_lack, cls._may_hold)
         return (model, loading_info) if output_loading_info else model

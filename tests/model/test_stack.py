@@ -47,6 +47,15 @@ def scores(pipe, scan) -> dict[str, float]:
 # weights and class
 
 
+def test_methods_take_arguments_by_the_names_that_the_library_gives_them(converted, adapters, tmp_path):
+    model = MedCTModel.from_pretrained(pretrained_model_name_or_path=converted)
+    model.load_adapter(peft_model_id=adapters[0], adapter_name="a")
+    model.set_adapter(adapter_name="a")
+    model.save_pretrained(save_directory=tmp_path)
+    model.delete_adapter(adapter_names="a")
+    model.add_adapter(adapter_config=LoraConfig(r=2, target_modules=["q_proj"]), adapter_name="b")
+
+
 @pytest.mark.parametrize("load", [MedCTModel.from_pretrained, AutoModel.from_pretrained])
 def test_a_classifier_is_no_zero_shot_model(classifier_folder, load):
     with pytest.raises(CheckpointMismatchError, match=r"lacks the text encoder \(.*saved as MedCTForImageClassif"):
