@@ -66,9 +66,9 @@ def refuse_other_weights(
     Raises:
         CheckpointMismatchError: If weights are missing, or are there that the class does not have.
     """
-    # Those that were set aside because the user asked for other sizes are no surprise.
-    reset = {each[0] if isinstance(each, tuple) else each for each in loading_info.get("mismatched_keys", ())}
-    missing = sorted(key for key in set(loading_info["missing_keys"]) - reset if not key.startswith(may_lack))
+    missing = sorted(
+        key for key in set(loading_info["missing_keys"]) - reset_weights(loading_info) if not key.startswith(may_lack)
+    )
     unexpected = sorted(key for key in loading_info["unexpected_keys"] if not key.startswith(may_hold))
     if not missing and not unexpected:
         return
@@ -78,6 +78,15 @@ def refuse_other_weights(
         f"{name} is not a {model_class.__name__}: {said}. It was saved as {holds}: load it as that, or pass "
         "another model."
     )
+
+
+def reset_weights(loading_info: dict[str, Any]) -> set[str]:
+    """Weights that were set aside because the user asked for other sizes.
+
+    Args:
+        loading_info: As `from_pretrained(output_loading_info=True)` gives it.
+    """
+    return {each[0] if isinstance(each, tuple) else each for each in loading_info.get("mismatched_keys", ())}
 
 
 def _named(keys: list[str]) -> str:

@@ -33,7 +33,7 @@ from .adapters_medct import (
     use_adapters,
     without_load_report,
 )
-from .checks_medct import refuse_other_weights
+from .checks_medct import refuse_other_weights, reset_weights
 from .configuration_medct import CLASSIFIER_TASK, CODE, CUSTOM_PIPELINES, ZERO_SHOT_TASK, MedCTConfig, MedCTVisionConfig
 from .graphs_medct import can_replay, replayed
 from .kernels_medct import fused, row_dtype
@@ -176,6 +176,8 @@ class MedCTPreTrainedModel(PreTrainedModel):
     _may_lack: tuple[str, ...] = ()
     _may_hold: tuple[str, ...] = ()
     _described: dict[str, tuple[Snapshot, dict]] = {}
+    # Names of what was drawn at random since the checkpoint had it not, and how it was drawn.
+    _drawn: tuple[set[str], Snapshot] | None = None
     _can_record_outputs = {"hidden_states": MedCTLayer, "attentions": MedCTAttention}
 
     @torch.no_grad()
@@ -213,7 +215,19 @@ class MedCTPreTrainedModel(PreTrainedModel):
         name = pretrained_model_name_or_path
         model, loading_info = super().from_pretrained(name, *args, **options, **kwargs)
         refuse_other_weights(name, cls, model.config, loading_info, cls._may_lack, cls._may_hold)
+        drawn = model._parameters_called({*loading_info["missing_keys"], *reset_weights(loading_info)})
+        model._drawn = (set(drawn), Snapshot(drawn)) if drawn else None
         return (model, loading_info) if output_loading_info else model
+
+    @property
+    def is_drawn(self) -> bool:
+        """Whether weights that the checkpoint lacked are still as they were drawn at random."""
+        return self._drawn is not None and self._drawn[1].equals(self._parameters_called(self._drawn[0]))
+
+    def _parameters_called(self, names: set[str]) -> dict[str, torch.Tensor]:
+        """Parameters by name, on the CPU."""
+        found = {name: weight for name, weight in self.named_parameters() if name in names and not weight.is_meta}
+        return {name: weight.detach().cpu() for name, weight in found.items()}
 
     def save_pretrained(self, *args, **kwargs):
         """transformers' own; every class of the saved code can be loaded from the folder, and its pipelines are named.

@@ -23,7 +23,7 @@ from transformers.pipelines.pt_utils import PipelineIterator
 
 from .adapters_medct import OTHER_WORDS, asked_config, calibrated, description_in_use
 from .checks_medct import check_processor, refuse_what_is_no_number
-from .configuration_medct import MedCTConfig, Prompt
+from .configuration_medct import ZERO_SHOT_TASK, MedCTConfig, Prompt
 from .errors_medct import MedCTError
 from .image_processing_medct import MedCTImageProcessor, is_column
 from .modeling_medct import zero_shot_probabilities
@@ -52,8 +52,8 @@ class CTPipeline(Pipeline):
             Without a processor that of the model is loaded.
 
     Raises:
-        ValueError: If the model is not of the pipeline's kind, has no processor or one of another preprocessing, or the
-            adapter is not its own.
+        ValueError: If the model is not of the pipeline's kind, has no processor or one of another preprocessing, or a
+            head that nobody has trained, or the adapter is not its own.
     """
 
     _load_processor = None  # by the library where it can tell, else here
@@ -77,6 +77,11 @@ class CTPipeline(Pipeline):
                 # Here its own are asked for. By its text, as the model's code may be another copy of this one.
                 warnings.filterwarnings("ignore", message=f".*{OTHER_WORDS}", category=UserWarning)
                 self.model.load_adapter(adapter, adapter_kwargs={"revision": adapter_revision})
+        if getattr(self.model, "is_drawn", False):  # a model of older code cannot tell
+            raise ValueError(
+                "The model's head was drawn at random, as its checkpoint has none, and would find anything. Train it "
+                f"first, or ask the model in words: {ZERO_SHOT_TASK}."
+            )
         self.model.eval()
 
     def __call__(self, inputs: Any, **kwargs) -> Any:

@@ -115,6 +115,24 @@ def test_the_pipeline_of_a_classifier_gives_its_sigmoids(classifier_folder, scan
         pipe(scan, spacing_mm=spacing_mm, prompt_templates=[("{label}", "no {label}")])
 
 
+def test_a_head_that_was_drawn_at_random_finds_nothing(converted, classifier_folder, scan, tmp_path):
+    with pytest.raises(ValueError, match="drawn at random"):
+        pipeline(CLASSIFIER_TASK, model=str(converted), device="cpu")
+    options = {"num_labels": 2, "ignore_mismatched_sizes": True}
+    begun = AutoModelForImageClassification.from_pretrained(classifier_folder, **options)
+    with pytest.raises(ValueError, match="drawn at random"):
+        pipeline(CLASSIFIER_TASK, model=begun, device="cpu")
+    adapted = AutoModelForImageClassification.from_pretrained(converted, num_labels=2)
+    lora = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["classifier"])
+    get_peft_model(adapted, lora).save_pretrained(tmp_path)
+    again = AutoModelForImageClassification.from_pretrained(converted, num_labels=2)
+    with pytest.warns(UserWarning, match="nobody can tell"):
+        assert len(scores(pipeline(CLASSIFIER_TASK, model=again, device="cpu", adapter=str(tmp_path)), scan)) == 2
+    with torch.no_grad():
+        begun.classifier.bias.add_(1)
+    assert len(scores(pipeline(CLASSIFIER_TASK, model=begun, device="cpu"), scan)) == 2
+
+
 # model and processor
 
 
