@@ -559,6 +559,7 @@ def _wanted(model: PreTrainedModel, config: Any) -> dict[str, torch.Size]:
         with warnings.catch_warnings(action="ignore"):  # of PEFT's own dealings with transformers
             # Not `inject_adapter_in_model`, which takes no adapter whose layers share what is kept beside them.
             adapted = _peft().get_peft_model(skeleton, config, adapter_name="wanted")
+        found = _peft().get_peft_model_state_dict(adapted, adapter_name="wanted")
     except NotImplementedError as error:  # it looks at the weights, and here are none
         raise AdapterMismatchError(
             f"What an adapter of the kind {config.peft_type.value} has to hold depends on the weights of its base, so "
@@ -568,7 +569,6 @@ def _wanted(model: PreTrainedModel, config: Any) -> dict[str, torch.Size]:
         raise AdapterMismatchError(
             f"The adapter's configuration fits no module of this model ({str(error).splitlines()[0]}). Load its base."
         ) from error
-    found = _peft().get_peft_model_state_dict(adapted, adapter_name="wanted")
     return {name: tensor.shape for name, tensor in found.items()}
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from adapter_files import save_adapter
 from peft import (
+    AdaLoraConfig,
     LoHaConfig,
     LoraConfig,
     PeftConfig,
@@ -496,6 +497,16 @@ def test_beside_another_no_adapter_changes_the_base(model, converted, adapter, c
         with pytest.raises(AdapterMismatchError, match="cannot lie beside another"):
             put_on()
     assert fingerprint(model) == before and list(model.peft_config) == ["plain"]
+
+
+def test_what_cannot_be_checked_is_said(model, converted, tmp_path):
+    config = AdaLoraConfig(init_r=2, target_modules=["q_proj"], total_step=9)
+    get_peft_model(MedCTModel.from_pretrained(converted), config).save_pretrained(tmp_path)
+    config_file = tmp_path / "adapter_config.json"
+    pruned = {"vision_model.spatial_encoder.layers.0.self_attn.q_proj.lora_E": [True, False]}
+    config_file.write_text(json.dumps(json.loads(config_file.read_text()) | {"rank_pattern": pruned}))
+    with pytest.raises(AdapterMismatchError, match=r"so it cannot be checked\. Load it with"):
+        check_fit(model, tmp_path)
 
 
 @pytest.mark.parametrize(
