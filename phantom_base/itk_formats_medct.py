@@ -37,7 +37,8 @@ _TEXT_PIECE_BYTES = 2**20
 _MAX_NUMBER_BYTES = 32
 _MAX_WHOLE = 2.0**53
 """Up to which double precision, as which texts are read, holds every whole number."""
-_SPACING_TOLERANCE = 1e-2
+_LENGTH_TOLERANCE = 1e-2
+"""Of spacings that a header says in two ways, and of axes that should be of length 1."""
 _AGAIN = "Copy or download the file again"
 _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 _NRRD_TYPES = {
@@ -310,7 +311,7 @@ def _nrrd_affine(source: ByteSource, fields: dict[str, str]) -> tuple[np.ndarray
     unit_mm, notes = _unit(source, units.pop() if len(units) == 1 else "several" if units else "")
     with np.errstate(all="ignore"):  # what is not finite is refused
         lengths = np.linalg.norm(affine[:3, :3], axis=0)
-        if len(spacings) == 3 and (np.abs(spacings / lengths - 1) > _SPACING_TOLERANCE).any():  # NaN says nothing
+        if len(spacings) == 3 and (np.abs(spacings / lengths - 1) > _LENGTH_TOLERANCE).any():  # NaN says nothing
             raise _contradiction(source, "spacings")
         affine = np.diag([unit_mm, unit_mm, unit_mm, 1.0]) @ affine_from_spacing((1, 1, 1), space) @ affine
     check_affine(source.name, affine)
@@ -512,9 +513,13 @@ def _meta_affine(source: ByteSource, fields: dict[str, str]) -> tuple[np.ndarray
 
 
 def _directions_in_space(source: ByteSource, rows: np.ndarray) -> np.ndarray:
-    """The columns of an affine from the axes that a header gives as rows; a fourth must be no part of them."""
+    """Unit columns of an affine from the axes that a header gives as rows; a fourth must be no part of them."""
     if rows[:3, 3:].any() or rows[3:, :3].any():
         raise VolumeError(source.name, "its TransformMatrix turns a fourth axis into space", "Write it with three axes")
+    with np.errstate(all="ignore"):
+        are_unit = np.abs(np.linalg.norm(rows[:3, :3], axis=1) - 1) <= _LENGTH_TOLERANCE
+    if not are_unit.all():  # perhaps they hold the spacing as well
+        raise VolumeError(source.name, "its TransformMatrix is not made of unit vectors", "Correct the header")
     return rows[:3, :3].T
 
 

@@ -151,5 +151,5 @@ def test_numbers_of_a_damaged_geometry(word, tmp_path):
         "DimSize = 5 6 7\nElementType = MET_SHORT\nElementDataFile = LOCAL\n"
     )
     for header in (nrrd, meta):
-        with pytest.raises(VolumeError, match="affine is singular"):
+        with pytest.raises(VolumeError, match=r"affine is singular|not made of unit vectors"):
             read_volume(header.format(word).encode() + ARRAY.tobytes(order="F"))

@@ -197,7 +197,10 @@ def meta_text(array, **changes) -> bytes:
         ({"ElementDataFile": "/etc/passwd"}, "lie in other files"),
         ({"ElementDataFile": "missing.raw"}, "not beside it"),
         ({"ElementDataFile": None}, "header has no end|lie in other files"),
-        ({"TransformMatrix": "1 0 0 0 1 0 0 0 0"}, "affine is singular"),
+        ({"TransformMatrix": "1 0 0 0 1 0 0 0 0"}, "not made of unit vectors"),
+        ({"TransformMatrix": "1 0 0 0 1 0 0 0 2"}, "not made of unit vectors"),
+        ({"TransformMatrix": "1 0 0 0 1 0 0 0 0.98"}, "not made of unit vectors"),
+        ({"TransformMatrix": "1 0 0 1 0 0 0 0 1"}, "affine is singular"),
     ],
 )
 def test_bad_metaimage(changes, reason, array, tmp_path):
@@ -233,6 +236,14 @@ def test_what_a_metaimage_header_says_twice(name, value, is_said_again, is_first
     else:
         with pytest.raises(VolumeError, match="says two different things of its "):
             read_volume(content)
+
+
+def test_a_metaimage_with_rounded_axes_is_read_as_simpleitk_reads_it(array, tmp_path):
+    path = tmp_path / "scan.mha"
+    path.write_bytes(meta_text(array, TransformMatrix="1 0 0 0 0.995 0.1 0 -0.1 0.995"))
+    volume, image = read_volume(path), SimpleITK.ReadImage(str(path))
+    for voxel in ((0, 0, 0), (4, 5, 6), (1, 3, 2)):
+        np.testing.assert_allclose(lps(volume, voxel), image.TransformIndexToPhysicalPoint(voxel), atol=1e-9)
 
 
 def test_metaimage_without_axes_is_remarked_on(array, tmp_path):
