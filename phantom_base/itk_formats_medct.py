@@ -100,10 +100,11 @@ _META_FIELDS = (
     *("Position", "Offset", "Origin", "Orientation", "Rotation", "TransformMatrix", "DistanceUnits", "ElementSpacing"),
     *("ElementSize", "DimSize", "HeaderSize", "Modality", "ElementNumberOfChannels", "ElementType"),
     *("ElementToIntensityFunctionSlope", "ElementToIntensityFunctionOffset", "ElementDataFile"),
+    "AnatomicalOrientation",
 )
 _META_KEYS = (
     *("Comment", "ObjectType", "ObjectSubType", "TransformType", "NDims", "Name", "ID", "ParentID", "AcquisitionDate"),
-    *("CompressionLevel", "Color", "CenterOfRotation", "AnatomicalOrientation", "SequenceID", "ElementMin"),
+    *("CompressionLevel", "Color", "CenterOfRotation", "SequenceID", "ElementMin"),
     *("ElementMax", *_META_FIELDS),
 )
 # Other names of a field, by which a header may say it a second time.
@@ -112,6 +113,8 @@ _META_ALIASES = {
     **dict.fromkeys(("Rotation", "Orientation"), "TransformMatrix"),
     "ElementByteOrderMSB": "BinaryDataByteOrderMSB",
 }
+_TOWARDS_LPS = ("RAI", "???", "")
+"""Where axes come from, if they run towards L, P and S, or if nobody knows."""
 _META_MODALITIES = ("MET_MOD_CT", "MET_MOD_OTHER", "MET_MOD_UNKNOWN")
 _META_SEPARATOR = re.compile("[=:]")
 _UNITS_MM = {
@@ -494,6 +497,9 @@ def _meta_affine(source: ByteSource, fields: dict[str, str]) -> tuple[np.ndarray
         raise VolumeError(source.name, "its header gives no ElementSpacing", "Write it with one, in mm")
     axes = fields.get("TransformMatrix")
     notes = () if axes else ("its header gives no TransformMatrix: axes taken towards L, P and S",)
+    if not axes and fields.get("AnatomicalOrientation", "RAI").upper() not in _TOWARDS_LPS:
+        reason = "its header gives no TransformMatrix, and its AnatomicalOrientation is not RAI"
+        raise VolumeError(source.name, reason, "Write it with a TransformMatrix")
     offset = fields.get("Offset")
     count = len(fields["DimSize"].split())
     affine = np.eye(4)

@@ -246,6 +246,19 @@ def test_a_metaimage_with_rounded_axes_is_read_as_simpleitk_reads_it(array, tmp_
         np.testing.assert_allclose(lps(volume, voxel), image.TransformIndexToPhysicalPoint(voxel), atol=1e-9)
 
 
+@pytest.mark.parametrize(
+    ("letters", "is_read"), [("RAI", True), ("???", True), ("", True), ("ASL", False), ("LPS", False)]
+)
+def test_letters_of_a_metaimage_without_axes(letters, is_read, array):
+    """Which readers ignore, and which beside axes are often wrong."""
+    assert read_volume(meta_text(array, AnatomicalOrientation=letters)).spacing_mm == (1, 1, 2)
+    content = meta_text(array, TransformMatrix=None, AnatomicalOrientation=letters)
+    with (
+        pytest.warns(VolumeWarning, match="no TransformMatrix") if is_read else pytest.raises(VolumeError, match="RAI")
+    ):
+        assert np.array_equal(read_volume(content).array, array)
+
+
 def test_metaimage_without_axes_is_remarked_on(array, tmp_path):
     (tmp_path / "scan.mha").write_bytes(meta_text(array, TransformMatrix=None))
     with pytest.warns(VolumeWarning, match="no TransformMatrix"):
