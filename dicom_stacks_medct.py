@@ -55,16 +55,14 @@ _LEAST_RUN = 3
 _SAME_POSITION_MM = 1e-3
 
 
-def told_by(header: Elements, groups: Elements | None) -> tuple[Hashable, ...]:
+def told_by(header: Elements, groups: Sequence[Elements]) -> tuple[Hashable, ...]:
     """What a slice has of `TELLING`, then its instance number; numbers as such, the rest as written, to be compared.
 
     Args:
         header: Of the file.
-        groups: Functional groups of the frame, if the file holds several.
+        groups: Functional groups of the frame and those that all frames share, if the file holds several.
     """
-    items = [header]
-    if groups is not None:
-        items = [found[0] for found in groups.sequences() if found] + items
+    items = [*(found[0] for each in groups for found in each.sequences() if found), header]
     return tuple(_comparable(_written(items, tag), tag) for tag in (*TELLING, _INSTANCE_NUMBER))
 
 

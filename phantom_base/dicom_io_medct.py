@@ -336,7 +336,7 @@ def _slice(
         why = _why_no_hu(types, unit, has_lookup, is_single=frame is None)
         is_hu = why is None and unit != "US"
         slope, intercept = _rescale(name, scale, rescale, is_hu, why)
-        told = told_by(header, own)
+        told = told_by(header, said.groups or [])
     except VolumeError:
         raise
     except Exception as error:  # as above

@@ -186,6 +186,42 @@ def test_a_scan_without_contrast_is_another_one(tmp_path):
     assert_two(folder, "ContrastBolusAgent")
 
 
+SEQUENCES = {
+    "ConvolutionKernel": ("CTReconstructionSequence", ("A", "B")),
+    "KVP": ("CTXRayDetailsSequence", (80, 140)),
+    "TemporalPositionIndex": ("FrameContentSequence", (1, 2)),
+    "NominalPercentageOfCardiacPhase": ("CardiacSynchronizationSequence", (30, 75)),
+}
+
+
+def two_enhanced(folder, shift, tell):
+    """Files of `COUNT` frames each."""
+
+    def edit(ds):
+        ds.InstanceNumber = scan + 1
+        for k, frame in enumerate(ds.PerFrameFunctionalGroupsSequence):
+            frame.PlanePositionSequence = [scan_files.item(ImagePositionPatient=at(0, 0, STEP_MM * (k + shift * scan)))]
+        tell(ds, scan)
+
+    for scan in (0, 1):
+        write_enhanced(folder / f"{scan}.dcm", HU[COUNT * scan :][:COUNT], edit)
+    return folder
+
+
+@pytest.mark.parametrize("name", SEQUENCES)
+@pytest.mark.parametrize("is_shared", [True, False])
+@pytest.mark.parametrize("shift", [0.0, 0.5])
+def test_functional_groups_tell_wherever_they_stand(shift, is_shared, name, tmp_path):
+    sequence, values = SEQUENCES[name]
+
+    def tell(ds, scan):
+        groups = ds.SharedFunctionalGroupsSequence if is_shared else ds.PerFrameFunctionalGroupsSequence
+        for each in groups:
+            setattr(each, sequence, [scan_files.item(**{name: values[scan]})])
+
+    assert_two(two_enhanced(tmp_path, shift, tell), name)
+
+
 @pytest.mark.parametrize("each", [2, 3])
 @pytest.mark.parametrize("name", ["SpacingBetweenSlices", "SliceThickness"])
 @pytest.mark.parametrize(
