@@ -2,7 +2,8 @@
 
 Laid into each other they would make a volume with every other slice of another scan. They are told apart by attributes
 that differ between slices whose positions overlap (in slices beside each other the same attributes differ for good
-reasons), and where none does by instance numbers that run through the positions more than once.
+reasons). Where none does they are told apart by multi-frame files, each of which is a scan unless it says that it is a
+part of one, and by instance numbers that run through the positions more than once.
 
 Source: DICOM PS3.3 (C.7.6.1, C.7.6.2, C.8.2, C.7.6.16).
 """
@@ -44,12 +45,13 @@ TELLING = {
     0x0008103E: "SeriesDescription",
     0x0020000D: "StudyInstanceUID",
     0x00200052: "FrameOfReferenceUID",
+    0x00209161: "ConcatenationUID",
 }
 """Attributes that tell scans apart. Times of making an image do not: its parts are computed side by side."""
 _OF_ALL_SLICES = ("StudyInstanceUID", "FrameOfReferenceUID")
 """Those that every slice of a series must have: where some lack it, that tells nothing."""
 _NUMBERS_IN_LETTERS = ("DS", "IS", "TM")
-_INSTANCE_NUMBER = 0x00200013
+_INSTANCE_NUMBER, _CONCATENATION = 0x00200013, 0x00209161
 _LEAST_SLICES = 2
 _LEAST_RUN = 3
 _SAME_POSITION_MM = 1e-3
@@ -100,10 +102,17 @@ def stacks_of(slices: list[Slice]) -> tuple[list[list[Slice]], str]:
     if telling:
         labels = list(zip(*(values for _, values in telling), strict=True))
         return _split(slices, labels), ", ".join(name for name, _ in telling)
-    labels = _runs([one.instance_number for one in slices], along)
-    if labels is not None and _overlap(labels, along):
-        return _split(slices, labels), "InstanceNumber"
+    runs = _runs([one.instance_number for one in slices], along)
+    for name, labels in (("file", _files(slices)), ("InstanceNumber", runs)):
+        if labels is not None and _overlap(labels, along):
+            return _split(slices, labels), name
     return [slices], ""
+
+
+def _files(slices: list[Slice]) -> list[Hashable]:
+    """The multi-frame file of each slice; one for all that are the parts of a larger one."""
+    which = [*TELLING].index(_CONCATENATION)
+    return [one.frame is not None and (one.told[which] or (str(one.instance_number), one.file.name)) for one in slices]
 
 
 def _completed(values: Sequence[Hashable]) -> Sequence[Hashable]:

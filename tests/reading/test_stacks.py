@@ -19,6 +19,7 @@ VALUES = {
     "FrameType": (["ORIGINAL", "PRIMARY"], ["DERIVED", "PRIMARY"]),
     "StudyInstanceUID": ("1.2.3.1", "1.2.3.2"),
     "FrameOfReferenceUID": ("1.2.3.1", "1.2.3.2"),
+    "ConcatenationUID": ("1.2.3.1", "1.2.3.2"),
 }
 WORDS = ("ContrastBolusAgent", "ConvolutionKernel", "ReconstructionAlgorithm", "FilterType", "ScanOptions", "StackID")
 
@@ -220,6 +221,32 @@ def test_functional_groups_tell_wherever_they_stand(shift, is_shared, name, tmp_
             setattr(each, sequence, [scan_files.item(**{name: values[scan]})])
 
     assert_two(two_enhanced(tmp_path, shift, tell), name)
+
+
+@pytest.mark.parametrize(
+    ("shift", "uids", "is_two"),
+    [
+        (0.0, None, True),
+        (0.5, None, True),
+        (2.5, None, True),
+        (0.5, ("1.2.3", "1.2.4"), True),
+        (0.5, ("1.2.3", "1.2.3"), False),
+        (COUNT, None, False),
+        (COUNT, ("1.2.3", "1.2.3"), False),
+    ],
+)
+def test_multi_frame_files_over_the_same_positions_are_scans(shift, uids, is_two, tmp_path):
+    """Unless they are parts of one; beside each other they are one whatever they say."""
+
+    def tell(ds, scan):
+        if uids is not None:
+            ds.ConcatenationUID = uids[scan]
+
+    folder = two_enhanced(tmp_path, shift, tell)
+    if is_two:
+        assert_two(folder, "ConcatenationUID" if uids else "file")
+    else:
+        assert read_volume(folder).array.shape[2] == 2 * COUNT
 
 
 @pytest.mark.parametrize("each", [2, 3])
