@@ -107,7 +107,9 @@ def looks_like_path(text: str) -> bool:
 def _studies_below(folder: Path) -> Iterator[Study]:
     seen = set()
     scans: dict[Path, _DicomFolder] = {}
-    discs = [above for above in folder.absolute().parents if (above / "DICOMDIR").is_file()]
+    # Discs are often mounted with names in small letters.
+    contents = (above / name for above in folder.absolute().parents for name in (_DICOMDIR, _DICOMDIR.upper()))
+    discs = [path.parent for path in contents if path.is_file()]
     for parent, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(parent)
         if real in seen:  # a link that leads back

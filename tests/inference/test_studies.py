@@ -156,11 +156,11 @@ def test_batches_are_full_and_failures_are_passed_on():
     assert found == [bad, good[:2], good[2:4], good[4:]]
 
 
-def write_contents(folder):
+def write_contents(folder, name="DICOMDIR"):
     """The table of contents of a disc."""
     contents = new_slice(make_hu((1, 8, 8))[0], 0)
     contents.SOPClassUID = contents.file_meta.MediaStorageSOPClassUID = MediaStorageDirectoryStorage
-    contents.save_as(folder / "DICOMDIR", enforce_file_format=True)
+    contents.save_as(folder / name, enforce_file_format=True)
 
 
 def of_series(uid, only):
@@ -171,11 +171,12 @@ def of_series(uid, only):
     return edit
 
 
-def test_a_disc_with_one_series_over_several_folders(tmp_path, load):
+@pytest.mark.parametrize("name", ["DICOMDIR", "dicomdir"])
+def test_a_disc_with_one_series_over_several_folders(name, tmp_path, load):
     hu = make_hu((9, 8, 8))
     for k in range(3):
         write_series(tmp_path / f"disc/DICOM/S{k}", hu, of_series("1.2.7", range(3 * k, 3 * k + 3)))
-    write_contents(tmp_path / "disc")
+    write_contents(tmp_path / "disc", name)
     for given in (tmp_path, tmp_path / "disc", tmp_path / "disc/DICOM"):
         (study,) = find_studies([given])
         assert study.id == str(tmp_path / "disc/DICOM")
