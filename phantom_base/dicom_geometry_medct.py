@@ -12,6 +12,7 @@ Source: DICOM PS3.3 (C.7.6.2).
 """
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -37,9 +38,10 @@ _STRAIGHT = "Pass `resample_irregular=True` to have the slices interpolated"
 
 def check_alike(slices: list[Slice]) -> None:
     """Refuse slices that are not all of one size, spacing and direction."""
-    first = slices[0]
-    figures = np.array([(*one.pixels.shape, *one.spacing_mm, *one.orientation) for one in slices])
-    differing = np.flatnonzero(np.abs(figures - figures[0]).max(axis=1))
+    figures = [(*one.pixels.shape, *one.spacing_mm.tolist(), *one.orientation.tolist()) for one in slices]
+    most = Counter(figures).most_common(1)[0][0]
+    first = slices[figures.index(most)]  # which of them stands first among the files does not matter
+    differing = np.flatnonzero(np.abs(np.array(figures) - most).max(axis=1))
     for one in (slices[k] for k in differing):
         (rows, columns), others = one.pixels.shape, first.pixels.shape
         half = np.maximum((columns, rows), _USUAL_PIXELS) / 2

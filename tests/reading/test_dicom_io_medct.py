@@ -294,6 +294,17 @@ def test_doubtful_volumes_are_refused_with_the_figures(edit, hu, tmp_path):
         assert_private(text)
 
 
+@pytest.mark.parametrize("odd", [0, 3, 5])  # the slice 3 is first by its name
+@pytest.mark.parametrize(
+    ("attribute", "value"),
+    [("PixelSpacing", [0.8, 0.75]), ("ImageOrientationPatient", [0, 1, 0, 0, 0, -1]), ("Rows", 8)],
+)
+def test_the_slice_that_is_unlike_the_others_is_named(attribute, value, odd, hu, tmp_path):
+    folder = write_series(tmp_path / "series", hu, lambda ds, k: setattr(ds, attribute, value) if k == odd else None)
+    with pytest.raises(VolumeError, match=f"-{odd}.dcm: it"):
+        read_volume(folder)
+
+
 def test_a_series_is_chosen_by_number_or_uid(hu, tmp_path):
     folder = write_series(tmp_path / "series", hu, two_series)
     for series in (1, "1", "1.2.3.7"):
