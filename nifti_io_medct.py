@@ -160,7 +160,8 @@ def _stored_values(source: str, image: Any, shape: tuple[int, ...]) -> np.ndarra
     # The base of NIfTI. Files of other formats may hold more behind their voxels.
     if not isinstance(image, nibabel.AnalyzeImage) or getattr(data, "order", "F") != "F":
         return np.asanyarray(data.get_unscaled())
-    with nibabel.openers.ImageOpener(data.file_like) as stream:
+    # A file object has one position for all threads.
+    with data._lock, nibabel.openers.ImageOpener(data.file_like) as stream:
         stream.seek(data.offset)
         return read_array(of_bytes(b"", source), stream, shape, data.dtype, is_alone=data.offset == 0)
 

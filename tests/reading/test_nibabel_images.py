@@ -1,6 +1,9 @@
 """Images that nibabel opened, whose values nibabel itself is the judge of."""
 
 import gzip
+import io
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import nibabel
 import numpy as np
@@ -124,3 +127,17 @@ def test_a_damaged_checksum_of_an_image(tmp_path):
     path.write_bytes(content)
     with pytest.raises(VolumeError, match="damaged"):
         read_volume(image)
+
+
+class SlowToMove(io.BytesIO):
+    def seek(self, *args) -> int:
+        found = super().seek(*args)
+        time.sleep(1e-3)
+        return found
+
+
+def test_an_image_of_a_file_object_is_read_by_threads():
+    image = nibabel.Nifti1Image.from_stream(SlowToMove(nibabel.Nifti1Image(ARRAY, AFFINE).to_bytes()))
+    with ThreadPoolExecutor(4) as threads:
+        arrays = list(threads.map(lambda _: read_volume(image).array, range(8)))
+    assert all(np.array_equal(array, ARRAY) for array in arrays)
