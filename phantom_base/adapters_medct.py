@@ -5,11 +5,9 @@ the labels, prompts and operating points. `MedCTModel.load_adapter`, and with it
 adapter, asks `check_fit`. PEFT's own loaders know nothing of it; call it before them.
 """
 
-import contextlib
 import copy
 import hashlib
 import json
-import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -38,7 +36,6 @@ CONFIG_FILE = "adapter_config.json"
 # Rounding to bfloat16 is the same from float32 and from bfloat16 itself, and from no other type.
 _COMPARABLE = (torch.float32, torch.bfloat16)
 _CHUNK_ELEMENTS = 2**22
-_REPORTS = logging.getLogger("transformers.integrations.peft")
 # Ways to begin that take out of the base's weights what the adapter holds.
 _TAKEN_FROM_BASE = ("corda", "loftq", "lora_ga", "olora", "pissa")
 _SMALLEST_SCORE = 1e-7  # float32 tells no smaller ones from 0, or from 1
@@ -97,67 +94,12 @@ def _fetched(module: nn.Module, name: str, tensor: torch.Tensor) -> torch.Tensor
     return tensor
 
 
-def adapter_tensors(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
-    """The weights of the adapter of a name, on the CPU.
+def changes_base(config: Any) -> bool:
+    """Whether an adapter changes the base's own weights where it is put on.
 
     Args:
-        model: With the adapter.
-        name: The adapter's.
+        config: Of the adapter.
     """
-    named = (*model.named_parameters(), *model.named_buffers())
-    return {key: tensor.detach().cpu() for key, tensor in named if name in key.split(".") and not tensor.is_meta}
-
-
-@contextlib.contextmanager
-def without_load_report() -> Iterator[None]:
-    """Hold back transformers' report on an adapter's weights, unless loading fails, and PEFT's remarks of each loading.
-
-    The report calls all weights missing that are the base's, or an earlier adapter's; which are, says
-    `MedCTModel.load_adapter`. PEFT remarks on a second adapter, and on a name that transformers has changed.
-    """
-    held: list[logging.LogRecord] = []
-
-    def passes(record: logging.LogRecord) -> bool:
-        if is_report := "LOAD REPORT" in record.getMessage():
-            held.append(record)
-        return not is_report
-
-    _REPORTS.addFilter(passes)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")
-            yield
-    except BaseException:
-        _REPORTS.removeFilter(passes)
-        for record in held:
-            _REPORTS.handle(record)
-        raise
-    finally:
-        _REPORTS.removeFilter(passes)
-
-
-def refuse_adapter_without_values(model: PreTrainedModel, name: str) -> None:
-    """Take an adapter out again if the library could not put its values beside offloaded layers.
-
-    Args:
-        model: With the adapter.
-        name: The adapter's.
-
-    Raises:
-        AdapterMismatchError: If it is so.
-    """
-    own = [tensor for key, tensor in model.named_parameters() if name in key.split(".")]
-    if any(tensor.is_meta for tensor in own):
-        model.delete_adapter(name)
-        raise AdapterMismatchError(
-            "The adapter belongs beside layers that are offloaded, where its weights cannot be loaded. Merge it into "
-            "the model before (`PeftModel.merge_and_unload`, `save_pretrained`), or offload other layers."
-        )
-
-
-def _changes_base(config: Any) -> bool:
-    """Whether an adapter of a configuration changes the base's own weights where it is put on."""
     begins = str(getattr(config, "init_lora_weights", "")).lower().split("_niter_")[0]
     return begins in _TAKEN_FROM_BASE or getattr(config, "bias", "none") != "none"
 
@@ -173,72 +115,11 @@ def refuse_to_share_base(model: PreTrainedModel, config: Any) -> None:
         AdapterMismatchError: If it is so.
     """
     others = getattr(_without_peft(model), "peft_config", {}).values()
-    if others and any(map(_changes_base, (config, *others))):
+    if others and any(map(changes_base, (config, *others))):
         raise AdapterMismatchError(
             "An adapter that changes weights of its base (PiSSA, OLoRA and the like, or biases) cannot lie beside "
             "another, whose scores would change too. Load each on a model of its own."
         )
-
-
-def refuse_to_do_without(model: PreTrainedModel) -> None:
-    """Refuse to go on without an adapter that has changed the base: what is left is not the base.
-
-    Args:
-        model: With adapters.
-
-    Raises:
-        AdapterMismatchError: If it is so.
-    """
-    if any(map(_changes_base, getattr(model, "peft_config", {}).values())):
-        raise AdapterMismatchError(
-            "The adapter has changed weights of its base (PiSSA, OLoRA and the like, or biases), so that without it "
-            "this is not the base. Load the base anew."
-        )
-
-
-def use_adapters(model: PreTrainedModel, name: list[str] | str) -> None:
-    """Switch to one adapter or several, wherever a model has them.
-
-    Args:
-        model: With the adapters.
-        name: One name, or several.
-    """
-    try:
-        from peft.functional import set_adapter
-    except ImportError:  # then there are none
-        return
-    # transformers' own stops half way at a whole module that one adapter has and another has not.
-    set_adapter(model, name)
-    # Where tokens are adapted, a layer lies within such a module, and has just been told a name that it may not have.
-    set_adapter(model, name, layer_cls=())
-
-
-def refuse_name_of_a_part(model: PreTrainedModel, name: str) -> None:
-    """Refuse a name for an adapter by which its tensors could not be told from the model's own.
-
-    Args:
-        model: With or without other adapters.
-        name: The new adapter's.
-
-    Raises:
-        AdapterMismatchError: If a part of the model has that name.
-    """
-    parts = {part for key, _ in model.named_parameters() for part in key.split(".")}
-    if name in parts - set(getattr(model, "peft_config", ())):
-        raise AdapterMismatchError(f"A part of the model is called {name!r}. Load the adapter under another name.")
-
-
-def copy_description(model: PreTrainedModel, folder: str | Path) -> None:
-    """Write down again what the adapter in use remembers, beside its weights; nothing of one that has changed since.
-
-    Args:
-        model: With the adapter.
-        folder: Where it was saved.
-    """
-    in_use = adapters_in_use(model)
-    snapshot, description = model._described.get(in_use[0], (None, {})) if len(in_use) == 1 else (None, {})
-    if description and snapshot.equals(adapter_tensors(model, in_use[0])):
-        Path(folder, DESCRIPTION_FILE).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
 
 def fingerprint(model: PreTrainedModel) -> str | None:

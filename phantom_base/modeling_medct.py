@@ -6,7 +6,6 @@ Source: specification of CT-CLIP, sections 2 to 4.
 """
 
 import inspect
-import math
 from dataclasses import dataclass
 
 import torch
@@ -20,19 +19,6 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple, maybe_autocast, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .adapters_medct import (
-    AdapterMismatchError,
-    adapter_tensors,
-    check_fit,
-    copy_description,
-    loadable_tensors,
-    refuse_adapter_without_values,
-    refuse_name_of_a_part,
-    refuse_to_do_without,
-    refuse_to_share_base,
-    use_adapters,
-    without_load_report,
-)
 from .checks_medct import refuse_other_weights, reset_weights
 from .configuration_medct import CLASSIFIER_TASK, CODE, CUSTOM_PIPELINES, ZERO_SHOT_TASK, MedCTConfig, MedCTVisionConfig
 from .graphs_medct import can_replay, replayed
@@ -46,6 +32,7 @@ from .layers_medct import (
     MedCTQuantizer,
     project,
 )
+from .peft_medct import MedCTAdapterMixin
 from .snapshots_medct import Snapshot
 
 
@@ -135,11 +122,7 @@ class MedCTLogitScale(nn.Module):
         return similarity * self.weight.to(similarity.dtype).exp()
 
 
-# Roots and quotients of scales are rounded.
-_STRENGTH_ROUNDING = 1e-6
-
-
-class MedCTPreTrainedModel(PreTrainedModel):
+class MedCTPreTrainedModel(MedCTAdapterMixin, PreTrainedModel):
     """What all models here share: configuration, initialisation, and what of transformers they support."""
 
     config: MedCTConfig
@@ -175,7 +158,6 @@ class MedCTPreTrainedModel(PreTrainedModel):
     # How the names of weights begin that are drawn at random where a checkpoint has none, or that may lie unused in it.
     _may_lack: tuple[str, ...] = ()
     _may_hold: tuple[str, ...] = ()
-    _described: dict[str, tuple[Snapshot, dict]] = {}
     # Names of what was drawn at random since the checkpoint had it not, and how it was drawn.
     _drawn: tuple[set[str], Snapshot] | None = None
     _can_record_outputs = {"hidden_states": MedCTLayer, "attentions": MedCTAttention}
@@ -241,149 +223,8 @@ class MedCTPreTrainedModel(PreTrainedModel):
         saved = super().save_pretrained(*args, **kwargs)
         folder = args[0] if args else kwargs["save_directory"]
         if getattr(self, "_hf_peft_config_loaded", False):  # then an adapter was saved, and nothing else
-            copy_description(self, folder)
+            self._write_description(folder)
         return saved
-
-    def load_adapter(self, peft_model_id: str | None = None, adapter_name: str | None = None, *args, **kwargs):
-        """transformers' own, for an adapter that fits this model; see `check_fit` for the rule.
-
-        What the adapter remembers is kept, see `adapter_description`.
-
-        Args:
-            peft_model_id: Hub id or folder of the adapter.
-            adapter_name: Name to load it under; "default" by default.
-            args: As for transformers' method.
-            kwargs: Likewise.
-
-        Raises:
-            AdapterMismatchError: If the adapter was trained on another model or another preprocessing, or is not whole.
-        """
-        description, name = None, adapter_name or "default"
-        refuse_name_of_a_part(self, name)
-        if peft_model_id is not None:
-            load_config, adapter_kwargs = kwargs.get("load_config"), kwargs.get("adapter_kwargs") or {}
-            downloads = kwargs if load_config is None else load_config.download_kwargs
-            hub = {**downloads, **adapter_kwargs}
-            description = check_fit(self, peft_model_id, **hub)
-            # The second argument is `adapter_state_dict`; beside offloaded layers transformers reads files only.
-            if len(args) < 2 and not any(weight.is_meta for weight in self.parameters()):
-                kwargs.setdefault("adapter_state_dict", loadable_tensors(peft_model_id, **hub))
-        else:
-            refuse_to_share_base(self, args[0] if args else kwargs.get("peft_config"))
-        with without_load_report():
-            loaded = super().load_adapter(peft_model_id, adapter_name, *args, **kwargs)
-        refuse_adapter_without_values(self, name)
-        # transformers counts the base's tensors as missing where the adapter's name stands in theirs.
-        missing = {key for key in loaded.missing_keys if name in key.split(".")}
-        if astray := missing | loaded.unexpected_keys:
-            kind = self.peft_config[name].peft_type.value
-            super().delete_adapter(name)
-            raise AdapterMismatchError(
-                f"{len(astray)} tensors of the adapter were not loaded, such as {min(astray)}; transformers loads no "
-                f"{kind} adapter whole. Use `peft.PeftModel.from_pretrained`, after `check_fit`."
-            )
-        self._described = {**self._described, name: (Snapshot(adapter_tensors(self, name)), description or {})}
-        return loaded
-
-    def add_adapter(self, adapter_config, *args, **kwargs) -> None:
-        """transformers' own, for an adapter that leaves the base and so the others as they are; see `check_fit`."""
-        refuse_to_share_base(self, adapter_config)
-        super().add_adapter(adapter_config, *args, **kwargs)
-
-    def disable_adapters(self) -> None:
-        """transformers' own, where the base is what is left; see `check_fit`."""
-        refuse_to_do_without(self)
-        super().disable_adapters()
-
-    def delete_adapter(self, *args, **kwargs) -> None:
-        """transformers' own, where the base is what is left; see `check_fit`."""
-        refuse_to_do_without(self)
-        super().delete_adapter(*args, **kwargs)
-
-    def set_adapter(self, adapter_name: list[str] | str) -> None:
-        """transformers' own, also where one adapter has whole modules and another has none.
-
-        Args:
-            adapter_name: Name of the adapter to use from now on, or several.
-
-        Raises:
-            ValueError: If it is not loaded.
-        """
-        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
-        if not getattr(self, "_hf_peft_config_loaded", False) or not set(names) <= set(self.peft_config):
-            return super().set_adapter(adapter_name)  # says what is wrong
-        return use_adapters(self, adapter_name)
-
-    def adapter_description(self, name: str) -> dict:
-        """What the adapter of a name remembers of its training; see `describe_adapter`.
-
-        Empty if nothing is known, or the adapter has become another since it was loaded: replaced, swapped, trained.
-        At another strength than the stored one it is the same adapter, but operating points and calibration do not hold
-        there and are left out.
-        """
-        snapshot, description = self._described.get(name, (None, {}))
-        if snapshot is None or not snapshot.equals(adapter_tensors(self, name)):
-            return {}
-        strengths = [_strength_of(layer, name) for layer in self._lora_layers(name)]
-        if all(math.isclose(strength, 1, rel_tol=_STRENGTH_ROUNDING) for strength in strengths):
-            return description
-        return {
-            key: value
-            for key, value in description.items()
-            if key not in ("thresholds", "calibration", "operating_points")
-        }
-
-    def adapter_strength(self, name: str = "default") -> float:
-        """How much of a LoRA adapter is in use: 1 as it was loaded, 0 nothing of it; NaN if its layers differ.
-
-        Raises:
-            ValueError: If there is no LoRA adapter of that name.
-        """
-        strengths = [_strength_of(layer, name) for layer in self._known_lora_layers(name)]
-        is_one = math.isclose(min(strengths), max(strengths), rel_tol=_STRENGTH_ROUNDING)
-        return strengths[0] if is_one else math.nan
-
-    def set_adapter_strength(self, name: str = "default", strength: float = 1.0) -> None:
-        """Use this much of a LoRA adapter in all calls that follow. Nothing that is saved changes.
-
-        The adapter's operating points and calibration hold for strength 1 and are left out at any other; see
-        `adapter_description`.
-
-        Args:
-            name: Name of the adapter, as in `load_adapter`.
-            strength: 1 is the adapter as it was loaded, 0 the base, 0.5 half of what was learned.
-
-        Raises:
-            ValueError: If there is no LoRA adapter of that name, the strength is negative or not finite, or the adapter
-                has parts that do not scale: it is merged, or has DoRA's magnitudes or whole modules.
-        """
-        if not 0 <= strength < math.inf:
-            raise ValueError(f"`strength` is {strength}. Pass a number, 0 or more; 1 is the adapter as it was loaded.")
-        layers = self._known_lora_layers(name)
-        has_modules = any(name in (getattr(module, "modules_to_save", None) or ()) for module in self.modules())
-        if has_modules or any(layer.merged or layer.use_dora.get(name) for layer in layers):
-            raise ValueError(
-                f"The adapter {name!r} is merged, or has DoRA's magnitudes or whole modules, so its strength cannot be "
-                "set. `medct train --strength auto` chooses it when an adapter is made."
-            )
-        for layer in layers:
-            layer.set_scale(name, strength)
-
-    def _lora_layers(self, name: str) -> list[nn.Module]:
-        return [module for module in self.modules() if name in getattr(module, "lora_alpha", ())]
-
-    def _known_lora_layers(self, name: str) -> list[nn.Module]:
-        layers = self._lora_layers(name)
-        if not layers:
-            known = sorted({each for module in self.modules() for each in getattr(module, "lora_alpha", ())})
-            raise ValueError(f"There is no LoRA adapter {name!r}. Loaded: {', '.join(known) or 'none'}.")
-        return layers
-
-
-def _strength_of(layer: nn.Module, name: str) -> float:
-    """Scale of an adapter in a layer of PEFT, as a share of the configured one."""
-    root = 0.5 if layer.use_rslora.get(name) else 1
-    return layer.scaling[name] * layer.r[name] ** root / layer.lora_alpha[name]
 
 
 class MedCTVisionModel(MedCTPreTrainedModel):

@@ -24,7 +24,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 from medct import AdapterMismatchError, MedCTModel, check_fit
-from medct.adapters_medct import adapters_in_use, base_tensors, fingerprint, read_description, without_load_report
+from medct.adapters_medct import adapters_in_use, base_tensors, fingerprint, read_description
+from medct.peft_medct import without_load_report
 
 
 @pytest.fixture(scope="module")
