@@ -99,7 +99,14 @@ from medct.training.settings import (
     complete,
     parse_settings,
 )
-from medct.training.sources import endless, has_known_label, load_sources, number_of_steps, steps_per_epoch
+from medct.training.sources import (
+    digest_of_studies,
+    endless,
+    has_known_label,
+    load_sources,
+    number_of_steps,
+    steps_per_epoch,
+)
 from medct.training.stopping import StopWish
 from medct.training.strength import Choice, Line, choose_strength
 
@@ -293,6 +300,7 @@ class Trainer:
         best = BestSoFar(parameters, settings.patience)
         state = TrainingState(parameters, optimizer, schedule, loader, best)
         fixed = settings.fixed() | {"steps": self.steps, "labels, prompts and mappings": self._digest_of_labels()}
+        fixed["training studies, with labels and reports,"] = digest_of_studies(self.sources["train"])
         checkpoints = Checkpoints(self.folder.checkpoints, settings.keep_checkpoints, accelerator, fixed)
         if checkpoints.load(state):
             accelerator.print(f"resumed after step {state.step} of {self.steps}")

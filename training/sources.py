@@ -1,5 +1,7 @@
 """What a run reads: its studies by split, and how many steps they make."""
 
+import hashlib
+import json
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -8,7 +10,7 @@ from medct.configuration_medct import MedCTConfig
 from medct.data import ALL, Source, StudyLoader, open_source
 from medct.data.label_space import LabelTable, told_apart
 from medct.training.folds import divide
-from medct.training.replay import with_replay
+from medct.training.replay import ReadEither, with_replay
 from medct.training.results import SPLITS
 from medct.training.settings import NO_SOURCE, TrainingError, TrainingSettings, complete
 
@@ -99,3 +101,17 @@ def has_known_label(source: Source) -> bool:
         source: Whose rows are read, without their volumes, until one is.
     """
     return any(not all(map(math.isnan, row["labels"])) for row in map(source.read, source.keys()))
+
+
+def digest_of_studies(source: Source) -> str:
+    """What is learned from which studies in which order, in a few letters; drawings have a seed that says it.
+
+    Args:
+        source: Whose rows are read, without their volumes.
+    """
+    if isinstance(source.read, ReadEither):
+        return f"{digest_of_studies(source.read.own)} {digest_of_studies(source.read.replayed)}"
+    found = hashlib.sha256()
+    for row in [] if source.is_synthetic else map(source.read, source.keys()):
+        found.update(json.dumps([row[name] for name in ("id", "report", "labels")]).encode())
+    return found.hexdigest()[:16]

@@ -11,14 +11,16 @@ from ct_rate_like import write_files
 from rad_chestct_like import rad_chestct_files
 from scan_files import write_noise
 
-from medct import CT_CLIP_LABELS, MedCTModel, MedCTProcessor
+from medct import CT_CLIP_LABELS, MedCTConfig, MedCTModel, MedCTProcessor
 from medct.adapters_medct import OtherWordsWarning
 from medct.cli import main
-from medct.data import DataError
+from medct.data import DataError, open_source, phantom_source
 from medct.pipeline_medct import ZeroShotCTClassificationPipeline
 from medct.train import load_sources, run
 from medct.training.checkpoints import CheckpointError
+from medct.training.replay import with_replay
 from medct.training.settings import TrainingError, TrainingSettings
+from medct.training.sources import digest_of_studies
 
 LABELS = """label;data;words;present;absent
 Verdichtung;Consolidation;c;;
@@ -172,6 +174,25 @@ def test_labels_that_were_corrected_count_when_a_run_is_resumed(settings, site, 
     wanted = table[is_valid].set_index("file_name")["Emphysema"]
     assert set(found["model"]) >= {"base", "adapted"}
     assert all(found["Emphysema label"] == found["file_name"].map(wanted))
+
+
+def test_what_training_studies_teach_is_known_when_a_run_is_resumed(site):
+    """To the last cell, replayed studies', too, without reading a scan; what is only scored is no part of it."""
+    root, table = site
+
+    def digest(changed: int | None = None, column: str = "Emphysema", value: object = 1) -> str:
+        rows = table.assign(report="").astype({column: object})
+        if changed is not None:
+            rows.loc[changed, column] = value
+        rows.to_csv(root / "metadata.csv", index=False)
+        source = open_source(str(root), "train", MedCTConfig())
+        return digest_of_studies(with_replay(phantom_source("A", range(30), 0), source, 0.4))
+
+    cells = ((0, "Emphysema", ""), (0, "report", "Clear."), (0, "split", "tune"), (8, "file_name", "nowhere"))
+    changes = [(None,), (0,), *cells]
+    found = [digest(*change) for change in changes]
+    assert len(set(found)) == len(changes)
+    assert digest(2) == digest(3) == digest(None) == found[0]
 
 
 def test_what_cannot_be_learned_or_scored_is_refused_before_anything_is(settings, site, monkeypatch):
