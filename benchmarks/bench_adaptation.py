@@ -99,7 +99,7 @@ def settings_of(key: Key, folder: str) -> TrainingSettings:
         epochs=STEPS,
         max_steps=STEPS,
         checkpoint_steps=STEPS,
-        bootstrap_resamples=1,
+        bootstrap_resamples=20,
         output_dir=str(Path(folder) / "run"),
         resume=True,  # takes the scores of the base that lie there
         num_workers=0,

@@ -3,6 +3,8 @@
 import argparse
 from collections.abc import Callable
 
+from medct.common.counting import FEWEST_RESAMPLES
+
 
 def model_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say which model, with which adapter, and where it runs."""
@@ -47,6 +49,22 @@ def at_least(least: int) -> Callable[[str], int]:
         return int(text)
 
     return number
+
+
+def resamples_argument(group: argparse.ArgumentParser | argparse._ArgumentGroup, default: int | None = 1000) -> None:
+    """Add the flag that says how often patients are drawn for intervals.
+
+    Args:
+        group: Where to add it.
+        default: Number of resamples; `None` where what is not given comes from elsewhere.
+    """
+    group.add_argument(
+        "--bootstrap_resamples",
+        type=at_least(FEWEST_RESAMPLES),
+        default=default,
+        metavar="N",
+        help=f"of the patients, for the intervals, {FEWEST_RESAMPLES} or more (default: 1000)",
+    )
 
 
 def share(text: str) -> float:

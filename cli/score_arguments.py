@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from medct.cli.flags import at_least, batch_arguments, model_arguments, share
+from medct.cli.flags import at_least, batch_arguments, model_arguments, resamples_argument, share
 from medct.cli.label_flags import add_label_flags
 
 ADDRESS_HELP = "folder or hf:// address: in CT-RATE's layout, with metadata.csv, of prepared shards, or a dataset"
@@ -67,7 +67,7 @@ def _add_evaluate(add: Callable[..., argparse.ArgumentParser]) -> None:
     )
     group.add_argument("--sensitivity", type=share, metavar="SHARE", help="with --tune_on: a point that reaches this")
     group.add_argument("--specificity", type=share, metavar="SHARE", help="with --tune_on: a point that reaches this")
-    group.add_argument("--bootstrap_resamples", type=at_least(1), metavar="N", help="of the patients (default: 1000)")
+    resamples_argument(group, default=None)
     group.add_argument("--seed", type=at_least(0), metavar="N", help="seed of the bootstrap (default: 0)")
     group.add_argument(
         "--output", type=Path, metavar="FILE", help="JSON file for all figures; the score of each study goes beside it"
@@ -127,9 +127,7 @@ def _add_metrics(add: Callable[..., argparse.ArgumentParser]) -> None:
 
 def _figure_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("figures")
-    group.add_argument(
-        "--bootstrap_resamples", type=at_least(1), default=1000, metavar="N", help="of the patients (default: 1000)"
-    )
+    resamples_argument(group)
     group.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="seed of the bootstrap (default: 0)")
     group.add_argument("--output", type=Path, metavar="FILE", help="JSON file for all figures")
 
@@ -193,9 +191,7 @@ def _add_recall(add: Callable[..., argparse.ArgumentParser]) -> None:
         "--findings", nargs="+", metavar="LABEL", help="columns of --metadata that are labels (default: CT-CLIP's 18)"
     )
     parser.add_argument("--pool", type=at_least(2), metavar="N", help="also among N studies at a time")
-    parser.add_argument(
-        "--bootstrap_resamples", type=at_least(1), default=1000, metavar="N", help="of the patients (default: 1000)"
-    )
+    resamples_argument(parser)
     parser.add_argument(
         "--seed", type=at_least(0), default=0, metavar="N", help="seed of bootstrap and pools (default: 0)"
     )

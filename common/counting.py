@@ -1,4 +1,7 @@
-"""Numbers of things in sentences."""
+"""Numbers of things: in sentences, and how many of them say anything."""
+
+FEWEST_RESAMPLES = 20
+"""Resamples of a bootstrap of which one may lie outside of a 95 % interval; of fewer, none does."""
 
 
 def counted(number: int, one: str, many: str | None = None) -> str:

@@ -4,11 +4,13 @@ import dataclasses
 import math
 import os
 from argparse import RawDescriptionHelpFormatter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 from transformers import HfArgumentParser
 
+from medct.common.counting import FEWEST_RESAMPLES
 from medct.configuration_medct import MedCTConfig
 from medct.data import PHANTOMS, PhantomCohort
 from medct.errors_medct import MedCTError
@@ -221,29 +223,38 @@ def complete(settings: TrainingSettings, config: MedCTConfig) -> TrainingSetting
     )
 
 
+_COUNTS = ("rank", "alpha", "batch_size", "accumulation_steps", "epochs", "max_steps", "checkpoint_steps")
+_MORE_COUNTS = ("keep_checkpoints", "patience", "max_tune_studies", "max_eval_studies")
+_PHANTOMS = ("phantom_train_patients", "phantom_tune_patients", "phantom_eval_patients")
+_BOUNDS: tuple[tuple[Callable[[Any], bool], str, Sequence[str]], ...] = (
+    (lambda value: value >= 1, "1 or more", (*_COUNTS, *_MORE_COUNTS, *_PHANTOMS)),
+    (lambda value: value >= 0, "1 or more, or 0 for never", ("eval_steps",)),
+    (lambda value: value >= 0, "1 or more, or 0 for none", ("num_workers",)),
+    (lambda value: value >= FEWEST_RESAMPLES, f"{FEWEST_RESAMPLES} or more", ("bootstrap_resamples",)),
+    (lambda value: 0 <= value < 2**32, "a whole number from 0 on, below 2**32", ("seed",)),
+    (lambda value: 0 < value < math.inf, "a number above 0", ("learning_rate",)),
+    # Below 0 it would turn the gradients round.
+    (lambda value: 0 < value < math.inf, "a number above 0, such as 1e9 for no limit", ("max_grad_norm",)),
+    (lambda value: 0 <= value < math.inf, "0 or more", ("weight_decay",)),
+    (lambda value: 0 <= value < 1, "a share, 0 or more, below 1", ("dropout",)),
+    (lambda value: 0 <= value < 1, "a share of each batch, 0 or more, below 1", ("replay_share",)),
+    (lambda value: 0 <= value <= 1, "a difference of AUROC, 0 to 1", ("max_forgotten",)),
+    (lambda value: 0 <= value <= 1, "a share, 0 to 1", ("report_weight", "max_bad_share")),
+    (lambda value: 0 < value <= 1, "a share above 0, up to 1", WANTED),
+)
+"""What makes sense, what to pass instead, and of which settings that holds; a setting left open is `None`."""
+
+
 def check(settings: TrainingSettings) -> None:
     """Refuse settings that make no sense.
 
     Raises:
         TrainingError: If there are any; it names the setting and what it must be.
     """
-    at_least_1 = ("rank", "batch_size", "accumulation_steps", "epochs", "checkpoint_steps", "keep_checkpoints")
-    for name in (*at_least_1, "patience"):
-        if (value := getattr(settings, name)) is not None and value < 1:
-            raise TrainingError(f"--{name} is {value}. Pass 1 or more.")
-    if settings.learning_rate is not None and not 0 < settings.learning_rate < math.inf:
-        raise TrainingError(f"--learning_rate is {settings.learning_rate:g}. Pass a number above 0.")
-    if settings.eval_steps is not None and settings.eval_steps < 0:
-        raise TrainingError(f"--eval_steps is {settings.eval_steps}. Pass 1 or more, or 0 for never.")
-    if not 0 <= settings.replay_share < 1:
-        raise TrainingError(
-            f"--replay_share is {settings.replay_share:g}. Pass a share of each batch, 0 or more, below 1."
-        )
-    if not 0 <= settings.max_forgotten <= 1:
-        raise TrainingError(f"--max_forgotten is {settings.max_forgotten:g}. Pass a difference of AUROC, 0 to 1.")
-    for name in WANTED:
-        if (value := getattr(settings, name)) is not None and not 0 < value <= 1:
-            raise TrainingError(f"--{name} is {value:g}. Pass a share above 0, up to 1.")
+    for is_sense, remedy, names in _BOUNDS:
+        for name in names:
+            if (value := getattr(settings, name)) is not None and not is_sense(value):
+                raise TrainingError(f"--{name} is {value}. Pass {remedy}.")
     if settings.folds is not None and settings.folds < 3:
         raise TrainingError(f"--folds is {settings.folds}. Pass 3 or more: one is held out, one is tuned on.")
     if settings.fold is not None and not 1 <= settings.fold <= (settings.folds or 0):

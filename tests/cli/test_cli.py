@@ -409,7 +409,7 @@ def test_embed_search_and_recall(run, scans, pipe, tmp_path):
     # Labels and patients from a table, by the ends of the paths.
     rows = [f"{name},{patient},{finding}" for name, patient, finding in zip(GOOD, "aabc", "1101", strict=True)]
     (tmp_path / "labels.csv").write_text("\n".join(["file_name,patient,Mass", *rows]), encoding="utf-8")
-    options = ["--metadata", tmp_path / "labels.csv", "--findings", "Mass", "--pool", 2, "--bootstrap_resamples", 9]
+    options = ["--metadata", tmp_path / "labels.csv", "--findings", "Mass", "--pool", 2, "--bootstrap_resamples", 20]
     status, _, err = run("recall", "--index", index, *options)
     assert status == 2 and "A pool of 2 needs as many studies, and k up to that" in err
     status, out, _ = run("recall", "--index", index, *options[:4])

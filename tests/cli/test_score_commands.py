@@ -347,8 +347,8 @@ def test_figures_are_kept_where_they_cannot_be_printed(converted, tmp_path, comm
     rows = [f"{k},{k % 2},m,s,all,p{k},{k % 2}" for k in range(9)]
     table.write_text("\n".join(["file_name,Mass,model,source,split,patient,Mass label", *rows]), encoding="utf-8")
     arguments = {
-        "metrics": [table, "--bootstrap_resamples", 9],
-        "evaluate": ["--data", "phantoms", "--limit", 9, "--cpu", "--model", converted, "--bootstrap_resamples", 9],
+        "metrics": [table, "--bootstrap_resamples", 20],
+        "evaluate": ["--data", "phantoms", "--limit", 9, "--cpu", "--model", converted, "--bootstrap_resamples", 20],
     }[command]
     line = [sys.executable, "-m", "medct.cli", command, *map(str, arguments), "--output", str(output)]
     with Path("/dev/full").open("w") as full:
@@ -364,7 +364,7 @@ def test_a_label_that_the_terminal_cannot_show_is_escaped(tmp_path):
     rows = [f"{k},{k % 2},m,s,all,p{k},{k % 2}" for k in range(9)]
     text = "\n".join(["file_name,Gefäß,model,source,split,patient,Gefäß label", *rows])
     table.write_text(text, encoding="utf-8")
-    line = [sys.executable, "-m", "medct.cli", "metrics", str(table), "--bootstrap_resamples", "9"]
+    line = [sys.executable, "-m", "medct.cli", "metrics", str(table), "--bootstrap_resamples", "20"]
     environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
     done = subprocess.run(
         [*line, "--output", str(output)], capture_output=True, encoding="ascii", env=environment, check=False

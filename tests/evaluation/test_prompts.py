@@ -151,7 +151,7 @@ def test_a_choice_is_stored_with_the_adapter_and_used(converted, processor, tmp_
     # And so does `medct evaluate`: mean AUROC on the same studies is what was reported.
     scored = tmp_path / "scores.json"
     evaluate = ["evaluate", "--data", "phantoms:A", "--split", "tune", "--limit", 20, "--adapter", adapter, "--cpu"]
-    main([*map(str, evaluate), "--num_workers", "0", "--bootstrap_resamples", "5", "--output", str(scored)])
+    main([*map(str, evaluate), "--num_workers", "0", "--bootstrap_resamples", "20", "--output", str(scored)])
     auroc = json.loads(scored.read_text(encoding="utf-8"))["sources"][0]["scores"]["auroc"]["value"]
     assert auroc == pytest.approx(found["chosen"]["auroc"], abs=1e-9)
 

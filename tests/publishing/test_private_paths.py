@@ -84,7 +84,7 @@ def test_a_run_is_pushed_without_paths(hub, converted, ward, site, drawn, adapta
     old = shutil.copytree(site, ward / "old site")
     settings = TrainingSettings(
         model=str(base), data=str(site), keep=str(old), output_dir=str(ward / "run"), adaptation=adaptation,
-        strength="1", batch_size=4, bootstrap_resamples=5, num_workers=0, cpu=True, push_to_hub=True,
+        strength="1", batch_size=4, bootstrap_resamples=20, num_workers=0, cpu=True, push_to_hub=True,
         hub_model_id="org/site-b", hub_base="org/base", hub_base_revision="main",
     )  # fmt: skip
     run(settings)

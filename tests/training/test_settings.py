@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from medct.training.settings import TrainingError, TrainingSettings, check
+from medct.training.settings import _BOUNDS, TrainingError, TrainingSettings, check
 
 
 @pytest.mark.parametrize(
@@ -33,3 +33,33 @@ def test_phantoms_are_drawn_with_the_runs_seed():
 def test_learning_rates_that_make_no_sense(rate):
     with pytest.raises(TrainingError, match=r"--learning_rate is .*Pass a number above 0"):
         check(dataclasses.replace(TrainingSettings(), learning_rate=rate))
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    {
+        "max_grad_norm": [-1.0, 0.0, math.nan, math.inf],
+        "weight_decay": [-0.1, math.nan, math.inf],
+        "dropout": [-0.1, 1.0, math.nan],
+        "alpha": [0, -3],
+        "report_weight": [-1.0, 2.0],
+        "max_bad_share": [-1.0, 2.0],
+        "max_steps": [0, -1],
+        "num_workers": [-1],
+        "max_tune_studies": [0],
+        "phantom_tune_patients": [0],
+        "seed": [-1, 2**32],
+        "bootstrap_resamples": [1, 19],
+    }.items(),
+)
+def test_numbers_that_no_run_could_be_meant_with(name, values):
+    """A negative norm, for one, trained away from what was to be learned, without a word."""
+    for value in values:
+        with pytest.raises(TrainingError, match=f"--{name} is {value}. Pass "):
+            check(dataclasses.replace(TrainingSettings(), **{name: value}))
+
+
+def test_every_number_has_bounds():
+    kinds = {int, float, int | None, float | None}
+    numbers = {field.name for field in dataclasses.fields(TrainingSettings) if field.type in kinds}
+    assert numbers - {name for _, _, names in _BOUNDS for name in names} == {"folds", "fold"}  # together, below
