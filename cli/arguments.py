@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import medct
-from medct.cli.flags import at_least, batch_arguments, model_arguments
+from medct.cli.flags import at_least, batch_arguments, model_arguments, split_name
 from medct.cli.label_flags import add_label_flags
 from medct.cli.score_arguments import add_scores
 
@@ -223,7 +223,11 @@ def _add_overview(add: Callable[..., argparse.ArgumentParser]) -> None:
     _source_arguments(parser, "look at")
     group = parser.add_argument_group("output")
     group.add_argument(
-        "--split", choices=("train", "tune", "valid", "all"), default="all", help="which studies (default: all)"
+        "--split",
+        type=split_name,
+        choices=("train", "tune", "valid", "all"),
+        default="all",
+        help="which studies (default: all)",
     )
     group.add_argument(
         "--samples", type=at_least(0), default=8, metavar="N", help="studies to draw; 0: none (default: 8)"
@@ -256,6 +260,7 @@ def _add_prepare(add: Callable[..., argparse.ArgumentParser]) -> None:
     group.add_argument(
         "--splits",
         nargs="+",
+        type=split_name,
         default=["train", "tune", "valid"],
         choices=("train", "tune", "valid"),
         help="splits to prepare (default: all three)",

@@ -67,6 +67,16 @@ def resamples_argument(group: argparse.ArgumentParser | argparse._ArgumentGroup,
     )
 
 
+def split_name(text: str) -> str:
+    """A type of arguments: the name of a split, as it is called here."""
+    if text in ("test", "validation", "val"):
+        raise argparse.ArgumentTypeError(
+            f"there is no split {text!r} here: what is only scored is `valid`, also where data call it test; `tune` "
+            "is what is chosen on, as the validation split is of data that have a test split"
+        )
+    return text
+
+
 def share(text: str) -> float:
     """A type of arguments: shares above 0, up to 1."""
     try:

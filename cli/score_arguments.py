@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from medct.cli.flags import at_least, batch_arguments, model_arguments, resamples_argument, share
+from medct.cli.flags import at_least, batch_arguments, model_arguments, resamples_argument, share, split_name
 from medct.cli.label_flags import add_label_flags
 
 ADDRESS_HELP = "folder or hf:// address: in CT-RATE's layout, with metadata.csv, of prepared shards, or a dataset"
@@ -40,6 +40,7 @@ def _add_evaluate(add: Callable[..., argparse.ArgumentParser]) -> None:
     group.add_argument("--data_revision", metavar="COMMIT", help="commit of the data on the Hub, if it is one source")
     group.add_argument(
         "--split",
+        type=split_name,
         choices=("train", "tune", "valid", "all"),
         help="which studies; all: an external test set, which the model has never seen (default: valid)",
     )
@@ -146,7 +147,11 @@ def _add_prompts(add: Callable[..., argparse.ArgumentParser]) -> None:
     group.add_argument("--data", required=True, metavar="ADDRESS", help=ADDRESS_HELP)
     group.add_argument("--data_revision", metavar="COMMIT", help="commit of the data on the Hub")
     group.add_argument(
-        "--split", choices=("train", "tune", "valid", "all"), default="tune", help="which studies (default: tune)"
+        "--split",
+        type=split_name,
+        choices=("train", "tune", "valid", "all"),
+        default="tune",
+        help="which studies (default: tune)",
     )
     group.add_argument(
         "--limit", type=at_least(1), metavar="N", help="only the first N studies of a fixed pseudo-random order"

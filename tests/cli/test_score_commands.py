@@ -426,6 +426,15 @@ def test_predicted_scores_are_as_exact_as_the_model_gives_them(run, folder, tmp_
 
 
 @pytest.mark.parametrize(
+    "command", ["evaluate --data x --split", "prompts --data x --split", "overview x --split", "prepare x y --splits"]
+)
+@pytest.mark.parametrize("name", ["test", "validation"])
+def test_what_a_split_is_called_here_is_said(command, name, run):
+    status, _, err = run(*command.split(), name, model=None)
+    assert status == 2 and f"there is no split {name!r} here: what is only scored is `valid`" in err
+
+
+@pytest.mark.parametrize(
     ("table", "said"),
     [
         ("a,,1\nb,,0\n", "2 rows have an empty 'patient'"),
