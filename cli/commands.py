@@ -25,7 +25,6 @@ from medct.common.errors import OK, SOME_FAILED, first_line
 from medct.common.files import whole_folder
 from medct.common.lock import is_first_process, only_run
 from medct.common.progress import remark, tqdm
-from medct.configuration_medct import MedCTConfig
 from medct.errors_medct import MedCTError
 from medct.inference.bulk import KEY, Csv, JsonLines, Reading, process, process_to_file, read_rows
 from medct.inference.studies import (
@@ -170,14 +169,11 @@ def templates_of(written: Sequence[str]) -> list[tuple[str, ...]]:
         written: Each "PRESENT|ABSENT", with "{label}" in both.
 
     Raises:
-        CommandError: If one is not.
+        DataError: If one is not.
     """
-    templates = [tuple(template.split("|")) for template in written]
-    try:
-        MedCTConfig().label_prompts([], templates)
-    except ValueError as error:
-        raise CommandError(f"--templates: {error}") from error
-    return templates
+    from medct.data.label_space import pairs_of  # takes long to import
+
+    return [tuple(pair) for pair in pairs_of(written)]
 
 
 def _labels_of(named: Sequence[str]) -> list[str] | dict[str, Any]:

@@ -193,11 +193,19 @@ def asked(
         names = dict.fromkeys((*config.label_names, *prompts))
         config = with_labels(config, names, {**(config.prompts or {}), **prompts})
     if templates:
-        config = with_labels(config, config.label_names, config.prompts, _pairs(templates))
+        config = with_labels(config, config.label_names, config.prompts, pairs_of(templates))
     return config, to_data
 
 
-def _pairs(templates: Sequence[str]) -> list[list[str]]:
+def pairs_of(templates: Sequence[str]) -> list[list[str]]:
+    """Pairs of sentences.
+
+    Args:
+        templates: Each "PRESENT|ABSENT", with "{label}" in both.
+
+    Raises:
+        DataError: If one is not.
+    """
     pairs = [template.split("|") for template in templates]
     try:
         MedCTConfig().label_prompts([], pairs)
@@ -438,6 +446,7 @@ __all__ = [
     "any_of",
     "asked",
     "merge_columns",
+    "pairs_of",
     "published_mappings",
     "read_labels",
     "told_apart",
