@@ -439,6 +439,8 @@ def search_index(args: argparse.Namespace) -> int:
 
     is_scan = _is_scan(args.query)
     embeddings = search.read_embeddings(args.index)
+    if not embeddings.ids:
+        raise CommandError(f"{args.index} holds no study: none could be read. Add some with `medct embed`.")
     for name in ("model", "revision", "adapter", "adapter_revision", "dtype"):
         made_with = embeddings.settings.get(name)
         if getattr(args, name) not in (None, "auto", made_with):

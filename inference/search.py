@@ -160,13 +160,14 @@ def read_embeddings(path: Path) -> Embeddings:
         raise SearchError(f"{path}: no such file. Make it with `medct embed SCAN... --output {path}`.") from error
     except (pa.ArrowException, KeyError, ValueError) as error:
         raise SearchError(f"{path}: not a file of embeddings. Make one with `medct embed`.") from error
-    count = table.num_rows
+    # Also of an index without any study, because none could be read.
+    shape = table.num_rows, table.schema.field("image_embeds").type.list_size
     # A copy, because Arrow's memory is read-only, and torch warns about such arrays.
-    image_embeds = table["image_embeds"].combine_chunks().flatten().to_numpy().reshape(count, -1).copy()
+    image_embeds = table["image_embeds"].combine_chunks().flatten().to_numpy().reshape(shape).copy()
     text_embeds = np.full_like(image_embeds, np.nan)
     texts = table["text_embeds"].combine_chunks()
     has_text = texts.is_valid().to_numpy(zero_copy_only=False)
-    text_embeds[has_text] = texts.drop_null().flatten().to_numpy().reshape(-1, image_embeds.shape[1])
+    text_embeds[has_text] = texts.drop_null().flatten().to_numpy().reshape(has_text.sum(), shape[1])
     report_ids = table["report_id"].fill_null(0).to_numpy()
     return Embeddings(table["id"].to_pylist(), image_embeds, text_embeds, report_ids, settings)
 

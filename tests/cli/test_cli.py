@@ -420,6 +420,17 @@ def test_embed_search_and_recall(run, scans, pipe, tmp_path):
     assert status == 2 and "has no column 'Nodule'" in err
 
 
+def test_an_index_of_which_no_study_could_be_read_can_be_added_to(run, scans, tmp_path):
+    index = tmp_path / "index.parquet"
+    assert run("embed", scans / "bad.nii.gz", "--output", index)[0] == 1
+    assert read_embeddings(index).image_embeds.shape[0] == len(read_embeddings(index).has_report) == 0
+    for command, said in ((("search", "c"), "holds no study"), (("recall",), "No study of this index has a report")):
+        status, _, err = run(*command, "--index", index, model=None)
+        assert status == 2 and said in err
+    assert run("embed", scans / "bad.nii.gz", scans / "0.nii.gz", "--output", index)[0] == 1
+    assert read_embeddings(index).ids == [str(scans / "0.nii.gz")]
+
+
 def test_reports_that_could_be_of_several_studies_are_refused(run, scans, tmp_path):
     """And how many studies have none is said: the table may be of another hospital."""
     index, reports, other = tmp_path / "index.parquet", tmp_path / "reports.csv", tmp_path / "other"
