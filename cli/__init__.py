@@ -29,6 +29,8 @@ def main(argv: list[str] | None = None) -> int:
     args = None if run else make_parser(__doc__ or "").parse_args(argv)
     # Only now what takes seconds to import.
     with one_line_errors(functools.partial(in_flags, args=args)):
+        if (scans := getattr(args, "scans", getattr(args, "scan", None))) is not None:
+            _imported("inference.places").refuse_missing([scans] if isinstance(scans, str) else scans)
         _imported("publishing.registration").register()
         if run:
             return _imported(run[0].removeprefix("medct.")).main(argv[1:], prog=f"medct {argv[0]}") or 0

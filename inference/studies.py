@@ -19,6 +19,7 @@ import torch
 from medct.byte_sources_medct import is_address
 from medct.dicom_io_medct import is_dicom, series_of
 from medct.image_processing_medct import MedCTImageProcessor
+from medct.inference.places import refuse_missing
 from medct.volume_io_medct import VolumeError, read_volume
 from medct.workers_medct import Lost, Place, load_ahead, overlapped
 
@@ -79,18 +80,18 @@ def find_studies(paths: Iterable[str | os.PathLike]) -> list[Study]:
         FileNotFoundError: If a path does not exist, or a folder holds no study.
     """
     studies: dict[str, Study] = {}
-    for path in map(os.fspath, paths):
+    paths = list(map(os.fspath, paths))
+    refuse_missing(paths)
+    for path in paths:
         if is_address(path) or Path(path).is_file():
             found = [Study(path, path)]
-        elif Path(path).is_dir():
+        else:
             found = sorted(_studies_below(Path(path)), key=lambda study: study.id)
             if not found:
                 raise FileNotFoundError(
                     f"{path}: no studies in this folder. A study is a {', '.join(_VOLUME_SUFFIXES)} file, or a folder "
                     "of DICOM files."
                 )
-        else:
-            raise FileNotFoundError(f"{path}: no such file or folder. Check the path.")
         for study in found:
             # Under another spelling or through a link it is still the same study.
             studies.setdefault(path if is_address(path) else os.path.realpath(study.id), study)
