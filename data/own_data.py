@@ -12,6 +12,7 @@ column, each study is a patient of its own.
 """
 
 import contextlib
+import posixpath
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +28,7 @@ from medct.data.folders import HUB_ADDRESS, Folder
 from medct.data.sources import DataError, Deferred, Source, hash_share
 from medct.data.subgroups import COLUMNS as SUBGROUPS
 from medct.data.subgroups import subgroup_columns
-from medct.data.table_files import read_table
+from medct.data.table_files import columns_of, read_table
 from medct.data.tables import (
     MAPPING_HINT,
     SPLITS,
@@ -37,6 +38,7 @@ from medct.data.tables import (
     check_labels,
     join_text,
     merge_doubles,
+    refuse_misnamed,
     table_source,
 )
 
@@ -179,15 +181,26 @@ def metadata_source(folder: Folder, files: dict[str, Path], label_names: Sequenc
         shown = f"{folder}/{split}/{path.name}" if split else f"{folder}/{path.name}"
         groups = [name for name in SUBGROUPS if name not in label_names]
         optional = ("patient", "split", *REPORT_COLUMNS, *groups)
+        refuse_misnamed(columns_of(path), shown)
         table = read_table(path, ["file_name", *label_names], optional, shown, dict.fromkeys(label_names, MAPPING_HINT))
         table = merge_doubles(table, "file_name", shown, groups)
         names = f"{split}/" + table["file_name"] if split else table["file_name"]
         table = table.assign(id=names, volume=names)
         tables.append(tidy(table.assign(split=split) if split else table, label_names, shown))
-    chosen, how, elsewhere = choose_split(pd.concat(tables, ignore_index=True), selection, str(folder))
+    table = pd.concat(tables, ignore_index=True)
+    _refuse_same_files(table["volume"], str(folder))
+    chosen, how, elsewhere = choose_split(table, selection, str(folder))
     sieve = Sieve(chosen.drop(columns="split"))
     sieve.drop(~sieve.table["volume"].map(folder.has_volume).astype(bool), "no such file")
     return table_source(sieve, label_names, folder.volume, selection, f"{folder}{how}", elsewhere)
+
+
+def _refuse_same_files(volumes: pd.Series, folder: str) -> None:
+    """Refuse a file that is a study twice under two spellings, since its copies may be in two splits."""
+    plain = volumes.map(lambda name: posixpath.normpath(posixpath.join(folder, name)))
+    for name in volumes[plain.duplicated()][:1]:
+        first = volumes[plain == posixpath.normpath(posixpath.join(folder, name))].iloc[0]
+        raise DataError(f"{folder}: the rows {first!r} and {name!r} are of the same file. Keep one.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -115,6 +115,25 @@ def merge_doubles(table: pd.DataFrame, key: str, name: str, remarks: Sequence[st
     return table
 
 
+def refuse_misnamed(columns: Sequence[str], name: str) -> None:
+    """Refuse a table whose patients or splits stand in a column that would be passed over for its name.
+
+    Args:
+        columns: Of the table.
+        name: What to call the table in messages.
+
+    Raises:
+        DataError: If there is such a column, and none of the right name.
+    """
+    for wanted, others in (("patient", ("patient", "patientid")), ("split", ("split",))):
+        found = [column for column in columns if re.sub(r"[\W_]", "", column).casefold() in others]
+        if found and wanted not in columns:
+            raise DataError(
+                f"{name}: it has a column {found[0]!r}, which is read if it is called {wanted!r}. Rename it, so that "
+                "no patient is in two splits."
+            )
+
+
 def to_numbers(table: pd.DataFrame, columns: Sequence[str], name: str) -> pd.DataFrame:
     """Convert columns from text to float64; empty cells become NaN.
 

@@ -22,7 +22,7 @@ from medct.data.sources import DataError
 from medct.data.study_names import matched
 from medct.data.subgroups import COLUMNS as SUBGROUPS
 from medct.data.table_files import columns_of, read_table
-from medct.data.tables import check_labels, to_numbers
+from medct.data.tables import check_labels, refuse_misnamed, to_numbers
 from medct.evaluation.scoring import ScoredStudies
 
 NAME = "file_name"
@@ -242,6 +242,7 @@ def labelled(table: pd.DataFrame, names: Sequence[str], path: Path) -> pd.DataFr
     Raises:
         DataError: If a label or a patient is not what it should be, or a study has two rows.
     """
+    refuse_misnamed(list(table), str(path))
     patients = table.get("patient", table[NAME]).str.strip()
     if (empty := int((patients == "").sum())) > 0:
         raise DataError(f"{path}: {empty} rows have an empty 'patient'. Fill it in.")

@@ -13,6 +13,7 @@ from scan_files import write_series
 from medct import MedCTConfig
 from medct.data import DataError, StudyLoader, open_source, read_study
 from medct.data.own_data import split_meanings
+from medct.data.tables import refuse_misnamed
 
 CONFIG = MedCTConfig(id2label={0: "nodule", 1: "fluid"}, label2id={"nodule": 0, "fluid": 1})
 AFFINE = np.diag([-2.0, -2.0, 3.0, 1.0])
@@ -89,6 +90,35 @@ def test_a_dicom_folder_is_a_study(tmp_path, processor):
     source = open_source(str(tmp_path / "scans"), "valid", CONFIG)
     (batch,) = StudyLoader(source, processor, CONFIG.label_names, batch_size=1, with_text=True)
     assert batch["ids"] == ["series1"]
+
+
+@pytest.mark.parametrize(
+    ("header", "said"),
+    [
+        ("file_name,Patient,Mass", "it has a column 'Patient', which is read if it is called 'patient'"),
+        ("file_name,patient_id,Mass", "'patient_id'"),
+        ("file_name,patient,Split,Mass", "'Split'"),
+        ("file_name,PatientID,patient,Mass", None),
+        ("file_name,PatientSex,Mass", None),
+    ],
+)
+def test_patients_and_splits_are_not_passed_over_for_their_name(tmp_path, header, said):
+    """Each scan would count as a patient, and scans of one would be in two splits."""
+    (tmp_path / "metadata.csv").write_text(f"{header}\na.nii,p,p,1\n", encoding="utf-8")
+    if said is None:
+        refuse_misnamed(header.split(","), "x")
+        return
+    with pytest.raises(DataError, match=said):
+        open_source(str(tmp_path), "train", MedCTConfig(id2label={0: "Mass"}, label2id={"Mass": 0}))
+
+
+@pytest.mark.parametrize("other", ["./a.nii", "sub/../a.nii", "sub//../a.nii", "{folder}/a.nii"])
+def test_a_file_is_one_study_however_its_path_is_written(tmp_path, other):
+    """One spelling might be in one split, and one in another."""
+    rows = f"a.nii,p,train,1\n{other.format(folder=tmp_path)},q,valid,1\n"
+    (tmp_path / "metadata.csv").write_text(f"file_name,patient,split,Mass\n{rows}", encoding="utf-8")
+    with pytest.raises(DataError, match=r"the rows 'a.nii' and .* are of the same file. Keep one"):
+        open_source(str(tmp_path), "train", MedCTConfig(id2label={0: "Mass"}, label2id={"Mass": 0}))
 
 
 def test_columns_and_values_that_are_missing_or_strange(tmp_path):
