@@ -26,6 +26,7 @@ from peft import PeftModel
 from transformers import get_cosine_schedule_with_warmup
 
 from medct.adapters_medct import adapter_fingerprint, describe_adapter, fingerprint
+from medct.common.counting import counted
 from medct.common.digest import digest
 from medct.common.distributed import process_rank, shard, sum_gradients
 from medct.common.errors import StoppedError, one_line_errors
@@ -415,7 +416,8 @@ class Trainer:
         found = compare_all(before, after, settings.bootstrap_resamples, settings.seed, wanted)
         held_out = self._describe("valid")
         how = "With its head" if is_classifier(self.base) else "Zero-shot"
-        measured_on = f"{how} on {found['comparison']['scans']} held-out studies: {held_out}."
+        scans = counted(found["comparison"]["scans"], "held-out study", "held-out studies")
+        measured_on = f"{how} on {scans}: {held_out}."
         if found["kept"]:
             measured_on += f" To be kept: {self._describe('keep_valid')}."
         is_synthetic = self.sources["valid"].is_synthetic

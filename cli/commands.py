@@ -220,7 +220,7 @@ def ends(failed: int, studies: int, output: Path | None) -> int:
     """
     if failed:
         where = "" if output is None else f"; see {output.name}.failed.csv beside the output"
-        print(f"{failed} of {studies} studies could not be read{where}.", file=sys.stderr)
+        print(f"{failed} of {counted(studies, 'study', 'studies')} could not be read{where}.", file=sys.stderr)
     return SOME_FAILED if failed else OK
 
 

@@ -468,9 +468,10 @@ def figures_of(models: Mapping[str, Scores], what: str, **options: int) -> dict[
 def _remarks(about: Mapping[str, Any]) -> Iterator[str]:
     if about["left_out"]:
         others = ", ".join(f"{count:,} of {split}" for split, count in about["left_out"].items())
+        scored = counted(about["num_studies"], "study", "studies")
         yield (
-            f"{about['source']}: only the {about['num_studies']:,} studies of the split {about['split']} were scored; "
-            f"left out: {others}. For a test set that the model has never seen, pass --split all."
+            f"{about['source']}: scored are only {scored} of the split {about['split']}; left out: {others}. For a "
+            "test set that the model has never seen, pass --split all."
         )
     for adapter, counts in about["learned"].items():
         said = " and ".join(f"{_LEARNED[split]} {count:,}" for split, count in counts.items())

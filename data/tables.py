@@ -298,6 +298,6 @@ def table_source(
     names = [scan_or_id[rows[0]] for rows in groups]
     table = table.iloc[kept].reset_index(drop=True)
     groups = [tuple(number[row] for row in rows) for rows in groups]
-    description = f"{len(groups)} {selection.split} studies of {where}"
+    description = f"{len(groups)} {selection.split} {'study' if len(groups) == 1 else 'studies'} of {where}"
     rows = TableRows(pa.Table.from_pandas(table, preserve_index=False), tuple(label_names), volume_of)
     return Source(groups, rows, tuple(label_names), description, tuple(sieve.skipped), names, elsewhere=elsewhere or {})

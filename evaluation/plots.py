@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from sklearn.metrics import roc_curve
 
+from medct.common.counting import counted
 from medct.evaluation.calibration import calibration_bins, expected_calibration_error
 from medct.evaluation.metrics import zero_shot_scores
 
@@ -166,7 +167,7 @@ def change_plot(comparison: dict[str, Any], kept: dict[str, Any], names: Sequenc
         value, low, high = np.array([change(where, key) for key in keys]).T
         rows = np.arange(len(keys)) + offset
         panel.hlines(rows, low, high, color=style.colour, linewidth=1.2, alpha=0.6)
-        said = f"{title} ({where['scans']:,} scans)"
+        said = f"{title} ({counted(where['scans'], 'scan')})"
         panel.plot(value, rows, style.marker, color=style.colour, markersize=6, label=said)
     panel.set_yticks(range(len(keys)), ["mean", *ordered], fontsize=TEXT_SIZE)
     panel.set_ylim(-0.6, len(keys) - 0.4)
@@ -188,7 +189,7 @@ def _styled(models: Mapping[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray,
 def _figure(width: float, height: float, what: str, scans: int | None, note: str) -> Figure:
     """An empty figure, sizes in inches, whose title names the data."""
     figure = Figure(figsize=(width, height), dpi=DOTS_PER_INCH, layout="constrained")
-    title = what if scans is None else f"{what}, {scans:,} scans"
+    title = what if scans is None else f"{what}, {counted(scans, 'scan')}"
     lines = [title, *textwrap.wrap(note, width=int(9.5 * width))]  # 9.5 letters per inch
     figure.suptitle("\n".join(lines), fontsize=TITLE_SIZE)
     return figure

@@ -253,8 +253,8 @@ def labelled(table: pd.DataFrame, names: Sequence[str], path: Path) -> pd.DataFr
 def _refuse_doubles(table: pd.DataFrame, key: list[str], path: Path) -> None:
     if (doubled := table.duplicated(key)).any():
         raise DataError(
-            f"{path}: {int(doubled.sum())} studies have several rows, such as {table[NAME][doubled].iloc[0]!r}. Keep "
-            "one of each."
+            f"{path}: {counted(int(doubled.sum()), 'row is', 'rows are')} of a study that has one, such as "
+            f"{table[NAME][doubled].iloc[0]!r}. Keep one of each."
         )
 
 

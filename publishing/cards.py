@@ -253,7 +253,7 @@ def _facts(folder: Path, results: dict[str, Any], known: list[str]) -> dict[str,
     is_reworded = bool(asks and results.get("prompts")) and asks != results["prompts"]
     training = [words.format(settings[key]) for key, words in _TRAINING_FACTS.items() if settings.get(key) is not None]
     if "steps" in results:
-        training.append(f"{results['steps']:,} steps")
+        training.append(counted(results["steps"], "step"))
     if results.get("best_step"):
         training.append(f"weights of step {results['best_step']:,}, the best on the tuning patients")
     if results.get("strength") is not None:
@@ -268,6 +268,7 @@ def _facts(folder: Path, results: dict[str, Any], known: list[str]) -> dict[str,
         "headline": _headline(results),
         "table": results.get("table", ""),
         "remarks": [*(results.get("remarks") or []), *([_REWORDED] if is_reworded else [])],
+        "calibrated": counted(len(description.get("calibration") or {}), "finding"),
         "calibration": description.get("calibration") or {},
         # What a pipeline uses; it may have been chosen after the run.
         "thresholds": description.get("thresholds", results.get("thresholds")) or {},
@@ -315,7 +316,7 @@ def _hardware(results: dict[str, Any]) -> str:
     if "seconds" not in results:
         return "Not recorded."
     hours = results["seconds"] / 3600
-    took = f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.0f} minutes"
+    took = f"{hours:.1f} hours" if hours >= 1 else counted(max(1, round(60 * hours)), "minute")
     return (
         f"{took} on {results.get('device') or 'a device that was not recorded'}. Energy and carbon were not measured."
     )

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from medct.adapters_medct import CONFIG_FILE
+from medct.common.counting import counted
 from medct.common.errors import StoppedError
 from medct.common.files import whole_file
 from medct.common.lock import is_first_process, only_run
@@ -64,7 +65,8 @@ def divide(source: Source, folds: int, fold: int, max_tune_studies: int | None =
             source,
             groups=[source.groups[index] for index in rows],
             names=[source.names[index] for index in rows],
-            description=f"{len(rows)} studies of {len({patients[index] for index in rows})} patients, {about}",
+            description=f"{counted(len(rows), 'study', 'studies')} of "
+            f"{counted(len({patients[index] for index in rows}), 'patient')}, {about}",
         )
         for part, rows in parts.items()
     }
@@ -208,13 +210,14 @@ def _results(
         f"The adapter in this folder is that of fold {KEPT_FOLD} of {count}: it has not seen the patients of that "
         "fold, and chose on those of the next. The figures are pooled over all folds, each with an adapter of its own."
     )
-    short = [remark for remark in first["remarks"] if "steps are few" in remark or "tokenizer" in remark]
+    short = [remark for remark in first["remarks"] if " few: an adapter learns" in remark or "tokenizer" in remark]
     return results | {"remarks": [kept, *short, *remarks_on(results, settings.max_forgotten)]}
 
 
 def _in_a_line(about: dict[str, Any], folds: int) -> str:
     aurocs = f"mean AUROC {about[BASE]:.3f} before, {about[ADAPTED]:.3f} after"
-    return f"fold {about['fold']} of {folds}: {aurocs}, on {about['scans']} studies of {about['patients']} patients"
+    studies = counted(about["scans"], "study", "studies")
+    return f"fold {about['fold']} of {folds}: {aurocs}, on {studies} of {counted(about['patients'], 'patient')}"
 
 
 def _about(fold: int, results: dict[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from medct.common.counting import counted
 from medct.data.prepared import with_revision
 from medct.evaluation.calibration import fit_calibration
 from medct.evaluation.figures import Scores, source_figures
@@ -161,9 +162,9 @@ def few_patients(results: dict[str, Any]) -> list[str]:
     remarks, comparison = [], results["comparison"]
     if comparison["adapted"]["auroc"]["low"] is None:
         remedy = "" if results.get("folds") else " With --folds 5 every patient is held out once."
+        who = counted(comparison["patients"], "held-out patient is", "held-out patients are")
         remarks.append(
-            f"{comparison['patients']} held-out patients are too few to tell how far the figures are to be trusted, so "
-            f"there are no intervals.{remedy}"
+            f"{who} too few to tell how far the figures are to be trusted, so there are no intervals.{remedy}"
         )
     return remarks + remark_on_points(results["thresholds"] or {}, results["label_names"])
 
@@ -181,7 +182,8 @@ def few_steps(steps: int, per_epoch: int, settings: TrainingSettings) -> str | N
     epochs = math.ceil(FEW_STEPS / per_epoch)
     is_cut = settings.max_steps == steps < per_epoch * settings.epochs
     remedy = f"a higher --max_steps than {steps}" if is_cut else f"--epochs {epochs}"
-    return f"{steps} steps are few: an adapter learns little in less than {FEW_STEPS}. Pass {remedy}."
+    few = counted(steps, "step is", "steps are")
+    return f"{few} few: an adapter learns little in less than {FEW_STEPS}. Pass {remedy}."
 
 
 def repeatable(settings: TrainingSettings, revision: str | None, points: dict[str, Any]) -> dict[str, Any] | None:

@@ -19,6 +19,7 @@ import medct
 from medct import CT_CLIP_LABELS
 from medct.cli import main, score_commands
 from medct.cli.figure_commands import _patients_and_labels
+from medct.common.counting import counted
 from medct.data import Source, phantom_source
 from medct.errors_medct import MedCTError
 from medct.evaluation.metrics import zero_shot_scores
@@ -108,9 +109,8 @@ def test_what_is_left_out_is_said(run, folder, tmp_path):
     (source,) = results["sources"]
     left = source["left_out"]
     assert source["num_studies"] + sum(left.values()) == 41 and min(left.values()) > 0
-    said = (
-        f"site: only the {source['num_studies']} studies of the split valid were scored; left out: {left['train']} of "
-    )
+    few = counted(source["num_studies"], "study", "studies")
+    said = f"site: scored are only {few} of the split valid; left out: {left['train']} of "
     assert f"NOTE: {said}train, {left['tune']} of tune. For a test set" in out
     assert results["remarks"][0].startswith(said)
     _, out, _ = run("evaluate", "--data", root, "--split", "all")
@@ -439,7 +439,7 @@ def test_what_a_split_is_called_here_is_said(command, name, run):
     [
         ("a,,1\nb,,0\n", "2 rows have an empty 'patient'"),
         ("1.nii,P,1\n", "its row '1.nii' could be of x/1.nii and of y/1.nii"),
-        ("a,P,1\na,Q,0\n", "have several rows, such as 'a'"),
+        ("a,P,1\na,Q,0\n", "of a study that has one, such as 'a'"),
         ("a,P,7\nb,Q,-1\n", "the label 'Mass' is 7 somewhere"),
         (" a , P,yes\nb,P ,no\n", None),
     ],

@@ -98,8 +98,16 @@ def test_a_runs_own_scores_join_with_the_table_it_was_made_of(tmp_path):
     [
         ({"file_name": ["a"], "Mass": [1]}, {"file_name": ["b"], "Mass": [1]}, "No study of "),
         ({"file_name": ["a"], "Mass": [1]}, {"file_name": ["a"], "Nodule": [1]}, "have no label in common"),
-        ({"file_name": ["a", "a"], "Mass": [1, 0]}, {"file_name": ["a"], "Mass": [1]}, "1 studies have several rows"),
-        ({"file_name": ["a"], "Mass": [1]}, {"file_name": ["a", "a"], "Mass": [1, 0]}, "1 studies have several rows"),
+        (
+            {"file_name": ["a", "a"], "Mass": [1, 0]},
+            {"file_name": ["a"], "Mass": [1]},
+            "row is of a study that has one",
+        ),
+        (
+            {"file_name": ["a"], "Mass": [1]},
+            {"file_name": ["a", "a"], "Mass": [1, 0]},
+            "row is of a study that has one",
+        ),
         ({"name": ["a"], "Mass": [1]}, {"file_name": ["a"], "Mass": [1]}, "has no column 'file_name'"),
         ({"file_name": ["a"], "Mass": ["high"]}, {"file_name": ["a"], "Mass": [1]}, "Write a number"),
     ],
