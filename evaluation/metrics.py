@@ -214,11 +214,8 @@ def compare(
     """
     if (thresholds_base is None) != (thresholds_adapted is None):
         raise ValueError("Only one model has thresholds. Pass thresholds_base and thresholds_adapted, or neither.")
-    if thresholds_base is not None and np.shape(thresholds_base) == np.shape(thresholds_adapted):
-        lacking = np.isnan(thresholds_base) | np.isnan(thresholds_adapted)
-        thresholds_base, thresholds_adapted = (
-            np.where(lacking, np.nan, each) for each in (thresholds_base, thresholds_adapted)
-        )
+    if thresholds_base is not None and thresholds_adapted is not None:
+        thresholds_base, thresholds_adapted = _of_both(thresholds_base, thresholds_adapted)
     models = [(base_scores, thresholds_base), (adapted_scores, thresholds_adapted)]
     drawn = _resampled(models, labels, patients, names, resamples, seed)
     base, adapted = (trusted(each, labels, patients, names) for each in drawn)
@@ -228,6 +225,14 @@ def compare(
         "adapted": intervals_of(adapted),
         "difference": intervals_of({key: adapted[key] - base[key] for key in base}, lowest=-1),
     }
+
+
+def _of_both(one: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Thresholds of the labels for which both models have one; NaN for others."""
+    if len(one) != len(other):  # refused where they are used
+        return one, other
+    is_lacking = np.isnan(one) | np.isnan(other)
+    return np.where(is_lacking, np.nan, one), np.where(is_lacking, np.nan, other)
 
 
 class _Reach:
