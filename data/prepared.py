@@ -19,6 +19,7 @@ What is unusual:
 
 import bisect
 import contextlib
+import hashlib
 import itertools
 import json
 import math
@@ -410,6 +411,7 @@ def prepared_source(
         {name: each["num_studies"] for name, each in manifest["splits"].items() if name != split},
         tuple(Merged(tuple(each["findings"]), each["rule"]) for each in manifest["settings"].get("merged", ())),
         manifest["settings"].get("mapping"),
+        hashlib.sha256(" ".join(file["sha256"] for file in found["files"]).encode()).hexdigest(),
     )
 
 

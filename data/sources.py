@@ -137,6 +137,7 @@ class Source:
             the user's own table; nothing where a data set comes divided.
         merged: Findings whose labels hold for all of them together. Each has the label of all in a row.
         mapping: Which names of the data the labels come from, ready for JSON; `None` if they have the same names.
+        checksum: Of all that the rows hold, where it is known without reading them; empty where it is not.
     """
 
     groups: Sequence[Sequence[int]]
@@ -149,6 +150,7 @@ class Source:
     elsewhere: Mapping[str, int] = field(default_factory=dict)
     merged: tuple[Merged, ...] = ()
     mapping: dict[str, Any] | None = None
+    checksum: str = ""
 
     def __post_init__(self):
         if not self.names:
@@ -234,6 +236,7 @@ def joined(sources: Sequence[Source], description: str, limit: int | None = None
         is_synthetic,
         merged=sources[0].merged,
         mapping=mapping,
+        checksum=" ".join(source.checksum for source in sources) if all(source.checksum for source in sources) else "",
     )
 
 

@@ -14,7 +14,7 @@ from scan_files import write_noise
 from medct import CT_CLIP_LABELS, MedCTConfig, MedCTModel, MedCTProcessor
 from medct.adapters_medct import OtherWordsWarning
 from medct.cli import main
-from medct.data import DataError, open_source, phantom_source
+from medct.data import DataError, Source, open_source, phantom_source
 from medct.pipeline_medct import ZeroShotCTClassificationPipeline
 from medct.train import load_sources, run
 from medct.training.checkpoints import CheckpointError
@@ -193,6 +193,15 @@ def test_what_training_studies_teach_is_known_when_a_run_is_resumed(site):
     found = [digest(*change) for change in changes]
     assert len(set(found)) == len(changes)
     assert digest(2) == digest(3) == digest(None) == found[0]
+
+
+def test_rows_of_which_there_is_a_checksum_are_not_read():
+    """A row of a shard on the Hub costs a request."""
+    source = Source([(0, 1), (2,)], lambda _: 1 / 0, ("Mass",), "two", checksum="a")
+    others = [{"checksum": "b"}, {"groups": [(0, 1)]}, {"groups": [(2,), (0, 1)]}]
+    assert len({digest_of_studies(dataclasses.replace(source, **each)) for each in ({}, *others)}) == 4
+    with pytest.raises(ZeroDivisionError):
+        digest_of_studies(dataclasses.replace(source, checksum=""))
 
 
 def test_what_cannot_be_learned_or_scored_is_refused_before_anything_is(settings, site, monkeypatch):
