@@ -14,6 +14,7 @@ from medct.volume_medct import (
     rescale_to_hu,
     shear_of,
     straighten,
+    voxels_off,
 )
 
 AXIAL = np.diag([-1.0, -1.0, 2.0, 1.0])
@@ -69,7 +70,14 @@ def test_masks_are_refused():
 
 @pytest.mark.parametrize(
     ("lowest", "highest", "remark"),
-    [(0, 255, "windowed picture or labels"), (0, 3000, "no air"), (-200, 900, "no air"), (-1024, 3071, None)],
+    [
+        (0, 255, "windowed picture or labels"),
+        (0, 3000, "no air"),
+        (-200, 900, "no air"),
+        (-1024, 3071, None),
+        (-1000, 30710, None),
+        (-1000, 30711, "more than any CT has"),
+    ],
 )
 def test_values_are_remarked_on(lowest, highest, remark):
     remarks = judge(lowest, highest)
@@ -175,6 +183,28 @@ def test_straighten_keeps_a_field_where_it_is(affine, dtype):
     assert is_inside.sum() > 0.2 * volume.array.size
     np.testing.assert_allclose(straight.array[is_inside], (points @ direction)[is_inside], atol=1.6)
     assert (straight.array[((where < -0.1) | (where > np.array(shape) - 0.9)).any(axis=-1)] == -1000).all()
+
+
+@pytest.mark.parametrize("spacing_mm", [0.1, 0.3, 0.7, 0.976562])
+@pytest.mark.parametrize("origin_mm", [-123.4, 7.7, -310.55])
+def test_a_straight_grid_stays_what_it_is(spacing_mm, origin_mm):
+    affine = np.diag([-spacing_mm, -spacing_mm, spacing_mm, 1])
+    affine[:3, 3] = origin_mm, -origin_mm, 1.1 * origin_mm
+    array = np.random.default_rng(0).integers(-1000, 1000, (12, 14, 10)).astype(np.int16)
+    straight = straighten(CTVolume(array, affine, "scan", ("an earlier remark",)))
+    np.testing.assert_array_equal(straight.array, array[::-1, ::-1])
+    assert straight.notes[0] == "an earlier remark"
+
+
+def test_the_voxel_that_is_farthest_off_is_a_corner():
+    shape, generator = (5, 7, 4), np.random.default_rng(0)
+    corners = np.array(list(np.ndindex(2, 2, 2))) * (np.array(shape) - 1)
+    for _ in range(20):
+        difference = generator.normal(size=(3, 4)) / 10
+        other = AXIAL + np.vstack([difference, np.zeros(4)])
+        off = corners @ difference[:, :3].T + difference[:, 3]
+        expected = np.abs(off / np.diag(AXIAL)[:3]).max()
+        assert voxels_off(AXIAL, shape, other) == pytest.approx(expected)
 
 
 def test_straighten_refuses_grids_out_of_proportion():
