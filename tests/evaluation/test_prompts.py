@@ -10,10 +10,11 @@ from adapter_files import save_adapter
 from medct import CT_CLIP_LABELS, MedCTConfig, MedCTModel, ZeroShotCTClassificationPipeline
 from medct.adapters_medct import DESCRIPTION_FILE
 from medct.cli import main
+from medct.cli.prompt_commands import _store_wording
 from medct.data import StudyLoader, open_source, phantom_source
 from medct.evaluation.prompts import SYNONYMS, TEMPLATES, spread, wording_scores
 from medct.evaluation.report import prompts_report
-from medct.evaluation.scoring import embed_studies, score_studies, tokenize_prompts
+from medct.evaluation.scoring import ScoredStudies, embed_studies, score_studies, tokenize_prompts
 
 A, B = ("{label} a", "not {label} a"), ("{label} b", "not {label} b")
 NAMES = {"x": ["x", "y"], "z": ["z"]}
@@ -77,6 +78,22 @@ def test_of_few_studies_no_name_is_chosen():
     assert found["z"]["usual"] is None and found["x"]["usual"] is not None
     with pytest.raises(ValueError, match="always or never present"):
         spread(scores, labels * 0, [A], NAMES)
+
+
+@pytest.mark.parametrize("count", [12, 6])
+def test_what_is_stored_is_of_all_chosen_templates_and_of_enough_patients(tmp_path, count):
+    """Two scans a patient are of too few patients, as in training; what held for other words is gone."""
+    known = {"label_names": ["x"], "operating_points": {"sensitivity 0.9": {"x": 0.4}}, "calibration": {"x": [9, 9]}}
+    (tmp_path / DESCRIPTION_FILE).write_text(json.dumps(known), encoding="utf-8")
+    patients = [str(index * count // 12) for index in range(12)]
+    names = [f"scan {index}" for index in range(12)]
+    studies = ScoredStudies(names, patients, np.full((12, 1), np.nan), LABELS[:, :1], names=["x"])
+    found = {"chosen": {"prompt_templates": [list(A), list(B)], "names": {}}}
+    _store_wording(tmp_path, found, {"x": np.stack([[PERFECT], [PERFECT / 2]])}, studies, [A, B], {"x": ["x"]})
+    described = json.loads((tmp_path / DESCRIPTION_FILE).read_text(encoding="utf-8"))
+    assert described["label_names"] == ["x"] and described["operating_points"] is None
+    assert described["thresholds"] == ({"x": pytest.approx(0.675)} if count == 12 else None)
+    assert (described["calibration"] is None) == (count == 6) and described["calibration"] != known["calibration"]
 
 
 def test_wordings_have_the_scores_that_the_pipeline_gives(model, processor):
