@@ -131,19 +131,23 @@ def _need_pydicom(source: str) -> None:
 
 
 def places_of_slices(
-    files: Sequence[ByteSource], source: str, series: int | str | None = None, resample_irregular: bool = False
+    files: Sequence[ByteSource],
+    source: str,
+    series: int | str | None = None,
+    rescale: tuple[float | None, float | None] = (None, None),
+    resample_irregular: bool = False,
 ) -> list[tuple[ByteSource, int | None]]:
     """Where the slices of a volume that `read_dicom` gives lie: file and frame of each, in the same order.
 
     Args:
-        files, source, series, resample_irregular: See `read_dicom`.
+        files, source, series, rescale, resample_irregular: See `read_dicom`.
 
     Returns:
         Frames count from 0; `None` in a file of one slice.
     """
     _need_pydicom(source)
     found, _ = _collect(files, source)
-    slices, _ = order(_choose(found, source, series, (None, None)), source, resample_irregular)
+    slices, _ = order(_choose(found, source, series, rescale), source, resample_irregular)
     return [(one.file, one.frame) for one in slices]
 
 

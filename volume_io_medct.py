@@ -116,12 +116,17 @@ def read_volume(
 
 
 def dicom_slices(
-    source: Any, *, series: int | str | None = None, resample_irregular: bool = False
+    source: Any,
+    *,
+    series: int | str | None = None,
+    resample_irregular: bool = False,
+    rescale_slope: float | None = None,
+    rescale_intercept: float | None = None,
 ) -> list[tuple[ByteSource, int | None]]:
     """The files that the slices of a DICOM study lie in, for those who need more of their headers than HU and geometry.
 
     Args:
-        source, series, resample_irregular: See `read_volume`.
+        source, series, resample_irregular, rescale_slope, rescale_intercept: See `read_volume`.
 
     Returns:
         File and frame (from 0; `None` in a file of one slice) of each slice, ascending along the slices' normal.
@@ -132,7 +137,7 @@ def dicom_slices(
     kind, files, name = _opened(source)
     if kind != "dicom":
         raise VolumeError(name, "it is not DICOM, so there is no study that it belongs to", "Pass the DICOM files")
-    return places_of_slices(files, name, series, resample_irregular)
+    return places_of_slices(files, name, series, (rescale_slope, rescale_intercept), resample_irregular)
 
 
 def is_dicom_study(source: Any) -> bool:

@@ -249,7 +249,7 @@ def _predict(args: argparse.Namespace) -> int:
     columns = [KEY, *labels, *(f"{label} present" for label in labels if has_thresholds)]
     columns += [*(f"{label} probability" for label in calibrated), "notes", *(["reports"] if asked_for(args) else [])]
     rows_as = Csv(columns) if format == "csv" else JsonLines()
-    write_reports = report_writer(args, pipe, prompts, model_of(args))
+    write_reports = report_writer(args, pipe, prompts, model_of(args), reading_options(args))
     rows_of = functools.partial(prediction_rows, pipe, prompts, flat=format == "csv", write_reports=write_reports)
     if args.output is not None:
         templates = prompts.get("prompt_templates", pipe.asked.prompt_templates)

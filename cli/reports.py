@@ -85,7 +85,9 @@ def _refuse_folder(folder: Path, scans: Sequence[str], option: str) -> None:
         )
 
 
-def report_writer(args: argparse.Namespace, pipe: CTPipeline, prompts: dict[str, Any], model: str) -> Writer | None:
+def report_writer(
+    args: argparse.Namespace, pipe: CTPipeline, prompts: dict[str, Any], model: str, options: dict[str, Any]
+) -> Writer | None:
     """What writes the reports of each study; `None` if none are asked for.
 
     Args:
@@ -93,12 +95,12 @@ def report_writer(args: argparse.Namespace, pipe: CTPipeline, prompts: dict[str,
         pipe: The model's pipeline.
         prompts: Labels and templates, as the pipeline takes them.
         model: Hub id or folder of the model.
+        options: How the scans are read, as `read_volume` takes it.
     """
     if not asked_for(args):
         return None
     algorithm = algorithm_of(pipe, model, args.adapter, args.adapter_revision, args.templates or ())
     labels = list(prompts.get("candidate_labels", pipe.asked.label_names))
-    options = {"series": args.series, "resample_irregular": args.resample_irregular}
 
     def write(read: ReadStudy, encoded: Encoded, results: list[dict[str, Any]]) -> list[str]:
         findings = findings_of(results, labels, pipe.thresholds)

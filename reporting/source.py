@@ -90,7 +90,7 @@ def read_source(study: Study, **options: Any) -> SourceStudy:
 
     Args:
         study: Which one.
-        **options: `series` and `resample_irregular`, see `read_volume`.
+        **options: `series`, `resample_irregular`, `rescale_slope` and `rescale_intercept`, see `read_volume`.
 
     Raises:
         ReportError: If they name no study.

@@ -29,7 +29,16 @@ def predict(converted, tmp_path, monkeypatch, ended):
 
 
 def test_a_study_gets_all_that_is_asked_for(predict, tmp_path):
-    status, said = predict("series", "--dicom_sr", "out", "--dicom_page", "out", "--fhir", "out/findings.json")
+    """Also where it is read with flags: it lies in one folder with another series, and its headers give no HU."""
+
+    def edit(ds, k):
+        del ds.RescaleSlope, ds.RescaleIntercept
+
+    write_series(tmp_path / "series", make_hu((9, 16, 12)), lambda ds, k: setattr(ds, "SeriesInstanceUID", "1.2.9"))
+    write_series(tmp_path / "series", make_hu((6, 16, 12)), edit, prefix="b")
+    reading = ("--series", "2", "--rescale_slope", "1", "--rescale_intercept", "-1024")
+    reports = ("--dicom_sr", "out", "--dicom_page", "out", "--fhir", "out/findings.json", "--fhir_identity")
+    status, said = predict("series", *reading, *reports)
     assert status == 0
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     report, page = (next(name for name in names if name.endswith(end)) for end in ("_sr.dcm", "_page.dcm"))

@@ -17,7 +17,7 @@ from medct.reporting.findings import Finding
 from medct.reporting.page import MOST_PICTURES, Picture, draw_page, secondary_capture, worth_a_picture
 from medct.reporting.source import ReportError, read_source, refuse_without_study
 from medct.reporting.sr import structured_report
-from medct.volume_io_medct import VolumeError, dicom_slices, read_volume
+from medct.volume_io_medct import VolumeError, VolumeWarning, dicom_slices, read_volume
 
 hd = pytest.importorskip("highdicom")
 
@@ -152,6 +152,23 @@ def test_the_headers_are_those_of_the_slices_that_were_read(tmp_path):
     assert [header.InstanceNumber for header in source.headers] == [1, 2, 3, 4]
     assert source.middle.InstanceNumber == 3
     assert [frame for _, frame in dicom_slices(folder, series=2)] == [None] * 4
+
+
+def test_what_is_read_is_reported_on_with_the_same_options(tmp_path):
+    """One slice is missing, and so is the rescale."""
+
+    def edit(ds, k):
+        del ds.RescaleSlope, ds.RescaleIntercept
+        return k != 3
+
+    folder = write_series(tmp_path / "s", make_hu((9, 12, 12)), edit)
+    options = {"resample_irregular": True, "rescale_slope": 1, "rescale_intercept": -1024}
+    with pytest.warns(VolumeWarning, match="interpolated"):
+        read_volume(folder, **options)
+    assert len(read_source(study_of(folder), **options).headers) == 8
+    for name in options:
+        with pytest.raises(VolumeError):
+            read_source(study_of(folder), **{each: options[each] for each in options if each != name})
 
 
 @pytest.mark.parametrize("name", ["StudyInstanceUID", "SOPInstanceUID"])
