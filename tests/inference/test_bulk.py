@@ -99,3 +99,8 @@ def test_a_full_disk_is_told_with_the_file_and_costs_the_row(tmp_path, format):
     assert read_rows(path, format) == ROWS[:2]
     write(path, format, ROWS[2:])
     assert read_rows(path, format) == ROWS
+
+
+def test_what_is_no_number_is_no_json():
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        JsonLines().line({KEY: "a", "score": float("nan")})

@@ -5,6 +5,7 @@ import logging
 import pickle
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,8 +24,15 @@ from peft import (
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
-from medct import AdapterMismatchError, MedCTModel, check_fit
-from medct.adapters_medct import adapters_in_use, base_tensors, fingerprint, read_description
+from medct import AdapterMismatchError, MedCTConfig, MedCTModel, adapters_medct, check_fit
+from medct.adapters_medct import (
+    adapters_in_use,
+    as_described,
+    asked_config,
+    base_tensors,
+    fingerprint,
+    read_description,
+)
 from medct.peft_medct import without_load_report
 
 
@@ -534,3 +542,16 @@ def test_what_peft_saves_is_what_is_asked_for(model, converted, config, tmp_path
     save_file(tensors, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
     with pytest.raises(AdapterMismatchError, match="lacks 1 of"):
         check_fit(model, tmp_path)
+
+
+def test_an_adapters_questions_leave_those_of_its_base_alone(monkeypatch):
+    described = {"label_names": ["x", "y"], "prompt_templates": [["a {label}", "b {label}"]], "prompts": {"x": "z"}}
+    config = MedCTConfig()
+    own = config.to_dict()
+    asked = as_described(config, described)
+    assert asked.label_names == ["x", "y"] and asked.label_prompts() == [["a z", "b z", "a y", "b y"]]
+    assert config.to_dict() == own
+    # A classifier has its head's labels, whatever an adapter says.
+    monkeypatch.setattr(adapters_medct, "description_in_use", lambda model: described)
+    assert asked_config(SimpleNamespace(config=config)).label_names == ["x", "y"]
+    assert asked_config(SimpleNamespace(config=config, classifier=None)) is config
