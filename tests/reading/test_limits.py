@@ -161,11 +161,13 @@ UNITS = [("mm", 1.0), ("meter", 0.001), ("micron", 1000.0)]
 def test_units_of_files_and_images(array, tmp_path, unit, in_a_mm, kind):
     affine = affine_from_spacing((0.8, 0.7, 2.5), "RAS")
     image = nifti_of(array, kind, np.diag([in_a_mm] * 3 + [1]) @ affine, unit)
+    image.set_qform(image.affine, code="scanner")
     nibabel.save(image, tmp_path / "scan.nii")
     for source in (tmp_path / "scan.nii", image, nibabel.load(tmp_path / "scan.nii")):
         volume = read_volume(source)
         assert volume.spacing_mm == pytest.approx((0.8, 0.7, 2.5), rel=1e-5)
         np.testing.assert_allclose(volume.affine, affine, rtol=1e-5, atol=1e-5)
+        assert [note for note in volume.notes if "disagrees" in note] == []
 
 
 @pytest.mark.parametrize("as_file", [False, True])
