@@ -246,7 +246,7 @@ def _with_interval(score: dict[str, float], sign: str) -> str:
 def _facts(folder: Path, results: dict[str, Any], known: list[str]) -> dict[str, Any]:
     """The facts about the run that the template shows."""
     description = without_paths(read_json(folder, DESCRIPTION_FILE), known)
-    settings = without_paths(read_json(folder, "train_config.json"), known)
+    settings = read_json(folder, "train_config.json")
     asks = as_described(MedCTConfig(), description).label_prompts() if description.get("label_names") else []
     templates = None if description.get("prompts") else description.get("prompt_templates")
     prompts = templates or asks or results.get("prompts") or []
