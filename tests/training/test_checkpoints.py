@@ -1,7 +1,9 @@
 """Which checkpoint a run goes on from, and which it does not."""
 
 import dataclasses
+import random
 
+import numpy as np
 import pytest
 import torch
 
@@ -70,3 +72,11 @@ def test_another_run_is_not_gone_on_with(tmp_path, processes, settings, said):
     of(tmp_path, rank=4).save(state_of(1))
     with pytest.raises(CheckpointError, match=said):
         of(tmp_path, processes, **settings).load(state_of())
+
+
+def test_every_source_of_random_numbers_goes_on_where_it_was(tmp_path):
+    draws = (random.random, np.random.random, lambda: torch.rand(()).item())
+    of(tmp_path).save(state_of(1))
+    expected = [draw() for draw in draws]
+    of(tmp_path).load(state_of())
+    assert [draw() for draw in draws] == expected

@@ -5,6 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
+from medct.evaluation.calibration import fit_calibration
+from medct.evaluation.operating_points import choose_points
 from medct.evaluation.scoring import ScoredStudies
 from medct.training.results import FEW_STEPS, compare_all, few_patients, few_steps
 from medct.training.settings import TrainingSettings
@@ -44,6 +46,22 @@ def test_findings_without_an_operating_point_are_named():
     assert found["comparison"]["operating_points"]["adapted"]["youden"]["sensitivity/nodule"]["low"] is not None
     (points,) = few_patients(found)
     assert points.startswith("No operating point for mass: fewer than 5")
+
+
+def test_what_is_chosen_is_chosen_on_tuning_patients_for_each_model():
+    tune = scored(20, 8, 0)
+    found = results(tune, scored(20, 8, 1))
+    about = tune.labels, NAMES
+    base, adapted = (choose_points(scores, *about, {}, tune.patients) for scores in (tune.scores, tune.scores**2))
+    assert found["calibration"] == fit_calibration(tune.scores**2, *about, tune.patients)
+    assert found["thresholds"] == adapted["youden"] != base["youden"]
+    points = found["comparison"]["operating_points"]
+    assert [points[model]["youden"]["thresholds"] for model in ("base", "adapted")] == [
+        base["youden"],
+        adapted["youden"],
+    ]
+    few = results(scored(8, 4, 0), scored(20, 8, 1))  # eight scans of four patients
+    assert (few["thresholds"], few["calibration"]) == (None, None)
 
 
 def test_a_run_of_enough_patients_has_nothing_to_say():
