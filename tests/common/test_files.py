@@ -194,3 +194,11 @@ def test_an_error_elsewhere_keeps_its_name(tmp_path):
     with pytest.raises(FileNotFoundError) as caught, whole_file(tmp_path / "out"):
         (tmp_path / "source").read_bytes()
     assert caught.value.filename == str(tmp_path / "source")
+
+
+@pytest.mark.parametrize("whole", [whole_file, whole_folder])
+def test_two_writers_of_one_output_do_not_meet(tmp_path, whole):
+    """Not even two threads, or two machines, whose processes have the same number."""
+    with pytest.raises(InterruptedError), whole(tmp_path / "out") as one, whole(tmp_path / "out") as other:
+        assert one != other
+        raise InterruptedError

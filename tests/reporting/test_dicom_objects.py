@@ -1,7 +1,9 @@
 """DICOM reports and pages: what they say, whose they are, and that others take them."""
 
 import logging
+import re
 import warnings
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -16,7 +18,7 @@ from medct.inference.studies import Study
 from medct.reporting.findings import Finding
 from medct.reporting.page import MOST_PICTURES, Picture, draw_page, secondary_capture, worth_a_picture
 from medct.reporting.source import ReportError, read_source, refuse_without_study
-from medct.reporting.sr import structured_report
+from medct.reporting.sr import _device_uid, structured_report
 from medct.volume_io_medct import VolumeError, VolumeWarning, dicom_slices, read_volume
 
 hd = pytest.importorskip("highdicom")
@@ -92,6 +94,7 @@ def test_it_belongs_to_the_study_and_to_a_series_of_its_own(series, tmp_path, ki
         for name in ("StudyInstanceUID", "PatientID", "PatientName", "PatientBirthDate", "AccessionNumber"):
             assert each[name].value == header[name].value, name
         assert each.SeriesInstanceUID != header.SeriesInstanceUID
+        assert each.SeriesNumber == {"sr": 9901, "page": 9902}[kind]
     assert made[0].SOPInstanceUID != made[1].SOPInstanceUID
 
 
@@ -137,7 +140,13 @@ def test_frames_of_one_file_are_referred_to(tmp_path):
     source = read_source(study_of(write_enhanced(tmp_path / "scan.dcm", make_hu((5, 12, 12)), order=[4, 2, 0, 1, 3])))
     assert source.frame == 2 and len(source.headers) == 1  # the third in space is the second in the file
     report = structured_report(FINDINGS[:1], ALGORITHM, source)
-    assert "Referenced Frame Number" in str(report)
+    assert re.findall(r"Referenced Frame Number +IS: '(.*)'", str(report)) == ["2"]
+
+
+def test_what_computes_has_a_name_for_each_model_and_what_it_is_asked():
+    others = [{}, {"model": "b"}, {"model_commit": "b"}, {"adapter": "b"}, {"adapter": "c"}, {"templates": ("b",)}]
+    named = [_device_uid(replace(ALGORITHM, **other)) for other in others]
+    assert len(set(named)) == len(others) and named[0] == _device_uid(ALGORITHM)
 
 
 def test_the_headers_are_those_of_the_slices_that_were_read(tmp_path):
