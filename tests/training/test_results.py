@@ -8,7 +8,7 @@ import pytest
 from medct.evaluation.calibration import fit_calibration
 from medct.evaluation.operating_points import choose_points
 from medct.evaluation.scoring import ScoredStudies
-from medct.training.results import FEW_STEPS, compare_all, few_patients, few_steps
+from medct.training.results import FEW_STEPS, compare_all, few_patients, few_steps, remarks_on, repeatable
 from medct.training.settings import TrainingSettings
 
 NAMES = ["nodule", "mass"]
@@ -83,3 +83,44 @@ def test_few_steps_are_remarked_on_with_what_to_do(steps, per_epoch, changes, re
     if "--epochs" in (remedy or ""):
         epochs = int(remedy.split()[-1].rstrip("."))
         assert few_steps(per_epoch * epochs, per_epoch, TrainingSettings(epochs=epochs)) is None
+
+
+def test_what_is_worse_or_forgotten_is_remarked_on():
+    found = results(scored(20, 8, 0), scored(20, 8, 1)) | {"strength": 1.0}
+
+    def remarks(tune=(0.7, 0.8), gained=0.1, kept=-0.01, max_forgotten=0.01) -> list[str]:
+        def changed(value):
+            return {"difference": {"auroc": {"value": value}}}
+
+        changes = {"tune_auroc": dict(zip(("base", "adapted"), tune, strict=True)), "kept": changed(kept)}
+        return remarks_on(found | changes | {"comparison": found["comparison"] | changed(gained)}, max_forgotten)
+
+    assert remarks() == remarks(tune=(0.8, 0.8), gained=0.0) == []
+    (said,) = remarks(tune=(0.8, 0.7))
+    assert said == "Worse than the base on the tuning patients: mean AUROC 0.700, not 0.800."
+    (said,) = remarks(gained=-0.02)
+    assert said == "Worse than the base on the held-out patients: mean AUROC -0.020."
+    (said,) = remarks(kept=-0.05)
+    assert "it forgets 0.050 of mean AUROC, more than the allowed 0.01" in said
+    assert remarks(kept=0.05) == []
+
+
+def test_a_run_is_repeated_with_what_it_was_run_with():
+    chosen = {"reconstructions": "all", "seed": 3, "bootstrap_resamples": 5, "batch_size": 2, "templates": ["a|b"]}
+    settings = TrainingSettings(
+        data="hf://datasets/o/n",
+        data_revision="c",
+        mapping="m",
+        keep="k",
+        keep_mapping="l",
+        max_eval_studies=7,
+        adaptation="lora",
+        **chosen,
+    )
+    found = repeatable(settings, "abc", {"adapted": {}})
+    assert found | chosen == found
+    assert (found["data"], found["mapping"]) == (["hf://datasets/o/n@c", "k"], ["hf://datasets/o/n@c=m", "k=l"])
+    assert (found["limit"], found["revision"], found["split"], found["points"]) == (7, "abc", "valid", {"adapted": {}})
+    alone = repeatable(dataclasses.replace(settings, keep="none", keep_mapping=None), "abc", {})
+    assert (alone["data"], alone["mapping"]) == (["hf://datasets/o/n@c"], ["hf://datasets/o/n@c=m"])
+    assert repeatable(dataclasses.replace(settings, adaptation="full"), "abc", {}) is None
