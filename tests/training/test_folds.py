@@ -19,8 +19,9 @@ from medct.data.sources import Source
 from medct.evaluation.metrics import compare
 from medct.evaluation.predictions import Key, learned_from
 from medct.evaluation.record import read_scores
+from medct.evaluation.scoring import ScoredStudies
 from medct.train import Trainer, run
-from medct.training.folds import divide
+from medct.training.folds import _pooled, divide
 from medct.training.run_folder import RunFolder
 from medct.training.settings import TrainingError, TrainingSettings, check
 
@@ -182,3 +183,15 @@ def test_several_processes_need_one_folder(settings, monkeypatch, tmp_path):
         monkeypatch.setenv("RANK", rank)
         with pytest.raises(TrainingError) if is_refused else contextlib.nullcontext():
             RunFolder(settings.output_dir, resume=False)
+
+
+def test_pooled_studies_keep_all_that_is_known_of_each():
+    def part(name: str) -> ScoredStudies:
+        score = np.full((1, 2), ord(name) / 200)
+        return ScoredStudies([name], [f"of {name}"], score, score > 0.5, [{"sex": name}], names=["x", "y"])
+
+    pooled = _pooled([part("b"), part("a"), part("f")])
+    for index, one in enumerate(map(part, "baf")):
+        found = pooled.take([index])
+        assert (found.ids, found.patients, found.about, found.names) == (one.ids, one.patients, one.about, one.names)
+        assert np.array_equal(found.scores, one.scores) and np.array_equal(found.labels, one.labels)

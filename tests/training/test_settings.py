@@ -5,6 +5,7 @@ import math
 
 import pytest
 
+from medct.data import PhantomCohort
 from medct.training.settings import _BOUNDS, TrainingError, TrainingSettings, check
 
 
@@ -63,3 +64,19 @@ def test_every_number_has_bounds():
     kinds = {int, float, int | None, float | None}
     numbers = {field.name for field in dataclasses.fields(TrainingSettings) if field.type in kinds}
     assert numbers - {name for _, _, names in _BOUNDS for name in names} == {"folds", "fold"}  # together, below
+
+
+@pytest.mark.parametrize("name", ["sensitivity", "specificity"])
+def test_shares_that_may_be_wanted(name):
+    for share in (0.01, 1.0):
+        check(dataclasses.replace(TrainingSettings(), **{name: share}))
+    for share in (-0.1, 0.0, 1.01, math.nan):
+        with pytest.raises(TrainingError, match=f"--{name} is .*Pass a share above 0, up to 1"):
+            check(dataclasses.replace(TrainingSettings(), **{name: share}))
+
+
+def test_of_another_site_there_are_always_plenty():
+    own = TrainingSettings(phantom_train_patients=5, phantom_eval_patients=6, seed=7)
+    other = own.other_phantoms
+    assert (own.phantoms.train_patients, other.train_patients) == (5, PhantomCohort.train_patients)
+    assert (other.eval_patients, other.seed) == (6, 7)
