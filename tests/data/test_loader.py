@@ -548,3 +548,12 @@ def test_the_signals_of_a_terminal_are_left_to_the_run(processor, tmp_path):
     next(batches)
     time.sleep(0.2)
     assert {child.pid for child in multiprocessing.active_children()} == before
+
+
+@pytest.mark.parametrize(
+    "ours", [VolumeError("a.nii", "it is one slice", "Pass all"), DataError("no label"), OSError(5, "no")]
+)
+def test_only_what_we_say_or_the_system_is_listed_of_a_bad_study(ours):
+    """Other errors may quote a header."""
+    assert loader_module._reason(ours) == f"{type(ours).__name__}: {ours}"
+    assert loader_module._reason(ValueError("DOE^JANE")) == "ValueError"

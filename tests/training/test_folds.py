@@ -112,6 +112,8 @@ def test_scores_of_all_folds_are_pooled_and_the_first_adapter_is_kept(settings, 
         assert "| fold 3 |" in said
     assert shown.count("| held out |") == 1 and "fold 2 of 3: mean AUROC 0." in shown
     assert "With --folds 5" not in shown and "Pass --epochs 25." in shown
+    assert any(remark.endswith("Pass --epochs 25.") for remark in results["remarks"])
+    assert results["provenance"]["settings"] is None, "no single run has these figures"
     assert "fold 1 of 3, of 24 SYNTHETIC studies" in results["data"] and results["data"] in card
 
     # It is the adapter of the first fold, and one fold alone makes it, too.
@@ -130,7 +132,7 @@ def test_scores_of_all_folds_are_pooled_and_the_first_adapter_is_kept(settings, 
 
 
 def test_a_stopped_cross_validation_goes_on_where_it_was(settings, monkeypatch, tmp_path):
-    monkeypatch.setattr(training, "draw_pictures", lambda *_: None)  # of single folds; nobody sees them
+    monkeypatch.setattr(training, "draw_pictures", lambda folder, *_: (folder / "learned.png").touch())
     run(settings)
     stopped = dataclasses.replace(settings, output_dir=str(tmp_path / "stopped"))
     whole_step, steps = Trainer._step, []
@@ -152,6 +154,7 @@ def test_a_stopped_cross_validation_goes_on_where_it_was(settings, monkeypatch, 
         run(dataclasses.replace(stopped, resume=True, seed=1))
     run(dataclasses.replace(stopped, resume=True))
     assert steps == [1, 1, 2, 2, 3, 3]
+    assert not (tmp_path / "stopped" / "learned.png").exists(), "nobody sees pictures of single folds"
     results = [
         json.loads((tmp_path / name / "results.json").read_text(encoding="utf-8")) for name in ("run", "stopped")
     ]

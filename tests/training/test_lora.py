@@ -32,7 +32,8 @@ def test_dropout_stands_before_the_matrices(model, batch, dropout):
 def test_each_variant_is_what_its_name_says(converted, variant):
     base = MedCTModel.from_pretrained(converted)
     weights = {name: tensor.clone() for name, tensor in base.state_dict().items()}
-    peft = add_lora(base, variant=variant, rank=4, alpha=6)
+    peft = add_lora(base, variant=variant, rank=4, alpha=6, revision="abc")
+    assert peft.peft_config["default"].revision == "abc"
     assert layers(peft)
     for layer in layers(peft):
         assert layer.r["default"] == 4

@@ -7,6 +7,7 @@ import pytest
 
 from medct import CT_CLIP_LABELS, MedCTProcessor
 from medct.data import DataError, Source, StudyLoader, phantom_source
+from medct.data.sources import Skipped
 from medct.training.replay import with_replay
 from medct.training.settings import PHANTOM_BASE
 
@@ -50,6 +51,13 @@ def test_without_a_share_nothing_is_replayed():
     own = numbered(8, "own")
     assert with_replay(own, numbered(7, "replayed"), 0) is own
     assert with_replay(own, numbered(7, "replayed"), 0.05) is own  # less than half a study an epoch
+
+
+def test_what_both_have_left_out_is_known():
+    own, replayed = (
+        dataclasses.replace(numbered(8, name), skipped=(Skipped(name, "no report"),)) for name in ("own", "replayed")
+    )
+    assert with_replay(own, replayed, 0.2).skipped == (*own.skipped, *replayed.skipped)
 
 
 def test_labels_that_differ_are_refused():

@@ -18,7 +18,8 @@ from medct.training.strength import GRID, Line, Trial, choose
         ([(1, 0.15, None), (0.75, 0.16, None), (0.5, 0.12, None), (0, 0, None)], 0.75),  # nothing to keep
         ([(1, -0.02, 0.03), (0.5, -0.01, 0.005), (0, 0, 0)], 0),  # no help
         ([(1, 0.15, 0.09), (0.5, 0.1, 0.02), (0, 0, 0)], 0),  # no help that is allowed
-        ([(1, 0.1, 0.01), (0.5, 0.1, 0.0), (0, 0, 0)], 0.5),  # of equals the smallest; the limit itself is allowed
+        ([(1, 0.1, 0.01), (0.5, 0.1, 0.0), (0, 0, 0)], 0.5),  # of equals the smallest
+        ([(1, 0.1, 0.01), (0.5, 0.09, 0.0), (0, 0, 0)], 1),  # the limit itself is allowed
         ([(1, 0.1, -0.01), (0.5, 0.09, 0.0), (0, 0, 0)], 1),  # better than the base on both
     ],
 )
