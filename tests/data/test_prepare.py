@@ -26,7 +26,7 @@ from medct.common.lock import LockedError, only_run
 from medct.configuration_medct import CT_CLIP_LABELS
 from medct.data import PhantomCohort, StudyLoader, open_source, phantom_source, prepare
 from medct.data.ct_rate import METADATA_COLUMNS
-from medct.data.prepared import decode_nifti, nifti_header, prepared_source, read_manifest
+from medct.data.prepared import _ROW, _ReadRow, decode_nifti, nifti_header, prepared_source, read_manifest
 from medct.data.sources import DataError, Skipped, Source, read_study
 
 SETTINGS = {"reconstructions": "one", "studies_per_shard": 3, "compression": "zstd"}
@@ -694,3 +694,15 @@ def test_shards_beside_tables_are_refused(folder, table, tmp_path, config):
     (mixed / table).write_text(f"{'VolumeName' if table == 'own.csv' else 'file_name'}\n", encoding="utf-8")
     with pytest.raises(DataError, match=r"both prepared shards \(manifest.json\) and tables of studies. Move one"):
         open_source(str(mixed), "train", config)
+
+
+def test_a_row_has_the_columns_and_labels_that_it_should_have():
+    """What describes columns has no checksum."""
+    row = {"id": ["a"], "patient": ["p"], "report": [""], "labels": [[0.0, 1.0]], "sha256": ["x"]}
+    read = _ReadRow((), (), (1, 1, 1), 2, {})
+    assert read._to_dict(pa.table(row, _ROW)) == {"id": "a", "patient": "p", "report": "", "labels": [0, 1]}
+    whole = _ROW.set(3, pa.field("labels", pa.list_(pa.int32())))
+    with pytest.raises(ValueError, match="other columns"):
+        read._to_dict(pa.table(row | {"labels": [[0, 1]]}, whole))
+    with pytest.raises(ValueError, match="1 labels"):
+        read._to_dict(pa.table(row | {"labels": [[0.0]]}, _ROW))
