@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -179,6 +180,15 @@ def test_subgroups_are_scored_where_they_are_large_enough():
     assert women["auroc"]["old"]["value"] == pytest.approx(expected)
     assert women["auroc"]["difference"] == {"value": 0, "low": 0, "high": 0}
     assert men["auroc"] is None and unknown["auroc"] is None
+    other = replace(studies, scores=1 - scores)
+    changes = [
+        subgroup_figures(dict(zip(("old", "new"), pair, strict=True)), ["a", "b"], resamples=30)[0]["groups"][0]
+        for pair in ((studies, other), (other, studies))
+    ]
+    gained, lost = (each["auroc"]["difference"] for each in changes)
+    assert [lost["value"], lost["low"], lost["high"]] == pytest.approx(
+        [-gained["value"], -gained["high"], -gained["low"]]
+    )
     models = {"old": Scores(studies), "new": Scores(studies)}
     table = evaluation_report([{"source": "b", **source_figures(models, ["a", "b"], resamples=5)}], ["a", "b"])
     assert "| sex: M | 19 | 10 | 2 | too few | too few | too few |" in table
@@ -204,3 +214,11 @@ def test_means_at_thresholds_are_of_the_same_findings_and_say_of_which():
     assert "| old on site: probabilities of 2 findings |" in table
     none = Scores(studies, {"youden": {"mass": 0.5}})
     assert "accuracy" not in source_figures({"new": new, "none": none}, names, resamples=5)["base"]
+
+
+def test_of_two_models_only_one_may_have_operating_points():
+    models = {"old": Scores(scored()), "new": Scores(scored(1 - SCORES), {"youden": {"nodule": 0.6}})}
+    for pair in (models, dict(reversed(models.items()))):
+        found = source_figures(pair, NAMES, resamples=5)
+        assert found["operating_points"].keys() == {"new"}
+        assert "auroc" in found["base"] and "sensitivity" not in found["base"]
