@@ -2,7 +2,7 @@
 
 import pytest
 from ct_rate_like import AFFINE, UNUSABLE, ct_rate_files, hu_of, nifti_bytes, volume_path, volumes
-from hub_server import HubServer
+from hub_server import OWNER, HubServer
 
 from medct import CT_CLIP_LABELS, MedCTConfig, VolumeError
 from medct.data import DataError, StudyLoader, open_source, read_study
@@ -120,6 +120,14 @@ def test_a_missing_volume_is_a_bad_sample_with_a_reason_in_one_line(ct_rate):
     with pytest.raises(VolumeError, match=r"hf://datasets/org/CT-RATE/dataset/nowhere.nii.gz: it does not exist"):
         read_study({"volume": missing}, "SLP")
     assert ct_rate.count("GET .*nowhere") == 1  # not a network fault
+
+
+def test_a_token_that_is_passed_opens_what_is_private(ct_rate, monkeypatch):
+    ct_rate.repo("dataset", REPO).private = True
+    monkeypatch.delenv("HF_TOKEN")
+    source = open_source(ADDRESS, "train", CONFIG, token=OWNER)
+    with next(iter(source.stream()))["volume"].open() as volume:
+        assert volume["bytes"]
 
 
 def test_what_cannot_be_opened_is_refused_in_one_sentence(hub, monkeypatch):

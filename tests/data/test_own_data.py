@@ -231,6 +231,15 @@ def test_a_repository_with_a_nifti_column(tmp_path, monkeypatch):
     hub.close()
 
 
+@pytest.mark.parametrize("within", ["", "train"])
+def test_of_two_tables_none_is_taken(tmp_path, within):
+    (tmp_path / within).mkdir(exist_ok=True)
+    for name in ("metadata.csv", "metadata.xlsx"):
+        (tmp_path / within / name).touch()
+    with pytest.raises(DataError, match=r"it has both .*metadata\.csv and .*metadata\.xlsx\. Keep the one that holds"):
+        open_source(str(tmp_path), "train", CONFIG)
+
+
 def test_what_is_not_a_source_is_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"empty: not in CT-RATE's layout, no metadata.csv, and not a dataset"):
