@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -483,6 +484,21 @@ def test_bad_studies_are_listed_beside_the_adapter(settings, ct_rate, tmp_path):
     assert "SYNTHETIC" not in (tmp_path / "run/README.md").read_text(encoding="utf-8")
     with pytest.raises(DataError, match=r"(train_6|valid_3)_a_1.nii.gz cannot be used"):
         run(dataclasses.replace(settings, on_bad_sample="raise", output_dir=str(tmp_path / "again")))
+
+
+def test_studies_are_loaded_as_the_settings_and_the_launch_say(settings, processor, tmp_path):
+    asked = {"batch_size": 3, "num_workers": 2, "on_bad_sample": "raise", "max_bad_share": 0.5}
+    trainer = SimpleNamespace(
+        settings=dataclasses.replace(settings, **asked),
+        sources={"tune": phantom_source("A", range(2), 0)},
+        processor=processor,
+        config=SimpleNamespace(label_names=CT_CLIP_LABELS),
+        accelerator=SimpleNamespace(process_index=1, num_processes=3, device="cpu"),
+        folder=SimpleNamespace(bad_samples=tmp_path),
+    )
+    loader = Trainer.loader(trainer, "tune", with_text=False)
+    assert {name: getattr(loader, name) for name in asked} == asked
+    assert (loader.rank, loader.world_size, loader.bad_samples_file) == (1, 3, tmp_path)
 
 
 def test_number_of_steps(settings):
