@@ -47,6 +47,8 @@ class Slice:
     file: ByteSource
     frame: int | None
     has_modality: bool
+    is_projection: bool
+    """Whether it shows the highest or lowest values of several slices."""
     pixels: PixelLayout
     position_mm: np.ndarray
     orientation: np.ndarray

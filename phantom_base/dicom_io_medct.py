@@ -52,6 +52,15 @@ _MAPS = ("MAT_SPECIFIC", "MAT_FRACTIONAL", "MAT_VALUE_BASED", "EFF_ATOMIC_NUM", 
 """Types of multi-energy images whose values are no attenuation, whatever their RescaleType says."""
 _MODIFIED = ("MAT_REMOVED", "MAT_MODIFIED")
 """Those whose values are HU if their RescaleType says so."""
+_NO_PLANES = {
+    "LOCALIZER": "it is a localizer, not a slice",
+    "CURVED_MPR": "it is cut out along a curve (CURVED_MPR), not a slice",
+    "DISTORTED": "it is cut out along a curve (DISTORTED), not a slice",
+    "VOLUME_RENDER": "it is a rendered picture (VOLUME_RENDER), not a slice",
+    "SURFACE_RENDER": "it is a rendered picture (SURFACE_RENDER), not a slice",
+}
+_PROJECTIONS = ("MIP", "MINIP", "MNIP", "MAX_IP", "MIN_IP", "PROJECTION IMAGE")
+"""What scanners and workstations call pictures each of which shows the highest or lowest values of several slices."""
 _MODALITIES = ("CT", "MR", "PT", "NM", "US", "CR", "DX", "MG", "XA", "SC", "OT", "SEG", "RTSTRUCT", "RTDOSE", "SR")
 _SUFFIXES = (".dcm", ".dicom", ".dic", ".ima")
 """Of files that stand for a DICOM file whatever they hold."""
@@ -119,6 +128,8 @@ def read_dicom(
     if not all(one.is_hu for one in slices):
         more_notes += _check_air(hu, source)
     hu, affine, more = to_grid(hu, slices, source)
+    if any(one.is_projection for one in slices):
+        more.append("its slices are projections of several (MIP and the like), not what a scanner gives")
     if not any(one.has_modality for one in slices):
         more.append("its headers name no modality: taken for CT by their SOP class")
     notes = [*_left_out_notes(left_out), *notes, *more_notes, *more]
@@ -294,11 +305,12 @@ class _Attributes:
     groups: list[Elements] | None
 
     def value(self, sequence: str, attribute: str) -> Any:
-        """An attribute; `None` if nobody says it."""
+        """An attribute; `None` if nobody says it. What belongs together (slope and intercept) is of one group."""
         if self.groups is None:
             return self.header.get(attribute)
-        said = (group.get(sequence)[0].get(attribute) for group in self.groups if group.get(sequence))
-        return next((found for found in said if found is not None), None)
+        items = (group.get(sequence)[0] for group in self.groups if group.get(sequence))
+        said = next((item for item in items if len(item)), None)
+        return None if said is None else said.get(attribute)
 
     def numbers(self, sequence: str, attribute: str, count: int) -> np.ndarray:
         """`(count,)`, an attribute of the slice's place."""
@@ -332,11 +344,13 @@ def _slice(
         steps = tuple(abs(float(step)) for step in steps if isinstance(step, int | float))
         scale = [value("PixelValueTransformationSequence", part) for part in ("RescaleSlope", "RescaleIntercept")]
         unit = str(value("PixelValueTransformationSequence", "RescaleType") or "").strip().upper()
-        types = _types(header.get("ImageType")) + _types(value("CTImageFrameTypeSequence", "FrameType"))
+        types = _types(header.get("ImageType"))
+        for kind in ("FrameType", "VolumetricProperties", "VolumeBasedCalculationTechnique"):
+            types += _types(value("CTImageFrameTypeSequence", kind)) + _types(header.get(kind))
         has_lookup = bool(header.get("ModalityLUTSequence")) and None not in scale
         has_modality = bool(header.get("Modality"))
-        if "LOCALIZER" in types:
-            raise VolumeError(name, "it is a localizer, not a slice", "Export the slices without it")
+        if no_plane := next((kind for kind in types if kind in _NO_PLANES), None):
+            raise VolumeError(name, _NO_PLANES[no_plane], "Export the slices without it")
         why = _why_no_hu(types, unit, has_lookup, is_single=frame is None)
         is_hu = why is None and unit != "US"
         slope, intercept = _rescale(name, scale, rescale, is_hu, why)
@@ -353,6 +367,7 @@ def _slice(
         file,
         frame,
         has_modality,
+        not set(types).isdisjoint(_PROJECTIONS),
         pixels,
         position,
         orientation,

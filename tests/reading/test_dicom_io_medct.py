@@ -509,6 +509,21 @@ def test_enhanced_with_a_scale_per_frame(hu, tmp_path):
     assert_is(read_volume(write_enhanced(tmp_path / "enhanced.dcm", hu, edit)), expected)
 
 
+def test_slope_and_intercept_of_a_frame_are_of_one_group(tmp_path):
+    """Half of a scale beside another is nobody's; an item without any attribute says nothing."""
+    hu = make_hu()
+
+    def half(ds):
+        ds.PerFrameFunctionalGroupsSequence[2].PixelValueTransformationSequence = [scan_files.item(RescaleSlope=2)]
+
+    def nothing(ds):
+        ds.PerFrameFunctionalGroupsSequence[2].PixelValueTransformationSequence = [scan_files.item()]
+
+    with pytest.raises(VolumeError, match="frame 3: RescaleSlope or RescaleIntercept is missing"):
+        read_volume(write_enhanced(tmp_path / "half.dcm", hu, half))
+    assert np.array_equal(read_volume(write_enhanced(tmp_path / "nothing.dcm", hu, nothing)).array, hu.T)
+
+
 @pytest.mark.parametrize(
     ("edit", "reason"),
     [

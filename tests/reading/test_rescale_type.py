@@ -109,6 +109,42 @@ def test_one_frame_of_another_type(kind, why, tmp_path):
         read_volume(write_enhanced(tmp_path / "enhanced.dcm", HU, edit))
 
 
+@pytest.mark.parametrize("is_enhanced", [False, True])
+@pytest.mark.parametrize(
+    ("attribute", "kind", "said"),
+    [
+        ("ImageType", "MIP", "projections"),
+        ("ImageType", "MPR", None),
+        ("VolumetricProperties", "VOLUME", None),
+        ("VolumetricProperties", "DISTORTED", "cut out along a curve"),
+        ("VolumeBasedCalculationTechnique", "NONE", None),
+        ("VolumeBasedCalculationTechnique", "MPR", None),
+        ("VolumeBasedCalculationTechnique", "MAX_IP", "projections"),
+        ("VolumeBasedCalculationTechnique", "CURVED_MPR", "cut out along a curve"),
+        ("VolumeBasedCalculationTechnique", "VOLUME_RENDER", "rendered"),
+    ],
+)
+def test_what_was_computed_from_several_slices(attribute, kind, said, is_enhanced, tmp_path):
+    """Of a volume's own planes nothing is said."""
+
+    def edit(ds, k=None):
+        described = ["DERIVED", "SECONDARY", "AXIAL", kind] if attribute == "ImageType" else kind
+        if k is None and attribute != "ImageType":
+            shared = ds.SharedFunctionalGroupsSequence[0]
+            shared.CTImageFrameTypeSequence = [item(**{attribute: described})]
+        else:
+            setattr(ds, attribute, described)
+
+    source = write_enhanced(tmp_path / "e.dcm", HU, edit) if is_enhanced else write_series(tmp_path, HU, edit)
+    if said in (None, "projections"):
+        volume = read_volume(source)
+        assert np.array_equal(volume.array, HU.T)
+        assert [said in note for note in volume.notes] == ([True] if said else [])
+    else:
+        with pytest.raises(VolumeError, match=said):
+            read_volume(source)
+
+
 def test_a_lookup_table_beside_a_slope(tmp_path):
     def edit(ds, k):
         ds.ModalityLUTSequence = [item(LUTDescriptor=[4, 0, 16], ModalityLUTType="HU", LUTData=bytes(8))]
