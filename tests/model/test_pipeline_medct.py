@@ -1,5 +1,6 @@
 """Scans in, findings out; with and without the package, adapters and operating points."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -11,7 +12,9 @@ from datasets import Dataset
 from transformers import pipeline
 
 from medct import AdapterMismatchError, MedCTModel, VolumeError, ZeroShotCTClassificationPipeline
+from medct.pipeline_medct import _LoadScan
 from medct.publishing.push import push_adapter, push_model
+from medct.workers_medct import Place
 
 # One letter is one word of the small tokenizer.
 LABELS = ["a", "b", "c"]
@@ -367,3 +370,13 @@ def test_results_that_are_no_numbers_are_refused(pipe, scans):
         pipe.model.vision_model.temporal_encoder.layers[0].mlp.fc2.weight[0, 0] = torch.nan
     with pytest.raises(ValueError, match="The model's results are not numbers"):
         pipe(scans[0])
+
+
+def test_loader_processes_read_as_the_pipeline_does(processor):
+    """With the model's orientation, and the options of the call."""
+    images = copy.deepcopy(processor.image_processor)
+    images.orientation = "RAS"
+    scan = np.random.default_rng(0).integers(0, 1500, (7, 8, 9)).astype(np.int16)
+    reading = {"spacing_mm": (2, 1, 1), "rescale_slope": 1, "rescale_intercept": -1000}
+    loaded = _LoadScan(images, torch.device("cpu"), reading, gives_errors=False)(scan, Place())
+    assert torch.equal(loaded, images([scan], return_tensors="pt", **reading)["pixel_values"][0, 0])
