@@ -11,7 +11,14 @@ from adapter_files import RESULTS, save_adapter
 from datasets import Dataset
 from transformers import pipeline
 
-from medct import AdapterMismatchError, MedCTModel, VolumeError, ZeroShotCTClassificationPipeline
+from medct import (
+    AdapterMismatchError,
+    CTClassificationPipeline,
+    MedCTForImageClassification,
+    MedCTModel,
+    VolumeError,
+    ZeroShotCTClassificationPipeline,
+)
 from medct.pipeline_medct import _LoadScan
 from medct.publishing.push import push_adapter, push_model
 from medct.workers_medct import Place
@@ -364,12 +371,16 @@ def test_labels_that_are_none_are_refused_in_every_step(pipe, batch, bad):
         pipe.forward({"pixel_values": batch["pixel_values"][:1]}, candidate_labels=bad)
 
 
-def test_results_that_are_no_numbers_are_refused(pipe, scans):
+def test_results_that_are_no_numbers_are_refused(pipe, scans, classifier_folder, processor, batch):
     """An adapter that diverged, or float16 that overflowed: NaN is below every operating point."""
+    classifier = MedCTForImageClassification.from_pretrained(classifier_folder)
     with torch.no_grad():
         pipe.model.vision_model.temporal_encoder.layers[0].mlp.fc2.weight[0, 0] = torch.nan
+        classifier.classifier.weight[0, 0] = torch.nan
     with pytest.raises(ValueError, match="The model's results are not numbers"):
         pipe(scans[0])
+    with pytest.raises(ValueError, match="The model's results are not numbers"):
+        CTClassificationPipeline(model=classifier, processor=processor, device="cpu").encode(batch["pixel_values"][:1])
 
 
 def test_loader_processes_read_as_the_pipeline_does(processor):
