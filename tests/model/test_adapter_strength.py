@@ -87,6 +87,16 @@ def test_what_does_not_scale_is_refused(model, converted, config, tmp_path):
         model.set_adapter_strength("default", 0.5)
 
 
+def test_a_merged_adapter_is_refused_another_strength(model, adapter):
+    """Its update is in the weights: nothing would change but what is said of it."""
+    model.load_adapter(str(adapter))
+    for layer in model._lora_layers("default"):
+        layer.merge()
+    with pytest.raises(ValueError, match="The adapter 'default' is merged"):
+        model.set_adapter_strength(strength=0.5)
+    assert model.adapter_strength() == 1
+
+
 def test_probabilities_come_with_the_score_at_the_adapters_own_strength(model, processor, adapter, scan):
     pipe = ZeroShotCTClassificationPipeline(model=model, processor=processor, device="cpu")
     base = finding(pipe(scan))
