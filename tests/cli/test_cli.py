@@ -1,5 +1,6 @@
 """The command line: findings, files that a second run resumes, embeddings, search, maps, exit status."""
 
+import argparse
 import csv
 import json
 import os
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from adapter_files import RESULTS, save_adapter
+from peft import LoraConfig
 from scan_files import make_hu, write_noise, write_series
 
 import medct
@@ -707,3 +709,11 @@ def test_a_label_is_printed_whatever_the_terminal_can_show(scans, converted):
     done = subprocess.run(line, capture_output=True, encoding="ascii", env=environment, check=False)
     assert done.returncode == 0
     assert json.loads(done.stdout)["findings"][0]["label"] == "Gefäß"
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, "abc"), ("own", "own")])
+def test_the_base_of_an_adapter_is_taken_at_the_commit_that_it_names(tmp_path, monkeypatch, given, expected):
+    monkeypatch.delenv(commands.MODEL_VARIABLE, raising=False)
+    LoraConfig(base_model_name_or_path="org/base", revision="abc").save_pretrained(tmp_path)
+    args = argparse.Namespace(model=None, revision=given, adapter=str(tmp_path), adapter_revision=None)
+    assert (commands.model_of(args), args.model, args.revision) == ("org/base", "org/base", expected)
