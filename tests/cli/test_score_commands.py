@@ -203,6 +203,14 @@ def test_points_are_chosen_on_tuning_patients_and_carried_over(run, folder, conv
     adapter = save_adapter(converted, tmp_path / "adapter", results=RESULTS | {"thresholds": {"Emphysema": 0.5}})
     run("evaluate", "--data", root, "--adapter", adapter, "--output", output)
     assert read(output)["sources"][0]["operating_points"]["adapter"]["youden"]["thresholds"] == {"Emphysema": 0.5}
+    # They hold for its own words, and so does what makes probabilities of its scores.
+    described = read(adapter / "medct_adapter.json") | {"calibration": {"Emphysema": [1.0, 0.0]}}
+    (adapter / "medct_adapter.json").write_text(json.dumps(described), encoding="utf-8")
+    for words, has_points in ([], True), (["--templates", "{label}|no {label}"], False):
+        run("evaluate", "--data", root, "--adapter", adapter, *words, "--output", output)
+        (source,) = read(output)["sources"]
+        assert bool(source["operating_points"]) == has_points
+        assert bool(source["calibration_error"]) == has_points
 
 
 def test_a_run_is_repeated_to_the_digit(run, folder, converted, tmp_path):
@@ -227,11 +235,12 @@ def test_a_run_is_repeated_to_the_digit(run, folder, converted, tmp_path):
 
 
 def test_figures_from_tables(run, folder, tmp_path):
-    root, output = folder("site", 6), tmp_path / "scores.json"
-    run("evaluate", "--data", root, "--split", "all", "--output", output)
+    root, output = folder("site", 20), tmp_path / "scores.json"
+    run("evaluate", "--data", root, "--split", "all", "--seed", 5, "--output", output)
     expected = read(output)["sources"][0]["scores"]
+    assert expected["auroc"]["low"] < expected["auroc"]["high"]
     for tables in ([scores_path(output)], [scores_path(output), root / "metadata.csv"]):
-        options = ["--bootstrap_resamples", 20, "--output", tmp_path / "again.json"]
+        options = ["--bootstrap_resamples", 20, "--seed", 5, "--output", tmp_path / "again.json"]
         status, out, _ = run("metrics", *tables, *options)
         assert status == 0
         (source,) = read(tmp_path / "again.json")["sources"]
