@@ -198,11 +198,14 @@ def test_batches_take_one_value_or_one_each():
 
 
 def test_belongs_to_a_configuration(tmp_path):
-    config = MedCTConfig(vision_config={"image_size": [20, 40, 40], "orientation": "RAS", "hu_min": -500})
-    processor = MedCTImageProcessor.from_config(config.vision_config)
+    own = {
+        "image_size": [20, 40, 40], "target_spacing_mm": [3.0, 2.0, 2.5], "orientation": "RAS",
+        "hu_min": -500, "hu_max": 700, "hu_per_unit": 500,
+    }  # fmt: skip
+    processor = MedCTImageProcessor.from_config(MedCTConfig(vision_config=own).vision_config)
     processor.save_pretrained(tmp_path)
     again = MedCTImageProcessor.from_pretrained(tmp_path)
-    assert (again.image_size, again.orientation, again.hu_min) == ([20, 40, 40], "RAS", -500)
+    assert {name: getattr(again, name) for name in own} == own
     assert MedCTImageProcessor().to_dict() == MedCTImageProcessor.from_config(MedCTConfig().vision_config).to_dict()
 
 

@@ -11,6 +11,7 @@ import pytest
 import scan_files
 import SimpleITK
 from pydicom.uid import (
+    CTImageStorage,
     EncapsulatedPDFStorage,
     MediaStorageDirectoryStorage,
     MRImageStorage,
@@ -222,6 +223,14 @@ def not_perpendicular(ds, k):
     ds.ImageOrientationPatient = [1, 0, 0, 0.5, 1, 0]
 
 
+def scale_of_nothing(ds, k):
+    ds.RescaleSlope = 0
+
+
+def scale_beyond_reason(ds, k):
+    ds.RescaleIntercept = 1e6
+
+
 def one_slice(ds, k):
     return k == 0
 
@@ -254,6 +263,8 @@ REFUSED = {
     without_slope: "RescaleSlope or RescaleIntercept is missing",
     without_intercept: "RescaleSlope or RescaleIntercept is missing",
     without_scale: "RescaleSlope or RescaleIntercept is missing",
+    scale_of_nothing: "rescale slope is 0 and its intercept -1024",
+    scale_beyond_reason: r"its intercept 1e\+06",
     unit_of_perfusion: "RescaleType is US, not HU",
     unit_unheard_of: "RescaleType is of another unit, not HU",
     missing_slice: r"uneven \(usually 2.500 mm, but 5.000 mm between 35.00 and 40.00\)",
@@ -292,6 +303,18 @@ def test_doubtful_volumes_are_refused_with_the_figures(edit, hu, tmp_path):
     assert refused.value.remedy
     for text in (str(refused.value), *(str(warning.message) for warning in caught)):
         assert_private(text)
+
+
+def test_a_slice_that_says_two_things_of_its_kind_is_refused(hu, tmp_path):
+    """Left out it would leave a hole, and its place may be at the end."""
+    folder = write_series(tmp_path / "series", hu)
+    last = max(folder.iterdir())
+    ds = pydicom.dcmread(last)
+    ds.SOPClassUID = MRImageStorage
+    ds.save_as(last, enforce_file_format=False)
+    assert pydicom.dcmread(last).file_meta.MediaStorageSOPClassUID == CTImageStorage
+    with pytest.raises(VolumeError, match="its SOP classes contradict each other"):
+        read_volume(folder)
 
 
 @pytest.mark.parametrize("odd", [0, 3, 5])  # the slice 3 is first by its name

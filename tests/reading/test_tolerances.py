@@ -255,3 +255,33 @@ def test_a_single_slice_is_no_volume_in_any_format(axis, tmp_path):
     for source, options in (*((source, {}) for source in sources), (array, {"affine": AFFINE})):
         with pytest.raises(VolumeError, match=r"one slice .* which is not a volume"):
             read_volume(source, **options)
+
+
+def test_axes_that_are_rounded_are_made_perpendicular(tmp_path):
+    """As a scan lies turned by half a degree in a header with three decimals."""
+
+    def edit(ds, k):
+        ds.ImageOrientationPatient = [1.0, 0.009, 0.0, -0.008, 1.0, 0.0]
+
+    affine = read_volume(write_series(tmp_path, make_hu(), edit)).affine[:3, :3]
+    axes = affine / np.linalg.norm(affine, axis=0)
+    np.testing.assert_allclose(axes.T @ axes, np.eye(3), rtol=0, atol=1e-12)
+
+
+def test_a_step_with_the_six_digits_of_c_has_all_of_its_digits(tmp_path):
+    """315 mm in 79 slices, as a header has it: 3.98734."""
+    step = 315 / 79
+
+    def edit(ds, k):
+        ds.SpacingBetweenSlices = "3.98734"
+        ds.ImagePositionPatient = [0, 0, f"{step * k:.6g}"]
+
+    assert read_volume(write_series(tmp_path, make_hu((79, 2, 3)), edit)).affine[2, 2] == step
+
+
+def test_a_rounded_position_of_the_first_slice_does_not_move_the_scan(tmp_path):
+    def edit(ds, k):
+        ds.SpacingBetweenSlices, ds.ImagePositionPatient = 0.73, [0, 0, round(0.43 + 0.73 * k, 1)]
+
+    start = read_volume(write_series(tmp_path, make_hu((31, 2, 3)), edit)).affine[2, 3]
+    assert start == pytest.approx(0.43, abs=0.01)
