@@ -39,6 +39,7 @@ from medct.publishing.push import push_model
 from medct.train import Trainer, number_of_steps, run
 from medct.training.checkpoints import CheckpointError
 from medct.training.lora import TARGETS, VARIANTS, add_lora
+from medct.training.objectives import StepLoss
 from medct.training.settings import PHANTOM_BASE, TrainingError, TrainingSettings
 
 FILES = {
@@ -348,6 +349,21 @@ def test_a_signal_saves_and_has_an_exit_code_of_its_own(settings, name, ctrl_c, 
     training.main([*arguments, "--resume", "True"])
     assert adapter_bytes(tmp_path / "stopped here") == adapter_bytes(tmp_path / "run")
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_each_step_is_of_whole_batches_and_begins_without_gradients(settings, monkeypatch):
+    """What is not trained has no dropout."""
+    seen, backward = [], StepLoss.backward
+
+    def watched(self, model, micro_batches, *more):
+        has_gradients = any(parameter.grad is not None for parameter in model.parameters())
+        sizes = [len(batch["pixel_values"]) for batch in micro_batches]
+        seen.append((has_gradients, sizes, model.vision_model.training, model.text_model.training))
+        return backward(self, model, micro_batches, *more)
+
+    monkeypatch.setattr(StepLoss, "backward", watched)
+    run(dataclasses.replace(settings, targets="vision", batch_size=5, phantom_train_patients=12, epochs=2))
+    assert seen == [(False, [5], True, False)] * 4
 
 
 def test_a_second_ctrl_c_is_not_put_off(settings, ctrl_c, monkeypatch, tmp_path, capsys):
