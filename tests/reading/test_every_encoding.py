@@ -152,7 +152,7 @@ def test_slices(syntax, bits, junk, tmp_path):
         assert differ == (OTHERS_DIFFER.get((syntax, signed), set()) if junk else set())
 
 
-TABLES = ("basic offsets", "no offsets", "extended offsets", "fragments")
+TABLES = ("basic offsets", "no offsets", "extended offsets", "fragments", "extended offsets of fragments")
 
 
 @pytest.mark.parametrize(
@@ -173,15 +173,47 @@ def test_frames(syntax, signed, table, tmp_path):
         frames = list(generate_frames(ds.PixelData, number_of_frames=4))
         if table == "extended offsets":
             ds.PixelData, ds.ExtendedOffsetTable, ds.ExtendedOffsetTableLengths = encapsulate_extended(frames)
-        elif table == "fragments":
+        elif table.endswith("fragments"):
             ds.PixelData = encapsulate(frames, fragments_per_frame=3)
+            if table != "fragments":
+                basic = np.frombuffer(ds.PixelData[8 : 8 + 4 * len(frames)], "<u4")
+                ds.PixelData = b"\xfe\xff\x00\xe0" + bytes(4) + ds.PixelData[8 + 4 * len(frames) :]
+                ds.ExtendedOffsetTable = basic.astype("<u8").tobytes()
+                ds.ExtendedOffsetTableLengths = np.array([len(frame) for frame in frames], "<u8").tobytes()
         else:
             ds.PixelData = encapsulate(frames, has_bot=table == "basic offsets")
 
     path = scan_files.write_enhanced(tmp_path / "enhanced.dcm", hu, edit, order)
     assert np.array_equal(read_volume(path).array, hu.T)
-    decoded = pydicom.dcmread(path).pixel_array.astype(np.int32) - (0 if signed else 1024)
-    assert np.array_equal(decoded, hu[order])
+    if table != "extended offsets of fragments":  # which pydicom joins otherwise
+        decoded = pydicom.dcmread(path).pixel_array.astype(np.int32) - (0 if signed else 1024)
+        assert np.array_equal(decoded, hu[order])
+
+
+@pytest.mark.parametrize("syntax", COMPRESSED[1:3], ids=lambda syntax: syntax.name[:24])
+def test_streams_with_fewer_bits_than_the_header_says_keep_their_sign(syntax, tmp_path):
+    stored = stored_values(12, signed=True)
+    folder = write_slices(tmp_path / "slices", stored, syntax, 12, True, junk=False, split=False)
+    for path in folder.iterdir():
+        ds = pydicom.dcmread(path)
+        ds.BitsStored, ds.HighBit = 16, 15
+        save(ds, path)
+    assert np.array_equal(read_volume(folder).array, stored.T)
+
+
+@pytest.mark.parametrize("syntax", [JPEGLossless, JPEGLosslessSV1], ids=lambda syntax: syntax.name[-20:])
+def test_a_lossless_jpeg_whose_end_was_lost_is_refused(syntax, tmp_path):
+    """Decoders make pixels of the zeros that a broken copy leaves."""
+    folder = write_slices(tmp_path / "slices", stored_values(16, False), syntax, 16, False, junk=False, split=False)
+    last = max(folder.iterdir())
+    ds = pydicom.dcmread(last)
+    frame = next(generate_frames(ds.PixelData, number_of_frames=1))
+    for lost in (3, 30, 300):
+        for rest in (b"", bytes(lost)):
+            ds.PixelData = encapsulate([frame[: -lost - 2] + rest + b"\xff\xd9"])
+            save(ds, last)
+            with pytest.raises(VolumeError, match="pixels cannot be decoded"):
+                read_volume(folder)
 
 
 @pytest.mark.parametrize("signed", [False, True])
