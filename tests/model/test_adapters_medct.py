@@ -30,6 +30,7 @@ from medct.adapters_medct import (
     as_described,
     asked_config,
     base_tensors,
+    description_in_use,
     fingerprint,
     read_description,
 )
@@ -452,6 +453,15 @@ def test_an_adapter_with_a_whole_module_gives_way_to_one_without(converted, adap
     torch.testing.assert_close(logits(both, batch), alone["plain"])
     both.delete_adapter("whole")
     torch.testing.assert_close(logits(both, batch), alone["plain"])
+
+
+def test_of_several_adapters_together_none_is_remembered(model, adapter):
+    """Their scores are neither one's."""
+    for name in ("one", "other"):
+        model.load_adapter(adapter, name)
+    assert description_in_use(model)
+    model.set_adapter(["one", "other"])
+    assert description_in_use(model) == {}
 
 
 @pytest.mark.parametrize("name", ["0", "q_proj", "vision_model", "weight"])

@@ -54,6 +54,32 @@ def test_a_run_goes_on_from_the_newest(tmp_path):
     assert state.parameters["a"].tolist() == [10, 10, 10]
 
 
+def test_the_best_weights_so_far_are_gone_on_with(tmp_path):
+    saved = state_of(step=2, value=1)
+    saved.best.note(1, 0.8)
+    saved.parameters["a"].data.fill_(2)
+    saved.best.note(2, 0.7)
+    of(tmp_path).save(saved)
+    state = state_of()
+    assert of(tmp_path).load(state)
+    assert (state.best.step, state.best.score, state.best.misses) == (1, 0.8, 1)
+    state.best.restore()
+    assert state.parameters["a"].tolist() == [1, 1, 1]
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_older_ones_and_nothing_else(tmp_path, monkeypatch):
+    checkpoints = of(tmp_path)
+    checkpoints.save(state_of(1))
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoints, "_write_part", full)
+    with pytest.warns(UserWarning, match="step-00000002: no checkpoint was written .*No space left"):
+        assert not checkpoints.save(state_of(2))
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
 def test_the_newest_are_kept(tmp_path):
     checkpoints = of(tmp_path, keep=2)
     for step in (1, 2, 10, 100):

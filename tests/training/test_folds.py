@@ -82,6 +82,7 @@ def test_what_cannot_be_divided_is_refused():
         ({"folds": 5, "fold": 6}, "--fold is 6. Pass a number from 1"),
         ({"fold": 1}, "--fold is 1. Pass a number"),
         ({"folds": 5, "max_eval_studies": 9}, "--max_eval_studies leaves out studies"),
+        ({"folds": 5, "fold": 0}, "--fold"),
     ):
         with pytest.raises(TrainingError, match=said):
             check(TrainingSettings(**changes))

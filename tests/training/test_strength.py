@@ -8,7 +8,7 @@ from peft import PeftModel
 
 from medct import MedCTModel
 from medct.training.lora import VARIANTS, add_lora, core, note_start, save_weights, trainable, weights_to_save
-from medct.training.strength import GRID, Line, Trial, choose
+from medct.training.strength import GRID, Line, Trial, choose, choose_strength
 
 
 @pytest.mark.parametrize(
@@ -25,6 +25,26 @@ from medct.training.strength import GRID, Line, Trial, choose
 )
 def test_the_best_that_forgets_little_enough_is_chosen(trials, chosen):
     assert choose([Trial(*trial) for trial in trials], max_forgotten=0.01) == chosen
+
+
+def test_what_is_gained_and_forgotten_is_against_the_base(monkeypatch):
+    """A strength is taken that gains on the new site and loses little of the old one."""
+    monkeypatch.setattr("medct.training.strength.mean_auroc", lambda scored: scored)
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    line = Line({"a": parameter})
+    parameter.data.fill_(8)
+    aurocs = {"tune": lambda at: 0.6 + 0.2 * at, "keep_tune": lambda at: 0.9 - 0.1 * at}
+    before = {split: of(0.0) for split, of in aurocs.items()}
+
+    def score(split, versions):
+        for version in versions:
+            version()
+            yield aurocs[split](parameter.item() / 8)
+
+    choice = choose_strength(line, lambda *asked: list(score(*asked)), before, max_forgotten=0.06)
+    assert choice.strength == 0.5 and parameter.item() == 4
+    for trial in choice.trials:
+        assert (trial.gained, trial.forgotten) == pytest.approx((0.2 * trial.strength, 0.1 * trial.strength))
 
 
 @pytest.mark.parametrize("variant", sorted(VARIANTS))
