@@ -88,6 +88,13 @@ def test_rows_of_another_shape_or_precision_are_recorded_anew(product):
     assert product.runs == before + 1
 
 
+def test_weights_of_another_precision_in_the_same_memory_are_others():
+    """Memory that is given back is handed out again."""
+    rows, weight = torch.randn(2, 4), torch.randn(3, 4)
+    assert graphs_medct._key(rows, [weight]) == graphs_medct._key(rows, [weight])
+    assert graphs_medct._key(rows, [weight]) != graphs_medct._key(rows, [weight.view(torch.bfloat16)])
+
+
 def test_each_owner_has_its_own_and_takes_it_along(product):
     other = copy.deepcopy(product)
     other.weight.data *= 3

@@ -517,6 +517,16 @@ def test_the_loss_of_a_head_is_the_mean_over_known_labels(converted):
     each = torch.nn.functional.binary_cross_entropy_with_logits(logits[known], labels[known], reduction="none")
     torch.testing.assert_close(classifier.label_loss(logits, labels), each.mean())
     torch.testing.assert_close(classifier.label_loss(logits, labels, "sum"), each.sum())
+    assert classifier.label_loss(logits, torch.full((2, 18), torch.nan)) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_what_decides_between_rows_of_the_codebook_stays_in_float32(converted, dtype):
+    parts = ("patch_norm", "position_generator", "layer_norm", "coder.norm", "quantizer")
+    parts += ("position_bias",) if dtype == torch.float16 else ()
+    vision = MedCTModel.from_pretrained(converted, dtype=dtype).vision_model
+    for name, tensor in (*vision.named_parameters(), *vision.named_buffers()):
+        assert tensor.dtype == (torch.float32 if any(part in name for part in parts) else dtype), name
 
 
 def test_labels_that_are_none_are_refused(converted):
