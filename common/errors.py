@@ -58,7 +58,10 @@ def _end_of(error: BaseException) -> tuple[int, str]:
         case StoppedError():
             return STOPPED, str(error)
         case KeyboardInterrupt():
-            return INTERRUPTED, "stopped; a command with --output resumes from here when run again."
+            return (
+                INTERRUPTED,
+                "stopped; `predict --output`, `embed` and `prepare` go on from here when run again.",
+            )
         case BrokenPipeError():
             drop_output()  # the reader has had enough
             return BROKEN_PIPE, ""

@@ -144,7 +144,7 @@ def points_table(points: Mapping[str, Any], where: str) -> str:
             cells = [_cell(each[key]) for key in ("sensitivity", "specificity")]
             over = sum(key.startswith("sensitivity/") and each[key]["value"] is not None for key in each)
             lines.append(f"| {model}: {name}, {counted(over, 'finding')} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", "Means over findings; thresholds were chosen on other patients."])
+    return "\n".join([*lines, "", "Means over findings, at thresholds that were chosen on tuning patients."])
 
 
 def subgroups_table(divisions: Sequence[dict[str, Any]], where: str) -> str:

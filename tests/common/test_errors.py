@@ -18,7 +18,11 @@ from medct.common.errors import BROKEN_PIPE, FAILED, INTERRUPTED, STOPPED, Stopp
         (OSError("the Hub cannot be reached"), FAILED, "error: the Hub cannot be reached"),
         (torch.OutOfMemoryError("CUDA"), FAILED, "error: the accelerator's memory is full. Lower --batch_size, or"),
         (StoppedError("stopped after step 3."), STOPPED, "stopped after step 3."),
-        (KeyboardInterrupt(), INTERRUPTED, "stopped; a command with --output resumes from here when run again."),
+        (
+            KeyboardInterrupt(),
+            INTERRUPTED,
+            "stopped; `predict --output`, `embed` and `prepare` go on from here when run again.",
+        ),
     ],
     ids=lambda value: type(value).__name__,
 )
