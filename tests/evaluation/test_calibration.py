@@ -55,6 +55,17 @@ def test_the_order_stays_and_probabilities_get_better_on_other_patients():
     assert found["labels"] == NAMES
 
 
+def test_a_bin_of_few_has_no_interval():
+    """Of either kind; the scans of a bin say little about how often a finding is there."""
+    scores = np.repeat([0.05, 0.55, 0.95], 40)[:, None]
+    labels = np.zeros((120, 1))
+    labels[:FEWEST], labels[40 : 40 + FEWEST - 1], labels[80:], labels[80 : 80 + FEWEST] = 1, 1, 1, 0
+    patients = [str(number) for number in range(120)]
+    found = compare_calibration(scores, labels, patients, ["nodule"], {"nodule": [1.0, 0.0]}, resamples=50)
+    shares = [each["share"] for each in found["reliability"]["before"]]
+    assert [share["low"] is not None for share in shares] == [True, False, True]
+
+
 def test_certain_scores_are_no_infinities():
     assert np.all(np.diff(calibrated([0, 0.1, 0.9, 1], 0.5, 0.1)) > 0)
     assert np.isfinite(calibrated([0.0, 1.0], 3.0, 0.0)).all()

@@ -5,6 +5,8 @@ from huggingface_hub.errors import StrictDataclassError
 
 from medct import CT_CLIP_LABELS, MedCTConfig, MedCTVisionConfig
 
+SIZES = (("a", 2), ("b", 3), ("c", 1))
+
 
 def test_defaults_are_the_published_model():
     config = MedCTConfig()
@@ -28,6 +30,15 @@ def test_prompts_alternate_present_and_absent():
     assert first[:3] == ["Emphysema is present.", "Emphysema is not present.", "Cardiomegaly is present."]
     assert second == ["Emphysema", "no Emphysema", "Cardiomegaly", "no Cardiomegaly"]
     assert len(config.label_prompts()[0]) == 36
+
+
+def test_every_label_weighs_the_same_however_many_pairs_it_has():
+    pairs = {name: [[f"{name}{number}.", f"no {name}{number}."] for number in range(count)] for name, count in SIZES}
+    templates = MedCTConfig(id2label={0: "a", 1: "b", 2: "c"}).label_prompts(pairs)
+    assert len(templates) == 6
+    for column, (name, count) in enumerate(SIZES):
+        asked = [(template[2 * column], template[2 * column + 1]) for template in templates]
+        assert all(asked.count(tuple(pair)) == 6 // count for pair in pairs[name])
 
 
 def test_survives_saving_and_loading(tmp_path):

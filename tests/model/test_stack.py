@@ -468,3 +468,9 @@ def test_pipelines_take_objects_and_folders_without_trust(converted, model, scan
     fresh = MedCTModel(model.config)
     with pytest.raises(ValueError, match="pass `processor=`"):
         pipeline(ZERO_SHOT_TASK, model=fresh, device="cpu")
+
+
+@pytest.mark.parametrize("kind", ["flash_attention_2", "flex_attention"])
+def test_attention_that_takes_no_bias_is_refused(converted, kind):
+    with pytest.raises(ValueError, match="does not support"):
+        MedCTModel.from_pretrained(converted, attn_implementation=kind)
