@@ -41,6 +41,15 @@ def test_every_label_weighs_the_same_however_many_pairs_it_has():
         assert all(asked.count(tuple(pair)) == 6 // count for pair in pairs[name])
 
 
+def test_templates_that_are_given_are_for_all_labels():
+    """Also for those with sentences of their own, but words of their own stand in them."""
+    own = {"a": [["A is seen.", "No A."]], "b": "words of b"}
+    config = MedCTConfig(id2label={0: "a", 1: "b"}, prompts=own, prompt_templates=[["{label}!", "no {label}!"]])
+    assert config.label_prompts() == [["A is seen.", "No A.", "words of b!", "no words of b!"]]
+    given = config.label_prompts(templates=[["{label}?", "no {label}?"]])
+    assert given == [["a?", "no a?", "words of b?", "no words of b?"]]
+
+
 def test_survives_saving_and_loading(tmp_path):
     config = MedCTConfig(
         vision_config={"hidden_size": 48, "patch_size": [10, 24, 24]},
@@ -73,6 +82,7 @@ def test_a_number_may_be_whole(config):
         ({"image_size": (240, 480)}, r"three positive numbers .* not \(240, 480\)"),
         ({"target_spacing_mm": (1.5, 0.0, 0.75)}, r"not \(1.5, 0.0, 0.75\)"),
         ({"hu_min": 100, "hu_max": -100}, "100 HU must lie below `hu_max` -100 HU"),
+        ({"hu_min": 100, "hu_max": 100}, "100 HU must lie below `hu_max` 100 HU"),
         ({"orientation": "SSP"}, 'not "SSP"'),
         ({"codebook_size": 0}, "must be positive, not 0"),
         ({"hidden_size": 1.5}, "hidden_size"),
