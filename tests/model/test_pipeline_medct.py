@@ -151,6 +151,8 @@ def test_an_adapter_changes_scores_and_brings_operating_points(pipe, converted, 
     # Chosen for other prompts, so without a meaning for these.
     own = adapted(scans[0], candidate_labels=["Lung nodule"], prompt_templates=TEMPLATES)
     assert "present" not in own[0]
+    own = adapted(scans[0], candidate_labels={"Lung nodule": "nodule"})
+    assert "present" not in own[0]
 
 
 def test_a_disabled_adapter_takes_its_prompts_and_operating_points_along(pipe, converted, processor, adapter, scans):
@@ -391,3 +393,23 @@ def test_loader_processes_read_as_the_pipeline_does(processor):
     reading = {"spacing_mm": (2, 1, 1), "rescale_slope": 1, "rescale_intercept": -1000}
     loaded = _LoadScan(images, torch.device("cpu"), reading, gives_errors=False)(scan, Place())
     assert torch.equal(loaded, images([scan], return_tensors="pt", **reading)["pixel_values"][0, 0])
+
+
+def test_a_model_in_training_is_scored_without_dropout(converted, scans):
+    model = MedCTModel.from_pretrained(converted)
+    expected = pipeline("zero-shot-ct-classification", model=model)(scans[0])
+    assert pipeline("zero-shot-ct-classification", model=model.train())(scans[0]) == expected
+
+
+def test_revisions_are_those_of_what_they_are_given_for(converted, processor, monkeypatch):
+    asked = []
+    model = MedCTModel.from_pretrained(converted)
+    monkeypatch.setattr(model, "load_adapter", lambda name, **options: asked.append((name, options)))
+    load = lambda name, **options: asked.append((name, options)) or processor  # noqa: E731
+    monkeypatch.setattr("medct.pipeline_medct.MedCTProcessor.from_pretrained", load)
+    model.config._commit_hash = "of-the-base"  # as loading from the Hub leaves it
+    ZeroShotCTClassificationPipeline(model=model, device="cpu", adapter="org/a", adapter_revision="of-the-adapter")
+    assert asked == [
+        (str(converted), {"revision": "of-the-base"}),
+        ("org/a", {"adapter_kwargs": {"revision": "of-the-adapter"}}),
+    ]
