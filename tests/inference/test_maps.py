@@ -138,6 +138,7 @@ def test_files_say_what_they_are_not(tmp_path):
     values = np.random.default_rng(0).normal(size=(12, 12, 8)).astype(np.float32)
     save_nifti(tmp_path / "map.nii.gz", values, affine)
     image = nibabel.load(tmp_path / "map.nii.gz")
+    assert image.header.get_xyzt_units()[0] == "mm"
     np.testing.assert_allclose(image.affine, affine)
     np.testing.assert_array_equal(image.get_fdata(dtype=np.float32), values)
     assert image.header["descrip"].item().decode() == CAVEAT[:79]
