@@ -216,6 +216,7 @@ def test_what_a_classifier_cannot_learn_is_refused(settings, classifier_folder, 
         Trainer(dataclasses.replace(settings, model=str(classifier_folder), **{name: value}))
 
 
+@pytest.mark.slow  # runs that were stopped show it as well
 def test_same_seed_same_numbers(settings, tmp_path):
     first = run(settings)
     second = run(dataclasses.replace(settings, output_dir=str(tmp_path / "again")))
@@ -298,7 +299,10 @@ def terminate() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-@pytest.mark.parametrize("step, variant", [(1, "lora"), pytest.param(4, "pissa", marks=pytest.mark.slow), (5, "lora")])
+@pytest.mark.parametrize(
+    "step, variant",
+    [(1, "lora"), pytest.param(4, "pissa", marks=pytest.mark.slow), pytest.param(5, "lora", marks=pytest.mark.slow)],
+)
 def test_a_resumed_run_equals_one_that_never_stopped(settings, step, variant, monkeypatch, tmp_path):
     """Before the first checkpoint and in the second of two epochs, with dropout and with scores in between."""
     settings = dataclasses.replace(
