@@ -31,6 +31,7 @@ from typing import Any, Literal
 import torch
 
 from medct import data as medct_data
+from medct.common.counting import FEWEST_RESAMPLES
 from medct.common.files import whole_file
 from medct.data import PhantomCohort
 from medct.data.phantoms import make_phantom
@@ -99,7 +100,7 @@ def settings_of(key: Key, folder: str) -> TrainingSettings:
         epochs=STEPS,
         max_steps=STEPS,
         checkpoint_steps=STEPS,
-        bootstrap_resamples=20,
+        bootstrap_resamples=FEWEST_RESAMPLES,
         output_dir=str(Path(folder) / "run"),
         resume=True,  # takes the scores of the base that lie there
         num_workers=0,
