@@ -39,6 +39,7 @@ from medct.data.tables import (
     join_text,
     merge_doubles,
     refuse_misnamed,
+    refuse_two_spellings,
     table_source,
 )
 
@@ -85,8 +86,9 @@ def choose_split(table: pd.DataFrame, selection: Selection, where: str) -> tuple
         where: Name of the source in messages.
 
     Raises:
-        DataError: If a patient is in two splits, or only some rows have a split.
+        DataError: If a patient is in two splits, or written in two ways, or only some rows have a split.
     """
+    refuse_two_spellings(table["patient"], where)
     named = table["split"] != ""
     how = ""
     if named.any():
@@ -312,6 +314,7 @@ def _light_columns(
         with fsspec.open(path, "rb", **options) as file:
             shard = parquet.ParquetFile(file)
             column = _volume_column(path, shard.schema_arrow)
+            refuse_misnamed(shard.schema_arrow.names, path)
             groups = [name for name in SUBGROUPS if name not in label_names]
             wanted = [*label_names, *ID_COLUMNS, *REPORT_COLUMNS, *groups, "patient", "split"]
             missing = [name for name in label_names if name not in shard.schema_arrow.names]

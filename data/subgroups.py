@@ -7,7 +7,7 @@
 | manufacturer | `manufacturer`, `Manufacturer` | as it is |
 | kernel | `kernel`, `ConvolutionKernel` | as it is |
 | slice thickness | `slice_thickness`, `SliceThickness`, else `ZSpacing`, in mm | up to 1 mm, 1 to 2 mm, over 2 mm |
-| contrast | `contrast` (1, 0, yes, no), `ContrastBolusAgent` (any text is yes) | yes or no |
+| contrast | `contrast` (1, 0, or a word of `cells.WORDS`), `ContrastBolusAgent` (any text is yes) | yes or no |
 
 What cannot be read so is unknown.
 """
@@ -18,10 +18,13 @@ from collections.abc import Callable, Mapping, Sequence
 
 import pandas as pd
 
+from medct.data.cells import number_of, truth_of
+
 PREFIX = "subgroup "
 """Of the columns in a table of studies."""
 _AGES = ((40, "under 40"), (60, "40-59"), (80, "60-79"))
-_AGE = re.compile(r"0*(\d{1,3})(?:\.\d+)?\s*([YMWD]?)", re.IGNORECASE)
+_AGE = re.compile(r"0*(\d{1,3})(?:[.,]\d+)?\s*([YMWD]?)", re.IGNORECASE)
+_MM = re.compile(r"\s*mm\s*$", re.IGNORECASE)
 
 
 def _sex(text: str) -> str:
@@ -37,18 +40,14 @@ def _age(text: str) -> str:
 
 
 def _thickness(text: str) -> str:
-    try:
-        millimetres = float(text)
-    except ValueError:
-        return ""
+    millimetres = number_of(_MM.sub("", text))
     if not 0 < millimetres < math.inf:
         return ""
     return "up to 1 mm" if millimetres <= 1 else "1 to 2 mm" if millimetres <= 2 else "over 2 mm"
 
 
 def _is_yes(text: str) -> str:
-    words = {"1": "yes", "1.0": "yes", "yes": "yes", "true": "yes", "0": "no", "0.0": "no", "no": "no", "false": "no"}
-    return words.get(text.strip().lower(), "")
+    return {1.0: "yes", 0.0: "no"}.get(truth_of(text), "")
 
 
 _READ: dict[str, dict[str, Callable[[str], str]]] = {

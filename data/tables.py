@@ -8,7 +8,7 @@ folder, or whatever its `volume_of` understands), one column per label and, wher
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
+from medct.data.cells import DECIMAL_COMMA, is_unknown, truth_of
 from medct.data.sources import DataError, NoSuchSplitError, Row, Skipped, Source, first_of, hash_share
 from medct.data.subgroups import subgroups_of
 from medct.volume_io_medct import affine_from_spacing
@@ -26,13 +27,6 @@ TUNE_SHARE = 0.1
 SPACINGS_MM = ["i_mm", "j_mm", "k_mm"]
 MAPPING_HINT = "If it has another name there, say so with --mapping; other findings are asked for with --labels."
 """What else to do if a label has no column."""
-_YES = "yes y true present positive ja wahr vorhanden oui vrai présent si sí sì presente sim evet var tak да 是 有 阳性"
-_NO = "no n false absent negative nein falsch non faux nee não hayır yok nie нет 否 无 無 阴性"
-WORDS = {**dict.fromkeys(_YES.split(), 1.0), "はい": 1.0, **dict.fromkeys(_NO.split(), 0.0), "いいえ": 0.0}
-"""Labels that are written as words, casefolded; what means different things in different places is not among them."""
-_NOT_KNOWN = "nan na n/a unknown unbekannt inconnu desconocido sconosciuto bilinmiyor 未知"
-_UNKNOWN = {"", *_NOT_KNOWN.split()}
-_DECIMAL_COMMA = re.compile(r"^([+-]?[0-9]*),([0-9]+)$")
 # What reports hold where nothing was dictated.
 _NO_TEXT = {"", "not given.", "not given", "nan"}
 
@@ -134,6 +128,30 @@ def refuse_misnamed(columns: Sequence[str], name: str) -> None:
             )
 
 
+_NUMBERED = re.compile(r"(\D*)0*(\d+?)(?:\.0)?")
+
+
+def refuse_two_spellings(patients: Iterable[str], name: str) -> None:
+    """Refuse patients that differ in leading zeros, or ".0": programs for tables drop the one and add the other.
+
+    Args:
+        patients: Their names, in any order and number.
+        name: What to call the table in messages.
+
+    Raises:
+        DataError: If there are such two, who might be one patient in two splits.
+    """
+    spelling: dict[tuple[str, ...], str] = {}
+    for patient in patients:
+        if found := _NUMBERED.fullmatch(patient):
+            first = spelling.setdefault(found.groups(), patient)
+            if first != patient:
+                raise DataError(
+                    f"{name}: the patients {first!r} and {patient!r} may be one, who would count as two. Write each "
+                    "patient in one way, or add a letter to one of these."
+                )
+
+
 def to_numbers(table: pd.DataFrame, columns: Sequence[str], name: str) -> pd.DataFrame:
     """Convert columns from text to float64; empty cells become NaN.
 
@@ -148,9 +166,7 @@ def to_numbers(table: pd.DataFrame, columns: Sequence[str], name: str) -> pd.Dat
     found = {}
     for column in columns:
         cells = table[column].str.strip() if table[column].dtype == object else table[column]
-        numbers = pd.to_numeric(
-            cells.replace(_DECIMAL_COMMA, r"\1.\2", regex=True).replace("", np.nan), errors="coerce"
-        )
+        numbers = pd.to_numeric(cells.replace(DECIMAL_COMMA, r"\1.\2", regex=True).replace("", np.nan), errors="coerce")
         strange = cells[numbers.isna() & cells.notna() & (cells != "") & (cells.astype(str).str.lower() != "nan")]
         if len(strange):
             raise DataError(f"{name}: {column!r} is {strange.iloc[0]!r} somewhere. Write a number, or leave it empty.")
@@ -167,11 +183,11 @@ def check_labels(table: pd.DataFrame, label_names: Sequence[str], name: str) -> 
         name: What to call the table in messages.
 
     Raises:
-        DataError: If a label is neither a number in this range, nor a word of `WORDS`, nor unknown.
+        DataError: If a label is neither a number in this range, nor a word of `cells.WORDS`, nor unknown.
     """
     for label in label_names:
-        numbers = table[label].map({cell: _to_number(cell) for cell in table[label].unique()}).astype(float)
-        strange = table[label][numbers.isna() & ~table[label].map(_is_unknown) | (numbers < 0) | (numbers > 1)]
+        numbers = table[label].map({cell: truth_of(cell) for cell in table[label].unique()}).astype(float)
+        strange = table[label][numbers.isna() & ~table[label].map(is_unknown) | (numbers < 0) | (numbers > 1)]
         if len(strange):
             raise DataError(
                 f"{name}: the label {label!r} is {_shown(strange.iloc[0])} somewhere. Write 1 (present), 0 (not "
@@ -181,27 +197,8 @@ def check_labels(table: pd.DataFrame, label_names: Sequence[str], name: str) -> 
     return table
 
 
-def _to_number(cell: Any) -> float:
-    """A label as a number; NaN if it is unknown, or none."""
-    if not isinstance(cell, str):
-        return math.nan if cell is None else float(cell)
-    text = cell.strip().casefold()
-    if text in WORDS:
-        return WORDS[text]
-    if _DECIMAL_COMMA.fullmatch(text):
-        text = text.replace(",", ".")
-    try:
-        return math.nan if "_" in text else float(text)  # Python's own numbers may hold one
-    except ValueError:
-        return math.nan
-
-
-def _is_unknown(cell: Any) -> bool:
-    return cell.strip().casefold() in _UNKNOWN if isinstance(cell, str) else cell is None or math.isnan(cell)
-
-
 def _shown(cell: Any) -> str:
-    number = _to_number(cell)
+    number = truth_of(cell)
     if not math.isnan(number):
         return f"{number:g}"
     return repr(cell if len(cell) <= 20 else f"{cell[:17]}...")

@@ -22,7 +22,7 @@ from medct.data.sources import DataError
 from medct.data.study_names import matched
 from medct.data.subgroups import COLUMNS as SUBGROUPS
 from medct.data.table_files import columns_of, read_table
-from medct.data.tables import check_labels, refuse_misnamed, to_numbers
+from medct.data.tables import check_labels, refuse_misnamed, refuse_two_spellings, to_numbers
 from medct.evaluation.scoring import ScoredStudies
 
 NAME = "file_name"
@@ -246,6 +246,7 @@ def labelled(table: pd.DataFrame, names: Sequence[str], path: Path) -> pd.DataFr
     patients = table.get("patient", table[NAME]).str.strip()
     if (empty := int((patients == "").sum())) > 0:
         raise DataError(f"{path}: {empty} rows have an empty 'patient'. Fill it in.")
+    refuse_two_spellings(patients, str(path))
     _refuse_doubles(table, [NAME], path)
     return check_labels(table, names, str(path)).assign(patient=patients)
 

@@ -1,5 +1,6 @@
 """Folders with `metadata.csv`, Parquet and repositories with a `Nifti()` column, and their splits."""
 
+import contextlib
 import math
 
 import nibabel
@@ -109,6 +110,29 @@ def test_patients_and_splits_are_not_passed_over_for_their_name(tmp_path, header
         refuse_misnamed(header.split(","), "x")
         return
     with pytest.raises(DataError, match=said):
+        open_source(str(tmp_path), "train", MedCTConfig(id2label={0: "Mass"}, label2id={"Mass": 0}))
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "is_one"),
+    [
+        ("1", "01", True),
+        ("7", "7.0", True),
+        ("P12", "P0012", True),
+        ("0", "00", True),
+        ("1", "10", False),
+        ("P1", "Q1", False),
+        ("1a2", "01a2", False),  # letters and digits at random are of one length
+        ("12345678901234567890", "12345678901234567891", False),
+    ],
+)
+def test_a_patient_written_in_two_ways_is_refused(tmp_path, first, second, is_one):
+    """Excel drops leading zeros, and other programs add `.0`."""
+    rows = f"a.nii,{first},train,1\nb.nii,{second},valid,1\n"
+    (tmp_path / "metadata.csv").write_text(f"file_name,patient,split,Mass\n{rows}", encoding="utf-8")
+    (tmp_path / "a.nii").touch()
+    said = pytest.raises(DataError, match=f"the patients '{first}' and '{second}' may be one")
+    with said if is_one else contextlib.nullcontext():
         open_source(str(tmp_path), "train", MedCTConfig(id2label={0: "Mass"}, label2id={"Mass": 0}))
 
 
@@ -250,6 +274,9 @@ def test_what_is_not_a_source_is_refused(tmp_path):
     nifti_dataset(tmp_path, 3).remove_columns("fluid").to_parquet(str(tmp_path / "few.parquet"))
     with pytest.raises(DataError, match="has no column 'fluid'"):
         open_source(str(tmp_path / "few.parquet"), "train", CONFIG)
+    nifti_dataset(tmp_path, 3).rename_column("id", "PatientID").to_parquet(str(tmp_path / "patients.parquet"))
+    with pytest.raises(DataError, match="a column 'PatientID', which is read if it is called 'patient'"):
+        open_source(str(tmp_path / "patients.parquet"), "train", CONFIG)
     (tmp_path / "broken.parquet").write_bytes(b"PAR1")
     with pytest.raises(DataError, match="not a readable Parquet file"):
         open_source(str(tmp_path / "broken.parquet"), "train", CONFIG)

@@ -15,14 +15,27 @@ from medct.data.subgroups import subgroup_columns, subgroups_of
     ("column", "cells"),
     [
         ("sex", {"F": "F", "female": "F", " m ": "M", "Male": "M", "O": "O", "": "", "unknown": "", "1": ""}),
-        ("PatientAge", {"058Y": "40-59", "58": "40-59", "39.9": "under 40", "060Y": "60-79", "090M": "under 40"}),
+        (
+            "PatientAge",
+            {"058Y": "40-59", "58": "40-59", "39.9": "under 40", "59,9": "40-59", "060Y": "60-79", "090M": "under 40"},
+        ),
         ("age", {"40": "40-59", "80": "80 and over", "": "", "old": "", "-3": "", "1000Y": ""}),
         ("ConvolutionKernel", {"B30f": "B30f", " I50f ": "I50f", "": ""}),
         (
             "SliceThickness",
-            {"1": "up to 1 mm", "1.25": "1 to 2 mm", "2": "1 to 2 mm", "5": "over 2 mm", "0": ""},
+            {
+                "1": "up to 1 mm",
+                "0,6": "up to 1 mm",
+                "1.25 mm": "1 to 2 mm",
+                "5mm": "over 2 mm",
+                "1.25": "1 to 2 mm",
+                "2": "1 to 2 mm",
+                "5": "over 2 mm",
+                "0": "",
+                "yes": "",
+            },
         ),
-        ("contrast", {"1": "yes", "no": "no", "0.0": "no", "TRUE": "yes", "": "", "maybe": ""}),
+        ("contrast", {"1": "yes", "no": "no", "0.0": "no", "TRUE": "yes", "ja": "yes", "": "", "maybe": ""}),
         ("ContrastBolusAgent", {"Ultravist": "yes", "": "no"}),
     ],
 )
