@@ -1,8 +1,13 @@
 """Rows stay written, incomplete lines are dropped, parts are merged."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
 import pytest
 
 from medct.common.errors import FAILED, _end_of
+from medct.inference import bulk
 from medct.inference.bulk import KEY, Csv, JsonLines, RowFile, merge, part_path, part_paths, read_rows
 
 CSV = Csv([KEY, "score", "notes"])
@@ -29,6 +34,28 @@ def test_rows_come_back_and_a_second_run_adds_to_them(tmp_path, format):
     file.write(ROWS[2])
     assert read_rows(path, format) == ROWS  # without closing it
     file.close()
+
+
+def test_each_study_is_read_by_one_process(tmp_path, monkeypatch):
+    names, read, meeting = list("abcdefg"), [], threading.Barrier(2, timeout=20)
+
+    def process(studies, reading, rows_of, write, *_):
+        for study in studies:
+            read.append(study.id)
+            write({KEY: study.id, "score": "1", "notes": ""})
+
+    def run(index):
+        state = SimpleNamespace(
+            process_index=index, num_processes=2, is_main_process=not index, wait_for_everyone=meeting.wait
+        )
+        studies = [SimpleNamespace(id=name) for name in names]
+        bulk.process_to_file(studies, None, None, tmp_path / "rows.csv", CSV, {}, state)
+
+    monkeypatch.setattr(bulk, "process", process)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(run, range(2)))
+    assert sorted(read) == names
+    assert [row[KEY] for row in read_rows(tmp_path / "rows.csv", CSV)] == names
 
 
 def test_an_incomplete_line_is_dropped(tmp_path, format):

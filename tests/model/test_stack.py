@@ -12,6 +12,7 @@ import torch
 from adapter_files import RESULTS, save_adapter
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.hotswap import hotswap_adapter
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModel, AutoModelForImageClassification, Trainer, TrainingArguments, pipeline
 
@@ -29,6 +30,7 @@ from medct import (
 )
 from medct.adapters_medct import base_tensors, fingerprint
 from medct.configuration_medct import CLASSIFIER_TASK, ZERO_SHOT_TASK
+from medct.publishing.loading import load_model
 
 VISION = r"vision_model\..*\.(q|v)_proj"
 
@@ -131,6 +133,15 @@ def test_a_head_that_was_drawn_at_random_finds_nothing(converted, classifier_fol
     with torch.no_grad():
         begun.classifier.bias.add_(1)
     assert len(scores(pipeline(CLASSIFIER_TASK, model=begun, device="cpu"), scan)) == 2
+
+
+def test_a_checkpoint_without_its_head_is_refused(classifier_folder, tmp_path):
+    shutil.copytree(classifier_folder, tmp_path, dirs_exist_ok=True)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["classifier.weight"]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointMismatchError, match=r"lacks classifier\.weight, which would be drawn at random"):
+        load_model(str(tmp_path))
 
 
 # model and processor

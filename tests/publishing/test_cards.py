@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from medct.common.paths import find_paths, without_paths
 from medct.evaluation.provenance import provenance
-from medct.publishing.cards import base_license, render_card, write_card
+from medct.publishing.cards import base_license, is_hub_id, render_card, write_card
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 SECTIONS = (
@@ -24,6 +24,13 @@ SECTIONS = (
     "Intended use and limits",
     "Licence",
 )
+
+
+def test_a_folder_goes_before_a_repository_of_that_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert is_hub_id("org/name") and not is_hub_id("./org/name")
+    (tmp_path / "org/name").mkdir(parents=True)
+    assert not is_hub_id("org/name")
 
 
 @pytest.fixture(scope="module")
