@@ -49,12 +49,17 @@ def _platt(scores: np.ndarray, is_present: np.ndarray) -> list[float] | None:
     present, absent = is_present.sum(), (~is_present).sum()
     targets = np.where(is_present, (present + 1) / (present + 2), 1 / (absent + 2))
     margins = _logit(scores)[:, None]
+    if np.ptp(margins) == 0:
+        return None
+    # The search ends at a small gradient, and close margins have no other: it is done in units of their spread.
+    middle, spread = margins.mean(), margins.std()
+    margins = (margins - middle) / spread
     model = LogisticRegression(C=_NO_PENALTY, max_iter=1000)
     # A target of 0.9 is nine tenths of a scan with the finding and one of a scan without.
     sides = np.repeat([1, 0], len(margins))
     model.fit(np.concatenate([margins, margins]), sides, sample_weight=np.concatenate([targets, 1 - targets]))
-    slope, intercept = float(model.coef_[0, 0]), float(model.intercept_[0])
-    return [slope, intercept] if slope > 0 else None
+    slope = float(model.coef_[0, 0] / spread)
+    return [slope, float(model.intercept_[0] - slope * middle)] if slope > 0 else None
 
 
 def _logit(scores: np.ndarray) -> np.ndarray:

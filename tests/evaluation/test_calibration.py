@@ -33,6 +33,17 @@ def test_the_true_calibration_is_found():
         assert found[name] == pytest.approx(TRUE[name], abs=0.08)
 
 
+@pytest.mark.parametrize(("scale", "shift"), [(1e-4, 0), (1e-3, 5), (1e-3, -5), (0.01, 5), (5, 0)])
+def test_probabilities_are_the_same_however_close_scores_lie(scale, shift):
+    """A model whose scores of all scans lie close to 0.9933 is calibrated as one with scores from 0 to 1."""
+    random = np.random.default_rng(0)
+    labels = (random.random((100, 1)) < 0.3).astype(float)
+    margins = labels + random.normal(size=(100, 1))
+    wide, close = (1 / (1 + np.exp(-each)) for each in (margins, scale * margins + shift))
+    expected, found = (apply_calibration(each, fit_calibration(each, labels, ["a"]), ["a"]) for each in (wide, close))
+    np.testing.assert_allclose(found, expected, atol=1e-3)
+
+
 def test_the_order_stays_and_probabilities_get_better_on_other_patients():
     calibration = fit_calibration(*cohort(300, 0), NAMES)
     scores, labels = cohort(1000, 1)
