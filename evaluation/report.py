@@ -266,10 +266,11 @@ def retrieval_report(results: dict[str, Any]) -> str:
             title = f"pools of {pools['size']}: {name.replace('_', ' ')}"
             lines.append(_retrieval_row(title, pools[name], results["chance"]))
     if found := results.get("findings"):
-        lines += ["", f"{counted(found['studies'], 'scan')} with a finding; chance {found['chance']:.3f}", ""]
-        lines.append(_retrieval_head("MAP at", found["image_to_image"]))
+        at = found["image_to_image"]
+        lines += ["", f"{counted(found['studies'], 'scan')} with a finding", "", _retrieval_head("MAP at", at)]
         for title, each in {"": found, "CT-CLIP protocol: ": found["ct_clip_protocol"]}.items():
-            lines.append(_retrieval_row(f"{title}image to image", each["image_to_image"], found["image_to_image"]))
+            lines.append(_retrieval_row(f"{title}image to image", each["image_to_image"], at))
+            lines.append(_retrieval_row(f"{title}chance", each["chance"], at))
     return "\n".join(lines)
 
 

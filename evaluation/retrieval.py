@@ -193,8 +193,8 @@ def shared_findings(
 
     Returns:
         Ready for JSON. `studies`, those with a finding, which are both queries and answers; `image_to_image`, from k to
-        an interval; `chance`, the share of other studies that share a finding; and `ct_clip_protocol` with the same
-        two, where other scans of the query's patient are among the answers.
+        an interval; `chance`, from k to what answers in random order have in the mean; and `ct_clip_protocol` with the
+        same two, where other scans of the query's patient are among the answers.
 
     Raises:
         ValueError: If fewer than two patients have a finding.
@@ -212,20 +212,32 @@ def shared_findings(
     for name, may_answer in masks.items():
         most = min(may_answer(some).sum(axis=1).min() for some in _some(rows))
         kept = [k for k in at if k <= most] or [int(most)]
-        precisions, shares = [], []
+        precisions, by_chance = [], []
         for some in _some(rows):
             allowed = may_answer(some)
             relevant = (present[some].astype(int) @ present.T.astype(int) > 0) & allowed
             similarity = np.where(allowed, embeds[some] @ embeds.T, -np.inf)
             nearest = np.argsort(-similarity, axis=1, kind="stable")[:, : max(kept)]
             precisions.append(average_precision_at(np.take_along_axis(relevant, nearest, 1), kept))
-            shares.append(relevant.sum(axis=1) / allowed.sum(axis=1))
+            by_chance.append(_average_precision_by_chance(allowed.sum(axis=1), relevant.sum(axis=1), kept))
         figures = {
             "image_to_image": dict(zip(kept, _means(np.concatenate(precisions), people, resamples, seed), strict=True)),
-            "chance": float(np.concatenate(shares).mean()),
+            "chance": dict(zip(kept, np.concatenate(by_chance).mean(axis=0).tolist(), strict=True)),
         }
         found |= {name: figures} if name else figures
     return found
+
+
+def _average_precision_by_chance(answers: np.ndarray, relevant: np.ndarray, at: Sequence[int]) -> np.ndarray:
+    """What `average_precision_at` gives in the mean over all orders, `(queries, len(at))`, from numbers `(queries,)`.
+
+    The answer at rank i is relevant with a chance of relevant / answers, and so is with it each of the i - 1 before it
+    with one of (relevant - 1) / (answers - 1).
+    """
+    one = relevant / answers
+    two = one * (relevant - 1) / np.maximum(answers - 1, 1)
+    harmonic = [(1 / np.arange(1, k + 1)).sum() for k in at]
+    return np.stack([(one * each + two * (k - each)) / k for k, each in zip(at, harmonic, strict=True)], axis=1)
 
 
 def average_precision_at(is_relevant: np.ndarray, at: Sequence[int]) -> np.ndarray:

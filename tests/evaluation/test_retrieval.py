@@ -1,5 +1,6 @@
 """Recall and MAP by their definitions, and a case worked out by hand."""
 
+import itertools
 import json
 import math
 
@@ -105,10 +106,24 @@ def test_map_worked_out_by_hand():
     own = found["ct_clip_protocol"]
     assert values(own["image_to_image"]) == pytest.approx([1 / 4, (1 / 4 + 0 + 1 / 4 + 1) / 4])
     # Shared: 1 with 4 and 5, 3 with 5, 4 with 1 and 5, 5 with all three.
-    assert own["chance"] == pytest.approx((2 + 1 + 2 + 3) / 12)
-    assert found["chance"] == pytest.approx((1 / 2 + 1 / 3 + 1 / 2 + 1) / 4)
+    assert own["chance"][1] == pytest.approx((2 + 1 + 2 + 3) / 12)
+    assert found["chance"][1] == pytest.approx((1 / 2 + 1 / 3 + 1 / 2 + 1) / 4)
     with pytest.raises(ValueError, match="Fewer than two patients"):
         shared_findings(images, labels * 0, patients)
+
+
+def test_chance_of_map_is_the_mean_over_all_orders():
+    """The share of relevant answers would be two to four times as high, and a good model look worse than chance."""
+    images = unit(np.eye(6))
+    labels = np.array([[1, 0], [1, 0], [1, 1], [0, 1], [0, 1], [1, 0]])
+    found = shared_findings(images, labels, np.arange(6), at=(1, 2, 4), resamples=20)["chance"]
+    orders = [
+        (labels[[query]] @ labels[list(rest)].T > 0)[0]
+        for query in range(6)
+        for rest in itertools.permutations(set(range(6)) - {query})
+    ]
+    expected = average_precision_at(np.array(orders), (1, 2, 4)).mean(axis=0)
+    assert list(found.values()) == pytest.approx(expected)
 
 
 def test_pools_are_means_over_random_divisions(pairs):
