@@ -178,7 +178,8 @@ def _pooled(parts: Sequence[ScoredStudies]) -> ScoredStudies:
         [patient for part in parts for patient in part.patients],
         np.concatenate([part.scores for part in parts]),
         np.concatenate([part.labels for part in parts]),
-        [about for part in parts for about in part.about],
+        # Of a fold in which nothing is known of any study there is nothing at all.
+        [about for part in parts for about in part.about or [{}] * len(part.ids)],
         names=parts[0].names,
     )
 

@@ -192,10 +192,12 @@ def test_several_processes_need_one_folder(settings, monkeypatch, tmp_path):
 def test_pooled_studies_keep_all_that_is_known_of_each():
     def part(name: str) -> ScoredStudies:
         score = np.full((1, 2), ord(name) / 200)
-        return ScoredStudies([name], [f"of {name}"], score, score > 0.5, [{"sex": name}], names=["x", "y"])
+        about = [] if name == "n" else [{"sex": name}]  # nothing is known of any study of that fold
+        return ScoredStudies([name], [f"of {name}"], score, score > 0.5, about, names=["x", "y"])
 
-    pooled = _pooled([part("b"), part("a"), part("f")])
-    for index, one in enumerate(map(part, "baf")):
+    pooled = _pooled(list(map(part, "bnaf")))
+    for index, one in enumerate(map(part, "bnaf")):
         found = pooled.take([index])
-        assert (found.ids, found.patients, found.about, found.names) == (one.ids, one.patients, one.about, one.names)
+        assert (found.ids, found.patients, found.names) == (one.ids, one.patients, one.names)
+        assert found.about == (one.about or [{}])
         assert np.array_equal(found.scores, one.scores) and np.array_equal(found.labels, one.labels)
