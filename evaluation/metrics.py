@@ -38,6 +38,8 @@ THRESHOLD_RULES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
 RANK_METRICS = ("auroc", "average_precision")
 SINGLE_METRICS = (*RANK_METRICS, "sensitivity", "specificity")
 """Those that are given for each label as well as in the mean."""
+AT_THRESHOLDS = ("accuracy", "balanced_accuracy", "macro_f1", "precision", "sensitivity", "specificity")
+"""Means in which a label without a threshold has no part."""
 MEAN_NAMES = {"f1": "macro_f1"}  # where the mean over labels has a name of its own
 INTERVAL = (0.025, 0.975)
 RESAMPLES_AT_ONCE = 128  # a block of weights fits the processor's cache
@@ -181,7 +183,7 @@ def with_intervals(
     (drawn,) = _resampled([(scores, thresholds)], labels, patients, names, resamples, seed)
     return {
         **_about(labels, patients, names, resamples, thresholds),
-        "scores": intervals_of(trusted(drawn, labels, patients, names)),
+        "scores": intervals_of(trusted(drawn, labels, patients, names, thresholds)),
     }
 
 
@@ -218,7 +220,7 @@ def compare(
         thresholds_base, thresholds_adapted = _of_both(thresholds_base, thresholds_adapted)
     models = [(base_scores, thresholds_base), (adapted_scores, thresholds_adapted)]
     drawn = _resampled(models, labels, patients, names, resamples, seed)
-    base, adapted = (trusted(each, labels, patients, names) for each in drawn)
+    base, adapted = (trusted(each, labels, patients, names, thresholds_base) for each in drawn)
     return {
         **_about(labels, patients, names, resamples, thresholds_base),
         "base": intervals_of(base),
@@ -503,7 +505,11 @@ def enough(labels: np.ndarray, patients: Sequence[str] | None) -> np.ndarray:
 
 
 def trusted(
-    drawn: Mapping[str, np.ndarray], labels: np.ndarray, patients: Sequence[str] | None, names: Sequence[str]
+    drawn: Mapping[str, np.ndarray],
+    labels: np.ndarray,
+    patients: Sequence[str] | None,
+    names: Sequence[str],
+    thresholds: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
     """Figures whose resamples are NaN, so that they have no interval, where these say nothing of the spread.
 
@@ -515,16 +521,19 @@ def trusted(
         labels: `(scans, labels)`, 0, 1 or NaN for unknown.
         patients: `(scans,)`; None makes every scan a patient of its own.
         names: Of the labels.
+        thresholds: `(labels,)`, NaN for a label that has no part in the means of `AT_THRESHOLDS`.
     """
     is_enough, varies = enough(labels, patients), _varies(np.asarray(labels, float))
     of_label = {
         f"{metric}/{name}": each for metric in SINGLE_METRICS for name, each in zip(names, is_enough, strict=True)
     }
-    of_means = 2 * (is_enough & varies).sum() >= max(1, varies.sum())
+    is_called = varies if thresholds is None else varies & ~np.isnan(thresholds)
     found = {}
     for key, values in drawn.items():
         at_an_end = values[0] in (0, 1) and (values[np.isfinite(values)] == values[0]).all()
-        is_trusted = of_label.get(key, of_means) and not at_an_end
+        has_part = is_called if key in AT_THRESHOLDS else varies
+        of_mean = 2 * (is_enough & has_part).sum() >= max(1, has_part.sum())
+        is_trusted = of_label.get(key, of_mean) and not at_an_end
         found[key] = values if is_trusted else np.where(np.arange(len(values)) == 0, values, np.nan)
     return found
 

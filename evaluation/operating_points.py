@@ -172,7 +172,7 @@ def carried_over(
         drawn = {key: np.concatenate([block[key] for block in blocks], axis=1) for key in WANTED}
         figures = {key: mean_over_labels(values) for key, values in drawn.items()}
         figures |= {f"{key}/{label}": row for key in WANTED for label, row in zip(names, drawn[key], strict=True)}
-        found[name] = {"thresholds": dict(thresholds), **intervals_of(trusted(figures, labels, patients, names))}
+        found[name] = {"thresholds": dict(thresholds), **intervals_of(trusted(figures, labels, patients, names, at))}
     return found
 
 

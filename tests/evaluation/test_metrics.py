@@ -23,6 +23,7 @@ from medct.evaluation.metrics import (
     with_intervals,
     zero_shot_scores,
 )
+from medct.evaluation.operating_points import carried_over, named
 
 SCORES = np.array([[0.9, 0.2], [0.8, 0.3], [0.3, 0.1], [0.1, 0.7]])
 LABELS = np.array([[1, 0], [0, 0], [1, 0], [0, 0]])
@@ -377,6 +378,26 @@ def test_patients_count_not_scans(few, patients):
     assert found["scores"]["auroc/common"]["low"] < found["scores"]["auroc/common"]["value"]
     assert found["scores"]["auroc"]["low"] is not None  # half of the labels have enough
     assert found["too_few"] == (["rare"] if patients < FEWEST else [])
+
+
+@pytest.mark.parametrize("called", [["rare"], ["common"], ["rare", "common"]])
+def test_means_at_thresholds_are_trusted_by_the_findings_that_have_one(called):
+    """A mean over two findings of two patients each is no better known for findings that have no part in it."""
+    generator = np.random.default_rng(0)
+    labels = (generator.random((60, 4)) < 0.5).astype(float)
+    labels[:, :2] = (np.arange(60) < 2)[:, None]
+    scores = generator.random(labels.shape)
+    names = ["rare", "rare too", "common", "common too"]
+    thresholds = np.array([0.5 if name.split()[0] in called else np.nan for name in names])
+    of_one = with_intervals(scores, labels, None, names, thresholds, resamples=50)["scores"]
+    of_two = compare(scores, 1 - scores, labels, None, names, thresholds, thresholds, resamples=50)["difference"]
+    for figures in (of_one, of_two):
+        for metric in metrics.AT_THRESHOLDS:
+            assert (figures[metric]["low"] is None) == (called == ["rare"]), metric
+        assert figures["auroc"]["low"] is not None
+    points = {"youden": named(thresholds, names)}
+    found = carried_over(points, scores, labels, list(map(str, range(60))), names, resamples=50)["youden"]
+    assert (found["sensitivity"]["low"] is None) == (called == ["rare"])
 
 
 def test_a_figure_that_no_resample_moves_from_the_end_of_its_range_has_no_interval():
