@@ -42,6 +42,7 @@ AT_THRESHOLDS = ("accuracy", "balanced_accuracy", "macro_f1", "precision", "sens
 """Means in which a label without a threshold has no part."""
 MEAN_NAMES = {"f1": "macro_f1"}  # where the mean over labels has a name of its own
 INTERVAL = (0.025, 0.975)
+_ROUNDING = 1e-12  # 0.4 - 0.2 is more than 0.3 - 0.1, by rounding alone
 RESAMPLES_AT_ONCE = 128  # a block of weights fits the processor's cache
 
 FEWEST = 5
@@ -327,7 +328,7 @@ def _best(reach: _Reach, candidates: np.ndarray, rule: str) -> np.ndarray:
     """Index of the first of the best thresholds, `(resamples,)`."""
     hits, false_alarms = reach.counts(candidates)
     merit = THRESHOLD_RULES[rule](_ratio(hits, reach.present), _ratio(false_alarms, reach.absent))
-    return merit.argmax(axis=0)
+    return (merit > merit.max(axis=0) - _ROUNDING).argmax(axis=0)
 
 
 # Protocols that choose their thresholds on the scans that they score: by which rule, and what they report, by our names

@@ -217,6 +217,15 @@ def test_thresholds_are_the_best_of_all():
         assert threshold in score
 
 
+def test_of_equal_thresholds_the_highest_is_chosen():
+    """In whole numbers: as fractions, 4/10 - 2/10 is more than 3/10 - 1/10 by rounding alone."""
+    generator = np.random.default_rng(0)
+    scores, labels = generator.permuted(np.arange(20.0)[:, None].repeat(40, 1), axis=0), np.arange(20) < 10
+    for score, threshold in zip(scores.T, choose_thresholds(scores, labels[:, None].repeat(40, 1)), strict=True):
+        merits = {at: (score[labels] >= at).sum() - (score[~labels] >= at).sum() for at in score}
+        assert threshold == max(at for at, merit in merits.items() if merit == max(merits.values()))
+
+
 def test_threshold_rules_differ_and_are_named():
     scores = np.arange(12)[:, None]
     labels = np.array([0, 0, 0, 0, 1, 0, 0, 1, 1, 0, 0, 0])[:, None]
