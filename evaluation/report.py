@@ -118,12 +118,15 @@ def folds_table(folds: Sequence[dict[str, Any]]) -> str:
     """Each fold of a cross-validation by itself.
 
     Args:
-        folds: With `fold`, `scans`, `patients`, mean AUROC as `base` and `adapted`, `steps` and `strength`.
+        folds: With `fold`, `scans`, `patients`, mean AUROC as `base` and `adapted`, `kept`, how it changed on what is
+            to be kept or `None`, `steps` and `strength`.
     """
-    lines = ["| held out | scans | patients | mean AUROC, base | adapted | steps | strength |"]
-    lines.append("| --- |" + " ---: |" * 6)
+    is_kept = any(each["kept"] is not None for each in folds)
+    titles = ["held out", "scans", "patients", "mean AUROC, base", "adapted", *["to be kept: difference"] * is_kept]
+    lines = [f"| {' | '.join([*titles, 'steps', 'strength'])} |", "| --- |" + " ---: |" * (len(titles) + 1)]
     for each in folds:
         aurocs = [f"{each[model]:.3f}" for model in ("base", "adapted")]
+        aurocs += [UNDEFINED if each["kept"] is None else f"{each['kept']:+.3f}"] * is_kept
         cells = [f"{each['scans']:,}", f"{each['patients']:,}", *aurocs, f"{each['steps']:,}", f"{each['strength']:g}"]
         lines.append(f"| fold {each['fold']} | {' | '.join(cells)} |")
     return "\n".join(lines)

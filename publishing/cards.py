@@ -198,7 +198,8 @@ def _is_of_classifier(folder: Path) -> bool:
 def _evaluations(results: dict[str, Any], synthetic: bool, is_classifier: bool) -> list[EvalResult]:
     """The adapted model's scores over all labels, in the form of the Hub's model index."""
     adapted = results.get("comparison", {}).get("adapted", {})
-    data = _data(results)
+    # Folds are pooled: the studies that one adapter was scored on are not those of the figures.
+    data = (results.get("folds") and results.get("measured_on")) or _data(results)
     name = f"SYNTHETIC: {data}" if synthetic and "synthetic" not in data.lower() else data
     found = []
     for metric, score in adapted.items():
@@ -235,7 +236,9 @@ def _headline(results: dict[str, Any]) -> str:
 def _forgetting(results: dict[str, Any]) -> str:
     """What became of what the base knew, where that was measured."""
     score = ((results.get("kept") or {}).get("difference") or {}).get("auroc") or {}
-    return "" if score.get("value") is None else f" On what was to be kept: difference {_with_interval(score, '+')}."
+    whose = ", of the adapter in this folder alone" if results.get("folds") else ""
+    said = f" On what was to be kept{whose}: difference "
+    return "" if score.get("value") is None else f"{said}{_with_interval(score, '+')}."
 
 
 def _with_interval(score: dict[str, float], sign: str) -> str:

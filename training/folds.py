@@ -225,4 +225,11 @@ def _about(fold: int, results: dict[str, Any]) -> dict[str, Any]:
     """One fold in the results of all."""
     aurocs = {model: results["comparison"][model]["auroc"]["value"] for model in (BASE, ADAPTED)}
     numbers = {name: results["comparison"][name] for name in ("scans", "patients")}
-    return {"fold": fold, **numbers, **aurocs, **{name: results[name] for name in ("steps", "best_step", "strength")}}
+    kept = results["kept"] and results["kept"]["difference"]["auroc"]["value"]
+    return {
+        "fold": fold,
+        **numbers,
+        **aurocs,
+        "kept": kept,
+        **{name: results[name] for name in ("steps", "best_step", "strength")},
+    }

@@ -209,8 +209,13 @@ def test_the_page_has_the_wording_and_operating_points_that_are_used(converted, 
     assert "was chosen later" in page and "chosen on the studies that the wording was chosen on" in page
 
 
-def test_a_page_of_folds_does_not_say_that_it_tuned_on_others(converted, tmp_path):
-    """Each patient was held out once, those that the kept adapter was tuned on, too."""
-    page = render_card(save_adapter(converted, tmp_path / "run", results=RESULTS | {"folds": [{"fold": 1}]}))
+def test_a_page_of_folds_says_whose_figures_are_whose(converted, tmp_path):
+    """Each patient was held out once, those that the kept adapter was tuned on, too, by adapters of other folds."""
+    kept = {"difference": {"auroc": {"value": -0.004, "low": -0.009, "high": 0.001}}}
+    about = {"folds": [{"fold": 1}], "kept": kept, "measured_on": "All 24 patients.", "data": "Scored on 8 of fold 1."}
+    page = render_card(save_adapter(converted, tmp_path / "run", results=RESULTS | about))
+    assert "On what was to be kept, of the adapter in this folder alone: difference -0.004 (" in page
+    measured = ModelCard(page).data.eval_results
+    assert measured and all("All 24 patients." in each.dataset_name for each in measured), "the figures are pooled"
     assert "chosen on the tuning patients of its own fold, which other folds held out" in page
     assert "apart from those above" not in page

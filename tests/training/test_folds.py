@@ -19,9 +19,10 @@ from medct.data.sources import Source
 from medct.evaluation.metrics import compare
 from medct.evaluation.predictions import Key, learned_from
 from medct.evaluation.record import read_scores
+from medct.evaluation.report import folds_table
 from medct.evaluation.scoring import ScoredStudies
 from medct.train import Trainer, run
-from medct.training.folds import _pooled, divide
+from medct.training.folds import _about, _pooled, divide
 from medct.training.run_folder import RunFolder
 from medct.training.settings import TrainingError, TrainingSettings, check
 
@@ -201,3 +202,21 @@ def test_pooled_studies_keep_all_that_is_known_of_each():
         assert (found.ids, found.patients, found.names) == (one.ids, one.patients, one.names)
         assert found.about == (one.about or [{}])
         assert np.array_equal(found.scores, one.scores) and np.array_equal(found.labels, one.labels)
+
+
+def test_what_each_fold_forgot_is_in_its_line():
+    """Each has an adapter of its own; without anything to be kept there is no such column."""
+    auroc = {"auroc": {"value": 0.7, "low": 0.6, "high": 0.8}}
+    about = {"comparison": {"base": auroc, "adapted": auroc, "scans": 8, "patients": 4}}
+    about |= {"steps": 2, "best_step": 2, "strength": 1.0, "kept": None}
+    forgot = about | {"kept": {"difference": {"auroc": {"value": -0.02, "low": -0.03, "high": 0}}}}
+    head, _, *lines = folds_table([_about(1, forgot), _about(2, about)]).splitlines()
+    assert (
+        head
+        == "| held out | scans | patients | mean AUROC, base | adapted | to be kept: difference | steps | strength |"
+    )
+    assert lines == [
+        "| fold 1 | 8 | 4 | 0.700 | 0.700 | -0.020 | 2 | 1 |",
+        "| fold 2 | 8 | 4 | 0.700 | 0.700 | – | 2 | 1 |",
+    ]
+    assert "to be kept" not in folds_table([_about(1, about)])
