@@ -49,6 +49,8 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
     "Interlobular septal thickening": ("Thickened interlobular septa", "Septal thickening"),
 }
 """Other names for CT-CLIP's findings."""
+OWN_SENTENCES = "(sentences of its own)"
+"""Among the names of a label, stands for its own pairs of sentences, which are the same in every template."""
 
 
 def wording_scores(
@@ -58,6 +60,7 @@ def wording_scores(
     templates: Sequence[Template],
     names: Mapping[str, Sequence[str]],
     accelerator: Accelerator,
+    sentences: Mapping[str, Sequence[Sequence[str]]] | None = None,
 ) -> dict[str, np.ndarray]:
     """Scores of every wording.
 
@@ -68,22 +71,30 @@ def wording_scores(
         templates: Pairs of sentences (present, not present) with `{label}`.
         names: By label, the names to try.
         accelerator: Its device and precision are used.
+        sentences: By label, the pairs of sentences that `OWN_SENTENCES`, the first of its names, stands for.
 
     Returns:
         By label, `(templates, names of the label, studies)`, in [0, 1].
     """
-    flat = [name for each in names.values() for name in each]
     images = torch.from_numpy(image_embeds).to(accelerator.device)
-    by_template = []
-    for sentences in model.config.label_prompts(flat, templates):
-        texts = texts_to(dict(processor(text=sentences, return_tensors="pt")), accelerator.device)
+
+    def score(texts: Sequence[str]) -> np.ndarray:
+        """`(pairs, studies)`."""
+        tokens = texts_to(dict(processor(text=list(texts), return_tensors="pt")), accelerator.device)
         with torch.no_grad(), accelerator.autocast():
-            embeds = model.get_text_features(**texts).pooler_output.float()
+            embeds = model.get_text_features(**tokens).pooler_output.float()
         with torch.no_grad():
-            by_template.append(zero_shot_probabilities(model.get_logits(images, embeds)).cpu().numpy())
-    scores = np.stack(by_template).swapaxes(1, 2)  # (templates, all names, studies)
-    ends = np.cumsum([len(each) for each in names.values()])
-    return dict(zip(names, np.split(scores, ends[:-1], axis=1), strict=True))
+            return zero_shot_probabilities(model.get_logits(images, embeds)).cpu().numpy().T
+
+    by_name = {label: [name for name in each if name != OWN_SENTENCES] for label, each in names.items()}
+    flat = [name for each in by_name.values() for name in each]
+    scores = np.stack([score(each) for each in model.config.label_prompts(flat, templates)])
+    ends = np.cumsum([len(each) for each in by_name.values()])
+    found = dict(zip(by_name, np.split(scores, ends[:-1], axis=1), strict=True))
+    for label, pairs in (sentences or {}).items():
+        own = score([sentence for pair in pairs for sentence in pair]).mean(axis=0)
+        found[label] = np.concatenate([np.tile(own, (len(templates), 1, 1)), found[label]], axis=1)
+    return found
 
 
 def spread(
@@ -92,6 +103,7 @@ def spread(
     templates: Sequence[Template],
     names: Mapping[str, Sequence[str]],
     patients: Sequence[str] | None = None,
+    own_templates: int = 1,
 ) -> dict[str, Any]:
     """What wording does to AUROC, and the wording that did best.
 
@@ -101,28 +113,29 @@ def spread(
         templates: As they were scored; the first is the usual one.
         names: Likewise, and of each label the first name.
         patients: `(studies,)`, who was scanned; None makes every scan a patient of its own.
+        own_templates: How many of the first templates are the usual ones, whose mean score is used.
 
     Returns:
         Ready for JSON. `studies`; `findings`: by label the AUROC of the usual wording (`usual`), and `mean`, `lowest`,
         `highest` and `best` (its `template` and `name`) of all, with the number of `wordings`; `templates`: of each the
         mean AUROC over labels with their usual names; `ensemble`: that of the mean score of all templates; `chosen`:
-        `prompt_templates` (the best one, or all where their mean is better), `names` (of a label with too few patients,
-        see `metrics.enough`, the usual one) and `auroc`.
+        `prompt_templates` (the best one, or all, or all usual ones, where their mean is better), `names` (of a label
+        with too few patients, see `metrics.enough`, the usual one) and `auroc`.
 
     Raises:
         ValueError: If no label varies.
     """
     usual = np.stack([each[:, 0] for each in scores.values()], axis=-1)  # (templates, studies, labels)
-    candidates = [*usual, usual.mean(axis=0)]
-    means = [zero_shot_scores(each, labels, list(names))["auroc"] for each in candidates]
-    best = int(np.argmax(means))
-    is_ensemble = best == len(templates)
-    chosen_templates = list(templates) if is_ensemble else [templates[best]]
+    together = [[index] for index in range(len(templates))] + [list(range(len(templates)))]
+    if own_templates > 1:
+        together.append(list(range(own_templates)))
+    means = [zero_shot_scores(usual[each].mean(axis=0), labels, list(names))["auroc"] for each in together]
+    used = together[int(np.argmax(means))]
     findings, chosen_names, chosen = {}, {}, []
     of_each = zip(scores.items(), np.asarray(labels, float).T, enough(labels, patients), strict=True)
     for (label, each), truth, is_enough in of_each:
-        findings[label] = _finding(each, truth, templates, names[label])
-        with_templates = each.mean(axis=0) if is_ensemble else each[best]  # (names, studies)
+        findings[label] = _finding(each, truth, templates, names[label], own_templates)
+        with_templates = each[used].mean(axis=0)  # (names, studies)
         index = int(np.argmax(_aurocs(with_templates, truth))) if is_enough else 0  # the first of equals
         chosen_names[label] = names[label][index]
         chosen.append(with_templates[index])
@@ -132,9 +145,9 @@ def spread(
         "templates": [
             {"template": list(template), "auroc": float(mean)} for template, mean in zip(templates, means, strict=False)
         ],
-        "ensemble": float(means[-1]),
+        "ensemble": float(means[len(templates)]),
         "chosen": {
-            "prompt_templates": [list(template) for template in chosen_templates],
+            "prompt_templates": [list(templates[index]) for index in used],
             "names": {label: name for label, name in chosen_names.items() if name != names[label][0]},
             "auroc": float(zero_shot_scores(np.stack(chosen, axis=-1), labels, list(names))["auroc"]),
         },
@@ -151,17 +164,21 @@ def _aurocs(scores: np.ndarray, truth: np.ndarray) -> np.ndarray:
 
 
 def _finding(
-    scores: np.ndarray, truth: np.ndarray, templates: Sequence[Template], names: Sequence[str]
+    scores: np.ndarray, truth: np.ndarray, templates: Sequence[Template], names: Sequence[str], own_templates: int
 ) -> dict[str, Any]:
-    aurocs = _aurocs(scores.reshape(-1, scores.shape[-1]), truth)
+    is_other = np.ones(scores.shape[:2], bool)
+    is_other[1:, 0] = names[0] != OWN_SENTENCES  # the same in every template, so one wording
+    aurocs = _aurocs(scores[is_other], truth)
+    usual = float(_aurocs(scores[:own_templates, 0].mean(axis=0, keepdims=True), truth)[0])
     about = {"present": int((truth == 1).sum()), "absent": int((truth == 0).sum()), "wordings": len(aurocs)}
     if np.isnan(aurocs).all():
         return about | dict.fromkeys(("usual", "mean", "lowest", "highest", "best"))
-    template, name = divmod(int(np.argmax(aurocs)), len(names))
+    template, name = np.argwhere(is_other)[int(np.argmax(aurocs))]
+    is_own = names[name] == OWN_SENTENCES
     return about | {
-        "usual": float(aurocs[0]),
+        "usual": usual,
         "mean": float(aurocs.mean()),
         "lowest": float(aurocs.min()),
         "highest": float(aurocs.max()),
-        "best": {"template": list(templates[template]), "name": names[name]},
+        "best": {"template": [OWN_SENTENCES] * 2 if is_own else list(templates[template]), "name": names[name]},
     }

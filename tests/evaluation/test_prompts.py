@@ -6,13 +6,15 @@ import numpy as np
 import pytest
 from accelerate import Accelerator
 from adapter_files import save_adapter
+from sklearn.metrics import roc_auc_score
 
 from medct import CT_CLIP_LABELS, MedCTConfig, MedCTModel, ZeroShotCTClassificationPipeline
 from medct.adapters_medct import DESCRIPTION_FILE
 from medct.cli import main
 from medct.cli.prompt_commands import _store_wording
 from medct.data import StudyLoader, open_source, phantom_source
-from medct.evaluation.prompts import SYNONYMS, TEMPLATES, spread, wording_scores
+from medct.data.label_space import with_labels
+from medct.evaluation.prompts import OWN_SENTENCES, SYNONYMS, TEMPLATES, spread, wording_scores
 from medct.evaluation.report import prompts_report
 from medct.evaluation.scoring import ScoredStudies, embed_studies, score_studies, tokenize_prompts
 
@@ -80,6 +82,33 @@ def test_of_few_studies_no_name_is_chosen():
         spread(scores, labels * 0, [A], NAMES)
 
 
+def test_several_templates_that_a_model_uses_are_its_usual_wording():
+    """Their mean is what it gives now, and a choice is never worse than that."""
+    one, other = np.array([0.9, 0.4, 0.5, 0.1]), np.array([0.4, 0.9, 0.1, 0.5])
+    scores = {"x": np.stack([[one], [other], [1 - one - other]])}
+    found = spread(scores, np.array([[1.0], [1], [0], [0]]), [A, B, A], {"x": ["x"]}, own_templates=2)
+    assert found["findings"]["x"]["usual"] == found["chosen"]["auroc"] == 1
+    assert found["chosen"]["prompt_templates"] == [list(A), list(B)]
+
+
+def test_own_sentences_are_one_wording_and_kept_unless_another_is_better(tmp_path):
+    pairs = {"x": [["It is large.", "It is small."]]}
+    (tmp_path / DESCRIPTION_FILE).write_text("{}", encoding="utf-8")
+    studies = ScoredStudies(list("abcdefghijkl"), list("abcdefghijkl"), LABELS, LABELS, names=["x", "z"])
+    names = {"x": [OWN_SENTENCES, "x"], "z": ["z"]}
+    for own, plain, stored in ((PERFECT, ranks(2), pairs), (ranks(2), PERFECT, None)):
+        scores = {"x": np.stack([[own, plain], [own, USELESS]]), "z": np.stack([[ranks(1)], [ranks(3)]])}
+        found = spread(scores, LABELS, [A, B], names)
+        aurocs = [roc_auc_score(LABELS[:, 0], each) for each in (own, plain, USELESS)]
+        x = found["findings"]["x"]
+        assert (x["wordings"], x["usual"], x["mean"]) == pytest.approx((3, aurocs[0], np.mean(aurocs)))
+        assert (x["best"]["name"] == OWN_SENTENCES) == (stored is not None)
+        assert (f"| {OWN_SENTENCES} |" in prompts_report(found)) == (stored is not None)
+        _store_wording(tmp_path, found, scores, studies, [A, B], names, pairs)
+        described = json.loads((tmp_path / DESCRIPTION_FILE).read_text(encoding="utf-8"))
+        assert described["prompts"] == stored and described["prompt_templates"] == [list(A)]
+
+
 @pytest.mark.parametrize("count", [12, 6])
 def test_what_is_stored_is_of_all_chosen_templates_and_of_enough_patients(tmp_path, count):
     """Two scans a patient are of too few patients, as in training; what held for other words is gone."""
@@ -89,7 +118,7 @@ def test_what_is_stored_is_of_all_chosen_templates_and_of_enough_patients(tmp_pa
     names = [f"scan {index}" for index in range(12)]
     studies = ScoredStudies(names, patients, np.full((12, 1), np.nan), LABELS[:, :1], names=["x"])
     found = {"chosen": {"prompt_templates": [list(A), list(B)], "names": {}}}
-    _store_wording(tmp_path, found, {"x": np.stack([[PERFECT], [PERFECT / 2]])}, studies, [A, B], {"x": ["x"]})
+    _store_wording(tmp_path, found, {"x": np.stack([[PERFECT], [PERFECT / 2]])}, studies, [A, B], {"x": ["x"]}, {})
     described = json.loads((tmp_path / DESCRIPTION_FILE).read_text(encoding="utf-8"))
     assert described["label_names"] == ["x"] and described["operating_points"] is None
     assert described["thresholds"] == ({"x": pytest.approx(0.675)} if count == 12 else None)
@@ -119,6 +148,14 @@ def test_wordings_have_the_scores_that_the_pipeline_gives(model, processor):
     )
     scored = score_studies(model, loader, tokenize_prompts(model.config, processor), accelerator, "")
     np.testing.assert_allclose(np.stack([each[0, 0] for each in own.values()], 1), scored.scores, atol=1e-6)
+    # So do sentences of a finding's own, whatever the template.
+    pairs = {"Emphysema": [["a b.", "c."], ["d e.", "f."]]}
+    config = with_labels(model.config, CT_CLIP_LABELS, pairs)
+    scored = score_studies(model, loader, tokenize_prompts(config, processor), accelerator, "")
+    names = {label: [label] for label in CT_CLIP_LABELS} | {"Emphysema": [OWN_SENTENCES, "Emphysema"]}
+    asked = wording_scores(model, processor, embeds, [TEMPLATES[0], B], names, accelerator, pairs)
+    for template in asked["Emphysema"]:
+        np.testing.assert_allclose(template[0], scored.scores[:, CT_CLIP_LABELS.index("Emphysema")], atol=1e-6)
 
 
 def test_the_lists_are_of_whole_sentences():
@@ -190,15 +227,18 @@ def test_names_that_cannot_be_meant_are_refused(converted, tmp_path, refused, na
 
 def test_wordings_of_own_findings_are_tried(converted, tmp_path, refused):
     """Under the names that the data have for them."""
-    (tmp_path / "own.csv").write_text("label,data,words\nNodule,Lung nodule,a b\nWater,Pleural effusion,\n", "utf-8")
+    rows = ["label,data,words,present,absent", "Nodule,Lung nodule,a b,,", "Water,Pleural effusion,,,"]
+    rows += ["Heart,Cardiomegaly,,It is large.,It is small."]
+    (tmp_path / "own.csv").write_text("\n".join(rows), "utf-8")
     (tmp_path / "names.json").write_text('{"Nodule": ["q"]}', encoding="utf-8")
     output = tmp_path / "prompts.json"
     options = ["prompts", "--data", "phantoms:A", "--limit", 20, "--model", converted, "--cpu", "--num_workers", 0]
     options += ["--labels", tmp_path / "own.csv", "--names", tmp_path / "names.json", "--output", output]
     assert main(list(map(str, options))) == 0
     found = json.loads(output.read_text(encoding="utf-8"))
-    assert set(found["findings"]) == {"Nodule", "Water"}
+    assert set(found["findings"]) == {"Nodule", "Water", "Heart"}
     nodule, water = found["findings"]["Nodule"], found["findings"]["Water"]
+    assert found["findings"]["Heart"]["wordings"] == water["wordings"] + 1
     assert nodule["wordings"] == 2 * water["wordings"] and nodule["best"]["name"] in ("a b", "q")
     source = open_source("phantoms:A", "tune", MedCTModel.from_pretrained(converted).config, limit=20)
     labels = np.array([source.read(group[0])["labels"] for group in source.groups])
