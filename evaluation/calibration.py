@@ -130,7 +130,10 @@ def compare_calibration(
             version: intervals_of(each, lowest=-1 if version == "difference" else 0)
             for version, each in summary.items()
         },
-        "reliability": {version: _reliability(each) for version, each in figures.items()},
+        "reliability": {
+            version: _reliability(each, _enough_in_bins(versions[version], truth, np.asarray(patients)))
+            for version, each in figures.items()
+        },
         "labels": labelled,
     }
 
@@ -151,7 +154,7 @@ def calibration_bins(scores: np.ndarray, labels: np.ndarray, bins: int = BINS) -
     """
     scores, labels = checked(scores, labels, must_vary=False, probabilities=True)
     known = ~np.isnan(labels)
-    bin_of = np.minimum((scores[known] * bins).astype(int), bins - 1)
+    bin_of = _bin_of(scores[known], bins)
     counts = np.bincount(bin_of, minlength=bins)
     with np.errstate(invalid="ignore"):  # an empty bin is 0 / 0
         means = [np.bincount(bin_of, values[known], minlength=bins) / counts for values in (scores, labels)]
@@ -184,7 +187,7 @@ def _figures(probabilities: np.ndarray, labels: np.ndarray, weights: np.ndarray)
     """
     known = ~np.isnan(labels)
     truth = np.where(known, labels, 0)
-    bin_of = np.minimum((probabilities * BINS).astype(int), BINS - 1)
+    bin_of = _bin_of(probabilities)
     in_bin = (bin_of[None] == np.arange(BINS)[:, None, None]) & known  # (bins, scans, labels)
     squares = (known * (probabilities - truth) ** 2).sum(axis=1)
     return {
@@ -200,15 +203,29 @@ def _errors(figures: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {"expected_calibration_error": gaps / figures["count"].sum(axis=0), "brier": figures["brier"]}
 
 
-def _reliability(figures: dict[str, np.ndarray]) -> list[dict[str, Any]]:
-    """Bins that are not empty: mean probability, count, and share present, with its interval where enough are."""
+def _bin_of(probabilities: np.ndarray, bins: int = BINS) -> np.ndarray:
+    return np.minimum((probabilities * bins).astype(int), bins - 1)
+
+
+def _enough_in_bins(probabilities: np.ndarray, labels: np.ndarray, patients: np.ndarray) -> list[bool]:
+    """For each bin, whether `FEWEST` patients have a finding there, and as many are without one."""
+    in_bins = [_bin_of(probabilities) == each for each in range(BINS)]
+    is_side = [labels == 1, labels == 0]
+    return [
+        all(len(np.unique(patients[(in_bin & side).any(axis=1)])) >= FEWEST for side in is_side) for in_bin in in_bins
+    ]
+
+
+def _reliability(figures: dict[str, np.ndarray], is_enough: Sequence[bool]) -> list[dict[str, Any]]:
+    """Bins that are not empty: mean probability, count, and share present, with its interval if patients are enough."""
     bins = []
-    for count, probability, present in zip(figures["count"], figures["probability"], figures["present"], strict=True):
+    columns = (figures[key] for key in ("count", "probability", "present"))
+    for count, probability, present, is_told in zip(*columns, is_enough, strict=True):
         if not count[0]:
             continue
         with np.errstate(invalid="ignore"):  # empty in a resample: 0 / 0
             shares = present / count
-        if min(present[0], count[0] - present[0]) < FEWEST:
+        if not is_told:
             shares[1:] = np.nan
         share: Interval = intervals_of({"share": shares})["share"]
         bins.append({"probability": probability[0] / count[0], "count": int(count[0]), "share": share})

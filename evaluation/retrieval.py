@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from medct.evaluation.metrics import Interval, intervals_of, patient_draws
+from medct.evaluation.metrics import FEWEST, Interval, intervals_of, patient_draws
 
 RECALL_AT = (5, 10, 50, 100)
 MAP_AT = (5, 10, 50)
@@ -123,9 +123,10 @@ def _means(values: np.ndarray, people: np.ndarray, resamples: int, seed: int) ->
     for weights in patient_draws(people, resamples, seed):
         blocks.append(values.T @ weights / weights.sum(axis=0))
     drawn = np.concatenate(blocks, axis=1)
-    # As elsewhere, what is at an end of its range in every resample has no interval.
+    # As elsewhere, so few people tell no spread, and neither does what is at an end of its range in every resample.
     at_an_end = np.isin(drawn[:, :1], (0, 1)) & (drawn == drawn[:, :1]).all(axis=1, keepdims=True)
-    drawn = np.where(at_an_end & (np.arange(drawn.shape[1]) > 0), np.nan, drawn)
+    is_untold = at_an_end | (len(np.unique(people)) < FEWEST)
+    drawn = np.where(is_untold & (np.arange(drawn.shape[1]) > 0), np.nan, drawn)
     return list(intervals_of({str(index): row for index, row in enumerate(drawn)}).values())
 
 

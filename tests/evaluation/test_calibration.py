@@ -75,6 +75,10 @@ def test_a_bin_of_few_has_no_interval():
     found = compare_calibration(scores, labels, patients, ["nodule"], {"nodule": [1.0, 0.0]}, resamples=50)
     shares = [each["share"] for each in found["reliability"]["before"]]
     assert [share["low"] is not None for share in shares] == [True, False, True]
+    patients[1] = patients[0]  # two scans of one
+    found = compare_calibration(scores, labels, patients, ["nodule"], {"nodule": [1.0, 0.0]}, resamples=50)
+    shares = [each["share"] for each in found["reliability"]["before"]]
+    assert [share["low"] is not None for share in shares] == [False, False, True]
 
 
 def test_certain_scores_are_no_infinities():

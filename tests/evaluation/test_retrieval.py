@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 
+from medct.evaluation.metrics import FEWEST
 from medct.evaluation.report import retrieval_report
 from medct.evaluation.retrieval import Pairs, average_precision_at, recall_figures, right_ranks, shared_findings
 
@@ -147,6 +148,14 @@ def test_intervals_are_by_patient_and_ks_beyond_the_studies_left_out(pairs):
     assert 0 < found["low"] < found["value"] < found["high"] < 1
     few = pairs.take(np.arange(17))
     assert list(recall_figures(few, resamples=5)["text_to_image"]) == [5, 10]
+
+
+@pytest.mark.parametrize("patients", [1, FEWEST - 1, FEWEST])
+def test_few_patients_tell_no_interval(pairs, patients):
+    """Of a single one every resample is the same, and the interval would be as narrow as none is."""
+    people = Pairs(pairs.image_embeds, pairs.text_embeds, pairs.report_ids, np.arange(123) % patients)
+    found = recall_figures(people, resamples=20)["text_to_image"][5]
+    assert 0 < found["value"] < 1 and (found["low"] is None) == (patients < FEWEST)
 
 
 def test_what_is_right_in_every_resample_has_no_interval(pairs):
