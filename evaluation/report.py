@@ -185,10 +185,8 @@ def calibration_table(errors: dict[str, Any] | None, title: str = "") -> str:
     if errors is None:
         return ""
     whose = f"{title}: " if title else ""
-    lines = [
-        f"| {whose}probabilities of {counted(len(errors['labels']), 'finding')} | score | calibrated | difference |",
-        "| --- | ---: | ---: | ---: |",
-    ]
+    about = f"{whose}probabilities of {counted(len(errors['labels']), 'finding')} together"
+    lines = [f"| {about} | score | calibrated | difference |", "| --- | ---: | ---: | ---: |"]
     for title, key in (("expected calibration error", "expected_calibration_error"), ("Brier score", "brier")):
         cells = [
             _cell(errors[which][key], sign) for which, sign in (("before", ""), ("after", ""), ("difference", "+"))

@@ -211,7 +211,7 @@ def test_means_at_thresholds_are_of_the_same_findings_and_say_of_which():
     table = evaluation_report([{"source": "site", **found}], names)
     assert "Their means leave out findings without a threshold (mass)." in table
     assert "| old: youden, 2 findings |" in table and "| new: youden, 1 finding |" in table
-    assert "| old on site: probabilities of 2 findings |" in table
+    assert "| old on site: probabilities of 2 findings together |" in table
     none = Scores(studies, {"youden": {"mass": 0.5}})
     assert "accuracy" not in source_figures({"new": new, "none": none}, names, resamples=5)["base"]
 
