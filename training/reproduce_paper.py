@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from accelerate import PartialState
 
+from medct.common.counting import counted
 from medct.common.errors import one_line_errors
 from medct.common.files import whole_file
 from medct.common.host import keep_freed_memory, quiet_libraries
@@ -160,7 +161,10 @@ def reproduce(settings: PaperSettings) -> dict[str, Any]:
     rows = rows_of(dataclasses.replace(settings, model=str(base)))
     results = {name: results_of(each) for name, each in rows.items()}
     first = next(iter(results.values()))
-    table = f"{beside_the_paper(first['comparison'])}\n\n{recipes_table(results)}"
+    found = first["comparison"]
+    held_out = f"Held out: {counted(found['scans'], 'scan')} of {counted(found['patients'], 'patient')}."
+    said = f"{held_out} In brackets: 95 % intervals, bootstrap over patients."
+    table = f"{said}\n\n{beside_the_paper(found)}\n\n{recipes_table(results)}"
     state = PartialState()
     state.print(f"\n{table}")
     if state.is_main_process:

@@ -31,6 +31,8 @@ def test_one_command_converts_trains_and_compares(arguments, tmp_path, capsys):
     table = (tmp_path / "run/beside_the_paper.md").read_text(encoding="utf-8")
     assert table in shown
     results = json.loads((tmp_path / "run/results.json").read_text(encoding="utf-8"))
+    scans, patients = (results["comparison"][name] for name in ("scans", "patients"))
+    assert table.startswith(f"Held out: {scans} scans of {patients} patients. In brackets: 95 % intervals")
     auroc = next(line for line in table.splitlines() if line.startswith("| AUROC"))
     assert f"| {100 * results['comparison']['adapted']['auroc']['value']:.1f}" in auroc
     assert "| 61.3 | 68.9 | +7.6 | 73.1 |" in auroc
