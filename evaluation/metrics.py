@@ -14,8 +14,8 @@ What holds throughout:
   compared on the same resamples. Resamples repeat scans, which inflates average precision and CT-CLIP's protocol, so an
   interval is shifted back by the difference between the resamples' mean and the value. Of 100 such intervals, 80
   covered the mean average precision of 18 labels in 150 scans; without the shift, 62 did
-  (`test_bias_of_average_precision_is_corrected`). So these intervals are somewhat too narrow. AUROC, accuracy and F1
-  hardly shift.
+  (`test_bias_of_average_precision_is_corrected`). What the value itself is too high by is not taken off: intervals of
+  the protocols stand around a value that is too good. `docs/scores.md` says how many cover the truth.
 * Where resamples cannot tell the spread, there is no interval; see `trusted`.
 """
 
