@@ -261,9 +261,9 @@ def check(settings: TrainingSettings) -> None:
         raise TrainingError(f"--fold is {settings.fold}. Pass a number from 1 to that of --folds.")
     if settings.folds and settings.max_eval_studies is not None:
         raise TrainingError("--max_eval_studies leaves out studies, but --folds holds out each of them once.")
-    if settings.replay == settings.data:
+    if _is_same(settings.replay, settings.data):
         raise TrainingError("--replay names the source of --data itself. Name another, or leave it out.")
-    if settings.keep == settings.data:
+    if _is_same(settings.keep, settings.data):
         raise TrainingError("--keep names the source of --data itself, which is scored anyway. Name another.")
     if settings.push_to_hub and not settings.hub_model_id:
         raise TrainingError("--push_to_hub needs --hub_model_id ORG/NAME.")
@@ -282,6 +282,11 @@ def check(settings: TrainingSettings) -> None:
         raise TrainingError("--adaptation pissa cannot be saved from a sharded model. Leave out --fsdp2.")
     if settings.train_logit_scale and settings.adaptation == "pissa":
         raise TrainingError("--adaptation pissa cannot be saved with a logit scale. Leave out --train_logit_scale.")
+
+
+def _is_same(address: str | None, data: str) -> bool:
+    """Whether two addresses are of one source, however a folder is written; with `--folds` all of it is held out."""
+    return address is not None and os.path.realpath(address) == os.path.realpath(data)
 
 
 def refuse_for_classifier(settings: TrainingSettings) -> None:

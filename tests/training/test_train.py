@@ -569,6 +569,8 @@ def test_a_loss_that_is_not_finite_ends_the_run(settings, monkeypatch, tmp_path)
         ({"max_forgotten": 2.0}, "--max_forgotten is 2"),
         ({"replay": "phantoms"}, "--replay names the source of --data"),
         ({"keep": "phantoms"}, "--keep names the source of --data"),
+        ({"data": "scans", "replay": "./scans/", "folds": 3}, "--replay names the source of --data"),
+        ({"data": "scans", "keep": "there/../scans"}, "--keep names the source of --data"),
         ({"keep": "phantoms:D"}, "no such site"),
         ({"push_to_hub": True}, "--hub_model_id"),
         ({"push_to_hub": True, "hub_model_id": "org/site-b"}, "--hub_base"),
