@@ -57,6 +57,8 @@ def converted(settings: PaperSettings) -> Path:
     """The base as a Hub folder beside the output, converted once, by one process."""
     if not (settings.checkpoint and settings.output_dir):
         raise TrainingError("Pass --checkpoint CT-CLIP_v2.pt and --output_dir FOLDER.")
+    if settings.folds:
+        raise TrainingError("--folds divides all patients anew, and the paper has one split. Leave it out.")
     folder = Path(settings.output_dir).with_name(Path(settings.output_dir).name + "-base")
     with PartialState(cpu=settings.cpu).main_process_first():
         if not folder.exists():

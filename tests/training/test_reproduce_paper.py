@@ -73,3 +73,6 @@ def test_what_is_missing_is_named_in_one_line(capsys):
     with pytest.raises(SystemExit, match="2"):
         reproduce_paper.main(["--output_dir", "run"])
     assert capsys.readouterr().err.splitlines() == ["error: Pass --checkpoint CT-CLIP_v2.pt and --output_dir FOLDER."]
+    with pytest.raises(SystemExit, match="2"):  # one fold alone would stand beside the paper
+        reproduce_paper.main(["--output_dir", "run", "--checkpoint", "x.pt", "--folds", "5"])
+    assert "Leave it out." in capsys.readouterr().err
