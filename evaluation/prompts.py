@@ -116,11 +116,11 @@ def spread(
         own_templates: How many of the first templates are the usual ones, whose mean score is used.
 
     Returns:
-        Ready for JSON. `studies`; `findings`: by label the AUROC of the usual wording (`usual`), and `mean`, `lowest`,
-        `highest` and `best` (its `template` and `name`) of all, with the number of `wordings`; `templates`: of each the
-        mean AUROC over labels with their usual names; `ensemble`: that of the mean score of all templates; `chosen`:
-        `prompt_templates` (the best one, or all, or all usual ones, where their mean is better), `names` (of a label
-        with too few patients, see `metrics.enough`, the usual one) and `auroc`.
+        Ready for JSON. `studies` and `patients`; `findings`: by label the AUROC of the usual wording (`usual`), and
+        `mean`, `lowest`, `highest` and `best` (its `template` and `name`) of all, with the number of `wordings`;
+        `templates`: of each the mean AUROC over labels with their usual names; `ensemble`: that of the mean score of
+        all templates; `chosen`: `prompt_templates` (the best one, or all, or all usual ones, where their mean is
+        better), `names` (of a label with too few patients, see `metrics.enough`, the usual one) and `auroc`.
 
     Raises:
         ValueError: If no label varies.
@@ -141,6 +141,7 @@ def spread(
         chosen.append(with_templates[index])
     return {
         "studies": len(labels),
+        "patients": len(labels) if patients is None else len(set(patients)),
         "findings": findings,
         "templates": [
             {"template": list(template), "auroc": float(mean)} for template, mean in zip(templates, means, strict=False)

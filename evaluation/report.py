@@ -110,7 +110,8 @@ def _differences(by_name: Mapping[str, dict[str, Any]]) -> str:
     lines = [f"| mean AUROC | {' | '.join(titles)} |", "| --- | ---: | ---: | ---: |"]
     for title, each in by_name.items():
         cells = [_cell(each[which]["auroc"], sign) for which, sign in _COLUMNS]
-        lines.append(f"| {title} ({counted(each['scans'], 'scan')}) | {' | '.join(cells)} |")
+        whose = f"{counted(each['scans'], 'scan')} of {counted(each['patients'], 'patient')}"
+        lines.append(f"| {title} ({whose}) | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -311,8 +312,8 @@ def prompts_report(found: dict[str, Any]) -> str:
     lines += [
         "",
         f"By its template alone the mean AUROC moves from {min(aurocs):.3f} to {max(aurocs):.3f}. Chosen: {used}, mean "
-        f"AUROC {chosen['auroc']:.3f} on the {found['studies']:,} studies that it was chosen on. That is too good: "
-        "score it on other patients.",
+        f"AUROC {chosen['auroc']:.3f} on the {counted(found['studies'], 'study', 'studies')} of "
+        f"{counted(found['patients'], 'patient')} that it was chosen on. That is too good: score it on other patients.",
     ]
     return "\n".join(lines)
 

@@ -147,7 +147,7 @@ def test_two_models_are_compared_and_named():
     table = evaluation_report([{"source": "site b", **found}, {"source": "site c", **found}], NAMES)
     assert "| mean AUROC | old | new | difference |" in table
     assert table.count("| AUROC: finding (scans with it) | old | new | difference |") == 2
-    assert "| site b (6 scans) | 0.778" in table
+    assert f"| site b (6 scans of {found['patients']} patients) | 0.778" in table
 
 
 def test_sources_are_columns_with_numbers_of_positives():

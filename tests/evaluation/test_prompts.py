@@ -52,6 +52,7 @@ def test_the_spread_worked_out_by_hand():
     assert chosen["auroc"] == pytest.approx((1 + 35 / 36) / 2)
     said = prompts_report(found)
     assert f"moves from {templates[1]:.3f} to {templates[0]:.3f}" in said
+    assert "on the 12 studies of 12 patients that it was chosen on" in said
     assert "| x (6) | 0.944 | " in said and "| y a |" in said
 
 
