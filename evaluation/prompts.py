@@ -181,5 +181,5 @@ def _finding(
         "mean": float(aurocs.mean()),
         "lowest": float(aurocs.min()),
         "highest": float(aurocs.max()),
-        "best": {"template": [OWN_SENTENCES] * 2 if is_own else list(templates[template]), "name": names[name]},
+        "best": {"template": [OWN_SENTENCES] if is_own else list(templates[template]), "name": names[name]},
     }

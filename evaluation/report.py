@@ -300,7 +300,7 @@ def prompts_report(found: dict[str, Any]) -> str:
         aurocs = [each[key] for key in ("usual", "mean", "lowest", "highest")]
         figures = [UNDEFINED if auroc is None else f"{auroc:.3f}" for auroc in aurocs]
         best = each["best"] or {"template": [UNDEFINED], "name": ""}
-        best = best["template"][0].replace("{label}", best["name"])
+        best = " / ".join(best["template"]).replace("{label}", best["name"])
         lines.append(f"| {label} ({each['present']:,}) | {' | '.join(figures)} | {best} |")
     lines += ["", "| template | mean AUROC |", "| --- | ---: |"]
     for each in found["templates"]:
