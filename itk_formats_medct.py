@@ -10,6 +10,7 @@ Source: NRRD format definition (teem), MetaIO documentation and source (Kitware)
 import bz2
 import contextlib
 import io
+import itertools
 import math
 import os
 import re
@@ -88,9 +89,12 @@ _NRRD_SPACES = {
 }
 _NRRD_ALIASES = {name.replace(" ", ""): name for name in ("data file", "line skip", "byte skip", "old min", "old max")}
 _NRRD_FIELDS = (
-    *("sizes", "type", "encoding", "endian", "space", "spacings", "space directions", "space origin", "space units"),
+    *("sizes", "kinds", "type", "encoding", "endian"),
+    *("space", "spacings", "space directions", "space origin", "space units"),
     *_NRRD_ALIASES.values(),
 )
+_SPATIAL_KINDS = ("domain", "space", "none", "???")
+"""What an axis of space is called, or one of which nothing is said; others are time, colours, vectors, lists."""
 _TEXTS = ("text", "txt", "ascii")
 _NRRD_SPACES |= {letters.lower(): letters for letters in _NRRD_SPACES.values()}
 
@@ -267,9 +271,9 @@ def _without_singletons(fields: dict[str, str]) -> dict[str, str]:
     sizes, directions = fields.get("sizes", "").split(), _AXIS_DIRECTION.findall(fields.get("space directions", ""))
     if not 3 < len(sizes) == len(directions):
         return fields
-    kept = [axis for axis in zip(sizes, directions, strict=True) if axis != ("1", "none")]
-    sizes, directions = ([axis[part] for axis in kept] for part in (0, 1))
-    return fields | {"sizes": " ".join(sizes), "space directions": " ".join(directions)}
+    is_kept = [axis != ("1", "none") for axis in zip(sizes, directions, strict=True)]
+    said = {"sizes": sizes, "space directions": directions, "kinds": fields.get("kinds", "").split()}
+    return fields | {name: " ".join(itertools.compress(words, is_kept)) for name, words in said.items()}
 
 
 def _nrrd_layout(source: ByteSource, fields: dict[str, str]) -> tuple[tuple[int, ...], np.dtype, str]:
@@ -285,8 +289,10 @@ def _nrrd_layout(source: ByteSource, fields: dict[str, str]) -> tuple[tuple[int,
                 source.name, "its NRRD header names no byte order (endian)", "Add `endian: little` or `endian: big`"
             ) from error
         raise VolumeError(source.name, "its NRRD header lacks sizes, a known type or an encoding", _AGAIN) from error
-    if min(shape, default=0) <= 0:
-        raise VolumeError(source.name, f"it has shape {shape}", "Pass one volume with three axes, one at a time")
+    is_spatial = set(fields.get("kinds", "").lower().split()) <= set(_SPATIAL_KINDS)
+    if min(shape, default=0) <= 0 or not is_spatial:
+        what = "" if is_spatial else " and an axis that is not of space (`kinds`)"
+        raise VolumeError(source.name, f"it has shape {shape}{what}", "Pass one volume with three axes, one at a time")
     check_voxels(source.name, shape, dtype)
     return shape, dtype, encoding
 

@@ -248,6 +248,7 @@ NRRD_KEYS = {
     **{name: ({"encoding": name}, gzip.compress(body())) for name in ("gzip", "gz", "GZIP")},
     **{name: ({"encoding": name}, text()) for name in ("text", "txt", "ascii")},
     "hex": ({"encoding": "hex"}, body().hex().encode()),
+    **{kinds: ({"kinds": kinds}, body()) for kinds in ("space space space", "Domain ??? none")},
     **{
         name: ({name: value}, body())
         for name, value in {
@@ -328,6 +329,7 @@ def test_nrrd_beyond_itk(changes, data, factor, tmp_path):
         ({"space units": '"mm" "mm" "cm"'}, "unit of length"),
         ({"space": None, "space dimension": "3"}, "does not name the patient's axes"),
         ({"space": "scanner-xyz"}, "does not name the patient's axes"),
+        ({"kinds": "domain domain time"}, r"shape \(5, 6, 7\) and an axis that is not of space"),
         ({"byte skip": "-2"}, "skips -2 bytes"),
         ({"encoding": "hex"}, "its encoding is not known"),
     ],
@@ -335,6 +337,17 @@ def test_nrrd_beyond_itk(changes, data, factor, tmp_path):
 def test_nrrd_refused(changes, reason, tmp_path):
     with pytest.raises(VolumeError, match=reason):
         read_volume(write_nrrd(tmp_path, body(), **changes))
+
+
+def test_a_nrrd_axis_that_itk_does_not_take_for_one_of_space_is_none(tmp_path):
+    """But for time, which ITK reads as space where the axis has a direction."""
+    for kind in ("list", "vector", "point", "RGB-color", "3-vector", "covariant-vector", "3D-matrix"):
+        for kinds in itertools.permutations((kind, "domain", "domain")):
+            path = write_nrrd(tmp_path, body(), kinds=" ".join(kinds))
+            with pytest.raises(RuntimeError):
+                SimpleITK.ReadImage(str(path))
+            with pytest.raises(VolumeError, match="an axis that is not of space"):
+                read_volume(path)
 
 
 @pytest.mark.parametrize("dtype", ["i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8", "f4", "f8"])
@@ -429,7 +442,10 @@ def test_nrrd_axes_without_a_direction(at, space, tmp_path):
     sizes, directions = ["5", "6", "7"], list(DIRECTIONS)
     sizes.insert(at, "1")
     directions.insert(at, "none")
+    kinds = ["domain"] * 3
+    kinds.insert(at, "list")
     changes = {"dimension": "4", "sizes": " ".join(sizes), "space directions": (space or " ").join(directions)}
+    changes["kinds"] = " ".join(kinds)
     if not space:
         changes["space directions"] = changes["space directions"].replace(") (", ")(").replace(",", " , ")
     path = write_nrrd(tmp_path, body(), **changes)
