@@ -132,6 +132,8 @@ def read_dicom(
         more.append("its slices are projections of several (MIP and the like), not what a scanner gives")
     if not any(one.has_modality for one in slices):
         more.append("its headers name no modality: taken for CT by their SOP class")
+    if not all(one.has_class for one in slices):
+        more.append("its headers name no SOP class: taken for CT by their modality")
     notes = [*_left_out_notes(left_out), *notes, *more_notes, *more]
     return CTVolume(hu.T, affine, source, tuple(notes))  # (k, row, column) -> (column, row, k)
 
@@ -238,25 +240,32 @@ def series_of(path: Path) -> str | None:
 def _why_no_slice(file: ByteSource, header: Elements) -> str | None:
     """What a file is if it is not a CT slice; none if it is one."""
     try:
-        # The file meta information has it where a data set leaves it empty, as some anonymizers do.
-        stored_as = str(header.file_meta.get("MediaStorageSOPClassUID") or "")
-        kind = str(header.get("SOPClassUID") or stored_as)
-        modality, types = str(header.get("Modality") or "CT"), _types(header.get("ImageType"))
+        kind, stored_as = _classes_of(header)
+        modality, types = str(header.get("Modality") or ("CT" if kind else "")), _types(header.get("ImageType"))
     except Exception as error:  # as above
         raise VolumeError(file.name, f"it is a damaged DICOM file ({type(error).__name__})", AGAIN) from None
     if kind == _DICOMDIR_CLASS:
         return _DICOMDIR
-    if not kind or not len(header):
-        raise VolumeError(file.name, "it is a damaged DICOM file (without a SOP class or any data)", AGAIN)
+    if not modality or not len(header):
+        raise VolumeError(file.name, "it is a damaged DICOM file (without a SOP class, a modality or any data)", AGAIN)
     if kind not in _CT_CLASSES and stored_as in _CT_CLASSES:
         raise VolumeError(file.name, "it is a damaged DICOM file (its SOP classes contradict each other)", AGAIN)
-    if kind not in _CT_CLASSES:
+    if kind and kind not in _CT_CLASSES:
         return name_of_uid(kind) or "unknown kind of DICOM file"
-    if "Rows" not in header or "Columns" not in header:
-        raise VolumeError(file.name, "it is a damaged DICOM file (without the size of its image)", AGAIN)
     if modality != "CT":
         return f"modality {modality}" if modality in _MODALITIES else "modality other than CT"
+    if "Rows" not in header or "Columns" not in header:
+        raise VolumeError(file.name, "it is a damaged DICOM file (without the size of its image)", AGAIN)
     return "localizer" if "LOCALIZER" in types else None
+
+
+def _classes_of(header: Elements) -> tuple[str, str]:
+    """The SOP class of a file, and that of its meta information, which has it where anonymizers emptied the data set's.
+
+    Some remove both, as they do all UIDs.
+    """
+    stored_as = str(header.file_meta.get("MediaStorageSOPClassUID") or "")
+    return str(header.get("SOPClassUID") or stored_as), stored_as
 
 
 def _types(found: Any) -> list[str]:
@@ -348,7 +357,7 @@ def _slice(
         for kind in ("FrameType", "VolumetricProperties", "VolumeBasedCalculationTechnique"):
             types += _types(value("CTImageFrameTypeSequence", kind)) + _types(header.get(kind))
         has_lookup = bool(header.get("ModalityLUTSequence")) and None not in scale
-        has_modality = bool(header.get("Modality"))
+        has_modality, has_class = bool(header.get("Modality")), bool(_classes_of(header)[0])
         if no_plane := next((kind for kind in types if kind in _NO_PLANES), None):
             raise VolumeError(name, _NO_PLANES[no_plane], "Export the slices without it")
         why = _why_no_hu(types, unit, has_lookup, is_single=frame is None)
@@ -367,6 +376,7 @@ def _slice(
         file,
         frame,
         has_modality,
+        has_class,
         not set(types).isdisjoint(_PROJECTIONS),
         pixels,
         position,

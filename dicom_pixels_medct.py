@@ -47,6 +47,7 @@ class Slice:
     file: ByteSource
     frame: int | None
     has_modality: bool
+    has_class: bool
     is_projection: bool
     """Whether it shows the highest or lowest values of several slices."""
     pixels: PixelLayout

@@ -3,6 +3,7 @@
 import re
 import shutil
 import warnings
+from pathlib import Path
 
 import highdicom
 import numpy as np
@@ -138,6 +139,28 @@ def test_a_missing_modality_is_remarked_on(hu, tmp_path):
     folder = write_series(tmp_path / "series", hu, lambda ds, k: delattr(ds, "Modality"))
     with pytest.warns(VolumeWarning, match="name no modality"):
         assert_is(read_volume(folder), hu)
+
+
+def test_files_of_which_all_uids_were_removed_are_what_their_modality_says(hu, tmp_path):
+    """As by tools that remove every UID, that of the kind of file too."""
+
+    def write(modality: str | None) -> Path:
+        folder = write_series(tmp_path / f"{modality}", hu)
+        for path in folder.iterdir():
+            ds = pydicom.dcmread(path)
+            for element in [*ds, *ds.file_meta]:
+                if element.VR == "UI" and element.keyword != "TransferSyntaxUID":
+                    del (ds.file_meta if element.tag.group == 2 else ds)[element.tag]
+            ds.Modality = modality
+            ds.save_as(path, enforce_file_format=False)
+        return folder
+
+    with pytest.warns(VolumeWarning, match="name no SOP class: taken for CT by their modality"):
+        assert_is(read_volume(write("CT")), hu)
+    with pytest.raises(VolumeError, match=r"no CT slices \(6 x modality MR\)"):
+        read_volume(write("MR"))
+    with pytest.raises(VolumeError, match="without a SOP class, a modality or any data"):
+        read_volume(write(None))
 
 
 def without_slope(ds, k):
