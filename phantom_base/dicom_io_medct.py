@@ -460,6 +460,9 @@ def _choose(
         slices = _slices(groups[series] if by_uid else ordered[0], rescale)
         if len(stacks_of(slices)[0]) == 1:
             return slices
+    if len(ordered) > 1 and _count(ordered[0]) == 1:  # of the largest series
+        reason = f"each of its {len(ordered)} slices has a SeriesInstanceUID of its own, as if they were no scan"
+        raise VolumeError(source, reason, "Give all slices of the scan the same one: anonymize them together")
     entries = [entry for group in ordered for entry in _entries(group, rescale)]
     listed = "; ".join(f"{number}: {text}" for number, (text, _, _) in enumerate(entries, 1))
     if series is None or by_uid:

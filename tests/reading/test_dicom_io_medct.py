@@ -274,6 +274,10 @@ def localizer(ds, k):
     ds.ImageType = ["ORIGINAL", "PRIMARY", "LOCALIZER"]
 
 
+def anonymized_file_by_file(ds, k):
+    ds.SeriesInstanceUID = f"1.2.3.{k}"
+
+
 def two_series(ds, k):
     ds.SeriesInstanceUID = "1.2.3.7" if k < 4 else "1.2.3.8"
 
@@ -310,6 +314,7 @@ REFUSED = {
     magnetic: r"no CT slices \(6 x MR Image Storage\)",
     emission: r"no CT slices \(6 x modality PT\)",
     localizer: r"no CT slices \(6 x localizer\)",
+    anonymized_file_by_file: "each of its 6 slices has a SeriesInstanceUID of its own",
     two_series: r"2 CT series \(1: 4 slices of 16 x 12 pixels; 2: 2 slices of 16 x 12 pixels\)",
     without_pixels: "no pixels",
 }
