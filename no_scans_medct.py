@@ -61,7 +61,8 @@ def what_is(source: ByteSource) -> tuple[str, str] | None:
         if inner[128:132] == b"DICM":
             return "a DICOM file in gzip", _UNPACK
         found = next((what for is_kind, what, _ in _KINDS if inner and is_kind(inner)), None)
-        return None if found is None else (f"{found} in gzip", _UNPACK)
+        if found is not None:
+            return f"{found} in gzip", _UNPACK
     for is_kind, what, remedy in _KINDS:
         if is_kind(head):
             return what, remedy

@@ -280,6 +280,7 @@ def test_data_sets_without_the_mark_are_read(is_implicit, which, meta, tmp_path)
         ("scan.nii", b"\x89PNG\r\n\x1a\n\0", "a PNG picture"),
         ("scan.nii.gz", gzip.compress(b"no scan at all, but a text", mtime=0), "a text in gzip"),
         ("scan.img", b"\x17\xf0" * 400, r"voxels without their header. Pass the path of the \.hdr"),
+        ("scan.img.gz", gzip.compress(b"\x17\xf0" * 400, mtime=0), "voxels without their header"),
         ("scan.npy", b"\x93NUMPY\1\0" + bytes(200), "a NumPy array"),
         ("scan.bin", b"\x17\xf0" * 400, "MetaImage file. Pass a"),
     ],
