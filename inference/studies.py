@@ -1,7 +1,8 @@
 """From folders of scans to studies, and from studies to the model's input: read ahead, and never stopped by a bad one.
 
 A study is a NIfTI, NRRD, MetaImage or zip file, or all DICOM files of one folder. On a disc, which a table of contents
-(DICOMDIR, no study itself) shows, folders that hold parts of the same series are one study.
+(DICOMDIR, no study itself) shows, folders that hold parts of the same series are one study. Elsewhere such folders may
+as well be copies: each is a study, with a note.
 """
 
 import contextlib
@@ -9,6 +10,7 @@ import os
 import re
 import stat
 import traceback
+from collections import defaultdict
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -38,10 +40,12 @@ class Study:
     Args:
         id: Its path or address, as the user gave it or within a folder that the user gave.
         source: What `read_volume` takes.
+        notes: Remarks on where it was found.
     """
 
     id: str
     source: Any
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ class ReadStudy:
     Args:
         study: The study.
         pixel_values: `(1, z, y, x)`, on the model's device.
-        notes: Remarks from reading it.
+        notes: Remarks from finding and reading it.
     """
 
     study: Study
@@ -67,6 +71,10 @@ class FailedStudy:
     reason: str
 
 
+_Found = tuple[Study, str | None]
+"""A study, and the SeriesInstanceUID that it begins with if it is DICOM."""
+
+
 def find_studies(paths: Iterable[str | os.PathLike]) -> list[Study]:
     """The studies that paths stand for.
 
@@ -79,23 +87,23 @@ def find_studies(paths: Iterable[str | os.PathLike]) -> list[Study]:
     Raises:
         FileNotFoundError: If a path does not exist, or a folder holds no study.
     """
-    studies: dict[str, Study] = {}
+    studies: dict[str, _Found] = {}
     paths = list(map(os.fspath, paths))
     refuse_missing(paths)
     for path in paths:
         if is_address(path) or Path(path).is_file():
-            found = [Study(path, path)]
+            found = [(Study(path, path), None)]
         else:
-            found = sorted(_studies_below(Path(path)), key=lambda study: study.id)
+            found = sorted(_studies_below(Path(path)), key=lambda one: one[0].id)
             if not found:
                 raise FileNotFoundError(
                     f"{path}: no studies in this folder. A study is a {', '.join(_VOLUME_SUFFIXES)} file, or a folder "
                     "of DICOM files."
                 )
-        for study in found:
+        for study, series in found:
             # Under another spelling or through a link it is still the same study.
-            studies.setdefault(path if is_address(path) else os.path.realpath(study.id), study)
-    return list(studies.values())
+            studies.setdefault(path if is_address(path) else os.path.realpath(study.id), (study, series))
+    return _with_notes(list(studies.values()))
 
 
 def looks_like_path(text: str) -> bool:
@@ -105,7 +113,24 @@ def looks_like_path(text: str) -> bool:
     return bool(_PATH.fullmatch(text))
 
 
-def _studies_below(folder: Path) -> Iterator[Study]:
+def _with_notes(found: list[_Found]) -> list[Study]:
+    """Studies, each with a note if another one begins with the same series: pieces of one scan, or copies of it."""
+    of_series: dict[str | None, list[str]] = defaultdict(list)
+    for study, series in found:
+        of_series[series].append(study.id)
+    of_series.pop(None, None)
+    return [replace(study, notes=_notes_on_pieces(study.id, of_series.get(series, []))) for study, series in found]
+
+
+def _notes_on_pieces(own: str, of_series: list[str]) -> tuple[str, ...]:
+    others = [each for each in of_series if each != own]
+    if not others:
+        return ()
+    where = others[0] if len(others) == 1 else f"{others[0]} (and {len(others) - 1} more)"
+    return (f"slices of its series lie in {where} too, which is read as another study: a piece of the scan, or a copy",)
+
+
+def _studies_below(folder: Path) -> Iterator[_Found]:
     seen = set()
     scans: dict[Path, _DicomFolder] = {}
     # Discs are often mounted with names in small letters.
@@ -124,12 +149,13 @@ def _studies_below(folder: Path) -> Iterator[Study]:
             discs.append(Path(parent))
         volumes = [path for path in files if path.name.lower().endswith(_VOLUME_SUFFIXES)]
         others = [path for path in files if path not in set(volumes)]
-        if any(map(_is_dicom_file, others)):
+        first = next(filter(_is_dicom_file, others), None)
+        if first is not None:
             places = {Path(parent), *Path(parent).parents, *Path(parent).absolute().parents}
             disc = next((disc for disc in discs if disc in places), None)
             series = set() if disc is None else {(disc, series_of(path)) for path in others} - {(disc, None)}
-            scans[Path(parent)] = _DicomFolder(others, not volumes and not folders, series)
-        yield from (Study(str(path), str(path)) for path in volumes)
+            scans[Path(parent)] = _DicomFolder(others, not volumes and not folders, series, series_of(first))
+        yield from ((Study(str(path), str(path)), None) for path in volumes)
     yield from _joined(scans)
 
 
@@ -140,9 +166,11 @@ class _DicomFolder:
     """Whether the folder holds nothing else, so that it can stand for its files."""
     series: set[tuple[Path, str]]
     """On a disc, where folders may be parts of series: the disc and the SeriesInstanceUID of each file."""
+    first_series: str | None
+    """The SeriesInstanceUID of its first file: asking all of them would read every study twice."""
 
 
-def _joined(folders: dict[Path, _DicomFolder]) -> Iterator[Study]:
+def _joined(folders: dict[Path, _DicomFolder]) -> Iterator[_Found]:
     """A study of each folder, and one of those that share a series."""
     groups: list[list[Path]] = []
     group_of: dict[tuple[Path, str], list[Path]] = {}
@@ -157,10 +185,9 @@ def _joined(folders: dict[Path, _DicomFolder]) -> Iterator[Study]:
         common = str(paths[0]) if len(paths) == 1 else os.path.commonpath(paths)
         name = str(paths[0]) if common in taken else common
         taken.add(name)
-        if len(paths) == 1 and folders[paths[0]].is_whole:
-            yield Study(name, name)
-        else:
-            yield Study(name, [str(file) for path in paths for file in folders[path].files])
+        is_whole = len(paths) == 1 and folders[paths[0]].is_whole
+        source = name if is_whole else [str(file) for path in paths for file in folders[path].files]
+        yield Study(name, source), folders[paths[0]].first_series
 
 
 def _is_special(path: Path) -> bool:
@@ -201,7 +228,8 @@ class LoadStudy:
         place.begin(study.id)
         try:
             volume = read_volume(study.source, orientation=self.image_processor.orientation, **self.options)
-            return ReadStudy(study, self.image_processor.load(volume, place, self.device), volume.notes)
+            notes = (*study.notes, *volume.notes)
+            return ReadStudy(study, self.image_processor.load(volume, place, self.device), notes)
         except VolumeError as error:
             # A list of files has no name of its own; here it is one folder's.
             is_list = isinstance(study.source, list)

@@ -204,11 +204,24 @@ def test_a_disc_with_several_series(tmp_path, load):
         assert np.array_equal(read_volume(study.source).array, hu.T)
 
 
-def test_without_a_table_of_contents_each_folder_is_a_study(tmp_path):
+def test_without_a_table_of_contents_each_folder_is_a_study_and_pieces_are_remarked_on(tmp_path, load):
+    """By folder and by path alike; copies look the same, and joined they would be no study at all."""
     hu = make_hu((6, 8, 8))
-    for name, only in (("a", range(3)), ("b", range(3, 6))):
-        write_series(tmp_path / name, hu, of_series("1.2.7", only))
-    assert [study.id for study in find_studies([tmp_path])] == [str(tmp_path / "a"), str(tmp_path / "b")]
+    for k, name in enumerate("abc"):
+        write_series(tmp_path / name, hu, of_series("1.2.7", range(2 * k, 2 * k + 2)))
+    hu = hu[:1]
+    write_series(tmp_path / "other", hu, of_series("1.2.8", range(1)))
+    write_series(tmp_path / "none", hu, lambda ds, k: delattr(ds, "SeriesInstanceUID"))
+    write_series(tmp_path / "none either", hu, lambda ds, k: delattr(ds, "SeriesInstanceUID"))
+    others = {"a": "b (and 1 more)", "b": "a (and 1 more)", "c": "a (and 1 more)"}
+    for given in ([tmp_path], sorted(tmp_path.iterdir())):
+        found = {study.id.removeprefix(f"{tmp_path}/"): study for study in find_studies(given)}
+        assert list(found) == ["a", "b", "c", "none", "none either", "other"]
+        for name, study in found.items():
+            assert len(study.notes) == (name in others)
+            assert all(f"lie in {tmp_path}/{others[name]} too" in note for note in study.notes)
+            assert "1.2.7" not in str(study.notes)
+    assert found["a"].notes[0] in read_study(found["a"], load.image_processor).notes
 
 
 def test_a_table_of_contents_alone_is_no_study(tmp_path):
