@@ -145,7 +145,8 @@ class MedCTImageProcessor(PicklesAnywhere, BaseImageProcessor):
                 objects, nibabel images, `CTVolume`s, arrays `(i, j, k)`. A list, or a column of a data set, holds one
                 volume an entry, so a series as a list of DICOM files is a list in a list.
             return_tensors: "pt" or "np".
-            spacing_mm: Of arrays whose axes run as `orientation` says, mm. This and the following: once, or a list.
+            spacing_mm: Of arrays whose axes run as `orientation` says ("SLP": towards superior, left, posterior), mm.
+                This and the following: once, or a list.
             affine: `(4, 4)`, voxel indices to RAS+ mm, of arrays, or instead of a file's own.
             rescale_slope: HU of one stored unit, for stored values that are not HU yet.
             rescale_intercept: HU of the stored value 0, likewise.

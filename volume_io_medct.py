@@ -78,7 +78,7 @@ def read_volume(
             DICOM files; `hf://` or other fsspec address of any of these; their bytes, or a binary file object; what a
             column of `datasets.Nifti()` holds, decoded or not; nibabel image; `CTVolume`; array or tensor `(i, j, k)`.
         spacing_mm: Of an array without `affine`, whose axes run as `orientation` says: one number an axis, mm.
-        orientation: Direction in which the indices of an array with `spacing_mm` grow.
+        orientation: Direction in which the indices of an array with `spacing_mm` grow; "SPL" of one from SimpleITK.
         affine: `(4, 4)`, voxel indices to RAS+ mm: of an array, or instead of a file's or nibabel image's own.
         rescale_slope: HU of one stored unit, for stored values that are not HU yet.
         rescale_intercept: HU of the stored value 0, likewise.
@@ -238,7 +238,8 @@ def _of_tensor(tensor: torch.Tensor) -> np.ndarray:
 def _of_array(array: np.ndarray, spacing_mm, orientation: str, affine) -> CTVolume:
     name = f"array {array.shape}"
     if affine is None and spacing_mm is None:
-        raise VolumeError(name, "it comes without a geometry", "Pass `spacing_mm=(z, y, x)` or `affine=`")
+        remedy = "Pass `affine=`, or `spacing_mm=` if its axes run as `orientation` says"
+        raise VolumeError(name, "it comes without a geometry", remedy)
     if affine is not None and spacing_mm is not None:
         raise VolumeError(name, "it comes with two geometries", "Pass either `spacing_mm=` or `affine=`")
     if affine is None:
@@ -300,7 +301,7 @@ def _files_of(source: Any) -> tuple[list[ByteSource], str, Path | None]:
     if hasattr(source, "read"):
         name = Path(str(getattr(source, "name", "") or "file object")).name
         return [of_file_object(source, name)], name, None
-    raise VolumeError(type(source).__name__, "it is not a CT source", f"Pass a {_KNOWN} path, an array or an image")
+    raise VolumeError(type(source).__name__, "it is not a CT source", f"Pass a {_KNOWN} path, array or nibabel image")
 
 
 def _bytes_of(content: Any) -> bytes:

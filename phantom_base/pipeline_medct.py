@@ -101,8 +101,9 @@ class CTPipeline(Pipeline):
             threshold: Give only findings whose score reaches this, in [0, 1].
             on_error: "raise", or "return": a scan that cannot be read gives `{"error": SENTENCE}` in its place, and the
                 others are scored.
-            spacing_mm: Of arrays, `(z, y, x)`, mm. This, `affine`, `rescale_slope`, `rescale_intercept`, `series` and
-                `resample_irregular` go to `MedCTImageProcessor.preprocess`, the same for all scans.
+            spacing_mm: Of arrays whose axes run as `orientation` says, mm. This, `affine`, `rescale_slope`,
+                `rescale_intercept`, `series` and `resample_irregular` go to `MedCTImageProcessor.preprocess`, the same
+                for all scans.
 
         Returns:
             For each scan a list, highest score first, of

@@ -6,9 +6,10 @@ import pickle
 import nibabel
 import numpy as np
 import pytest
+import SimpleITK
 import torch
 
-from medct import CTVolume, VolumeError, VolumeWarning, read_volume
+from medct import CTVolume, MedCTImageProcessor, VolumeError, VolumeWarning, read_volume
 from medct.volume_io_medct import affine_from_spacing, axis_order
 
 
@@ -64,6 +65,21 @@ def test_arrays_tensors_and_images(array):
     np.testing.assert_allclose(read_volume(image).affine, affine)
     volume = CTVolume(array, affine)
     assert read_volume(volume).array is array
+
+
+def test_an_array_of_simpleitk_is_its_image_if_its_axes_are_named(array, tmp_path):
+    image = SimpleITK.GetImageFromArray(array)
+    image.SetSpacing((0.75, 0.8, 1.5))
+    SimpleITK.WriteImage(image, str(tmp_path / "scan.mha"))
+    processor = MedCTImageProcessor(image_size=(6, 8, 8), target_spacing_mm=(1.5, 0.75, 0.75))
+    spacing_mm = image.GetSpacing()[::-1]
+    named = read_volume(SimpleITK.GetArrayFromImage(image), spacing_mm=spacing_mm, orientation="SPL")
+    of_file, of_array, unnamed = (
+        np.array(processor(source, **more)["pixel_values"])
+        for source, more in ((tmp_path / "scan.mha", {}), (named, {}), (array, {"spacing_mm": spacing_mm}))
+    )
+    assert np.array_equal(of_file, of_array)
+    assert not np.array_equal(of_file, unnamed), "or the page need not warn of it"
 
 
 def test_units_other_than_mm(array, tmp_path):
