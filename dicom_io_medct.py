@@ -178,6 +178,7 @@ def _collect(files: Sequence[ByteSource], source: str) -> tuple[list[_CTFile], C
         reason = _why_no_slice(file, header)
         if reason is None:
             found.append((file, header, pixel_offset))
+            warm_up_for(str(header.file_meta.get("TransferSyntaxUID") or ""))
         else:
             left_out[reason] += 1
     names = {_place_and_suffix(file) for file, _, _ in found}
@@ -217,7 +218,6 @@ def _read_header(file: ByteSource, stream: BinaryIO) -> tuple[Elements, int]:
             stream = io.BytesIO(inflated_header(stream))
         header = read_data_set(stream, syntax != EXPLICIT_BIG if syntax else None)
         header.file_meta = meta
-        warm_up_for(syntax)
         return header, stream.tell()
     except VolumeError:
         raise

@@ -13,8 +13,10 @@ import pytest
 import scan_files
 from pydicom.uid import JPEGLSLossless
 
-from medct import VolumeError, decoders_medct, read_volume
+from medct import VolumeError, decoders_medct, dicom_frames_medct, read_volume
 from medct.decoders_medct import DecodeError, decode_frame
+from medct.inference.studies import find_studies
+from medct.volume_io_medct import dicom_slices
 
 SHAPE = (2, 3)
 # Does what a frame says.
@@ -76,6 +78,17 @@ def test_a_bad_frame_is_refused_and_the_next_one_decoded(word, reason, fake, cap
     assert fake("print") == fake("decode")  # what is printed does not get among the pixels
     assert len(decoders_medct._helpers.all) == 1
     assert capfd.readouterr() == ("", "")
+
+
+def test_none_is_started_to_search_for_studies(tmp_path, monkeypatch):
+    """Where loader processes read, each has its own."""
+    started = []
+    monkeypatch.setattr(dicom_frames_medct, "warm_up", lambda: started.append(True))
+    folder = scan_files.write_series(tmp_path / "scan", scan_files.make_hu(), scan_files.compress(JPEGLSLossless))
+    assert len(find_studies([tmp_path])) == 1
+    assert not started
+    dicom_slices(folder)
+    assert started
 
 
 def test_a_frame_whose_helper_is_killed_is_decoded_by_another(fake):
