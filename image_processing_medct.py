@@ -14,7 +14,7 @@ from transformers.processing_utils import ImagesKwargs
 
 from .configuration_medct import MedCTVisionConfig
 from .resampling_medct import ScanPart, crop_window, inside, resampled_length, scale_hu
-from .volume_io_medct import CTVolume, axis_order, read_volume
+from .volume_io_medct import Assumed, CTVolume, axis_order, read_volume
 from .volume_medct import VolumeError, grid_in_words
 from .workers_medct import PicklesAnywhere, Place
 
@@ -180,9 +180,8 @@ class MedCTImageProcessor(PicklesAnywhere, BaseImageProcessor):
         pixel_values = torch.empty(len(images), 1, *self.image_size, dtype=torch.float32, device=device)
         geometry = []
         for index, image in enumerate(images):
-            volume = read_volume(
-                image, orientation=self.orientation, **{name: of[index] for name, of in options.items()}
-            )
+            of_image = {name: of[index] for name, of in options.items()}
+            volume = read_volume(image, orientation=Assumed(self.orientation), **of_image)
             self.process_volume(volume, out=pixel_values[index, 0])
             geometry.append(self.geometry(volume))
         batch = BatchFeature({"pixel_values": pixel_values}, tensor_type=return_tensors)

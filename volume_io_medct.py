@@ -60,11 +60,15 @@ _FLOATS_OF_NUMPY = (torch.float16, torch.float32, torch.float64)
 _KNOWN = "NIfTI (.nii, .nii.gz), DICOM, NRRD or MetaImage (.mha, .mhd)"
 
 
+class Assumed(str):
+    """An orientation that nobody has stated: a scan whose geometry it decides comes with a note."""
+
+
 def read_volume(
     source: Any,
     *,
     spacing_mm: Sequence[float] | None = None,
-    orientation: str = MedCTVisionConfig.orientation,
+    orientation: str = Assumed(MedCTVisionConfig.orientation),
     affine: np.ndarray | None = None,
     rescale_slope: float | None = None,
     rescale_intercept: float | None = None,
@@ -78,7 +82,8 @@ def read_volume(
             DICOM files; `hf://` or other fsspec address of any of these; their bytes, or a binary file object; what a
             column of `datasets.Nifti()` holds, decoded or not; nibabel image; `CTVolume`; array or tensor `(i, j, k)`.
         spacing_mm: Of an array without `affine`, whose axes run as `orientation` says: one number an axis, mm.
-        orientation: Direction in which the indices of an array with `spacing_mm` grow; "SPL" of one from SimpleITK.
+        orientation: Direction in which the indices of an array with `spacing_mm` grow: "SPL" of one from SimpleITK,
+            "SLP" unless it is stated.
         affine: `(4, 4)`, voxel indices to RAS+ mm: of an array, or instead of a file's or nibabel image's own.
         rescale_slope: HU of one stored unit, for stored values that are not HU yet.
         rescale_intercept: HU of the stored value 0, likewise.
@@ -236,7 +241,7 @@ def _of_tensor(tensor: torch.Tensor) -> np.ndarray:
 
 
 def _of_array(array: np.ndarray, spacing_mm, orientation: str, affine) -> CTVolume:
-    name = f"array {array.shape}"
+    name, notes = f"array {array.shape}", ()
     if affine is None and spacing_mm is None:
         remedy = "Pass `affine=`, or `spacing_mm=` if its axes run as `orientation` says"
         raise VolumeError(name, "it comes without a geometry", remedy)
@@ -251,7 +256,10 @@ def _of_array(array: np.ndarray, spacing_mm, orientation: str, affine) -> CTVolu
                 "Pass three positive numbers, one an array axis",
             )
         affine = affine_from_spacing(spacing_mm.tolist(), orientation)
-    return _placed(CTVolume(array, np.eye(4), name), affine)
+        if isinstance(orientation, Assumed):
+            said = "if they do not, pass `affine=`, or make a volume of it with `read_volume(..., orientation=)`"
+            notes = (f"its axes are taken to run towards {', '.join(orientation)}: {said}",)
+    return _placed(CTVolume(array, np.eye(4), name, notes), affine)
 
 
 def _placed(volume: CTVolume, affine) -> CTVolume:

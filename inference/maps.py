@@ -28,7 +28,7 @@ from medct.inference.slices import AXIAL, AxialSlices, draw_places, draw_slice, 
 from medct.pictures_medct import Picture
 from medct.pipeline_medct import ZeroShotCTClassificationPipeline
 from medct.resampling_medct import AxisPlan, reorient
-from medct.volume_io_medct import CTVolume, read_volume
+from medct.volume_io_medct import Assumed, CTVolume, read_volume
 
 CAVEAT = "Debugging aid, not a finding: published CT-CLIP localises poorly (Dice about 0.004)"
 _WINDOW_HU = (-1000, 400)
@@ -278,7 +278,7 @@ def map_scan(
         VolumeError: If it is not a usable CT volume.
     """
     image_processor = pipe.processor.image_processor
-    volume = read_volume(scan, orientation=image_processor.orientation, **reading)
+    volume = read_volume(scan, **{"orientation": Assumed(image_processor.orientation), **reading})
     geometry = image_processor.geometry(volume)
     patch_size = pipe.model.config.vision_config.patch_size
     maps = map_findings(pipe, pipe.encode(image_processor.process_volume(volume)[None, None]), labels, templates)

@@ -30,7 +30,7 @@ from .modeling_medct import zero_shot_probabilities
 from .processing_medct import MedCTProcessor
 from .resampling_medct import ScanPart
 from .snapshots_medct import Snapshot, state_of
-from .volume_io_medct import VolumeError, read_volume
+from .volume_io_medct import Assumed, VolumeError, read_volume
 from .workers_medct import Lost, PicklesAnywhere, Place, load_ahead, overlapped
 
 _ON_ERROR = ("raise", "return")
@@ -457,7 +457,7 @@ class _LoadScan(PicklesAnywhere):
 
     def _load(self, source: Any, place: Place) -> ScanPart | torch.Tensor:
         place.begin(str(source) if isinstance(source, str | os.PathLike) else "")
-        options = {"orientation": self.image_processor.orientation, **self.reading}
+        options = {"orientation": Assumed(self.image_processor.orientation), **self.reading}
         return self.image_processor.load(read_volume(source, **options), place, self.device)
 
 

@@ -2,6 +2,7 @@
 
 import gzip
 import pickle
+import warnings
 
 import nibabel
 import numpy as np
@@ -79,7 +80,22 @@ def test_an_array_of_simpleitk_is_its_image_if_its_axes_are_named(array, tmp_pat
         for source, more in ((tmp_path / "scan.mha", {}), (named, {}), (array, {"spacing_mm": spacing_mm}))
     )
     assert np.array_equal(of_file, of_array)
-    assert not np.array_equal(of_file, unnamed), "or the page need not warn of it"
+    assert not np.array_equal(of_file, unnamed), "or no note need warn of it"
+
+
+def test_axes_that_nobody_named_are_remarked_on(array):
+    """Of most arrays they run otherwise."""
+    given = {"spacing_mm": (2, 1, 1)}
+    said = "its axes are taken to run towards {}: if they do not"
+    with pytest.warns(VolumeWarning, match=said.format("S, L, P")):
+        assumed = read_volume(array, **given)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", VolumeWarning)
+        named = read_volume(array, **given, orientation="SLP")
+        read_volume(array, affine=named.affine)
+    assert np.array_equal(assumed.affine, named.affine)
+    with pytest.warns(VolumeWarning, match=said.format("R, A, S")):
+        MedCTImageProcessor(orientation="RAS")(array, **given)
 
 
 def test_units_other_than_mm(array, tmp_path):
