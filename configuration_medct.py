@@ -297,8 +297,8 @@ class MedCTConfig(PreTrainedConfig):
 
         Args:
             labels: Names to ask for, or names with their own `prompts`; the configuration's own by default.
-            templates: Pairs of sentences as in `prompt_templates`, for all labels, also those with sentences of their
-                own; by default those of the configuration, for all labels without.
+            templates: Pairs of sentences as in `prompt_templates`, for all labels but those that are given here with
+                sentences of their own; by default those of the configuration, for all labels without.
 
         Returns:
             For each template `2 * len(labels)` sentences: present and not present of the first label, of the second ...
@@ -307,12 +307,15 @@ class MedCTConfig(PreTrainedConfig):
         Raises:
             ValueError: If a template is not a pair of sentences with "{label}", or a prompt is not as it should be.
         """
-        prompts = {**(self.prompts or {}), **(labels if isinstance(labels, Mapping) else {})}
+        given = labels if isinstance(labels, Mapping) else {}
+        prompts = {**(self.prompts or {}), **given}
         labels = list(self.label_names if labels is None else labels)
         _check_prompts({label: prompts[label] for label in labels if label in prompts})
         pairs = self.prompt_templates if templates is None else templates
         _check_templates(pairs)
-        of_label = [_pairs_of(label, prompts.get(label, label), pairs, templates is None) for label in labels]
+        of_label = [
+            _pairs_of(label, prompts.get(label, label), pairs, templates is None or label in given) for label in labels
+        ]
         count = math.lcm(*map(len, of_label)) if labels else len(pairs)
         return [[sentence for each in of_label for sentence in each[turn % len(each)]] for turn in range(count)]
 

@@ -187,13 +187,14 @@ def asked(
     to_data = read_labels(mapping, "--mapping") if mapping else own if own and own.has_data else None
     if own and any(len(row.findings) > 1 for row in own.rows):
         raise DataError(f"--labels {own.name}: a model is asked for one finding at a time. Merge them with --mapping.")
+    if templates:  # also in place of sentences that the model remembers; those of a table stand
+        words = {label: each for label, each in (config.prompts or {}).items() if isinstance(each, str)}
+        config = with_labels(config, config.label_names, words, pairs_of(templates))
     if own:
         config = with_labels(config, own.findings, own.prompts)
     if to_data and to_data is not own and (prompts := to_data.prompts):
         names = dict.fromkeys((*config.label_names, *prompts))
         config = with_labels(config, names, {**(config.prompts or {}), **prompts})
-    if templates:
-        config = with_labels(config, config.label_names, config.prompts, pairs_of(templates))
     return config, to_data
 
 

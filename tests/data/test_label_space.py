@@ -14,6 +14,7 @@ from medct.data.label_space import (
     any_of,
     asked,
     merge_columns,
+    pairs_of,
     published_mappings,
     read_labels,
     told_apart,
@@ -83,6 +84,16 @@ def test_sentences_and_templates_in_any_language(table):
         ["Ein Erguss liegt vor.", "Kein Erguss.", "Milzriss liegt vor.", "Milzriss liegt nicht vor."],
         ["Ein Erguss liegt vor.", "Kein Erguss.", "Es gibt Milzriss.", "Ohne Milzriss."],
     ]
+
+
+def test_commands_and_pipelines_ask_the_same(table):
+    """Sentences of a table stand, and those that a model remembers give way to templates."""
+    given, templates = {"b": [["B!", "No b!"]], "c": "words of c"}, ["{label}?|no {label}?"]
+    remembers = MedCTConfig(id2label={0: "a", 1: "b"}, prompts={"a": [["A is seen.", "No A."]], "b": "words of b"})
+    pairs = pairs_of(templates)
+    assert asked(remembers, templates=templates)[0].label_prompts() == remembers.label_prompts(templates=pairs)
+    path = table("label,words,present,absent\nb,,B!,No b!\nc,words of c,,\n")
+    assert asked(remembers, path, templates)[0].label_prompts() == remembers.label_prompts(given, pairs)
 
 
 def test_the_configuration_travels(table, tmp_path):

@@ -48,6 +48,9 @@ def test_templates_that_are_given_are_for_all_labels():
     assert config.label_prompts() == [["A is seen.", "No A.", "words of b!", "no words of b!"]]
     given = config.label_prompts(templates=[["{label}?", "no {label}?"]])
     assert given == [["a?", "no a?", "words of b?", "no words of b?"]]
+    # Whoever passes both means the sentences where there are some.
+    both = config.label_prompts({"b": [["B!", "b!"]], "c": "words of c"}, [["{label}?", "no {label}?"]])
+    assert both == [["B!", "b!", "words of c?", "no words of c?"]]
 
 
 def test_survives_saving_and_loading(tmp_path):
