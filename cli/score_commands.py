@@ -21,7 +21,7 @@ from medct.common.errors import OK, SOME_FAILED
 from medct.common.lock import only_run
 from medct.configuration_medct import MedCTConfig
 from medct.data import PhantomCohort, Source, open_source
-from medct.data.label_space import LabelTable, asked
+from medct.data.label_space import LabelTable, also_asked, asked
 from medct.data.loader import StudyLoader
 from medct.data.sources import DataError, why_skipped
 from medct.evaluation.calibration import fit_calibration
@@ -197,7 +197,7 @@ def _evaluate(args: argparse.Namespace, recorded: Mapping[str, Any] | None) -> i
     config, mappings = _asked(args, pipe)
     if remark := remark_on_words(pipe.model, pipe.processor, config):
         warnings.warn(remark, stacklevel=1)
-    versions = versions_of(args, pipe, config)
+    versions = versions_of(args, pipe, config, mappings)
     score = functools.partial(_score, args, pipe, versions, accelerator)
     opened = functools.partial(_open, args, config, mappings)
     _refuse_the_same(args)
@@ -295,13 +295,16 @@ def _asked(args: argparse.Namespace, pipe: CTPipeline) -> tuple[MedCTConfig, dic
     return config, mappings
 
 
-def versions_of(args: argparse.Namespace, pipe: CTPipeline, config: MedCTConfig) -> dict[str, Version]:
+def versions_of(
+    args: argparse.Namespace, pipe: CTPipeline, config: MedCTConfig, mappings: Mapping[str, LabelTable | None]
+) -> dict[str, Version]:
     """What is scored, by name: the model with its adapter and, first, what it is compared with.
 
     Args:
         args: Parsed and settled.
         pipe: Holds the model, with the adapter.
         config: What is asked, but where an adapter was trained to be asked for the same labels in other words.
+        mappings: Of the sources; what they have prompts for, an adapter is asked in these.
     """
     base = {"model": args.model, "revision": args.revision, "fingerprint": fingerprint(pipe.model)}
     base |= about_model(pipe.model, config)
@@ -323,7 +326,8 @@ def versions_of(args: argparse.Namespace, pipe: CTPipeline, config: MedCTConfig)
         described = pipe.model.adapter_description(key)
         own = as_described(pipe.model.config, described)
         is_asked_anew = bool(args.labels or args.templates)
-        asks = config if is_asked_anew or own.label_names != config.label_names else own
+        mapped = functools.reduce(also_asked, filter(None, mappings.values()), own)
+        asks = config if is_asked_anew or mapped.label_names != config.label_names else mapped
         # An operating point holds for the words that it was chosen with.
         holds = {name for name in asks.label_names if own.label_prompts([name]) == asks.label_prompts([name])}
         points = {YOUDEN: described.get("thresholds") or {}, **(described.get("operating_points") or {})}

@@ -188,14 +188,28 @@ def asked(
     if own and any(len(row.findings) > 1 for row in own.rows):
         raise DataError(f"--labels {own.name}: a model is asked for one finding at a time. Merge them with --mapping.")
     if templates:  # also in place of sentences that the model remembers; those of a table stand
-        words = {label: each for label, each in (config.prompts or {}).items() if isinstance(each, str)}
+        words: dict[str, Prompt] = {
+            label: each for label, each in (config.prompts or {}).items() if isinstance(each, str)
+        }
         config = with_labels(config, config.label_names, words, pairs_of(templates))
     if own:
         config = with_labels(config, own.findings, own.prompts)
-    if to_data and to_data is not own and (prompts := to_data.prompts):
-        names = dict.fromkeys((*config.label_names, *prompts))
-        config = with_labels(config, names, {**(config.prompts or {}), **prompts})
+    if to_data and to_data is not own:
+        config = also_asked(config, to_data)
     return config, to_data
+
+
+def also_asked(config: MedCTConfig, mapping: LabelTable) -> MedCTConfig:
+    """A configuration that asks for what a mapping has prompts for, beside its own findings.
+
+    Args:
+        config: Whose labels and prompts stay, but where the mapping has a prompt.
+        mapping: What the data call the findings.
+    """
+    if not mapping.prompts:
+        return config
+    names = dict.fromkeys((*config.label_names, *mapping.prompts))
+    return with_labels(config, names, {**(config.prompts or {}), **mapping.prompts})
 
 
 def pairs_of(templates: Sequence[str]) -> list[list[str]]:
@@ -444,6 +458,7 @@ def merge_columns(
 __all__ = [
     "LabelSpace",
     "LabelTable",
+    "also_asked",
     "any_of",
     "asked",
     "merge_columns",

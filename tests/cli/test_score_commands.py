@@ -206,7 +206,10 @@ def test_points_are_chosen_on_tuning_patients_and_carried_over(run, folder, conv
     # They hold for its own words, and so does what makes probabilities of its scores.
     described = read(adapter / "medct_adapter.json") | {"calibration": {"Emphysema": [1.0, 0.0]}}
     (adapter / "medct_adapter.json").write_text(json.dumps(described), encoding="utf-8")
-    for words, has_points in ([], True), (["--templates", "{label}|no {label}"], False):
+    table = tmp_path / "words.csv"
+    table.write_text("label,words\nEmphysema,large airspaces\n", encoding="utf-8")
+    other_words = (["--templates", "{label}|no {label}"], ["--mapping", table])
+    for words, has_points in ([], True), *((words, False) for words in other_words):
         run("evaluate", "--data", root, "--adapter", adapter, *words, "--output", output)
         (source,) = read(output)["sources"]
         assert bool(source["operating_points"]) == has_points
