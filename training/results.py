@@ -179,11 +179,13 @@ def few_steps(steps: int, per_epoch: int, settings: TrainingSettings) -> str | N
     """
     if steps >= FEW_STEPS:
         return None
-    epochs = math.ceil(FEW_STEPS / per_epoch)
-    is_cut = settings.max_steps == steps < per_epoch * settings.epochs
-    remedy = f"a higher --max_steps than {steps}" if is_cut else f"--epochs {epochs}"
+    remedies = []
+    if per_epoch * settings.epochs < FEW_STEPS:
+        remedies.append(f"--epochs {math.ceil(FEW_STEPS / per_epoch)}")
+    if settings.max_steps is not None and settings.max_steps < FEW_STEPS:
+        remedies.append(f"a higher --max_steps than {settings.max_steps}")
     few = counted(steps, "step is", "steps are")
-    return f"{few} few: an adapter learns little in less than {FEW_STEPS}. Pass {remedy}."
+    return f"{few} few: an adapter learns little in less than {FEW_STEPS}. Pass {' and '.join(remedies)}."
 
 
 def repeatable(settings: TrainingSettings, revision: str | None, points: dict[str, Any]) -> dict[str, Any] | None:

@@ -1,6 +1,8 @@
 """What a run of few patients or few steps says of itself."""
 
 import dataclasses
+import math
+import re
 
 import numpy as np
 import pytest
@@ -74,15 +76,21 @@ def test_a_run_of_enough_patients_has_nothing_to_say():
         (5, 5, {}, "Pass --epochs 10."),
         (14, 7, {"epochs": 2}, "Pass --epochs 8."),
         (3, 100, {"max_steps": 3}, "Pass a higher --max_steps than 3."),
+        (3, 3, {"max_steps": 3}, "Pass --epochs 17 and a higher --max_steps than 3."),
+        (3, 3, {"max_steps": 9}, "Pass --epochs 17 and a higher --max_steps than 9."),
+        (30, 30, {"max_steps": 100}, "Pass --epochs 2."),
         (FEW_STEPS, FEW_STEPS, {}, None),
     ],
 )
 def test_few_steps_are_remarked_on_with_what_to_do(steps, per_epoch, changes, remedy):
     said = few_steps(steps, per_epoch, TrainingSettings(**changes))
     assert said is None if remedy is None else said.endswith(remedy)
-    if "--epochs" in (remedy or ""):
-        epochs = int(remedy.split()[-1].rstrip("."))
-        assert few_steps(per_epoch * epochs, per_epoch, TrainingSettings(epochs=epochs)) is None
+    if remedy is not None:  # whoever does so hears no more of it
+        flags = dict(re.findall(r"--(\w+)(?: than)? (\d+)", remedy))
+        epochs = int(flags.get("epochs", changes.get("epochs", 1)))
+        better = TrainingSettings(epochs=epochs, max_steps=None if "max_steps" in flags else changes.get("max_steps"))
+        steps = min(per_epoch * epochs, better.max_steps or math.inf)
+        assert few_steps(steps, per_epoch, better) is None
 
 
 def test_what_is_worse_or_forgotten_is_remarked_on():
