@@ -109,7 +109,8 @@ def subgroup_figures(
         `FEWEST_IN_GROUP` scans; with two models also that of `difference`.
     """
     first = next(iter(models.values()))
-    divisions = dict.fromkeys(division for about in first.about for division in about)
+    # A file of several sources has the columns of all.
+    divisions = dict.fromkeys(division for about in first.about for division, group in about.items() if group)
     found = []
     for division in divisions:
         group_of = np.array([about.get(division, "") or "unknown" for about in first.about])

@@ -180,6 +180,9 @@ def test_subgroups_are_scored_where_they_are_large_enough():
     assert women["auroc"]["old"]["value"] == pytest.approx(expected)
     assert women["auroc"]["difference"] == {"value": 0, "low": 0, "high": 0}
     assert men["auroc"] is None and unknown["auroc"] is None
+    # A table of several sources has columns that one of them knows nothing of.
+    blank = replace(studies, about=[{"sex": each["sex"], "age": ""} for each in about])
+    assert subgroup_figures({"old": blank, "new": blank}, ["a", "b"], resamples=30) == [found]
     other = replace(studies, scores=1 - scores)
     changes = [
         subgroup_figures(dict(zip(("old", "new"), pair, strict=True)), ["a", "b"], resamples=30)[0]["groups"][0]
