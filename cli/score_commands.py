@@ -63,6 +63,14 @@ _NOT_RECORDED = {"command", "run", "explain", "quiet", "output", "repeat", "num_
 # Settings that no flag has, of a training run: sizes of a cohort of phantoms, what its models are called, and the
 # operating points of each.
 _ONLY_RECORDED = ("phantoms", "names", "points")
+_POINTS_HOLD_FOR = ("fingerprint", "adapter_fingerprint", "prompt_templates", "prompts")
+# Commits of repositories, and which flag names the repository: of another they say nothing.
+_COMMITS = {
+    "data_revision": "data",
+    "revision": "model",
+    "adapter_revision": "adapter",
+    "against_revision": "against",
+}
 _MOST_SHOWN = 10
 _LEARNED = {"train": "trained on", "tune": "chosen on"}
 # What figures of each command hold, by themselves or in their settings, and those of no other command.
@@ -167,7 +175,8 @@ def settle(args: argparse.Namespace, recorded: Mapping[str, Any] | None) -> None
     known = {} if recorded is None else (recorded.get("provenance") or {}).get("settings")
     if known is None:
         raise CommandError(f"{args.repeat} does not say how it was made, so it cannot be repeated. Run it anew.")
-    for name in {*known, *vars(args), *_ONLY_RECORDED}:
+    moved = {commit for commit, what in _COMMITS.items() if getattr(args, what) not in (None, known.get(what))}
+    for name in {*known, *vars(args), *_ONLY_RECORDED} - moved:
         if getattr(args, name, None) is None:
             value = known.get(name)
             setattr(args, name, DEFAULTS.get(name) if value is None else value)
@@ -198,6 +207,7 @@ def _evaluate(args: argparse.Namespace, recorded: Mapping[str, Any] | None) -> i
     if remark := remark_on_words(pipe.model, pipe.processor, config):
         warnings.warn(remark, stacklevel=1)
     versions = versions_of(args, pipe, config, mappings)
+    args.points = _still_hold(args.points, recorded, versions)
     score = functools.partial(_score, args, pipe, versions, accelerator)
     opened = functools.partial(_open, args, config, mappings)
     _refuse_the_same(args)
@@ -450,6 +460,21 @@ def _brought(
     wanted = wanted_points(args.sensitivity, args.specificity)
     points = choose_points(tuned.scores, tuned.labels, tuned.names, wanted, tuned.patients)
     return points, fit_calibration(tuned.scores, tuned.labels, tuned.names, tuned.patients)
+
+
+def _still_hold(
+    points: Mapping[str, Points] | None, recorded: Mapping[str, Any] | None, versions: Mapping[str, Version]
+) -> dict[str, Points] | None:
+    """Of the operating points of a run that is repeated, those of models with the same weights that are asked the same;
+    others bring their own."""
+    before = {} if recorded is None else recorded["provenance"].get("models", {})
+    held = {
+        name: each
+        for name, each in (points or {}).items()
+        if name in versions
+        and all(before.get(name, {}).get(what) == versions[name].about.get(what) for what in _POINTS_HOLD_FOR)
+    }
+    return held or None
 
 
 def figures_of(models: Mapping[str, Scores], what: str, **options: int) -> dict[str, Any]:

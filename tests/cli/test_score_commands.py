@@ -237,6 +237,31 @@ def test_a_run_is_repeated_to_the_digit(run, folder, converted, tmp_path):
     assert "differs: settings data: ['moved'], now " in out
 
 
+@pytest.mark.parametrize("change", [{}, {"fingerprint": "b"}, {"adapter_fingerprint": "b"}, {"prompts": {"x": "y"}}])
+def test_recorded_points_are_for_the_weights_and_words_that_they_were_chosen_with(change):
+    about = {"fingerprint": "a", "adapter_fingerprint": "a", "prompt_templates": [], "prompts": {}}
+    recorded = {"provenance": {"models": {"adapted": about}}}
+    points = {"adapted": {"youden": {"x": 0.5}}}
+    versions = {"adapted": score_commands.Version(lambda: None, [], about | {"adapter": "elsewhere"} | change)}
+    assert score_commands._still_hold(points, recorded, versions) == (None if change else points)
+    assert score_commands._still_hold(points, recorded, {}) is None
+    assert score_commands._still_hold(None, None, versions) is None
+
+
+@pytest.mark.parametrize("what", ["data", "model", "adapter", "against"])
+def test_a_recorded_commit_is_of_its_own_repository(what):
+    commits = score_commands._COMMITS
+    known = {name: ["ORG/OLD"] if name == "data" else "ORG/OLD" for name in commits.values()}
+    known |= dict.fromkeys(commits, "abc")
+    flags = dict.fromkeys([*known, "repeat", "sensitivity", "specificity", "tune_on"])
+    for address, found in (("ORG/OLD", "abc"), ("ORG/NEW", None)):
+        args = argparse.Namespace(**flags | {what: [address] if what == "data" else address})
+        score_commands.settle(args, {"provenance": {"settings": known}})
+        assert {name: getattr(args, name) for name in commits} == {
+            name: found if of == what else "abc" for name, of in commits.items()
+        }
+
+
 def test_figures_from_tables(run, folder, tmp_path):
     root, output = folder("site", 20), tmp_path / "scores.json"
     run("evaluate", "--data", root, "--split", "all", "--seed", 5, "--output", output)
