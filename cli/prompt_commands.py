@@ -15,12 +15,12 @@ from medct.cli.commands import CommandError, ends, load_pipeline, start_processe
 from medct.cli.score_commands import loader_of, only_json, settings_of
 from medct.common.errors import OK, first_line
 from medct.common.files import whole_file
-from medct.configuration_medct import MedCTConfig
+from medct.configuration_medct import MedCTConfig, Prompt
 from medct.data import open_source
 from medct.data.label_space import asked, told_apart
 from medct.evaluation.calibration import fit_calibration
 from medct.evaluation.operating_points import YOUDEN, choose_points
-from medct.evaluation.prompts import OWN_SENTENCES, SYNONYMS, TEMPLATES, Template, spread, wording_scores
+from medct.evaluation.prompts import SYNONYMS, TEMPLATES, Template, spread, wording_scores
 from medct.evaluation.provenance import list_checksum, provenance
 from medct.evaluation.record import write_figures
 from medct.evaluation.report import prompts_report
@@ -42,7 +42,6 @@ def _try_prompts(args: argparse.Namespace) -> int:
     if args.store and config.label_names != pipe.asked.label_names:
         raise CommandError("--store keeps the wording of the adapter's own findings. Leave out those that it has not.")
     templates, names = _wordings(args, config)
-    sentences = _own_sentences(config)
     options = {"limit": args.limit, "revision": args.data_revision, "mapping": mapping}
     source = told_apart(open_source(args.data, args.split, config, **options))
     loader = loader_of(args, pipe, accelerator, source)
@@ -50,13 +49,13 @@ def _try_prompts(args: argparse.Namespace) -> int:
     failed = sum(gather_object([loader.num_bad]))
     if not accelerator.is_main_process:
         return OK
-    scores = wording_scores(pipe.model, pipe.processor, embeds, templates, names, accelerator, sentences)
+    scores = wording_scores(pipe.model, pipe.processor, embeds, templates, names, accelerator)
     try:
         found = spread(scores, studies.labels, templates, names, studies.patients, len(config.prompt_templates))
     except ValueError as error:
         raise CommandError(f"{source.description}: {error}") from error
     if args.store:
-        _store_wording(Path(args.adapter), found, scores, studies, templates, names, sentences)
+        _store_wording(Path(args.adapter), found, scores, studies, templates, names)
     if args.output is not None:
         write_figures(args.output, found | {"provenance": _provenance(args, pipe, accelerator, studies)})
     print(f"{source.description}\n\n{prompts_report(found)}")
@@ -82,27 +81,18 @@ def _provenance(
     )
 
 
-def _wordings(args: argparse.Namespace, config: MedCTConfig) -> tuple[list[Template], dict[str, list[str]]]:
+def _wordings(args: argparse.Namespace, config: MedCTConfig) -> tuple[list[Template], dict[str, list[Prompt]]]:
     """Templates and names to try; first those that the model uses anyway."""
     wanted = templates_of(args.templates) if args.templates else TEMPLATES
     templates = [tuple(each) for each in config.prompt_templates]
     templates += [each for each in wanted if each not in templates]
     synonyms: Mapping[str, Sequence[str]] = SYNONYMS if args.names is None else _read_names(args.names, config)
-    sentences = _own_sentences(config)
-    usual = {
-        label: [OWN_SENTENCES, label] if label in sentences else [(config.prompts or {}).get(label, label)]
-        for label in config.label_names
-    }
-    return templates, {label: list(dict.fromkeys([*each, *synonyms.get(label, ())])) for label, each in usual.items()}
-
-
-def _own_sentences(config: MedCTConfig) -> dict[str, Any]:
-    """By label, its own pairs of sentences, of those that have some."""
-    return {
-        label: words
-        for label, words in (config.prompts or {}).items()
-        if not isinstance(words, str) and label in config.label_names
-    }
+    found: dict[str, list[Prompt]] = {}
+    for label in config.label_names:
+        usual = (config.prompts or {}).get(label, label)
+        others = [*synonyms.get(label, ())] if isinstance(usual, str) else [label, *synonyms.get(label, ())]
+        found[label] = [usual, *(each for each in dict.fromkeys(others) if each != usual)]
+    return templates, found
 
 
 def _read_names(path: Path, config: MedCTConfig) -> dict[str, list[str]]:
@@ -129,8 +119,7 @@ def _store_wording(
     scores: Mapping[str, np.ndarray],
     studies: ScoredStudies,
     templates: Sequence[Template],
-    names: Mapping[str, Sequence[str]],
-    sentences: Mapping[str, Any],
+    names: Mapping[str, Sequence[Prompt]],
 ) -> None:
     """Write the choice into an adapter, with operating points and calibration of the scores that it gives."""
     chosen = found["chosen"]
@@ -141,10 +130,7 @@ def _store_wording(
     described = read_description(folder) or {}
     described |= {
         "prompt_templates": chosen["prompt_templates"],
-        "prompts": {
-            label: sentences[label] if each == OWN_SENTENCES else each for label, each in words.items() if each != label
-        }
-        or None,
+        "prompts": {label: each for label, each in words.items() if each != label} or None,
         "thresholds": choose_points(values, studies.labels, list(names), {}, studies.patients).get(YOUDEN),
         "calibration": fit_calibration(values, studies.labels, list(names), studies.patients) or None,
         "operating_points": None,

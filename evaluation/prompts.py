@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
+from medct.configuration_medct import Prompt
 from medct.evaluation.metrics import enough, zero_shot_scores
 from medct.evaluation.scoring import texts_to
 from medct.modeling_medct import MedCTModel, zero_shot_probabilities
@@ -49,8 +50,6 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
     "Interlobular septal thickening": ("Thickened interlobular septa", "Septal thickening"),
 }
 """Other names for CT-CLIP's findings."""
-OWN_SENTENCES = "(sentences of its own)"
-"""Among the names of a label, stands for its own pairs of sentences, which are the same in every template."""
 
 
 def wording_scores(
@@ -58,9 +57,8 @@ def wording_scores(
     processor: MedCTProcessor,
     image_embeds: np.ndarray,
     templates: Sequence[Template],
-    names: Mapping[str, Sequence[str]],
+    names: Mapping[str, Sequence[Prompt]],
     accelerator: Accelerator,
-    sentences: Mapping[str, Sequence[Sequence[str]]] | None = None,
 ) -> dict[str, np.ndarray]:
     """Scores of every wording.
 
@@ -69,39 +67,34 @@ def wording_scores(
         processor: The model's.
         image_embeds: `(studies, d)`, from `embed_studies`.
         templates: Pairs of sentences (present, not present) with `{label}`.
-        names: By label, the names to try.
+        names: By label, the names to try, or pairs of sentences, which are the same in all templates.
         accelerator: Its device and precision are used.
-        sentences: By label, the pairs of sentences that `OWN_SENTENCES`, the first of its names, stands for.
 
     Returns:
         By label, `(templates, names of the label, studies)`, in [0, 1].
     """
+    flat = {str(index): name for index, name in enumerate(name for each in names.values() for name in each)}
     images = torch.from_numpy(image_embeds).to(accelerator.device)
-
-    def score(texts: Sequence[str]) -> np.ndarray:
-        """`(pairs, studies)`."""
-        tokens = texts_to(dict(processor(text=list(texts), return_tensors="pt")), accelerator.device)
-        with torch.no_grad(), accelerator.autocast():
-            embeds = model.get_text_features(**tokens).pooler_output.float()
-        with torch.no_grad():
-            return zero_shot_probabilities(model.get_logits(images, embeds)).cpu().numpy().T
-
-    by_name = {label: [name for name in each if name != OWN_SENTENCES] for label, each in names.items()}
-    flat = [name for each in by_name.values() for name in each]
-    scores = np.stack([score(each) for each in model.config.label_prompts(flat, templates)])
-    ends = np.cumsum([len(each) for each in by_name.values()])
-    found = dict(zip(by_name, np.split(scores, ends[:-1], axis=1), strict=True))
-    for label, pairs in (sentences or {}).items():
-        own = score([sentence for pair in pairs for sentence in pair]).mean(axis=0)
-        found[label] = np.concatenate([np.tile(own, (len(templates), 1, 1)), found[label]], axis=1)
-    return found
+    by_template = []
+    for template in templates:
+        turns = []
+        for sentences in model.config.label_prompts(flat, [template]):
+            texts = texts_to(dict(processor(text=sentences, return_tensors="pt")), accelerator.device)
+            with torch.no_grad(), accelerator.autocast():
+                embeds = model.get_text_features(**texts).pooler_output.float()
+            with torch.no_grad():
+                turns.append(zero_shot_probabilities(model.get_logits(images, embeds)).cpu().numpy())
+        by_template.append(np.mean(turns, axis=0))
+    scores = np.stack(by_template).swapaxes(1, 2)  # (templates, all names, studies)
+    ends = np.cumsum([len(each) for each in names.values()])
+    return dict(zip(names, np.split(scores, ends[:-1], axis=1), strict=True))
 
 
 def spread(
     scores: Mapping[str, np.ndarray],
     labels: np.ndarray,
     templates: Sequence[Template],
-    names: Mapping[str, Sequence[str]],
+    names: Mapping[str, Sequence[Prompt]],
     patients: Sequence[str] | None = None,
     own_templates: int = 1,
 ) -> dict[str, Any]:
@@ -165,21 +158,20 @@ def _aurocs(scores: np.ndarray, truth: np.ndarray) -> np.ndarray:
 
 
 def _finding(
-    scores: np.ndarray, truth: np.ndarray, templates: Sequence[Template], names: Sequence[str], own_templates: int
+    scores: np.ndarray, truth: np.ndarray, templates: Sequence[Template], names: Sequence[Prompt], own_templates: int
 ) -> dict[str, Any]:
     is_other = np.ones(scores.shape[:2], bool)
-    is_other[1:, 0] = names[0] != OWN_SENTENCES  # the same in every template, so one wording
+    is_other[1:, 0] = isinstance(names[0], str)  # sentences are the same in every template, so one wording
     aurocs = _aurocs(scores[is_other], truth)
     usual = float(_aurocs(scores[:own_templates, 0].mean(axis=0, keepdims=True), truth)[0])
     about = {"present": int((truth == 1).sum()), "absent": int((truth == 0).sum()), "wordings": len(aurocs)}
     if np.isnan(aurocs).all():
         return about | dict.fromkeys(("usual", "mean", "lowest", "highest", "best"))
     template, name = np.argwhere(is_other)[int(np.argmax(aurocs))]
-    is_own = names[name] == OWN_SENTENCES
     return about | {
         "usual": usual,
         "mean": float(aurocs.mean()),
         "lowest": float(aurocs.min()),
         "highest": float(aurocs.max()),
-        "best": {"template": [OWN_SENTENCES] if is_own else list(templates[template]), "name": names[name]},
+        "best": {"template": list(templates[template]), "name": names[name]},
     }

@@ -288,6 +288,15 @@ def _retrieval_row(title: str, figures: Mapping[int, Any], at: Mapping[int, Any]
     return f"| {title} | {' | '.join(cells)} |"
 
 
+def _wording(best: dict[str, Any] | None) -> str:
+    """Both sentences of a name in a template, or those that a finding has itself."""
+    if best is None:
+        return UNDEFINED
+    if not isinstance(best["name"], str):
+        return "; ".join(" / ".join(pair) for pair in best["name"])
+    return " / ".join(best["template"]).replace("{label}", best["name"])
+
+
 def prompts_report(found: dict[str, Any]) -> str:
     """How far AUROC moves by wording, as Markdown tables.
 
@@ -299,9 +308,7 @@ def prompts_report(found: dict[str, Any]) -> str:
     for label, each in found["findings"].items():
         aurocs = [each[key] for key in ("usual", "mean", "lowest", "highest")]
         figures = [UNDEFINED if auroc is None else f"{auroc:.3f}" for auroc in aurocs]
-        best = each["best"] or {"template": [UNDEFINED], "name": ""}
-        best = " / ".join(best["template"]).replace("{label}", best["name"])
-        lines.append(f"| {label} ({each['present']:,}) | {' | '.join(figures)} | {best} |")
+        lines.append(f"| {label} ({each['present']:,}) | {' | '.join(figures)} | {_wording(each['best'])} |")
     lines += ["", "| template | mean AUROC |", "| --- | ---: |"]
     for each in found["templates"]:
         lines.append(f"| {' / '.join(each['template'])} | {each['auroc']:.3f} |")

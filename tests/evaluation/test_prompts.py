@@ -14,7 +14,7 @@ from medct.cli import main
 from medct.cli.prompt_commands import _store_wording
 from medct.data import StudyLoader, open_source, phantom_source
 from medct.data.label_space import with_labels
-from medct.evaluation.prompts import OWN_SENTENCES, SYNONYMS, TEMPLATES, spread, wording_scores
+from medct.evaluation.prompts import SYNONYMS, TEMPLATES, spread, wording_scores
 from medct.evaluation.report import prompts_report
 from medct.evaluation.scoring import ScoredStudies, embed_studies, score_studies, tokenize_prompts
 
@@ -96,16 +96,16 @@ def test_own_sentences_are_one_wording_and_kept_unless_another_is_better(tmp_pat
     pairs = {"x": [["It is large.", "It is small."]]}
     (tmp_path / DESCRIPTION_FILE).write_text("{}", encoding="utf-8")
     studies = ScoredStudies(list("abcdefghijkl"), list("abcdefghijkl"), LABELS, LABELS, names=["x", "z"])
-    names = {"x": [OWN_SENTENCES, "x"], "z": ["z"]}
+    names = {"x": [pairs["x"], "x"], "z": ["z"]}
     for own, plain, stored in ((PERFECT, ranks(2), pairs), (ranks(2), PERFECT, None)):
         scores = {"x": np.stack([[own, plain], [own, USELESS]]), "z": np.stack([[ranks(1)], [ranks(3)]])}
         found = spread(scores, LABELS, [A, B], names)
         aurocs = [roc_auc_score(LABELS[:, 0], each) for each in (own, plain, USELESS)]
         x = found["findings"]["x"]
         assert (x["wordings"], x["usual"], x["mean"]) == pytest.approx((3, aurocs[0], np.mean(aurocs)))
-        assert (x["best"]["name"] == OWN_SENTENCES) == (stored is not None)
-        assert (f"| {OWN_SENTENCES} |" in prompts_report(found)) == (stored is not None)
-        _store_wording(tmp_path, found, scores, studies, [A, B], names, pairs)
+        assert (x["best"]["name"] == pairs["x"]) == (stored is not None)
+        assert ("| It is large. / It is small. |" in prompts_report(found)) == (stored is not None)
+        _store_wording(tmp_path, found, scores, studies, [A, B], names)
         described = json.loads((tmp_path / DESCRIPTION_FILE).read_text(encoding="utf-8"))
         assert described["prompts"] == stored and described["prompt_templates"] == [list(A)]
 
@@ -119,7 +119,7 @@ def test_what_is_stored_is_of_all_chosen_templates_and_of_enough_patients(tmp_pa
     names = [f"scan {index}" for index in range(12)]
     studies = ScoredStudies(names, patients, np.full((12, 1), np.nan), LABELS[:, :1], names=["x"])
     found = {"chosen": {"prompt_templates": [list(A), list(B)], "names": {}}}
-    _store_wording(tmp_path, found, {"x": np.stack([[PERFECT], [PERFECT / 2]])}, studies, [A, B], {"x": ["x"]}, {})
+    _store_wording(tmp_path, found, {"x": np.stack([[PERFECT], [PERFECT / 2]])}, studies, [A, B], {"x": ["x"]})
     described = json.loads((tmp_path / DESCRIPTION_FILE).read_text(encoding="utf-8"))
     assert described["label_names"] == ["x"] and described["operating_points"] is None
     assert described["thresholds"] == ({"x": pytest.approx(0.675)} if count == 12 else None)
@@ -149,14 +149,13 @@ def test_wordings_have_the_scores_that_the_pipeline_gives(model, processor):
     )
     scored = score_studies(model, loader, tokenize_prompts(model.config, processor), accelerator, "")
     np.testing.assert_allclose(np.stack([each[0, 0] for each in own.values()], 1), scored.scores, atol=1e-6)
-    # So do sentences of a finding's own, whatever the template.
-    pairs = {"Emphysema": [["a b.", "c."], ["d e.", "f."]]}
-    config = with_labels(model.config, CT_CLIP_LABELS, pairs)
+    # With all that a configuration asks, too.
+    prompts = {"Emphysema": "a b c", "Cardiomegaly": [["q", "r"], ["s", "t"], ["u", "v"]]}
+    config = with_labels(model.config, CT_CLIP_LABELS, prompts, [A, B])
+    usual = {label: [prompts.get(label, label)] for label in CT_CLIP_LABELS}
+    own = wording_scores(model, processor, embeds, [A, B], usual, accelerator)
     scored = score_studies(model, loader, tokenize_prompts(config, processor), accelerator, "")
-    names = {label: [label] for label in CT_CLIP_LABELS} | {"Emphysema": [OWN_SENTENCES, "Emphysema"]}
-    asked = wording_scores(model, processor, embeds, [TEMPLATES[0], B], names, accelerator, pairs)
-    for template in asked["Emphysema"]:
-        np.testing.assert_allclose(template[0], scored.scores[:, CT_CLIP_LABELS.index("Emphysema")], atol=1e-6)
+    np.testing.assert_allclose(np.stack([each[:, 0].mean(0) for each in own.values()], 1), scored.scores, atol=1e-6)
 
 
 def test_the_lists_are_of_whole_sentences():
