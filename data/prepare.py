@@ -196,6 +196,7 @@ class Shard:
         remarks: list[dict[str, str]] = []
         scans: list[str] = []
         without_report: list[int] = []
+        about: list[dict[str, str]] = []
         with (
             whole_file(self.path) as aside,
             parquet.ParquetWriter(
@@ -222,13 +223,15 @@ class Shard:
                     if not row["report"]:
                         without_report.append(len(scans))
                     scans.append(scan)
+                    about.append(row.get("about") or {})
                     remarks += [{"id": row["id"], "remark": note} for note in notes]
                 bar.update()
         with self.path.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         file = {"path": f"data/{self.path.name}", "num_bytes": self.path.stat().st_size, "sha256": sha256}
-        # The reconstructions of one scan share its name; `without_report` holds row indices, from 0.
+        # The reconstructions of one scan share its name; `without_report` holds row indices, from 0; `about` subgroups.
         file |= {"num_studies": len(scans), "scans": scans, "without_report": without_report}
+        file |= {"about": about} if any(about) else {}
         _write_json(self.record_path, {"file": file, "skipped": skipped, "remarks": remarks})
         return skipped
 

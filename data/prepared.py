@@ -321,6 +321,7 @@ class _ReadRow:
         shape: Shape of the volumes, `(z, y, x)`.
         num_labels: Labels per study.
         options: Options for the file system.
+        about: Subgroups of each row.
     """
 
     paths: tuple[str, ...]
@@ -328,6 +329,7 @@ class _ReadRow:
     shape: tuple[int, int, int]
     num_labels: int
     options: dict[str, Any]
+    about: tuple[dict[str, str], ...]
 
     def __call__(self, number: int) -> Row:
         file = bisect.bisect_right(self.starts, number) - 1
@@ -337,7 +339,7 @@ class _ReadRow:
         except VolumeError as error:  # raised when the volume is opened, where it affects this study alone
             volume.refusal = error
             row = {"id": volume.name, "patient": "", "report": "", "labels": [math.nan] * self.num_labels}
-        return {**row, "volume": volume, "prepared": True}
+        return {**row, "volume": volume, "prepared": True, "about": self.about[number]}
 
     def _to_dict(self, table: pa.Table) -> dict[str, Any]:
         if not table.schema.equals(_ROW, check_metadata=False):  # what describes columns has no checksum
@@ -399,7 +401,9 @@ def prepared_source(
     scans = [scan for file in found["files"] for scan in file["scans"]]
     groups = [groups[index] for index in first_of([scans[rows[0]] for rows in groups], limit)]
     starts = itertools.accumulate((len(file["scans"]) for file in found["files"]), initial=0)
-    read = _ReadRow(paths, tuple(starts)[:-1], tuple(manifest["settings"]["image_size"]), len(label_names), options)
+    about = tuple(each for file in found["files"] for each in file.get("about") or [{}] * len(file["scans"]))
+    shape = tuple(manifest["settings"]["image_size"])
+    read = _ReadRow(paths, tuple(starts)[:-1], shape, len(label_names), options, about)
     return Source(
         groups,
         read,

@@ -263,7 +263,8 @@ def test_unreadable_studies_are_skipped_with_the_reason_and_can_be_retried(tmp_p
     paths[1].write_bytes(whole[: len(whole) // 2])
 
     def read(key: int) -> dict:
-        return {"id": f"s{key}", "patient": "p", "report": "", "labels": [0.0] * 18, "volume": str(paths[key])}
+        about = {"about": {"sex": "F"}} if key == 2 else {}
+        return {"id": f"s{key}", "patient": "p", "report": "", "labels": [0.0] * 18, "volume": str(paths[key])} | about
 
     left_out = (Skipped("head", "no chest"),)
     source = Source([(key,) for key in range(5)], read, config.label_names, "5 studies", left_out)
@@ -275,6 +276,7 @@ def test_unreadable_studies_are_skipped_with_the_reason_and_can_be_retried(tmp_p
     assert str(tmp_path) not in json.dumps(manifest)
     opened_again = prepared_source(tmp_path / "out", "train", config)
     assert [row["id"] for row in opened_again.stream()] == ["s0", "s2", "s3", "s4"]
+    assert [row["about"] for row in opened_again.stream()] == [{}, {"sex": "F"}, {}, {}]
     assert [study.id for study in opened_again.skipped] == ["head", "s1"]
     paths[1].write_bytes(whole)
     kept = (tmp_path / "out/data/train-00001-of-00002.parquet").stat().st_mtime_ns
@@ -699,7 +701,7 @@ def test_shards_beside_tables_are_refused(folder, table, tmp_path, config):
 def test_a_row_has_the_columns_and_labels_that_it_should_have():
     """What describes columns has no checksum."""
     row = {"id": ["a"], "patient": ["p"], "report": [""], "labels": [[0.0, 1.0]], "sha256": ["x"]}
-    read = _ReadRow((), (), (1, 1, 1), 2, {})
+    read = _ReadRow((), (), (1, 1, 1), 2, {}, ())
     assert read._to_dict(pa.table(row, _ROW)) == {"id": "a", "patient": "p", "report": "", "labels": [0, 1]}
     whole = _ROW.set(3, pa.field("labels", pa.list_(pa.int32())))
     with pytest.raises(ValueError, match="other columns"):
