@@ -21,6 +21,7 @@ from medct.common.files import whole_file
 from medct.data.sources import DataError
 from medct.data.study_names import matched
 from medct.data.subgroups import COLUMNS as SUBGROUPS
+from medct.data.subgroups import subgroup_columns, subgroups_of
 from medct.data.table_files import columns_of, read_table
 from medct.data.tables import check_labels, refuse_misnamed, refuse_two_spellings, to_numbers
 from medct.evaluation.scoring import ScoredStudies
@@ -189,6 +190,7 @@ def join_metadata(predictions: Path, metadata: Path, split: str | None = None) -
     _refuse_doubles(scores, ["model", NAME], predictions)
     if scores.empty:
         raise DataError(f"No study of {predictions} is in {metadata}. Their names must end alike.")
+    groups = pd.DataFrame(subgroup_columns(labels.drop(columns=names)), index=labels[NAME])
     found = {}
     for model, rows in scores.groupby("model", sort=False):
         truth = labels.set_index(NAME).loc[rows[NAME]]
@@ -197,6 +199,7 @@ def join_metadata(predictions: Path, metadata: Path, split: str | None = None) -
             truth["patient"].tolist(),
             rows[names].to_numpy(float),
             truth[names].to_numpy(float),
+            [subgroups_of(study) for study in groups.loc[rows[NAME]].to_dict("records")],
             names=names,
         )
     return Predictions(names, found)

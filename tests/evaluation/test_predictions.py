@@ -60,12 +60,14 @@ def test_scores_join_with_metadata_by_the_name_of_the_file(tmp_path):
     table = {"study": ["/data/a/0.nii.gz", "b/1.nii.gz", "2.nii.gz", "other.nii"], "Mass": [0.1, 0.9, 0.4, 0.5]}
     pd.DataFrame(table | {"Lung nodule": 0.5, "Mass present": 1}).to_csv(tmp_path / "scores.csv", index=False)
     rows = {"file_name": ["2.nii.gz", "a/0.nii.gz", "1.nii.gz"], "Mass": ["1", "", "0"], "patient": ["p", "q", "r"]}
-    pd.DataFrame(rows | {"split": ["test", "test", "train"]}).to_csv(tmp_path / "metadata.csv", index=False)
+    rows |= {"split": ["test", "test", "train"], "PatientAge": ["030Y", "", "65"]}
+    pd.DataFrame(rows).to_csv(tmp_path / "metadata.csv", index=False)
     found = join_metadata(tmp_path / "scores.csv", tmp_path / "metadata.csv")
     assert found.names == ["Mass"]
     (scored,) = found.scored.values()
     assert scored.ids == ["a/0.nii.gz", "1.nii.gz", "2.nii.gz"]
     assert scored.patients == ["q", "r", "p"]
+    assert scored.about == [{}, {"age": "60-79"}, {"age": "under 40"}]
     assert scored.scores[:, 0].tolist() == [0.1, 0.9, 0.4]
     np.testing.assert_array_equal(scored.labels[:, 0], [np.nan, 0, 1])
     (scored,) = join_metadata(tmp_path / "scores.csv", tmp_path / "metadata.csv", "test").scored.values()
