@@ -221,7 +221,7 @@ def _evaluate(args: argparse.Namespace, recorded: Mapping[str, Any] | None) -> i
         if tuned is not None:
             _refuse_overlap(next(iter(tuned.values())), next(iter(scored[name].values())), name)
         failed += unreadable
-        learned = _learned(args, source, next(iter(scored[name].values())))
+        learned = _learned(versions, source, next(iter(scored[name].values())))
         sources.append(_about(name, source, args.split, unreadable) | {"learned": learned})
     if not accelerator.is_main_process:
         return OK
@@ -438,16 +438,17 @@ def _about(name: str, source: Source, split: str, unreadable: int) -> dict[str, 
     }
 
 
-def _learned(args: argparse.Namespace, source: Source, scored: ScoredStudies) -> dict[str, dict[str, int]]:
+def _learned(versions: Mapping[str, Version], source: Source, scored: ScoredStudies) -> dict[str, dict[str, int]]:
     """By adapter, how many of these studies bear the names of those that it was trained on, and chosen on."""
     found: dict[str, dict[str, int]] = {}
-    for adapter in (args.adapter, args.against):
-        if adapter in (None, BASE) or source.is_synthetic:  # drawings have numbers, the same in every split
+    for name, version in versions.items():
+        adapter = version.about.get("adapter")
+        if adapter is None or source.is_synthetic:  # drawings have numbers, the same in every split
             continue
         for split, names in learned_from(scores_path(Path(adapter) / RESULTS)).items():
             # Of several reconstructions, the scan is named.
             if count := max(len(names.intersection(each)) for each in (source.names, scored.ids)):
-                found.setdefault(short_names([adapter])[0], {})[split] = count
+                found.setdefault(name, {})[split] = count
     return found
 
 

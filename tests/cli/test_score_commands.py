@@ -502,13 +502,23 @@ def test_studies_that_an_adapter_has_learned_from_are_remarked_on(tmp_path):
     tuned = Predictions(["Mass"], {Key("adapted", "site", "tune"): scored.take([2])})
     (tmp_path / "run").mkdir()
     write_predictions(tmp_path / "run/results.studies.csv", tuned, [("site", "train", ["a", "b", "x"])])
-    args = argparse.Namespace(adapter=str(tmp_path / "run"), against="base")
+    (tmp_path / "other").mkdir()
+    write_predictions(tmp_path / "other/results.studies.csv", tuned)
+
+    def learned(source=source, scored=scored, **adapters) -> dict:
+        versions = {
+            name: score_commands.Version(lambda: None, [], {"adapter": str(tmp_path / each)} if each else {})
+            for name, each in adapters.items()
+        }
+        return score_commands._learned(versions, source, scored)
+
     about = score_commands._about("site", source, "all", 0)
-    about["learned"] = score_commands._learned(args, source, scored)
+    about["learned"] = learned(base=None, run="run")
     (said,) = score_commands._remarks(about)
     assert said.startswith("site: of the 4 studies, run has trained on 2 and chosen on 1, by their names.")
+    # Each is called as it is in the tables, also where two have a folder of the same name.
+    assert learned(**{"run": "other", "run (2)": "run"}) == {"run": {"tune": 1}, "run (2)": {"train": 2, "tune": 1}}
     others = dataclasses.replace(source, names=list("wyuv"))
-    assert score_commands._learned(args, others, scored.take([3])) == {}
-    assert score_commands._learned(args, dataclasses.replace(source, is_synthetic=True), scored) == {}
-    args = argparse.Namespace(adapter="ORG/NAME", against=None)
-    assert score_commands._learned(args, source, scored) == {}
+    assert learned(others, scored.take([3]), run="run") == {}
+    assert learned(dataclasses.replace(source, is_synthetic=True), run="run") == {}
+    assert learned(run="ORG/NAME") == {}
