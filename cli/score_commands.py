@@ -242,7 +242,11 @@ def _evaluate(args: argparse.Namespace, recorded: Mapping[str, Any] | None) -> i
         "sources": sources,
         "table": evaluation_report(sources, names),
         "remarks": [
-            *([] if args.tune_on is None else remark_on_points(points.get(YOUDEN, {}), names)),
+            *(
+                []
+                if tuned is None
+                else remark_on_points(points.get(YOUDEN, {}), names, next(iter(tuned.values())).names)
+            ),
             *(remark for about in sources for remark in _remarks(about)),
         ],
         "provenance": provenance(

@@ -81,17 +81,23 @@ def choose_points(
     return points
 
 
-def remark_on_points(thresholds: Mapping[str, float], names: Sequence[str]) -> list[str]:
+def remark_on_points(
+    thresholds: Mapping[str, float], names: Sequence[str], tuned: Sequence[str] | None = None
+) -> list[str]:
     """Why findings have no operating point; nothing if all have one.
 
     Args:
         thresholds: By finding, of those that have one.
         names: Of all.
+        tuned: Of those that the tuning patients have labels of; all by default.
     """
     lacking = [name for name in names if name not in thresholds]
-    which = "any finding" if len(lacking) == len(names) else ", ".join(lacking)
-    said = f"No operating point for {which}: fewer than {FEWEST} tuning patients have it, or are without it."
-    return [said] if lacking else []
+    unknown = [] if tuned is None else [name for name in lacking if name not in tuned]
+    few = [name for name in lacking if name not in unknown]
+    which = "any finding" if len(few) == len(names) else ", ".join(few)
+    said = [f"No operating point for {which}: fewer than {FEWEST} tuning patients have it, or are without it."]
+    asked = f"No operating point for {', '.join(unknown)}: the tuning patients have no such label."
+    return said * bool(few) + [asked] * bool(unknown)
 
 
 def threshold_for(scores: np.ndarray, labels: np.ndarray, rule: str, share: float) -> float:
