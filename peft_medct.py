@@ -87,6 +87,13 @@ class MedCTAdapterMixin:
         self._refuse_to_do_without_adapters()
         super().disable_adapters()
 
+    def enable_adapters(self) -> None:
+        """transformers' own, and whole modules, which it would leave disabled: the base's would take their place."""
+        super().enable_adapters()
+        for module in self.modules():
+            if hasattr(module, "modules_to_save"):
+                module.enable_adapters(True)
+
     def delete_adapter(self, *args, **kwargs) -> None:
         """transformers' own, where the base is what is left; see `check_fit`."""
         self._refuse_to_do_without_adapters()

@@ -444,8 +444,14 @@ def test_an_adapter_with_a_whole_module_gives_way_to_one_without(converted, adap
         warnings.simplefilter("ignore")
         both.load_adapter(adapter, "plain")
         both.load_adapter(tmp_path / "whole", "whole")
+    base = logits(MedCTModel.from_pretrained(converted), batch)
     for name in ("plain", "whole", "plain"):
         both.set_adapter(name)
+        assert adapters_in_use(both) == [name]
+        torch.testing.assert_close(logits(both, batch), alone[name])
+        both.disable_adapters()
+        torch.testing.assert_close(logits(both, batch), base)
+        both.enable_adapters()
         assert adapters_in_use(both) == [name]
         torch.testing.assert_close(logits(both, batch), alone[name])
     with pytest.raises(ValueError, match="not found"):
