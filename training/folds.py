@@ -199,7 +199,8 @@ def _results(
     results = first | {
         "measured_on": f"Cross-validation by patient: each of {comparison['patients']} patients was held out once, in "
         f"{count} folds, and the scores of {count} adapters on {comparison['scans']} studies are pooled.{synthetic}",
-        "data": f"The adapter in this folder is that of fold {KEPT_FOLD} of {count}. {first['data']}",
+        "data": f"The adapter in this folder is that of fold {KEPT_FOLD} of {count}. {first['data']} The figures are "
+        f"of all folds: {comparison['scans']} studies of {comparison['patients']} patients.",
         "comparison": comparison,
         "folds": folds,
         "table": "\n\n".join([results_table(comparison, names), folds_table(folds)]),

@@ -117,6 +117,7 @@ def test_scores_of_all_folds_are_pooled_and_the_first_adapter_is_kept(settings, 
     assert any(remark.endswith("Pass --epochs 25.") for remark in results["remarks"])
     assert results["provenance"]["settings"] is None, "no single run has these figures"
     assert "fold 1 of 3, of 24 SYNTHETIC studies" in results["data"] and results["data"] in card
+    assert results["data"].endswith("The figures are of all folds: 24 studies of 24 patients.")
 
     # It is the adapter of the first fold, and one fold alone makes it, too.
     alone = dataclasses.replace(settings, fold=1, output_dir=str(tmp_path / "alone"))
