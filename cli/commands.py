@@ -177,16 +177,24 @@ def templates_of(written: Sequence[str]) -> list[tuple[str, ...]]:
 
 
 def _labels_of(named: Sequence[str]) -> list[str] | dict[str, Any]:
-    """Labels in words, or with their prompts from a table."""
-    if len(named) > 1 or "." not in named[0]:
-        return list(dict.fromkeys(named))
+    """Labels in words, or with their prompts from a table.
+
+    Raises:
+        CommandError: If there is a table among labels in words, which would be asked for by its file's name.
+    """
+    names = list(dict.fromkeys(named))
+    if not any("." in name for name in names):
+        return names
     # Only where there can be a table, because it takes long to import what reads one.
     from medct.data.label_space import read_labels
     from medct.data.table_files import SUFFIXES
 
-    if not named[0].lower().endswith(SUFFIXES):
-        return named
-    table = read_labels(named[0])
+    tables = [name for name in names if name.lower().endswith(SUFFIXES)]
+    if not tables:
+        return names
+    if len(names) > 1:
+        raise CommandError(f"--labels {tables[0]}: a table stands alone. Write all findings into it, or all in words.")
+    table = read_labels(tables[0])
     return {finding: table.prompts.get(finding, finding) for finding in table.findings}
 
 

@@ -114,6 +114,12 @@ def test_the_dtype_reaches_the_model(run, scans, converted, processor):
     assert plain != out
 
 
+def test_a_table_is_no_finding(run, scans):
+    for labels in (["findings.csv", "Nodule"], ["Nodule", "findings.CSV"]):
+        status, out, err = run("predict", scans / "0.nii.gz", "--labels", *labels)
+        assert (status, out) == (2, "") and "a table stands alone" in err
+
+
 def test_json_lines(run, scans, pipe):
     template = "{label} is present .|not {label}"
     status, out, err = run("predict", scans, "--format", "json", "--labels", "a", "--templates", template)
