@@ -17,7 +17,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .dicom_pixels_medct import AGAIN, Slice, hu_of
+from .dicom_frames_medct import AGAIN
+from .dicom_pixels_medct import Slice, hu_of
 from .volume_medct import MAX_VOXELS_OFF, REMARKED_VOXELS_OFF, VolumeError, check_affine, remark_on_offset
 
 _USUAL_PIXELS = 512

@@ -14,8 +14,8 @@ from transformers.processing_utils import ImagesKwargs
 
 from .configuration_medct import MedCTVisionConfig
 from .resampling_medct import ScanPart, crop_window, inside, resampled_length, scale_hu
-from .volume_io_medct import Assumed, CTVolume, axis_order, read_volume
-from .volume_medct import VolumeError, grid_in_words
+from .volume_io_medct import Assumed, read_volume
+from .volume_medct import CTVolume, VolumeError, axis_order, grid_in_words
 from .workers_medct import PicklesAnywhere, Place
 
 _DEFAULTS = MedCTVisionConfig()

@@ -35,8 +35,8 @@ from medct.common.host import device_name, keep_freed_memory, peak_memory_bytes,
 from medct.common.lock import only_run
 from medct.common.paths import local_paths, without_paths
 from medct.common.progress import be_quiet, tqdm
-from medct.data import StudyLoader
 from medct.data.label_space import asked
+from medct.data.loader import StudyLoader
 from medct.data.sources import why_skipped
 from medct.evaluation.metrics import zero_shot_scores
 from medct.evaluation.operating_points import wanted_points

@@ -26,7 +26,8 @@ from medct.inference.slices import AXIAL, LETTER_COLOUR, LETTERS, WINDOWS_HU, Ax
 from medct.pipeline_medct import CTPipeline, ZeroShotCTClassificationPipeline
 from medct.reporting.findings import Algorithm, Finding, findings_of
 from medct.resampling_medct import reorient
-from medct.volume_io_medct import CTVolume, VolumeError, VolumeWarning, read_volume
+from medct.volume_io_medct import read_volume
+from medct.volume_medct import CTVolume, VolumeError, VolumeWarning
 
 PHANTOM = "synthetic phantom"
 _PHANTOM_PATIENT, _PHANTOM_SITE = 0, "A"  # with five findings, at the site that the phantom base knows

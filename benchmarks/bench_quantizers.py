@@ -20,10 +20,11 @@ from transformers import BitsAndBytesConfig, QuantoConfig, TorchAoConfig
 from transformers.utils import logging
 
 from medct import MedCTConfig, MedCTModel, MedCTProcessor
-from medct.data import StudyLoader, phantom_source
+from medct.data import phantom_source
+from medct.data.loader import StudyLoader
 from medct.evaluation.metrics import zero_shot_scores
 from medct.evaluation.scoring import score_studies, tokenize_prompts
-from medct.training.settings import PHANTOM_BASE
+from medct.publishing.loading import PHANTOM_BASE
 
 
 def torchao(name: str) -> TorchAoConfig:

@@ -9,8 +9,8 @@ from medct.app.page import import_gradio, serve
 from medct.app.scans import Engine
 from medct.cli.commands import MODEL_VARIABLE, load_pipeline, model_of
 from medct.common.errors import OK
+from medct.publishing.loading import PHANTOM_BASE
 from medct.reporting.findings import algorithm_of
-from medct.training.settings import PHANTOM_BASE
 
 
 def run_app(args: argparse.Namespace) -> int:

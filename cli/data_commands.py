@@ -8,12 +8,12 @@ from typing import Any
 from medct.common.errors import OK, first_line
 from medct.common.lock import only_run
 from medct.configuration_medct import MedCTConfig
-from medct.data import ALL, Source, joined, open_source, open_splits
+from medct.data import ALL, open_source, open_splits
 from medct.data.label_space import LabelTable, asked
 from medct.data.overview import as_text, contact_sheet, sheet_format, summarize
 from medct.data.prepare import prepare
 from medct.data.prepared import MANIFEST
-from medct.data.sources import DataError
+from medct.data.sources import DataError, Source, joined
 from medct.data.tables import TUNE_SHARE
 from medct.processing_medct import MedCTProcessor
 from medct.publishing.loading import load_config

@@ -17,7 +17,8 @@ from medct.pipeline_medct import CTPipeline, ZeroShotCTClassificationPipeline
 from medct.reporting import fhir
 from medct.reporting.findings import Algorithm, Finding, algorithm_of, findings_of
 from medct.reporting.source import ReportError, SourceStudy, read_source, refuse_without_study
-from medct.volume_io_medct import CTVolume, read_volume
+from medct.volume_io_medct import read_volume
+from medct.volume_medct import CTVolume
 
 if TYPE_CHECKING:
     from medct.reporting.page import Picture

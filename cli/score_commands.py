@@ -20,10 +20,10 @@ from medct.common.counting import counted
 from medct.common.errors import OK, SOME_FAILED
 from medct.common.lock import only_run
 from medct.configuration_medct import MedCTConfig
-from medct.data import PhantomCohort, Source, open_source
+from medct.data import PhantomCohort, open_source
 from medct.data.label_space import LabelTable, also_asked, asked
 from medct.data.loader import StudyLoader
-from medct.data.sources import DataError, why_skipped
+from medct.data.sources import DataError, Source, why_skipped
 from medct.evaluation.calibration import fit_calibration
 from medct.evaluation.figures import Scores, source_figures
 from medct.evaluation.operating_points import YOUDEN, Points, choose_points, remark_on_points, wanted_points

@@ -25,7 +25,8 @@ from medct.data.folders import Folder, open_folder
 from medct.data.label_space import LabelSpace, LabelTable, read_labels
 from medct.data.loader import StudyLoader, report_id
 from medct.data.own_data import metadata_files, metadata_source, parquet_source
-from medct.data.phantoms import SITES, make_phantom
+from medct.data.phantoms import make_phantom
+from medct.data.phantoms.sites import SITES
 from medct.data.prepared import MANIFEST, prepared_source
 from medct.data.rad_chestct import is_rad_chestct, rad_chestct_source, rad_chestct_space
 from medct.data.sources import (
@@ -52,7 +53,7 @@ class PhantomCohort:
     """SYNTHETIC patients by number, each in one split.
 
     Args:
-        site: Synthetic hospital, see `phantoms.SITES`.
+        site: Synthetic hospital, see `phantoms.sites.SITES`.
         train_patients: Number of patients to train on.
         tune_patients: Number of patients to tune on.
         eval_patients: Number of patients to score on.
@@ -216,7 +217,7 @@ def phantom_source(site: str, patients: Sequence[int], seed: int) -> Source:
     """SYNTHETIC studies, drawn on demand.
 
     Args:
-        site: Synthetic hospital, see `phantoms.SITES`.
+        site: Synthetic hospital, see `phantoms.sites.SITES`.
         patients: Numbers of the patients; sources with disjoint numbers share no patient.
         seed: Seed for the whole cohort.
     """

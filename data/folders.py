@@ -25,7 +25,7 @@ from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_ba
 from medct.byte_sources_medct import is_address
 from medct.common.retry import keep_trying
 from medct.data.sources import DataError, Deferred
-from medct.volume_io_medct import VolumeError
+from medct.volume_medct import VolumeError
 
 MAX_RETRIES = 5
 """After a network fault or a 5xx or 429 response, with waits that grow from 1 second."""

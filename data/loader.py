@@ -20,7 +20,7 @@ from medct.data.sources import DataError, Deferred, Row, Skipped, Source, read_s
 from medct.image_processing_medct import MedCTImageProcessor
 from medct.processing_medct import MedCTProcessor
 from medct.resampling_medct import ScanPart
-from medct.volume_io_medct import VolumeError
+from medct.volume_medct import VolumeError
 from medct.workers_medct import Lost, Place, load_ahead, overlapped
 
 Batch = dict[str, Any]

@@ -33,7 +33,7 @@ from medct.configuration_medct import MedCTConfig
 from medct.data.prepared import FEATURES, FORMAT, MANIFEST, grid_settings, nifti_header, shard_name
 from medct.data.sources import DataError, Source, read_study, too_many_bad
 from medct.image_processing_medct import MedCTImageProcessor
-from medct.volume_io_medct import VolumeError
+from medct.volume_medct import VolumeError
 
 SCHEMA = FEATURES.arrow_schema
 COMPRESSION_LEVELS = {"zstd": 3, "lz4": None}

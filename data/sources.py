@@ -26,7 +26,8 @@ import numpy as np
 from datasets import IterableDataset
 
 from medct.errors_medct import MedCTError
-from medct.volume_io_medct import CTVolume, read_volume
+from medct.volume_io_medct import read_volume
+from medct.volume_medct import CTVolume
 
 Row = dict[str, Any]
 

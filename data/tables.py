@@ -19,7 +19,7 @@ import pyarrow as pa
 from medct.data.cells import DECIMAL_COMMA, is_unknown, truth_of
 from medct.data.sources import DataError, NoSuchSplitError, Row, Skipped, Source, first_of, hash_share
 from medct.data.subgroups import subgroups_of
-from medct.volume_io_medct import affine_from_spacing
+from medct.volume_medct import affine_from_spacing
 
 SPLITS = ("train", "tune", "valid")
 TUNE_SHARE = 0.1

@@ -15,8 +15,8 @@ from medct.checks_medct import refuse_what_is_no_number
 from medct.common.distributed import sum_over_processes
 from medct.common.progress import tqdm
 from medct.configuration_medct import MedCTConfig
-from medct.data import StudyLoader
 from medct.data.label_space import merge_columns
+from medct.data.loader import StudyLoader
 from medct.data.sources import DataError, Source
 from medct.modeling_medct import MedCTForImageClassification, MedCTModel, zero_shot_probabilities
 from medct.processing_medct import MedCTProcessor

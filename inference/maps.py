@@ -28,7 +28,8 @@ from medct.inference.slices import AXIAL, AxialSlices, draw_places, draw_slice, 
 from medct.pictures_medct import Picture
 from medct.pipeline_medct import ZeroShotCTClassificationPipeline
 from medct.resampling_medct import AxisPlan, reorient
-from medct.volume_io_medct import Assumed, CTVolume, read_volume
+from medct.volume_io_medct import Assumed, read_volume
+from medct.volume_medct import CTVolume
 
 CAVEAT = "Debugging aid, not a finding: published CT-CLIP localises poorly (Dice about 0.004)"
 _WINDOW_HU = (-1000, 400)

@@ -13,7 +13,7 @@ from matplotlib.font_manager import fontManager
 from matplotlib.patheffects import withStroke
 
 from medct.resampling_medct import reorient
-from medct.volume_io_medct import CTVolume, axis_order
+from medct.volume_medct import CTVolume, axis_order
 
 AXIAL = "SPL"
 """Slices towards the head, rows towards the back, columns towards the patient's left."""

@@ -22,7 +22,8 @@ from medct.byte_sources_medct import is_address
 from medct.dicom_io_medct import is_dicom, series_of
 from medct.image_processing_medct import MedCTImageProcessor
 from medct.inference.places import refuse_missing
-from medct.volume_io_medct import VolumeError, read_volume
+from medct.volume_io_medct import read_volume
+from medct.volume_medct import VolumeError
 from medct.workers_medct import Lost, Place, load_ahead, overlapped
 
 _VOLUME_SUFFIXES = (".nii", ".nii.gz", ".nrrd", ".nhdr", ".mha", ".mhd", ".zip")

@@ -30,7 +30,8 @@ from .modeling_medct import zero_shot_probabilities
 from .processing_medct import MedCTProcessor
 from .resampling_medct import ScanPart
 from .snapshots_medct import Snapshot, state_of
-from .volume_io_medct import Assumed, VolumeError, read_volume
+from .volume_io_medct import Assumed, read_volume
+from .volume_medct import VolumeError
 from .workers_medct import Lost, PicklesAnywhere, Place, load_ahead, overlapped
 
 _ON_ERROR = ("raise", "return")

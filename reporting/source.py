@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from medct.errors_medct import MedCTError
 from medct.inference.studies import Study
 from medct.reporting.fhir import Identity
-from medct.volume_io_medct import VolumeError, dicom_slices, is_dicom_study
+from medct.volume_io_medct import dicom_slices, is_dicom_study
+from medct.volume_medct import VolumeError
 
 if TYPE_CHECKING:
     from pydicom import Dataset

@@ -27,8 +27,10 @@ from medct.common.errors import one_line_errors
 from medct.common.files import whole_folder
 from medct.common.progress import tqdm
 from medct.configuration_medct import MedCTConfig
-from medct.data import Source, StudyLoader, phantom_source
-from medct.data.phantoms import report_sentences
+from medct.data import phantom_source
+from medct.data.loader import StudyLoader
+from medct.data.phantoms.reports import report_sentences
+from medct.data.sources import Source
 from medct.evaluation.metrics import zero_shot_scores
 from medct.evaluation.scoring import score_studies, tokenize_prompts
 from medct.image_processing_medct import MedCTImageProcessor

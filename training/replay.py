@@ -7,7 +7,7 @@ cannot be read and the place that a run is resumed from need no other care than 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from medct.data import DataError, Row, Source
+from medct.data.sources import DataError, Row, Source
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from medct.configuration_medct import MedCTConfig
-from medct.data import ALL, Source, StudyLoader, open_source
+from medct.data import ALL, open_source
 from medct.data.label_space import LabelTable, told_apart
+from medct.data.loader import StudyLoader
+from medct.data.sources import Source
 from medct.training.folds import divide
 from medct.training.replay import ReadEither, with_replay
 from medct.training.results import SPLITS
