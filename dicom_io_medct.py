@@ -25,7 +25,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from .byte_sources_medct import GZIP_MAGIC, ByteSource, base_name, inflated_head, of_path
+from .byte_sources_medct import GZIP_MAGIC, HEAD_BYTES, ByteSource, base_name, inflated_head, of_path
 from .dicom_elements_medct import INSTALL, Elements, name_of_uid, read_data_set, read_meta
 from .dicom_frames_medct import AGAIN, DEFLATED, EXPLICIT_BIG, inflated_header, warm_up_for
 from .dicom_geometry_medct import check_alike, order, to_grid
@@ -64,7 +64,6 @@ _PROJECTIONS = ("MIP", "MINIP", "MNIP", "MAX_IP", "MIN_IP", "PROJECTION IMAGE")
 _MODALITIES = ("CT", "MR", "PT", "NM", "US", "CR", "DX", "MG", "XA", "SC", "OT", "SEG", "RTSTRUCT", "RTDOSE", "SR")
 _SUFFIXES = (".dcm", ".dicom", ".dic", ".ima")
 """Of files that stand for a DICOM file whatever they hold."""
-_HEAD_BYTES = 600
 _FIRST_GROUPS = (b"\x02\x00", b"\x08\x00")
 _DECIMALS = (0x00200032, 0x00200037, 0x00280030, 0x00281052, 0x00281053, 0x00180050, 0x00180088)
 """Position, orientation, spacing, intercept, slope, thickness and step."""
@@ -171,7 +170,7 @@ def _collect(files: Sequence[ByteSource], source: str) -> tuple[list[_CTFile], C
     others: list[ByteSource] = []
     for file in files:
         with file.open() as stream:
-            if not is_dicom(stream.read(_HEAD_BYTES)):
+            if not is_dicom(stream.read(HEAD_BYTES)):
                 others.append(file)
                 continue
             header, pixel_offset = _read_header(file, stream)
@@ -199,7 +198,7 @@ def _place_and_suffix(file: ByteSource) -> tuple[str, str]:
 
 def _check_other(file: ByteSource, names: set[tuple[str, str]]) -> None:
     """Refuse what is not a DICOM file and lies in the place of one, which its name, content or emptiness shows."""
-    if file.head(len(GZIP_MAGIC)) == GZIP_MAGIC and is_dicom(inflated_head(file, _HEAD_BYTES)):
+    if file.head(len(GZIP_MAGIC)) == GZIP_MAGIC and is_dicom(inflated_head(file, HEAD_BYTES)):
         raise VolumeError(file.name, "it is a DICOM file in gzip, which may be a slice", "Unpack it (gunzip)")
     what, remedy = what_is(file) or (None, AGAIN)
     name = _place_and_suffix(file)

@@ -15,7 +15,16 @@ from typing import Any
 
 import numpy as np
 
-from .byte_sources_medct import ByteSource, Finder, base_name, check_promise, of_bytes, open_inflated, read_array
+from .byte_sources_medct import (
+    COPY_AGAIN,
+    ByteSource,
+    Finder,
+    base_name,
+    check_promise,
+    of_bytes,
+    open_inflated,
+    read_array,
+)
 from .volume_medct import (
     NO_SECOND_RESCALE,
     REMARKED_VOXELS_OFF,
@@ -146,7 +155,7 @@ def _values_of_image(source: str, image: Any, shape: tuple[int, ...], rescale: b
     except VolumeError:
         raise
     except Exception as error:  # nibabel's own, struct's, zlib's, numpy's
-        raise VolumeError(source, f"its voxels cannot be read ({error})", "Copy or download the file again") from error
+        raise VolumeError(source, f"its voxels cannot be read ({error})", COPY_AGAIN) from error
     if rescale and (slope, intercept) != (1, 0):
         refuse_second_rescale(source, slope, intercept)
     if is_scaled:
@@ -185,9 +194,7 @@ def _read_header(source: ByteSource, stream: Any) -> Any:
             header_class = nibabel.Nifti2Header
             block += stream.read(_HEADER_BYTES[1] - _HEADER_BYTES[0])
     except Exception as error:  # gzip and isal each raise their own
-        raise VolumeError(
-            source.name, f"the gzip stream is damaged ({error})", "Copy or download the file again"
-        ) from error
+        raise VolumeError(source.name, f"the gzip stream is damaged ({error})", COPY_AGAIN) from error
     try:
         header = header_class.from_fileobj(io.BytesIO(block), check=False)
         magic = bytes(header["magic"])[:2]
@@ -216,7 +223,7 @@ def _layout(source: ByteSource, header: Any) -> tuple[tuple[int, ...], np.dtype,
         raise VolumeError(
             source.name,
             f"its header is damaged (shape {shape}, voxels from byte {offset})",
-            "Copy or download the file again",
+            COPY_AGAIN,
         )
     return shape, dtype, offset
 
@@ -225,9 +232,7 @@ def _skip(source: ByteSource, stream: Any, count: int) -> None:
     try:
         missing = len(stream.read(count)) != count
     except Exception as error:  # as above
-        raise VolumeError(
-            source.name, f"the gzip stream is damaged ({error})", "Copy or download the file again"
-        ) from error
+        raise VolumeError(source.name, f"the gzip stream is damaged ({error})", COPY_AGAIN) from error
     if missing:
         raise VolumeError(source.name, "its voxels cannot be read (it ends before them)", "Copy the file again")
 

@@ -20,6 +20,8 @@ import torch
 
 from .byte_sources_medct import (
     GZIP_MAGIC,
+    HEAD_BYTES,
+    ZIP_MAGIC,
     ByteSource,
     Finder,
     base_name,
@@ -55,7 +57,6 @@ from .volume_medct import (
     straighten,
 )
 
-_HEAD_BYTES = 600
 _FLOATS_OF_NUMPY = (torch.float16, torch.float32, torch.float64)
 _KNOWN = "NIfTI (.nii, .nii.gz), DICOM, NRRD or MetaImage (.mha, .mhd)"
 
@@ -157,7 +158,7 @@ def is_dicom_study(source: Any) -> bool:
 def _opened(source: Any) -> tuple[str, list[ByteSource], str]:
     """The format of a source's files, these, and what to call it."""
     files, name, _ = _files_of(source)
-    if len(files) == 1 and files[0].head(4) == b"PK\x03\x04":
+    if len(files) == 1 and files[0].head(4) == ZIP_MAGIC:
         files = of_zip(files[0])
     kind, files, _ = _kind_of(files, name)
     return kind, files, name
@@ -182,7 +183,7 @@ def _load(source: Any, spacing_mm, orientation: str, affine, rescale, series, re
     _refuse_unused(name, spacing_mm=spacing_mm)
     if is_rescaled:
         _refuse_rescale_of_fixed(name, rescale)
-    if len(files) == 1 and files[0].head(4) == b"PK\x03\x04":
+    if len(files) == 1 and files[0].head(4) == ZIP_MAGIC:
         files, path = of_zip(files[0]), None
     kind, files, others = _kind_of(files, name)
     if kind == "dicom":
@@ -335,7 +336,7 @@ def _kind_of(files: list[ByteSource], source: str) -> tuple[str, list[ByteSource
     scans, unmarked = [], []
     for file in files:
         kind = _format_of(file)
-        if kind == "dicom" and has_mark(file.head(_HEAD_BYTES)):
+        if kind == "dicom" and has_mark(file.head(HEAD_BYTES)):
             return kind, files, []
         if kind == "dicom":
             unmarked.append(file)
@@ -373,7 +374,7 @@ def _are_voxels(file: ByteSource, scans: list[tuple[str, ByteSource]]) -> bool:
 
 def _format_of(file: ByteSource) -> str | None:
     """The format of a file by its content; none if it is not a scan."""
-    head = file.head(_HEAD_BYTES)
+    head = file.head(HEAD_BYTES)
     if is_dicom(head):
         return "dicom"
     if is_nrrd(head):

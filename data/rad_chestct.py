@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from medct.byte_sources_medct import ByteSource, base_name, of_bytes, of_path, of_zip
+from medct.byte_sources_medct import COPY_AGAIN, ZIP_MAGIC, ByteSource, base_name, of_bytes, of_path, of_zip
 from medct.configuration_medct import MedCTConfig
 from medct.data.folders import Folder
 from medct.data.label_space import LabelSpace, LabelTable, read_labels
@@ -69,7 +69,7 @@ def read_npz(file: ByteSource) -> CTVolume:
     Raises:
         VolumeError: If it is none of RAD-ChestCT's files, or damaged.
     """
-    if file.head(4) != b"PK\x03\x04":
+    if file.head(4) != ZIP_MAGIC:
         what, remedy = what_is(file) or ("", _REMEDY)
         raise VolumeError(file.name, f"it is no {SUFFIX} archive" + (f", but {what}" if what else ""), remedy)
     member = next((member for member in of_zip(file) if base_name(member.name) == f"{_KEY}.npy"), None)
@@ -217,7 +217,7 @@ def _labels(path: Path, label_names: Sequence[str], where: str) -> pd.DataFrame:
     table = read_table(path, [_ID, *columns], name=where)
     present, absent = table[columns].isin(_PRESENT), table[columns].isin(_ABSENT)
     if not (present | absent).all(axis=None):
-        raise DataError(f"{where}: it has a label that is neither 0 nor 1. Copy or download the file again.")
+        raise DataError(f"{where}: it has a label that is neither 0 nor 1. {COPY_AGAIN}.")
     labels = {name: present[found].any(axis=1).astype(float) for name, found in places.items()}
     return pd.DataFrame({"id": _volume_name(table[_ID]), **labels})
 

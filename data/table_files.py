@@ -19,14 +19,13 @@ from typing import Any
 
 import pandas as pd
 
-from medct.byte_sources_medct import of_path, of_zip
+from medct.byte_sources_medct import ZIP_MAGIC, of_path, of_zip
 from medct.data.sources import DataError
 
 SUFFIXES = (".csv", ".xlsx")
 _SEPARATORS = ",;\t"
 _LONGEST_CELL = 2**24
 _OLD_OFFICE = b"\xd0\xcf\x11\xe0"  # .xls, and workbooks with a password
-_ZIP = b"PK\x03\x04"
 _AS_CSV = "In Excel, save it as `CSV UTF-8`"
 
 
@@ -101,7 +100,7 @@ def _rows_of(path: Path, wanted: Sequence[str], name: str, comments: bool = Fals
             start = file.read(4)
         if start == _OLD_OFFICE:
             raise DataError(f"{name}: an old or encrypted Excel file, which is not read. {_AS_CSV}.")
-        yield from _sheet(path, wanted, name) if start == _ZIP else _csv(path, wanted, comments)
+        yield from _sheet(path, wanted, name) if start == ZIP_MAGIC else _csv(path, wanted, comments)
     except DataError:
         raise
     except FileNotFoundError as error:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from medct.byte_sources_medct import is_address
+from medct.byte_sources_medct import HEAD_BYTES, is_address
 from medct.dicom_io_medct import is_dicom, series_of
 from medct.image_processing_medct import MedCTImageProcessor
 from medct.inference.places import refuse_missing
@@ -29,7 +29,6 @@ from medct.workers_medct import Lost, Place, load_ahead, overlapped
 _VOLUME_SUFFIXES = (".nii", ".nii.gz", ".nrrd", ".nhdr", ".mha", ".mhd", ".zip")
 # One word with a separator that begins as paths do, ends as folders do, or has a suffix; "w/o" is none.
 _PATH = re.compile(r"(?:~|\.{1,2})?/\S*|\S*[/\\]|\S*[/\\]\S*\.[A-Za-z]\w*")
-_DICOM_HEAD_BYTES = 600
 _DICOMDIR_CLASS = b"1.2.840.10008.1.3.10"
 _DICOMDIR = "dicomdir"
 
@@ -204,7 +203,7 @@ def _is_dicom_file(path: Path) -> bool:
         return False
     try:
         with path.open("rb") as file:
-            head = file.read(_DICOM_HEAD_BYTES)
+            head = file.read(HEAD_BYTES)
     except OSError:
         return False
     return is_dicom(head) and _DICOMDIR_CLASS + b"\0" not in head and _DICOMDIR_CLASS + b"\2" not in head

@@ -40,7 +40,11 @@ MAX_INFLATION = 200
 MODEST_BYTES = 2**28
 """What may be inflated whatever the ratio: 256 MiB, since constant test volumes inflate a thousandfold."""
 
-GZIP_MAGIC = b"\x1f\x8b"
+GZIP_MAGIC, ZIP_MAGIC = b"\x1f\x8b", b"PK\x03\x04"
+HEAD_BYTES = 600
+"""From so many bytes the format of a file is told; the last mark, that of tar, ends at byte 262."""
+COPY_AGAIN = "Copy or download the file again"
+"""The remedy of a damaged file."""
 _MAX_DEFLATE_RATIO = 1032
 _CHUNK_BYTES = 2**24
 _MAX_REST_BYTES = 2**26
@@ -359,7 +363,7 @@ def check_promise(source: ByteSource, promised: int, compressed: bool) -> None:
         raise VolumeError(
             source.name,
             f"its voxels cannot be read (the header promises {promised} bytes, the file has {source.size})",
-            "Copy or download the file again",
+            COPY_AGAIN,
         )
 
 
@@ -388,7 +392,7 @@ def read_array(
                 raise VolumeError(
                     source.name,
                     f"its voxels cannot be read ({len(unread)} of {array.nbytes} bytes are missing)",
-                    "Copy or download the file again",
+                    COPY_AGAIN,
                 )
             unread = unread[count:]
         _read_rest(source, stream, array.nbytes, 0 if is_alone else array.nbytes // shape[-1] - 1)
@@ -399,9 +403,7 @@ def read_array(
             source.name, f"there is no memory for shape {shape} of type {dtype}", "Crop the scan"
         ) from error
     except Exception as error:  # gzip, isal, zlib and bz2 each raise their own
-        raise VolumeError(
-            source.name, f"the {_stream_kind(stream)} stream is damaged ({error})", "Copy or download the file again"
-        ) from error
+        raise VolumeError(source.name, f"the {_stream_kind(stream)} stream is damaged ({error})", COPY_AGAIN) from error
     return array if array.dtype.isnative else array.byteswap(inplace=True).view(array.dtype.newbyteorder("="))
 
 

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from .byte_sources_medct import ByteSource, Finder, check_promise, fast_gzip, read_array
+from .byte_sources_medct import COPY_AGAIN, ByteSource, Finder, check_promise, fast_gzip, read_array
 from .volume_medct import (
     CTVolume,
     VolumeError,
@@ -40,7 +40,6 @@ _MAX_WHOLE = 2.0**53
 """Up to which double precision, as which texts are read, holds every whole number."""
 _LENGTH_TOLERANCE = 1e-2
 """Of spacings that a header says in two ways, and of axes that should be of length 1."""
-_AGAIN = "Copy or download the file again"
 _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 _NRRD_TYPES = {
     name: code
@@ -210,7 +209,7 @@ def _bad_numbers(source: ByteSource, field: str, text: str) -> VolumeError:
     """The error of a field that should hold numbers."""
     if _DECIMAL_COMMA.search(text):
         return VolumeError(source.name, f"its {field} is written with decimal commas", "Write it with points")
-    return VolumeError(source.name, f"its {field} holds no numbers as they should be", _AGAIN)
+    return VolumeError(source.name, f"its {field} holds no numbers as they should be", COPY_AGAIN)
 
 
 def _lines(source: ByteSource, file: BinaryIO) -> Iterator[str]:
@@ -226,7 +225,7 @@ def _lines(source: ByteSource, file: BinaryIO) -> Iterator[str]:
 
 
 def _endless(source: ByteSource) -> VolumeError:
-    return VolumeError(source.name, "its header has no end", _AGAIN)
+    return VolumeError(source.name, "its header has no end", COPY_AGAIN)
 
 
 def _take(source: ByteSource, fields: dict[str, str], name: str, value: str) -> None:
@@ -288,7 +287,9 @@ def _nrrd_layout(source: ByteSource, fields: dict[str, str]) -> tuple[tuple[int,
             raise VolumeError(
                 source.name, "its NRRD header names no byte order (endian)", "Add `endian: little` or `endian: big`"
             ) from error
-        raise VolumeError(source.name, "its NRRD header lacks sizes, a known type or an encoding", _AGAIN) from error
+        raise VolumeError(
+            source.name, "its NRRD header lacks sizes, a known type or an encoding", COPY_AGAIN
+        ) from error
     is_spatial = set(fields.get("kinds", "").lower().split()) <= set(_SPATIAL_KINDS)
     if min(shape, default=0) <= 0 or not is_spatial:
         what = "" if is_spatial else " and an axis that is not of space (`kinds`)"
@@ -360,7 +361,7 @@ def _nrrd_voxels(
         line_skip = int(fields.get("line skip", "0"))
         byte_skip = int(fields.get("byte skip", "0"))
     except ValueError as error:
-        raise VolumeError(source.name, "its NRRD header is damaged", _AGAIN) from error
+        raise VolumeError(source.name, "its NRRD header is damaged", COPY_AGAIN) from error
     is_alone = is_detached and line_skip == byte_skip == 0
     for _, _line in zip(range(line_skip), file, strict=False):
         pass
@@ -386,7 +387,7 @@ def _skip_bytes(source: ByteSource, file: BinaryIO, count: int) -> None:
         while count > 0 and (skipped := len(file.read(min(count, 2**20)))):
             count -= skipped
     except Exception as error:  # gzip, isal and bz2 each raise their own
-        raise VolumeError(source.name, f"its compressed stream is damaged ({error})", _AGAIN) from error
+        raise VolumeError(source.name, f"its compressed stream is damaged ({error})", COPY_AGAIN) from error
 
 
 def _hex_voxels(source: ByteSource, file: BinaryIO, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -483,7 +484,9 @@ def _meta_layout(source: ByteSource, fields: dict[str, str]) -> tuple[tuple[int,
         channels = int(fields.get("ElementNumberOfChannels", "1"))
         dtype = np.dtype(_META_TYPES[fields["ElementType"].upper()])
     except (KeyError, ValueError) as error:
-        raise VolumeError(source.name, "its MetaImage header lacks DimSize or a known ElementType", _AGAIN) from error
+        raise VolumeError(
+            source.name, "its MetaImage header lacks DimSize or a known ElementType", COPY_AGAIN
+        ) from error
     if fields.get("Modality", "MET_MOD_CT").upper() not in _META_MODALITIES:
         raise VolumeError(source.name, "its Modality is not CT", "Pass a CT scan")
     if channels != 1 or min(shape, default=0) <= 0:
@@ -541,7 +544,7 @@ def _numbers(source: ByteSource, field: str, text: str, *shape: int) -> np.ndarr
     except ValueError as error:
         raise _bad_numbers(source, field, text) from error
     if numbers.size != math.prod(shape):
-        raise VolumeError(source.name, f"its {field} is not that of {shape[0]} axes in mm", _AGAIN)
+        raise VolumeError(source.name, f"its {field} is not that of {shape[0]} axes in mm", COPY_AGAIN)
     return numbers.reshape(shape)
 
 
@@ -578,7 +581,7 @@ def _meta_voxels(
         header_size = int(fields.get("HeaderSize", "0"))
         stored = int(fields.get("CompressedDataSize", "0")) if compressed else promised
     except ValueError as error:
-        raise VolumeError(source.name, "its MetaImage header is damaged", _AGAIN) from error
+        raise VolumeError(source.name, "its MetaImage header is damaged", COPY_AGAIN) from error
     if header_size > 0:
         file.seek(header_size)
     elif header_size == -1 and 0 < stored <= source.size:
