@@ -12,6 +12,7 @@ import torch
 from medct.cli.commands import CommandError
 from medct.cli.score_commands import figures_of, only_json, settings_of
 from medct.common.errors import OK
+from medct.common.files import write_json
 from medct.configuration_medct import CT_CLIP_LABELS
 from medct.data.study_names import matched
 from medct.evaluation.figures import Scores
@@ -26,7 +27,7 @@ from medct.evaluation.predictions import (
     short_names,
 )
 from medct.evaluation.provenance import list_checksum, provenance
-from medct.evaluation.record import read_scores, write_figures
+from medct.evaluation.record import read_scores
 from medct.evaluation.report import evaluation_report, retrieval_report
 from medct.evaluation.retrieval import Pairs, recall_figures, shared_findings
 from medct.evaluation.scoring import ScoredStudies
@@ -105,7 +106,7 @@ def _finish(args: argparse.Namespace, sources: list[dict[str, Any]]) -> None:
     names = list(dict.fromkeys(name for each in sources for name in each["present"]))
     results = {"label_names": names, "sources": sources, "table": evaluation_report(sources, names)}
     if args.output is not None:
-        write_figures(args.output, results | {"provenance": _without_model(args, sources)})
+        write_json(args.output, results | {"provenance": _without_model(args, sources)})
     print(results["table"])
     for each in sources:
         if each.get("unpaired"):

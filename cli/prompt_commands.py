@@ -14,7 +14,7 @@ from medct.adapters_medct import DESCRIPTION_FILE, adapter_fingerprint, fingerpr
 from medct.cli.commands import CommandError, ends, load_pipeline, start_processes, templates_of
 from medct.cli.score_commands import loader_of, only_json, settings_of
 from medct.common.errors import OK, first_line
-from medct.common.files import whole_file
+from medct.common.files import write_json
 from medct.configuration_medct import MedCTConfig, Prompt
 from medct.data import open_source
 from medct.data.label_space import asked, told_apart
@@ -22,7 +22,6 @@ from medct.evaluation.calibration import fit_calibration
 from medct.evaluation.operating_points import YOUDEN, choose_points
 from medct.evaluation.prompts import SYNONYMS, TEMPLATES, Template, spread, wording_scores
 from medct.evaluation.provenance import list_checksum, provenance
-from medct.evaluation.record import write_figures
 from medct.evaluation.report import prompts_report
 from medct.evaluation.scoring import ScoredStudies, about_model, embed_studies
 from medct.pipeline_medct import CTPipeline
@@ -57,7 +56,7 @@ def _try_prompts(args: argparse.Namespace) -> int:
     if args.store:
         _store_wording(Path(args.adapter), found, scores, studies, templates, names)
     if args.output is not None:
-        write_figures(args.output, found | {"provenance": _provenance(args, pipe, accelerator, studies)})
+        write_json(args.output, found | {"provenance": _provenance(args, pipe, accelerator, studies)})
     print(f"{source.description}\n\n{prompts_report(found)}")
     if args.store:
         print(f"\nstored in {Path(args.adapter) / DESCRIPTION_FILE}, with operating points and calibration for it")
@@ -135,5 +134,4 @@ def _store_wording(
         "calibration": fit_calibration(values, studies.labels, list(names), studies.patients) or None,
         "operating_points": None,
     }
-    with whole_file(folder / DESCRIPTION_FILE) as aside:
-        aside.write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / DESCRIPTION_FILE, described)

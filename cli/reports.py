@@ -2,7 +2,6 @@
 
 import argparse
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from medct.common.files import whole_file
+from medct.common.files import whole_file, write_json
 from medct.errors_medct import MedCTError
 from medct.inference.studies import ReadStudy, Study
 from medct.pipeline_medct import CTPipeline, ZeroShotCTClassificationPipeline
@@ -122,8 +121,7 @@ def report_writer(
             written.append(_save(page, args.dicom_page, source, algorithm, findings, "page"))
         if args.fhir is not None:
             found = fhir.bundle(findings, algorithm, source.identity if args.fhir_identity else None)
-            with whole_file(args.fhir) as aside:
-                aside.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            write_json(args.fhir, found, ensure_ascii=False)
             written.append(str(args.fhir))
         return written
 

@@ -3,12 +3,13 @@
 import contextlib
 import errno
 import glob
+import json
 import os
 import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 # Fetched once, before any thread: the system tells it only by changing it.
 _UMASK = os.umask(0)
@@ -128,6 +129,18 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
             aside.unlink(missing_ok=True)
         _name(error, aside, path)
         raise
+
+
+def write_json(path: str | os.PathLike, content: Any, **options: Any) -> None:
+    """Write a JSON file, whole or not at all.
+
+    Args:
+        path: File to make or replace.
+        content: Without NaN or infinity, which JSON does not have.
+        options: Of `json.dumps`.
+    """
+    with whole_file(path) as aside:
+        aside.write_text(json.dumps(content, indent=2, allow_nan=False, **options) + "\n", encoding="utf-8")
 
 
 class Reserve:

@@ -25,7 +25,7 @@ import torch
 from huggingface_hub import DatasetCard, DatasetCardData
 from pyarrow import parquet
 
-from medct.common.files import remove_leftovers, whole_file
+from medct.common.files import remove_leftovers, whole_file, write_json
 from medct.common.lock import LockedError, only_run
 from medct.common.paths import local_paths, without_paths
 from medct.common.progress import tqdm
@@ -232,7 +232,7 @@ class Shard:
         # The reconstructions of one scan share its name; `without_report` holds row indices, from 0; `about` subgroups.
         file |= {"num_studies": len(scans), "scans": scans, "without_report": without_report}
         file |= {"about": about} if any(about) else {}
-        _write_json(self.record_path, {"file": file, "skipped": skipped, "remarks": remarks})
+        write_json(self.record_path, {"file": file, "skipped": skipped, "remarks": remarks})
         return skipped
 
 
@@ -241,11 +241,6 @@ def reason_of(error: Exception) -> str:
     if isinstance(error, VolumeError):
         return error.reason or str(error)
     return f"{type(error).__name__}: {error.strerror}" if getattr(error, "strerror", None) else type(error).__name__
-
-
-def _write_json(path: Path, content: Any) -> None:
-    with whole_file(path) as aside:
-        aside.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -290,7 +285,7 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
     if not path.is_file():
         _refuse_taken(folder)
         # Before anything else: it says to the other processes whose folder this is.
-        _write_json(path, settings)
+        write_json(path, settings)
     (folder / "data").mkdir(exist_ok=True)
     found = {**DEFAULTS, **json.loads(path.read_text(encoding="utf-8"))}
     for name in sorted(settings.keys() | found.keys()):
@@ -357,7 +352,7 @@ def finish(
         _tidy_up(folder, [shard for of_split in shards.values() for shard in of_split])
         with whole_file(folder / "README.md") as aside:
             aside.write_text(card(manifest), encoding="utf-8")
-        _write_json(folder / MANIFEST, manifest)
+        write_json(folder / MANIFEST, manifest)
     return manifest
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from medct.common.errors import first_line
-from medct.common.files import whole_file
+from medct.common.files import write_json
 from medct.data.sources import DataError
 from medct.evaluation.predictions import Predictions, read_predictions, write_predictions
 
@@ -34,18 +34,7 @@ def write_record(
         others: See `write_predictions`.
     """
     write_predictions(scores_path(path), predictions, others)
-    write_figures(path, results)
-
-
-def write_figures(path: Path, results: Mapping[str, Any]) -> None:
-    """Write figures alone.
-
-    Args:
-        path: JSON file to make or replace.
-        results: The figures, with `provenance`.
-    """
-    with whole_file(path) as aside:
-        aside.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    write_json(path, results)
 
 
 def read_results(run: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import numpy as np
 from medct.adapters_medct import CONFIG_FILE
 from medct.common.counting import counted
 from medct.common.errors import StoppedError
-from medct.common.files import whole_file
+from medct.common.files import write_json
 from medct.common.lock import is_first_process, only_run
 from medct.data.sources import Source, first_of, hash_share
 from medct.evaluation.figures import Scores, source_figures
@@ -128,8 +128,7 @@ def _claim(work: Path, settings: TrainingSettings) -> None:
     path = work / "settings.json"
     ours = json.loads(json.dumps(settings.fixed()))
     if not path.is_file():
-        with whole_file(path) as aside:
-            aside.write_text(json.dumps(ours, indent=2) + "\n", encoding="utf-8")
+        write_json(path, ours)
         return
     theirs = json.loads(path.read_text(encoding="utf-8"))
     for name in sorted(ours.keys() | theirs.keys()):
