@@ -58,12 +58,11 @@ from medct.evaluation.scoring import (
     texts_to,
 )
 from medct.modeling_medct import MedCTModel
-from medct.publishing.cards import write_card
 from medct.publishing.loading import named
 from medct.training.best import BestSoFar
 from medct.training.checkpoints import Checkpoints, TrainingState
 from medct.training.folds import cross_validate
-from medct.training.handing_out import draw_pictures, tell
+from medct.training.handing_out import draw_pictures, tell, write_readme
 from medct.training.launch import commit_of_base, load_base, make_accelerator
 from medct.training.lora import (
     add_lora,
@@ -502,11 +501,7 @@ class Trainer:
             write_record(folder / RESULTS, results, predictions_of(before, after, names), trained)
             of_kept = f"; to be kept: {self._describe('keep_valid')}" if results["kept"] else ""
             draw_pictures(folder, results, before["valid"], after["valid"], note, of_kept)
-            if self.settings.adaptation == "full":
-                said = [results["measured_on"], results["table"], *results["remarks"]]
-                (folder / "README.md").write_text("\n\n".join(["# MedCT", *said]) + "\n", encoding="utf-8")
-            else:
-                write_card(folder)
+            write_readme(folder, results)
 
 
 def run(settings: TrainingSettings) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from medct.adapters_medct import CONFIG_FILE
 from medct.common.counting import counted
 from medct.common.errors import StoppedError
 from medct.common.files import write_json
@@ -26,7 +25,8 @@ from medct.evaluation.predictions import Key, Predictions, learned_from
 from medct.evaluation.record import RESULTS, read_results, read_scores, scores_path, write_record
 from medct.evaluation.report import folds_table, results_table
 from medct.evaluation.scoring import ScoredStudies
-from medct.publishing.cards import read_json, write_card
+from medct.publishing.cards import read_json
+from medct.training.handing_out import write_readme
 from medct.training.results import ADAPTED, BASE, remarks_on
 from medct.training.run_folder import RunFolder
 from medct.training.settings import TrainingError, TrainingSettings
@@ -162,11 +162,7 @@ def _gather(folder: RunFolder, runs: Sequence[Path], settings: TrainingSettings)
         note = results["measured_on"]
         save_plot(roc_plot(models, pooled[BASE].labels, names, note), final / "roc.png")
         save_plot(calibration_plot(models, pooled[BASE].labels, note), final / "calibration.png")
-        if (final / CONFIG_FILE).is_file():
-            write_card(final)
-        else:
-            said = [results["measured_on"], results["data"], results["table"], *results["remarks"]]
-            (final / "README.md").write_text("\n\n".join(["# MedCT", *said]) + "\n", encoding="utf-8")
+        write_readme(final, results)
     return results
 
 

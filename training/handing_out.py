@@ -1,4 +1,4 @@
-"""What a finished run hands out besides its weights: pictures, a table on the screen, a push."""
+"""What a finished run hands out besides its weights: pictures, a README, a table on the screen, a push."""
 
 from pathlib import Path
 from typing import Any
@@ -7,6 +7,7 @@ from medct.adapters_medct import CONFIG_FILE
 from medct.evaluation.calibration import apply_calibration
 from medct.evaluation.plots import calibration_plot, change_plot, roc_plot, save_plot
 from medct.evaluation.scoring import ScoredStudies
+from medct.publishing.cards import write_card
 from medct.publishing.push import push_adapter, push_model
 from medct.training.results import ADAPTED, BASE
 from medct.training.settings import TrainingSettings
@@ -34,6 +35,20 @@ def draw_pictures(
     if results["kept"]:
         change = change_plot(results["comparison"], results["kept"], after.names, f"{note}{of_kept}")
         save_plot(change, folder / "learned.png")
+
+
+def write_readme(folder: Path, results: dict[str, Any]) -> None:
+    """Write README.md: an adapter's card or, for a whole model, its figures alone.
+
+    Args:
+        folder: Holds the adapter or the model.
+        results: What `results.json` holds.
+    """
+    if (folder / CONFIG_FILE).is_file():
+        write_card(folder)
+        return
+    parts = ["# MedCT", results["measured_on"], results["data"], results["table"], *results["remarks"]]
+    (folder / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
 def tell(settings: TrainingSettings, results: dict[str, Any], folder: Path) -> None:
