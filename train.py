@@ -35,7 +35,7 @@ from medct.common.host import device_name, keep_freed_memory, peak_memory_bytes,
 from medct.common.lock import only_run
 from medct.common.paths import local_paths, without_paths
 from medct.common.progress import be_quiet, tqdm
-from medct.data.label_space import asked
+from medct.data.label_space import read_label_flags
 from medct.data.loader import StudyLoader
 from medct.data.sources import why_skipped
 from medct.evaluation.metrics import zero_shot_scores
@@ -58,7 +58,7 @@ from medct.evaluation.scoring import (
     texts_to,
 )
 from medct.modeling_medct import MedCTModel
-from medct.publishing.loading import named
+from medct.publishing.loading import resolve_name
 from medct.training.best import BestSoFar
 from medct.training.checkpoints import Checkpoints, TrainingState
 from medct.training.folds import cross_validate
@@ -122,7 +122,7 @@ class Trainer:
     """
 
     def __init__(self, settings: TrainingSettings):
-        settings = dataclasses.replace(settings, model=named(settings.model))
+        settings = dataclasses.replace(settings, model=resolve_name(settings.model))
         check(settings)
         self.started = time.monotonic()
         self.folder = RunFolder(settings.output_dir, settings.resume)
@@ -131,7 +131,7 @@ class Trainer:
         set_seed(settings.seed)
         self.base, self.processor = load_base(settings)
         asks = (settings.labels, settings.templates, settings.mapping)
-        self.base.config, mapping = asked(self.base.config, *asks)
+        self.base.config, mapping = read_label_flags(self.base.config, *asks)
         self.revision = commit_of_base(settings)
         self.fingerprint = fingerprint(self.base)
         self.config = self.base.config

@@ -48,7 +48,7 @@ def _carried_out(args: argparse.Namespace) -> int:
     for flag, what in (("model", "model"), ("adapter", "adapter"), ("against", "adapter")):
         name = getattr(args, flag, None)
         if name and (flag, name) != ("against", "base"):
-            setattr(args, flag, loading.named(name, what))
+            setattr(args, flag, loading.resolve_name(name, what))
     progress = _imported("common.progress")
     progress.be_quiet(args.quiet)
     module, function = args.run.split(".")

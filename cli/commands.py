@@ -40,7 +40,7 @@ from medct.inference.studies import (
 from medct.inference.weights import KEY as WEIGHTS
 from medct.inference.weights import weights_of
 from medct.pipeline_medct import CTPipeline, ZeroShotCTClassificationPipeline
-from medct.publishing.loading import load_model, named, pipeline_of
+from medct.publishing.loading import load_model, pipeline_of, resolve_name
 
 if TYPE_CHECKING:
     from medct.inference.search import Embeddings
@@ -76,7 +76,7 @@ def model_of(args: argparse.Namespace) -> str:
     if args.model:
         return args.model
     if name := os.environ.get(MODEL_VARIABLE):
-        return named(name)
+        return resolve_name(name)
     if args.adapter is None:
         raise CommandError(f"Which model? Pass --model ID_OR_FOLDER, or set {MODEL_VARIABLE}.")
     from peft import PeftConfig  # takes long to import, like all that is imported late here
@@ -465,8 +465,7 @@ def search_index(args: argparse.Namespace) -> int:
             "compared. Make the index anew."
         )
     if is_scan:
-        (study,) = one_study(args.query)
-        read = read_one(study, args, pipe)
+        read = read_one(one_study(args.query), args, pipe)
         query = embed_images(pipe, [read])[0]
     else:
         query = embed_text(pipe, args.query)
@@ -498,12 +497,12 @@ def _is_scan(query: str) -> bool:
     return False
 
 
-def one_study(path: str) -> list[Study]:
+def one_study(path: str) -> Study:
     """The single study at a path."""
     studies = find_studies([path])
     if len(studies) > 1:
         raise CommandError(f"{path} holds {len(studies)} studies, such as {studies[1].id}. Pass one of them.")
-    return studies
+    return studies[0]
 
 
 def read_one(study: Study, args: argparse.Namespace, pipe: ZeroShotCTClassificationPipeline) -> ReadStudy:
@@ -524,26 +523,24 @@ def read_one(study: Study, args: argparse.Namespace, pipe: ZeroShotCTClassificat
 
 
 def map_scan(args: argparse.Namespace) -> int:
-    from medct.inference import maps as localization
+    from medct.inference import maps
 
-    (study,) = one_study(args.scan)
+    study = one_study(args.scan)
     prompts = prompts_of(args)
     pipe = load_for_scans(args, PartialState(cpu=args.cpu), zero_shot_only=True)
     labels, templates = prompts["candidate_labels"], prompts.get("prompt_templates")
-    found = localization.map_scan(pipe, study.source, labels, templates, **reading_options(args))
-    maps = [each.finding for each in found]
-    names = localization.file_names([finding.label for finding in maps])
+    found = maps.map_scan(pipe, study.source, labels, templates, **reading_options(args))
+    names = maps.file_names([each.finding.label for each in found])
+    index = []
     with whole_folder(args.output) as folder:
         for each, name in zip(found, names, strict=True):
             each.save(folder / f"{name}.nii.gz")
             each.plot().savefig(folder / f"{name}.png", dpi=100)
-        index = [
-            {"label": finding.label, "score": finding.score, "logits_margin": finding.logits_margin, "name": name}
-            for finding, name in zip(maps, names, strict=True)
-        ]
+            values = {key: getattr(each.finding, key) for key in ("label", "score", "logits_margin")}
+            index.append(values | {"name": name})
         (folder / "findings.json").write_text(json.dumps(index, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    for finding, name in zip(maps, names, strict=True):
-        numbers = f"{finding.score:.3f}  {finding.logits_margin:+6.2f}"
-        print(f"{numbers}  {finding.label}: {args.output / name}.nii.gz, .png")
-    print(f"{localization.CAVEAT}.")
+    for each in index:
+        numbers = f"{each['score']:.3f}  {each['logits_margin']:+6.2f}"
+        print(f"{numbers}  {each['label']}: {args.output / each['name']}.nii.gz, .png")
+    print(f"{maps.CAVEAT}.")
     return OK

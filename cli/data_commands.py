@@ -9,7 +9,7 @@ from medct.common.errors import OK, first_line
 from medct.common.lock import only_run
 from medct.configuration_medct import MedCTConfig
 from medct.data import ALL, open_source, open_splits
-from medct.data.label_space import LabelTable, asked
+from medct.data.label_space import LabelTable, read_label_flags
 from medct.data.overview import as_text, contact_sheet, sheet_format, summarize
 from medct.data.prepare import prepare
 from medct.data.prepared import MANIFEST
@@ -85,7 +85,7 @@ def prepare_shards(args: argparse.Namespace) -> int:
 def _config_of(args: argparse.Namespace) -> tuple[MedCTConfig, LabelTable | None]:
     """The model's configuration with what it is asked, and what the data call it."""
     config = MedCTConfig() if args.model is None else load_config(args.model, revision=args.model_revision)
-    return asked(config, args.labels, args.templates, args.mapping)
+    return read_label_flags(config, args.labels, args.templates, args.mapping)
 
 
 def _open(args: argparse.Namespace, split: str, config: MedCTConfig, **options: Any) -> Source:

@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 
 from medct.cli.commands import CommandError
-from medct.cli.score_commands import figures_of, only_json, settings_of
+from medct.cli.score_commands import figures_of, only_json, recorded_settings
 from medct.common.errors import OK
 from medct.common.files import write_json
 from medct.configuration_medct import CT_CLIP_LABELS
@@ -116,7 +116,7 @@ def _finish(args: argparse.Namespace, sources: list[dict[str, Any]]) -> None:
 def _without_model(args: argparse.Namespace, sources: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Provenance of figures that were computed from tables."""
     studies = {each["source"]: each["studies"] for each in sources}
-    return provenance(settings_of(args), {}, studies, torch.device("cpu"), seed=args.seed)
+    return provenance(recorded_settings(args), {}, studies, torch.device("cpu"), seed=args.seed)
 
 
 def recall(args: argparse.Namespace) -> int:

@@ -4,7 +4,7 @@ import argparse
 
 
 def add_label_flags(parser: argparse.ArgumentParser, several: bool = False, templates: bool = True) -> None:
-    """Add `--labels`, `--templates` and `--mapping`; `label_space.asked` takes them in this order.
+    """Add `--labels`, `--templates` and `--mapping`; `label_space.read_label_flags` takes them in this order.
 
     Args:
         parser: Of the command.

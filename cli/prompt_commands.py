@@ -12,12 +12,12 @@ from accelerate.utils import gather_object
 
 from medct.adapters_medct import DESCRIPTION_FILE, adapter_fingerprint, fingerprint, read_description
 from medct.cli.commands import CommandError, ends, load_pipeline, start_processes, templates_of
-from medct.cli.score_commands import loader_of, only_json, settings_of
+from medct.cli.score_commands import loader_of, only_json, recorded_settings
 from medct.common.errors import OK, first_line
 from medct.common.files import write_json
 from medct.configuration_medct import MedCTConfig, Prompt
 from medct.data import open_source
-from medct.data.label_space import asked, told_apart
+from medct.data.label_space import read_label_flags, told_apart
 from medct.evaluation.calibration import fit_calibration
 from medct.evaluation.operating_points import YOUDEN, choose_points
 from medct.evaluation.prompts import SYNONYMS, TEMPLATES, Template, spread, wording_scores
@@ -37,7 +37,7 @@ def try_prompts(args: argparse.Namespace) -> int:
 def _try_prompts(args: argparse.Namespace) -> int:
     pipe = load_pipeline(args, start_processes(args).device, zero_shot_only=True)
     accelerator = Accelerator(cpu=args.cpu)
-    config, mapping = asked(pipe.asked, args.labels, mapping=args.mapping)
+    config, mapping = read_label_flags(pipe.asked, args.labels, mapping=args.mapping)
     if args.store and config.label_names != pipe.asked.label_names:
         raise CommandError("--store keeps the wording of the adapter's own findings. Leave out those that it has not.")
     templates, names = _wordings(args, config)
@@ -70,7 +70,7 @@ def _provenance(
     if args.adapter is not None:
         model["adapter_fingerprint"] = adapter_fingerprint(args.adapter, revision=args.adapter_revision)
     return provenance(
-        settings_of(args),
+        recorded_settings(args),
         {"model": model | about_model(pipe.model)},
         {f"{args.data}, {args.split}": list_checksum(studies)},
         accelerator.device,

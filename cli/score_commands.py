@@ -21,7 +21,7 @@ from medct.common.errors import OK, SOME_FAILED
 from medct.common.lock import only_run
 from medct.configuration_medct import MedCTConfig
 from medct.data import PhantomCohort, open_source
-from medct.data.label_space import LabelTable, also_asked, asked
+from medct.data.label_space import LabelTable, also_asked, read_label_flags
 from medct.data.loader import StudyLoader
 from medct.data.sources import DataError, Source, why_skipped
 from medct.evaluation.calibration import fit_calibration
@@ -193,7 +193,7 @@ def settle(args: argparse.Namespace, recorded: Mapping[str, Any] | None) -> None
         raise CommandError("A wanted sensitivity or specificity needs tuning patients to choose it on. Pass --tune_on.")
 
 
-def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+def recorded_settings(args: argparse.Namespace) -> dict[str, Any]:
     """What decides about figures, ready for JSON; for those of an evaluation, what `--repeat` starts from."""
     settings = {name: value for name, value in vars(args).items() if name not in _NOT_RECORDED}
     return json.loads(json.dumps(settings, default=str))
@@ -250,7 +250,7 @@ def _evaluate(args: argparse.Namespace, recorded: Mapping[str, Any] | None) -> i
             *(remark for about in sources for remark in _remarks(about)),
         ],
         "provenance": provenance(
-            settings_of(args),
+            recorded_settings(args),
             {name: version.about for name, version in versions.items()},
             lists,
             accelerator.device,
@@ -297,7 +297,7 @@ def _refuse_overlap(tuned: ScoredStudies, scored: ScoredStudies, name: str) -> N
 
 def _asked(args: argparse.Namespace, pipe: CTPipeline) -> tuple[MedCTConfig, dict[str, LabelTable | None]]:
     """What the model is asked, and what each source calls it; of all others under ""."""
-    config, own = asked(pipe.asked, args.labels, args.templates)
+    config, own = read_label_flags(pipe.asked, args.labels, args.templates)
     mappings = {"": own}
     addresses = [*args.data, *([] if args.tune_on is None else [args.tune_on])]
     known = dict(zip(short_names(args.data), args.data, strict=True)) | {each: each for each in addresses}
@@ -305,7 +305,7 @@ def _asked(args: argparse.Namespace, pipe: CTPipeline) -> tuple[MedCTConfig, dic
         source, _, file = named.rpartition("=")
         if source and source not in known:
             raise CommandError(f"--mapping {named}: there is no source {source!r}. Pass one of {', '.join(known)}.")
-        config, mappings[known.get(source, "")] = asked(config, mapping=file)
+        config, mappings[known.get(source, "")] = read_label_flags(config, mapping=file)
     return config, mappings
 
 

@@ -162,7 +162,7 @@ def _check(labels: LabelTable, where: str) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def asked(
+def read_label_flags(
     config: MedCTConfig,
     labels: str | None = None,
     templates: Sequence[str] | None = None,
@@ -460,10 +460,10 @@ __all__ = [
     "LabelTable",
     "also_asked",
     "any_of",
-    "asked",
     "merge_columns",
     "pairs_of",
     "published_mappings",
+    "read_label_flags",
     "read_labels",
     "told_apart",
     "with_labels",

@@ -1,6 +1,6 @@
 """Scores as Markdown tables."""
 
-from collections.abc import Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from medct.common.counting import counted
@@ -315,15 +315,12 @@ def prompts_report(found: dict[str, Any]) -> str:
     lines.append(f"| all of them, averaged | {found['ensemble']:.3f} |")
     chosen = found["chosen"]
     aurocs = [each["auroc"] for each in found["templates"]]
-    used = f"{_counted(chosen['prompt_templates'], 'template')}, other names for {_counted(chosen['names'], 'finding')}"
+    templates, findings = counted(len(chosen["prompt_templates"]), "template"), counted(len(chosen["names"]), "finding")
+    chosen_on = f"{counted(found['studies'], 'study', 'studies')} of {counted(found['patients'], 'patient')}"
     lines += [
         "",
-        f"By its template alone the mean AUROC moves from {min(aurocs):.3f} to {max(aurocs):.3f}. Chosen: {used}, mean "
-        f"AUROC {chosen['auroc']:.3f} on the {counted(found['studies'], 'study', 'studies')} of "
-        f"{counted(found['patients'], 'patient')} that it was chosen on. That is too good: score it on other patients.",
+        f"By its template alone the mean AUROC moves from {min(aurocs):.3f} to {max(aurocs):.3f}. Chosen: {templates}, "
+        f"other names for {findings}, mean AUROC {chosen['auroc']:.3f} on the {chosen_on} that it was chosen on. That "
+        "is too good: score it on other patients.",
     ]
     return "\n".join(lines)
-
-
-def _counted(things: Sized, name: str) -> str:
-    return f"{len(things)} {name}{'s' * (len(things) != 1)}"

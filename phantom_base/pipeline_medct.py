@@ -61,15 +61,17 @@ class CTPipeline(Pipeline):
     _load_image_processor = False
     _load_feature_extractor = False
     _load_tokenizer = False
-    # What a model must have for this pipeline, and what is said of one that has it not; what `encode` gives.
-    _needs = ""
-    _encoded = ""
-    _else = ""
+    _needed_attribute = ""
+    """What a model must have for this pipeline."""
+    _refusal = ""
+    """Why a model without it is refused."""
+    _encoded_key = ""
+    """What `forward` uses of the result of `encode`."""
 
     def __init__(self, *args, adapter: str | None = None, adapter_revision: str | None = None, **kwargs):
         super().__init__(*args, **kwargs)
-        if not hasattr(self.model, self._needs):
-            raise ValueError(f"{type(self.model).__name__} {self._else}")
+        if not hasattr(self.model, self._needed_attribute):
+            raise ValueError(f"{type(self.model).__name__} {self._refusal}")
         if self.processor is None:
             self.processor = _processor_of(self.model)
         check_processor(self.model.config, self.processor)
@@ -170,7 +172,7 @@ class CTPipeline(Pipeline):
         if errors and all(errors):  # there is nothing to be computed
             return {"logits": torch.zeros(len(errors), 1, dtype=torch.float32), "error": error}
         encoded = self.encode(inputs["pixel_values"]) if "pixel_values" in inputs else inputs
-        if self._encoded not in encoded:
+        if self._encoded_key not in encoded:
             raise PromptError(f"`forward` takes `pixel_values`, or what `encode` gives, not {', '.join(encoded)}.")
         logits = self._logits(encoded, **prompts)
         found = {"logits": logits, "asked": [(prompts,)] * len(logits)}  # one a scan, as batches are split again
@@ -277,9 +279,9 @@ class CTPipeline(Pipeline):
 class ZeroShotCTClassificationPipeline(CTPipeline):
     """Scores of findings for CT scans, without training; see `CTPipeline` for its arguments."""
 
-    _needs = "get_text_features"
-    _encoded = "image_embeds"
-    _else = "has no text encoder, so it cannot be asked for findings in words. Pass a MedCTModel."
+    _needed_attribute = "get_text_features"
+    _encoded_key = "image_embeds"
+    _refusal = "has no text encoder, so it cannot be asked for findings in words. Pass a MedCTModel."
     # What the prompts of `prompt_embeds` were encoded with, and what became of them; replaced as a whole.
     _kept: tuple[list[list[str]], Snapshot, list[torch.Tensor]] | None = None
 
@@ -376,9 +378,9 @@ class ZeroShotCTClassificationPipeline(CTPipeline):
 class CTClassificationPipeline(CTPipeline):
     """Scores of the labels that a classifier was trained on; see `CTPipeline` for its arguments."""
 
-    _needs = "classifier"
-    _encoded = "logits"
-    _else = "has no classifier. Pass a MedCTForImageClassification, or ask in words: zero-shot-ct-classification."
+    _needed_attribute = "classifier"
+    _encoded_key = "logits"
+    _refusal = "has no classifier. Pass a MedCTForImageClassification, or ask in words: zero-shot-ct-classification."
 
     def _sanitize_parameters(self, candidate_labels=None, prompt_templates=None, **kwargs):
         if prompt_templates is not None:

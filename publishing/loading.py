@@ -31,7 +31,7 @@ class ModelError(MedCTError, ValueError):
     """A model that cannot be loaded; the message says why and what to do."""
 
 
-def named(name: str, what: str = "model") -> str:
+def resolve_name(name: str, what: str = "model") -> str:
     """What a user's name for a model or an adapter stands for.
 
     Args:

@@ -25,7 +25,7 @@ def load_sources(
     Args:
         settings: The run's settings.
         config: Configuration of its base, with what it is asked.
-        mapping: Of the names in `--data`; see `label_space.asked`.
+        mapping: Of the names in `--data`; see `label_space.read_label_flags`.
 
     Returns:
         By split. Replayed studies are among those to train on; "keep_tune" and "keep_valid" are of the source to keep.

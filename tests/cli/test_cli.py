@@ -35,7 +35,7 @@ from medct.common.lock import only_run
 from medct.data import phantom_source
 from medct.inference.search import read_embeddings
 from medct.inference.studies import find_studies
-from medct.publishing.loading import ModelError, named
+from medct.publishing.loading import ModelError, resolve_name
 from medct.reporting.findings import SYNTHETIC
 
 PHANTOM_BASE = Path(medct.__file__).with_name("phantom_base")
@@ -299,11 +299,11 @@ def test_a_name_that_begins_as_folders_here_is_one_of_them(tmp_path, monkeypatch
     with pytest.raises(
         ModelError, match="runs is a folder here, but has none of that name; on the Hub it is hf://runs/b"
     ):
-        named("runs/b")
-    assert named("hf://runs/b") == "runs/b"
-    assert named("org/b") == "org/b"
+        resolve_name("runs/b")
+    assert resolve_name("hf://runs/b") == "runs/b"
+    assert resolve_name("org/b") == "org/b"
     (tmp_path / "runs/b").mkdir()
-    assert named("runs/b") == "runs/b"
+    assert resolve_name("runs/b") == "runs/b"
 
 
 @pytest.mark.parametrize("command", ["predict", "overview", "variable"])

@@ -12,10 +12,10 @@ from medct.data import DataError, Source, open_source
 from medct.data.label_space import (
     LabelSpace,
     any_of,
-    asked,
     merge_columns,
     pairs_of,
     published_mappings,
+    read_label_flags,
     read_labels,
     told_apart,
 )
@@ -58,7 +58,7 @@ def same(found, expected):
 
 def test_own_labels_replace_the_models(table):
     path = table("label;data;words\nErguss;pe;pleural effusion\nLungenrundherd;;\nPneumothorax;ptx;\n")
-    config, mapping = asked(CONFIG, path)
+    config, mapping = read_label_flags(CONFIG, path)
     assert config.label_names == ["Erguss", "Lungenrundherd", "Pneumothorax"]
     assert config.label_prompts() == [
         [
@@ -76,7 +76,7 @@ def test_own_labels_replace_the_models(table):
 
 def test_sentences_and_templates_in_any_language(table):
     path = table("label,present,absent\nErguss,Ein Erguss liegt vor.,Kein Erguss.\nMilzriss,,\n")
-    config, mapping = asked(
+    config, mapping = read_label_flags(
         CONFIG, path, ["{label} liegt vor.|{label} liegt nicht vor.", "Es gibt {label}.|Ohne {label}."]
     )
     assert mapping is None, "the data have the same names"
@@ -91,13 +91,14 @@ def test_commands_and_pipelines_ask_the_same(table):
     given, templates = {"b": [["B!", "No b!"]], "c": "words of c"}, ["{label}?|no {label}?"]
     remembers = MedCTConfig(id2label={0: "a", 1: "b"}, prompts={"a": [["A is seen.", "No A."]], "b": "words of b"})
     pairs = pairs_of(templates)
-    assert asked(remembers, templates=templates)[0].label_prompts() == remembers.label_prompts(templates=pairs)
+    (config, _) = read_label_flags(remembers, templates=templates)
+    assert config.label_prompts() == remembers.label_prompts(templates=pairs)
     path = table("label,words,present,absent\nb,,B!,No b!\nc,words of c,,\n")
-    assert asked(remembers, path, templates)[0].label_prompts() == remembers.label_prompts(given, pairs)
+    assert read_label_flags(remembers, path, templates)[0].label_prompts() == remembers.label_prompts(given, pairs)
 
 
 def test_the_configuration_travels(table, tmp_path):
-    config, _ = asked(CONFIG, table("label,words\nErguss,effusion\n"), ["{label}!|no {label}!"])
+    config, _ = read_label_flags(CONFIG, table("label,words\nErguss,effusion\n"), ["{label}!|no {label}!"])
     config.save_pretrained(tmp_path / "saved")
     again = MedCTConfig.from_pretrained(tmp_path / "saved")
     assert again.label_prompts() == config.label_prompts() == [["effusion!", "no effusion!"]]
@@ -105,7 +106,7 @@ def test_the_configuration_travels(table, tmp_path):
 
 
 def test_a_column_of_labels_will_do(table):
-    config, mapping = asked(CONFIG, table("label\nb\na\n"))
+    config, mapping = read_label_flags(CONFIG, table("label\nb\na\n"))
     assert (config.label_names, mapping) == (["b", "a"], None)
 
 
@@ -114,15 +115,17 @@ def test_labels_from_a_sheet(tmp_path):
     for row in (["label", "words"], ["气胸", "pneumothorax"]):
         book.active.append(row)
     book.save(tmp_path / "labels.xlsx")
-    assert asked(CONFIG, str(tmp_path / "labels.xlsx"))[0].label_prompts()[0][0] == "pneumothorax is present."
+    assert (
+        read_label_flags(CONFIG, str(tmp_path / "labels.xlsx"))[0].label_prompts()[0][0] == "pneumothorax is present."
+    )
 
 
 def test_a_classifier_is_asked_nothing_in_words(table, classifier_folder):
     config = MedCTConfig.from_pretrained(classifier_folder)
     for asks in ((table("label\na\n"), None, None), (None, ["{label}|no {label}"], None)):
         with pytest.raises(DataError, match="The model is a classifier"):
-            asked(config, *asks)
-    config, mapping = asked(config, mapping=table(f"label,data\n{config.label_names[0]},x\n"))
+            read_label_flags(config, *asks)
+    config, mapping = read_label_flags(config, mapping=table(f"label,data\n{config.label_names[0]},x\n"))
     assert LabelSpace.of(config, mapping).columns == ("x",)
 
 
@@ -144,15 +147,15 @@ def test_a_classifier_is_asked_nothing_in_words(table, classifier_folder):
 )
 def test_tables_that_contradict_themselves_are_refused(table, text, message):
     with pytest.raises(DataError, match=message):
-        asked(CONFIG, table(text))
+        read_label_flags(CONFIG, table(text))
 
 
 def test_what_is_not_there_is_named(tmp_path):
     published = "hlip, radfinder-extended, radfinder-standard"
     with pytest.raises(DataError, match=rf"--mapping nothing: no such file\. .* published mappings {published}\."):
-        asked(CONFIG, mapping="nothing")
+        read_label_flags(CONFIG, mapping="nothing")
     with pytest.raises(DataError, match=r"--templates: .* pair of sentences"):
-        asked(CONFIG, templates=["{label} is there."])
+        read_label_flags(CONFIG, templates=["{label} is there."])
 
 
 # What the data say
@@ -162,7 +165,7 @@ def test_a_mapping_by_hand(table):
     """Four studies; every label worked out from the table."""
     rows = ("label,data", "Emphysema,bullae", "Emphysema,emphysema", "Atelectasis,collapse")
     text = "\n".join((*rows, "Cardiomegaly|Pericardial effusion,heart"))
-    config, mapping = asked(CONFIG, mapping=table(text, "site.csv"))
+    config, mapping = read_label_flags(CONFIG, mapping=table(text, "site.csv"))
     space = LabelSpace.of(config, mapping)
     assert space.columns == ("bullae", "emphysema", "collapse", "heart")
     names = ("heart", "bullae", "collapse", "emphysema", "left alone")
@@ -213,7 +216,7 @@ def test_any_of_several(values, expected):
 
 def test_a_mapping_may_ask_for_more(table):
     path = table("label,data,words\nEmphysema,emphysema,\nRippenbruch,fracture,rib fracture\n")
-    config, mapping = asked(CONFIG, mapping=path)
+    config, mapping = read_label_flags(CONFIG, mapping=path)
     assert config.label_names == [*CT_CLIP_LABELS, "Rippenbruch"]
     assert config.label_prompts([config.label_names[-1]]) == [
         ["rib fracture is present.", "rib fracture is not present."]
@@ -243,18 +246,18 @@ def test_any_source_takes_a_mapping(table):
 
 
 def test_labels_that_are_mapped_already(table):
-    config, mapping = asked(CONFIG, mapping=table("label,data\nCardiomegaly|Pericardial effusion,heart\n"))
+    config, mapping = read_label_flags(CONFIG, mapping=table("label,data\nCardiomegaly|Pericardial effusion,heart\n"))
     mapped = LabelSpace.of(config, mapping).apply(source_of(("heart",), (1,)))
     assert LabelSpace.of(config, mapping).apply(mapped) == mapped, "the same once more, as shards have it"
     one = LabelSpace.of(MedCTConfig(id2label={0: "Cardiomegaly", 1: "Emphysema"})).apply(mapped)
     assert same(labels_of(one), [[NAN, NAN]]) and one.merged == (), "a part of what is told together is unknown"
-    config, other = asked(CONFIG, mapping=table("label,data\nCardiomegaly,heart\n"))
+    config, other = read_label_flags(CONFIG, mapping=table("label,data\nCardiomegaly,heart\n"))
     with pytest.raises(DataError, match=r"its labels are mapped already\. Leave out --mapping"):
         LabelSpace.of(config, other).apply(mapped)
 
 
 def test_what_the_data_lack_is_named(table):
-    config, mapping = asked(CONFIG, mapping=table("label,data\nEmphysema,bullae\n"))
+    config, mapping = read_label_flags(CONFIG, mapping=table("label,data\nEmphysema,bullae\n"))
     with pytest.raises(DataError, match=r"1 studies: it has no label 'bullae', but a, b\. Say with --mapping"):
         LabelSpace.of(config, mapping).apply(source_of(("a", "b"), (1, 0)))
 
