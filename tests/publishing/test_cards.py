@@ -142,18 +142,18 @@ def test_the_licence_is_that_of_the_base(tmp_path):
 
 def test_the_page_tells_the_bases_licence(trained, tmp_path, card):
     assert card.data.license == "cc-by-nc-sa-4.0"
-    assert "## Licence\n\ncc-by-nc-sa-4.0, as the base that it was derived from." in card.content
+    assert "## Licence\n\ncc-by-nc-sa-4.0, like the base that it was derived from." in card.content
     base = tmp_path / "base"
     base.mkdir()
     (base / "README.md").write_text("---\nlicense: apache-2.0\n---\n", encoding="utf-8")
     found = ModelCard(render_card(trained, base=str(base)))
     assert found.data.license == "apache-2.0"
-    assert "apache-2.0, as the base that it was derived from." in found.content
+    assert "apache-2.0, like the base that it was derived from." in found.content
 
 
 def test_the_page_tells_that_the_base_knows_drawings_only(trained, tmp_path):
     """Whatever the adapter was trained on."""
-    said = "The base has learned from SYNTHETIC drawings alone"
+    said = "The base was trained on SYNTHETIC drawings alone"
     base = tmp_path / "base"
     base.mkdir()
     for tags, is_said in (("[ct]", False), ("[ct, synthetic]", True)):
