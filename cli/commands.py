@@ -101,9 +101,9 @@ def load_pipeline(args: argparse.Namespace, device: torch.device, zero_shot_only
         MedCTError: If one of them cannot be loaded.
     """
     name = model_of(args)
-    # The code is this package's.
-    options = {"revision": args.revision, "trust_remote_code": False}
-    model, processor = load_model(name, dtype=args.dtype, device=device, zero_shot_only=zero_shot_only, **options)
+    model, processor = load_model(
+        name, dtype=args.dtype, device=device, zero_shot_only=zero_shot_only, revision=args.revision
+    )
     try:
         return pipeline_of(
             model.to(device),

@@ -22,6 +22,8 @@ HUB_ADDRESS = "hf://"
 PHANTOM_NAME = "phantom"
 PHANTOM_BASE = Path(__file__).parents[1] / "phantom_base"
 
+# The code is always this package's; unless told so, transformers asks whether to run that of a repository.
+_NO_FOREIGN_CODE = {"trust_remote_code": False}
 _NOT = {"model": "cannot load a model", "adapter": "no adapter"}
 _CLASSES = {each.__name__: each for each in (MedCTModel, MedCTForImageClassification)}
 _PIPELINES = {MedCTModel: ZeroShotCTClassificationPipeline, MedCTForImageClassification: CTClassificationPipeline}
@@ -69,7 +71,7 @@ def load_config(name: str, **options: Any) -> MedCTConfig:
         ModelError: If there is none, or it is that of another kind of model.
     """
     try:
-        config = AutoConfig.from_pretrained(name, **options)
+        config = AutoConfig.from_pretrained(name, **_NO_FOREIGN_CODE, **options)
     except (OSError, ValueError) as error:
         raise _no_model(name, error) from error
     if config.model_type != MedCTConfig.model_type:
@@ -110,10 +112,10 @@ def load_model(
         # Not the auto classes: they would take the class from the question and not from the checkpoint.
         placed = {} if device is None or device.type == "cpu" else {"device_map": device}
         model, info = model_class.from_pretrained(
-            name, config=config, dtype=dtype, output_loading_info=True, **placed, **_without_trust(options)
+            name, config=config, dtype=dtype, output_loading_info=True, **placed, **options
         )
         vars(model).pop("hf_device_map", None)  # the mark of a model in parts, which pipelines do not move
-        processor = AutoProcessor.from_pretrained(name, **options)
+        processor = AutoProcessor.from_pretrained(name, **_NO_FOREIGN_CODE, **options)
     except MedCTError:
         raise
     except (OSError, ValueError) as error:
@@ -140,10 +142,6 @@ def _class_of(name: str, config: MedCTConfig) -> type[AnyMedCT]:
             f"{name} was saved as {', '.join(architectures)}. Pass a {' or a '.join(_CLASSES)}."
         )
     return _CLASSES[architectures[0]]
-
-
-def _without_trust(options: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in options.items() if key != "trust_remote_code"}
 
 
 def pipeline_of(model: AnyMedCT, processor: MedCTProcessor, **options: Any) -> CTPipeline:

@@ -35,7 +35,7 @@ from medct.common.lock import only_run
 from medct.data import phantom_source
 from medct.inference.search import read_embeddings
 from medct.inference.studies import find_studies
-from medct.publishing.loading import ModelError, resolve_name
+from medct.publishing.loading import ModelError, load_config, resolve_name
 from medct.reporting.findings import SYNTHETIC
 
 PHANTOM_BASE = Path(medct.__file__).with_name("phantom_base")
@@ -304,6 +304,16 @@ def test_a_name_that_begins_as_folders_here_is_one_of_them(tmp_path, monkeypatch
     assert resolve_name("org/b") == "org/b"
     (tmp_path / "runs/b").mkdir()
     assert resolve_name("runs/b") == "runs/b"
+
+
+def test_code_that_lies_beside_a_model_is_never_run(tmp_path, monkeypatch):
+    """transformers would ask on standard input, and take a yes for an answer."""
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    config = {"model_type": "foreign", "auto_map": {"AutoConfig": "code.Config"}}
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (tmp_path / "code.py").write_text("raise AssertionError('it was run')", encoding="utf-8")
+    with pytest.raises(ModelError, match="contains custom code"):
+        load_config(str(tmp_path))
 
 
 @pytest.mark.parametrize("command", ["predict", "overview", "variable"])
