@@ -23,7 +23,7 @@ from medct import MedCTConfig, MedCTModel, MedCTProcessor
 from medct.data import phantom_source
 from medct.data.loader import StudyLoader
 from medct.evaluation.metrics import zero_shot_scores
-from medct.evaluation.scoring import score_studies, tokenize_prompts
+from medct.evaluation.scoring import prompts_for, score_studies
 from medct.publishing.loading import PHANTOM_BASE
 
 
@@ -98,7 +98,7 @@ def ranking(model: MedCTModel, loader: StudyLoader, expected: torch.Tensor | Non
     names = model.config.label_names
     evaluate, is_training = model.eval, model.training
     model.eval = lambda: model.train(is_training)  # see `load`
-    scored = score_studies(model, loader, tokenize_prompts(model.config, processor), Accelerator(), "score")
+    scored = score_studies(model, loader, prompts_for(model, processor), Accelerator(), "score")
     model.eval = evaluate
     with torch.no_grad():
         embeds = torch.cat(

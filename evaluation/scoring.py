@@ -71,25 +71,17 @@ def is_classifier(model: torch.nn.Module) -> bool:
     return hasattr(model, "classifier")
 
 
-def tokenize_prompts(config: MedCTConfig, processor: MedCTProcessor) -> list[Texts]:
-    """The sentences that ask for each label, as one batch per template.
-
-    Args:
-        config: The model's; it has the labels and templates.
-        processor: The model's.
-    """
-    return [dict(processor(text=sentences, return_tensors="pt")) for sentences in config.label_prompts()]
-
-
 def prompts_for(model: AnyModel, processor: MedCTProcessor, config: MedCTConfig | None = None) -> list[Texts]:
-    """What a model is asked: prompts, or nothing if it is a classifier.
+    """The sentences that ask for each label, as one batch per template; nothing for a classifier.
 
     Args:
         model: With or without adapters.
         processor: The model's.
         config: Has the labels and templates; the model's own by default.
     """
-    return [] if is_classifier(model) else tokenize_prompts(config or model.config, processor)
+    if is_classifier(model):
+        return []
+    return [dict(processor(text=each, return_tensors="pt")) for each in (config or model.config).label_prompts()]
 
 
 def remark_on_words(model: AnyModel, processor: MedCTProcessor, config: MedCTConfig) -> str | None:

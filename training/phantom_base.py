@@ -32,7 +32,7 @@ from medct.data.loader import StudyLoader
 from medct.data.phantoms.reports import report_sentences
 from medct.data.sources import Source
 from medct.evaluation.metrics import zero_shot_scores
-from medct.evaluation.scoring import score_studies, tokenize_prompts
+from medct.evaluation.scoring import prompts_for, score_studies
 from medct.image_processing_medct import MedCTImageProcessor
 from medct.layers_medct import MedCTQuantizer
 from medct.modeling_medct import MedCTModel, contrastive_loss
@@ -213,7 +213,7 @@ def train_base(model: MedCTModel, processor: MedCTProcessor) -> None:
     classifier = nn.Linear(model.config.projection_dim, model.config.num_labels)
     latent: dict[str, torch.Tensor] = {}
     model.visual_projection.register_forward_hook(lambda _module, _inputs, output: latent.update(last=output))
-    (prompts,) = tokenize_prompts(model.config, processor)
+    (prompts,) = prompts_for(model, processor)
     pad_id = processor.tokenizer.pad_token_id
 
     def classifier_loss(latents: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -284,7 +284,7 @@ def score(model: MedCTModel, processor: MedCTProcessor, site: str) -> dict[str, 
         See `zero_shot_scores`.
     """
     loader = make_loader(phantom_source(site, range(NUM_HELD_OUT), SEED), model, processor, with_text=False)
-    scored = score_studies(model, loader, tokenize_prompts(model.config, processor), Accelerator(cpu=True), site)
+    scored = score_studies(model, loader, prompts_for(model, processor), Accelerator(cpu=True), site)
     return zero_shot_scores(scored.scores, scored.labels, model.config.label_names)
 
 

@@ -16,7 +16,7 @@ from medct.data import StudyLoader, open_source, phantom_source
 from medct.data.label_space import with_labels
 from medct.evaluation.prompts import SYNONYMS, TEMPLATES, spread, wording_scores
 from medct.evaluation.report import prompts_report
-from medct.evaluation.scoring import ScoredStudies, embed_studies, score_studies, tokenize_prompts
+from medct.evaluation.scoring import ScoredStudies, embed_studies, prompts_for, score_studies
 
 A, B = ("{label} a", "not {label} a"), ("{label} b", "not {label} b")
 NAMES = {"x": ["x", "y"], "z": ["z"]}
@@ -147,7 +147,7 @@ def test_wordings_have_the_scores_that_the_pipeline_gives(model, processor):
     own = wording_scores(
         model, processor, embeds, model.config.prompt_templates, {n: [n] for n in CT_CLIP_LABELS}, accelerator
     )
-    scored = score_studies(model, loader, tokenize_prompts(model.config, processor), accelerator, "")
+    scored = score_studies(model, loader, prompts_for(model, processor), accelerator, "")
     np.testing.assert_allclose(np.stack([each[0, 0] for each in own.values()], 1), scored.scores, atol=1e-6)
     # With all that a configuration asks, too.
     prompts = {"Emphysema": "a b c", "Cardiomegaly": [["q", "r"], ["s", "t"], ["u", "v"]]}

@@ -22,7 +22,7 @@ from medct import train as training
 from medct.adapters_medct import calibrated, read_description
 from medct.data import StudyLoader, phantom_source
 from medct.evaluation.metrics import FEWEST, zero_shot_scores
-from medct.evaluation.scoring import score_studies, tokenize_prompts
+from medct.evaluation.scoring import prompts_for, score_studies
 from medct.pipeline_medct import CTClassificationPipeline
 from medct.train import Trainer, run
 from medct.training import strength
@@ -100,7 +100,7 @@ def test_a_run_says_what_it_chose_and_what_was_forgotten(settings, converted, pr
     for site, split, patients in (("B", "comparison", range(EVAL)), ("A", "kept", range(EVAL))):
         source = phantom_source(site, patients, 0)
         loader = StudyLoader(source, processor, CT_CLIP_LABELS, batch_size=4, with_text=False)
-        prompts = tokenize_prompts(loaded.base_model.model.config, processor)
+        prompts = prompts_for(loaded.base_model.model, processor)
         scored = score_studies(loaded.base_model.model, loader, prompts, Accelerator(cpu=True), "score")
         expected = zero_shot_scores(scored.scores, scored.labels, CT_CLIP_LABELS)["auroc"]
         assert results[split]["adapted"]["auroc"]["value"] == pytest.approx(expected, abs=1e-6)

@@ -34,7 +34,7 @@ from medct.common.lock import LockedError, only_run
 from medct.data import DataError, StudyLoader, phantom_source
 from medct.evaluation.metrics import zero_shot_scores
 from medct.evaluation.predictions import Key, read_predictions
-from medct.evaluation.scoring import ScoredStudies, score_studies, tokenize_prompts
+from medct.evaluation.scoring import ScoredStudies, prompts_for, score_studies
 from medct.publishing.push import push_model
 from medct.train import Trainer, number_of_steps, run
 from medct.training.checkpoints import CheckpointError
@@ -75,7 +75,7 @@ def losses(folder: Path) -> list[float]:
 def scores_of(model: MedCTModel, processor: MedCTProcessor, patients: int, site: str = "B") -> ScoredStudies:
     source = phantom_source(site, range(patients), 0)
     loader = StudyLoader(source, processor, CT_CLIP_LABELS, batch_size=8, with_text=False)
-    prompts = tokenize_prompts(model.config, processor)
+    prompts = prompts_for(model, processor)
     return score_studies(model, loader, prompts, Accelerator(cpu=True), "score")
 
 
