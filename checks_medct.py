@@ -36,8 +36,8 @@ def refuse_what_is_no_number(results: torch.Tensor) -> None:
     """
     if not torch.isfinite(results).all():
         raise NotANumberError(
-            "The model's results are not numbers (NaN or infinite): the scan, the weights or the adapter are so "
-            "somewhere, or float16 is too narrow for them. Load them again, or use bfloat16 or float32."
+            "The model's results are not numbers (NaN or infinite): so is something in the scan, the weights or the "
+            "adapter, or the range of float16 is too small. Load them again, or use bfloat16 or float32."
         )
 
 

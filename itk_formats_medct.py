@@ -209,7 +209,7 @@ def _bad_numbers(source: ByteSource, field: str, text: str) -> VolumeError:
     """The error of a field that should hold numbers."""
     if _DECIMAL_COMMA.search(text):
         return VolumeError(source.name, f"its {field} is written with decimal commas", "Write it with points")
-    return VolumeError(source.name, f"its {field} holds no numbers as they should be", COPY_AGAIN)
+    return VolumeError(source.name, f"its {field} does not hold the numbers that it should", COPY_AGAIN)
 
 
 def _lines(source: ByteSource, file: BinaryIO) -> Iterator[str]:
@@ -237,7 +237,7 @@ def _take(source: ByteSource, fields: dict[str, str], name: str, value: str) -> 
 
 
 def _contradiction(source: ByteSource, name: str) -> VolumeError:
-    return VolumeError(source.name, f"its header says two different things of its {name}", "Correct the header")
+    return VolumeError(source.name, f"its header contradicts itself about its {name}", "Correct the header")
 
 
 def _is_same(one: str, other: str) -> bool:

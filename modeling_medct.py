@@ -305,8 +305,8 @@ def _text_encoder(config: MedCTConfig) -> PreTrainedModel:
     kind = config.text_config.model_type
     if getattr(config.text_config, "is_decoder", False) or kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         raise ValueError(
-            f"`text_config` of type {kind!r} is no encoder whose first token sees the whole text: all texts would be "
-            'the same. Choose one that is trained to fill in masks, such as "bert" or "modernbert".'
+            f"`text_config` of type {kind!r} is not an encoder whose first token sees the whole text: all texts would "
+            'be the same. Choose one that is trained to fill in masks, such as "bert" or "modernbert".'
         )
     parameters = inspect.signature(MODEL_MAPPING[type(config.text_config)].__init__).parameters
     options = {"add_pooling_layer": False} if "add_pooling_layer" in parameters else {}

@@ -231,7 +231,7 @@ class Trainer:
         if (known := self.folder.remembered(name)) is not None:
             if has_same_labels(self.sources[split], scored := ScoredStudies(**known)):
                 return scored
-            self.accelerator.print(f"NOTE: {split}: studies or labels have changed since, so the base is scored anew.")
+            self.accelerator.print(f"NOTE: {split}: studies or labels have changed since, so the base is scored again.")
         scored = self._score(self.base, split, "base")
         if self.accelerator.is_main_process:
             self.folder.remember(name, scored)

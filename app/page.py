@@ -31,7 +31,7 @@ _KEPT_S = 3600
 _SWEEP_S = 300
 _MOST_WAITING = 20
 _FILE = "A scan: NIfTI, NRRD, MetaImage or a zip of DICOM files"
-_OVERLAY = "Overlay where the score comes from: a debugging aid, no location of the finding"
+_OVERLAY = "Overlay where the score comes from: a debugging aid, not the location of the finding"
 
 
 class AppError(MedCTError, RuntimeError):
@@ -195,7 +195,7 @@ def _findings_column(gr: Any, engine: Engine) -> dict[str, Any]:
         "links": gr.HTML(elem_id="downloads"),
     }
     with gr.Group(visible=engine.can_be_asked):
-        parts["words"] = gr.Textbox(label="Own findings in words, one a line", lines=2, elem_id="words")
+        parts["words"] = gr.Textbox(label="Other findings in words, one per line", lines=2, elem_id="words")
         parts["asked"] = gr.Button("Ask", elem_id="ask")
     gr.HTML(views.model_line(engine.algorithm))
     return parts

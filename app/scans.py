@@ -137,7 +137,7 @@ class Engine:
         own = self.pipe.asked.label_names
         labels = list(dict.fromkeys(line for line in map(str.strip, text.splitlines()) if line and line not in own))
         if len(labels) > MOST_OWN_FINDINGS or any(len(label) > _LONGEST_FINDING for label in labels):
-            raise ScanError(f"At most {MOST_OWN_FINDINGS} findings of {_LONGEST_FINDING} letters, one a line.")
+            raise ScanError(f"At most {MOST_OWN_FINDINGS} findings of {_LONGEST_FINDING} letters, one per line.")
         found = self._findings(scan.encoded, labels, candidate_labels=labels) if labels else []
         scan.findings = [*scan.findings[: len(own)], *found]
 

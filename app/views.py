@@ -89,7 +89,7 @@ def slice_view(engine: Engine, scan: Scan, index: int, window: str, label: str |
     """
     caption = f"{window} window, {scan.slices.caption(index)}"
     if label is not None:
-        caption += f"; red adds to the score of {label}, blue takes from it: a debugging aid, no location"
+        caption += f"; red adds to the score of {label}, blue takes from it: a debugging aid, not a location"
     source = data_uri(engine.picture(scan, index, window, label))
     text = escape(f"Axial slice: {caption}. The patient's right is on the left.")
     return f'<div class="medct-slice"><img alt="{text}" src="{source}"><p>{escape(caption)}</p></div>'

@@ -3,8 +3,8 @@
     medct predict scan.nii.gz --model ORG/NAME
     accelerate launch -m medct.cli predict studies/ --model ORG/NAME --output scores.csv
 
-Every command says more with --help. Exit status: 0, all is done; 1, done, but some studies could not be read; 2, it
-could not be done, and why is said in one sentence.
+Every command explains itself with --help. Exit status: 0, everything was done; 1, done, but some studies could not be
+read; 2, not done, for the reason that one line on stderr gives.
 """
 
 import argparse

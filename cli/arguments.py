@@ -32,7 +32,7 @@ def _reading_arguments(parser: argparse.ArgumentParser, many: bool = True) -> No
     )
     for name, unit in (("slope", "HU per stored unit"), ("intercept", "HU of a stored 0")):
         group.add_argument(
-            f"--rescale_{name}", type=float, metavar="X", help=f"{unit}, of scans whose header does not say"
+            f"--rescale_{name}", type=float, metavar="X", help=f"{unit}, for scans whose header does not say"
         )
     if many:
         batch_arguments(group, "processes that read ahead; each takes 0.8 GB for CT-CLIP (default: 1)")
@@ -97,16 +97,22 @@ def _add_predict(add: Callable[..., argparse.ArgumentParser]) -> None:
 def _report_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("reports, for research only")
     group.add_argument(
-        "--dicom_sr", type=Path, metavar="DIR", help="a DICOM Structured Report for each study; of DICOM studies only"
+        "--dicom_sr",
+        type=Path,
+        metavar="DIR",
+        help="write a DICOM Structured Report for each study; DICOM studies only",
     )
     group.add_argument(
         "--dicom_page",
         type=Path,
         metavar="DIR",
-        help="a page with scores and slices for each study, as DICOM Secondary Capture; of DICOM studies only",
+        help="write a page with scores and slices of each study as DICOM Secondary Capture; DICOM studies only",
     )
     group.add_argument(
-        "--fhir", type=Path, metavar="FILE", help="a FHIR R4 bundle of one study; nothing in it says whose study it is"
+        "--fhir",
+        type=Path,
+        metavar="FILE",
+        help="write a FHIR R4 bundle of one study, with nothing that says whose study it is",
     )
     group.add_argument(
         "--fhir_identity", action="store_true", help="put patient id, study UID and accession number into the bundle"
@@ -126,9 +132,9 @@ def _add_search(add: Callable[..., argparse.ArgumentParser]) -> None:
         "--reports",
         type=Path,
         metavar="CSV",
-        help="has a column file_name or VolumeName (the end of a study's path), and report, or CT-RATE's two",
+        help="table with a column file_name or VolumeName (the end of a study's path), and report, or CT-RATE's two",
     )
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="Parquet file to make or add to")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="Parquet file to create or add to")
     model_arguments(parser)
     _reading_arguments(parser)
 
@@ -159,7 +165,7 @@ def _add_map(add: Callable[..., argparse.ArgumentParser]) -> None:
         "about 0.004).",
     )
     parser.add_argument("scan", metavar="SCAN", help="one study")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to make")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to create")
     _prompt_arguments(parser, required=True)
     model_arguments(parser)
     _reading_arguments(parser, many=False)
@@ -173,7 +179,7 @@ def _add_app(add: Callable[..., argparse.ArgumentParser]) -> None:
         "medct app                                   # the phantom base, which knows drawings only\n"
         "  medct app --model ct-clip --adapter ORG/NAME",
         "Serves a page on this machine until it is stopped. For research only. Nothing is kept, and no other machine\n"
-        "is asked for anything. Without --model and --adapter it is the phantom base that answers.",
+        "is contacted. Without --model and --adapter the phantom base is used.",
     )
     group = parser.add_argument_group("page")
     group.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine)")
@@ -255,7 +261,9 @@ def _add_prepare(add: Callable[..., argparse.ArgumentParser]) -> None:
         "processes share the work.",
     )
     _source_arguments(parser, "prepare")
-    parser.add_argument("output", type=Path, metavar="DIR", help="folder to make, or to resume; all processes share it")
+    parser.add_argument(
+        "output", type=Path, metavar="DIR", help="folder to create, or to resume; all processes share it"
+    )
     group = parser.add_argument_group("shards")
     group.add_argument(
         "--splits",
@@ -276,14 +284,14 @@ def _add_prepare(add: Callable[..., argparse.ArgumentParser]) -> None:
         type=at_least(1),
         default=12,
         metavar="N",
-        help="most studies in a file (default: 12, about 0.4 GB at CT-CLIP's sizes)",
+        help="maximum number of studies in a file (default: 12, about 0.4 GB at CT-CLIP's sizes)",
     )
     group.add_argument(
         "--compression",
         choices=("zstd", "lz4"),
         default="zstd",
-        help="zstd (default): smaller files; lz4: half as large again, and read half as fast again, where processors "
-        "are the limit and not the disk",
+        help="zstd (default): smaller files; lz4: half as large again, but read half as fast again, where processors "
+        "are the limit rather than the disk",
     )
     group.add_argument("--retry_skipped", action="store_true", help="rewrite files in which studies were skipped")
     group.add_argument(
@@ -331,7 +339,7 @@ def _add_convert(add: Callable[..., argparse.ArgumentParser]) -> None:
         "checkpoint", type=Path, metavar="FILE", help="CT-CLIP, VocabFine or ClassFine checkpoint (.pt)"
     )
     parser.add_argument(
-        "output", type=Path, metavar="DIR", help="folder to make, in the form of a Hub model repository"
+        "output", type=Path, metavar="DIR", help="folder to create, in the form of a Hub model repository"
     )
     parser.add_argument(
         "--tokenizer",
@@ -355,7 +363,7 @@ def _add_push(add: Callable[..., argparse.ArgumentParser]) -> None:
         "Makes one commit. Pickles, paths of this machine and files that do not belong there are not pushed.",
     )
     parser.add_argument("folder", type=Path, metavar="DIR", help="an adapter or a converted model")
-    parser.add_argument("repo_id", metavar="ORG/NAME", help="repository on the Hub; made if it does not exist")
+    parser.add_argument("repo_id", metavar="ORG/NAME", help="repository on the Hub; created if it does not exist")
     parser.add_argument("--private", action="store_true", help="create the repository as private")
     parser.add_argument(
         "--base", metavar="ORG/NAME", help="the base's repository, for an adapter that was trained on a folder"

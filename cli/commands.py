@@ -66,7 +66,7 @@ def start_processes(args: argparse.Namespace) -> PartialState:
     state = PartialState(cpu=args.cpu, timeout=_PATIENCE)
     if state.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
         raise CommandError(
-            "The processes of this launch do not know of each other. Without GPUs, add --cpu after the command's name."
+            "The processes of this launch are not connected. Without GPUs, add --cpu after the command's name."
         )
     return state
 
@@ -242,7 +242,9 @@ def predict(args: argparse.Namespace) -> int:
 def _predict(args: argparse.Namespace) -> int:
     format = args.format or ("table" if args.output is None else _SUFFIXES.get(args.output.suffix))
     if args.output is not None and format not in ("csv", "json"):
-        raise CommandError(f"{args.output}: rows are written as .csv or .jsonl. Name it so, or pass --format csv|json.")
+        raise CommandError(
+            f"{args.output}: rows are written as .csv or .jsonl. Use one of these suffixes, or pass --format csv|json."
+        )
     studies = find_studies(args.scans)
     check_reports(args, studies)
     state = start_processes(args)
@@ -454,7 +456,7 @@ def search_index(args: argparse.Namespace) -> int:
         if getattr(args, name) not in (None, "auto", made_with):
             raise CommandError(
                 f"{args.index} was made with {name} {made_with!r}, not {getattr(args, name)!r}. Leave out --{name}, or "
-                "make the index anew."
+                "make the index again."
             )
         setattr(args, name, made_with)
     pipe = load_pipeline(args, PartialState(cpu=args.cpu).device, zero_shot_only=True)
@@ -462,7 +464,7 @@ def search_index(args: argparse.Namespace) -> int:
         which = args.adapter or args.model
         raise CommandError(
             f"{args.index} was made with other weights than those that {which} has now, so nothing in it can be "
-            "compared. Make the index anew."
+            "compared. Make the index again."
         )
     if is_scan:
         read = read_one(one_study(args.query), args, pipe)

@@ -63,7 +63,7 @@ def resamples_argument(group: argparse.ArgumentParser | argparse._ArgumentGroup,
         type=at_least(FEWEST_RESAMPLES),
         default=default,
         metavar="N",
-        help=f"of the patients, for the intervals, {FEWEST_RESAMPLES} or more (default: 1000)",
+        help=f"bootstrap resamples of the patients for the intervals, at least {FEWEST_RESAMPLES} (default: 1000)",
     )
 
 
@@ -71,8 +71,8 @@ def split_name(text: str) -> str:
     """A type of arguments: the name of a split, as it is called here."""
     if text in ("test", "validation", "val"):
         raise argparse.ArgumentTypeError(
-            f"there is no split {text!r} here: what is only scored is `valid`, also where data call it test; `tune` "
-            "is what is chosen on, as the validation split is of data that have a test split"
+            f"there is no split {text!r}: `valid` is the one that is only scored, even if the data call it test; "
+            "`tune` is the one for choosing thresholds, such as the validation split of data with a test split"
         )
     return text
 

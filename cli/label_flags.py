@@ -15,8 +15,8 @@ def add_label_flags(parser: argparse.ArgumentParser, several: bool = False, temp
     group.add_argument(
         "--labels",
         metavar="FILE",
-        help="table (csv, xlsx) of what to ask for instead of the model's own findings: a column `label`, and where "
-        "they differ `data`, its column in the data, and `words`, or `present` and `absent`, what the model is asked",
+        help="table (csv, xlsx) of findings to ask for instead of the model's own: a column `label` and, where they "
+        "differ from it, `data` (the column in the data) and `words`, or `present` and `absent` (what is asked)",
     )
     if templates:
         group.add_argument(
@@ -31,5 +31,5 @@ def add_label_flags(parser: argparse.ArgumentParser, several: bool = False, temp
         metavar="[SOURCE=]FILE" if several else "FILE",
         help="table, or name of a published mapping, that says which names in the data (`data`) mean which finding "
         "(`label`); findings that it does not name are unknown"
-        + ("; SOURCE: for this one of the sources only" if several else ""),
+        + ("; with SOURCE=, for that source only" if several else ""),
     )

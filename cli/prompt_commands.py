@@ -39,7 +39,7 @@ def _try_prompts(args: argparse.Namespace) -> int:
     accelerator = Accelerator(cpu=args.cpu)
     config, mapping = read_label_flags(pipe.asked, args.labels, mapping=args.mapping)
     if args.store and config.label_names != pipe.asked.label_names:
-        raise CommandError("--store keeps the wording of the adapter's own findings. Leave out those that it has not.")
+        raise CommandError("--store keeps the wording of the adapter's own findings. Leave out all others.")
     templates, names = _wordings(args, config)
     options = {"limit": args.limit, "revision": args.data_revision, "mapping": mapping}
     source = told_apart(open_source(args.data, args.split, config, **options))

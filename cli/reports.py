@@ -66,11 +66,11 @@ def check_reports(args: argparse.Namespace, studies: Sequence[Study]) -> None:
 def _refuse_bundle(path: Path, rows: Path | None) -> None:
     """Refuse a bundle in place of anything but an older bundle."""
     if path.suffix != ".json":
-        raise ReportError(f"--fhir {path}: a bundle is written as JSON. Name it .json.")
+        raise ReportError(f"--fhir {path}: a bundle is written as JSON. Use the suffix .json.")
     if rows is not None and path.resolve() == rows.resolve():
         raise ReportError(f"--fhir {path}: --output writes its rows there. Name another file.")
     if path.exists() and not fhir.is_bundle(path):
-        raise ReportError(f"--fhir {path}: it exists and is no bundle of MedCT. Name another file.")
+        raise ReportError(f"--fhir {path}: it exists and is not a bundle of MedCT. Name another file.")
 
 
 def _refuse_folder(folder: Path, scans: Sequence[str], option: str) -> None:

@@ -37,7 +37,7 @@ def _add_evaluate(add: Callable[..., argparse.ArgumentParser]) -> None:
     )
     group = parser.add_argument_group("data")
     group.add_argument("--data", nargs="+", metavar="ADDRESS", help=f"{ADDRESS_HELP}; several become columns")
-    group.add_argument("--data_revision", metavar="COMMIT", help="commit of the data on the Hub, if it is one source")
+    group.add_argument("--data_revision", metavar="COMMIT", help="commit of the data on the Hub, for a single source")
     group.add_argument(
         "--split",
         type=split_name,
@@ -66,8 +66,12 @@ def _add_evaluate(add: Callable[..., argparse.ArgumentParser]) -> None:
         help="choose operating points and calibration on the tuning patients of this source instead of taking the "
         "adapter's",
     )
-    group.add_argument("--sensitivity", type=share, metavar="SHARE", help="with --tune_on: a point that reaches this")
-    group.add_argument("--specificity", type=share, metavar="SHARE", help="with --tune_on: a point that reaches this")
+    group.add_argument(
+        "--sensitivity", type=share, metavar="SHARE", help="with --tune_on: also a point that reaches this"
+    )
+    group.add_argument(
+        "--specificity", type=share, metavar="SHARE", help="with --tune_on: also a point that reaches this"
+    )
     resamples_argument(group, default=None)
     group.add_argument("--seed", type=at_least(0), metavar="N", help="seed of the bootstrap (default: 0)")
     group.add_argument(
@@ -77,7 +81,7 @@ def _add_evaluate(add: Callable[..., argparse.ArgumentParser]) -> None:
         "--repeat",
         type=Path,
         metavar="FILE",
-        help="run again what made this results.json, with other flags where they are given, and compare every digit",
+        help="repeat the run that made this results.json, except for flags given here, and compare every digit",
     )
     add_label_flags(parser, several=True)
     model_arguments(parser)
@@ -140,8 +144,8 @@ def _add_prompts(add: Callable[..., argparse.ArgumentParser]) -> None:
         "try wordings of the findings on tuning patients",
         "medct prompts --data site-b --model ct-clip\n"
         "  medct prompts --data site-b --model ct-clip --adapter runs/site-b --store",
-        "AUROC of each finding under several templates and names: how far zero-shot scores move by wording alone. "
-        "--store keeps\nthe choice with an adapter: predict, evaluate and the pipelines then ask so.",
+        "AUROC of each finding under several templates and names: how much zero-shot scores depend on the wording. "
+        "--store keeps\nthe choice with an adapter: predict, evaluate and the pipelines then use it.",
     )
     group = parser.add_argument_group("data")
     group.add_argument("--data", required=True, metavar="ADDRESS", help=ADDRESS_HELP)
@@ -183,14 +187,14 @@ def _add_recall(add: Callable[..., argparse.ArgumentParser]) -> None:
         "how often a scan finds its own report, and vice versa",
         "medct recall --index index.parquet\n  medct recall --index index.parquet --metadata metadata.csv --pool 1000",
         "Recall at 5, 10, 50 and 100 over the studies in an index that have a report, with 95 % intervals; with "
-        "labels, also\nhow well scans find scans that share a finding. CT-CLIP's protocol stands beside, by name.",
+        "labels, also\nhow well scans find scans that share a finding. CT-CLIP's protocol is shown as well, by name.",
     )
     parser.add_argument("--index", type=Path, required=True, metavar="FILE", help="made by `medct embed --reports ...`")
     parser.add_argument(
         "--metadata",
         type=Path,
         metavar="CSV",
-        help="has file_name or VolumeName (the end of a study's path) and, optionally, patient and labels",
+        help="table with file_name or VolumeName (the end of a study's path) and, optionally, patient and labels",
     )
     parser.add_argument(
         "--findings", nargs="+", metavar="LABEL", help="columns of --metadata that are labels (default: CT-CLIP's 18)"

@@ -132,7 +132,9 @@ def only_json(output: Path | None, command: str) -> Iterator[None]:
         command: Which one writes them.
     """
     if output is not None and output.suffix != ".json":
-        raise CommandError(f"{output}: figures are written as JSON, and scores into a csv file beside. Name it .json.")
+        raise CommandError(
+            f"{output}: figures are written as JSON, and scores into a csv file beside it. Use the suffix .json."
+        )
     with contextlib.nullcontext() if output is None else only_run(output):
         if output is not None:
             _refuse_others(output, command)
@@ -174,7 +176,9 @@ def settle(args: argparse.Namespace, recorded: Mapping[str, Any] | None) -> None
     """
     known = {} if recorded is None else (recorded.get("provenance") or {}).get("settings")
     if known is None:
-        raise CommandError(f"{args.repeat} does not say how it was made, so it cannot be repeated. Run it anew.")
+        raise CommandError(
+            f"{args.repeat} does not say how it was made, so it cannot be repeated. Run it again without --repeat."
+        )
     moved = {commit for commit, what in _COMMITS.items() if getattr(args, what) not in (None, known.get(what))}
     for name in {*known, *vars(args), *_ONLY_RECORDED} - moved:
         if getattr(args, name, None) is None:
@@ -186,7 +190,7 @@ def settle(args: argparse.Namespace, recorded: Mapping[str, Any] | None) -> None
         if getattr(args, name) == BESIDE and args.repeat is not None:
             setattr(args, name, str(args.repeat.parent))
     if args.data_revision is not None and len(args.data) > 1:
-        raise CommandError("--data_revision is that of one source. Write hf://datasets/ORG/NAME@COMMIT for several.")
+        raise CommandError("--data_revision is for a single source. With several, write hf://datasets/ORG/NAME@COMMIT.")
     if args.against == BASE and args.adapter is None:
         raise CommandError("--against base compares an adapter with its base. Pass --adapter.")
     if (args.sensitivity or args.specificity) and args.tune_on is None:
@@ -504,14 +508,14 @@ def _remarks(about: Mapping[str, Any]) -> Iterator[str]:
         others = ", ".join(f"{count:,} of {split}" for split, count in about["left_out"].items())
         scored = counted(about["num_studies"], "study", "studies")
         yield (
-            f"{about['source']}: scored are only {scored} of the split {about['split']}; left out: {others}. For a "
+            f"{about['source']}: only {scored} of the split {about['split']} were scored; left out: {others}. For a "
             "test set that the model has never seen, pass --split all."
         )
     for adapter, counts in about["learned"].items():
         said = " and ".join(f"{_LEARNED[split]} {count:,}" for split, count in counts.items())
         yield (
             f"{about['source']}: of the {counted(about['num_studies'], 'study', 'studies')}, {adapter} has {said}, by "
-            "their names. If they are the same studies, its figures are too good."
+            "their names. If they are the same studies, its figures are too optimistic."
         )
     if about["skipped"]:
         yield f"{about['source']}: left out before they were read: {about['why']}."

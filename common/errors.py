@@ -60,7 +60,7 @@ def _end_of(error: BaseException) -> tuple[int, str]:
         case KeyboardInterrupt():
             return (
                 INTERRUPTED,
-                "stopped; `predict --output`, `embed` and `prepare` go on from here when run again.",
+                "stopped; `predict --output`, `embed` and `prepare` continue from here when run again.",
             )
         case BrokenPipeError():
             drop_output()  # the reader has had enough

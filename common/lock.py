@@ -64,7 +64,9 @@ def only_run(output: str | os.PathLike, each_process: bool = False) -> Iterator[
     except OSError as error:
         if error.errno not in _CANNOT_LOCK:
             raise OSError(error.errno, error.strerror, str(output)) from error
-        warnings.warn(f"{output}: this file system has no locks. See that no second run writes there.", stacklevel=3)
+        warnings.warn(
+            f"{output}: this file system has no locks. Make sure that no second run writes there.", stacklevel=3
+        )
     try:
         remove_leftovers(final)
         yield

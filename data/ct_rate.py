@@ -258,7 +258,7 @@ def refuse_shared_patients(data: CTRate, patients: set[str]) -> None:
     if shared:
         raise DataError(
             f"{data.folder}: {len(shared)} patients are in both the train and the valid split, so scores would be "
-            "too good. Give each patient one split."
+            "too optimistic. Give each patient one split."
         )
 
 

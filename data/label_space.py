@@ -121,7 +121,7 @@ def _row(cells: dict[str, str], where: str) -> LabelRow:
     cells = {name: " ".join(cell.split()) for name, cell in cells.items()}
     findings = tuple(part.strip() for part in cells["label"].split(_BETWEEN))
     if not all(findings) or len(set(findings)) < len(findings):
-        raise DataError(f"{where}: the label {cells['label']!r} is empty or doubled. Write the name of a finding.")
+        raise DataError(f"{where}: the label {cells['label']!r} is empty or given twice. Write the name of a finding.")
     words, sentences = cells.get("words", ""), [cells.get(name, "") for name in ("present", "absent")]
     if any(sentences) and (words or not all(sentences)):
         raise DataError(f"{where}: write both sentences, `present` and `absent`, and no `words`; or `words` alone.")
@@ -248,7 +248,7 @@ def with_labels(
     """
     if "MedCTForImageClassification" in (config.architectures or ()):
         raise DataError(
-            "The model is a classifier: it knows the labels of its head and is asked nothing in words. Leave out "
+            "The model is a classifier: it has the labels of its head and is not asked in words. Leave out "
             "--labels and --templates; --mapping says which of the data's names mean its labels."
         )
     config = copy.deepcopy(config)

@@ -209,7 +209,7 @@ def sheet_format(path: Path) -> str:
     """
     found = _FORMATS.get(path.suffix.lower())
     if found is None:
-        raise DataError(f"{path}: a sheet is a picture, {', '.join(_FORMATS)}. Name it so.")
+        raise DataError(f"{path}: a sheet is a picture. Use one of the suffixes {', '.join(_FORMATS)}.")
     return found
 
 

@@ -103,8 +103,8 @@ def choose_split(table: pd.DataFrame, selection: Selection, where: str) -> tuple
     doubled = table.groupby("patient")["split"].nunique() > 1
     if doubled.any():
         raise DataError(
-            f"{where}: {int(doubled.sum())} patients are in several splits, so scores would be too good. Give each "
-            "patient one split."
+            f"{where}: {int(doubled.sum())} patients are in several splits, so scores would be too optimistic. Give "
+            "each patient one split."
         )
     if "tune" not in set(table["split"]):
         is_tune = (table["split"] == "train") & belongs(table["patient"], "tune", selection.tune_share)

@@ -71,10 +71,10 @@ def read_npz(file: ByteSource) -> CTVolume:
     """
     if file.head(4) != ZIP_MAGIC:
         what, remedy = what_is(file) or ("", _REMEDY)
-        raise VolumeError(file.name, f"it is no {SUFFIX} archive" + (f", but {what}" if what else ""), remedy)
+        raise VolumeError(file.name, f"it is not an {SUFFIX} archive" + (f", but {what}" if what else ""), remedy)
     member = next((member for member in of_zip(file) if base_name(member.name) == f"{_KEY}.npy"), None)
     if member is None:
-        raise VolumeError(file.name, f"it holds no array {_KEY!r}, so it is none of RAD-ChestCT's files", _REMEDY)
+        raise VolumeError(file.name, f"it holds no array {_KEY!r}, so it is not one of RAD-ChestCT's files", _REMEDY)
     if member.size > 2 * MAX_VOXELS + _NPY_HEADER_BYTES:
         raise VolumeError(file.name, f"its array takes {member.size} bytes, more than any scan", _REMEDY)
     array = _array(file.name, member)
@@ -83,7 +83,7 @@ def read_npz(file: ByteSource) -> CTVolume:
         raise VolumeError(
             file.name,
             f"its values lie within {lowest}..{highest}, and RAD-ChestCT's HU within {HU_RANGE[0]}..{HU_RANGE[1]}; "
-            "perhaps it was rescaled a second time",
+            "perhaps it was rescaled twice",
             "Pass the file as it was published",
         )
     return CTVolume(array, affine_from_spacing((SPACING_MM,) * 3, ORIENTATION), file.name)
@@ -260,8 +260,8 @@ def _count_scans(folder: Folder, files: dict[str, Path], patients: dict[str, str
     shared = sum(len(splits) > 1 for splits in seen.values())
     if shared:
         raise DataError(
-            f"{folder}: {shared} patients are in several splits, so scores would be too good. Take the tables as they "
-            "were published."
+            f"{folder}: {shared} patients are in several splits, so scores would be too optimistic. Take the tables as "
+            "they were published."
         )
     return counts
 

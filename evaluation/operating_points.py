@@ -43,7 +43,7 @@ def wanted_points(sensitivity: float | None = None, specificity: float | None = 
     wanted = {}
     for rule, share in zip(WANTED, (sensitivity, specificity), strict=True):
         if share is not None and not 0 < share <= 1:
-            raise ValueError(f"A {rule} of {share:g} cannot be had. Pass a share above 0, up to 1.")
+            raise ValueError(f"A {rule} of {share:g} is impossible. Pass a share above 0, up to 1.")
         if share is not None:
             wanted[f"{rule} {share:g}"] = (rule, share)
     return wanted

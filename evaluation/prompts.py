@@ -1,7 +1,7 @@
 """How far zero-shot scores move by wording alone: templates and names of findings, tried on tuning patients.
 
 Images are encoded once, whatever the number of wordings. What is chosen is chosen on these patients, so its scores here
-are too good; others show what it is worth.
+are too optimistic; others show what it is worth.
 """
 
 from collections.abc import Mapping, Sequence

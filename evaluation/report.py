@@ -319,8 +319,8 @@ def prompts_report(found: dict[str, Any]) -> str:
     chosen_on = f"{counted(found['studies'], 'study', 'studies')} of {counted(found['patients'], 'patient')}"
     lines += [
         "",
-        f"By its template alone the mean AUROC moves from {min(aurocs):.3f} to {max(aurocs):.3f}. Chosen: {templates}, "
-        f"other names for {findings}, mean AUROC {chosen['auroc']:.3f} on the {chosen_on} that it was chosen on. That "
-        "is too good: score it on other patients.",
+        f"The template alone moves the mean AUROC from {min(aurocs):.3f} to {max(aurocs):.3f}. Chosen: {templates}, "
+        f"other names for {findings}, mean AUROC {chosen['auroc']:.3f} on the {chosen_on} that it was chosen on. This "
+        "is too optimistic: score it on other patients.",
     ]
     return "\n".join(lines)

@@ -354,7 +354,7 @@ def check_fit(model: PreTrainedModel, adapter: str | Path, **hub: Any) -> dict[s
     check_tensors(model, tensors, config, str(adapter))
     if description is None:
         warnings.warn(
-            f"{adapter} has no {DESCRIPTION_FILE}: nobody can tell whether it was trained on this model.", stacklevel=3
+            f"{adapter} has no {DESCRIPTION_FILE}: it is not known whether it was trained on this model.", stacklevel=3
         )
         return None
     words = ("label_names", "prompt_templates", "prompts")
@@ -444,7 +444,7 @@ def _wanted(model: PreTrainedModel, config: Any) -> dict[str, torch.Size]:
     except NotImplementedError as error:  # it looks at the weights, and here are none
         raise AdapterMismatchError(
             f"What an adapter of the kind {config.peft_type.value} has to hold depends on the weights of its base, so "
-            "it cannot be checked. Load it with `peft.PeftModel.from_pretrained`, which asks nothing."
+            "it cannot be checked. Load it with `peft.PeftModel.from_pretrained`, which checks nothing."
         ) from error
     except ValueError as error:  # of PEFT: the targets are not in this model
         raise AdapterMismatchError(
@@ -472,7 +472,7 @@ def _check_base(model: PreTrainedModel, adapter: str | Path, base: dict[str, Any
         )
     held = f"This model's weights are {', '.join(sorted(map(str, types))) or 'quantized'}"
     if ours is None:
-        said = f"Nobody can tell whether {adapter} was trained on this model. {held}, or the adapter names no weights."
+        said = f"It is not known whether {adapter} was trained on this model. {held}, or the adapter names no weights."
     else:
         said = f"{held}: {adapter} was trained on the file that they were made of, so expect other scores than its own."
     warnings.warn(said, stacklevel=4)
@@ -509,7 +509,7 @@ def _file(adapter: str | Path, name: str, hub: dict[str, Any], is_optional: bool
             return None
         if is_optional:
             raise OSError(
-                f"{adapter}: {name} could not be fetched, so nobody knows whether it fits. Load it once with a network."
+                f"{adapter}: {name} could not be fetched, so its fit is not known. Load it once with a network."
             ) from error
         raise
 

@@ -162,8 +162,8 @@ class MedCTAdapterMixin:
         has_modules = any(name in (getattr(module, "modules_to_save", None) or ()) for module in self.modules())
         if has_modules or any(layer.merged or layer.use_dora.get(name) for layer in layers):
             raise ValueError(
-                f"The adapter {name!r} is merged, or has DoRA's magnitudes or whole modules, so its strength cannot be "
-                "set. `medct train --strength auto` chooses it when an adapter is made."
+                f"The adapter {name!r} is merged, or has DoRA's magnitudes or modules that were trained whole, so its "
+                "strength cannot be set. `medct train --strength auto` chooses it when an adapter is made."
             )
         for layer in layers:
             layer.set_scale(name, strength)
@@ -180,7 +180,7 @@ class MedCTAdapterMixin:
         if any(tensor.is_meta for tensor in own):
             super().delete_adapter(name)
             raise AdapterMismatchError(
-                "The adapter belongs beside layers that are offloaded, where its weights cannot be loaded. Merge it "
+                "The adapter belongs to layers that are offloaded, where its weights cannot be loaded. Merge it "
                 "into the model before (`PeftModel.merge_and_unload`, `save_pretrained`), or offload other layers."
             )
 
@@ -189,7 +189,7 @@ class MedCTAdapterMixin:
         if any(map(changes_base, getattr(self, "peft_config", {}).values())):
             raise AdapterMismatchError(
                 "The adapter has changed weights of its base (PiSSA, OLoRA and the like, or biases), so that without "
-                "it this is not the base. Load the base anew."
+                "it this is not the base. Load the base again."
             )
 
     def _write_description(self, folder: str | Path) -> None:

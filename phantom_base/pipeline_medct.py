@@ -82,8 +82,8 @@ class CTPipeline(Pipeline):
                 self.model.load_adapter(adapter, adapter_kwargs={"revision": adapter_revision})
         if getattr(self.model, "is_drawn", False):  # a model of older code cannot tell
             raise ValueError(
-                "The model's head was drawn at random, as its checkpoint has none, and would find anything. Train it "
-                f"first, or ask the model in words: {ZERO_SHOT_TASK}."
+                "The model's head is initialised at random, since its checkpoint has none, so its scores mean nothing. "
+                f"Train it first, or ask the model in words: {ZERO_SHOT_TASK}."
             )
         self.model.eval()
 
@@ -384,7 +384,7 @@ class CTClassificationPipeline(CTPipeline):
 
     def _sanitize_parameters(self, candidate_labels=None, prompt_templates=None, **kwargs):
         if prompt_templates is not None:
-            raise PromptError("A classifier asks nothing in words. Leave out `prompt_templates`.")
+            raise PromptError("A classifier is not asked in words. Leave out `prompt_templates`.")
         reading, _, shown = super()._sanitize_parameters(candidate_labels, **kwargs)
         self._known(shown.get("candidate_labels", self.model.config.label_names))
         return reading, {}, shown

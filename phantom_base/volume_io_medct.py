@@ -216,7 +216,7 @@ def _numbers(argument: str, value: Any, remedy: str) -> np.ndarray:
     try:
         return np.asarray(value, float)
     except (TypeError, ValueError) as error:
-        raise VolumeError(argument, "it does not hold numbers as it should", remedy) from error
+        raise VolumeError(argument, "it does not hold the numbers that it should", remedy) from error
 
 
 def _refuse_unused(name: str, *, spacing_mm: Any = None, affine: Any = None, series: Any = None) -> None:

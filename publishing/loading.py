@@ -122,7 +122,7 @@ def load_model(
         raise _no_model(name, error) from error
     if lacking := sorted(info["missing_keys"]):
         raise CheckpointMismatchError(
-            f"{name}: the checkpoint lacks {lacking[0]}, which would be drawn at random. Pass a whole model."
+            f"{name}: the checkpoint lacks {lacking[0]}, which would be initialised at random. Pass a complete model."
         )
     check_processor(config, processor, name)
     return model, processor

@@ -348,7 +348,7 @@ def _reason(error: Exception) -> str:
     response = None if _is_worded(error) else _response(error)
     status = None if response is None else response.status_code
     if status == 401:
-        return "the Hub does not know you (401): log in with `hf auth login`, or set HF_TOKEN"
+        return "you are not logged in to the Hub (401): log in with `hf auth login`, or set HF_TOKEN"
     if status == 403:
         return "you may not write there (403): choose another name, or a token with write access"
     if status is not None:

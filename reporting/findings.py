@@ -14,7 +14,7 @@ from medct.common.drawings import knows_drawings_only
 from medct.pipeline_medct import CTPipeline
 
 WARNING = "Research only: not a diagnosis, not checked by a physician, not for clinical use."
-SYNTHETIC = "The model has learned from synthetic drawings: what it says of a patient means nothing."
+SYNTHETIC = "The model was trained on synthetic drawings: what it says about a patient means nothing."
 NO_PROBABILITY = "A score compares the scan with two sentences; it is not a probability of disease."
 
 

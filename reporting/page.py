@@ -72,7 +72,7 @@ def draw_page(
         where = slices.caption(picture.index).replace(" mm, ", " mm\n", 1)
         axes.set_title(f"{textwrap.fill(picture.title, 34, max_lines=2)}\n{where}", fontsize=8.5, fontfamily=fonts())
     said = [NO_PROBABILITY, *algorithm.parameters]
-    said.append("Slices: where the score comes from most; a debugging aid, no location of a finding.")
+    said.append("Slices: where the score comes from most; a debugging aid, not the location of a finding.")
     text = "\n".join(textwrap.wrap(f"{algorithm.name} {algorithm.version}.   {'   '.join(said)}", 180))
     figure.text(0.02, 0.05, text, fontsize=8.5, va="center")
     canvas = FigureCanvasAgg(figure)
@@ -123,7 +123,7 @@ def secondary_capture(page: np.ndarray, algorithm: Algorithm, source: SourceStud
         ReportError: If the headers of the study hold what the standard forbids.
     """
     need_highdicom()
-    refusal = f"{source.name}: no page can be made from what its headers hold. Correct them, or export it anew."
+    refusal = f"{source.name}: no page can be made from what its headers hold. Correct them, or export it again."
     return quietly(lambda: _image(page, algorithm, source), refusal)
 
 

@@ -104,12 +104,12 @@ def read_source(study: Study, **options: Any) -> SourceStudy:
     def read() -> "dict[int, Dataset]":
         return {id(file): _read_header(file) for file in dict.fromkeys(file_of_slice)}
 
-    headers = quietly(read, f"{study.id}: the headers are damaged. Export the study anew.")
+    headers = quietly(read, f"{study.id}: the headers are damaged. Export the study again.")
     for header in headers.values():
         if not all(header.get(name) for name in _MUST_BE):
             raise ReportError(
                 f"{study.id}: its headers lack the UIDs of study, series or image, so nothing can be added to the "
-                "study. Export it anew."
+                "study. Export it again."
             )
     own = headers[id(middle)]
     return SourceStudy(list(headers.values()), own, None if frame is None else frame + 1, study.id)

@@ -63,7 +63,7 @@ def structured_report(findings: Sequence[Finding], algorithm: Algorithm, source:
         ReportError: If the headers of the study hold what the standard forbids.
     """
     need_highdicom()
-    refusal = f"{source.name}: no report can be made from what its headers hold. Correct them, or export it anew."
+    refusal = f"{source.name}: no report can be made from what its headers hold. Correct them, or export it again."
     return quietly(lambda: _report(findings, algorithm, source), refusal)
 
 

@@ -33,11 +33,9 @@ def make_accelerator(settings: TrainingSettings, work: Path) -> Accelerator:
         raise TrainingError(f"--report_to {tracker}: {error} Try `pip install {tracker}`.") from error
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != started:
-        raise TrainingError(
-            f"{started} processes were started, but each is alone. Without GPUs pass --cpu True, so that they meet."
-        )
+        raise TrainingError(f"{started} processes were started, but they are not connected. Without GPUs, pass --cpu.")
     if accelerator.mixed_precision == "fp16":
-        raise TrainingError("fp16 needs scaled gradients, which this trainer has not. Launch with bf16 or no.")
+        raise TrainingError("fp16 needs scaled gradients, which this trainer does not support. Launch with bf16 or no.")
     return accelerator
 
 

@@ -311,7 +311,7 @@ def make(output: Path) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("output", type=Path, help="folder to make, in the form of a Hub model repository")
+    parser.add_argument("output", type=Path, help="folder to create, in the form of a Hub model repository")
     args = parser.parse_args()
     logging.disable_progress_bar()
     register()  # the folder holds the code of its model

@@ -44,9 +44,13 @@ class PaperSettings(TrainingSettings):
     sizes: str | None = setting(None, "JSON with the sizes of a checkpoint that differs from the published one.")
 
     data: str = setting("hf://datasets/ibrahimhamamci/CT-RATE", "CT-RATE on the Hub (gated), or a local copy.")
-    recipe: RecipeName = setting("paper", "Of the row that stands beside the paper's; see `medct train`.")
-    strength: Literal["auto", "1"] = setting("1", "Of that row. The other rows have it chosen on tuning patients.")
-    eval_steps: int | None = setting(0, "Of that row. The other rows score the tuning patients ten times.")
+    recipe: RecipeName = setting("paper", "Recipe of the row that is compared with the paper; see `medct train`.")
+    strength: Literal["auto", "1"] = setting(
+        "1", "Strength in that row. In the others it is chosen on tuning patients."
+    )
+    eval_steps: int | None = setting(
+        0, "Steps between scores of the tuning patients in that row. The others score them ten times."
+    )
     batch_size: int = setting(2, "Studies that one process has in memory at once.")
     accumulation_steps: int = setting(4, "Batches in an optimizer step.")
     gradient_checkpointing: bool = setting(True, "Recompute activations instead of keeping them: less memory.")

@@ -57,8 +57,8 @@ class TrainingSettings:
     data_revision: str | None = setting(None, "Commit of a data set on the Hub.")
     labels: str | None = setting(
         None,
-        "Table (csv, xlsx) of what to learn and ask for instead of the base's own findings: a column `label`, and "
-        "where they differ `data`, its column in the data, and `words`, or `present` and `absent`, what is asked.",
+        "Table (csv, xlsx) of findings to learn and ask for instead of the base's own: a column `label` and, where "
+        "they differ from it, `data` (the column in the data) and `words`, or `present` and `absent` (what is asked).",
     )
     templates: list[str] | None = setting(
         None,
@@ -84,7 +84,7 @@ class TrainingSettings:
         "Cross-validate: divide the patients of all splits into this many folds, 3 or more, train once for each, and "
         "pool the scores of the held-out studies. For cohorts that are too small to hold anything out.",
     )
-    fold: int | None = setting(None, "Train for this one of --folds alone, counted from 1.")
+    fold: int | None = setting(None, "Train only this fold of --folds, counted from 1.")
     phantom_site: Literal["A", "B", "C"] = setting(PhantomCohort.site, "Which synthetic hospital to adapt to.")
     phantom_train_patients: int = setting(PhantomCohort.train_patients, "Synthetic patients to train on.")
     phantom_tune_patients: int = setting(PhantomCohort.tune_patients, "Synthetic patients to tune on.")
@@ -142,13 +142,13 @@ class TrainingSettings:
         "is forgotten. `none` for none, the default except with phantoms, which replay site A.",
     )
     replay_share: float = setting(0.2, "Share of the replayed studies.")
-    replay_mapping: str | None = setting(None, "As --mapping, for --replay.")
+    replay_mapping: str | None = setting(None, "Like --mapping, for --replay.")
     keep: str | None = setting(
         None,
-        "Source that the model must stay good at: what is forgotten is measured there. `none` for none, the default "
+        "Source that the model must stay good at: forgetting is measured there. `none` for none, the default "
         "except with phantoms, which keep site A.",
     )
-    keep_mapping: str | None = setting(None, "As --mapping, for --keep.")
+    keep_mapping: str | None = setting(None, "Like --mapping, for --keep.")
     max_forgotten: float = setting(0.01, "How far the mean AUROC on --keep's tuning patients may fall.")
     strength: Literal["auto", "1"] = setting(
         "auto", "Strength of the trained adapter: chosen on tuning patients, or 1, as it was trained."
@@ -171,7 +171,7 @@ class TrainingSettings:
     )
     specificity: float | None = setting(None, "The same for a wanted specificity.")
 
-    output_dir: str | None = setting(None, "Folder to make. Default: runs/ and the time.")
+    output_dir: str | None = setting(None, "Folder to create. Default: runs/ and the time.")
     resume: bool = setting(
         False, "Resume from the newest checkpoint of --output_dir, or start if there is none; suits a requeued job."
     )

@@ -75,7 +75,9 @@ def test_predict_resumes_after_ctrl_c(ctrl_c, run, scans, converted, tmp_path, m
         patched.setattr(owner, name, interrupt_second(getattr(owner, name)))
         status, err = run("predict", scans, "--output", output, *options)
     assert status == INTERRUPTED
-    assert err.splitlines()[-1] == "stopped; `predict --output`, `embed` and `prepare` go on from here when run again."
+    assert (
+        err.splitlines()[-1] == "stopped; `predict --output`, `embed` and `prepare` continue from here when run again."
+    )
     assert "Traceback" not in err
     left = output.read_bytes()
     assert whole.startswith(left) and left.endswith(b"\n") and len(left) < len(whole)

@@ -375,7 +375,7 @@ def test_an_adapter_of_unknown_origin_is_remarked_on_in_a_line(run, scans, adapt
     status, _, err = run("predict", scans / "0.nii.gz", "--adapter", adapter, "--labels", "a")
     assert status == 0
     assert (
-        err == f"warning: {adapter} has no medct_adapter.json: nobody can tell whether it was trained on this model.\n"
+        err == f"warning: {adapter} has no medct_adapter.json: it is not known whether it was trained on this model.\n"
     )
 
 

@@ -169,11 +169,15 @@ def test_a_classifier_has_a_page_too(predict, classifier_folder, tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("scan.nii.gz", None, "Name it .json"),
-        ("metadata.csv", "file_name,patient\n", "Name it .json"),
-        ("own.json", "{}", "it exists and is no bundle of MedCT"),
-        ("own.json", '{"resourceType": "Bundle", "entry": [{"resource": {"resourceType": "Patient"}}]}', "no bundle"),
-        ("own.json", "[1", "no bundle"),
+        ("scan.nii.gz", None, "Use the suffix .json"),
+        ("metadata.csv", "file_name,patient\n", "Use the suffix .json"),
+        ("own.json", "{}", "it exists and is not a bundle of MedCT"),
+        (
+            "own.json",
+            '{"resourceType": "Bundle", "entry": [{"resource": {"resourceType": "Patient"}}]}',
+            "not a bundle",
+        ),
+        ("own.json", "[1", "not a bundle"),
         ("rows.json", None, "--output writes its rows there"),
     ],
 )

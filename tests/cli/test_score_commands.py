@@ -110,7 +110,7 @@ def test_what_is_left_out_is_said(run, folder, tmp_path):
     left = source["left_out"]
     assert source["num_studies"] + sum(left.values()) == 41 and min(left.values()) > 0
     few = counted(source["num_studies"], "study", "studies")
-    said = f"site: scored are only {few} of the split valid; left out: {left['train']} of "
+    said = f"site: only {few} of the split valid were scored; left out: {left['train']} of "
     assert f"NOTE: {said}train, {left['tune']} of tune. For a test set" in out
     assert results["remarks"][0].startswith(said)
     _, out, _ = run("evaluate", "--data", root, "--split", "all")
@@ -468,7 +468,7 @@ def test_predicted_scores_are_as_exact_as_the_model_gives_them(run, folder, tmp_
 @pytest.mark.parametrize("name", ["test", "validation"])
 def test_what_a_split_is_called_here_is_said(command, name, run):
     status, _, err = run(*command.split(), name, model=None)
-    assert status == 2 and f"there is no split {name!r} here: what is only scored is `valid`" in err
+    assert status == 2 and f"there is no split {name!r}: `valid` is the one that is only scored" in err
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from medct.common.errors import BROKEN_PIPE, FAILED, INTERRUPTED, STOPPED, Stopp
         (
             KeyboardInterrupt(),
             INTERRUPTED,
-            "stopped; `predict --output`, `embed` and `prepare` go on from here when run again.",
+            "stopped; `predict --output`, `embed` and `prepare` continue from here when run again.",
         ),
     ],
     ids=lambda value: type(value).__name__,

@@ -93,7 +93,7 @@ def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(filelock.FileLock, "_acquire", refuse)
-    warned = pytest.warns(UserWarning, match=r"out: this file system has no locks\. See that no second run")
+    warned = pytest.warns(UserWarning, match=r"out: this file system has no locks\. Make sure that no second run")
     with warned, only_run(tmp_path / "out"):
         pass
 

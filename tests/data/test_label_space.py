@@ -134,7 +134,7 @@ def test_a_classifier_is_asked_nothing_in_words(table, classifier_folder):
     [
         ("name\na\n", "has no column 'label', but 'name'"),
         ("label\n", "it has no labels"),
-        ("label,words\n,effusion\n", "row 1: the label '' is empty or doubled"),
+        ("label,words\n,effusion\n", "row 1: the label '' is empty or given twice"),
         ("label\na\na\n", "'a' is there twice"),
         ("label,data,words\na,x,one\na,y,two\n", "'a' has two prompts"),
         ("label,present,absent\na,It is.,\n", "write both sentences"),

@@ -209,7 +209,7 @@ def _header(shape="(4, 4, 4)", descr="'<i2'") -> bytes:
         (npz_bytes(image=np.zeros(SHAPE, np.int16)), "it holds no array 'ct'"),
         (npz_bytes(ct=np.zeros(SHAPE, np.float32)), "its values are of type float32"),
         (npz_bytes(ct=np.zeros(SHAPE, np.uint16)), "its values are of type uint16"),
-        (npz_bytes(ct=np.full(SHAPE, -2024, np.int16)), r"lie within -2024..-2024, .* rescaled a second time"),
+        (npz_bytes(ct=np.full(SHAPE, -2024, np.int16)), r"lie within -2024..-2024, .* rescaled twice"),
         (npz_bytes(ct=np.full(SHAPE, 3000, np.int16)), r"lie within 3000..3000"),
         (npz_bytes(ct=np.zeros((4, 4), np.int16)), "shape"),
         (npz_bytes(ct=hu_of("trn00001"))[:-40], "zip archive is damaged"),
@@ -220,8 +220,8 @@ def _header(shape="(4, 4, 4)", descr="'<i2'") -> bytes:
         (_zip(ct=b"nothing"), "header of its array is damaged"),
         (_zip(ct=pickle.dumps(Payload())), "header of its array is damaged"),
         (_zip(ct=_npy(_header(), bytes(2**28 + 2**20))), "would unpack to"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1", "no .npz archive, but a Git LFS pointer"),
-        (b"", "no .npz archive, but empty"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1", "not an .npz archive, but a Git LFS pointer"),
+        (b"", "not an .npz archive, but empty"),
     ],
 )
 def test_a_file_that_is_none_of_its_own_is_refused_in_a_sentence(content, message):

@@ -120,7 +120,7 @@ def test_what_cannot_be_had_has_no_threshold():
     assert math.isnan(threshold_for(np.array([0.9, 0.5]), np.array([1.0, 1]), "sensitivity", 0.5))
     assert choose_points(SCORES, LABELS * 0, NAMES, {}) == {}
     assert as_array({"other": 0.5}, NAMES) is None
-    with pytest.raises(ValueError, match=r"A sensitivity of 1\.5 cannot be had"):
+    with pytest.raises(ValueError, match=r"A sensitivity of 1\.5 is impossible"):
         wanted_points(sensitivity=1.5)
 
 

@@ -51,7 +51,7 @@ def test_the_spread_worked_out_by_hand():
     assert chosen["names"] == {"x": "y"}
     assert chosen["auroc"] == pytest.approx((1 + 35 / 36) / 2)
     said = prompts_report(found)
-    assert f"moves from {templates[1]:.3f} to {templates[0]:.3f}" in said
+    assert f"the mean AUROC from {templates[1]:.3f} to {templates[0]:.3f}" in said
     assert "on the 12 studies of 12 patients that it was chosen on" in said
     assert "| x (6) | 0.944 | " in said and "| y a / not y a |" in said, "templates may share a sentence"
 
@@ -174,7 +174,7 @@ def test_a_choice_is_stored_with_the_adapter_and_used(converted, processor, tmp_
     options += ["--templates", "{label} a|not {label} b", "{label} q|no {label}"]
     output = tmp_path / "prompts.json"
     assert main([*map(str, options), "--names", str(tmp_path / "names.json"), "--store", "--output", str(output)]) == 0
-    assert "mean AUROC moves from" in capsys.readouterr().out
+    assert "moves the mean AUROC from" in capsys.readouterr().out
     found = json.loads(output.read_text(encoding="utf-8"))
     assert len(found["templates"]) == 3 and found["studies"] == 20
     described = json.loads((adapter / DESCRIPTION_FILE).read_text(encoding="utf-8"))
@@ -244,7 +244,7 @@ def test_wordings_of_own_findings_are_tried(converted, tmp_path, refused):
     labels = np.array([source.read(group[0])["labels"] for group in source.groups])
     assert nodule["present"] == labels[:, CT_CLIP_LABELS.index("Lung nodule")].sum()
     adapter = save_adapter(converted, tmp_path / "adapter")
-    assert "Leave out those that it has not" in refused(*options, "--adapter", adapter, "--store")
+    assert "Leave out all others" in refused(*options, "--adapter", adapter, "--store")
 
 
 def test_a_choice_needs_an_adapters_folder(converted, refused):

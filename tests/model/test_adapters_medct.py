@@ -141,7 +141,7 @@ def test_other_labels_or_prompts_are_warned_about(model, edited, name, value):
 def test_what_cannot_be_compared_is_warned_about(model, adapter, edited):
     foreign = edited()
     (foreign / "medct_adapter.json").unlink()
-    with pytest.warns(UserWarning, match="nobody can tell"):
+    with pytest.warns(UserWarning, match="it is not known"):
         check_fit(model, foreign)
     with pytest.warns(UserWarning, match=r"torch\.float16"):
         check_fit(model.to(torch.float16), adapter)
@@ -550,7 +550,7 @@ def test_what_peft_saves_is_what_is_asked_for(model, converted, config, tmp_path
     peft = get_peft_model(MedCTModel.from_pretrained(converted), config)
     config.task_type = task
     peft.save_pretrained(tmp_path)
-    with pytest.warns(UserWarning, match="nobody can tell") as warned:
+    with pytest.warns(UserWarning, match="it is not known") as warned:
         check_fit(model, tmp_path)
     assert len(warned) == 1
     tensors = load_file(tmp_path / "adapter_model.safetensors")

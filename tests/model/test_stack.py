@@ -113,22 +113,22 @@ def test_the_pipeline_of_a_classifier_gives_its_sigmoids(classifier_folder, scan
     assert one["score"] == scores(pipe, scan)["Emphysema"]
     with pytest.raises(ValueError, match="not trained on Rib fracture"):
         pipe(scan, spacing_mm=spacing_mm, candidate_labels=["Rib fracture"])
-    with pytest.raises(ValueError, match="nothing in words"):
+    with pytest.raises(ValueError, match="not asked in words"):
         pipe(scan, spacing_mm=spacing_mm, prompt_templates=[("{label}", "no {label}")])
 
 
 def test_a_head_that_was_drawn_at_random_finds_nothing(converted, classifier_folder, scan, tmp_path):
-    with pytest.raises(ValueError, match="drawn at random"):
+    with pytest.raises(ValueError, match="initialised at random"):
         pipeline(CLASSIFIER_TASK, model=str(converted), device="cpu")
     options = {"num_labels": 2, "ignore_mismatched_sizes": True}
     begun = AutoModelForImageClassification.from_pretrained(classifier_folder, **options)
-    with pytest.raises(ValueError, match="drawn at random"):
+    with pytest.raises(ValueError, match="initialised at random"):
         pipeline(CLASSIFIER_TASK, model=begun, device="cpu")
     adapted = AutoModelForImageClassification.from_pretrained(converted, num_labels=2)
     lora = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["classifier"])
     get_peft_model(adapted, lora).save_pretrained(tmp_path)
     again = AutoModelForImageClassification.from_pretrained(converted, num_labels=2)
-    with pytest.warns(UserWarning, match="nobody can tell"):
+    with pytest.warns(UserWarning, match="it is not known"):
         assert len(scores(pipeline(CLASSIFIER_TASK, model=again, device="cpu", adapter=str(tmp_path)), scan)) == 2
     with torch.no_grad():
         begun.classifier.bias.add_(1)
@@ -335,7 +335,7 @@ def test_an_adapter_on_a_quantized_base_is_compared_with_the_file(converted, ada
     nowhere = quantized(converted)
     nowhere.name_or_path = ""
     assert fingerprint(nowhere) is None
-    with pytest.warns(UserWarning, match="Nobody can tell"):
+    with pytest.warns(UserWarning, match="It is not known"):
         check_fit(nowhere, adapters[0])
 
 
@@ -346,7 +346,7 @@ def test_an_offloaded_base_takes_its_adapter(model, converted, adapters, batch, 
     offloaded = MedCTModel.from_pretrained(converted, device_map=places, offload_folder=tmp_path / "offload").eval()
     assert next(offloaded.text_model.parameters()).is_meta
     assert fingerprint(offloaded) == fingerprint(model)
-    with pytest.raises(AdapterMismatchError, match="beside layers that are offloaded"):
+    with pytest.raises(AdapterMismatchError, match="to layers that are offloaded"):
         offloaded.load_adapter(adapters[0])
     offloaded.load_adapter(adapter)
     model.load_adapter(adapter)
@@ -375,7 +375,7 @@ def test_offline_a_description_that_was_never_fetched_is_asked_for(model, adapte
     _cached(adapters[0], tmp_path, says_absent=says_absent)
     options = {"adapter_kwargs": {"cache_dir": str(tmp_path)}}
     if says_absent:
-        with pytest.warns(UserWarning, match="nobody can tell"):
+        with pytest.warns(UserWarning, match="it is not known"):
             model.load_adapter("org/site-b", **options)
         return
     with pytest.raises(OSError, match=r"medct_adapter\.json could not be fetched"):

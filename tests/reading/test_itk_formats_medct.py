@@ -136,7 +136,7 @@ def test_what_an_nrrd_header_says_twice(name, value, is_said_again, array):
     if is_said_again:
         assert np.array_equal(read_volume(content).array, array)
     else:
-        with pytest.raises(VolumeError, match="says two different things of its "):
+        with pytest.raises(VolumeError, match="contradicts itself about its "):
             read_volume(content)
 
 
@@ -234,7 +234,7 @@ def test_what_a_metaimage_header_says_twice(name, value, is_said_again, is_first
         assert np.array_equal(volume.array, array)
         assert volume.spacing_mm == (1, 1, 2)
     else:
-        with pytest.raises(VolumeError, match="says two different things of its "):
+        with pytest.raises(VolumeError, match="contradicts itself about its "):
             read_volume(content)
 
 

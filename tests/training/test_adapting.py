@@ -153,7 +153,7 @@ def test_a_classifier_has_strength_calibration_and_something_to_keep(
     assert calibration and calibration.keys() == {label for label, each in findings.items() if "probability" in each}
     for label, line in calibration.items():
         assert findings[label]["probability"] == pytest.approx(float(calibrated(findings[label]["score"], *line)))
-    with pytest.raises(ValueError, match="whole modules"):
+    with pytest.raises(ValueError, match="trained whole"):
         base.set_adapter_strength("default", 0.5)
 
 

@@ -169,7 +169,7 @@ def test_labels_that_were_corrected_count_when_a_run_is_resumed(settings, site, 
     table.loc[is_valid, "Emphysema"] = 1 - table.loc[is_valid, "Emphysema"]
     table.to_csv(root / "metadata.csv", index=False)
     run(dataclasses.replace(settings, resume=True))
-    assert "NOTE: valid: studies or labels have changed since, so the base is scored anew." in capsys.readouterr().out
+    assert "NOTE: valid: studies or labels have changed since, so the base is scored again." in capsys.readouterr().out
     found = pd.read_csv(root.parent / "run" / "results.studies.csv").query("split == 'valid'")
     wanted = table[is_valid].set_index("file_name")["Emphysema"]
     assert set(found["model"]) >= {"base", "adapted"}

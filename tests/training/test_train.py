@@ -593,7 +593,7 @@ def test_processes_that_do_not_meet_are_refused(settings, monkeypatch):
     accelerator = Accelerator(cpu=True)
     monkeypatch.setattr("medct.training.launch.Accelerator", lambda **_: accelerator)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(TrainingError, match="each is alone"):
+    with pytest.raises(TrainingError, match="they are not connected"):
         run(settings)
 
 
