@@ -154,7 +154,7 @@ def test_wordings_have_the_scores_that_the_pipeline_gives(model, processor):
     config = with_labels(model.config, CT_CLIP_LABELS, prompts, [A, B])
     usual = {label: [prompts.get(label, label)] for label in CT_CLIP_LABELS}
     own = wording_scores(model, processor, embeds, [A, B], usual, accelerator)
-    scored = score_studies(model, loader, tokenize_prompts(config, processor), accelerator, "")
+    scored = score_studies(model, loader, prompts_for(model, processor, config), accelerator, "")
     np.testing.assert_allclose(np.stack([each[:, 0].mean(0) for each in own.values()], 1), scored.scores, atol=1e-6)
 
 
