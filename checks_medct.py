@@ -1,7 +1,7 @@
 """Whether what is put together belongs together: weights and class, processor and model.
 
-What does not is refused. The libraries would go on: with weights drawn at random in place of those that a checkpoint
-lacks, and with voxels that mean something else to the model than to those who made them.
+What does not is refused. The libraries would continue: with random weights in place of those that a checkpoint lacks,
+and with voxels that mean something else to the model than to the processor.
 """
 
 from collections.abc import Iterable
@@ -22,17 +22,17 @@ class CheckpointMismatchError(MedCTError, ValueError):
 
 
 class NotANumberError(MedCTError, ValueError):
-    """Results of a model that are NaN or infinite, in whose place there is nothing to be said."""
+    """Results of a model that are NaN or infinite, so that nothing can be said about the scan."""
 
 
 def refuse_what_is_no_number(results: torch.Tensor) -> None:
-    """Refuse what a model gives if it is NaN or infinite somewhere: comparisons would take it for a low score.
+    """Refuse results of a model that are NaN or infinite: comparisons would take them for low scores.
 
     Args:
         results: Of any shape.
 
     Raises:
-        NotANumberError: If it is so.
+        NotANumberError: If any of them is.
     """
     if not torch.isfinite(results).all():
         raise NotANumberError(
@@ -53,15 +53,15 @@ def refuse_other_weights(
     may_lack: tuple[str, ...] = (),
     may_hold: tuple[str, ...] = (),
 ) -> None:
-    """Refuse a checkpoint that has not the very weights of a class.
+    """Refuse a checkpoint whose weights are not exactly those of a class.
 
     Args:
         name: Hub id or folder.
         model_class: What was asked for.
         config: Of the checkpoint.
         loading_info: As `from_pretrained(output_loading_info=True)` gives it.
-        may_lack: How names of weights begin that are drawn at random where a checkpoint has none.
-        may_hold: How names of weights begin that may lie unused in a checkpoint.
+        may_lack: Prefixes of weights that a checkpoint may lack, which are then initialised at random.
+        may_hold: Prefixes of weights that may lie unused in a checkpoint.
 
     Raises:
         CheckpointMismatchError: If weights are missing, or are there that the class does not have.

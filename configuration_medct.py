@@ -66,8 +66,8 @@ CODE = {
 class RegisteredTasks(dict):
     """Tasks whose pipelines are registered in this process.
 
-    They are listed, so that `transformers.pipeline` can infer a task; but it finds none "in" here, as it would then ask
-    for leave to run remote code instead of taking what is registered.
+    They are listed, so that `transformers.pipeline` can infer a task; but `in` finds none of them, or the library would
+    ask for permission to run remote code instead of using what is registered.
     """
 
     def __contains__(self, task: object) -> bool:
@@ -302,10 +302,10 @@ class MedCTConfig(PreTrainedConfig):
 
         Returns:
             For each template `2 * len(labels)` sentences: present and not present of the first label, of the second ...
-            If labels have different numbers of pairs, each stands as often as makes all weigh the same.
+            If labels have different numbers of pairs, they are repeated so that all have the same weight.
 
         Raises:
-            ValueError: If a template is not a pair of sentences with "{label}", or a prompt is not as it should be.
+            ValueError: If a template is not a pair of sentences with "{label}", or a prompt is invalid.
         """
         given = labels if isinstance(labels, Mapping) else {}
         prompts = {**(self.prompts or {}), **given}

@@ -1,10 +1,10 @@
-"""What all errors have in common that a user can mend."""
+"""The base class of all errors that a user can fix."""
 
 
 class MedCTError(Exception):
     """An input, a setting or a place that cannot be used; the message says in one sentence what, where and the remedy.
 
-    Whatever else reaches a caller is a fault of this package or of a library.
+    Any other exception is a bug of this package or of a library.
     """
 
 

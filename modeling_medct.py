@@ -155,10 +155,10 @@ class MedCTPreTrainedModel(MedCTAdapterMixin, PreTrainedModel):
     accepts_loss_kwargs = False
     # Tasks of `transformers.pipeline` that a saved folder offers.
     _tasks: tuple[str, ...] = ()
-    # How the names of weights begin that are drawn at random where a checkpoint has none, or that may lie unused in it.
+    # Prefixes of weights that are random if a checkpoint lacks them, and of weights that may lie unused in it.
     _may_lack: tuple[str, ...] = ()
     _may_hold: tuple[str, ...] = ()
-    # Names of what was drawn at random since the checkpoint had it not, and how it was drawn.
+    # Names of the weights that the checkpoint lacked, and their random initial values.
     _drawn: tuple[set[str], Snapshot] | None = None
     _can_record_outputs = {"hidden_states": MedCTLayer, "attentions": MedCTAttention}
 
@@ -182,7 +182,7 @@ class MedCTPreTrainedModel(MedCTAdapterMixin, PreTrainedModel):
         output_loading_info: bool = False,
         **kwargs,
     ):
-        """transformers' own, but that nothing except safetensors is read unless it is asked for: no pickles.
+        """As in transformers, but only safetensors are read unless one asks for more: no pickles.
 
         Args:
             pretrained_model_name_or_path: Hub id or folder.
@@ -190,8 +190,8 @@ class MedCTPreTrainedModel(MedCTAdapterMixin, PreTrainedModel):
             output_loading_info: Whether to return what was missing or unexpected as well.
 
         Raises:
-            CheckpointMismatchError: If the checkpoint lacks weights of this class, which would be drawn at random, or
-                has others. A head to be trained may be missing, and a half that this class does not use may be there.
+            CheckpointMismatchError: If a checkpoint lacks weights of this class, which would be random, or has others.
+                A head to be trained may be missing, and a half that this class does not use may be there.
         """
         options = {"use_safetensors": use_safetensors, "output_loading_info": True}
         name = pretrained_model_name_or_path
@@ -203,7 +203,7 @@ class MedCTPreTrainedModel(MedCTAdapterMixin, PreTrainedModel):
 
     @property
     def is_drawn(self) -> bool:
-        """Whether weights that the checkpoint lacked are still as they were drawn at random."""
+        """Whether weights that the checkpoint lacked still have their random initial values."""
         return self._drawn is not None and self._drawn[1].equals(self._parameters_called(self._drawn[0]))
 
     def _parameters_called(self, names: set[str]) -> dict[str, torch.Tensor]:
@@ -212,9 +212,9 @@ class MedCTPreTrainedModel(MedCTAdapterMixin, PreTrainedModel):
         return {name: weight.detach().cpu() for name, weight in found.items()}
 
     def save_pretrained(self, *args, **kwargs):
-        """transformers' own; every class of the saved code can be loaded from the folder, and its pipelines are named.
+        """As in transformers, but the folder also names every class of the saved code, and its pipelines.
 
-        So a base serves as the beginning of a classifier, without this package.
+        So a base can be the start of a classifier, without this package.
         """
         if self.config.model_type == MedCTConfig.model_type:
             others = {name: task for name, task in self.config.custom_pipelines.items() if name not in CUSTOM_PIPELINES}

@@ -36,7 +36,7 @@ CONFIG_FILE = "adapter_config.json"
 # Rounding to bfloat16 is the same from float32 and from bfloat16 itself, and from no other type.
 _COMPARABLE = (torch.float32, torch.bfloat16)
 _CHUNK_ELEMENTS = 2**22
-# Ways to begin that take out of the base's weights what the adapter holds.
+# Initialisations that take out of the base's weights what the adapter holds.
 _TAKEN_FROM_BASE = ("corda", "loftq", "lora_ga", "olora", "pissa")
 _SMALLEST_SCORE = 1e-7  # float32 tells no smaller ones from 0, or from 1
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -95,7 +95,7 @@ def _fetched(module: nn.Module, name: str, tensor: torch.Tensor) -> torch.Tensor
 
 
 def changes_base(config: Any) -> bool:
-    """Whether an adapter changes the base's own weights where it is put on.
+    """Whether loading an adapter changes the base's own weights.
 
     Args:
         config: Of the adapter.
@@ -112,7 +112,7 @@ def refuse_to_share_base(model: PreTrainedModel, config: Any) -> None:
         config: Of the new adapter.
 
     Raises:
-        AdapterMismatchError: If it is so.
+        AdapterMismatchError: If one of them does.
     """
     others = getattr(_without_peft(model), "peft_config", {}).values()
     if others and any(map(changes_base, (config, *others))):
@@ -125,9 +125,9 @@ def refuse_to_share_base(model: PreTrainedModel, config: Any) -> None:
 def fingerprint(model: PreTrainedModel) -> str | None:
     """A name for the weights of a model, the same on every machine.
 
-    SHA-256 over names, shapes and values. Values count as bfloat16 holds them, so that a float32 model and its bfloat16
-    copy are one; of a float16 copy the fingerprint is another. Adapters do not count, merged ones do. Of quantized
-    weights it is that of the file they were made of.
+    SHA-256 over names, shapes and values. Values are rounded to bfloat16, so that a float32 model and its bfloat16 copy
+    have the same fingerprint; a float16 copy has another. Adapters do not count unless they are merged. Quantized
+    weights have the fingerprint of the file that they were made from.
 
     Args:
         model: MedCT model, or a `PeftModel` around one.

@@ -20,15 +20,15 @@ from .workers_medct import PicklesAnywhere, Place
 
 _DEFAULTS = MedCTVisionConfig()
 _OF_PICTURES = ("data_format", "input_data_format", "disable_grouping")
-"""What transformers says of every picture's channels and sizes; volumes have one channel, and are read one by one."""
+"""Options of transformers for the channels and sizes of pictures, without a meaning for volumes."""
 
 
 @dataclass(frozen=True, eq=False)
 class VolumeGeometry:
     """Where the voxels of `pixel_values` come from, and the way back.
 
-    Positions are fractional: the centre of a voxel is a whole number. Outside of the crop or in the padding they go on
-    in the same way. All methods take and give `(..., 3)`.
+    Positions may be fractional; the centre of a voxel is a whole number. They continue beyond the crop and into the
+    padding. All methods take and return `(..., 3)`.
 
     Args:
         voxel_of_position: `(4, 4)`, from a position `(z, y, x)` in `pixel_values` to an input voxel `(i, j, k)`. Of
@@ -66,7 +66,7 @@ def _transform(matrix: np.ndarray, points: Any) -> np.ndarray:
 
 
 class MedCTImagesKwargs(ImagesKwargs, total=False):
-    """What a call may say of its images; each either once for all, or a list with one entry an image."""
+    """Arguments of a call about its images: each once for all of them, or a list with one entry per image."""
 
     spacing_mm: Any
     affine: Any
@@ -138,7 +138,7 @@ class MedCTImageProcessor(PicklesAnywhere, BaseImageProcessor):
         device: torch.device | str | None = None,
         **kwargs,
     ) -> BatchFeature:
-        """Make the model's input of one volume or a list of them.
+        """Turn one volume or a list of them into the model's input.
 
         Args:
             images: What `read_volume` takes: paths and addresses of NIfTI, DICOM, NRRD and MetaImage, bytes, file
@@ -152,7 +152,7 @@ class MedCTImageProcessor(PicklesAnywhere, BaseImageProcessor):
             rescale_intercept: HU of the stored value 0, likewise.
             series: Which of several DICOM series, see `read_volume`.
             resample_irregular: Resample tilted, oblique and unevenly spaced scans instead of refusing them.
-            return_geometry: Whether to give the way back too.
+            return_geometry: Whether to return the way back, too.
             device: Where to compute the result, and to leave it; the CPU by default.
             kwargs: What transformers passes to every image processor and means nothing here; nothing else.
 

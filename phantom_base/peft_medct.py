@@ -1,7 +1,7 @@
-"""Adapters in a model: put on, switched, strengthened and taken off, so that what is scored is what it is taken for.
+"""Adapters in a model: loaded, switched, scaled and removed, so that it scores with the weights that one expects.
 
-transformers does all of it where adapters are plain LoRA, one beside the other; the methods here say where it would go
-on with other weights than one thinks.
+transformers does all of this for plain LoRA adapters, one beside the other; the methods here refuse what would leave
+other weights than one expects.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ class MedCTAdapterMixin:
     _described: dict[str, tuple[Snapshot, dict]] = {}
 
     def load_adapter(self, peft_model_id: str | None = None, adapter_name: str | None = None, *args, **kwargs):
-        """transformers' own, for an adapter that fits this model; see `check_fit` for the rule.
+        """As in transformers, but an adapter that does not fit this model is refused; see `check_fit`.
 
         What the adapter remembers is kept, see `adapter_description`.
 
@@ -78,12 +78,12 @@ class MedCTAdapterMixin:
         return loaded
 
     def add_adapter(self, adapter_config, *args, **kwargs) -> None:
-        """transformers' own, for an adapter that leaves the base and so the others as they are; see `check_fit`."""
+        """As in transformers, but an adapter that would change the base under others is refused; see `check_fit`."""
         refuse_to_share_base(self, adapter_config)
         super().add_adapter(adapter_config, *args, **kwargs)
 
     def disable_adapters(self) -> None:
-        """transformers' own, where the base is what is left; see `check_fit`."""
+        """As in transformers, but refused where that would not restore the base; see `check_fit`."""
         self._refuse_to_do_without_adapters()
         super().disable_adapters()
 
@@ -95,12 +95,12 @@ class MedCTAdapterMixin:
                 module.enable_adapters(True)
 
     def delete_adapter(self, *args, **kwargs) -> None:
-        """transformers' own, where the base is what is left; see `check_fit`."""
+        """As in transformers, but refused where that would not restore the base; see `check_fit`."""
         self._refuse_to_do_without_adapters()
         super().delete_adapter(*args, **kwargs)
 
     def set_adapter(self, adapter_name: list[str] | str) -> None:
-        """transformers' own, also where one adapter has whole modules and another has none.
+        """As in transformers, but also where one adapter has whole modules and another has none.
 
         Args:
             adapter_name: Name of the adapter to use from now on, or several.

@@ -4,8 +4,8 @@
     pipe("scan.nii.gz")    # [{"label": "Lung nodule", "score": 0.91, "logits_margin": 2.3}, ...]
 
 A finding is scored by how much nearer the scan lies to "present" than to "not present". Prompts are encoded once for a
-set of labels, however many scans follow. "ct-classification" is the same for a classifier, which knows its own labels
-and asks nothing in words.
+set of labels, however many scans follow. "ct-classification" is the same for a classifier, which has labels of its own
+and takes no prompts.
 """
 
 import contextlib
@@ -39,22 +39,22 @@ _READING = ("spacing_mm", "affine", "rescale_slope", "rescale_intercept", "serie
 
 
 class PromptError(MedCTError, ValueError):
-    """Labels or templates that a model cannot be asked; the message says what they should be."""
+    """Labels or templates that a model cannot be asked for; the message says what they should be."""
 
 
 class CTPipeline(Pipeline):
     """What all pipelines here share: scans are read by the model's processor, and adapters bring operating points.
 
     Args:
-        adapter: Hub id or folder of a LoRA adapter for the model; needs `peft`. An adapter as the `model` itself brings
-            its base along.
+        adapter: Hub id or folder of a LoRA adapter for the model; needs `peft`. If `model` is itself an adapter, its
+            base is loaded with it.
         adapter_revision: Commit of the adapter on the Hub.
         **kwargs: What every pipeline takes: `model`, `processor`, `device`, `batch_size`, and the arguments of a call.
             Without a processor that of the model is loaded.
 
     Raises:
-        ValueError: If the model is not of the pipeline's kind, has no processor or one of another preprocessing, or a
-            head that nobody has trained, or the adapter is not its own.
+        ValueError: If the model is not of the pipeline's kind, has no processor or one with other preprocessing, or has
+            an untrained head, or if the adapter does not fit it.
     """
 
     _load_processor = None  # by the library where it can tell, else here
@@ -121,7 +121,7 @@ class CTPipeline(Pipeline):
 
         Raises:
             VolumeError: If a source is not a usable CT volume.
-            PromptError: If labels, templates, `top_k`, `threshold` or `on_error` are not what they should be.
+            PromptError: If labels, templates, `top_k`, `threshold` or `on_error` are invalid.
         """
         if isinstance(inputs, list) and not inputs:
             return []
@@ -287,7 +287,7 @@ class ZeroShotCTClassificationPipeline(CTPipeline):
 
     @torch.no_grad()
     def encode(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What the model sees in scans, whatever it is asked of them: `forward` takes it in place of the scans.
+        """Encode scans, whatever the model is asked about them: `forward` takes the result in place of the scans.
 
         Args:
             pixel_values: `(volumes, 1, z, y, x)`.
@@ -405,7 +405,7 @@ class CTClassificationPipeline(CTPipeline):
 
     @torch.no_grad()
     def encode(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What the model says of scans: `forward` takes it in place of the scans.
+        """Compute the logits of scans: `forward` takes them in place of the scans.
 
         Args:
             pixel_values: `(volumes, 1, z, y, x)`.

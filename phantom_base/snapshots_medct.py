@@ -1,7 +1,7 @@
-"""What modules hold, remembered by value, so that whatever was derived of it can be told to hold still or not.
+"""The state of modules, remembered by value, to know whether results that were derived from it are still valid.
 
-By value, because nothing else tells: an adapter is switched, swapped or scaled under the same name, weights are trained
-or written through `.data`, all without a word to anybody.
+By value, because nothing else tells: an adapter may be switched, swapped or scaled under the same name, and weights may
+be trained or written through `.data`, without any notice.
 """
 
 from collections.abc import Iterable, Mapping

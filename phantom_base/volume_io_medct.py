@@ -1,6 +1,6 @@
 """Any CT source to Hounsfield units and an affine: the one public reader.
 
-What a source is, is decided by its content, not by its name. Files of one format are read in `nifti_io_medct`,
+The format of a source is recognised by its content, not by its name. Files of one format are read in `nifti_io_medct`,
 `dicom_io_medct` and `itk_formats_medct`; the rules for values and geometry stand in `volume_medct`.
 
 Source: specification of CT-CLIP, section 1, step 1; NIfTI-1 and DICOM standards.
@@ -96,8 +96,8 @@ def read_volume(
         The volume, in HU by the rules of `volume_medct`. Its notes are issued as warnings (`VolumeWarning`) too.
 
     Raises:
-        VolumeError: If the source is not a single finite 3-D volume in HU with a certain geometry, or if an argument is
-            not what it should be or not for such a source.
+        VolumeError: If the source is not a single finite 3-D volume in HU with a known geometry, or if an argument is
+            invalid or does not apply to such a source.
     """
     rescale = _number("rescale_slope", rescale_slope), _number("rescale_intercept", rescale_intercept)
     if rescale[0] == 0:
