@@ -236,9 +236,27 @@ def _evaluate(args: argparse.Namespace, recorded: Mapping[str, Any] | None) -> i
         models = {name: Scores(each, *brought[name]) for name, each in by_model.items()}
         about |= figures_of(models, about["description"], **options)
         about["studies"] = lists[f"{about['source']}, {args.split}"] = list_checksum(next(iter(by_model.values())))
-    names = list(dict.fromkeys(name for about in sources for name in about["present"]))
     points, _ = next(iter(brought.values()))
-    results = {
+    results = _results(args, versions, sources, lists, points, accelerator)
+    keys = {Key(model, name, args.split): each for name, by_model in scored.items() for model, each in by_model.items()}
+    if args.output is not None:
+        write_record(args.output, results, Predictions(results["label_names"], keys))
+    _show(results)
+    status = ends(failed, sum(about["num_studies"] for about in sources), None)
+    return max(status, OK if recorded is None else _tell_changes(recorded, results))
+
+
+def _results(
+    args: argparse.Namespace,
+    versions: Mapping[str, Version],
+    sources: list[dict[str, Any]],
+    lists: dict[str, dict[str, Any]],
+    points: Points,
+    accelerator: Accelerator,
+) -> dict[str, Any]:
+    """What the JSON file holds, from the figures of each source, the lists of its studies, and operating points."""
+    names = list(dict.fromkeys(name for about in sources for name in about["present"]))
+    return {
         "measured_on": "; ".join(about["description"] for about in sources),
         "synthetic": any(about["synthetic"] for about in sources),
         "label_names": names,
@@ -263,12 +281,6 @@ def _evaluate(args: argparse.Namespace, recorded: Mapping[str, Any] | None) -> i
             precision=accelerator.mixed_precision,
         ),
     }
-    keys = {Key(model, name, args.split): each for name, by_model in scored.items() for model, each in by_model.items()}
-    if args.output is not None:
-        write_record(args.output, results, Predictions(names, keys))
-    _show(results)
-    status = ends(failed, sum(about["num_studies"] for about in sources), None)
-    return max(status, OK if recorded is None else _tell_changes(recorded, results))
 
 
 def _refuse_the_same(args: argparse.Namespace) -> None:
