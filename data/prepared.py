@@ -404,18 +404,19 @@ def prepared_source(
     about = tuple(each for file in found["files"] for each in file.get("about") or [{}] * len(file["scans"]))
     shape = tuple(manifest["settings"]["image_size"])
     read = _ReadRow(paths, tuple(starts)[:-1], shape, len(label_names), options, about)
+    merged = manifest["settings"].get("merged", ())
     return Source(
         groups,
         read,
         label_names,
         f"{len(groups)} prepared studies of {found['description']}",
-        tuple(Skipped(**study) for study in found["skipped"]),
-        [scans[rows[0]] for rows in groups],
-        found["synthetic"],
-        {name: each["num_studies"] for name, each in manifest["splits"].items() if name != split},
-        tuple(Merged(tuple(each["findings"]), each["rule"]) for each in manifest["settings"].get("merged", ())),
-        manifest["settings"].get("mapping"),
-        hashlib.sha256(" ".join(file["sha256"] for file in found["files"]).encode()).hexdigest(),
+        skipped=tuple(Skipped(**study) for study in found["skipped"]),
+        names=[scans[rows[0]] for rows in groups],
+        is_synthetic=found["synthetic"],
+        elsewhere={name: each["num_studies"] for name, each in manifest["splits"].items() if name != split},
+        merged=tuple(Merged(tuple(each["findings"]), each["rule"]) for each in merged),
+        mapping=manifest["settings"].get("mapping"),
+        checksum=hashlib.sha256(" ".join(file["sha256"] for file in found["files"]).encode()).hexdigest(),
     )
 
 

@@ -372,20 +372,20 @@ def _slice(
     if not (spacing > 0).all():
         raise VolumeError(name, f"its spacing is {tuple(spacing.tolist())} mm", AGAIN)
     return Slice(
-        file,
-        frame,
-        has_modality,
-        has_class,
-        not set(types).isdisjoint(_PROJECTIONS),
-        pixels,
-        position,
-        orientation,
-        spacing,
-        steps,
-        slope,
-        intercept,
-        is_hu or None not in rescale,
-        told,
+        file=file,
+        frame=frame,
+        has_modality=has_modality,
+        has_class=has_class,
+        is_projection=not set(types).isdisjoint(_PROJECTIONS),
+        pixels=pixels,
+        position_mm=position,
+        orientation=orientation,
+        spacing_mm=spacing,
+        written_steps_mm=steps,
+        slope=slope,
+        intercept=intercept,
+        is_hu=is_hu or None not in rescale,
+        told=told,
     )
 
 
