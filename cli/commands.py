@@ -158,22 +158,10 @@ def prompts_of(args: argparse.Namespace) -> dict[str, Any]:
     if args.labels:
         prompts["candidate_labels"] = _labels_of(args.labels)
     if args.templates:
-        prompts["prompt_templates"] = templates_of(args.templates)
+        from medct.data.label_space import pairs_of  # takes long to import
+
+        prompts["prompt_templates"] = pairs_of(args.templates)
     return prompts
-
-
-def templates_of(written: Sequence[str]) -> list[tuple[str, ...]]:
-    """Pairs of sentences.
-
-    Args:
-        written: Each "PRESENT|ABSENT", with "{label}" in both.
-
-    Raises:
-        DataError: If one is not.
-    """
-    from medct.data.label_space import pairs_of  # takes long to import
-
-    return [tuple(pair) for pair in pairs_of(written)]
 
 
 def _labels_of(named: Sequence[str]) -> list[str] | dict[str, Any]:

@@ -3,7 +3,6 @@
 import argparse
 import json
 import warnings
-from typing import Any
 
 from medct.common.errors import OK, first_line
 from medct.common.lock import only_run
@@ -65,7 +64,9 @@ def prepare_shards(args: argparse.Namespace) -> int:
     config, mapping = _config_of(args)
     tune_share = TUNE_SHARE if args.tune_share is None else args.tune_share
     # All reconstructions of a scan are in its group, whichever of them are prepared.
-    sources = {split: _open(args, split, config, mapping=mapping, tune_share=tune_share) for split in args.splits}
+    options = {"limit": args.limit, "version": args.version, "revision": args.revision}
+    options |= {"mapping": mapping, "tune_share": tune_share}
+    sources = {split: open_source(args.source, split, config, **options) for split in args.splits}
     settings = {"source": args.source, "tune_share": tune_share}
     names = ("limit", "version", "revision", "reconstructions", "studies_per_shard", "compression")
     settings |= {name: getattr(args, name) for name in names}
@@ -86,9 +87,3 @@ def _config_of(args: argparse.Namespace) -> tuple[MedCTConfig, LabelTable | None
     """The model's configuration with what it is asked, and what the data call it."""
     config = MedCTConfig() if args.model is None else load_config(args.model, revision=args.model_revision)
     return read_label_flags(config, args.labels, args.templates, args.mapping)
-
-
-def _open(args: argparse.Namespace, split: str, config: MedCTConfig, **options: Any) -> Source:
-    return open_source(
-        args.source, split, config, limit=args.limit, version=args.version, revision=args.revision, **options
-    )

@@ -11,13 +11,13 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from medct.adapters_medct import DESCRIPTION_FILE, adapter_fingerprint, fingerprint, read_description
-from medct.cli.commands import CommandError, ends, load_pipeline, start_processes, templates_of
+from medct.cli.commands import CommandError, ends, load_pipeline, start_processes
 from medct.cli.score_commands import loader_of, only_json, recorded_settings
 from medct.common.errors import OK, first_line
 from medct.common.files import write_json
 from medct.configuration_medct import MedCTConfig, Prompt
 from medct.data import open_source
-from medct.data.label_space import read_label_flags, told_apart
+from medct.data.label_space import pairs_of, read_label_flags, told_apart
 from medct.evaluation.calibration import fit_calibration
 from medct.evaluation.operating_points import YOUDEN, choose_points
 from medct.evaluation.prompts import SYNONYMS, TEMPLATES, Template, spread, wording_scores
@@ -82,7 +82,7 @@ def _provenance(
 
 def _wordings(args: argparse.Namespace, config: MedCTConfig) -> tuple[list[Template], dict[str, list[Prompt]]]:
     """Templates and names to try; first those that the model uses anyway."""
-    wanted = templates_of(args.templates) if args.templates else TEMPLATES
+    wanted = pairs_of(args.templates) if args.templates else TEMPLATES
     templates = [tuple(each) for each in config.prompt_templates]
     templates += [each for each in wanted if each not in templates]
     synonyms: Mapping[str, Sequence[str]] = SYNONYMS if args.names is None else _read_names(args.names, config)

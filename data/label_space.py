@@ -212,7 +212,7 @@ def also_asked(config: MedCTConfig, mapping: LabelTable) -> MedCTConfig:
     return with_labels(config, names, {**(config.prompts or {}), **mapping.prompts})
 
 
-def pairs_of(templates: Sequence[str]) -> list[list[str]]:
+def pairs_of(templates: Sequence[str]) -> list[tuple[str, ...]]:
     """Pairs of sentences.
 
     Args:
@@ -221,7 +221,7 @@ def pairs_of(templates: Sequence[str]) -> list[list[str]]:
     Raises:
         DataError: If one is not.
     """
-    pairs = [template.split("|") for template in templates]
+    pairs = [tuple(template.split("|")) for template in templates]
     try:
         MedCTConfig().label_prompts([], pairs)
     except ValueError as error:
