@@ -611,7 +611,7 @@ def test_what_hooks_keep_is_not_written_over(model, batch):
     [{"model_type": "gpt2"}, {"model_type": "clip_text_model"}, {"model_type": "bert", "is_decoder": True}],
 )
 def test_a_text_encoder_whose_first_token_sees_nothing_is_refused(text_config):
-    with torch.device("meta"), pytest.raises(ValueError, match="no encoder whose first token sees the whole text"):
+    with torch.device("meta"), pytest.raises(ValueError, match="not an encoder whose first token sees the whole text"):
         MedCTModel(MedCTConfig(text_config=text_config))
 
 

@@ -108,7 +108,10 @@ def test_tensors_without_a_value_a_voxel():
             ({"orientation": bad}, "does not name each patient axis once")
             for bad in ("lps", "XYZ", "SL", "SSL", "", None, 3)
         ),
-        *(({"affine": bad}, "affine: it does not hold numbers") for bad in ("x", [[1, 0], [1]], [["a"] * 4] * 4, {})),
+        *(
+            ({"affine": bad}, "affine: it does not hold the numbers")
+            for bad in ("x", [[1, 0], [1]], [["a"] * 4] * 4, {})
+        ),
         *(({"affine": bad}, "its affine has shape") for bad in (np.eye(3), [1, 2, 3], 3, np.eye(4)[None])),
         *(({"affine": bad}, "affine is singular") for bad in (np.zeros((4, 4)), np.full((4, 4), np.inf))),
         *(({"spacing_mm": bad}, "spacing_mm: it does not hold") for bad in ("abc", [1, [2, 3]])),

@@ -139,7 +139,7 @@ def test_rad_chestct_is_learned_from(settings, rad):
 
 def test_a_classifier_learns_its_own_labels_only(settings, labels, classifier_folder):
     settings = dataclasses.replace(settings, model=str(classifier_folder), targets="vision")
-    with pytest.raises((DataError, TrainingError), match="The model is a classifier: it knows the labels of its head"):
+    with pytest.raises((DataError, TrainingError), match="The model is a classifier: it has the labels of its head"):
         run(dataclasses.replace(settings, labels=str(labels)))
 
 
