@@ -216,14 +216,15 @@ def _evaluate(args: argparse.Namespace, recorded: Mapping[str, Any] | None) -> i
     opened = functools.partial(_open, args, config, mappings)
     _refuse_the_same(args)
     tuned = None if args.tune_on is None else score(opened(args.tune_on, "tune"))[0]
+    chosen_on = None if tuned is None else next(iter(tuned.values()))
     scored, sources, lists, failed = {}, [], {}, 0
-    if tuned is not None:
-        lists[f"{short_names([args.tune_on])[0]}, tune"] = list_checksum(next(iter(tuned.values())))
+    if chosen_on is not None:
+        lists[f"{short_names([args.tune_on])[0]}, tune"] = list_checksum(chosen_on)
     for name, address in zip(short_names(args.data), args.data, strict=True):
         source = opened(address, args.split)
         scored[name], unreadable = score(source)
-        if tuned is not None:
-            _refuse_overlap(next(iter(tuned.values())), next(iter(scored[name].values())), name)
+        if chosen_on is not None:
+            _refuse_overlap(chosen_on, next(iter(scored[name].values())), name)
         failed += unreadable
         learned = _learned(versions, source, next(iter(scored[name].values())))
         sources.append(_about(name, source, args.split, unreadable) | {"learned": learned})
@@ -237,7 +238,9 @@ def _evaluate(args: argparse.Namespace, recorded: Mapping[str, Any] | None) -> i
         about |= figures_of(models, about["description"], **options)
         about["studies"] = lists[f"{about['source']}, {args.split}"] = list_checksum(next(iter(by_model.values())))
     points, _ = next(iter(brought.values()))
-    results = _results(args, versions, sources, lists, points, accelerator)
+    names = list(dict.fromkeys(name for about in sources for name in about["present"]))
+    on_points = [] if chosen_on is None else remark_on_points(points.get(YOUDEN, {}), names, chosen_on.names)
+    results = _results(args, versions, names, sources, lists, on_points, accelerator)
     keys = {Key(model, name, args.split): each for name, by_model in scored.items() for model, each in by_model.items()}
     if args.output is not None:
         write_record(args.output, results, Predictions(results["label_names"], keys))
@@ -249,13 +252,13 @@ def _evaluate(args: argparse.Namespace, recorded: Mapping[str, Any] | None) -> i
 def _results(
     args: argparse.Namespace,
     versions: Mapping[str, Version],
+    names: list[str],
     sources: list[dict[str, Any]],
     lists: dict[str, dict[str, Any]],
-    points: Points,
+    on_points: list[str],
     accelerator: Accelerator,
 ) -> dict[str, Any]:
-    """What the JSON file holds, from the figures of each source, the lists of its studies, and operating points."""
-    names = list(dict.fromkeys(name for about in sources for name in about["present"]))
+    """What the JSON file holds; `names` of findings, `lists` of studies."""
     return {
         "measured_on": "; ".join(about["description"] for about in sources),
         "synthetic": any(about["synthetic"] for about in sources),
@@ -263,14 +266,7 @@ def _results(
         "prompts": {name: version.asks for name, version in versions.items()},
         "sources": sources,
         "table": evaluation_report(sources, names),
-        "remarks": [
-            *(
-                []
-                if tuned is None
-                else remark_on_points(points.get(YOUDEN, {}), names, next(iter(tuned.values())).names)
-            ),
-            *(remark for about in sources for remark in _remarks(about)),
-        ],
+        "remarks": [*on_points, *(remark for about in sources for remark in _remarks(about))],
         "provenance": provenance(
             recorded_settings(args),
             {name: version.about for name, version in versions.items()},

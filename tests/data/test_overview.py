@@ -167,7 +167,8 @@ def test_a_sheet_is_what_its_name_says(tmp_path, name, format):
 @pytest.mark.parametrize("name", ["x", "x.gif", "x.pdf", "x.png.txt"])
 def test_a_sheet_that_is_no_picture_is_refused_before_anything_is_read(tmp_path, name, refused, monkeypatch):
     monkeypatch.setattr("medct.cli.data_commands.open_source", lambda *_, **__: pytest.fail("reads"))
-    assert "a sheet is a picture, .png, .jpg, .jpeg." in refused("overview", "phantoms", "--sheet", tmp_path / name)
+    said = refused("overview", "phantoms", "--sheet", tmp_path / name)
+    assert "a sheet is a picture. Use one of the suffixes .png, .jpg, .jpeg." in said
 
 
 def test_a_sheet_that_another_run_draws_is_refused(tmp_path, refused):

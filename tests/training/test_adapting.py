@@ -108,7 +108,7 @@ def test_a_run_says_what_it_chose_and_what_was_forgotten(settings, converted, pr
         fewest = [min(pair) for pair in zip(*counts, strict=True) if min(pair)]
         has_interval = 2 * sum(each >= FEWEST for each in fewest) >= len(fewest)
         assert (results[split]["difference"]["auroc"]["low"] is not None) == has_interval
-    assert f"| to be kept ({EVAL} scans) |" in results["table"]
+    assert f"| to be kept ({EVAL} scans of {EVAL} patients) |" in results["table"]
     assert results["table"] in shown and f"Strength: {chosen:g}" in shown
     assert "On what was to be kept: difference" in (folder / "README.md").read_text(encoding="utf-8")
     description = read_description(folder)
