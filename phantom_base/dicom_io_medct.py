@@ -61,6 +61,8 @@ _NO_PLANES = {
 }
 _PROJECTIONS = ("MIP", "MINIP", "MNIP", "MAX_IP", "MIN_IP", "PROJECTION IMAGE")
 """What scanners and workstations call pictures each of which shows the highest or lowest values of several slices."""
+_LOSSY = "1.2.840.10008.1.2.4.50"
+"""A transfer syntax that always loses something; of others that may, the header says whether they did."""
 _MODALITIES = ("CT", "MR", "PT", "NM", "US", "CR", "DX", "MG", "XA", "SC", "OT", "SEG", "RTSTRUCT", "RTDOSE", "SR")
 _SUFFIXES = (".dcm", ".dicom", ".dic", ".ima")
 """Of files that stand for a DICOM file whatever they hold."""
@@ -127,13 +129,8 @@ def read_dicom(
     if not all(one.is_hu for one in slices):
         more_notes += _check_air(hu, source)
     hu, affine, more = to_grid(hu, slices, source)
-    if any(one.is_projection for one in slices):
-        more.append("its slices are projections of several (MIP and the like), not what a scanner gives")
-    if not any(one.has_modality for one in slices):
-        more.append("its headers name no modality: taken for CT by their SOP class")
-    if not all(one.has_class for one in slices):
-        more.append("its headers name no SOP class: taken for CT by their modality")
-    notes = [*_left_out_notes(left_out), *notes, *more_notes, *more]
+    remarks = dict.fromkeys(remark for one in slices for remark in one.remarks)
+    notes = [*_left_out_notes(left_out), *notes, *more_notes, *more, *remarks]
     return CTVolume(hu.T, affine, source, tuple(notes))  # (k, row, column) -> (column, row, k)
 
 
@@ -240,7 +237,8 @@ def _why_no_slice(file: ByteSource, header: Elements) -> str | None:
     """What a file is if it is not a CT slice; none if it is one."""
     try:
         kind, stored_as = _classes_of(header)
-        modality, types = str(header.get("Modality") or ("CT" if kind else "")), _types(header.get("ImageType"))
+        modality = str(header.get("Modality") or ("CT" if kind else "")).strip().upper()
+        types = _types(header.get("ImageType"))
     except Exception as error:  # as above
         raise VolumeError(file.name, f"it is a damaged DICOM file ({type(error).__name__})", AGAIN) from None
     if kind == _DICOMDIR_CLASS:
@@ -356,7 +354,7 @@ def _slice(
         for kind in ("FrameType", "VolumetricProperties", "VolumeBasedCalculationTechnique"):
             types += _types(value("CTImageFrameTypeSequence", kind)) + _types(header.get(kind))
         has_lookup = bool(header.get("ModalityLUTSequence")) and None not in scale
-        has_modality, has_class = bool(header.get("Modality")), bool(_classes_of(header)[0])
+        remarks = _remarks_on(header, types)
         if no_plane := next((kind for kind in types if kind in _NO_PLANES), None):
             raise VolumeError(name, _NO_PLANES[no_plane], "Export the slices without it")
         why = _why_no_hu(types, unit, has_lookup, is_single=frame is None)
@@ -374,9 +372,7 @@ def _slice(
     return Slice(
         file=file,
         frame=frame,
-        has_modality=has_modality,
-        has_class=has_class,
-        is_projection=not set(types).isdisjoint(_PROJECTIONS),
+        remarks=remarks,
         pixels=pixels,
         position_mm=position,
         orientation=orientation,
@@ -387,6 +383,20 @@ def _slice(
         is_hu=is_hu or None not in rescale,
         told=told,
     )
+
+
+def _remarks_on(header: Elements, types: list[str]) -> tuple[str, ...]:
+    """What a user should know of a slice that is read all the same."""
+    is_lossy = header.get("LossyImageCompression") == "01" or header.file_meta.get("TransferSyntaxUID") == _LOSSY
+    said = {
+        "its slices are projections of several (MIP and the like), not what a scanner gives": (
+            not set(types).isdisjoint(_PROJECTIONS)
+        ),
+        "its headers name no modality: taken for CT by their SOP class": not header.get("Modality"),
+        "its headers name no SOP class: taken for CT by their modality": not _classes_of(header)[0],
+        "its pixels were compressed with loss: values are off by some HU": is_lossy,
+    }
+    return tuple(remark for remark, holds in said.items() if holds)
 
 
 def _why_no_hu(types: list[str], unit: str, has_lookup: bool, is_single: bool) -> str | None:

@@ -46,10 +46,8 @@ class Slice:
 
     file: ByteSource
     frame: int | None
-    has_modality: bool
-    has_class: bool
-    is_projection: bool
-    """Whether it shows the highest or lowest values of several slices."""
+    remarks: tuple[str, ...]
+    """What a user should know of it, though it is read."""
     pixels: PixelLayout
     position_mm: np.ndarray
     orientation: np.ndarray

@@ -135,10 +135,35 @@ def test_jitter_of_positions_is_not_a_gap(hu, tmp_path):
     assert volume.spacing_mm[2] == pytest.approx(STEP_MM, abs=0.005)
 
 
+def test_a_modality_in_small_letters_is_the_same(hu, tmp_path):
+    volume = read_volume(write_series(tmp_path / "series", hu, lambda ds, k: setattr(ds, "Modality", "ct")))
+    assert np.array_equal(volume.array, hu.T) and not volume.notes
+
+
 def test_a_missing_modality_is_remarked_on(hu, tmp_path):
     folder = write_series(tmp_path / "series", hu, lambda ds, k: delattr(ds, "Modality"))
     with pytest.warns(VolumeWarning, match="name no modality"):
         assert_is(read_volume(folder), hu)
+
+
+@pytest.mark.parametrize(
+    ("keyword", "value", "note"),
+    [
+        ("LossyImageCompression", "01", "compressed with loss"),
+        ("LossyImageCompression", "00", None),
+        ("ImageType", ["DERIVED", "SECONDARY", "AXIAL", "MIP"], "projections of several"),
+        ("ImageType", ["DERIVED", "SECONDARY", "AXIAL"], None),
+    ],
+)
+def test_what_a_header_says_of_its_pixels_is_remarked_on(hu, tmp_path, keyword, value, note):
+    """Of a single slice, too: the others are like it."""
+
+    def write(ds, k):
+        if k == 2:
+            setattr(ds, keyword, value)
+
+    notes = read_volume(write_series(tmp_path, hu, write)).notes
+    assert (note is None and not notes) or note in notes[0]
 
 
 def test_files_of_which_all_uids_were_removed_are_what_their_modality_says(hu, tmp_path):
