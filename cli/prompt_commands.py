@@ -30,6 +30,11 @@ from medct.pipeline_medct import CTPipeline
 def try_prompts(args: argparse.Namespace) -> int:
     if args.store and (args.adapter is None or not (Path(args.adapter) / DESCRIPTION_FILE).is_file()):
         raise CommandError(f"--store writes into an adapter's {DESCRIPTION_FILE}. Pass its folder as --adapter.")
+    if args.store and args.split in ("valid", "all"):
+        raise CommandError(
+            f"--store keeps a choice, and --split {args.split} would make it on the patients that scores are told of. "
+            "Leave out --split."
+        )
     with only_json(args.output, args.command):
         return _try_prompts(args)
 

@@ -247,5 +247,10 @@ def test_wordings_of_own_findings_are_tried(converted, tmp_path, refused):
     assert "Leave out all others" in refused(*options, "--adapter", adapter, "--store")
 
 
-def test_a_choice_needs_an_adapters_folder(converted, refused):
-    assert "Pass its folder as --adapter" in refused("prompts", "--data", "x", "--model", converted, "--store")
+def test_a_choice_needs_an_adapters_folder_and_patients_to_choose_on(converted, refused, tmp_path):
+    options = ["prompts", "--data", "x", "--model", converted, "--store"]
+    assert "Pass its folder as --adapter" in refused(*options)
+    adapter = save_adapter(converted, tmp_path / "adapter")
+    for split in ("valid", "all"):
+        said = refused(*options, "--adapter", adapter, "--split", split)
+        assert f"--split {split} would make it on the patients that scores are told of" in said
