@@ -24,7 +24,7 @@ from transformers.pipelines.pt_utils import PipelineIterator
 from .adapters_medct import OTHER_WORDS, asked_config, calibrated, description_in_use
 from .checks_medct import check_processor, refuse_what_is_no_number
 from .configuration_medct import ZERO_SHOT_TASK, MedCTConfig, Prompt
-from .errors_medct import MedCTError
+from .errors_medct import MedCTError, said_of
 from .image_processing_medct import MedCTImageProcessor, is_column
 from .modeling_medct import zero_shot_probabilities
 from .processing_medct import MedCTProcessor
@@ -160,7 +160,7 @@ class CTPipeline(Pipeline):
                 raise
             size = (1, 1, *self.processor.image_processor.image_size)
             empty = torch.zeros(size, dtype=torch.float32, device=self.device)
-            return {"pixel_values": empty, "error": _sentence(error)}
+            return {"pixel_values": empty, "error": said_of(error)}
         found = {"pixel_values": batch["pixel_values"]}
         return found if on_error == "raise" else found | {"error": ""}
 
@@ -456,7 +456,7 @@ class _LoadScan(PicklesAnywhere):
         except Exception as error:
             if not self.gives_errors:
                 raise
-            return _Failed(_sentence(error))
+            return _Failed(said_of(error))
 
     def _load(self, source: Any, place: Place) -> ScanPart | torch.Tensor:
         place.begin(str(source) if isinstance(source, str | os.PathLike) else "")
@@ -506,16 +506,6 @@ def _processor_of(model: PreTrainedModel) -> MedCTProcessor:
     except (OSError, ValueError, TypeError) as error:
         said = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ValueError(f"A pipeline needs the model's processor ({said}): pass `processor=`.") from error
-
-
-def _sentence(error: Exception) -> str:
-    """Why a scan could not be scored; what is not a refusal of ours may quote a header, so its text stays here.
-
-    Ours are known by name: the processor's code may be another copy of this one.
-    """
-    if isinstance(error, FileNotFoundError) or MedCTError.__name__ in (each.__name__ for each in type(error).__mro__):
-        return str(error)
-    return f"Reading failed ({type(error).__name__}). Call the pipeline for this scan alone to see where."
 
 
 def _checked_volumes(pixel_values: Any) -> torch.Tensor:

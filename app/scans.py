@@ -19,7 +19,7 @@ import PIL.ImageFont
 import torch
 
 from medct.data.phantoms import make_phantom
-from medct.errors_medct import MedCTError
+from medct.errors_medct import MedCTError, said_of
 from medct.image_processing_medct import VolumeGeometry
 from medct.inference.maps import FindingMap, map_findings, strongest_slice, to_scan
 from medct.inference.slices import AXIAL, LETTER_COLOUR, LETTERS, WINDOWS_HU, AxialSlices
@@ -101,8 +101,8 @@ class Engine:
         except VolumeError as error:
             source = "" if error.source in (name, str(path)) else f"{Path(error.source).name}: "
             raise ScanError(f"{name}: {source}{error.reason}. {error.remedy}.") from None
-        except Exception as error:  # an unknown message may quote a header, or a path
-            raise ScanError(f"{name}: reading failed ({type(error).__name__}). Report this.") from error
+        except Exception as error:
+            raise ScanError(f"{name}: {said_of(error)}") from error
         return self._scored(name, volume)
 
     def phantom(self) -> Scan:

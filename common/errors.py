@@ -5,10 +5,9 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 from medct.common.output import drop_output
-from medct.errors_medct import MedCTError
+from medct.errors_medct import MedCTError, place_of
 
 OK, SOME_FAILED, FAILED = 0, 1, 2
 """Everything was done; done, but some studies could not be read; not done."""
@@ -73,7 +72,5 @@ def _end_of(error: BaseException) -> tuple[int, str]:
             return FAILED, f"error: {error}"
     if torch is not None and isinstance(error, torch.OutOfMemoryError):
         return FAILED, "error: the accelerator's memory is full. Lower --batch_size, or use bfloat16."
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    where = f"{Path(frame.filename).name}, line {frame.lineno}"
     report = f"Please report this, with the traceback that {DEBUG_VARIABLE}=1 shows"
-    return FAILED, f"error: {type(error).__name__}: {first_line(error)} ({where}). {report}."
+    return FAILED, f"error: {type(error).__name__}: {first_line(error)} ({place_of(error)}). {report}."

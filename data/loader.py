@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from medct.data.sources import DataError, Deferred, Row, Skipped, Source, read_study, too_many_bad
+from medct.errors_medct import said_of
 from medct.image_processing_medct import MedCTImageProcessor
 from medct.processing_medct import MedCTProcessor
 from medct.resampling_medct import ScanPart
@@ -63,7 +64,7 @@ class LoadStudy:
         try:
             part = self._prepared(row, place) if row.get("prepared") else self._read(row, place)
         except Exception as error:  # libraries and file systems each raise their own; none may end days of training
-            return Skipped(row["id"], _reason(error))
+            return Skipped(row["id"], said_of(error))
         kept = {name: row[name] for name in ("id", "patient", "report", "labels")}
         return {**kept, "about": row.get("about", {}), "part": part}
 
@@ -77,13 +78,6 @@ class LoadStudy:
             if list(voxels.shape) != list(self.image_processor.image_size):
                 raise VolumeError(row["id"], f"it has shape {tuple(voxels.shape)}", "Prepare it for this model")
             return ScanPart.whole(place.empty(voxels.shape, voxels.dtype).copy_(voxels))
-
-
-def _reason(error: Exception) -> str:
-    """What is wrong, in one line; for errors that are not ours, only the class, which cannot quote a header."""
-    if isinstance(error, VolumeError | DataError | OSError):
-        return f"{type(error).__name__}: {' '.join(str(error).split())}"
-    return type(error).__name__
 
 
 class StudyLoader:

@@ -32,6 +32,7 @@ from medct.common.progress import tqdm
 from medct.configuration_medct import MedCTConfig
 from medct.data.prepared import FEATURES, FORMAT, MANIFEST, grid_settings, nifti_header, shard_name
 from medct.data.sources import DataError, Source, read_study, too_many_bad
+from medct.errors_medct import said_of
 from medct.image_processing_medct import MedCTImageProcessor
 from medct.volume_medct import VolumeError
 
@@ -216,7 +217,9 @@ class Shard:
                 except DataError:
                     raise
                 except Exception as error:  # libraries and file systems each raise their own
-                    skipped.append({"id": row["id"], "reason": reason_of(error)})
+                    # Not where it lies, which tells of this machine.
+                    reason = error.reason if isinstance(error, VolumeError) else ""
+                    skipped.append({"id": row["id"], "reason": reason or said_of(error)})
                 else:
                     # A row group each, so that a study can be read without its neighbours.
                     writer.write_table(table, row_group_size=1)
@@ -234,13 +237,6 @@ class Shard:
         file |= {"about": about} if any(about) else {}
         write_json(self.record_path, {"file": file, "skipped": skipped, "remarks": remarks})
         return skipped
-
-
-def reason_of(error: Exception) -> str:
-    """Why a study was skipped, in a line, without the path, which tells of this machine, or anything from a header."""
-    if isinstance(error, VolumeError):
-        return error.reason or str(error)
-    return f"{type(error).__name__}: {error.strerror}" if getattr(error, "strerror", None) else type(error).__name__
 
 
 # ---------------------------------------------------------------------------------------------------------------------

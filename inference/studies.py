@@ -9,7 +9,6 @@ import contextlib
 import os
 import re
 import stat
-import traceback
 from collections import defaultdict
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,6 +19,7 @@ import torch
 
 from medct.byte_sources_medct import HEAD_BYTES, is_address
 from medct.dicom_io_medct import is_dicom, series_of
+from medct.errors_medct import said_of
 from medct.image_processing_medct import MedCTImageProcessor
 from medct.inference.places import refuse_missing
 from medct.volume_io_medct import read_volume
@@ -234,10 +234,8 @@ class LoadStudy:
             # A list of files has no name of its own; here it is one folder's.
             is_list = isinstance(study.source, list)
             return FailedStudy(study, f"{study.id}: {error.reason}. {error.remedy}." if is_list else str(error))
-        except Exception as error:  # one file must not end a night's work; an unknown message may quote a header
-            frame = traceback.extract_tb(error.__traceback__)[-1]
-            where = f"{Path(frame.filename).name}, line {frame.lineno}"
-            return FailedStudy(study, f"{study.id}: reading failed ({type(error).__name__} in {where}). Report this.")
+        except Exception as error:  # one file must not end a night's work
+            return FailedStudy(study, f"{study.id}: {said_of(error)}")
 
 
 def read_study(

@@ -120,7 +120,7 @@ def test_a_refusal_names_the_file_alone(engine, tmp_path):
 
 def test_an_unknown_failure_quotes_nothing(engine, tmp_path, monkeypatch):
     monkeypatch.setattr("medct.app.scans.read_volume", lambda *_, **__: (_ for _ in ()).throw(KeyError(SECRET)))
-    with pytest.raises(ScanError, match=r"^scan.nii: reading failed \(KeyError\). Report this.$"):
+    with pytest.raises(ScanError, match=r"^scan.nii: reading failed \(KeyError in \S+, line \d+\). Report this.$"):
         engine.read(tmp_path / "scan.nii")
 
 

@@ -2,12 +2,14 @@
 
 import errno
 import os
+import re
 
 import pytest
 import torch
 
-from medct import MedCTError
+from medct import MedCTError, VolumeError
 from medct.common.errors import BROKEN_PIPE, FAILED, INTERRUPTED, STOPPED, StoppedError, first_line, one_line_errors
+from medct.errors_medct import said_of
 
 
 @pytest.mark.parametrize(
@@ -33,6 +35,24 @@ def test_errors_that_a_user_can_fix_are_printed_as_they_are(error, status, line,
     assert stop.value.code == status
     (said,) = capsys.readouterr().err.splitlines()
     assert said.startswith(line)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (VolumeError("a.nii", "it is one slice", "Pass all"), "a.nii: it is one slice. Pass all."),
+        (type("MedCTError", (Exception,), {})("of another copy"), "of another copy"),
+        (OSError(errno.EIO, "no disk", "DOE^JANE"), "reading failed (OSError: no disk in test_errors.py, line N)."),
+        (OSError("DOE^JANE"), "reading failed (OSError in test_errors.py, line N)."),
+        (ValueError("DOE^JANE"), "reading failed (ValueError in test_errors.py, line N)."),
+    ],
+    ids=str,
+)
+def test_only_what_we_say_or_the_system_is_told_of_a_scan(error, said):
+    """Other errors may quote a header."""
+    with pytest.raises(type(error)) as caught:
+        raise error
+    assert re.sub(r"line \d+", "line N", said_of(caught.value)).removesuffix(" Report this.") == said
 
 
 def test_a_bug_also_names_where_it_came_from(capsys, monkeypatch):
