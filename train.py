@@ -118,7 +118,7 @@ class Trainer:
         settings: Of the run.
 
     Raises:
-        TrainingError, DataError, VolumeError, CheckpointError, OSError: With what is wrong and what to do.
+        TrainingError, DataError, VolumeError, OtherSettingsError, OSError: With what is wrong and what to do.
     """
 
     def __init__(self, settings: TrainingSettings):

@@ -1,4 +1,4 @@
-"""Outputs that appear whole or not at all."""
+"""Outputs that appear whole or not at all, and are gone on with only under the settings they were begun with."""
 
 import contextlib
 import errno
@@ -7,9 +7,12 @@ import json
 import os
 import secrets
 import shutil
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from medct.errors_medct import MedCTError
 
 # Fetched once, before any thread: the system tells it only by changing it.
 _UMASK = os.umask(0)
@@ -17,6 +20,10 @@ os.umask(_UMASK)
 _ZEROS = memoryview(bytes(2**20))
 # A file system or a system that knows no such thing; all others say that something went wrong.
 _NOT_KNOWN = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
+class OtherSettingsError(MedCTError, RuntimeError):
+    """An output that was begun with other settings; the message says which, and what to do."""
 
 
 def flush_to_disk(path: str | os.PathLike) -> None:
@@ -61,6 +68,23 @@ def refuse_taken(path: str | os.PathLike) -> None:
     folder = Path(path)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{path} exists and is not empty. Choose another output folder, or remove it.")
+
+
+def refuse_other_settings(begun: Path, before: dict[str, Any], now: dict[str, Any], flag: str = "--output_dir") -> None:
+    """Raise `OtherSettingsError` if an output was begun with other settings.
+
+    Args:
+        begun: The output.
+        before: Settings that it was begun with, from JSON.
+        now: Settings of this run.
+        flag: What chooses another output.
+    """
+    now = json.loads(json.dumps(now))
+    for name in sorted(before.keys() | now.keys()):
+        if before.get(name) != now.get(name):
+            other, ours = (textwrap.shorten(repr(each.get(name)), 200, placeholder=" ...") for each in (before, now))
+            remedy = f"Resume with the same settings, or choose another {flag}."
+            raise OtherSettingsError(f"{begun} was started with {name} {other}, not {ours}. {remedy}")
 
 
 def _aside(final: Path) -> Path:

@@ -25,7 +25,7 @@ import torch
 from huggingface_hub import DatasetCard, DatasetCardData
 from pyarrow import parquet
 
-from medct.common.files import remove_leftovers, whole_file, write_json
+from medct.common.files import refuse_other_settings, remove_leftovers, whole_file, write_json
 from medct.common.lock import LockedError, only_run
 from medct.common.paths import local_paths, without_paths
 from medct.common.progress import tqdm
@@ -272,7 +272,7 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
         settings: Everything that decides the content of the files.
 
     Raises:
-        DataError: If they differ, or the folder holds something else or lies in the source.
+        OtherSettingsError, DataError: If they differ, or the folder holds something else or lies in the source.
     """
     path = folder / SETTINGS
     source = settings.get("source")
@@ -284,12 +284,7 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
         write_json(path, settings)
     (folder / "data").mkdir(exist_ok=True)
     found = {**DEFAULTS, **json.loads(path.read_text(encoding="utf-8"))}
-    for name in sorted(settings.keys() | found.keys()):
-        if settings.get(name) != found.get(name):
-            raise DataError(
-                f"{folder}: started with `{name}` {_brief(found.get(name))}, not {_brief(settings.get(name))}. Resume "
-                "with the same settings, or choose another folder."
-            )
+    refuse_other_settings(folder, found, settings, "folder")
 
 
 def _refuse_taken(folder: Path) -> None:
@@ -302,11 +297,6 @@ def _refuse_taken(folder: Path) -> None:
     # Another process may have begun the folder meanwhile.
     if others and not (folder / SETTINGS).is_file():
         raise DataError(f"{folder}: it holds something else, such as {others[0]}. Choose another folder.")
-
-
-def _brief(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def finish(
@@ -414,8 +404,8 @@ def prepare(
         The manifest if all files of all processes are there, else `None`.
 
     Raises:
-        DataError: If the folder was started with other settings, holds something else or lies in the source, or too
-            many studies cannot be read.
+        OtherSettingsError, DataError: If the folder was started with other settings, holds something else or lies in
+            the source, or too many studies cannot be read.
     """
     preparer = Preparer(config)
     settings = {**DEFAULTS, **settings}

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from medct.common.files import remove_leftovers, whole_file
+from medct.common.files import refuse_other_settings, remove_leftovers, whole_file
 from medct.common.progress import remark, tqdm
 from medct.errors_medct import MedCTError
 from medct.inference.studies import FailedStudy, LoadStudy, ReadStudy, Study, batched_reads, read_ahead
@@ -271,7 +271,7 @@ def process_to_file(
         In the main process, the number of studies that could not be read in all processes; 0 in the others.
 
     Raises:
-        OutputError: If the output holds rows made with other settings, or anything else.
+        OtherSettingsError, OutputError: If the output holds rows made with other settings, or anything else.
     """
     failed_path = output.with_name(f"{output.name}.failed.csv")
     rows_path = rows_path or output
@@ -322,17 +322,16 @@ def _settings_path(output: Path) -> Path:
 def _keep_settings(output: Path, rows_path: Path, settings: dict[str, Any]) -> None:
     """Write the settings beside the output, or compare them with those it was started with."""
     path = _settings_path(output)
-    settings = json.loads(json.dumps(settings))
     is_begun = bool(part_paths(rows_path)) or any(file.exists() and file.stat().st_size for file in (output, rows_path))
     if is_begun and path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))
-        for name in sorted({*before, *settings}):
-            if before.get(name) == settings.get(name):
-                continue
-            said = f"{name} {before.get(name)!r}, not {settings.get(name)!r}"
-            if name == WEIGHTS:
-                said = "other weights than those that model and adapter have now"
-            raise OutputError(f"{output} was started with {said}. Choose another --output, or remove it.")
+        no_digest = {WEIGHTS: None}  # it says nothing to a reader
+        refuse_other_settings(output, before | no_digest, settings | no_digest, "--output")
+        if before.get(WEIGHTS) != settings.get(WEIGHTS):
+            raise OutputError(
+                f"{output} was started with other weights than those that model and adapter have now. Choose another "
+                "--output, or remove it."
+            )
     elif is_begun:
         raise OutputError(
             f"{output} exists, but {path.name} is missing, so it is not known how it was made. Choose another "

@@ -23,13 +23,8 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 
 from medct.common.distributed import local_part, sum_over_processes
-from medct.common.files import flush_to_disk
-from medct.errors_medct import MedCTError
+from medct.common.files import flush_to_disk, refuse_other_settings
 from medct.training.best import BestSoFar
-
-
-class CheckpointError(MedCTError, RuntimeError):
-    """A checkpoint that this run cannot resume from; the message says why and what to do."""
 
 
 class Stateful(Protocol):
@@ -157,19 +152,13 @@ class Checkpoints:
         """Restore a state from the newest checkpoint; False if there is none.
 
         Raises:
-            CheckpointError: If it was written with other settings or another number of processes.
+            OtherSettingsError: If it was written with other settings or another number of processes.
         """
         newest = self.newest()
         if newest is None:
             return False
         written = json.loads((newest / "settings.json").read_text(encoding="utf-8"))
-        mine = {**self.settings, "processes": self.accelerator.num_processes}
-        for name in sorted(written.keys() | mine.keys()):
-            if written.get(name) != mine.get(name):
-                raise CheckpointError(
-                    f"{newest} is from a run with {name} = {written.get(name)}, not {mine.get(name)}. "
-                    "Resume with the same settings, or choose another --output_dir."
-                )
+        refuse_other_settings(newest, written, self.settings | {"processes": self.accelerator.num_processes})
         part = f"rank-{self.accelerator.process_index}"
         state.restore(
             load_file(newest / f"{part}.safetensors"), decode((newest / f"{part}.json").read_text(encoding="utf-8"))

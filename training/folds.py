@@ -16,7 +16,7 @@ import numpy as np
 
 from medct.common.counting import counted
 from medct.common.errors import StoppedError
-from medct.common.files import write_json
+from medct.common.files import refuse_other_settings, write_json
 from medct.common.lock import is_first_process, only_run
 from medct.data.sources import Source, first_of, hash_share
 from medct.evaluation.figures import Scores, source_figures
@@ -96,7 +96,7 @@ def cross_validate(
 
     Raises:
         StoppedError: If it was stopped by a signal; it names what resumes it.
-        TrainingError: If it resumes a run of other settings.
+        OtherSettingsError: If it resumes a run of other settings.
     """
     folder = RunFolder(settings.output_dir, settings.resume)
     results: dict[str, Any] = {}
@@ -126,17 +126,10 @@ def cross_validate(
 def _claim(work: Path, settings: TrainingSettings) -> None:
     """Write down the settings, or compare them with those that finished folds were made with."""
     path = work / "settings.json"
-    ours = json.loads(json.dumps(settings.fixed()))
-    if not path.is_file():
-        write_json(path, ours)
-        return
-    theirs = json.loads(path.read_text(encoding="utf-8"))
-    for name in sorted(ours.keys() | theirs.keys()):
-        if ours.get(name) != theirs.get(name):
-            raise TrainingError(
-                f"{work} is of a run with {name} = {theirs.get(name)}, not {ours.get(name)}. Resume with the same "
-                "settings, or choose another --output_dir."
-            )
+    if path.is_file():
+        refuse_other_settings(work, json.loads(path.read_text(encoding="utf-8")), settings.fixed())
+    else:
+        write_json(path, settings.fixed())
 
 
 def _gather(folder: RunFolder, runs: Sequence[Path], settings: TrainingSettings) -> dict[str, Any]:

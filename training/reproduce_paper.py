@@ -19,7 +19,7 @@ from accelerate import PartialState
 
 from medct.common.counting import counted
 from medct.common.errors import one_line_errors
-from medct.common.files import whole_file
+from medct.common.files import refuse_other_settings, whole_file
 from medct.common.host import keep_freed_memory, quiet_libraries
 from medct.common.progress import be_quiet
 from medct.publishing.convert_ct_clip_to_hf import convert
@@ -120,18 +120,14 @@ def results_of(settings: PaperSettings) -> dict[str, Any]:
     """A row's results: those that lie there, if its run was complete before the experiment was resumed.
 
     Raises:
-        TrainingError: If that run had other settings.
+        OtherSettingsError: If that run had other settings.
     """
     folder = Path(str(settings.output_dir))
     if not (settings.resume and (folder / "results.json").exists()):
         return Trainer(settings).run()
     saved = json.loads((folder / "train_config.json").read_text(encoding="utf-8"))
-    for name, value in settings.fixed().items():
-        if value is not None and saved.get(name) != value:
-            raise TrainingError(
-                f"{folder} is of a run with {name} = {saved.get(name)}, not {value}. Resume with the same settings, or "
-                "choose another --output_dir."
-            )
+    chosen = {name: value for name, value in settings.fixed().items() if value is not None}
+    refuse_other_settings(folder, {name: saved.get(name) for name in chosen}, chosen)
     return json.loads((folder / "results.json").read_text(encoding="utf-8"))
 
 

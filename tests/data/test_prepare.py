@@ -22,6 +22,7 @@ from scan_files import write_noise
 from medct import CTVolume, MedCTConfig, MedCTImageProcessor, VolumeError, read_volume
 from medct.cli import main
 from medct.cli.arguments import make_parser
+from medct.common.files import OtherSettingsError
 from medct.common.lock import LockedError, only_run
 from medct.configuration_medct import CT_CLIP_LABELS
 from medct.data import PhantomCohort, StudyLoader, open_source, phantom_source, prepare
@@ -161,14 +162,12 @@ def test_a_stopped_run_is_resumed(folder, tmp_path, config, sources, monkeypatch
 
 def test_other_settings_are_refused(folder, config, sources):
     before = contents(folder)
-    with pytest.raises(
-        DataError, match=r"started with `studies_per_shard` 3, not 4. Resume with the same settings, or"
-    ):
+    with pytest.raises(OtherSettingsError, match=r"was started with studies_per_shard 3, not 4. Resume with the same "):
         prepare.prepare(sources, config, folder, {**SETTINGS, "studies_per_shard": 4})
-    with pytest.raises(DataError, match=r'started with `num_studies` {"train": 7, "valid": 2}, not {"train": 7'):
+    with pytest.raises(OtherSettingsError, match=r"started with num_studies {'train': 7, 'valid': 2}, not {'train': 7"):
         prepare.prepare({**sources, "valid": phantoms(7, 8)}, config, folder, SETTINGS)
     other = MedCTConfig(vision_config={**config.vision_config.to_dict(), "hu_min": -1200})
-    with pytest.raises(DataError, match=r"started with `hu_min` -1000.0, not -1200.0"):
+    with pytest.raises(OtherSettingsError, match=r"started with hu_min -1000.0, not -1200.0"):
         prepare.prepare(sources, other, folder, SETTINGS)
     assert contents(folder) == before
 
@@ -193,7 +192,7 @@ def test_a_folder_begun_before_there_was_a_choice_goes_on(tmp_path, config, sour
     begun = json.loads(path.read_text(encoding="utf-8"))
     assert begun.pop("compression") == "zstd"
     path.write_text(json.dumps(begun), encoding="utf-8")
-    with pytest.raises(DataError, match='started with `compression` "zstd", not "lz4"'):
+    with pytest.raises(OtherSettingsError, match="started with compression 'zstd', not 'lz4'"):
         prepare.prepare(sources, config, tmp_path, {**settings, "compression": "lz4"}, rank=1, world_size=2)
     assert prepare.prepare(sources, config, tmp_path, settings, rank=1, world_size=2) is not None
 

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from medct.common.files import OtherSettingsError
 from medct.training.best import BestSoFar
-from medct.training.checkpoints import CheckpointError, Checkpoints, TrainingState
+from medct.training.checkpoints import Checkpoints, TrainingState
 
 
 @dataclasses.dataclass
@@ -92,11 +93,11 @@ def test_there_may_be_none(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("processes", "settings", "said"), [(2, {"rank": 4}, "processes = 1, not 2"), (1, {"rank": 8}, "rank = 4, not 8")]
+    ("processes", "settings", "said"), [(2, {"rank": 4}, "processes 1, not 2"), (1, {"rank": 8}, "rank 4, not 8")]
 )
 def test_another_run_is_not_gone_on_with(tmp_path, processes, settings, said):
     of(tmp_path, rank=4).save(state_of(1))
-    with pytest.raises(CheckpointError, match=said):
+    with pytest.raises(OtherSettingsError, match=said):
         of(tmp_path, processes, **settings).load(state_of())
 
 

@@ -14,6 +14,7 @@ from launching import launch_command
 from medct import CT_CLIP_LABELS, MedCTModel
 from medct import train as training
 from medct.common.errors import StoppedError
+from medct.common.files import OtherSettingsError
 from medct.data import PhantomCohort, open_source
 from medct.data.sources import Source
 from medct.evaluation.metrics import compare
@@ -153,7 +154,7 @@ def test_a_stopped_cross_validation_goes_on_where_it_was(settings, monkeypatch, 
         run(stopped)
     with pytest.raises(TrainingError, match="holds an unfinished run"):
         run(stopped)
-    with pytest.raises(TrainingError, match="is of a run with seed = 0, not 1"):
+    with pytest.raises(OtherSettingsError, match="was started with seed 0, not 1"):
         run(dataclasses.replace(stopped, resume=True, seed=1))
     run(dataclasses.replace(stopped, resume=True))
     assert steps == [1, 1, 2, 2, 3, 3]

@@ -14,10 +14,10 @@ from scan_files import write_noise
 from medct import CT_CLIP_LABELS, MedCTConfig, MedCTModel, MedCTProcessor
 from medct.adapters_medct import OtherWordsWarning
 from medct.cli import main
+from medct.common.files import OtherSettingsError
 from medct.data import DataError, Source, open_source, phantom_source
 from medct.pipeline_medct import ZeroShotCTClassificationPipeline
 from medct.train import load_sources, run
-from medct.training.checkpoints import CheckpointError
 from medct.training.replay import with_replay
 from medct.training.settings import TrainingError, TrainingSettings
 from medct.training.sources import digest_of_studies
@@ -113,7 +113,7 @@ def test_a_resumed_run_learns_the_same_labels(settings, labels, monkeypatch):
         run(stopped)
     monkeypatch.undo()
     labels.write_text(LABELS.replace(";c;", ";d;"), encoding="utf-8")
-    with pytest.raises(CheckpointError, match="is from a run with labels, prompts and mappings = "):
+    with pytest.raises(OtherSettingsError, match="was started with labels, prompts and mappings "):
         run(dataclasses.replace(stopped, resume=True))
 
 

@@ -30,6 +30,7 @@ from medct import CT_CLIP_LABELS, MedCTForImageClassification, MedCTModel, MedCT
 from medct import train as training
 from medct.cli import main
 from medct.common.errors import FAILED, STOPPED, StoppedError
+from medct.common.files import OtherSettingsError
 from medct.common.lock import LockedError, only_run
 from medct.data import DataError, StudyLoader, phantom_source
 from medct.evaluation.metrics import zero_shot_scores
@@ -37,7 +38,6 @@ from medct.evaluation.predictions import Key, read_predictions
 from medct.evaluation.scoring import ScoredStudies, prompts_for, score_studies
 from medct.publishing.push import push_model
 from medct.train import Trainer, number_of_steps, run
-from medct.training.checkpoints import CheckpointError
 from medct.training.lora import TARGETS, VARIANTS, add_lora
 from medct.training.objectives import StepLoss
 from medct.training.settings import PHANTOM_BASE, TrainingError, TrainingSettings
@@ -449,7 +449,7 @@ def test_a_run_is_not_resumed_by_accident_or_with_other_settings(settings, monke
         run(settings)
     with pytest.raises(TrainingError, match="Pass --resume to continue"):
         run(settings)
-    with pytest.raises(CheckpointError, match="rank = 4, not 8"):
+    with pytest.raises(OtherSettingsError, match="rank 4, not 8"):
         run(dataclasses.replace(settings, resume=True, rank=8))
 
 
