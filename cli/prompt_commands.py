@@ -3,6 +3,7 @@
 import argparse
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ from medct.common.files import write_json
 from medct.configuration_medct import MedCTConfig, Prompt
 from medct.data import open_source
 from medct.data.label_space import pairs_of, read_label_flags, told_apart
-from medct.evaluation.calibration import fit_calibration
-from medct.evaluation.operating_points import YOUDEN, choose_points
+from medct.evaluation.figures import choose_on
+from medct.evaluation.operating_points import YOUDEN
 from medct.evaluation.prompts import SYNONYMS, TEMPLATES, Template, spread, wording_scores
 from medct.evaluation.provenance import list_checksum, provenance
 from medct.evaluation.report import prompts_report
@@ -130,13 +131,13 @@ def _store_wording(
     used = [templates.index(tuple(each)) for each in chosen["prompt_templates"]]
     words = {label: chosen["names"].get(label, each[0]) for label, each in names.items()}
     columns = [each[used, names[label].index(words[label])].mean(axis=0) for label, each in scores.items()]
-    values = np.stack(columns, axis=-1)
+    points, calibration = choose_on(replace(studies, scores=np.stack(columns, axis=-1), names=list(names)), {})
     described = read_description(folder) or {}
     described |= {
         "prompt_templates": chosen["prompt_templates"],
         "prompts": {label: each for label, each in words.items() if each != label} or None,
-        "thresholds": choose_points(values, studies.labels, list(names), {}, studies.patients).get(YOUDEN),
-        "calibration": fit_calibration(values, studies.labels, list(names), studies.patients) or None,
+        "thresholds": points.get(YOUDEN),
+        "calibration": calibration or None,
         "operating_points": None,
     }
     write_json(folder / DESCRIPTION_FILE, described)

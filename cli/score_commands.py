@@ -24,9 +24,8 @@ from medct.data import PhantomCohort, open_source
 from medct.data.label_space import LabelTable, also_asked, read_label_flags
 from medct.data.loader import StudyLoader
 from medct.data.sources import DataError, Source, why_skipped
-from medct.evaluation.calibration import fit_calibration
-from medct.evaluation.figures import Scores, source_figures
-from medct.evaluation.operating_points import YOUDEN, Points, choose_points, remark_on_points, wanted_points
+from medct.evaluation.figures import Scores, choose_on, source_figures
+from medct.evaluation.operating_points import YOUDEN, Points, remark_on_points, wanted_points
 from medct.evaluation.predictions import (
     Key,
     Predictions,
@@ -474,9 +473,7 @@ def _brought(
     """Operating points and calibration of a version: from tuning patients where they are asked for, else its own."""
     if tuned is None:
         return (args.points or {}).get(name, version.points), version.calibration
-    wanted = wanted_points(args.sensitivity, args.specificity)
-    points = choose_points(tuned.scores, tuned.labels, tuned.names, wanted, tuned.patients)
-    return points, fit_calibration(tuned.scores, tuned.labels, tuned.names, tuned.patients)
+    return choose_on(tuned, wanted_points(args.sensitivity, args.specificity))
 
 
 def _still_hold(

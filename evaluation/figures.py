@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from medct.evaluation.calibration import compare_calibration
+from medct.evaluation.calibration import compare_calibration, fit_calibration
 from medct.evaluation.metrics import (
     compare,
     intervals_of,
@@ -20,7 +20,7 @@ from medct.evaluation.metrics import (
     trusted,
     with_intervals,
 )
-from medct.evaluation.operating_points import YOUDEN, Points, as_array, carried_over
+from medct.evaluation.operating_points import YOUDEN, Points, as_array, carried_over, choose_points
 from medct.evaluation.scoring import ScoredStudies
 
 FEWEST_IN_GROUP = 20
@@ -40,6 +40,17 @@ class Scores:
     scored: ScoredStudies
     points: Points = field(default_factory=dict)
     calibration: Mapping[str, list[float]] = field(default_factory=dict)
+
+
+def choose_on(tuned: ScoredStudies, wanted: Mapping[str, tuple[str, float]]) -> tuple[Points, dict[str, list[float]]]:
+    """Operating points and calibration of a model, for other patients than these.
+
+    Args:
+        tuned: Its scores of tuning patients.
+        wanted: Points besides Youden's, see `wanted_points`.
+    """
+    about = tuned.scores, tuned.labels, tuned.names
+    return choose_points(*about, wanted, tuned.patients), fit_calibration(*about, tuned.patients)
 
 
 def source_figures(

@@ -7,10 +7,9 @@ from typing import Any
 
 from medct.common.counting import counted
 from medct.data.prepared import with_revision
-from medct.evaluation.calibration import fit_calibration
-from medct.evaluation.figures import Scores, source_figures
+from medct.evaluation.figures import Scores, choose_on, source_figures
 from medct.evaluation.metrics import zero_shot_scores
-from medct.evaluation.operating_points import YOUDEN, Points, choose_points, remark_on_points
+from medct.evaluation.operating_points import YOUDEN, remark_on_points
 from medct.evaluation.predictions import Key, Predictions
 from medct.evaluation.report import calibration_table, points_table, results_table, sites_table
 from medct.evaluation.scoring import ScoredStudies
@@ -62,18 +61,16 @@ def compare_all(
         the tuning studies. `table`: all of it in Markdown.
     """
     options = {"resamples": resamples, "seed": seed}
-    points = [_points(each["tune"], wanted) for each in (before, after)]
-    tuned = after["tune"]
-    calibration = fit_calibration(tuned.scores, tuned.labels, tuned.names, tuned.patients)
+    (base_points, _), (points, calibration) = [choose_on(each["tune"], wanted or {}) for each in (before, after)]
 
     def figures(split: str) -> dict[str, Any]:
-        models = {BASE: Scores(before[split], points[0]), ADAPTED: Scores(after[split], points[1], calibration)}
+        models = {BASE: Scores(before[split], base_points), ADAPTED: Scores(after[split], points, calibration)}
         return source_figures(models, before[split].names, **options)
 
     comparison, kept = figures("valid"), None
     if KEPT_SPLITS[1] in before and mean_auroc(before["keep_valid"]) is not None:
         kept = figures("keep_valid")
-    chosen = dict(points[1])
+    chosen = dict(points)
     thresholds = chosen.pop(YOUDEN, None)
     tables = [
         results_table(comparison, before["valid"].names),
@@ -91,10 +88,6 @@ def compare_all(
         "calibration": calibration or None,
         "table": "\n\n".join(table for table in tables if table),
     }
-
-
-def _points(tuned: ScoredStudies, wanted: Mapping[str, tuple[str, float]] | None) -> Points:
-    return choose_points(tuned.scores, tuned.labels, tuned.names, wanted or {}, tuned.patients)
 
 
 def predictions_of(before: Scored, after: Scored, sources: Sequence[str]) -> Predictions:
