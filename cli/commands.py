@@ -34,8 +34,8 @@ from medct.inference.studies import (
     Study,
     find_studies,
     looks_like_path,
-    read_study,
     stacked,
+    try_to_read,
 )
 from medct.inference.weights import KEY as WEIGHTS
 from medct.inference.weights import weights_of
@@ -192,7 +192,7 @@ def model_settings(args: argparse.Namespace) -> dict[str, Any]:
     return {"model": model_of(args), **{name: getattr(args, name) for name in names}}
 
 
-def settings_of(args: argparse.Namespace, pipe: CTPipeline) -> dict[str, Any]:
+def row_settings(args: argparse.Namespace, pipe: CTPipeline) -> dict[str, Any]:
     """What decides about the numbers of a run over scans.
 
     Args:
@@ -251,7 +251,7 @@ def _predict(args: argparse.Namespace) -> int:
     rows_of = functools.partial(prediction_rows, pipe, prompts, flat=format == "csv", write_reports=write_reports)
     if args.output is not None:
         templates = prompts.get("prompt_templates", pipe.asked.prompt_templates)
-        settings = {**settings_of(args, pipe), "labels": labels, "templates": templates}
+        settings = {**row_settings(args, pipe), "labels": labels, "templates": templates}
         settings["prompts"] = prompts.get("candidate_labels") if has_own_words else pipe.asked.prompts
         settings |= {"thresholds": thresholds, "calibration": calibration, "reports": asked_for(args) or None}
         failed = process_to_file(studies, reading_of(args, pipe), rows_of, args.output, rows_as, settings, state)
@@ -335,7 +335,7 @@ def _embed(args: argparse.Namespace) -> int:
     state = start_processes(args)
     reports = _reports_of(args, studies, before) if args.reports else {}
     pipe = load_for_scans(args, state, zero_shot_only=True)
-    settings = settings_of(args, pipe)
+    settings = row_settings(args, pipe)
     rows_path = args.output.with_name(f"{args.output.name}.rows")
     failed = process_to_file(
         studies,
@@ -506,7 +506,7 @@ def read_one(study: Study, args: argparse.Namespace, pipe: ZeroShotCTClassificat
     Raises:
         CommandError: If it cannot be read.
     """
-    read = read_study(study, pipe.processor.image_processor, pipe.device, **reading_options(args))
+    read = try_to_read(study, pipe.processor.image_processor, pipe.device, **reading_options(args))
     if isinstance(read, FailedStudy):
         raise CommandError(read.reason)
     return read

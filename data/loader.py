@@ -35,7 +35,7 @@ def report_id(report: str) -> int:
 
 
 @dataclass(frozen=True)
-class LoadStudy:
+class LoadRow:
     """Turns keys into studies; picklable, for loader processes.
 
     Args:
@@ -178,7 +178,7 @@ class StudyLoader:
     def _batches(self) -> Generator[tuple[list[Skipped | None], Batch | None], None, None]:
         """This process's remaining batches, each with the studies seen since the last; those that are bad, at once."""
         keys = self.source.keys(self.epoch, self.seed)[self.rank :: self.world_size][self._position :]
-        load = LoadStudy(self.source.read, self.processor.image_processor, self.device)
+        load = LoadRow(self.source.read, self.processor.image_processor, self.device)
         seen: list[Skipped | None] = []
         gathered = _Gathered(self)
         pinned = self.device.type == "cuda"

@@ -25,7 +25,7 @@ from medct.common.files import whole_file
 from medct.common.progress import tqdm
 from medct.configuration_medct import MedCTConfig
 from medct.data.label_space import merge_columns
-from medct.data.loader import LoadStudy
+from medct.data.loader import LoadRow
 from medct.data.sources import DataError, Row, Skipped, Source
 from medct.image_processing_medct import MedCTImageProcessor
 from medct.volume_medct import CTVolume, affine_from_spacing
@@ -230,7 +230,7 @@ def contact_sheet(source: Source, config: MedCTConfig, path: Path, samples: int,
         DataError: If `path` is named like no picture.
     """
     format = sheet_format(path)
-    load = LoadStudy(source.read, MedCTImageProcessor.from_config(config.vision_config))
+    load = LoadRow(source.read, MedCTImageProcessor.from_config(config.vision_config))
     keys = source.keys(seed=seed)[:samples]
     lines = -(-len(keys) // _STUDIES_A_LINE)
     heights = [_HEADER_INCHES, _LINE_INCHES * lines]

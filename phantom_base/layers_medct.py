@@ -346,7 +346,7 @@ class MedCTLayer(GradientCheckpointingLayer):
         Returns:
             The same shape.
         """
-        if self._is_constant(hidden_states, position_bias) and self._agrees(hidden_states, position_bias):
+        if self._runs_by_kernels(hidden_states, position_bias) and self._agrees(hidden_states, position_bias):
             return self._infer(hidden_states, position_bias)
         stream, *rows = self._mix(hidden_states)
         # Gradients, and whoever looks at parts, need all that a chunk would hand on; "eager" is there to show the
@@ -363,7 +363,7 @@ class MedCTLayer(GradientCheckpointingLayer):
         """Whether anybody may have kept what parts take or give."""
         return not all(map(is_bare, self.modules()))
 
-    def _is_constant(self, hidden_states: torch.Tensor, position_bias: torch.Tensor | None) -> bool:
+    def _runs_by_kernels(self, hidden_states: torch.Tensor, position_bias: torch.Tensor | None) -> bool:
         """Whether kernels may run the layer as a whole: no gradients, adapters, hooks or other attention."""
         attention, mlp = self.self_attn, self.mlp
         if torch.is_grad_enabled() or attention.config._attn_implementation != "sdpa" or is_autocast(hidden_states):

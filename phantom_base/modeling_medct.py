@@ -270,7 +270,7 @@ class MedCTVisionModel(MedCTPreTrainedModel):
         if pixel_values is None:
             raise ValueError("`pixel_values` are missing: give the vision encoder a volume.")
         tokens = self.embeddings(pixel_values, self.precision).flatten(2, 3)  # (b, t, h*w, d)
-        if can_replay(tokens) and self._is_constant(tokens):
+        if can_replay(tokens) and self._runs_by_kernels(tokens):
             tokens, codebook_ids = replayed(self, self._encode, tokens, (*self.parameters(), *self.buffers()))
         else:
             tokens, codebook_ids = self._encode(tokens)
@@ -288,12 +288,12 @@ class MedCTVisionModel(MedCTPreTrainedModel):
         tokens = self.temporal_encoder(tokens).transpose(1, 2)
         return self.quantizer(tokens, row_dtype(tokens, dtype))
 
-    def _is_constant(self, tokens: torch.Tensor) -> bool:
+    def _runs_by_kernels(self, tokens: torch.Tensor) -> bool:
         """Whether `_encode` runs by kernels as a whole."""
         encoders, bias = (self.spatial_encoder, self.temporal_encoder), self.position_bias
         layers = [layer for encoder in encoders for layer in encoder.layers]
         parts = (*encoders, *(encoder.norm for encoder in encoders), bias, bias.fc1, bias.fc2, bias.fc3, self.quantizer)
-        return fused(tokens, *parts, *layers) and all(layer._is_constant(tokens, None) for layer in layers)
+        return fused(tokens, *parts, *layers) and all(layer._runs_by_kernels(tokens, None) for layer in layers)
 
 
 def _text_encoder(config: MedCTConfig) -> PreTrainedModel:

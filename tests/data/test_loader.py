@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 from medct import CT_CLIP_LABELS, VolumeError
 from medct.data import DataError, Source, StudyLoader, phantom_source, report_id
 from medct.data import loader as loader_module
-from medct.data.loader import LoadStudy
+from medct.data.loader import LoadRow
 from medct.data.sources import Deferred, too_many_bad
 from medct.data.tables import Selection, Sieve, table_source
 from medct.workers_medct import load_ahead, overlapped
@@ -241,14 +241,14 @@ class NotedRows(Rows):
 
 
 def test_single_volumes_are_freed_while_their_batch_is_used(processor, monkeypatch):
-    volumes, load = [], LoadStudy.__call__
+    volumes, load = [], LoadRow.__call__
 
     def noted(self, row, place):
         study = load(self, row, place)
         volumes.append(weakref.ref(study["part"]))
         return study
 
-    monkeypatch.setattr(LoadStudy, "__call__", noted)
+    monkeypatch.setattr(LoadRow, "__call__", noted)
     batches = iter(make_loader(processor))
     for count in (1, 2):
         next(batches)

@@ -337,27 +337,27 @@ def test_what_is_recorded_runs_by_kernels_as_a_whole(small, pixels, monkeypatch)
     """Whatever has a part in the encoder behind its embeddings; or a recording would pass it over."""
     vision = small.vision_model
 
-    def is_constant() -> bool:
+    def runs_by_kernels() -> bool:
         with torch.no_grad():
-            return vision._is_constant(vision.embeddings(pixels).flatten(2, 3))
+            return vision._runs_by_kernels(vision.embeddings(pixels).flatten(2, 3))
 
-    assert is_constant()
+    assert runs_by_kernels()
     for name, module in vision.named_modules():
         if name and not name.startswith("embeddings") and not isinstance(module, torch.nn.ModuleList):
             hook = module.register_forward_hook(lambda *_: None)
-            assert not is_constant(), name
+            assert not runs_by_kernels(), name
             hook.remove()
     vision.set_attn_implementation("eager")
-    assert not is_constant()
+    assert not runs_by_kernels()
     vision.set_attn_implementation("sdpa")
-    assert is_constant()
+    assert runs_by_kernels()
     adapted = get_peft_model(small, LoraConfig(r=2, target_modules=TARGETS["vision"]))
-    assert not is_constant()
+    assert not runs_by_kernels()
     adapted.unload()
-    assert is_constant()
+    assert runs_by_kernels()
     with monkeypatch.context() as patch:
         patch.setattr(kernels_medct, "use_triton", False)
-        assert not is_constant()
+        assert not runs_by_kernels()
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
