@@ -141,7 +141,9 @@ def open_source(
     folder = open_folder(address, revision, token)
     if folder.file(MANIFEST):
         _refuse_mixture(folder)
-        return _prepared_split(folder.address, config, space, selection, tune_share, token)
+        # Their labels were the model's when they were made, or are mapped now.
+        options = {"tune_share": tune_share, "token": token, "own_labels": space.table is not None}
+        return space.apply(prepared_source(folder.address, selection, config, **options))
     if files := metadata_files(folder):
         return space.apply(metadata_source(folder, files, space.columns, selection))
     if is_rad_chestct(folder):
@@ -181,29 +183,6 @@ def _refuse_mixture(folder: Folder) -> None:
         raise DataError(
             f"{folder}: it has both prepared shards ({MANIFEST}) and tables of studies. Move one of them elsewhere."
         )
-
-
-def _prepared_split(
-    address: str,
-    config: MedCTConfig,
-    space: LabelSpace,
-    selection: Selection,
-    tune_share: float | None,
-    token: str | None,
-) -> Source:
-    """A split of prepared shards, whose labels were the model's when they were made, or are mapped now."""
-    source = prepared_source(
-        address,
-        selection.split,
-        config,
-        reconstructions=selection.reconstructions,
-        tune_share=tune_share,
-        limit=selection.limit,
-        need_reports=selection.need_reports,
-        token=token,
-        own_labels=space.table is not None,
-    )
-    return space.apply(source)
 
 
 def _phantom_split(selection: Selection, cohort: PhantomCohort) -> Source:

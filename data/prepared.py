@@ -27,7 +27,7 @@ import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import fsspec
 import nibabel
@@ -42,6 +42,7 @@ from medct.common.errors import first_line
 from medct.common.retry import keep_trying
 from medct.configuration_medct import MedCTConfig
 from medct.data.sources import DataError, Deferred, Merged, NoSuchSplitError, Row, Skipped, Source, first_of
+from medct.data.tables import Selection
 from medct.volume_medct import VolumeError
 
 FORMAT = 2
@@ -353,13 +354,10 @@ class _ReadRow:
 
 def prepared_source(
     address: str,
-    split: str,
+    selection: Selection,
     config: MedCTConfig,
     *,
-    reconstructions: Literal["one", "all"] = "one",
     tune_share: float | None = None,
-    limit: int | None = None,
-    need_reports: bool = False,
     revision: str | None = None,
     token: str | bool | None = None,
     own_labels: bool = False,
@@ -368,12 +366,9 @@ def prepared_source(
 
     Args:
         address: Folder, or address such as `hf://datasets/ORG/NAME`, with a `manifest.json`.
-        split: "train", "tune" or "valid".
+        selection: Which studies, but for its `tune_share`: their division was made when they were prepared.
         config: The model's configuration; shards prepared for another grid, window or other labels are refused.
-        reconstructions: If several of a scan were prepared: "one" per epoch, or "all" as studies of their own.
-        tune_share: Refused if it differs from the one used to prepare the shards.
-        limit: Take only this many studies, the first of a fixed pseudo-random order.
-        need_reports: Leave out studies without a report.
+        tune_share: Refused if it differs from the one used to prepare the shards; `None` accepts any.
         revision: Branch, tag or commit of the repository on the Hub.
         token: Token for the Hub.
         own_labels: Give the labels that the shards have, whatever the model's are.
@@ -389,6 +384,7 @@ def prepared_source(
     check_grid(address, manifest, config, own_labels)
     label_names = tuple(manifest["settings"]["label_names"])
     check_tune_share(address, manifest, tune_share)
+    split = selection.split
     if split not in manifest["splits"]:
         raise NoSuchSplitError(
             f"{address}: it has the splits {', '.join(manifest['splits'])}, not {split}. Prepare that one as well."
@@ -397,9 +393,9 @@ def prepared_source(
     paths = tuple(f"{address}/{file['path']}" for file in found["files"])
     if not is_address(address):
         _check_files(paths, found["files"])
-    groups = _groups(found["files"], reconstructions, need_reports)
+    groups = _groups(found["files"], selection.reconstructions, selection.need_reports)
     scans = [scan for file in found["files"] for scan in file["scans"]]
-    groups = [groups[index] for index in first_of([scans[rows[0]] for rows in groups], limit)]
+    groups = [groups[index] for index in first_of([scans[rows[0]] for rows in groups], selection.limit)]
     starts = itertools.accumulate((len(file["scans"]) for file in found["files"]), initial=0)
     about = tuple(each for file in found["files"] for each in file.get("about") or [{}] * len(file["scans"]))
     shape = tuple(manifest["settings"]["image_size"])

@@ -29,6 +29,7 @@ from medct.data import PhantomCohort, StudyLoader, open_source, phantom_source, 
 from medct.data.ct_rate import METADATA_COLUMNS
 from medct.data.prepared import _ROW, _ReadRow, decode_nifti, nifti_header, prepared_source, read_manifest
 from medct.data.sources import DataError, Skipped, Source, read_study
+from medct.data.tables import Selection
 
 SETTINGS = {"reconstructions": "one", "studies_per_shard": 3, "compression": "zstd"}
 SPACING_MM = (20.0, 15.0, 20.0)
@@ -77,7 +78,7 @@ def stored(config, row) -> torch.Tensor:
 
 def test_what_is_read_back_is_within_half_an_hu(folder, config, sources):
     for split, source in sources.items():
-        rows = list(prepared_source(folder, split, config).stream())
+        rows = list(prepared_source(folder, Selection(split), config).stream())
         assert [row["id"] for row in rows] == [row["id"] for row in source.stream()]
         for row, original in zip(rows, source.stream(), strict=True):
             assert {name: row[name] for name in ("patient", "report", "labels")} == {
@@ -96,7 +97,7 @@ def test_a_real_scan_is_read_back_in_its_place(shared, tmp_path):
     config = MedCTConfig(vision_config={"image_size": [80, 120, 100], "target_spacing_mm": [4.0, 3.0, 3.5]})
     row = {"id": "chest", "patient": "p", "report": "", "labels": [float("nan")] * 18, "volume": str(scan)}
     prepare.prepare({"valid": one(row)}, config, tmp_path, SETTINGS)
-    (read,) = prepared_source(tmp_path, "valid", config).stream()
+    (read,) = prepared_source(tmp_path, Selection("valid"), config).stream()
     assert np.isnan(read["labels"]).all()
     hu = opened(read)
     assert (hu.double() - stored(config, row).double()).abs().max() <= 0.5 + 1e-3
@@ -118,7 +119,7 @@ def test_load_dataset_reads_it_without_this_project(folder, config):
     assert set(dataset) == {"train", "valid"}
     rows = list(dataset["train"])
     assert len(rows) == 7
-    volume = opened(next(iter(prepared_source(folder, "train", config).stream())))
+    volume = opened(next(iter(prepared_source(folder, Selection("train"), config).stream())))
     image = rows[0]["volume"]
     assert isinstance(image, nibabel.Nifti1Image)
     assert image.get_data_dtype() == np.int16
@@ -222,36 +223,36 @@ def test_a_window_that_int16_cannot_hold_is_refused(tmp_path, sources):
 def test_shards_of_another_grid_are_refused(folder, config, setting, value, message):
     other = MedCTConfig(vision_config={**config.vision_config.to_dict(), setting: value})
     with pytest.raises(DataError, match=message):
-        prepared_source(folder, "train", other)
+        prepared_source(folder, Selection("train"), other)
 
 
 def test_shards_of_other_labels_are_refused(folder, config):
     vision = config.vision_config.to_dict()
     names = ["Fracture", *config.label_names[1:]]
     with pytest.raises(DataError, match=r"`label_names` 18 labels, but the model has 18 \(Fracture\)"):
-        prepared_source(folder, "train", MedCTConfig(vision_config=vision, id2label=dict(enumerate(names))))
+        prepared_source(folder, Selection("train"), MedCTConfig(vision_config=vision, id2label=dict(enumerate(names))))
     names = config.label_names[::-1]
     with pytest.raises(DataError, match="in another order"):
-        prepared_source(folder, "train", MedCTConfig(vision_config=vision, id2label=dict(enumerate(names))))
+        prepared_source(folder, Selection("train"), MedCTConfig(vision_config=vision, id2label=dict(enumerate(names))))
 
 
 def test_what_is_not_a_finished_folder_is_refused(folder, tmp_path, config, sources):
     with pytest.raises(DataError, match=r"no manifest.json, so the shards are unfinished"):
-        prepared_source(tmp_path, "train", config)
+        prepared_source(tmp_path, Selection("train"), config)
     with pytest.raises(DataError, match="has the splits train, valid, not tune"):
-        prepared_source(folder, "tune", config)
+        prepared_source(folder, Selection("tune"), config)
     copy = tmp_path / "copy"
     prepare.prepare(sources, config, copy, SETTINGS)
     file = copy / "data/train-00001-of-00003.parquet"
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(DataError, match=r"train-00001-of-00003.parquet: has .* bytes instead of"):
-        prepared_source(copy, "train", config)
+        prepared_source(copy, Selection("train"), config)
     file.unlink()
     with pytest.raises(DataError, match=r"train-00001-of-00003.parquet: is missing. Copy the folder again, or"):
-        prepared_source(copy, "train", config)
+        prepared_source(copy, Selection("train"), config)
     (copy / "manifest.json").write_text("{", encoding="utf-8")
     with pytest.raises(DataError, match=r"manifest.json cannot be read"):
-        prepared_source(copy, "train", config)
+        prepared_source(copy, Selection("train"), config)
 
 
 def test_unreadable_studies_are_skipped_with_the_reason_and_can_be_retried(tmp_path, config, nifti):
@@ -273,7 +274,7 @@ def test_unreadable_studies_are_skipped_with_the_reason_and_can_be_retried(tmp_p
     assert [study["id"] for study in found["skipped"]] == ["head", "s1"]
     assert "gzip" in found["skipped"][1]["reason"]
     assert str(tmp_path) not in json.dumps(manifest)
-    opened_again = prepared_source(tmp_path / "out", "train", config)
+    opened_again = prepared_source(tmp_path / "out", Selection("train"), config)
     assert [row["id"] for row in opened_again.stream()] == ["s0", "s2", "s3", "s4"]
     assert [row["about"] for row in opened_again.stream()] == [{}, {"sex": "F"}, {}, {}]
     assert [study.id for study in opened_again.skipped] == ["head", "s1"]
@@ -299,9 +300,9 @@ def test_reconstructions_of_a_scan_stay_together(tmp_path, config):
     manifest = prepare.prepare({"train": source}, config, tmp_path / "one", SETTINGS)
     assert manifest["splits"]["train"]["num_studies"] == 3
     prepare.prepare({"train": source}, config, tmp_path / "all", {**SETTINGS, "reconstructions": "all"})
-    prepared = prepared_source(tmp_path / "all", "train", config)
+    prepared = prepared_source(tmp_path / "all", Selection("train"), config)
     assert [list(group) for group in prepared.groups] == [[0, 1], [2], [3, 4, 5]]
-    assert prepared_source(tmp_path / "all", "train", config, reconstructions="all").num_studies == 6
+    assert prepared_source(tmp_path / "all", Selection("train", reconstructions="all"), config).num_studies == 6
 
 
 COLUMNS = ("id", "patient", "report", "labels.list.element", "sha256", "volume.bytes")
@@ -316,7 +317,7 @@ def test_a_flipped_bit_is_one_bad_sample(column, folder, tmp_path, config, proce
     damaged = bytearray(path.read_bytes())
     damaged[chunk.data_page_offset + chunk.total_compressed_size - 5] ^= 1
     path.write_bytes(damaged)
-    source = prepared_source(tmp_path, "train", config)
+    source = prepared_source(tmp_path, Selection("train"), config)
     rows = list(source.stream())
     assert len({row["report"] for row in rows}) == 7
     with pytest.raises(VolumeError, match=r"row 1: it cannot be read .*verify page integrity"):
@@ -329,7 +330,7 @@ def test_a_flipped_bit_is_one_bad_sample(column, folder, tmp_path, config, proce
 
 def test_no_flipped_bit_is_read_silently(folder, tmp_path, config):
     whole = (folder / "data/valid-00000-of-00001.parquet").read_bytes()
-    sound = [(row, opened(row)) for row in prepared_source(folder, "valid", config).stream()]
+    sound = [(row, opened(row)) for row in prepared_source(folder, Selection("valid"), config).stream()]
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     generator = np.random.default_rng(0)
     found = Counter()
@@ -337,7 +338,8 @@ def test_no_flipped_bit_is_read_silently(folder, tmp_path, config):
         damaged = bytearray(whole)
         damaged[position] ^= 1 << generator.integers(8)
         (tmp_path / "data/valid-00000-of-00001.parquet").write_bytes(damaged)
-        for row, (expected, volume) in zip(prepared_source(tmp_path, "valid", config).stream(), sound, strict=True):
+        rows = prepared_source(tmp_path, Selection("valid"), config).stream()
+        for row, (expected, volume) in zip(rows, sound, strict=True):
             try:
                 assert torch.equal(opened(row), volume)
             except VolumeError:
@@ -354,7 +356,7 @@ def test_a_damaged_footer_affects_its_file_alone(folder, tmp_path, config, sourc
     prepare.prepare({"train": sources["train"]}, config, tmp_path / "out", SETTINGS)
     path = tmp_path / "out/data/train-00001-of-00003.parquet"
     path.write_bytes(path.read_bytes()[:-4] + b"0000")
-    rows = list(prepared_source(tmp_path / "out", "train", config).stream())
+    rows = list(prepared_source(tmp_path / "out", Selection("train"), config).stream())
     assert [row["id"].endswith((".parquet, row 0", "row 1", "row 2")) for row in rows] == 3 * [False] + 3 * [True] + [
         False
     ]
@@ -364,7 +366,7 @@ def test_a_damaged_footer_affects_its_file_alone(folder, tmp_path, config, sourc
 
 def test_batches_come_in_the_models_unit_without_a_warning(folder, config, processor):
     processor.image_processor = MedCTImageProcessor.from_config(config.vision_config)
-    source = prepared_source(folder, "train", config)
+    source = prepared_source(folder, Selection("train"), config)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         loader = StudyLoader(source, processor, config.label_names, batch_size=4, with_text=False)
@@ -377,7 +379,7 @@ def test_batches_come_in_the_models_unit_without_a_warning(folder, config, proce
 
 def test_resume_is_exact(folder, config, processor):
     processor.image_processor = MedCTImageProcessor.from_config(config.vision_config)
-    source = prepared_source(folder, "train", config)
+    source = prepared_source(folder, Selection("train"), config)
 
     def loader() -> StudyLoader:
         return StudyLoader(source, processor, config.label_names, batch_size=2, with_text=False, seed=1)
@@ -395,10 +397,10 @@ def test_resume_is_exact(folder, config, processor):
 
 
 def test_a_limit_takes_the_same_studies_each_time(folder, config):
-    few = [row["id"] for row in prepared_source(folder, "train", config, limit=3).stream()]
+    few = [row["id"] for row in prepared_source(folder, Selection("train", limit=3), config).stream()]
     assert len(few) == 3
-    assert few == [row["id"] for row in prepared_source(folder, "train", config, limit=3).stream()]
-    assert set(few) < {row["id"] for row in prepared_source(folder, "train", config, limit=5).stream()}
+    assert few == [row["id"] for row in prepared_source(folder, Selection("train", limit=3), config).stream()]
+    assert set(few) < {row["id"] for row in prepared_source(folder, Selection("train", limit=5), config).stream()}
 
 
 def header_of(shape=(2, 3, 4)) -> bytearray:
@@ -624,10 +626,10 @@ def test_a_revision_is_that_of_everything_that_is_read(folder, config, monkeypat
 
     monkeypatch.setattr("medct.data.prepared.read_manifest", note)
     address = f"hf://datasets/org/scans{below}"
-    source = prepared_source(address, "train", config, revision="abc")
+    source = prepared_source(address, Selection("train"), config, revision="abc")
     assert asked == [f"hf://datasets/org/scans@abc{below}"]
     assert all(path.startswith(f"hf://datasets/org/scans@abc{below}/data/") for path in source.read.paths)
-    assert prepared_source(address, "train", config).read.paths[0].startswith(f"{address}/data/")
+    assert prepared_source(address, Selection("train"), config).read.paths[0].startswith(f"{address}/data/")
 
 
 def test_a_shard_of_another_size_than_was_written_is_made_again(folder, tmp_path, config, sources):
@@ -648,7 +650,7 @@ def test_each_setting_of_the_grid_is_compared(folder, tmp_path, config, setting)
     )
     path.write_text(json.dumps(manifest), encoding="utf-8")
     with pytest.raises(DataError, match=f"prepared for `{setting}`"):
-        prepared_source(tmp_path / "out", "train", config)
+        prepared_source(tmp_path / "out", Selection("train"), config)
 
 
 @pytest.mark.parametrize("name", ["README.md", "data/train-0.parquet", "records/notes.txt"])

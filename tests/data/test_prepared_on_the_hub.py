@@ -8,6 +8,7 @@ from medct import MedCTConfig, MedCTImageProcessor
 from medct.data import StudyLoader, open_source, phantom_source, prepare
 from medct.data.prepared import prepared_source
 from medct.data.sources import DataError
+from medct.data.tables import Selection
 from medct.publishing.push import PushError, push_shards
 
 
@@ -47,7 +48,7 @@ def test_a_private_dataset_on_the_hub_streams_back(hub, folder, config, tmp_path
     files = hub.files("org/scans", "dataset")
     assert {name for name in files if not name.startswith((".", "data/"))} == {"README.md", "manifest.json"}
     assert len([name for name in files if name.startswith("data/")]) == 4
-    rows = prepared_source(str(folder), "valid", config).stream(epoch=0, seed=0)
+    rows = prepared_source(str(folder), Selection("valid"), config).stream(epoch=0, seed=0)
     sums = [f"{row['id']} {int(opened(row).long().sum())}" for row in rows]
     HfFileSystem.clear_instance_cache()
     rows = open_source("hf://datasets/org/scans", "valid", config, revision="main").stream(epoch=0, seed=0)
