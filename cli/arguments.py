@@ -122,7 +122,7 @@ def _report_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_search(add: Callable[..., argparse.ArgumentParser]) -> None:
     parser = add(
         "embed",
-        "commands.embed",
+        "search_commands.embed",
         "embed scans and reports into a Parquet file",
         "medct embed studies/ --model ct-clip --reports reports.csv --output index.parquet",
         "A second run resumes where the first stopped, and adds new studies.",
@@ -140,7 +140,7 @@ def _add_search(add: Callable[..., argparse.ArgumentParser]) -> None:
 
     parser = add(
         "search",
-        "commands.search_index",
+        "search_commands.search_index",
         "find the scans most similar to a text or a scan",
         'medct search "large pleural effusion on the left" --index index.parquet -k 10\n'
         "  medct search scan.nii.gz --index index.parquet",

@@ -1,0 +1,192 @@
+"""What `medct embed` and `medct search` do. Each takes the parsed arguments and returns the exit status."""
+
+import argparse
+import functools
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from accelerate import PartialState
+
+from medct.byte_sources_medct import is_address
+from medct.cli.commands import (
+    CommandError,
+    ends,
+    load_for_scans,
+    load_pipeline,
+    one_study,
+    reading_of,
+    reading_options,
+    row_settings,
+    start_processes,
+)
+from medct.common.counting import counted
+from medct.common.errors import OK
+from medct.common.lock import is_first_process, only_run
+from medct.common.progress import remark
+from medct.data.loader import report_id
+from medct.inference import search
+from medct.inference.bulk import KEY, JsonLines, process_to_file, read_rows
+from medct.inference.studies import FailedStudy, ReadStudy, Study, find_studies, looks_like_path, stacked, try_to_read
+from medct.inference.weights import KEY as WEIGHTS
+from medct.inference.weights import weights_of
+from medct.pipeline_medct import ZeroShotCTClassificationPipeline
+
+
+def embed(args: argparse.Namespace) -> int:
+    with only_run(args.output):
+        return _embed(args)
+
+
+def _embed(args: argparse.Namespace) -> int:
+    studies = find_studies(args.scans)
+    before = search.read_embeddings(args.output) if args.output.exists() else None
+    state = start_processes(args)
+    reports = _reports_of(args, studies, before) if args.reports else {}
+    pipe = load_for_scans(args, state, zero_shot_only=True)
+    settings = row_settings(args, pipe)
+    rows_path = args.output.with_name(f"{args.output.name}.rows")
+    failed = process_to_file(
+        studies,
+        reading_of(args, pipe),
+        functools.partial(embedding_rows, pipe, reports),
+        args.output,
+        JsonLines(),
+        settings,
+        state,
+        done=before.ids if before else (),
+        rows_path=rows_path,
+    )
+    if state.is_main_process:
+        rows = [*(before.rows() if before else ()), *read_rows(rows_path, JsonLines())]
+        # A second run may bring reports for studies that were embedded without.
+        search.write_embeddings(args.output, [with_report(pipe, reports, row) for row in rows], settings)
+        rows_path.unlink()
+    return ends(failed, len(studies), args.output)
+
+
+def _reports_of(args: argparse.Namespace, studies: Sequence[Study], before: search.Embeddings | None) -> dict[str, str]:
+    """The reports that the user named, each of one study at most; says how many studies have none."""
+    reports = search.read_reports(args.reports)
+    embedded = [] if before is None else before.ids
+    reported = set() if before is None else {each for each, has in zip(embedded, before.has_report, strict=True) if has}
+    wanting = dict.fromkeys(each for each in (*embedded, *(study.id for study in studies)) if each not in reported)
+    search.refuse_shared(reports, list(wanting), args.reports)
+    missing = sum(search.report_of(each, reports) is None for each in wanting)
+    if missing and is_first_process():
+        remark(f"Without a report in {args.reports}: {missing} of {counted(len(wanting), 'study', 'studies')}.")
+    return reports
+
+
+def embedding_rows(
+    pipe: ZeroShotCTClassificationPipeline, reports: dict[str, str], reads: list[ReadStudy]
+) -> Iterator[dict[str, Any]]:
+    """Embed studies: one row per study, with the embedding of its report if there is one.
+
+    Args:
+        pipe: The model's pipeline.
+        reports: Text of each report by study.
+        reads: The studies, as one batch.
+    """
+    for read, image in zip(reads, embed_images(pipe, reads), strict=True):
+        row = {KEY: read.study.id, "image_embeds": image.tolist(), "text_embeds": None, "report_id": None}
+        yield with_report(pipe, reports, row)
+
+
+def with_report(pipe: ZeroShotCTClassificationPipeline, reports: dict[str, str], row: dict[str, Any]) -> dict[str, Any]:
+    """Add the embedding of a study's report to its row, if there is a report and the row has none yet.
+
+    Args:
+        pipe: The model's pipeline.
+        reports: Text of each report by study.
+        row: As `embedding_rows` makes it.
+    """
+    report = search.report_of(row[KEY], reports) if row["text_embeds"] is None else None
+    if report is None:
+        return row
+    return {**row, "text_embeds": embed_text(pipe, report).tolist(), "report_id": report_id(report)}
+
+
+@torch.no_grad()
+def embed_images(pipe: ZeroShotCTClassificationPipeline, reads: list[ReadStudy]) -> torch.Tensor:
+    """Embed scans.
+
+    Args:
+        pipe: The model's pipeline.
+        reads: The studies, as one batch.
+
+    Returns:
+        `(studies, projection_dim)`, float32, of length 1.
+    """
+    return pipe.model.get_image_features(stacked(reads)).pooler_output.float().cpu()
+
+
+@torch.no_grad()
+def embed_text(pipe: ZeroShotCTClassificationPipeline, text: str) -> torch.Tensor:
+    """Embed a text.
+
+    Args:
+        pipe: The model's pipeline.
+        text: A report or a query.
+
+    Returns:
+        `(projection_dim,)`, float32, of length 1.
+    """
+    texts = pipe.processor(text=[text], return_tensors="pt").to(pipe.device)
+    return pipe.model.get_text_features(texts["input_ids"], texts["attention_mask"]).pooler_output[0].float().cpu()
+
+
+def search_index(args: argparse.Namespace) -> int:
+    is_scan = _is_scan(args.query)
+    embeddings = search.read_embeddings(args.index)
+    if not embeddings.ids:
+        raise CommandError(f"{args.index} holds no study: none could be read. Add some with `medct embed`.")
+    for name in ("model", "revision", "adapter", "adapter_revision", "dtype"):
+        made_with = embeddings.settings.get(name)
+        if getattr(args, name) not in (None, "auto", made_with):
+            raise CommandError(
+                f"{args.index} was made with {name} {made_with!r}, not {getattr(args, name)!r}. Leave out --{name}, or "
+                "make the index again."
+            )
+        setattr(args, name, made_with)
+    pipe = load_pipeline(args, PartialState(cpu=args.cpu).device, zero_shot_only=True)
+    if embeddings.settings.get(WEIGHTS) != weights_of(pipe.model):
+        which = args.adapter or args.model
+        raise CommandError(
+            f"{args.index} was made with other weights than those that {which} has now, so nothing in it can be "
+            "compared. Make the index again."
+        )
+    if is_scan:
+        read = try_to_read(one_study(args.query), pipe.processor.image_processor, pipe.device, **reading_options(args))
+        if isinstance(read, FailedStudy):
+            raise CommandError(read.reason)
+        query = embed_images(pipe, [read])[0]
+    else:
+        query = embed_text(pipe, args.query)
+    similarities, found = search.nearest(embeddings.image_embeds, query[None].numpy(), args.k)
+    rows = [
+        {"rank": rank, "similarity": float(similarity), KEY: embeddings.ids[index]}
+        for rank, (similarity, index) in enumerate(zip(similarities[0], found[0], strict=True), start=1)
+    ]
+    if args.format == "json":
+        print("".join(map(JsonLines().line, rows)), end="")
+    else:
+        print("rank  similarity  study")
+        print("".join(f"{row['rank']:4d}  {row['similarity']:10.4f}  {row[KEY]}\n" for row in rows), end="")
+    return OK
+
+
+def _is_scan(query: str) -> bool:
+    """Whether a query is a scan, and not a text.
+
+    Raises:
+        CommandError: If it is neither.
+    """
+    if not query.strip():
+        raise CommandError("The query is empty. Pass a text, or the path of a scan.")
+    if is_address(query) or os.path.exists(query):  # noqa: PTH110 - `Path` fails for a text longer than a path may be
+        return True
+    if looks_like_path(query):
+        raise CommandError(f"{query}: no such file or folder. Check the path, or say in words what to look for.")
+    return False
