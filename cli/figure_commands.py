@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 
 from medct.cli.commands import CommandError
-from medct.cli.score_commands import figures_of, only_json, recorded_settings
+from medct.cli.records import figures_of, only_json, recorded_settings
 from medct.common.errors import OK
 from medct.common.files import write_json
 from medct.configuration_medct import CT_CLIP_LABELS

@@ -13,7 +13,8 @@ from accelerate.utils import gather_object
 
 from medct.adapters_medct import DESCRIPTION_FILE, adapter_fingerprint, fingerprint, read_description
 from medct.cli.commands import CommandError, ends, load_pipeline, start_processes
-from medct.cli.score_commands import loader_of, only_json, recorded_settings
+from medct.cli.records import only_json, recorded_settings
+from medct.cli.score_commands import loader_of
 from medct.common.errors import OK, first_line
 from medct.common.files import write_json
 from medct.configuration_medct import MedCTConfig, Prompt

@@ -1,9 +1,7 @@
 """What `medct evaluate` does. It takes the parsed arguments and returns the exit status."""
 
 import argparse
-import contextlib
 import functools
-import json
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -16,22 +14,17 @@ from accelerate.utils import gather_object
 
 from medct.adapters_medct import adapter_fingerprint, as_described, fingerprint
 from medct.cli.commands import CommandError, ends, load_pipeline, model_of, start_processes
+from medct.cli.records import figures_of, only_json, recorded_settings
 from medct.common.counting import counted
 from medct.common.errors import OK, SOME_FAILED
-from medct.common.lock import only_run
 from medct.configuration_medct import MedCTConfig
 from medct.data import PhantomCohort, open_source
 from medct.data.label_space import LabelTable, also_asked, read_label_flags
 from medct.data.loader import StudyLoader
-from medct.data.sources import DataError, Source, why_skipped
-from medct.evaluation.figures import Scores, choose_on, source_figures
+from medct.data.sources import Source, why_skipped
+from medct.evaluation.figures import Scores, choose_on
 from medct.evaluation.operating_points import YOUDEN, Points, remark_on_points, wanted_points
-from medct.evaluation.predictions import (
-    Key,
-    Predictions,
-    learned_from,
-    short_names,
-)
+from medct.evaluation.predictions import Key, Predictions, learned_from, short_names
 from medct.evaluation.provenance import changed_figures, list_checksum, provenance, reasons
 from medct.evaluation.record import RESULTS, read_results, scores_path, write_record
 from medct.evaluation.report import evaluation_report
@@ -57,8 +50,6 @@ DEFAULTS: dict[str, Any] = {
     "batch_size": 1,
     "dtype": "auto",
 }
-# Flags that decide about no figure.
-_NOT_RECORDED = {"command", "run", "explain", "quiet", "output", "repeat", "num_workers", "cpu"}
 # Settings that no flag has, of a training run: sizes of a cohort of phantoms, what its models are called, and the
 # operating points of each.
 _ONLY_RECORDED = ("phantoms", "names", "points")
@@ -72,13 +63,6 @@ _COMMITS = {
 }
 _MOST_SHOWN = 10
 _LEARNED = {"train": "trained on", "tune": "chosen on"}
-# What figures of each command hold, by themselves or in their settings, and those of no other command.
-_MARKS = {
-    "evaluate": {"sources", "prompts"},
-    "compare": {"sources", "runs"},
-    "metrics": {"sources", "predictions"},
-    "prompts": {"ensemble", "chosen"},
-}
 
 
 @dataclass(frozen=True)
@@ -121,48 +105,6 @@ def evaluate(args: argparse.Namespace) -> int:
         return _evaluate(args, recorded)
 
 
-@contextlib.contextmanager
-def only_json(output: Path | None, command: str) -> Iterator[None]:
-    """Refuse, before any work, an output that is no JSON file, cannot be written, is written by another run, or would
-    replace anything but what the same command wrote.
-
-    Args:
-        output: Where figures go; nowhere by default.
-        command: Which one writes them.
-    """
-    if output is not None and output.suffix != ".json":
-        raise CommandError(
-            f"{output}: figures are written as JSON, and scores into a csv file beside it. Use the suffix .json."
-        )
-    with contextlib.nullcontext() if output is None else only_run(output):
-        if output is not None:
-            _refuse_others(output, command)
-        yield
-
-
-def _refuse_others(output: Path, command: str) -> None:
-    """Refuse to replace what another command wrote, or anybody else."""
-    if output.exists() and not _is_record(output, command):
-        raise CommandError(
-            f"{output}: it exists, and `medct {command}` did not write it. Choose another --output, or remove it."
-        )
-    scores = scores_path(output)
-    if command == "evaluate" and scores.exists() and not output.exists():
-        raise CommandError(
-            f"{scores}: it exists, and the scores that belong to {output.name} go there. Choose another --output, or "
-            "remove it."
-        )
-
-
-def _is_record(path: Path, command: str) -> bool:
-    """Whether a file holds figures that a command wrote."""
-    try:
-        results = read_results(path)
-        return results.keys() | results["provenance"]["settings"].keys() >= _MARKS[command]
-    except (DataError, LookupError, TypeError, AttributeError):
-        return False
-
-
 def settle(args: argparse.Namespace, recorded: Mapping[str, Any] | None) -> None:
     """Fill in what no flag says: as in the run that is repeated, else by default.
 
@@ -194,12 +136,6 @@ def settle(args: argparse.Namespace, recorded: Mapping[str, Any] | None) -> None
         raise CommandError("--against base compares an adapter with its base. Pass --adapter.")
     if (args.sensitivity or args.specificity) and args.tune_on is None:
         raise CommandError("A wanted sensitivity or specificity needs tuning patients to choose it on. Pass --tune_on.")
-
-
-def recorded_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """What decides about figures, ready for JSON; for those of an evaluation, what `--repeat` starts from."""
-    settings = {name: value for name, value in vars(args).items() if name not in _NOT_RECORDED}
-    return json.loads(json.dumps(settings, default=str))
 
 
 def _evaluate(args: argparse.Namespace, recorded: Mapping[str, Any] | None) -> int:
@@ -489,23 +425,6 @@ def _still_hold(
         and all(before.get(name, {}).get(what) == versions[name].about.get(what) for what in _POINTS_HOLD_FOR)
     }
     return held or None
-
-
-def figures_of(models: Mapping[str, Scores], what: str, **options: int) -> dict[str, Any]:
-    """`source_figures`.
-
-    Args:
-        models: See there.
-        what: Name of the source in messages.
-        options: `resamples` and `seed`.
-
-    Raises:
-        CommandError: If there is nothing to score.
-    """
-    try:
-        return source_figures(models, next(iter(models.values())).scored.names, **options)
-    except ValueError as error:
-        raise CommandError(f"{what}: {error}") from error
 
 
 def _remarks(about: Mapping[str, Any]) -> Iterator[str]:
