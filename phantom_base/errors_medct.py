@@ -20,7 +20,8 @@ def said_of(error: Exception) -> str:
     if MedCTError.__name__ in (each.__name__ for each in type(error).__mro__):
         return str(error)
     what = ": ".join(filter(None, [type(error).__name__, getattr(error, "strerror", None)]))
-    return f"reading failed ({what} in {place_of(error)}). Report this."
+    remedy = "Check the file and, if it is remote, the connection" if isinstance(error, OSError) else "Report this"
+    return f"reading failed ({what} in {place_of(error)}). {remedy}."
 
 
 def place_of(error: BaseException) -> str:

@@ -11,6 +11,8 @@ from medct import MedCTError, VolumeError
 from medct.common.errors import BROKEN_PIPE, FAILED, INTERRUPTED, STOPPED, StoppedError, first_line, one_line_errors
 from medct.errors_medct import said_of
 
+CHECK = "Check the file and, if it is remote, the connection."
+
 
 @pytest.mark.parametrize(
     ("error", "status", "line"),
@@ -42,9 +44,12 @@ def test_errors_that_a_user_can_fix_are_printed_as_they_are(error, status, line,
     [
         (VolumeError("a.nii", "it is one slice", "Pass all"), "a.nii: it is one slice. Pass all."),
         (type("MedCTError", (Exception,), {})("of another copy"), "of another copy"),
-        (OSError(errno.EIO, "no disk", "DOE^JANE"), "reading failed (OSError: no disk in test_errors.py, line N)."),
-        (OSError("DOE^JANE"), "reading failed (OSError in test_errors.py, line N)."),
-        (ValueError("DOE^JANE"), "reading failed (ValueError in test_errors.py, line N)."),
+        (
+            OSError(errno.EIO, "no disk", "DOE^JANE"),
+            f"reading failed (OSError: no disk in test_errors.py, line N). {CHECK}",
+        ),
+        (ConnectionError("DOE^JANE"), f"reading failed (ConnectionError in test_errors.py, line N). {CHECK}"),
+        (ValueError("DOE^JANE"), "reading failed (ValueError in test_errors.py, line N). Report this."),
     ],
     ids=str,
 )
@@ -52,7 +57,7 @@ def test_only_what_we_say_or_the_system_is_told_of_a_scan(error, said):
     """Other errors may quote a header."""
     with pytest.raises(type(error)) as caught:
         raise error
-    assert re.sub(r"line \d+", "line N", said_of(caught.value)).removesuffix(" Report this.") == said
+    assert re.sub(r"line \d+", "line N", said_of(caught.value)) == said
 
 
 def test_a_bug_also_names_where_it_came_from(capsys, monkeypatch):
