@@ -176,6 +176,7 @@ class Trainer:
         self._check_known()
         for split in scored:
             refuse_shares(self.sources[split])
+        self.folder.claim(self._fixed())
         before = {split: self.score_base(split) for split in scored}
         self._check_labels(before["valid"])
         model = self._attach()
@@ -299,9 +300,7 @@ class Trainer:
         loader = self.loader("train", with_text=settings.objective != "prompts", seed=settings.seed, drop_last=True)
         best = BestSoFar(parameters, settings.patience)
         state = TrainingState(parameters, optimizer, schedule, loader, best)
-        fixed = settings.fixed() | {"steps": self.steps, "labels, prompts and mappings": self._digest_of_labels()}
-        fixed["training studies, with labels and reports,"] = digest_of_studies(self.sources["train"])
-        checkpoints = Checkpoints(self.folder.checkpoints, settings.keep_checkpoints, accelerator, fixed)
+        checkpoints = Checkpoints(self.folder.checkpoints, settings.keep_checkpoints, accelerator)
         if checkpoints.load(state):
             accelerator.print(f"resumed after step {state.step} of {self.steps}")
         history = self.folder.history(state.step) if accelerator.is_main_process else None
@@ -393,6 +392,18 @@ class Trainer:
             return score_versions(core(model), versions, loader, self.prompts, self.accelerator, what)
 
         return choose_strength(self.line, score, before, self.settings.max_forgotten)
+
+    def _fixed(self) -> dict[str, Any]:
+        """What a run that is resumed must have in common with its beginning, besides what it is told to score."""
+        return self.settings.fixed() | {
+            "steps": self.steps,
+            "fsdp2": self.is_sharded,  # accelerate has a flag for it, too
+            "processes": self.accelerator.num_processes,
+            "mixed precision": self.accelerator.mixed_precision,
+            "the base's weights": self.fingerprint,
+            "labels, prompts and mappings": self._digest_of_labels(),
+            "training studies, with labels and reports,": digest_of_studies(self.sources["train"]),
+        }
 
     def _digest_of_labels(self) -> str:
         """Of what is learned, which stands in files that may change before a run is resumed."""

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 
 from medct.common.distributed import local_part, sum_over_processes
-from medct.common.files import flush_to_disk, refuse_other_settings
+from medct.common.files import flush_to_disk
 from medct.training.best import BestSoFar
 
 
@@ -114,14 +114,12 @@ class Checkpoints:
         folder: Folder of the checkpoints.
         keep: How many of the newest are kept.
         accelerator: Its processes write together.
-        settings: The run's settings; a checkpoint with others is refused.
     """
 
-    def __init__(self, folder: Path, keep: int, accelerator: Accelerator, settings: Mapping[str, Any]):
+    def __init__(self, folder: Path, keep: int, accelerator: Accelerator):
         self.folder = folder
         self.keep = keep
         self.accelerator = accelerator
-        self.settings = dict(settings)
 
     def newest(self) -> Path | None:
         """The checkpoint with the most steps."""
@@ -149,16 +147,10 @@ class Checkpoints:
         return True
 
     def load(self, state: TrainingState) -> bool:
-        """Restore a state from the newest checkpoint; False if there is none.
-
-        Raises:
-            OtherSettingsError: If it was written with other settings or another number of processes.
-        """
+        """Restore a state from the newest checkpoint; False if there is none."""
         newest = self.newest()
         if newest is None:
             return False
-        written = json.loads((newest / "settings.json").read_text(encoding="utf-8"))
-        refuse_other_settings(newest, written, self.settings | {"processes": self.accelerator.num_processes})
         part = f"rank-{self.accelerator.process_index}"
         state.restore(
             load_file(newest / f"{part}.safetensors"), decode((newest / f"{part}.json").read_text(encoding="utf-8"))
@@ -179,8 +171,6 @@ class Checkpoints:
         if self.accelerator.is_main_process:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
-            settings = {**self.settings, "processes": self.accelerator.num_processes}
-            (aside / "settings.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
     def _write_part(self, aside: Path, state: TrainingState) -> None:
         part = aside / f"rank-{self.accelerator.process_index}"

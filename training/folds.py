@@ -16,7 +16,6 @@ import numpy as np
 
 from medct.common.counting import counted
 from medct.common.errors import StoppedError
-from medct.common.files import refuse_other_settings, write_json
 from medct.common.lock import is_first_process, only_run
 from medct.data.sources import Source, first_of, hash_share
 from medct.evaluation.figures import Scores, source_figures
@@ -103,7 +102,7 @@ def cross_validate(
     is_main_process = is_first_process()
     with only_run(folder.final):
         if is_main_process:
-            _claim(folder.work, settings)
+            folder.claim(settings.fixed())
         runs = [folder.work / f"fold-{fold}" for fold in range(1, settings.folds + 1)]
         for fold, run in enumerate(runs, start=1):
             if (run / RESULTS).is_file():
@@ -121,15 +120,6 @@ def cross_validate(
         if is_main_process:
             results = _gather(folder, runs, settings)
     return results, folder.final
-
-
-def _claim(work: Path, settings: TrainingSettings) -> None:
-    """Write down the settings, or compare them with those that finished folds were made with."""
-    path = work / "settings.json"
-    if path.is_file():
-        refuse_other_settings(work, json.loads(path.read_text(encoding="utf-8")), settings.fixed())
-    else:
-        write_json(path, settings.fixed())
 
 
 def _gather(folder: RunFolder, runs: Sequence[Path], settings: TrainingSettings) -> dict[str, Any]:

@@ -5,11 +5,11 @@ import json
 import shutil
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from medct.common.files import Reserve, refuse_taken, whole_file, whole_folder
+from medct.common.files import Reserve, refuse_other_settings, refuse_taken, whole_file, whole_folder, write_json
 from medct.common.lock import is_first_process, only_run
 from medct.training.checkpoints import decode, encode
 from medct.training.settings import TrainingError
@@ -55,6 +55,23 @@ class RunFolder:
     def bad_samples(self) -> Path:
         """JSON lines from all processes; see `StudyLoader`."""
         return self.work / "bad_samples.jsonl"
+
+    def claim(self, settings: Mapping[str, Any]) -> None:
+        """Write down whose folder it is before anything else lies there; what another run left is not continued.
+
+        Every process may do so, as all write the same.
+
+        Args:
+            settings: All that decides what the run computes, ready for JSON.
+
+        Raises:
+            OtherSettingsError: If it is of a run with others; it names the first that differs.
+        """
+        path = self.work / "settings.json"
+        if path.is_file():
+            refuse_other_settings(self.work, json.loads(path.read_text(encoding="utf-8")), dict(settings))
+        else:
+            write_json(path, settings)
 
     def history(self, step: int) -> "History":
         """The figures of each step up to `step`, to be continued."""

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-from medct.common.files import OtherSettingsError
 from medct.training.best import BestSoFar
 from medct.training.checkpoints import Checkpoints, TrainingState
 
@@ -40,8 +39,8 @@ def state_of(step=0, value=0.0) -> TrainingState:
     return TrainingState(parameters, torch.optim.AdamW([parameter]), Nothing(), Nothing(), best, step)
 
 
-def of(folder, processes=1, keep=3, **settings):
-    return Checkpoints(folder, keep, Processes(processes), settings)
+def of(folder, keep=3):
+    return Checkpoints(folder, keep, Processes())
 
 
 def test_a_run_goes_on_from_the_newest(tmp_path):
@@ -90,15 +89,6 @@ def test_the_newest_are_kept(tmp_path):
 
 def test_there_may_be_none(tmp_path):
     assert not of(tmp_path / "nothing").load(state_of())
-
-
-@pytest.mark.parametrize(
-    ("processes", "settings", "said"), [(2, {"rank": 4}, "processes 1, not 2"), (1, {"rank": 8}, "rank 4, not 8")]
-)
-def test_another_run_is_not_gone_on_with(tmp_path, processes, settings, said):
-    of(tmp_path, rank=4).save(state_of(1))
-    with pytest.raises(OtherSettingsError, match=said):
-        of(tmp_path, processes, **settings).load(state_of())
 
 
 def test_every_source_of_random_numbers_goes_on_where_it_was(tmp_path):

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from medct.common.files import OtherSettingsError
 from medct.training.run_folder import History, RunFolder
 
 
@@ -60,3 +61,11 @@ def test_history_beyond_the_step_that_is_gone_on_from_is_dropped(tmp_path):
     History(tmp_path / "history.jsonl", 10).add(11, {"loss": 0.0})
     lines = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [(line["step"], line["loss"]) for line in lines] == [(1, 1), (2, 2), (10, 10), (11, 0.0)]
+
+
+@pytest.mark.parametrize("others", [{"rank": 8}, {"rank": 4, "processes": 2}, {}])
+def test_another_run_is_not_gone_on_with(folder, others):
+    folder.claim({"rank": 4})
+    folder.claim({"rank": 4})
+    with pytest.raises(OtherSettingsError, match=r"was started with (rank 4, not (8|None)|processes None, not 2)"):
+        folder.claim(others)

@@ -453,6 +453,34 @@ def test_a_run_is_not_resumed_by_accident_or_with_other_settings(settings, monke
         run(dataclasses.replace(settings, resume=True, rank=8))
 
 
+def test_what_a_run_left_before_its_first_checkpoint_is_not_taken_for_anothers(settings, monkeypatch):
+    """Such as what its base scored, and the matrices that PiSSA begins with."""
+    monkeypatch.setattr("medct.train.Trainer.score_base", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(settings)
+    for other in ({"templates": ["{label} seen.|No {label} seen."]}, {"adaptation": "pissa"}):
+        with pytest.raises(
+            OtherSettingsError, match=r"was started with (labels, prompts .*|adaptation 'lora', not 'pissa')"
+        ):
+            run(dataclasses.replace(settings, resume=True, **other))
+
+
+def test_a_run_is_what_its_settings_its_launch_and_its_base_say(settings, monkeypatch):
+    """Each of these changes what is computed, so none may change when a run is resumed."""
+    trainer = Trainer(settings)
+    fixed = trainer._fixed()
+    changes = {
+        "processes": (trainer.accelerator.state, "num_processes", 2),
+        "mixed precision": (trainer.accelerator.state, "_mixed_precision", "bf16"),
+        "the base's weights": (trainer, "fingerprint", "another"),
+        "fsdp2": (trainer, "is_sharded", True),
+    }
+    for name, change in changes.items():
+        with monkeypatch.context() as patched:
+            patched.setattr(*change)
+            assert {key for key, value in trainer._fixed().items() if value != fixed[key]} == {name}
+
+
 def test_a_full_disk_costs_no_finished_adapter(settings, monkeypatch, tmp_path):
     """Checkpoints are skipped with a warning, and the reserved space is enough for the end."""
     reserve = tmp_path / "run.unfinished" / ".reserve"
