@@ -183,8 +183,6 @@ def _results(
         "folds": folds,
         "table": "\n\n".join([results_table(comparison, names), folds_table(folds)]),
         "seconds": round(sum(each["seconds"] for each in of_folds), 1),
-        # No single run has these figures.
-        "provenance": first["provenance"] | {"settings": None},
     }
     kept = (
         f"The adapter in this folder is that of fold {KEPT_FOLD} of {count}: it has not seen the patients of that "

@@ -189,9 +189,10 @@ def repeatable(settings: TrainingSettings, revision: str | None, points: dict[st
         points: Operating points of both models.
 
     Returns:
-        `None` for a run that trained all weights: its model is not an adapter of the base.
+        `None` for a run that trained all weights, as its model is not an adapter of the base, and for folds, whose
+        studies are no split of their source.
     """
-    if settings.adaptation == "full":
+    if settings.adaptation == "full" or settings.folds:
         return None
     addresses = [with_revision(settings.data, settings.data_revision), settings.keep]
     sources = [address for address in addresses if address != NO_SOURCE]

@@ -131,4 +131,5 @@ def test_a_run_is_repeated_with_what_it_was_run_with():
     assert (found["limit"], found["revision"], found["split"], found["points"]) == (7, "abc", "valid", {"adapted": {}})
     alone = repeatable(dataclasses.replace(settings, keep="none", keep_mapping=None), "abc", {})
     assert (alone["data"], alone["mapping"]) == (["hf://datasets/o/n@c"], ["hf://datasets/o/n@c=m"])
-    assert repeatable(dataclasses.replace(settings, adaptation="full"), "abc", {}) is None
+    for other in ({"adaptation": "full"}, {"folds": 5, "fold": 2}):
+        assert repeatable(dataclasses.replace(settings, **other), "abc", {}) is None
