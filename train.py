@@ -105,6 +105,7 @@ from medct.training.sources import (
     has_known_label,
     load_sources,
     number_of_steps,
+    remarks_on_overlap,
     steps_per_epoch,
 )
 from medct.training.stopping import StopWish
@@ -145,7 +146,7 @@ class Trainer:
             few_steps(self.steps, steps_per_epoch(self.sources["train"], settings, processes), settings),
             remark_on_words(self.base, self.processor, self.config),
         )
-        self.remarks = [*(remark for remark in remarks if remark), *self._left_out()]
+        self.remarks = [*filter(None, remarks), *self._left_out(), *remarks_on_overlap(self.sources)]
         self.folder.work.mkdir(parents=True, exist_ok=True)
         self.stop = StopWish()
         self.line: Line | None = None

@@ -1,20 +1,25 @@
 """What a run reads: its studies by split, and how many steps they make."""
 
 import hashlib
+import itertools
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+from medct.common.counting import counted
 from medct.configuration_medct import MedCTConfig
 from medct.data import ALL, open_source
 from medct.data.label_space import LabelTable, told_apart
 from medct.data.loader import StudyLoader
-from medct.data.sources import Source
+from medct.data.sources import Row, Source
 from medct.training.folds import divide
 from medct.training.replay import ReadEither, with_replay
 from medct.training.results import SPLITS
 from medct.training.settings import NO_SOURCE, TrainingError, TrainingSettings, complete
+
+_COMPARED = 20
+"""Of studies with the same name, so many are compared: a row of a shard on the Hub costs a request."""
 
 
 def load_sources(
@@ -54,6 +59,63 @@ def load_sources(
             f"keep_{split}": source(settings.keep, split, **others, mapping=settings.keep_mapping) for split in SPLITS
         }
     return sources
+
+
+def remarks_on_overlap(sources: Mapping[str, Source]) -> Iterator[str]:
+    """Remarks on studies or patients to learn from that bear the names of others to score: --replay and --keep may lie
+    at another address than --data and be the same, such as its prepared shards.
+
+    Args:
+        sources: From `load_sources`.
+
+    Raises:
+        TrainingError: If most such studies have the same patient, report and labels, so that they are the same.
+    """
+    train = sources["train"]
+    learned = [train.read.own, train.read.replayed] if isinstance(train.read, ReadEither) else [train]
+    others = {split: source for split, source in sources.items() if split != "train"}
+    if len(learned) == 1 and others.keys() == set(SPLITS):
+        return  # of one source, which is divided by patient
+    for source, scored in itertools.product(learned, others.values()):
+        _refuse_same_studies(source, scored)
+    told = {of: set[str]().union(*map(of, learned)) for of in (_names, _patients)}
+    for split, scored in others.items():
+        studies, patients = (len(of(scored) & known) for of, known in told.items())
+        both = counted(studies, "study", "studies") if studies else counted(patients, "patient")
+        if studies or patients:
+            yield (
+                f"{split}: {both} of the same name as one that is learned from. If they are the same, the figures are "
+                "too optimistic."
+            )
+
+
+def _names(source: Source) -> set[str]:
+    return set(source.names)
+
+
+def _patients(source: Source) -> set[str]:
+    """Nothing of drawings, whose numbers say it, and of shards, each row of which costs a request on the Hub."""
+    is_costly = source.is_synthetic or source.checksum
+    return set() if is_costly else {source.read(keys[0])["patient"] for keys in source.groups}
+
+
+def _refuse_same_studies(learned: Source, scored: Source) -> None:
+    place = dict(zip(scored.names, scored.groups, strict=True))
+    both = [(keys, place[name]) for name, keys in zip(learned.names, learned.groups, strict=True) if name in place]
+    rows = [(learned.read(ours[0]), scored.read(theirs[0])) for ours, theirs in both[:_COMPARED]]
+    if 2 * sum(_is_same(*pair) for pair in rows) > len(rows):
+        raise TrainingError(
+            f"{counted(len(both), 'study', 'studies')}, such as {rows[0][0]['id']}, would be learned from and scored: "
+            f"of {learned.description}, and of {scored.description}. Name another source with --replay or --keep."
+        )
+
+
+def _is_same(one: Row, other: Row) -> bool:
+    """Whether two rows are of one study, as far as both tell; nothing speaks against what only one knows."""
+    told = zip(one["labels"], other["labels"], strict=True)
+    return (one["patient"], one["report"]) == (other["patient"], other["report"]) and all(
+        ours == theirs or math.isnan(ours) or math.isnan(theirs) for ours, theirs in told
+    )
 
 
 def steps_per_epoch(source: Source, settings: TrainingSettings, processes: int) -> int:

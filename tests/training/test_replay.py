@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 
 import pytest
 
@@ -9,7 +10,8 @@ from medct import CT_CLIP_LABELS, MedCTProcessor
 from medct.data import DataError, Source, StudyLoader, phantom_source
 from medct.data.sources import Skipped
 from medct.training.replay import with_replay
-from medct.training.settings import PHANTOM_BASE
+from medct.training.settings import PHANTOM_BASE, TrainingError
+from medct.training.sources import remarks_on_overlap
 
 SEED = 3
 
@@ -105,3 +107,46 @@ def test_a_stream_goes_on_where_it_stopped():
         begun = ids(itertools.islice(batches, stop))
         second.load_state_dict(first.state_dict())
         assert begun + ids(second) + (ids(second) if stop < 4 else []) == expected
+
+
+def table(names: str, **columns) -> Source:
+    """A study for each letter, of a patient of that name, with one label; no volume is ever read."""
+    rows = [
+        {"id": name, "patient": name, "report": f"Of {name}.", "labels": [float(name in "ace")]}
+        | {column: cells[index] for column, cells in columns.items()}
+        for index, name in enumerate(names)
+    ]
+    return Source([(index,) for index in range(len(names))], rows.__getitem__, ("Mass",), names, names=list(names))
+
+
+def overlap(**sources: Source) -> list[str]:
+    return list(remarks_on_overlap({"tune": table("t"), "valid": table("ab"), **sources}))
+
+
+@pytest.mark.parametrize(
+    "sources",
+    [
+        {"train": with_replay(table("xyz"), table("ab"), 0.5)},
+        {"train": with_replay(table("xyz"), table("ab", labels=[[math.nan]] * 2), 0.5)},  # under another mapping
+        {"train": table("xyz"), "keep_tune": table("t"), "keep_valid": table("y")},
+    ],
+    ids=["replay", "unknown labels", "keep"],
+)
+def test_what_is_scored_is_not_learned_from_under_another_address(sources):
+    with pytest.raises(TrainingError, match=r"would be learned from and scored: of .*--replay or --keep"):
+        overlap(**sources)
+
+
+def test_other_studies_of_the_same_name_or_patient_are_remarked_on():
+    """Hospitals number their scans alike; a shard's rows are not read for it."""
+    assert overlap(train=with_replay(table("xyz"), table("de"), 0.5)) == []
+    ends = "of the same name as one that is learned from. If they are the same, the figures are too optimistic."
+    others = table("abe", report=["1", "2", "3"])
+    assert overlap(train=with_replay(table("xyz"), others, 0.5)) == [f"valid: 2 studies {ends}"]
+    of_patients = table("de", patient=["b", "t"])
+    assert overlap(train=with_replay(table("xyz"), of_patients, 0.5)) == [
+        f"{split}: 1 patient {ends}" for split in ("tune", "valid")
+    ]
+    shards = dataclasses.replace(of_patients, read=None, checksum="known")
+    assert overlap(train=with_replay(table("xyz"), shards, 0.5)) == []
+    assert overlap(train=dataclasses.replace(shards, names=["a", "b"])) == [], "one source is divided by patient"
