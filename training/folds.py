@@ -26,7 +26,7 @@ from medct.evaluation.report import folds_table, results_table
 from medct.evaluation.scoring import ScoredStudies
 from medct.publishing.cards import read_json
 from medct.training.handing_out import write_readme
-from medct.training.results import ADAPTED, BASE, LEARNS_LITTLE, remarks_on
+from medct.training.results import ADAPTED, BASE, remarks_on
 from medct.training.run_folder import RunFolder
 from medct.training.settings import TrainingError, TrainingSettings
 
@@ -188,8 +188,9 @@ def _results(
         f"The adapter in this folder is that of fold {KEPT_FOLD} of {count}: it has not seen the patients of that "
         "fold, and chose on those of the next. The figures are pooled over all folds, each with an adapter of its own."
     )
-    short = [remark for remark in first["remarks"] if LEARNS_LITTLE in remark or "tokenizer" in remark]
-    return results | {"remarks": [kept, *short, *remarks_on(results, settings.max_forgotten)]}
+    own_figures = remarks_on(first, settings.max_forgotten)
+    of_run = [remark for remark in first["remarks"] if remark not in own_figures]
+    return results | {"remarks": [kept, *of_run, *remarks_on(results, settings.max_forgotten)]}
 
 
 def _in_a_line(about: dict[str, Any], folds: int) -> str:

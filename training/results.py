@@ -20,7 +20,6 @@ KEPT_SPLITS = ("keep_tune", "keep_valid")
 BASE, ADAPTED = "base", "adapted"
 FEW_STEPS = 50
 """Optimizer steps below which a run is remarked on."""
-LEARNS_LITTLE = f"an adapter learns little in fewer than {FEW_STEPS}"
 
 Scored = dict[str, ScoredStudies]
 """By split: "tune" and "valid" of the new site, and where something is to be kept "keep_tune" and "keep_valid"."""
@@ -177,7 +176,7 @@ def few_steps(steps: int, per_epoch: int, settings: TrainingSettings) -> str | N
     if settings.max_steps is not None and settings.max_steps < FEW_STEPS:
         remedies.append(f"a higher --max_steps than {settings.max_steps}")
     few = counted(steps, "step is", "steps are")
-    return f"{few} few: {LEARNS_LITTLE}. Pass {' and '.join(remedies)}."
+    return f"{few} few: an adapter learns little in fewer than {FEW_STEPS}. Pass {' and '.join(remedies)}."
 
 
 def repeatable(settings: TrainingSettings, revision: str | None, points: dict[str, Any]) -> dict[str, Any] | None:

@@ -90,7 +90,10 @@ def test_what_cannot_be_divided_is_refused():
             check(TrainingSettings(**changes))
 
 
-def test_scores_of_all_folds_are_pooled_and_the_first_adapter_is_kept(settings, converted, tmp_path, capsys):
+def test_scores_of_all_folds_are_pooled_and_the_first_adapter_is_kept(
+    settings, converted, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("medct.train.Trainer._left_out", lambda _: iter(["left out"]))
     run(settings)
     shown = capsys.readouterr().out
     folder = tmp_path / "run"
@@ -116,6 +119,7 @@ def test_scores_of_all_folds_are_pooled_and_the_first_adapter_is_kept(settings, 
     assert shown.count("| held out |") == 1 and "fold 2 of 3: mean AUROC 0." in shown
     assert "With --folds 5" not in shown and "Pass --epochs 25." in shown
     assert any(remark.endswith("Pass --epochs 25.") for remark in results["remarks"])
+    assert results["remarks"].count("left out") == 1
     assert results["provenance"]["settings"] is None, "no single run has these figures"
     assert "fold 1 of 3, of 24 SYNTHETIC studies" in results["data"] and results["data"] in card
     assert results["data"].endswith("The figures are of all folds: 24 studies of 24 patients.")
