@@ -265,10 +265,10 @@ def check(settings: TrainingSettings) -> None:
         raise TrainingError("--replay names the source of --data itself. Name another, or leave it out.")
     if _is_same(settings.keep, settings.data):
         raise TrainingError("--keep names the source of --data itself, which is scored anyway. Name another.")
+    _refuse_idle(settings)
     if settings.push_to_hub and not settings.hub_model_id:
         raise TrainingError("--push_to_hub needs --hub_model_id ORG/NAME.")
-    is_full = (settings.adaptation or RECIPES[settings.recipe].adaptation) == "full"
-    is_named = is_full or is_hub_id(settings.hub_base or settings.model)
+    is_named = _is_full(settings) or is_hub_id(settings.hub_base or settings.model)
     if settings.push_to_hub and not is_named:
         raise TrainingError(
             "An adapter on the Hub must name a base on the Hub, but --model is a folder. Push the base with `medct "
@@ -282,6 +282,26 @@ def check(settings: TrainingSettings) -> None:
         raise TrainingError("--adaptation pissa cannot be saved from a sharded model. Leave out --fsdp2.")
     if settings.train_logit_scale and settings.adaptation == "pissa":
         raise TrainingError("--adaptation pissa cannot be saved with a logit scale. Leave out --train_logit_scale.")
+
+
+def _is_full(settings: TrainingSettings) -> bool:
+    return (settings.adaptation or RECIPES[settings.recipe].adaptation) == "full"
+
+
+def _refuse_idle(settings: TrainingSettings) -> None:
+    """Refuse flags that would do nothing beside the others: whoever passes them expects something else of the run."""
+    has_usual = settings.data == PHANTOMS  # to replay and to keep
+    needed = (
+        (settings.objective == "both", "--objective both", ("report_weight",)),
+        (settings.replay or has_usual, "--replay SOURCE", ("replay_share", "replay_mapping")),
+        (settings.keep or has_usual, "--keep SOURCE", ("max_forgotten", "keep_mapping")),
+        (not _is_full(settings), "another --adaptation than full", ("dropout", "train_logit_scale")),
+    )
+    usual = {each.name: each.default for each in dataclasses.fields(settings)}
+    for is_there, what, names in needed:
+        for name in names:
+            if not is_there and (value := getattr(settings, name)) != usual[name]:
+                raise TrainingError(f"--{name} {value} does nothing without {what}. Pass that, or leave it out.")
 
 
 def _is_same(address: str | None, data: str) -> bool:

@@ -60,6 +60,26 @@ def test_numbers_that_no_run_could_be_meant_with(name, values):
             check(dataclasses.replace(TrainingSettings(), **{name: value}))
 
 
+@pytest.mark.parametrize(
+    ("idle", "needed"),
+    [
+        ({"report_weight": 0.3}, {"objective": "both"}),
+        ({"replay_share": 0.3}, {"replay": "ct-rate"}),
+        ({"replay_mapping": "m"}, {"replay": "none"}),  # said out loud
+        ({"keep_mapping": "m"}, {"keep": "ct-rate"}),
+        ({"max_forgotten": 0.1}, {"data": "phantoms"}),  # which keep something by default
+        ({"dropout": 0.1, "recipe": "full"}, {"adaptation": "lora"}),
+        ({"train_logit_scale": True, "adaptation": "full"}, {"adaptation": None}),
+    ],
+)
+def test_flags_that_would_do_nothing(idle, needed):
+    """Such as a scale of logits that is not trained where all weights of the vision half are."""
+    settings = TrainingSettings(data="site", **idle)
+    with pytest.raises(TrainingError, match=f"--{next(iter(idle))} .* does nothing without .*leave it out"):
+        check(settings)
+    check(dataclasses.replace(settings, **needed))
+
+
 def test_every_number_has_bounds():
     kinds = {int, float, int | None, float | None}
     numbers = {field.name for field in dataclasses.fields(TrainingSettings) if field.type in kinds}
