@@ -146,7 +146,7 @@ class Trainer:
             few_steps(self.steps, steps_per_epoch(self.sources["train"], settings, processes), settings),
             remark_on_words(self.base, self.processor, self.config),
         )
-        self.remarks = [*filter(None, remarks), *self._left_out(), *remarks_on_overlap(self.sources)]
+        self.remarks = [*filter(None, remarks), *remarks_on_overlap(self.sources)]
         self.folder.work.mkdir(parents=True, exist_ok=True)
         self.stop = StopWish()
         self.line: Line | None = None
@@ -172,7 +172,7 @@ class Trainer:
     def _run(self) -> dict[str, Any]:
         self.base.to(self.accelerator.device)
         scored = [split for split in (*SPLITS, *KEPT_SPLITS) if split in self.sources]
-        for remark in self.remarks:
+        for remark in (*self.remarks, *self._left_out(is_named=True)):
             self.accelerator.print(f"NOTE: {remark}")
         self._check_known()
         for split in scored:
@@ -195,11 +195,11 @@ class Trainer:
         self._save(model, results, before, after)
         return results
 
-    def _left_out(self) -> Iterator[str]:
-        """Remarks on studies that no figure knows of."""
+    def _left_out(self, is_named: bool = False) -> Iterator[str]:
+        """Remarks on studies that no figure knows of; with a name for this screen, without any for what is pushed."""
         for split, source in self.sources.items():
             if source.skipped:
-                yield f"{split}: left out before they were read: {why_skipped(source.skipped)}."
+                yield f"{split}: left out before they were read: {why_skipped(source.skipped, is_named)}."
 
     def _check_known(self) -> None:
         """Refuse, before any training, studies that teach nothing."""
@@ -455,7 +455,7 @@ class Trainer:
             "seconds": round(time.monotonic() - self.started, 1),
         }
         decided = self._provenance(found, before)
-        remarks = [*self.remarks, *remarks_on(results, settings.max_forgotten)]
+        remarks = [*self.remarks, *self._left_out(), *remarks_on(results, settings.max_forgotten)]
         return results | {"remarks": remarks, "provenance": decided}
 
     def _source_names(self) -> list[str]:

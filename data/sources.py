@@ -81,11 +81,16 @@ def too_many_bad(num_bad: int, num_seen: int, max_share: float) -> bool:
     return num_bad > max_share * max(num_seen, FEWEST_JUDGED)
 
 
-def why_skipped(skipped: Sequence["Skipped"]) -> str:
-    """The reasons for which studies were left out, each with an example."""
-    first = {each.reason: each.id for each in reversed(skipped)}
+def why_skipped(skipped: Sequence["Skipped"], is_named: bool = True) -> str:
+    """The reasons for which studies were left out, and how many each.
+
+    Args:
+        skipped: The studies.
+        is_named: Whether an example is named; not where others read it, as a file's name may be a patient's.
+    """
+    first = {each.reason: f", such as {each.id}" if is_named else "" for each in reversed(skipped)}
     counts = Counter(each.reason for each in skipped)
-    return "; ".join(f"{reason} ({counts[reason]:,}, such as {name})" for reason, name in first.items())
+    return "; ".join(f"{reason} ({counts[reason]:,}{example})" for reason, example in first.items())
 
 
 def hash_share(name: str, purpose: str) -> float:

@@ -93,7 +93,7 @@ def test_what_cannot_be_divided_is_refused():
 def test_scores_of_all_folds_are_pooled_and_the_first_adapter_is_kept(
     settings, converted, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr("medct.train.Trainer._left_out", lambda _: iter(["left out"]))
+    monkeypatch.setattr("medct.train.Trainer._left_out", lambda *_, **__: iter(["left out"]))
     run(settings)
     shown = capsys.readouterr().out
     folder = tmp_path / "run"
