@@ -95,7 +95,7 @@ def cross_validate(
 
     Raises:
         StoppedError: If it was stopped by a signal; it names what resumes it.
-        OtherSettingsError: If it resumes a run of other settings.
+        OtherSettingsError, TrainingError: If it resumes a run of other settings, or of other studies.
     """
     folder = RunFolder(settings.output_dir, settings.resume)
     results: dict[str, Any] = {}
@@ -116,10 +116,39 @@ def cross_validate(
                     "--resume continues it."
                 ) from error
             if is_main_process:
+                refuse_changed(folder.work, runs)
                 print(_in_a_line(_about(fold, results), settings.folds))
         if is_main_process:
             results = _gather(folder, runs, settings)
     return results, folder.final
+
+
+def refuse_changed(work: Path, runs: Sequence[Path]) -> None:
+    """Refuse folds of studies that have changed between them: some would be held out twice, others never.
+
+    What one fold tunes on is what the next holds out, so any two folds in a row say something of the same studies.
+
+    Args:
+        work: Folder of all, for messages.
+        runs: Folders of the folds in their order; those that are not complete are passed over.
+
+    Raises:
+        TrainingError: If two folds do not agree when a study is held out, of which patient it is, or on its labels.
+    """
+    known: dict[str, tuple[int, str, str]] = {}
+    for fold, run in enumerate(runs):
+        scored = read_scores(run).scored if (run / RESULTS).is_file() else {}
+        for key, studies in scored.items():
+            if (key.model, key.source) != (BASE, next(iter(scored)).source):
+                continue  # what is to be kept is no part of the folds
+            held_out = fold if key.split == "valid" else (fold + 1) % len(runs)
+            for study, patient, labels in zip(studies.ids, studies.patients, studies.labels, strict=True):
+                told = (held_out, patient, str(labels.tolist()))
+                if known.setdefault(study, told) != told:
+                    raise TrainingError(
+                        f"{work}: studies or labels have changed since its first folds were trained, so that these "
+                        "cannot be pooled with later ones. Remove the folder, or choose another --output_dir."
+                    )
 
 
 def _gather(folder: RunFolder, runs: Sequence[Path], settings: TrainingSettings) -> dict[str, Any]:

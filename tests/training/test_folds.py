@@ -18,12 +18,12 @@ from medct.common.files import OtherSettingsError
 from medct.data import PhantomCohort, open_source
 from medct.data.sources import Source
 from medct.evaluation.metrics import compare
-from medct.evaluation.predictions import Key, learned_from
-from medct.evaluation.record import read_scores
+from medct.evaluation.predictions import Key, Predictions, learned_from
+from medct.evaluation.record import read_scores, write_record
 from medct.evaluation.report import folds_table
 from medct.evaluation.scoring import ScoredStudies
 from medct.train import Trainer, run
-from medct.training.folds import _about, _pooled, divide
+from medct.training.folds import _about, _pooled, divide, refuse_changed
 from medct.training.run_folder import RunFolder
 from medct.training.settings import TrainingError, TrainingSettings, check
 
@@ -226,3 +226,30 @@ def test_what_each_fold_forgot_is_in_its_line():
         "| fold 2 | 8 | 4 | 0.700 | 0.700 | – | 2 | 1 |",
     ]
     assert "to be kept" not in folds_table([_about(1, about)])
+
+
+@pytest.mark.parametrize(
+    ("change", "is_refused"),
+    [
+        ({}, False),
+        ({"fold": 2}, True),  # one patient more or fewer moves all that follow
+        ({"patients": ["b", "x"]}, True),
+        ({"labels": [[1.0], [np.nan]]}, True),
+        ({"ids": "c"}, False),  # d could not be read this time
+    ],
+)
+def test_folds_of_a_table_that_has_changed_between_them_are_not_pooled(tmp_path, change, is_refused):
+    def studies(ids, patients=None, labels=((1.0,), (0.0,))):
+        scores, labels = np.full((len(ids), 1), 0.5), np.array(labels)[: len(ids)]
+        return ScoredStudies(list(ids), list(patients or ids), scores, labels, names=["Mass"])
+
+    runs = [tmp_path / f"fold-{fold}" for fold in (1, 2, 3)]
+    second = {"fold": 1, "ids": "cd", **change}
+    parts = {0: (studies("ab"), studies("cd")), second.pop("fold"): (studies(**second), studies("ef"))}
+    for fold, (held_out, tuned) in parts.items():
+        runs[fold].mkdir()
+        scored = {Key("base", "site", "tune"): tuned, Key("base", "site", "valid"): held_out}
+        scored[Key("base", "kept", "valid")] = studies("ac")  # another hospital's, of the same names
+        write_record(runs[fold] / "results.json", {}, Predictions(["Mass"], scored))
+    with pytest.raises(TrainingError, match="have changed") if is_refused else contextlib.nullcontext():
+        refuse_changed(tmp_path, runs)
