@@ -604,6 +604,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(settings, monkeypatch, tmp_path)
         ({"push_to_hub": True, "hub_model_id": "org/site-b"}, "--hub_base"),
         ({"resume": True, "output_dir": None}, "--output_dir"),
         ({"fsdp2": True, "adaptation": "pissa"}, "from a sharded model"),
+        ({"fsdp2": True}, "Start them with `accelerate launch` or `torchrun`"),
         ({"train_logit_scale": True, "adaptation": "pissa"}, "with a logit scale"),
     ],
 )
