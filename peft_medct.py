@@ -23,6 +23,7 @@ from .adapters_medct import (
     check_fit,
     loadable_tensors,
     refuse_to_share_base,
+    refuse_to_swap,
 )
 from .snapshots_medct import Snapshot
 
@@ -57,6 +58,8 @@ class MedCTAdapterMixin:
             downloads = kwargs if load_config is None else load_config.download_kwargs
             hub = {**downloads, **adapter_kwargs}
             description = check_fit(self, peft_model_id, **hub)
+            if name in getattr(self, "peft_config", ()):
+                refuse_to_swap(self.peft_config[name], peft_model_id, **hub)
             # The second argument is `adapter_state_dict`; beside offloaded layers transformers reads files only.
             if len(args) < 2 and not any(weight.is_meta for weight in self.parameters()):
                 kwargs.setdefault("adapter_state_dict", loadable_tensors(peft_model_id, **hub))
@@ -74,6 +77,9 @@ class MedCTAdapterMixin:
                 f"{len(astray)} tensors of the adapter were not loaded, such as {min(astray)}; transformers loads no "
                 f"{kind} adapter whole. Use `peft.PeftModel.from_pretrained`, after `check_fit`."
             )
+        for layer in self._lora_layers(name):
+            if not math.isclose(_strength_of(layer, name), 1, rel_tol=_STRENGTH_ROUNDING):  # of what lay here before
+                layer.set_scale(name, 1)
         self._described = {**self._described, name: (Snapshot(_tensors_of(self, name)), description or {})}
         return loaded
 

@@ -39,6 +39,9 @@ _CHUNK_ELEMENTS = 2**22
 # Initialisations that take out of the base's weights what the adapter holds.
 _TAKEN_FROM_BASE = ("corda", "loftq", "lora_ga", "olora", "pissa")
 _SMALLEST_SCORE = 1e-7  # float32 tells no smaller ones from 0, or from 1
+# What an adapter's configuration says of its origin and training, and nothing of what it computes.
+_ORIGIN = ("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type")
+_ORIGIN += ("init_lora_weights", "lora_dropout")
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
@@ -119,6 +122,26 @@ def refuse_to_share_base(model: PreTrainedModel, config: Any) -> None:
         raise AdapterMismatchError(
             "An adapter that changes weights of its base (PiSSA, OLoRA and the like, or biases) cannot lie beside "
             "another, whose scores would change too. Load each on a model of its own."
+        )
+
+
+def refuse_to_swap(config: Any, adapter: str | Path, **hub: Any) -> None:
+    """Refuse an adapter in the place of one with another configuration: transformers puts in the weights alone.
+
+    Args:
+        config: Of the adapter whose place it would take.
+        adapter: Hub id or folder of the new one.
+        hub: As for `check_fit`.
+
+    Raises:
+        AdapterMismatchError: If its configuration is another.
+    """
+    folder = Path(_file(adapter, CONFIG_FILE, hub, is_optional=False)).parent
+    ours, theirs = (each.to_dict() for each in (config, _peft().PeftConfig.from_pretrained(str(folder))))
+    if other := sorted(key for key in theirs if key not in _ORIGIN and ours.get(key) != theirs[key]):
+        raise AdapterMismatchError(
+            f"{adapter} has another {other[0]} than the adapter of that name, and only weights can be swapped. Delete "
+            "that one first (`delete_adapter`), or load this under another name."
         )
 
 

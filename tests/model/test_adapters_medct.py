@@ -461,6 +461,26 @@ def test_an_adapter_with_a_whole_module_gives_way_to_one_without(converted, adap
     torch.testing.assert_close(logits(both, batch), alone["plain"])
 
 
+@pytest.mark.parametrize("other", [{}, {"lora_dropout": 0.1}, {"lora_alpha": 3}, {"use_rslora": True}], ids=str)
+def test_a_swapped_adapter_is_the_one_that_was_given_or_refused(model, converted, adapter, batch, other, tmp_path):
+    """transformers puts the weights into the old one's layers, whose scale stays what it was."""
+    folder = save_adapter(converted, tmp_path / "other", seed=1, **other)
+    model.load_adapter(folder, "alone")
+    expected = logits(model, batch)
+    model.load_adapter(adapter, "site")
+    before = logits(model, batch)
+    model.set_adapter_strength("site", 0.5)
+    if other.keys() - {"lora_dropout"}:
+        with pytest.raises(AdapterMismatchError, match=f"has another {min(other)} than"):
+            model.load_adapter(folder, "site", hotswap=True)
+        model.set_adapter_strength("site", 1)
+        assert torch.equal(logits(model, batch), before)
+    else:
+        model.load_adapter(folder, "site", hotswap=True)
+        assert torch.equal(logits(model, batch), expected)
+        assert model.adapter_description("site") == read_description(folder)
+
+
 def test_of_several_adapters_together_none_is_remembered(model, adapter):
     """Their scores are neither one's."""
     for name in ("one", "other"):
