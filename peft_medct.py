@@ -122,12 +122,13 @@ class MedCTAdapterMixin:
     def adapter_description(self, name: str) -> dict:
         """What the adapter of a name remembers of its training; see `describe_adapter`.
 
-        Empty if nothing is known, or the adapter has become another since it was loaded: replaced, swapped, trained.
+        Empty if nothing is known, or the adapter has become another since it was loaded: replaced, swapped, trained. In
+        another precision (`model.bfloat16()`) it is the same.
         At another strength than the stored one it is the same adapter, but operating points and calibration do not hold
         there and are left out.
         """
         snapshot, description = self._described.get(name, (None, {}))
-        if snapshot is None or not snapshot.equals(_tensors_of(self, name)):
+        if snapshot is None or not snapshot.equals_rounded(_tensors_of(self, name)):
             return {}
         strengths = [_strength_of(layer, name) for layer in self._lora_layers(name)]
         if all(math.isclose(strength, 1, rel_tol=_STRENGTH_ROUNDING) for strength in strengths):
@@ -202,7 +203,7 @@ class MedCTAdapterMixin:
         """Write down again what the adapter in use remembers, beside its weights; nothing of one that has changed."""
         in_use = adapters_in_use(self)
         snapshot, description = self._described.get(in_use[0], (None, {})) if len(in_use) == 1 else (None, {})
-        if description and snapshot.equals(_tensors_of(self, in_use[0])):
+        if description and snapshot.equals_rounded(_tensors_of(self, in_use[0])):
             Path(folder, DESCRIPTION_FILE).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
     def _lora_layers(self, name: str) -> list[nn.Module]:

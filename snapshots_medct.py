@@ -38,6 +38,20 @@ class Snapshot:
             return False
         return all(_same(kept, tensors[name]) for name, kept in self._tensors.items())
 
+    def equals_rounded(self, tensors: Mapping[str, torch.Tensor]) -> bool:
+        """Whether the current tensors are the same, or what one cast to a lower precision, and back, has made of them.
+
+        Args:
+            tensors: The current tensors, by the same names, on the same devices.
+        """
+        if tensors.keys() != self._tensors.keys():
+            return False
+        return all(_is_rounded(kept, tensors[name]) for name, kept in self._tensors.items())
+
+
+def _is_rounded(kept: torch.Tensor, now: torch.Tensor) -> bool:
+    return any(torch.equal(kept.to(dtype).to(now.dtype), now) for dtype in (kept.dtype, torch.bfloat16, torch.float16))
+
 
 def _same(kept: torch.Tensor, now: torch.Tensor) -> bool:
     return kept.device == now.device and kept.dtype == now.dtype and torch.equal(kept, now)

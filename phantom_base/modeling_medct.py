@@ -203,8 +203,8 @@ class MedCTPreTrainedModel(MedCTAdapterMixin, PreTrainedModel):
 
     @property
     def is_drawn(self) -> bool:
-        """Whether weights that the checkpoint lacked still have their random initial values."""
-        return self._drawn is not None and self._drawn[1].equals(self._parameters_called(self._drawn[0]))
+        """Whether weights that the checkpoint lacked still have their random initial values, in any precision."""
+        return self._drawn is not None and self._drawn[1].equals_rounded(self._parameters_called(self._drawn[0]))
 
     def _parameters_called(self, names: set[str]) -> dict[str, torch.Tensor]:
         """Parameters by name, on the CPU."""

@@ -461,6 +461,19 @@ def test_an_adapter_with_a_whole_module_gives_way_to_one_without(converted, adap
     torch.testing.assert_close(logits(both, batch), alone["plain"])
 
 
+@pytest.mark.parametrize("cast", ["bfloat16", "half", "double"])
+def test_a_model_in_another_precision_asks_what_its_adapter_asks(model, edited, cast, tmp_path):
+    with pytest.warns(UserWarning, match="label_names"):
+        model.load_adapter(edited(label_names=["a", "b"], thresholds={"a": 0.2}))
+    described = model.adapter_description("default")
+    for change in (getattr(model, cast), model.float):
+        change()
+        assert asked_config(model).label_names == ["a", "b"]
+        assert model.adapter_description("default") == described
+    model.save_pretrained(tmp_path / "again")
+    assert read_description(tmp_path / "again") == described
+
+
 @pytest.mark.parametrize("other", [{}, {"lora_dropout": 0.1}, {"lora_alpha": 3}, {"use_rslora": True}], ids=str)
 def test_a_swapped_adapter_is_the_one_that_was_given_or_refused(model, converted, adapter, batch, other, tmp_path):
     """transformers puts the weights into the old one's layers, whose scale stays what it was."""

@@ -39,3 +39,16 @@ def test_what_has_changed_is_told(change):
 
 def test_what_cannot_be_compared_is_not():
     assert state_of([nn.Linear(2, 2, device="meta")]) is None
+
+
+@pytest.mark.parametrize("change", ["bfloat16", "half", "double"])
+def test_a_cast_is_told_from_other_weights(change):
+    module = module_with_an_adapter()
+    snapshot = Snapshot(state_of([module])[0])
+    for cast in (getattr(module, change), module.float):
+        cast()
+        assert snapshot.equals_rounded(dict(state_of([module])[0]))
+    weight = module[0].weight.data
+    weight[0, 0] = weight[0, 0].nextafter(torch.tensor(9.0))
+    assert not snapshot.equals_rounded(dict(state_of([module])[0]))
+    assert not snapshot.equals_rounded({})

@@ -122,8 +122,9 @@ def test_a_head_that_was_drawn_at_random_finds_nothing(converted, classifier_fol
         pipeline(CLASSIFIER_TASK, model=str(converted), device="cpu")
     options = {"num_labels": 2, "ignore_mismatched_sizes": True}
     begun = AutoModelForImageClassification.from_pretrained(classifier_folder, **options)
-    with pytest.raises(ValueError, match="initialised at random"):
-        pipeline(CLASSIFIER_TASK, model=begun, device="cpu")
+    for same in (begun, copy.deepcopy(begun).bfloat16()):
+        with pytest.raises(ValueError, match="initialised at random"):
+            pipeline(CLASSIFIER_TASK, model=same, device="cpu")
     adapted = AutoModelForImageClassification.from_pretrained(converted, num_labels=2)
     lora = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["classifier"])
     get_peft_model(adapted, lora).save_pretrained(tmp_path)
