@@ -73,10 +73,15 @@ def base_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return dict(_tensors_below(model, ""))
 
 
-def _tensors_below(module: nn.Module, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
-    # Where PEFT puts the module that it wraps, whatever the kind of adapter.
+def own_module(module: nn.Module) -> nn.Module:
+    """The model's own module in one of PEFT's, whatever the kind of adapter; any other module itself."""
     while (inner := getattr(module, "original_module", None) or getattr(module, "base_layer", None)) is not None:
         module = inner
+    return module
+
+
+def _tensors_below(module: nn.Module, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
+    module = own_module(module)
     for name, tensor in (*module._parameters.items(), *module._buffers.items()):
         if tensor is not None and name not in module._non_persistent_buffers_set:
             yield prefix + name, _fetched(module, name, tensor)

@@ -22,6 +22,7 @@ from .adapters_medct import (
     changes_base,
     check_fit,
     loadable_tensors,
+    own_module,
     refuse_to_share_base,
     refuse_to_swap,
 )
@@ -65,14 +66,17 @@ class MedCTAdapterMixin:
                 kwargs.setdefault("adapter_state_dict", loadable_tensors(peft_model_id, **hub))
         else:
             refuse_to_share_base(self, args[0] if args else kwargs.get("peft_config"))
+        conversions = vars(self).get("_weight_conversions")
         with without_load_report():
             loaded = super().load_adapter(peft_model_id, adapter_name, *args, **kwargs)
+        # transformers would leave the adapter's, and save the base under such names once the adapter is deleted.
+        self._weight_conversions = conversions
         self._refuse_adapter_without_values(name)
         # transformers counts the base's tensors as missing where the adapter's name stands in theirs.
         missing = {key for key in loaded.missing_keys if name in key.split(".")}
         if astray := missing | loaded.unexpected_keys:
             kind = self.peft_config[name].peft_type.value
-            super().delete_adapter(name)
+            self._delete(name)
             raise AdapterMismatchError(
                 f"{len(astray)} tensors of the adapter were not loaded, such as {min(astray)}; transformers loads no "
                 f"{kind} adapter whole. Use `peft.PeftModel.from_pretrained`, after `check_fit`."
@@ -101,9 +105,22 @@ class MedCTAdapterMixin:
                 module.enable_adapters(True)
 
     def delete_adapter(self, *args, **kwargs) -> None:
-        """As in transformers, but refused where that would not restore the base; see `check_fit`."""
+        """As in transformers, but refused where that would not restore the base; see `check_fit`.
+
+        Without the last adapter the model is what it was before the first; transformers would leave PEFT's layers, and
+        save their weights under names by which no model loads them.
+        """
         self._refuse_to_do_without_adapters()
+        if any(getattr(module, "merged", False) for module in self.modules()):
+            raise AdapterMismatchError(
+                "The adapter is merged into the weights of its base, which would stay so. Unmerge it first."
+            )
+        self._delete(*args, **kwargs)
+
+    def _delete(self, *args, **kwargs) -> None:
         super().delete_adapter(*args, **kwargs)
+        if not self._hf_peft_config_loaded:
+            _unwrap(self)
 
     def set_adapter(self, adapter_name: list[str] | str) -> None:
         """As in transformers, but also where one adapter has whole modules and another has none.
@@ -185,7 +202,7 @@ class MedCTAdapterMixin:
         """Take an adapter out again if the library could not put its values beside offloaded layers."""
         own = [tensor for key, tensor in self.named_parameters() if name in key.split(".")]
         if any(tensor.is_meta for tensor in own):
-            super().delete_adapter(name)
+            self._delete(name)
             raise AdapterMismatchError(
                 "The adapter belongs to layers that are offloaded, where its weights cannot be loaded. Merge it "
                 "into the model before (`PeftModel.merge_and_unload`, `save_pretrained`), or offload other layers."
@@ -227,6 +244,14 @@ def _switch(model: nn.Module, names: list[str] | str) -> None:
     set_adapter(model, names)
     # Where tokens are adapted, a layer lies within such a module, and has just been told a name that it may not have.
     set_adapter(model, names, layer_cls=())
+
+
+def _unwrap(module: nn.Module) -> None:
+    """Put a model's own modules back into the places of PEFT's."""
+    for name, child in module.named_children():
+        if (own := own_module(child)) is not child:
+            setattr(module, name, own)
+        _unwrap(own)
 
 
 def _strength_of(layer: nn.Module, name: str) -> float:

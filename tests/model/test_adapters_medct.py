@@ -461,6 +461,23 @@ def test_an_adapter_with_a_whole_module_gives_way_to_one_without(converted, adap
     torch.testing.assert_close(logits(both, batch), alone["plain"])
 
 
+def test_a_model_is_its_base_again_without_its_last_adapter(model, adapter, other_adapter, batch, tmp_path):
+    modules = [(name, type(module)) for name, module in model.named_modules()]
+    before = logits(model, batch)
+    model.load_adapter(adapter, "a")
+    model.load_adapter(other_adapter, "b")
+    layer = next(module for module in model.modules() if hasattr(module, "lora_A"))
+    layer.merge()
+    with pytest.raises(AdapterMismatchError, match="Unmerge it first"):
+        model.delete_adapter("a")
+    layer.unmerge()
+    model.delete_adapter(["a", "b"])
+    assert [(name, type(module)) for name, module in model.named_modules()] == modules
+    torch.testing.assert_close(logits(model, batch), before)
+    model.save_pretrained(tmp_path / "again")
+    torch.testing.assert_close(logits(MedCTModel.from_pretrained(tmp_path / "again"), batch), before)
+
+
 @pytest.mark.parametrize("cast", ["bfloat16", "half", "double"])
 def test_a_model_in_another_precision_asks_what_its_adapter_asks(model, edited, cast, tmp_path):
     with pytest.warns(UserWarning, match="label_names"):
