@@ -84,6 +84,7 @@ class MedCTAdapterMixin:
         for layer in self._lora_layers(name):
             if not math.isclose(_strength_of(layer, name), 1, rel_tol=_STRENGTH_ROUNDING):  # of what lay here before
                 layer.set_scale(name, 1)
+        self._end_disabling()
         self._described = {**self._described, name: (Snapshot(_tensors_of(self, name)), description or {})}
         return loaded
 
@@ -104,6 +105,11 @@ class MedCTAdapterMixin:
             if hasattr(module, "modules_to_save"):
                 module.enable_adapters(True)
 
+    def _end_disabling(self) -> None:
+        """Enable all adapters once one is named: layers that were disabled would stay so, beside its other ones."""
+        if not adapters_in_use(self):
+            self.enable_adapters()
+
     def delete_adapter(self, *args, **kwargs) -> None:
         """As in transformers, but refused where that would not restore the base; see `check_fit`.
 
@@ -123,7 +129,7 @@ class MedCTAdapterMixin:
             _unwrap(self)
 
     def set_adapter(self, adapter_name: list[str] | str) -> None:
-        """As in transformers, but also where one adapter has whole modules and another has none.
+        """As in transformers, but also where one adapter has whole modules and another has none, or all are disabled.
 
         Args:
             adapter_name: Name of the adapter to use from now on, or several.
@@ -134,6 +140,7 @@ class MedCTAdapterMixin:
         names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
         if not getattr(self, "_hf_peft_config_loaded", False) or not set(names) <= set(self.peft_config):
             return super().set_adapter(adapter_name)  # says what is wrong
+        self._end_disabling()
         return _switch(self, adapter_name)
 
     def adapter_description(self, name: str) -> dict:

@@ -511,6 +511,28 @@ def test_a_swapped_adapter_is_the_one_that_was_given_or_refused(model, converted
         assert model.adapter_description("site") == read_description(folder)
 
 
+NAMED = {
+    "loaded": lambda model, adapter, config: model.load_adapter(adapter, "new"),
+    "added": lambda model, adapter, config: model.add_adapter(config, "new"),
+    "set": lambda model, adapter, config: model.set_adapter("old"),
+}
+
+
+@pytest.mark.parametrize("named", NAMED)
+def test_an_adapter_that_is_named_is_in_use_though_all_were_disabled(model, adapter, batch, named):
+    """Else the layers that only the new one has would work, and those that both have would not."""
+    config = LoraConfig(r=2, target_modules=["k_proj", "q_proj", "query"], init_lora_weights=False)
+    model.load_adapter(adapter, "alone")
+    expected = logits(model, batch)
+    model.delete_adapter("alone")
+    model.add_adapter(config, "old") if named != "set" else model.load_adapter(adapter, "old")
+    model.disable_adapters()
+    NAMED[named](model, adapter, config)
+    assert adapters_in_use(model) == ["old" if named == "set" else "new"]
+    assert not any(getattr(module, "disable_adapters", None) is True for module in model.modules())
+    assert named == "added" or torch.equal(logits(model, batch), expected)
+
+
 def test_of_several_adapters_together_none_is_remembered(model, adapter):
     """Their scores are neither one's."""
     for name in ("one", "other"):
