@@ -224,11 +224,17 @@ class MedCTAdapterMixin:
             )
 
     def _write_description(self, folder: str | Path) -> None:
-        """Write down again what the adapter in use remembers, beside its weights; nothing of one that has changed."""
-        in_use = adapters_in_use(self)
-        snapshot, description = self._described.get(in_use[0], (None, {})) if len(in_use) == 1 else (None, {})
-        if description and snapshot.equals_rounded(_tensors_of(self, in_use[0])):
-            Path(folder, DESCRIPTION_FILE).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+        """Write down again what the saved adapter remembers, beside its weights; nothing of one that has changed.
+
+        Nor is left what lies there of another.
+        """
+        name = self.active_adapters()[0]  # which transformers saves
+        snapshot, description = self._described.get(name, (None, {}))
+        path = Path(folder, DESCRIPTION_FILE)
+        if description and snapshot.equals_rounded(_tensors_of(self, name)):
+            path.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+        else:
+            path.unlink(missing_ok=True)
 
     def _lora_layers(self, name: str) -> list[nn.Module]:
         return [module for module in self.modules() if name in getattr(module, "lora_alpha", ())]

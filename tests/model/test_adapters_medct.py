@@ -551,14 +551,17 @@ def test_an_adapter_cannot_be_called_like_a_part(model, adapter, name):
 
 def test_a_loaded_adapter_that_is_saved_again_remembers(model, converted, adapter, tmp_path):
     model.load_adapter(adapter)
-    model.save_pretrained(tmp_path / "again")
-    assert read_description(tmp_path / "again") == read_description(adapter)
+    for use in (model.disable_adapters, model.enable_adapters):
+        use()
+        model.save_pretrained(tmp_path / "again")
+        assert read_description(tmp_path / "again") == read_description(adapter)
     again = MedCTModel.from_pretrained(converted)
     again.load_adapter(tmp_path / "again")
     with torch.no_grad():
         next(each for name, each in model.named_parameters() if "lora_B" in name).add_(1)
-    model.save_pretrained(tmp_path / "changed")
-    assert read_description(tmp_path / "changed") is None
+    for folder in ("changed", "again"):
+        model.save_pretrained(tmp_path / folder)
+        assert read_description(tmp_path / folder) is None
 
 
 @pytest.mark.parametrize("begins", [True, "gaussian", "orthogonal", "eva", "mica", "olora", "pissa", "pissa_niter_4"])
