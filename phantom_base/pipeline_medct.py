@@ -26,6 +26,7 @@ from .checks_medct import check_processor, refuse_what_is_no_number
 from .configuration_medct import ZERO_SHOT_TASK, MedCTConfig, Prompt
 from .errors_medct import MedCTError, said_of
 from .image_processing_medct import MedCTImageProcessor, is_column
+from .kernels_medct import row_dtype
 from .modeling_medct import zero_shot_probabilities
 from .processing_medct import MedCTProcessor
 from .resampling_medct import ScanPart
@@ -282,8 +283,8 @@ class ZeroShotCTClassificationPipeline(CTPipeline):
     _needed_attribute = "get_text_features"
     _encoded_key = "image_embeds"
     _refusal = "has no text encoder, so it cannot be asked for findings in words. Pass a MedCTModel."
-    # What the prompts of `prompt_embeds` were encoded with, and what became of them; replaced as a whole.
-    _kept: tuple[list[list[str]], Snapshot, list[torch.Tensor]] | None = None
+    # The prompts of `prompt_embeds` with what they were encoded with, and what became of them; replaced as a whole.
+    _kept: tuple[Snapshot, list[torch.Tensor]] | None = None
 
     @torch.no_grad()
     def encode(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -338,7 +339,6 @@ class ZeroShotCTClassificationPipeline(CTPipeline):
     def _asked_names(self, candidate_labels: Sequence[str] | Mapping[str, Prompt] | None) -> Sequence[str]:
         return self.asked.label_names if candidate_labels is None else list(candidate_labels)
 
-    @torch.no_grad()
     def prompt_embeds(
         self,
         candidate_labels: Sequence[str] | Mapping[str, Prompt] | None = None,
@@ -346,8 +346,9 @@ class ZeroShotCTClassificationPipeline(CTPipeline):
     ) -> list[torch.Tensor]:
         """The prompts in the common space; those of the last labels and templates are kept as long as they hold.
 
-        They hold for the very weights, adapters and their settings that they were encoded with, compared by value: it
-        costs a copy of the text encoder's weights, and a tenth of the time of encoding them. Several threads may ask.
+        They hold for the very tokens, weights, adapters and their settings that they were encoded with, compared by
+        value: it costs a copy of the text encoder's weights, and a tenth of the time of encoding them. Several threads
+        may ask.
 
         Args:
             candidate_labels: The model's own by default.
@@ -358,21 +359,28 @@ class ZeroShotCTClassificationPipeline(CTPipeline):
             For each template `(2 * labels, projection_dim)`, float32, of length 1.
         """
         sentences = self.asked.label_prompts(candidate_labels, prompt_templates)
-        state = state_of((self.model.text_model, self.model.text_projection))
-        kept = self._kept
-        if kept is not None and state is not None and kept[0] == sentences and kept[1].equals(*state):
-            return kept[2]
-        snapshot = None if state is None else Snapshot(*state)
-        if remark := self.processor.remark_on_words(sentences, self._asked_names(candidate_labels)):
-            warnings.warn(remark, stacklevel=2)
-        embeds = []
-        for template in sentences:
-            texts = self.processor(text=template, return_tensors="pt").to(self.device)
-            embeds.append(
-                self.model.get_text_features(texts["input_ids"], texts["attention_mask"]).pooler_output.float()
-            )
-        self._kept = None if snapshot is None else (sentences, snapshot, embeds)
+        # Outside of inference mode, whose tensors cannot be used in training later.
+        with torch.inference_mode(False), torch.no_grad():
+            texts = [self.processor(text=template, return_tensors="pt").to(self.device) for template in sentences]
+            state = self._text_state(texts)
+            kept = self._kept
+            if kept is not None and state is not None and kept[0].equals(*state):
+                return kept[1]
+            snapshot = None if state is None else Snapshot(*state)
+            if remark := self.processor.remark_on_words(sentences, self._asked_names(candidate_labels)):
+                warnings.warn(remark, stacklevel=2)
+            encode = self.model.get_text_features
+            embeds = [encode(each["input_ids"], each["attention_mask"]).pooler_output.float() for each in texts]
+            self._kept = None if snapshot is None else (snapshot, embeds)
         return embeds
+
+    def _text_state(self, texts: Sequence[Mapping[str, torch.Tensor]]) -> tuple[dict[str, torch.Tensor], str] | None:
+        """All that the embeddings of texts depend on; see `state_of`."""
+        state = state_of((self.model.text_model, self.model.text_projection))
+        if state is None:
+            return None
+        tokens = {f"{index} {name}": ids for index, each in enumerate(texts) for name, ids in each.items()}
+        return state[0] | tokens, f"{state[1]}\n{row_dtype(texts[0]['input_ids'], torch.float32)}"
 
 
 class CTClassificationPipeline(CTPipeline):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from adapter_files import RESULTS, save_adapter
 from datasets import Dataset
+from tokenizers.normalizers import Replace
 from transformers import pipeline
 
 from medct import (
@@ -137,6 +138,19 @@ def test_prompts_are_encoded_once_for_a_set_of_labels(pipe, model, scans):
     assert len(calls) == 3
     pipe(scans[0], candidate_labels=LABELS, prompt_templates=TEMPLATES)
     assert len(calls) == 3
+
+
+def test_prompts_are_encoded_anew_for_what_no_weight_tells(pipe, processor):
+    """Another tokenizer, and another precision of the moment; what inference mode made is of use outside of it."""
+    asked = {"candidate_labels": LABELS}
+    with torch.inference_mode():
+        (first,) = pipe.prompt_embeds(**asked)
+    assert not first.is_inference()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not torch.equal(pipe.prompt_embeds(**asked)[0], first)
+    assert torch.equal(pipe.prompt_embeds(**asked)[0], first)
+    processor.tokenizer.backend_tokenizer.normalizer = Replace("a", "z")
+    assert not torch.equal(pipe.prompt_embeds(**asked)[0], first)
 
 
 def test_an_adapter_changes_scores_and_brings_operating_points(pipe, converted, processor, adapter, scans):
