@@ -19,6 +19,7 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple, maybe_autocast, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .adapters_medct import are_disabled, base_tensors
 from .checks_medct import refuse_other_weights, reset_weights
 from .configuration_medct import CLASSIFIER_TASK, CODE, CUSTOM_PIPELINES, ZERO_SHOT_TASK, MedCTConfig, MedCTVisionConfig
 from .graphs_medct import can_replay, replayed
@@ -208,7 +209,9 @@ class MedCTPreTrainedModel(MedCTAdapterMixin, PreTrainedModel):
 
     def _parameters_called(self, names: set[str]) -> dict[str, torch.Tensor]:
         """Parameters by name, on the CPU."""
-        found = {name: weight for name, weight in self.named_parameters() if name in names and not weight.is_meta}
+        # An adapter's module in the place of the model's own counts as long as it is enabled.
+        tensors = base_tensors(self) if are_disabled(self) else dict(self.named_parameters())
+        found = {name: weight for name, weight in tensors.items() if name in names and not weight.is_meta}
         return {name: weight.detach().cpu() for name, weight in found.items()}
 
     def save_pretrained(self, *args, **kwargs):

@@ -11,7 +11,7 @@ and takes no prompts.
 import contextlib
 import os
 import warnings
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from numbers import Integral, Real
@@ -71,8 +71,7 @@ class CTPipeline(Pipeline):
 
     def __init__(self, *args, adapter: str | None = None, adapter_revision: str | None = None, **kwargs):
         super().__init__(*args, **kwargs)
-        if not hasattr(self.model, self._needed_attribute):
-            raise ValueError(f"{type(self.model).__name__} {self._refusal}")
+        self._check_kind()
         if self.processor is None:
             self.processor = _processor_of(self.model)
         check_processor(self.model.config, self.processor)
@@ -81,12 +80,22 @@ class CTPipeline(Pipeline):
                 # Here its own are asked for. By its text, as the model's code may be another copy of this one.
                 warnings.filterwarnings("ignore", message=f".*{OTHER_WORDS}", category=UserWarning)
                 self.model.load_adapter(adapter, adapter_kwargs={"revision": adapter_revision})
+        self._check_parts()
+        self.model.eval()
+
+    def _check_kind(self) -> None:
+        if not hasattr(self.model, self._needed_attribute):
+            raise ValueError(f"{type(self.model).__name__} {self._refusal}")
+
+    def _check_parts(self) -> None:
+        """Refuse a model or a processor that cannot be scored with; either may have been replaced or changed since."""
+        self._check_kind()
+        check_processor(self.model.config, self.processor)
         if getattr(self.model, "is_drawn", False):  # a model of older code cannot tell
             raise ValueError(
                 "The model's head is initialised at random, since its checkpoint has none, so its scores mean nothing. "
                 f"Train it first, or ask the model in words: {ZERO_SHOT_TASK}."
             )
-        self.model.eval()
 
     def __call__(self, inputs: Any, **kwargs) -> Any:
         """Score the findings of one scan, a list of scans, or a generator or dataset of them.
@@ -297,7 +306,9 @@ class ZeroShotCTClassificationPipeline(CTPipeline):
             `image_embeds`, `(volumes, projection_dim)`, float32, of length 1; `last_hidden_state`, `(volumes, tokens,
             hidden_size)`.
         """
-        outputs = self.model.get_image_features(_checked_volumes(pixel_values).to(self.device))
+        self._check_parts()
+        with _without_dropout(self.model):
+            outputs = self.model.get_image_features(_checked_volumes(pixel_values).to(self.device))
         refuse_what_is_no_number(outputs.pooler_output)
         return {"image_embeds": outputs.pooler_output.float(), "last_hidden_state": outputs.last_hidden_state}
 
@@ -360,7 +371,7 @@ class ZeroShotCTClassificationPipeline(CTPipeline):
         """
         sentences = self.asked.label_prompts(candidate_labels, prompt_templates)
         # Outside of inference mode, whose tensors cannot be used in training later.
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), _without_dropout(self.model):
             texts = [self.processor(text=template, return_tensors="pt").to(self.device) for template in sentences]
             state = self._text_state(texts)
             kept = self._kept
@@ -421,7 +432,9 @@ class CTClassificationPipeline(CTPipeline):
         Returns:
             `logits`, `(volumes, labels)`, float32.
         """
-        logits = self.model(pixel_values=_checked_volumes(pixel_values).to(self.device)).logits.float()
+        self._check_parts()
+        with _without_dropout(self.model):
+            logits = self.model(pixel_values=_checked_volumes(pixel_values).to(self.device)).logits.float()
         refuse_what_is_no_number(logits)
         return {"logits": logits}
 
@@ -504,6 +517,19 @@ def _batches(loaded: Generator[Any, None, None], load: _LoadScan, size: int) -> 
             batch = {"pixel_values": pixel_values}
             # Of one scan a text and of several a list, as the library's own batches have it.
             yield batch | {"error": errors[0] if size == 1 else errors} if load.gives_errors else batch
+
+
+@contextlib.contextmanager
+def _without_dropout(model: torch.nn.Module) -> Iterator[None]:
+    """Score with a model that may be in training, which goes on as it was."""
+    in_training = [module for module in model.modules() if module.training]
+    for module in in_training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in in_training:
+            module.training = True
 
 
 def _processor_of(model: PreTrainedModel) -> MedCTProcessor:

@@ -263,11 +263,14 @@ def describe_adapter(
     return description
 
 
+def are_disabled(model: PreTrainedModel) -> bool:
+    """Whether a model has disabled adapters; layers of PEFT know, while `active_adapters` names them all the same."""
+    return any(getattr(module, "disable_adapters", None) is True for module in model.modules())
+
+
 def adapters_in_use(model: PreTrainedModel) -> list[str]:
     """Names of the adapters that take part in a model's calls."""
-    # Layers of PEFT know whether they are disabled; `active_adapters` names them all the same.
-    is_disabled = any(getattr(module, "disable_adapters", None) is True for module in model.modules())
-    if is_disabled or not getattr(model, "_hf_peft_config_loaded", False):
+    if are_disabled(model) or not getattr(model, "_hf_peft_config_loaded", False):
         return []
     # The model's own `active_adapters` asks one layer only, which may be one that the adapter in use has no part in.
     active = [getattr(module, "active_adapters", None) for module in model.modules()]

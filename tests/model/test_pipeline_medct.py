@@ -413,7 +413,13 @@ def test_loader_processes_read_as_the_pipeline_does(processor):
 def test_a_model_in_training_is_scored_without_dropout(converted, scans):
     model = MedCTModel.from_pretrained(converted)
     expected = pipeline("zero-shot-ct-classification", model=model)(scans[0])
-    assert pipeline("zero-shot-ct-classification", model=model.train())(scans[0]) == expected
+    pipe = pipeline("zero-shot-ct-classification", model=model.train())
+    assert pipe(scans[0]) == expected
+    model.train()
+    model.logit_scale.eval()
+    modes = [module.training for module in model.modules()]
+    assert pipe(scans[0]) == expected
+    assert [module.training for module in model.modules()] == modes
 
 
 def test_revisions_are_those_of_what_they_are_given_for(converted, processor, monkeypatch):

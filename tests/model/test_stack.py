@@ -130,7 +130,11 @@ def test_a_head_that_was_drawn_at_random_finds_nothing(converted, classifier_fol
     get_peft_model(adapted, lora).save_pretrained(tmp_path)
     again = AutoModelForImageClassification.from_pretrained(converted, num_labels=2)
     with pytest.warns(UserWarning, match="it is not known"):
-        assert len(scores(pipeline(CLASSIFIER_TASK, model=again, device="cpu", adapter=str(tmp_path)), scan)) == 2
+        pipe = pipeline(CLASSIFIER_TASK, model=again, device="cpu", adapter=str(tmp_path))
+    assert len(scores(pipe, scan)) == 2
+    again.disable_adapters()
+    with pytest.raises(ValueError, match="initialised at random"):
+        scores(pipe, scan)
     with torch.no_grad():
         begun.classifier.bias.add_(1)
     assert len(scores(pipeline(CLASSIFIER_TASK, model=begun, device="cpu"), scan)) == 2
@@ -164,7 +168,10 @@ def test_a_processor_of_another_preprocessing_is_refused(model, processor, name,
     with pytest.raises(ProcessorMismatchError, match=f"has {name} .*, the model"):
         ZeroShotCTClassificationPipeline(model=model, processor=processor, device="cpu")
     processor.image_processor = MedCTImageProcessor.from_config(model.config.vision_config)
-    ZeroShotCTClassificationPipeline(model=model, processor=processor, device="cpu")
+    pipe = ZeroShotCTClassificationPipeline(model=model, processor=processor, device="cpu")
+    setattr(processor.image_processor, name, value)
+    with pytest.raises(ProcessorMismatchError, match=f"has {name} .*, the model"):
+        pipe.encode(torch.zeros(1, 1, *model.config.vision_config.image_size))
 
 
 @pytest.mark.parametrize("texts", [[], (), [1], [None]])
