@@ -175,7 +175,10 @@ class CTPipeline(Pipeline):
         return found if on_error == "raise" else found | {"error": ""}
 
     def _forward(self, inputs: dict[str, Any], **prompts) -> dict[str, Any]:
-        """`logits` of each scan, float32, what was `asked`, and `error` of `preprocess`; takes what `encode` gives."""
+        """`logits` of each scan, float32, what was `asked`, and `error` of `preprocess`; takes what `encode` gives.
+
+        Results are of the labels and the adapter that are in use now, whatever is when they are shown.
+        """
         prompts = self._checked_prompts(**prompts)
         error = inputs.get("error")
         errors = [error] if isinstance(error, str) else error
@@ -185,7 +188,8 @@ class CTPipeline(Pipeline):
         if self._encoded_key not in encoded:
             raise PromptError(f"`forward` takes `pixel_values`, or what `encode` gives, not {', '.join(encoded)}.")
         logits = self._logits(encoded, **prompts)
-        found = {"logits": logits, "asked": [(prompts,)] * len(logits)}  # one a scan, as batches are split again
+        # One a scan, as batches are split again.
+        found = {"logits": logits, "asked": [(self._all_asked(prompts),)] * len(logits)}
         return found if error is None else found | {"error": error}
 
     def _checked_prompts(
@@ -199,8 +203,16 @@ class CTPipeline(Pipeline):
             prompts["prompt_templates"] = tuple(map(tuple, _checked_templates(prompt_templates)))
         return prompts
 
+    def _all_asked(self, prompts: dict[str, Any]) -> dict[str, Any]:
+        """What a call asks, the names of the labels, and what the adapter in use remembers."""
+        names = self._asked_names(prompts.get("candidate_labels"))
+        return {"prompts": prompts, "labels": names, "description": self._description()}
+
+    def _asked_names(self, candidate_labels: Sequence[str] | Mapping[str, Prompt] | None) -> Sequence[str]:
+        return self.asked.label_names if candidate_labels is None else list(candidate_labels)
+
     def _one_scan(self, outputs: dict[str, Any], **prompts) -> tuple[torch.Tensor, dict[str, Any]]:
-        """The logits of the one scan in what `forward` gave, and what it was asked.
+        """The logits of the one scan in what `forward` gave, and what it was asked, see `_all_asked`.
 
         Raises:
             PromptError: If there are several scans, or they were asked something else than is said here.
@@ -211,11 +223,11 @@ class CTPipeline(Pipeline):
         asked = outputs.get("asked")
         while isinstance(asked, list | tuple):
             asked = asked[0]
-        if asked is not None and prompts and prompts != asked:
+        if asked is not None and prompts and prompts != asked["prompts"]:
             raise PromptError(
                 "`postprocess` was given other labels or templates than `forward`. Pass the same to both."
             )
-        return outputs["logits"][0], prompts if asked is None else asked
+        return outputs["logits"][0], self._all_asked(prompts) if asked is None else asked
 
     def get_iterator(self, inputs, num_workers, batch_size, preprocess_params, forward_params, postprocess_params):
         """Results one by one; with `num_workers`, other processes read ahead.
@@ -340,15 +352,12 @@ class ZeroShotCTClassificationPipeline(CTPipeline):
         logits, asked = self._one_scan(  # (templates, 2 * labels)
             outputs, candidate_labels=candidate_labels, prompt_templates=prompt_templates
         )
-        labels = self._asked_names(asked.get("candidate_labels"))
-        has_own_words = "prompt_templates" in asked or isinstance(asked.get("candidate_labels"), Mapping)
+        prompts = asked["prompts"]
+        has_own_words = "prompt_templates" in prompts or isinstance(prompts.get("candidate_labels"), Mapping)
         scores = zero_shot_probabilities(logits).mean(dim=0)
         present, absent = logits.mean(dim=0).unflatten(-1, (-1, 2)).unbind(-1)
-        description = {} if has_own_words else self._description()
-        return self._results(labels, scores, present - absent, description, **shown)
-
-    def _asked_names(self, candidate_labels: Sequence[str] | Mapping[str, Prompt] | None) -> Sequence[str]:
-        return self.asked.label_names if candidate_labels is None else list(candidate_labels)
+        description = {} if has_own_words else asked["description"]
+        return self._results(asked["labels"], scores, present - absent, description, **shown)
 
     def prompt_embeds(
         self,
@@ -454,12 +463,12 @@ class CTClassificationPipeline(CTPipeline):
         """
         if error := outputs.get("error"):
             return {"error": error}
-        names = self.model.config.label_names
-        logits, _ = self._one_scan(outputs)
+        logits, asked = self._one_scan(outputs)
+        names = asked["labels"]
         labels = names if candidate_labels is None else self._known(candidate_labels)
         # Each label's logit is that of its presence against its absence.
         margins = logits[[names.index(label) for label in labels]]
-        return self._results(labels, margins.sigmoid(), margins, self._description(), **shown)
+        return self._results(labels, margins.sigmoid(), margins, asked["description"], **shown)
 
 
 @dataclass(frozen=True)

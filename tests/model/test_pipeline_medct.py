@@ -354,6 +354,25 @@ def test_what_was_asked_is_what_is_shown(pipe, batch):
     assert by_label(single)["a"]["score"] == pytest.approx(by_label(whole)["a"]["score"])
 
 
+SINCE_FORWARD = {
+    "another adapter": lambda model: model.load_adapter(model.other, "other"),
+    "none": lambda model: model.disable_adapters(),
+    "other labels": lambda model: setattr(model.config, "id2label", {0: "x"}),
+}
+
+
+@pytest.mark.parametrize("change", SINCE_FORWARD)
+def test_results_are_shown_as_they_were_asked_for(pipe, converted, adapter, batch, tmp_path, change):
+    """A stream of batches shows scans after the caller has seen the first of their batch, and may have changed it."""
+    pipe.model.other = str(save_adapter(converted, tmp_path / "other", results=RESULTS))
+    pipe.model.load_adapter(str(adapter))
+    output = pipe.forward({"pixel_values": batch["pixel_values"][:1]})
+    expected = pipe.postprocess(output)
+    SINCE_FORWARD[change](pipe.model)
+    assert pipe.postprocess(output) == expected
+    assert "present" in by_label(expected)["Lung nodule"]
+
+
 @pytest.mark.parametrize("task", ["zero-shot-ct-classification", "ct-classification"])
 def test_several_scans_are_shown_one_by_one(task, converted, classifier_folder, batch):
     folder = converted if task.startswith("zero") else classifier_folder
