@@ -28,7 +28,7 @@ from medct.common.progress import remark
 from medct.data.loader import report_id
 from medct.inference import search
 from medct.inference.bulk import KEY, JsonLines, process_to_file, read_rows
-from medct.inference.studies import FailedStudy, ReadStudy, Study, find_studies, looks_like_path, stacked, try_to_read
+from medct.inference.studies import FailedStudy, ReadStudy, Study, find_studies, looks_like_path, read_study, stacked
 from medct.inference.weights import KEY as WEIGHTS
 from medct.inference.weights import weights_of
 from medct.pipeline_medct import ZeroShotCTClassificationPipeline
@@ -158,7 +158,7 @@ def search_index(args: argparse.Namespace) -> int:
             "compared. Make the index again."
         )
     if is_scan:
-        read = try_to_read(one_study(args.query), pipe.processor.image_processor, pipe.device, **reading_options(args))
+        read = read_study(one_study(args.query), pipe.processor.image_processor, pipe.device, **reading_options(args))
         if isinstance(read, FailedStudy):
             raise CommandError(read.reason)
         query = embed_images(pipe, [read])[0]

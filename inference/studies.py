@@ -238,7 +238,7 @@ class LoadStudy:
             return FailedStudy(study, f"{study.id}: {said_of(error)}")
 
 
-def try_to_read(
+def read_study(
     study: Study, image_processor: MedCTImageProcessor, device: torch.device | str = "cpu", **options: Any
 ) -> ReadStudy | FailedStudy:
     """Read one study, or say why not.

@@ -104,7 +104,7 @@ def test_predict_resumes_after_ctrl_c(ctrl_c, run, scans, converted, tmp_path, m
 )
 def test_an_output_that_cannot_be_written_is_refused_before_the_work(run, scans, tmp_path, monkeypatch, arguments):
     """Below a file nobody may make a folder, whatever their rights."""
-    monkeypatch.setattr(commands, "load_pipeline", lambda *_, **__: pytest.fail("nothing is loaded for it"))
+    monkeypatch.setattr(commands, "load_model", lambda *_, **__: pytest.fail("nothing is loaded for it"))
     file = tmp_path / "file"
     file.write_text("of others", encoding="utf-8")
     status, err = run(*(argument.format(scans=scans, file=file) for argument in arguments))

@@ -620,7 +620,7 @@ def test_a_folder_of_real_scans(run, shared, tmp_path):
 
 @pytest.mark.parametrize("command", ["predict", "embed"])
 def test_an_output_that_another_run_writes_is_refused_at_once(run, scans, tmp_path, command, monkeypatch):
-    monkeypatch.setattr(commands, "load_pipeline", lambda *_: pytest.fail("nothing is loaded for it"))
+    monkeypatch.setattr(commands, "load_model", lambda *_, **__: pytest.fail("nothing is loaded for it"))
     output = tmp_path / "out.csv"
     with only_run(output):
         status, _, err = run(command, scans, "--output", output)

@@ -28,8 +28,8 @@ from medct.inference.studies import (
     batched_reads,
     find_studies,
     read_ahead,
+    read_study,
     stacked,
-    try_to_read,
 )
 
 
@@ -67,7 +67,7 @@ def test_every_file_and_every_dicom_folder_is_a_study(hospital, load):
     names = [study.id.removeprefix(f"{hospital}/") for study in found]
     assert names == ["a/scan.nii", "a/series", "b.nii.gz", "mixed", "mixed/1", "zipped.zip"]
     for study in found:
-        assert isinstance(try_to_read(study, load.image_processor), ReadStudy), study
+        assert isinstance(read_study(study, load.image_processor), ReadStudy), study
 
 
 def test_each_study_once_in_the_order_given(hospital):
@@ -93,19 +93,19 @@ def test_missing_paths_are_named(tmp_path):
 
 def test_a_failure_names_its_study_and_nothing_from_a_header(hospital, load, monkeypatch):
     (hospital / "a/scan.nii").write_bytes(b"nothing")
-    failed = try_to_read(Study("a", str(hospital / "a/scan.nii")), load.image_processor)
+    failed = read_study(Study("a", str(hospital / "a/scan.nii")), load.image_processor)
     assert isinstance(failed, FailedStudy)
     assert "it is not a NIfTI" in failed.reason
     for path in list((hospital / "mixed").glob("*.dcm"))[:2]:
         path.unlink()
     mixed = find_studies([hospital / "mixed"])[0]
-    assert try_to_read(mixed, load.image_processor).reason.startswith(f"{hospital}/mixed: it holds one slice")
+    assert read_study(mixed, load.image_processor).reason.startswith(f"{hospital}/mixed: it holds one slice")
 
     def broken(*_, **__):
         raise RuntimeError(f"{SECRET} in an unknown message")
 
     monkeypatch.setattr(studies, "read_volume", broken)
-    failed = try_to_read(Study("a", "a"), load.image_processor)
+    failed = read_study(Study("a", "a"), load.image_processor)
     assert "RuntimeError in test_studies.py" in failed.reason
     assert SECRET not in failed.reason
 
@@ -183,7 +183,7 @@ def test_a_disc_with_one_series_over_several_folders(name, tmp_path, load):
         (study,) = find_studies([given])
         assert study.id == str(tmp_path / "disc/DICOM")
         assert np.array_equal(read_volume(study.source).array, hu.T)
-        assert isinstance(try_to_read(study, load.image_processor), ReadStudy)
+        assert isinstance(read_study(study, load.image_processor), ReadStudy)
     assert [study.id for study in find_studies([tmp_path / "disc/DICOM/S1"])] == [str(tmp_path / "disc/DICOM/S1")]
 
 
@@ -221,7 +221,7 @@ def test_without_a_table_of_contents_each_folder_is_a_study_and_pieces_are_remar
             assert len(study.notes) == (name in others)
             assert all(f"lie in {tmp_path}/{others[name]} too" in note for note in study.notes)
             assert "1.2.7" not in str(study.notes)
-    assert found["a"].notes[0] in try_to_read(found["a"], load.image_processor).notes
+    assert found["a"].notes[0] in read_study(found["a"], load.image_processor).notes
 
 
 def test_a_table_of_contents_alone_is_no_study(tmp_path):
@@ -235,7 +235,7 @@ def test_data_sets_without_a_mark_are_a_study(tmp_path, load):
     for path in folder.iterdir():
         path.write_bytes(path.read_bytes()[132:])
     (study,) = find_studies([tmp_path])
-    assert isinstance(try_to_read(study, load.image_processor), ReadStudy)
+    assert isinstance(read_study(study, load.image_processor), ReadStudy)
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")

@@ -113,7 +113,7 @@ def test_shards_are_pushed_without_paths(hub, ward, site, refused, monkeypatch):
     assert settings["source"] == "site b"
     # It goes on from what was recorded in full.
     other = shutil.copytree(site, ward / "elsewhere" / "site b")
-    assert "`source`" in refused("prepare", other, folder, "--model", PHANTOM_BASE)
+    assert "source" in refused("prepare", other, folder, "--model", PHANTOM_BASE)
 
 
 def test_shards_whose_studies_are_named_by_paths_are_refused(tmp_path):
