@@ -71,7 +71,10 @@ class MedCTProcessor(PicklesAnywhere, ProcessorMixin):
         """
         unknown = getattr(self.tokenizer, "unk_token_id", None)
         ids = [self.tokenizer(list(template))["input_ids"] for template in prompts if template]
-        told = {label: [tuple(each[2 * index]) for each in ids] for index, label in enumerate(labels)}
+        told = {
+            label: [tuple(sentence) for each in ids for sentence in each[2 * index : 2 * index + 2]]
+            for index, label in enumerate(labels)
+        }
         strange = [label for label, texts in told.items() if any(unknown in text for text in texts)]
         if unknown is None or not strange:
             return None

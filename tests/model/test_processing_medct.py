@@ -51,6 +51,21 @@ def test_long_texts_are_cut_at_what_the_encoder_reads(processor):
     assert processor(text="a " * 100, return_tensors="pt")["input_ids"].shape == (1, 32)
 
 
+@pytest.mark.parametrize("place", range(4))
+def test_an_unknown_word_in_any_sentence_is_remarked_on(processor, place):
+    """Present or absent, in whichever template; and alike are only labels that are so in all sentences."""
+    sentences = ["a a .", "not a .", "b b .", "not b ."]
+    templates = [[*sentences], [*sentences]]
+    assert processor.remark_on_words(templates, ["A", "B"]) is None
+    templates[1][place] = "肺 ."
+    remark = processor.remark_on_words(templates, ["A", "B"])
+    assert f"1 of 2 labels ({'AABB'[place]}). Give them" in remark
+    templates[1][(place + 2) % 4] = "气 ."
+    assert "2 of 2 labels (A, B). Give them" in processor.remark_on_words(templates, ["A", "B"])
+    alike = [["肺 .", "not 肺 .", "气 .", "not 气 ."]]
+    assert "(A, B): they cannot be told from one another." in processor.remark_on_words(alike, ["A", "B"])
+
+
 def test_survives_saving_and_loading(processor, tmp_path):
     processor.save_pretrained(tmp_path)
     again = MedCTProcessor.from_pretrained(tmp_path)
