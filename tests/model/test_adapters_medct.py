@@ -26,10 +26,13 @@ from transformers import AutoModel
 
 from medct import AdapterMismatchError, MedCTConfig, MedCTModel, adapters_medct, check_fit
 from medct.adapters_medct import (
+    WEIGHTS_FILE,
+    adapter_fingerprint,
     adapters_in_use,
     as_described,
     asked_config,
     base_tensors,
+    describe_adapter,
     description_in_use,
     fingerprint,
     read_description,
@@ -352,18 +355,23 @@ def test_an_unavailable_adapter_is_not_called_unsafe(model, adapter, reason, tmp
 # what is checked is what is loaded
 
 
-def test_the_revision_that_is_loaded_is_the_one_that_is_checked(model, adapter, monkeypatch):
-    asked = []
+def test_what_is_loaded_is_what_is_checked(model, adapter, monkeypatch):
+    """Of every file: the same revision, from the same place, with the same rights."""
+    asked = {}
 
     def fetch(folder, name, **hub):
-        asked.append((name, hub.get("revision")))
+        asked.setdefault(name, []).append(hub)
         path = Path(folder, name)
         return str(path) if path.exists() else None
 
     monkeypatch.setattr("medct.adapters_medct.cached_file", fetch)
     model.load_adapter(str(adapter), adapter_kwargs={"revision": "abc"})
-    files = {"adapter_config.json", "adapter_model.safetensors", "medct_adapter.json"}
-    assert set(asked) == {(name, "abc") for name in files}
+    assert asked.keys() == {"adapter_config.json", "adapter_model.safetensors", "medct_adapter.json"}
+    assert all(hub == {"revision": "abc"} for each in asked.values() for hub in each)
+    asked.clear()
+    options = {"revision": "a", "token": "b", "cache_dir": "c", "subfolder": "d", "local_files_only": True}
+    check_fit(model, adapter, **options)
+    assert len(asked) == 3 and all(hub == options for each in asked.values() for hub in each)
 
 
 class Weights(torch.nn.Module):
@@ -375,18 +383,42 @@ class Weights(torch.nn.Module):
             self.register_buffer(name, tensor)
 
 
-def test_a_fingerprint_is_of_names_and_shapes_too():
+@pytest.mark.parametrize("of", ["a model", "an adapter"])
+def test_a_fingerprint_is_of_names_and_shapes_too(of, tmp_path):
+    def name_of(**tensors):
+        if of == "a model":
+            return fingerprint(Weights(**tensors))
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / WEIGHTS_FILE)
+        return adapter_fingerprint(tmp_path)
+
     values = torch.arange(6.0)
-    same = [fingerprint(Weights(a=values.view(2, 3))) for _ in range(2)]
+    same = [name_of(a=values.view(2, 3)) for _ in range(2)]
     others = [
-        fingerprint(Weights(b=values.view(2, 3))),
-        fingerprint(Weights(a=values.view(3, 2))),
-        fingerprint(Weights(a=values)),
-        fingerprint(Weights(a=values[:2], b=values[2:])),
-        fingerprint(Weights(a=values[:3], b=values[3:])),
-        fingerprint(Weights(a=values.flip(0).view(2, 3))),
+        name_of(b=values.view(2, 3)),
+        name_of(a=values.view(3, 2)),
+        name_of(a=values),
+        name_of(a=values[:2], b=values[2:]),
+        name_of(a=values[:3], b=values[3:]),
+        name_of(a=values.flip(0).view(2, 3)),
     ]
     assert len({*same, *others}) == 1 + len(others)
+
+
+def test_a_file_gives_the_fingerprint_only_of_a_whole_model_in_numbers(tmp_path):
+    """Where the weights in memory have no values: quantized ones are of another model, and so are some of them."""
+    whole = {"a": torch.arange(6.0), "b": torch.arange(2.0)}
+    model = Weights(**{name: tensor.to("meta") for name, tensor in whole.items()})
+    model.name_or_path, model.config = str(tmp_path), SimpleNamespace()
+    strange = {"a": whole["a"].to(torch.int8)}, {"c": torch.ones(1)}
+    for saved, known in ((whole, fingerprint(Weights(**whole))), *((whole | each, None) for each in strange)):
+        save_file(saved, tmp_path / "model.safetensors")
+        assert fingerprint(model) == known
+
+
+def test_an_adapter_names_its_base_as_it_was_before_training(model, tmp_path):
+    for before, named in (("sha256-bf16:0", "sha256-bf16:0"), (None, fingerprint(model))):
+        describe_adapter(model, tmp_path, base="org/base", base_fingerprint=before)
+        assert read_description(tmp_path)["base"]["fingerprint"] == named
 
 
 @pytest.fixture

@@ -53,6 +53,15 @@ def test_templates_that_are_given_are_for_all_labels():
     assert both == [["B!", "b!", "words of c?", "no words of c?"]]
 
 
+def test_tasks_belong_to_one_configuration():
+    """`transformers.pipeline` writes classes into them, in the place of their names."""
+    tasks = {"a task": {"impl": "a.A", "pt": ["AutoModel"]}}
+    first, second = (MedCTConfig(custom_pipelines=tasks) for _ in range(2))
+    first.custom_pipelines["a task"]["pt"] = (object,)
+    for others in (second.custom_pipelines, tasks):
+        assert others["a task"]["pt"] == ["AutoModel"]
+
+
 def test_survives_saving_and_loading(tmp_path):
     config = MedCTConfig(
         vision_config={"hidden_size": 48, "patch_size": [10, 24, 24]},
