@@ -223,6 +223,8 @@ def _predict(args: argparse.Namespace) -> int:
     studies = find_studies(args.scans)
     check_reports(args, studies)
     state = start_processes(args)
+    if args.output is None and state.num_processes > 1:
+        raise CommandError("Several processes need a file for their rows. Pass --output FILE.")
     prompts = prompts_of(args)
     pipe = load_for_scans(args, state)
     pipe._sanitize_parameters(**prompts)  # refuses, before any scan is read, what the model cannot be asked
@@ -243,8 +245,6 @@ def _predict(args: argparse.Namespace) -> int:
         settings |= {"thresholds": thresholds, "calibration": calibration, "reports": asked_for(args) or None}
         failed = process_to_file(studies, reading_of(args, pipe), rows_of, args.output, rows_as, settings, state)
         return ends(failed, len(studies), args.output)
-    if state.num_processes > 1:
-        raise CommandError("Several processes need a file for their rows. Pass --output FILE.")
     if format == "csv":
         print(rows_as.header(), end="")
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel
 import numpy as np
@@ -35,7 +36,8 @@ from medct.common.lock import only_run
 from medct.data import phantom_source
 from medct.inference.search import read_embeddings
 from medct.inference.studies import find_studies
-from medct.publishing.loading import ModelError, load_config, resolve_name
+from medct.publishing import loading
+from medct.publishing.loading import ModelError, load_config, load_model, resolve_name
 from medct.reporting.findings import SYNTHETIC
 
 PHANTOM_BASE = Path(medct.__file__).with_name("phantom_base")
@@ -220,6 +222,18 @@ def test_an_adapter_names_its_base_and_calls_findings_present(run, scans, adapte
     (row,) = read_csv(tmp_path / "scores.csv")
     assert (row["Emphysema present"], row["Atelectasis present"], row["Lung nodule present"]) == ("1", "0", "")
     assert not any("probability" in column for column in row)
+    run(
+        "predict",
+        scans / "0.nii.gz",
+        "--adapter",
+        adapter,
+        "--templates",
+        "{label} ?|no {label}",
+        "--output",
+        tmp_path / "own.csv",
+    )
+    (row,) = read_csv(tmp_path / "own.csv")
+    assert not any("present" in column for column in row), "a threshold holds for the words that it was chosen with"
 
 
 def test_a_calibrated_adapter_gives_probabilities(run, scans, adapter, tmp_path):
@@ -314,6 +328,19 @@ def test_code_that_lies_beside_a_model_is_never_run(tmp_path, monkeypatch):
     (tmp_path / "code.py").write_text("raise AssertionError('it was run')", encoding="utf-8")
     with pytest.raises(ModelError, match="contains custom code"):
         load_config(str(tmp_path))
+
+
+def test_all_parts_of_a_model_are_taken_at_the_revision_that_is_asked_for(converted, monkeypatch):
+    taken = []
+    for part in (loading.AutoConfig, loading.MedCTModel, loading.AutoProcessor):
+
+        def take(name, *args, part=part, take=part.from_pretrained, **options):
+            taken.append((part.__name__, options.get("revision")))
+            return take(name, *args, **options)
+
+        monkeypatch.setattr(part, "from_pretrained", take)
+    load_model(str(converted), revision="abc")
+    assert set(taken) == {(part, "abc") for part in ("AutoConfig", "MedCTModel", "AutoProcessor")}
 
 
 @pytest.mark.parametrize("command", ["predict", "overview", "variable"])
@@ -584,6 +611,33 @@ def test_two_processes_share_the_studies(run, scans, converted, tmp_path):
             assert float(shared[label]) == pytest.approx(float(single[label]), abs=2e-6)
     assert names(read_csv(tmp_path / "two.csv.failed.csv"), scans) == BAD
     assert not list(tmp_path.glob("*part*"))
+
+
+def launched(monkeypatch, connected: int, size: int | None) -> None:
+    """This process is one of a launch of `size`, `connected` of which know each other; nothing is loaded in it."""
+    monkeypatch.setattr(commands, "PartialState", lambda **_: SimpleNamespace(num_processes=connected))
+    monkeypatch.setattr(commands, "load_pipeline", lambda *_, **__: pytest.fail("nothing is loaded for it"))
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    if size is not None:
+        monkeypatch.setenv("WORLD_SIZE", str(size))
+
+
+@pytest.mark.parametrize(("connected", "size"), [(1, None), (1, 1), (2, 2), (1, 2)])
+def test_processes_that_do_not_know_each_other_are_refused(monkeypatch, connected, size):
+    """Each would do all of the work."""
+    launched(monkeypatch, connected, size)
+    args = argparse.Namespace(cpu=False)
+    if connected == (size or 1):
+        assert commands.start_processes(args).num_processes == connected
+    else:
+        with pytest.raises(commands.CommandError, match=r"are not connected\. Without GPUs, add --cpu"):
+            commands.start_processes(args)
+
+
+def test_several_processes_do_not_write_to_one_screen(run, scans, monkeypatch):
+    launched(monkeypatch, 2, 2)
+    status, out, err = run("predict", scans)
+    assert (status, out, err) == (2, "", "error: Several processes need a file for their rows. Pass --output FILE.\n")
 
 
 def test_a_folder_of_real_scans(run, shared, tmp_path):
