@@ -75,7 +75,7 @@ def is_bundle(path: Path) -> bool:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         device = found["entry"][0]["resource"]
-        return found["resourceType"] == "Bundle" and device["deviceName"][0]["name"] == Algorithm.name
+        return device["deviceName"][0]["name"] == Algorithm.name
     except (OSError, ValueError, LookupError, TypeError):
         return False
 
