@@ -38,8 +38,9 @@ def test_a_study_gets_all_that_is_asked_for(predict, tmp_path):
     write_series(tmp_path / "series", make_hu((6, 16, 12)), edit, prefix="b")
     reading = ("--series", "2", "--rescale_slope", "1", "--rescale_intercept", "-1024")
     reports = ("--dicom_sr", "out", "--dicom_page", "out", "--fhir", "out/findings.json", "--fhir_identity")
-    status, said = predict("series", *reading, *reports)
+    status, said = predict("series", *reading, *reports, "--templates", "{label} ?|no {label}")
     assert status == 0
+    assert '"prompts: {label} ?|no {label}"' in (tmp_path / "out/findings.json").read_text(encoding="utf-8")
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     report, page = (next(name for name in names if name.endswith(end)) for end in ("_sr.dcm", "_page.dcm"))
     assert names == sorted([report, page, "findings.json"])

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -19,6 +20,7 @@ import medct
 from medct import CT_CLIP_LABELS
 from medct.cli import main, score_commands
 from medct.cli.figure_commands import _patients_and_labels
+from medct.cli.score_commands import versions_of
 from medct.common.counting import counted
 from medct.data import Source, phantom_source
 from medct.errors_medct import MedCTError
@@ -148,6 +150,18 @@ def test_what_cannot_be_done_is_refused_before_the_work(run, tmp_path, monkeypat
     assert status == 2
     assert err.startswith(f"error: {said.format(tmp=tmp_path)}")
     assert len(err.splitlines()) == 1
+
+
+def test_what_is_compared_with_is_taken_at_its_own_revision(monkeypatch):
+    def refuse(name, adapter_name, adapter_kwargs):
+        raise MedCTError(f"{name} at {adapter_kwargs['revision']}")
+
+    for name in ("fingerprint", "about_model"):
+        monkeypatch.setattr(score_commands, name, lambda *_: {})
+    names = {"model": "a", "revision": "1", "adapter": "b", "adapter_revision": "2"}
+    args = argparse.Namespace(**names, against="c", against_revision="3")
+    with pytest.raises(MedCTError, match=r"^c at 3$"):
+        versions_of(args, SimpleNamespace(model=SimpleNamespace(load_adapter=refuse)), None, {})
 
 
 def test_two_adapters_are_compared_on_the_same_studies(run, folder, converted, tmp_path):

@@ -11,10 +11,10 @@ from ct_rate_like import ct_rate_files, write_files
 from PIL import Image
 
 from medct import CT_CLIP_LABELS, MedCTConfig
-from medct.cli import main
+from medct.cli import data_commands, main
 from medct.common.lock import only_run
 from medct.data import overview, phantom_source
-from medct.data.sources import Skipped, Source
+from medct.data.sources import DataError, Skipped, Source
 from medct.image_processing_medct import MedCTImageProcessor
 from medct.volume_medct import CTVolume, affine_from_spacing
 
@@ -136,6 +136,15 @@ def test_the_command_counts_and_draws(tmp_path, converted, capsys):
     main(["overview", str(ct_rate), "--split", "valid", "--samples", "0", "--json", "--sheet", str(sheet)])
     assert list(json.loads(capsys.readouterr().out)["labels"]) == list(CT_CLIP_LABELS)
     assert not sheet.exists()
+
+
+@pytest.mark.parametrize("command", [["overview", "phantoms"], ["prepare", "phantoms", "out"]])
+def test_the_model_is_taken_at_the_revision_that_is_asked_for(command, monkeypatch, refused):
+    def refuse(name, revision):
+        raise DataError(f"{name} at {revision}")
+
+    monkeypatch.setattr(data_commands, "load_config", refuse)
+    assert refused(*command, "--model", "org/x", "--model_revision", "abc") == "org/x at abc"
 
 
 @pytest.mark.parametrize("arguments", [["nowhere"], ["SOURCE", "--model", "nowhere"]])

@@ -20,7 +20,7 @@ from pyarrow import parquet
 from scan_files import write_noise
 
 from medct import CTVolume, MedCTConfig, MedCTImageProcessor, VolumeError, read_volume
-from medct.cli import main
+from medct.cli import data_commands, main
 from medct.cli.arguments import make_parser
 from medct.common.files import OtherSettingsError
 from medct.common.lock import LockedError, only_run
@@ -472,10 +472,25 @@ def small_model(tmp_path_factory, config):
     return folder
 
 
-def test_the_command_prepares_ct_rate(ct_rate, small_model, tmp_path, config, capsys):
+def test_the_command_prepares_ct_rate(ct_rate, small_model, tmp_path, config, capsys, monkeypatch):
+    monkeypatch.setattr(data_commands, "push_shards", lambda folder, repo: f"{folder.name} in {repo}")
     command = [str(ct_rate), str(tmp_path), "--model", str(small_model), "--max_skipped_share", "1"]
-    main(["prepare", *command, "--reconstructions", "all", "--tune_share", "0.4", "--compression", "lz4"])
-    assert "skipped, see manifest.json" in capsys.readouterr().out
+    main(
+        [
+            "prepare",
+            *command,
+            "--reconstructions",
+            "all",
+            "--tune_share",
+            "0.4",
+            "--compression",
+            "lz4",
+            "--push_to_hub",
+            "org/x",
+        ]
+    )
+    told = capsys.readouterr().out
+    assert "skipped, see manifest.json" in told and f"Uploaded: {tmp_path.name} in org/x" in told
     manifest = read_manifest(str(tmp_path))
     assert manifest["settings"]["compression"] == "lz4"
     skipped = {study["id"]: study["reason"] for study in manifest["splits"]["valid"]["skipped"]}
