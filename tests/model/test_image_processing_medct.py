@@ -81,6 +81,14 @@ def test_all_48_orientations_give_the_same_voxels(orientation):
     torch.testing.assert_close(pixel_values[0, 0], torch.from_numpy(volume / np.float32(1000)))
 
 
+@pytest.mark.parametrize("orientation", ["SLP", "RAS", "PIL"])
+def test_axes_of_an_array_run_as_those_of_the_result(orientation):
+    volume = np.random.default_rng(0).integers(-1000, 1000, (6, 8, 10)).astype(np.int16)
+    processor = MedCTImageProcessor(image_size=(6, 8, 10), target_spacing_mm=(3, 2, 1), orientation=orientation)
+    pixel_values = processor(volume, spacing_mm=(3, 2, 1), return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(pixel_values[0, 0], torch.from_numpy(volume / np.float32(1000)))
+
+
 def test_reorient_follows_the_nearest_axes_of_an_oblique_scan():
     angle = np.deg2rad(20)
     turn = np.array([[np.cos(angle), -np.sin(angle), 0], [np.sin(angle), np.cos(angle), 0], [0, 0, 1]])

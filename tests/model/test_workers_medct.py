@@ -7,14 +7,16 @@ import os
 import signal
 import threading
 import time
+from collections import deque
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from medct import shared_memory_medct
-from medct.workers_medct import Lost, load_ahead, overlapped
+from medct.workers_medct import Lost, _Serving, _Worker, load_ahead, overlapped
 
 needs_proc = pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="looks at processes there")
 
@@ -218,3 +220,49 @@ def test_on_a_gpu_errors_come_after_the_items_before(fake_gpu):
     (found,) = overlapped(load_ahead([3], fill, 1), "cuda:1", lambda _: ())
     assert_filled(found, 3)
     assert not multiprocessing.active_children()
+
+
+class OnCard:
+    """Stands for a tensor on a card that a side stream has made."""
+
+    def __init__(self, log, index):
+        self.log, self.index = log, index
+
+    def record_stream(self, stream):
+        self.log.append((f"used on {stream}", self.index))
+
+
+def test_on_a_gpu_an_item_is_whole_when_it_comes_and_stays_until_it_is_used(fake_gpu, monkeypatch):
+    log, side = [], torch.cuda.Stream()
+    side.synchronize = lambda: log.append("made")
+    monkeypatch.setattr(torch.cuda, "Stream", lambda *_: side)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"the user's stream of {device}")
+    for item in overlapped((OnCard(log, index) for index in range(3)), "cuda:1", lambda item: [item]):
+        assert ("used on the user's stream of cuda:1", item.index) in log
+        assert log.count("made") > item.index
+
+
+@pytest.mark.parametrize("has_served", [False, True])
+@pytest.mark.parametrize("begun", [None, "", "scan"])
+def test_a_study_is_lost_with_the_process_that_was_at_it_or_never_came_to_one(has_served, begun):
+    """Else a process that dies at once would be started for ever; what one has not begun goes to another."""
+    worker = object.__new__(_Worker)
+    worker.process = SimpleNamespace(exitcode=-9, join=lambda *_: None, terminate=list, is_alive=bool)
+    worker.connection = SimpleNamespace(close=list)
+    worker.places, worker.begun, worker.has_served = deque([(0, "a"), (1, "b")]), begun, has_served
+    done = {}
+    left = worker.left(done)
+    is_lost = begun is not None or not has_served
+    assert left == [(1, "b")] if is_lost else left == [(0, "a"), (1, "b")]
+    assert [(place, each.item, each.name) for place, each in done.items()] == [(0, "a", begun or "")] * is_lost
+
+
+def test_a_loader_process_computes_on_one_core(monkeypatch):
+    """Several processes with a thread for each core would wait for each other."""
+    threads = []
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    theirs, ours = multiprocessing.Pipe()
+    ours.close()
+    _Serving(fill)(theirs, None)
+    assert threads == [1]

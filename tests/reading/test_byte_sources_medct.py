@@ -70,8 +70,65 @@ def test_too_many_files(tmp_path, monkeypatch):
     monkeypatch.setattr(byte_sources_medct, "MAX_FILES", 3)
     for name in "abcd":
         (tmp_path / name).write_text("", encoding="utf-8")
-    with pytest.raises(VolumeError, match="more than 3 files"):
-        read_volume(tmp_path)
+    memory = fsspec.filesystem("memory")
+    for name in "abcd":
+        memory.pipe(f"/many/{name}", b"")
+    for source in (tmp_path, "memory://many", zipped(dict.fromkeys("abcd", b""))):
+        with pytest.raises(VolumeError, match="more than 3 files"):
+            read_volume(source)
+
+
+class OneFile:
+    """Stands for a file system somewhere else that holds one file, and counts how often it is opened."""
+
+    protocol = "elsewhere"
+
+    def __init__(self, size, content=b""):
+        self.size, self.content, self.opened = size, content, 0
+
+    def info(self, path):
+        return {"type": "file", "size": self.size}
+
+    def open(self, path, mode):
+        self.opened += 1
+        return io.BytesIO(self.content)
+
+
+@pytest.fixture
+def elsewhere(monkeypatch):
+    """`elsewhere(size, content)`: the file that the only address leads to."""
+
+    def elsewhere(*args):
+        file_system = OneFile(*args)
+        monkeypatch.setattr(byte_sources_medct.fsspec, "url_to_fs", lambda address: (file_system, "scan"))
+        return file_system
+
+    return elsewhere
+
+
+@pytest.mark.parametrize("says_its_size", [True, False])
+def test_a_file_elsewhere_is_fetched_once_however_often_it_is_opened(elsewhere, says_its_size):
+    file_system = elsewhere(3 if says_its_size else None, b"abc")
+    (source,) = byte_sources_medct.of_address("elsewhere://scan")
+    assert [source.open().read() for _ in range(3)] == [b"abc"] * 3
+    assert (source.size, file_system.opened) == (3, 1)
+
+
+def test_a_file_elsewhere_that_is_too_large_is_not_fetched(elsewhere):
+    file_system = elsewhere(byte_sources_medct.MAX_BYTES + 1)
+    with pytest.raises(VolumeError, match=r"it holds 8589934593 bytes\. Download the scan"):
+        read_volume("elsewhere://scan")
+    assert file_system.opened == 0
+
+
+def test_files_of_a_folder_come_in_the_order_of_their_names(tmp_path):
+    """In whichever order the system lists folders: the numbers of series are counted in it."""
+    names = [f"{number:02}/{letter}" for number in range(20) for letter in "ab"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    found = [os.path.relpath(source.name, tmp_path) for source in byte_sources_medct.of_path(tmp_path)]
+    assert found == names
 
 
 def zipped(members: dict[str, bytes], **options) -> bytes:

@@ -18,7 +18,7 @@ from pydicom.uid import (
 )
 from scan_files import compress, make_hu, write_series
 
-from medct import VolumeError, byte_sources_medct, dicom_frames_medct, read_volume
+from medct import VolumeError, byte_sources_medct, dicom_frames_medct, dicom_pixels_medct, read_volume
 from medct.dicom_frames_medct import _DECODERS
 
 COMPRESSED = (RLELossless, JPEG2000Lossless, JPEGLSLossless)
@@ -151,3 +151,13 @@ def test_eight_bit_slices(tmp_path):
 
     volume = read_volume(write_series(tmp_path, stored, edit))
     assert np.array_equal(volume.array, stored.T.astype(np.float32) * 4 - 1024)
+
+
+@pytest.mark.parametrize("place", [0, 3])
+def test_a_slice_that_was_cut_is_refused_before_others_are_read(tmp_path, monkeypatch, place):
+    folder = write_series(tmp_path, make_hu((4, 64, 64)))
+    path = next(folder.glob(f"*-{place}.dcm"))
+    path.write_bytes(path.read_bytes()[:4000])
+    monkeypatch.setattr(dicom_pixels_medct, "hu_of", lambda *_: pytest.fail("no slice is read for it"))
+    with pytest.raises(VolumeError, match="cut short"):
+        read_volume(folder)

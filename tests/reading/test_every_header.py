@@ -394,6 +394,9 @@ def test_nifti_pairs(image_class, tmp_path):
     assert np.array_equal(read_volume(tmp_path).array, ARRAY)
     with pytest.raises(VolumeError, match=r"voxels without their header.* \.hdr"):
         read_volume(tmp_path / "scan.img")
+    (tmp_path / "scan.img").write_bytes(b"short")
+    with pytest.raises(VolumeError, match=r"scan\.img: .*the header promises 420 bytes, the file has 5"):
+        read_volume(tmp_path / "scan.hdr")
     (tmp_path / "scan.img").unlink()
     with pytest.raises(VolumeError, match=r"second file \(.img\)"):
         read_volume(tmp_path / "scan.hdr")

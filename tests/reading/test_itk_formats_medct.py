@@ -87,6 +87,15 @@ def nrrd_text(array, **changes) -> bytes:
     return "\n".join(["NRRD0005", "# a comment", *lines, "key:=SECRET", "", ""]).encode() + array.tobytes(order="F")
 
 
+def test_quantized_values_are_read_where_the_caller_says_what_they_stand_for(array):
+    quantized = nrrd_text(array, old_min="-1000", old_max="2000")
+    with pytest.raises(VolumeError, match="were quantized"):
+        read_volume(quantized)
+    assert np.array_equal(read_volume(quantized, rescale_slope=1, rescale_intercept=5).array, array + 5)
+    whole = nrrd_text(array, old_min="-32768", old_max="32767")
+    assert np.array_equal(read_volume(whole).array, array), "each value stands for itself"
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [

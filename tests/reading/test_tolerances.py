@@ -285,3 +285,15 @@ def test_a_rounded_position_of_the_first_slice_does_not_move_the_scan(tmp_path):
 
     start = read_volume(write_series(tmp_path, make_hu((31, 2, 3)), edit)).affine[2, 3]
     assert start == pytest.approx(0.43, abs=0.01)
+
+
+@pytest.mark.parametrize("skew", [0.0, 0.003, -0.009])
+def test_axes_that_are_almost_perpendicular_do_not_move_the_scan(tmp_path, skew):
+    """However far from the origin it lies: axes that are not perpendicular would lead elsewhere than they came from."""
+
+    def edit(ds, k):
+        ds.ImageOrientationPatient, ds.ImagePositionPatient = [1, 0, 0, skew, 1, 0], [-250, -240, 2.5 * k]
+
+    affine = read_volume(write_series(tmp_path, make_hu((4, 2, 3)), edit)).affine
+    assert affine[:3, 3] == pytest.approx([250, 240, 0], abs=1e-6)
+    assert affine[:3, 0] @ affine[:3, 1] == pytest.approx(0, abs=1e-9)
