@@ -133,7 +133,7 @@ class MedCTPreTrainedModel(MedCTAdapterMixin, PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = ["MedCTLayer", "MedCTPatchEmbeddings", "MedCTPositionBias", "MedCTQuantizer"]
+    _no_split_modules = ["MedCTLayer", "MedCTPatchEmbeddings", "MedCTPositionBias"]
     # Small, and used in float32 anyway. Codebooks hold rows so close to each other that half precision makes them one.
     _keep_in_fp32_modules_strict = [
         "patch_norm",
