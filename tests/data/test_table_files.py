@@ -7,7 +7,7 @@ import pytest
 from openpyxl import Workbook
 
 from medct.data import DataError
-from medct.data.table_files import columns_of, read_table
+from medct.data.table_files import _text, columns_of, read_table
 
 HEADER = ["file_name", "Erguss, links", "report"]
 ROWS = [["a.nii.gz", "0,5", 'Er sagte "nein"; nichts.'], ["b.nii.gz", "1", "Zwei\nZeilen, ein Tab\there."]]
@@ -101,3 +101,16 @@ def test_without_openpyxl_it_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "openpyxl", None)
     with pytest.raises(DataError, match=r"needs openpyxl: pip install openpyxl\. Or: In Excel, save it as"):
         read_table(path, ["a"])
+
+
+def test_the_separator_is_the_one_that_finds_the_columns(tmp_path):
+    """However often another one stands in the header."""
+    path = tmp_path / "table.csv"
+    path.write_text("file_name;length, width, height in mm\na;1, 2, 3\n", encoding="utf-8")
+    assert cells(read_table(path, ["file_name"])) == [["a"]]
+
+
+@pytest.mark.parametrize(("cell", "text"), [(7.0, "7"), (0.5, "0.5"), (7, "7"), (None, ""), ("7.0", "7.0")])
+def test_a_whole_number_of_a_sheet_has_no_point(cell, text):
+    """As some programs save it: a patient 7.0 would be another than 7 of a csv file."""
+    assert _text(cell) == text

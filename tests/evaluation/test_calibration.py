@@ -8,6 +8,7 @@ from medct.adapters_medct import calibrated
 from medct.evaluation.calibration import (
     FEWEST,
     apply_calibration,
+    calibration_bins,
     compare_calibration,
     expected_calibration_error,
     fit_calibration,
@@ -100,3 +101,27 @@ def test_a_label_with_too_few_scans_has_none(present):
 def test_a_score_that_falls_with_the_finding_has_none():
     scores = np.linspace(0.1, 0.9, 40)[:, None]
     assert fit_calibration(scores, (scores < 0.5).astype(float), ["nodule"]) == {}
+
+
+def test_a_certain_score_is_in_the_last_bin():
+    scores = np.array([[0.0], [0.05], [0.95], [1.0]])
+    probability, share, counts = calibration_bins(scores, (scores > 0.5).astype(float))
+    assert counts.tolist() == [2, 0, 0, 0, 0, 0, 0, 0, 0, 2]
+    assert (probability[-1], share[-1]) == (pytest.approx(0.975), 1)
+
+
+def test_labels_that_scores_tell_apart_are_not_made_certain():
+    """Platt's targets: so few scans cannot tell 21 of 22 from all."""
+    labels = np.repeat([[0.0], [1.0]], 20, axis=0)
+    scores = 0.2 + 0.6 * labels
+    found = apply_calibration(scores, fit_calibration(scores, labels, ["a"]), ["a"])
+    np.testing.assert_allclose(found, (1 + 20 * labels) / 22, atol=1e-3)
+
+
+def test_a_label_that_is_known_of_no_scan_is_left_out():
+    scores, labels = cohort(200, 0)
+    labels[:, 1] = np.nan
+    patients = [str(number) for number in range(200)]
+    found = compare_calibration(scores, labels, patients, NAMES, TRUE, resamples=20)
+    assert found["labels"] == ["nodule"]
+    assert found == compare_calibration(scores[:, :1], labels[:, :1], patients, ["nodule"], TRUE, resamples=20)

@@ -10,6 +10,7 @@ from medct.data import DataError
 from medct.evaluation.predictions import (
     Key,
     Predictions,
+    _of_models,
     held_out,
     join_metadata,
     paired,
@@ -175,3 +176,13 @@ def test_a_cell_that_is_no_number_is_named(tmp_path):
     table.assign(mass=["0.5", "high"]).to_csv(tmp_path / "s.csv", index=False)
     with pytest.raises(DataError, match=r"s.csv: 'mass' is 'high' somewhere. Write a number"):
         join_metadata(tmp_path / "s.csv", tmp_path / "m.csv")
+
+
+@pytest.mark.parametrize(
+    ("splits", "split", "kept"),
+    [("tune valid", None, "valid"), ("tune tune", None, "tune tune"), ("tune valid", "tune", "tune valid")],
+)
+@pytest.mark.filterwarnings("ignore:.*tuning patients left out")
+def test_scores_of_tuning_patients_are_joined_where_there_are_no_others(splits, split, kept):
+    scores = _of_models(pd.DataFrame({"split": splits.split()}), split)
+    assert scores["split"].tolist() == kept.split()
