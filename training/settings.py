@@ -297,7 +297,7 @@ def _refuse_idle(settings: TrainingSettings) -> None:
         (settings.objective == "both", "--objective both", ("report_weight",)),
         (settings.replay or has_usual, "--replay SOURCE", ("replay_share", "replay_mapping")),
         (settings.keep or has_usual, "--keep SOURCE", ("max_forgotten", "keep_mapping")),
-        (not _is_full(settings), "another --adaptation than full", ("dropout", "train_logit_scale")),
+        (not _is_full(settings), "an adapter (any --adaptation but full)", ("dropout", "train_logit_scale")),
     )
     usual = {each.name: each.default for each in dataclasses.fields(settings)}
     for is_there, what, names in needed:
