@@ -85,6 +85,7 @@ from medct.training.results import (
     Scored,
     compare_all,
     few_steps,
+    lower_precision,
     mean_auroc,
     predictions_of,
     remarks_on,
@@ -145,6 +146,7 @@ class Trainer:
         remarks = (
             few_steps(self.steps, steps_per_epoch(self.sources["train"], settings, processes), settings),
             remark_on_words(self.base, self.processor, self.config),
+            lower_precision(self.accelerator.mixed_precision),
         )
         self.remarks = [*filter(None, remarks), *remarks_on_overlap(self.sources)]
         self.folder.work.mkdir(parents=True, exist_ok=True)

@@ -160,6 +160,20 @@ def few_patients(results: dict[str, Any]) -> list[str]:
     return remarks + remark_on_points(results["thresholds"] or {}, results["label_names"])
 
 
+def lower_precision(mixed_precision: str) -> str | None:
+    """What to know of figures under autocast; None without it.
+
+    Args:
+        mixed_precision: Of the launch: "no", "bf16" or "fp16".
+    """
+    if mixed_precision == "no":
+        return None
+    return (
+        f"Scored in {mixed_precision}: operating points and calibration are for scores in that precision. In float32, "
+        "which `medct predict` and pipelines use unless told otherwise, scores differ a little."
+    )
+
+
 def few_steps(steps: int, per_epoch: int, settings: TrainingSettings) -> str | None:
     """What to say of a run that is too short to learn much; `None` of any other.
 

@@ -10,7 +10,15 @@ import pytest
 from medct.evaluation.calibration import fit_calibration
 from medct.evaluation.operating_points import choose_points
 from medct.evaluation.scoring import ScoredStudies
-from medct.training.results import FEW_STEPS, compare_all, few_patients, few_steps, remarks_on, repeatable
+from medct.training.results import (
+    FEW_STEPS,
+    compare_all,
+    few_patients,
+    few_steps,
+    lower_precision,
+    remarks_on,
+    repeatable,
+)
 from medct.training.settings import TrainingSettings
 
 NAMES = ["nodule", "mass"]
@@ -133,3 +141,8 @@ def test_a_run_is_repeated_with_what_it_was_run_with():
     assert (alone["data"], alone["mapping"]) == (["hf://datasets/o/n@c"], ["hf://datasets/o/n@c=m"])
     for other in ({"adaptation": "full"}, {"folds": 5, "fold": 2}):
         assert repeatable(dataclasses.replace(settings, **other), "abc", {}) is None
+
+
+def test_figures_under_autocast_say_so():
+    assert lower_precision("no") is None
+    assert lower_precision("bf16").startswith("Scored in bf16: operating points and calibration are for scores in that")

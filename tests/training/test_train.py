@@ -248,6 +248,7 @@ def test_bfloat16_learns_what_float32_learns(settings, tmp_path):
     launched = launch(*flags(settings, output_dir=tmp_path / "bf16"), cwd=tmp_path, precision="bf16")
     assert launched.returncode == 0, launched.stderr
     assert losses(tmp_path / "bf16") == pytest.approx(losses(tmp_path / "run"), abs=0.02)
+    assert "NOTE: Scored in bf16" in launched.stdout
     assert losses(tmp_path / "bf16") != losses(tmp_path / "run")
     weights = load_file(tmp_path / "bf16/adapter_model.safetensors").values()
     assert {tensor.dtype for tensor in weights} == {torch.float32}
