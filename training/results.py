@@ -169,8 +169,8 @@ def lower_precision(mixed_precision: str) -> str | None:
     if mixed_precision == "no":
         return None
     return (
-        f"Scored in {mixed_precision}: operating points and calibration are for scores in that precision. In float32, "
-        "which `medct predict` and pipelines use unless told otherwise, scores differ a little."
+        f"Scored in {mixed_precision}: operating points and calibration are for scores in that precision. In another "
+        "one, such as float32, scores differ a little."
     )
 
 
