@@ -45,7 +45,6 @@ interprets_triton = False
 _PLAIN = (torch.Tensor, nn.Parameter, type(None))
 _FUSIBLE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _HALF = (torch.float16, torch.bfloat16)
-_GATED_DEPTH = 64  # channels that its kernel takes at a time
 _OLDEST_CARD = (8, 0)  # compute capability; older ones have no bfloat16
 _MOST_OFF = 0.05
 """By how much kernels may differ from torch, as a share of the result's length: rounding stays far below, whatever the
@@ -60,7 +59,7 @@ class _Thread(threading.local):
 
 _thread = _Thread()
 # Classes whose forward pass kernels, or a recording, may compute in their place.
-_fusible: set[type] = {nn.Linear, nn.Conv3d}
+_fusible: set[type] = {nn.Linear, nn.Conv3d, nn.ModuleList}
 
 
 def fusible(module_class: type) -> type:
@@ -98,15 +97,39 @@ def fused(tensor: torch.Tensor, *parts: nn.Module | torch.Tensor | None) -> bool
         tensor: What they are called with.
         parts: The modules, and parameters besides.
     """
+    return _takes_kernels(tensor) and all(_is_constant(part, tensor.device) for part in parts)
+
+
+def weights_of(tensor: torch.Tensor, *modules: nn.Module) -> list[torch.Tensor] | None:
+    """Parameters and buffers of modules and all their parts, if kernels may compute what they would; else `None`.
+
+    As `fused` of every part, and as fast as Python can ask: single volumes wait for it.
+
+    Args:
+        tensor: What they are called with.
+        modules: The modules, each with its parts.
+    """
+    if not _takes_kernels(tensor):
+        return None
+    found: list[torch.Tensor | None] = []
+    left = list(modules)
+    while left:
+        part = left.pop()
+        if type(part) not in _fusible or not is_bare(part):
+            return None
+        found += part._parameters.values()
+        found += part._buffers.values()
+        left += part._modules.values()  # type: ignore[arg-type]
+    weights = [each for each in found if each is not None]
+    return weights if all(_is_constant(each, tensor.device) for each in weights) else None
+
+
+def _takes_kernels(tensor: torch.Tensor) -> bool:
     if torch.compiler.is_compiling() or tensor.dtype not in _FUSIBLE_DTYPES or type(tensor) is not torch.Tensor:
         return False
-    if (
-        not use_triton
-        or _thread.is_plain
-        or not (interprets_triton if tensor.device.type == "cpu" else runs_kernels(tensor.device))
-    ):
+    if not use_triton or _thread.is_plain:
         return False
-    return all(_is_constant(part, tensor.device) for part in parts)
+    return interprets_triton if tensor.device.type == "cpu" else runs_kernels(tensor.device)
 
 
 def agree(case: tuple, by_kernels: Callable[[], torch.Tensor], plain: Callable[[], torch.Tensor]) -> bool:
@@ -316,7 +339,7 @@ def gated_product(rows: torch.Tensor, weight: torch.Tensor, width: int) -> torch
     Returns:
         `(..., width)`.
     """
-    if rows.dtype in _HALF and weight.dtype == rows.dtype and rows.shape[-1] % _GATED_DEPTH == 0:
+    if rows.dtype in _HALF and weight.dtype == rows.dtype:
         product = triton_kernels().gated_product(rows.reshape(-1, rows.shape[-1]), weight, width)
         return product.view(*rows.shape[:-1], width)
     halves = F.pad(weight.unflatten(0, (2, -1)), (0, 0, 0, width - len(weight) // 2)).flatten(0, 1)

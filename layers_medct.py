@@ -40,6 +40,7 @@ from .kernels_medct import (
     split_rows,
     split_sequences,
     triton_kernels,
+    weights_of,
 )
 
 
@@ -365,13 +366,20 @@ class MedCTLayer(GradientCheckpointingLayer):
 
     def _runs_by_kernels(self, hidden_states: torch.Tensor, position_bias: torch.Tensor | None) -> bool:
         """Whether kernels may run the layer as a whole: no gradients, adapters, hooks or other attention."""
-        attention, mlp = self.self_attn, self.mlp
+        parts = self.position_generator, self.layer_norm1, self.self_attn, self.layer_norm2, self.mlp
+        is_constant = fused(hidden_states, position_bias) and weights_of(hidden_states, *parts) is not None
+        return is_constant and self.leaves_all_to_kernels(hidden_states)
+
+    def leaves_all_to_kernels(self, hidden_states: torch.Tensor) -> bool:
+        """Whether kernels compute all that a layer like this does, as settings and sizes have it.
+
+        Args:
+            hidden_states: What it is called with, where there are kernels.
+        """
+        attention = self.self_attn
         if torch.is_grad_enabled() or attention.config._attn_implementation != "sdpa" or is_autocast(hidden_states):
             return False
-        products = (attention.q_proj, attention.k_proj, attention.v_proj, attention.out_proj, mlp.fc1, mlp.fc2)
-        generator = self.position_generator
-        others = (attention, mlp, generator, generator.conv, self.layer_norm1, self.layer_norm2, position_bias)
-        return fused(hidden_states, *others, *products) and triton_kernels().can_attend(attention.q_scale)
+        return triton_kernels().can_attend(attention.q_scale)
 
     def _agrees(self, hidden_states: torch.Tensor, position_bias: torch.Tensor | None) -> bool:
         """Whether kernels make of the first volume what torch does."""

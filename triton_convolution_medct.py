@@ -14,13 +14,10 @@ except ImportError:
     raise
 
 from .triton_launch_medct import on_device_of
-from .triton_norms_medct import norm_backward
+from .triton_norms_medct import norm, norm_backward
 
-# Frames, rows and channels that one program makes, for all columns, and its warps. With a LayerNorm it needs all
-# channels; without, places that lie close together share more of what they read.
-_TILE = (2, 2, 128, 1)
-_NORM_TILE = (1, 4, None, 4)
-_NORM_ROWS = 8
+_TILE = (1, 4, 128, 1)
+"""Frames, rows and channels that one program makes, for all columns, and its warps."""
 
 
 @triton.jit
@@ -28,11 +25,8 @@ def _mix_kernel(
     grid,
     weights,
     bias,
-    norm_weight,
     stream,
     low,
-    normed,
-    eps,
     FRAMES: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -40,11 +34,9 @@ def _mix_kernel(
     BLOCK: tl.constexpr,
     TILE_FRAMES: tl.constexpr,
     TILE_ROWS: tl.constexpr,
-    NORM_ROWS: tl.constexpr,
     FIRST: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_LOW: tl.constexpr,
-    HAS_NORM: tl.constexpr,
 ):
     # A program makes a few frames and rows, all columns one after the other: each value is read for three COLUMNS.
     row_tiles: tl.constexpr = (ROWS + TILE_ROWS - 1) // TILE_ROWS
@@ -94,57 +86,34 @@ def _mix_kernel(
         before = here
         here = after
         centre = middle
-    if HAS_NORM:
-        # Of what this program has just written, still in the cache, many rows at a time: their sums take turns.
-        tl.debug_barrier()
-        scale = tl.load(norm_weight + channel, mask=is_channel, other=0.0).to(tl.float32)
-        places: tl.constexpr = TILE_FRAMES * TILE_ROWS * COLUMNS
-        for begin in range(0, places, NORM_ROWS):
-            near = begin + tl.arange(0, NORM_ROWS)[:, None]
-            line = near // COLUMNS
-            its_frame = program // row_tiles % frame_tiles * TILE_FRAMES + line // TILE_ROWS
-            its_row = program % row_tiles * TILE_ROWS + line % TILE_ROWS
-            is_its = (near < places) & (its_frame < FRAMES) & (its_row < ROWS) & is_channel
-            its = (((volume * FRAMES + its_frame) * ROWS + its_row) * COLUMNS + near % COLUMNS) * CHANNELS + channel
-            value = tl.load(stream + its, mask=is_its, other=0.0)
-            mean = tl.sum(value, axis=1, keep_dims=True) / CHANNELS
-            centred = tl.where(is_channel, value - mean, 0.0)
-            variance = tl.sum(centred * centred, axis=1, keep_dims=True) / CHANNELS
-            unit = centred * tl.rsqrt(variance + eps) * scale
-            tl.store(normed + its, unit.to(normed.dtype.element_ty), mask=is_its)
 
 
-def _mix(grid, weights, bias, dtype, norm=None, first=-2):
-    """`grid + convolution(grid)`, its copy in another precision and, on request, its LayerNorm, without gradients.
+def _mix(grid, weights, bias, dtype, first=-2):
+    """`grid + convolution(grid)` and its copy in another precision, without gradients.
 
     Args:
         grid: `(volumes, frames, rows, columns, channels)`.
         weights: `(27, channels)`, the taps of the convolution.
         bias: `(channels,)`, or `None`.
-        dtype: Precision of the copy and of the LayerNorm.
-        norm: Weight and epsilon of the LayerNorm.
+        dtype: Precision of the copy.
         first: Offset of the first tap along the frames; -2 is causal.
 
     Returns:
-        The sum, its copy, its LayerNorm, of the shape of `grid`; without `norm` the copy twice.
+        The sum and its copy, of the shape of `grid`; the same tensor if their precision is.
     """
     volumes, frames, rows, columns, channels = grid.shape
     stream = torch.empty_like(grid)
     low = stream if dtype == grid.dtype else torch.empty_like(grid, dtype=dtype)
-    normed = low if norm is None else torch.empty_like(grid, dtype=dtype)
-    tile_frames, tile_rows, block, warps = _TILE if norm is None else _NORM_TILE
-    block = triton.next_power_of_2(min(block or channels, channels))
+    tile_frames, tile_rows, block, warps = _TILE
+    block = triton.next_power_of_2(min(block, channels))
     tiles = triton.cdiv(frames, tile_frames) * triton.cdiv(rows, tile_rows) * triton.cdiv(channels, block)
     with on_device_of(grid):
         _mix_kernel[(volumes * tiles,)](
             grid,
             weights,
             weights if bias is None else bias,
-            weights if norm is None else norm[0],
             stream,
             low,
-            normed,
-            0.0 if norm is None else norm[1],
             FRAMES=frames,
             ROWS=rows,
             COLUMNS=columns,
@@ -152,21 +121,20 @@ def _mix(grid, weights, bias, dtype, norm=None, first=-2):
             BLOCK=block,
             TILE_FRAMES=tile_frames,
             TILE_ROWS=tile_rows,
-            NORM_ROWS=_NORM_ROWS,
             FIRST=first,
             HAS_BIAS=bias is not None,
             HAS_LOW=low is not stream,
-            HAS_NORM=norm is not None,
             num_warps=warps,
         )
-    return stream, low, normed
+    return stream, low
 
 
 class _Mix(torch.autograd.Function):
     @staticmethod
     def forward(ctx, grid, weight, bias, norm_weight, eps, dtype):
         taps = weight.flatten(1).t().float().contiguous()  # (27, channels)
-        stream, low, normed = _mix(grid, taps, bias, dtype, (norm_weight, eps))
+        stream, low = _mix(grid, taps, bias, dtype)
+        normed = norm(stream, norm_weight, None, eps, dtype)
         if low is stream:
             low = stream.view_as(stream)
         ctx.save_for_backward(stream, weight, norm_weight)
@@ -180,7 +148,7 @@ class _Mix(torch.autograd.Function):
         stream, weight, norm_weight = ctx.saved_tensors
         of_sum, _ = norm_backward(stream, norm_weight, ctx.eps, of_normed, of_stream, of_low)
         taps = weight.flatten(1).flip(1).t().float().contiguous()
-        of_grid, _, _ = _mix(of_sum, taps, None, of_sum.dtype, first=0)
+        of_grid, _ = _mix(of_sum, taps, None, of_sum.dtype, first=0)
         return of_grid, None, None, None, None, None
 
 
@@ -222,4 +190,4 @@ def mix_prepared(
     Returns:
         The sum in the precision of `grid`, and the same in `dtype`; both in the shape of `grid`.
     """
-    return _mix(grid, taps, bias, dtype)[:2]
+    return _mix(grid, taps, bias, dtype)

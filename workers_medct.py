@@ -122,8 +122,9 @@ def load_ahead(
         for item in items:
             yield load(item, here)
         return
-    ahead = num_workers * max(2, math.ceil(batch_size / num_workers))
-    pool = _Pool(iter(items), load, num_workers, pinned)
+    each = max(2, math.ceil(batch_size / num_workers))
+    ahead = num_workers * each
+    pool = _Pool(iter(items), load, num_workers, each, pinned)
     try:
         place = 0
         while pool.has(place, ahead):
@@ -143,8 +144,10 @@ class _Raised:
 class _Pool:
     """The processes, and where each study is."""
 
-    def __init__(self, items: Iterator[Any], load: Callable[[Any, Place], Any], num_workers: int, pinned: bool):
-        self.items, self.load, self.num_workers, self.pinned = items, load, num_workers, pinned
+    def __init__(
+        self, items: Iterator[Any], load: Callable[[Any, Place], Any], num_workers: int, each: int, pinned: bool
+    ):
+        self.items, self.load, self.num_workers, self.each, self.pinned = items, load, num_workers, each, pinned
         self.workers: list[_Worker] = []
         self.done: dict[int, Any] = {}
         self.again: deque[tuple[int, Any]] = deque()
@@ -180,7 +183,9 @@ class _Pool:
             self._idlest().give(place, item)
 
     def _idlest(self) -> "_Worker":
-        worker = min(self.workers, key=_Worker.load, default=None)
+        # The one that will be idle first: processors are not equally fast. But none may fill ever more memory.
+        having_room = [worker for worker in self.workers if worker.held() <= self.each]
+        worker = min(having_room or self.workers, key=lambda each: (len(each.places), each.held()), default=None)
         if worker is None or (worker.places and len(self.workers) < self.num_workers):
             worker = _Worker(self.load, self.pinned)
             self.workers.append(worker)
@@ -216,8 +221,8 @@ class _Worker:
         self.begun: str | None = None  # name of that one; none while it waits
         self.has_served = False
 
-    def load(self) -> int:
-        """Studies that it has to load, and that lie in its memory: so one that is fast gets no more than the others."""
+    def held(self) -> int:
+        """Studies that it has to load, and that lie in its memory."""
         return len(self.places) + len(self.receiver.lent)
 
     def give(self, place: int, item: Any) -> None:

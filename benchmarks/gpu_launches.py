@@ -27,8 +27,9 @@ from torch.utils._pytree import tree_leaves
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from medct import MedCTConfig, MedCTModel, kernels_medct, layers_medct, modeling_medct
+from medct import MedCTConfig, MedCTModel, kernels_medct, layers_medct, modeling_medct, triton_products_medct
 
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64"}
 NO_LAUNCHES = ("aten.empty", "aten.new_empty", "aten._unsafe_view")
@@ -53,7 +54,7 @@ class Kernel:
             capability: Ten times the card's compute capability.
 
         Returns:
-            "REG:n STACK:n".
+            "REG:n STACK:n SHARED:n", the last in bytes a program.
         """
         names = self.function.arg_names
         aligned = {(i,): [["tt.divisibility", 16]] for i, (_, kind) in enumerate(self.signature) if kind[0] == "*"}
@@ -65,7 +66,7 @@ class Kernel:
             (Path(folder) / "kernel.cubin").write_bytes(compiled.asm["cubin"])
             command = [str(tool), "-res-usage", str(Path(folder) / "kernel.cubin")]
             printed = subprocess.check_output(command, encoding="utf-8", stderr=subprocess.STDOUT)
-        return " ".join(re.findall(r"(?:REG|STACK):\d+", printed))
+        return " ".join([*re.findall(r"(?:REG|STACK):\d+", printed), f"SHARED:{compiled.metadata.shared}"])
 
 
 class Launches(TorchDispatchMode):
@@ -115,7 +116,9 @@ class Launches(TorchDispatchMode):
 
 
 def tensors(values: Any) -> list[torch.Tensor]:
-    return [each for each in tree_leaves(values) if isinstance(each, torch.Tensor)]
+    """The tensors among some arguments; of descriptors those that they describe."""
+    leaves = [each.base if isinstance(each, TensorDescriptor) else each for each in tree_leaves(values)]
+    return [each for each in leaves if isinstance(each, torch.Tensor)]
 
 
 def size(values: list[torch.Tensor]) -> int:
@@ -127,6 +130,8 @@ def kind(value: Any) -> str:
     """The type of an argument, in Triton's words."""
     if isinstance(value, torch.Tensor):
         return "*" + TYPES[value.dtype]
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}>"
     return "fp32" if isinstance(value, float) else "i32"
 
 
@@ -191,7 +196,9 @@ def main(arguments: list[str] | None = None) -> None:
     for batch in parsed.batch:
         print(table(batch), end="\n\n", flush=True)
     for capability in parsed.compile:
-        for kernel in sorted(encode(1).kernels, key=lambda each: each.name):
+        with mock.patch.object(triton_products_medct, "has_large_tiles", lambda _, sm=capability: sm // 10 in (9, 10)):
+            kernels = encode(1).kernels
+        for kernel in sorted(kernels, key=lambda each: each.name):
             print(f"sm_{capability} {kernel.name}: {kernel.resources(capability)}", flush=True)
 
 

@@ -53,7 +53,7 @@ def draw(key: int, shape: Sequence[int]) -> np.ndarray:
     for k in range(shape[2]):
         walk = np.cumsum(generator.integers(-12, 13, is_body.shape, np.int16), axis=1)
         air = generator.integers(-1040, -990, is_body.shape, np.int16)
-        array[..., k] = np.where(is_body, np.abs((walk + 2000) % 4000 - 2000) - 1000, air).T
+        array[..., k] = np.where(is_body, np.abs((walk + 3000) % 4000 - 2000) - 1000, air).T
     return array
 
 

@@ -23,7 +23,7 @@ from .adapters_medct import are_disabled, base_tensors
 from .checks_medct import refuse_other_weights, reset_weights
 from .configuration_medct import CLASSIFIER_TASK, CODE, CUSTOM_PIPELINES, ZERO_SHOT_TASK, MedCTConfig, MedCTVisionConfig
 from .graphs_medct import can_replay, replayed
-from .kernels_medct import fused, row_dtype
+from .kernels_medct import row_dtype, weights_of
 from .layers_medct import (
     MedCTAttention,
     MedCTEncoder,
@@ -273,10 +273,11 @@ class MedCTVisionModel(MedCTPreTrainedModel):
         if pixel_values is None:
             raise ValueError("`pixel_values` are missing: give the vision encoder a volume.")
         tokens = self.embeddings(pixel_values, self.precision).flatten(2, 3)  # (b, t, h*w, d)
-        if can_replay(tokens) and self._runs_by_kernels(tokens):
-            tokens, codebook_ids = replayed(self, self._encode, tokens, (*self.parameters(), *self.buffers()))
-        else:
+        weights = self._weights_of_kernels(tokens) if can_replay(tokens) else None
+        if weights is None:
             tokens, codebook_ids = self._encode(tokens)
+        else:
+            tokens, codebook_ids = replayed(self, self._encode, tokens, weights)
         return MedCTVisionOutput(
             last_hidden_state=tokens.flatten(1, 2),
             pooler_output=tokens.mean(dim=1).flatten(1),
@@ -291,12 +292,14 @@ class MedCTVisionModel(MedCTPreTrainedModel):
         tokens = self.temporal_encoder(tokens).transpose(1, 2)
         return self.quantizer(tokens, row_dtype(tokens, dtype))
 
-    def _runs_by_kernels(self, tokens: torch.Tensor) -> bool:
-        """Whether `_encode` runs by kernels as a whole."""
-        encoders, bias = (self.spatial_encoder, self.temporal_encoder), self.position_bias
-        layers = [layer for encoder in encoders for layer in encoder.layers]
-        parts = (*encoders, *(encoder.norm for encoder in encoders), bias, bias.fc1, bias.fc2, bias.fc3, self.quantizer)
-        return fused(tokens, *parts, *layers) and all(layer._runs_by_kernels(tokens, None) for layer in layers)
+    def _weights_of_kernels(self, tokens: torch.Tensor) -> list[torch.Tensor] | None:
+        """What `_encode` reads besides, if it runs by kernels as a whole."""
+        encoders = self.spatial_encoder, self.temporal_encoder
+        weights = weights_of(tokens, self.position_bias, *encoders, self.quantizer)
+        is_whole = weights is not None and all(
+            layer.leaves_all_to_kernels(tokens) for encoder in encoders for layer in encoder.layers
+        )
+        return weights if is_whole else None
 
 
 def _text_encoder(config: MedCTConfig) -> PreTrainedModel:

@@ -13,7 +13,7 @@ try:  # in `try`, so that nobody is asked to install it; who imports this file e
 except ImportError:
     raise
 
-from .triton_launch_medct import TINIEST_NORM, on_device_of
+from .triton_launch_medct import TINIEST_NORM, described, has_large_tiles, num_processors, on_device_of
 
 _LOG2_E = tl.constexpr(math.log2(math.e))
 
@@ -21,8 +21,10 @@ _LOG2_E = tl.constexpr(math.log2(math.e))
 _LONG = (64, 64, 4, 3)
 _SHORT = (32, 32, 1, 2)  # sequences of up to so many tokens
 _SHORT_TOKENS = 32
-_CODES = (128, 128, 64, 8, 3)  # tokens, codes, channels, warps, stages
-_GATED = (128, 64, 64, 8, 8, 3)  # rows, columns, channels, group, warps, stages
+# With large tiles and without: tokens, codes, bytes of channels, warps, stages.
+_CODES = {True: (128, 128, 128, 8, 4), False: (128, 64, 128, 8, 3)}
+# Rows, columns, channels, group, warps, stages.
+_GATED = {True: (128, 128, 64, 8, 8, 4), False: (128, 64, 64, 8, 8, 3)}
 _CHOICE_ROWS = 4
 
 
@@ -184,6 +186,17 @@ def _gelu(gate):
     return tl.maximum(gate, 0.0) - tl.abs(gate) * tail
 
 
+@triton.jit
+def _gathered(tensor, places, start, CHANNELS: tl.constexpr, DEPTH: tl.constexpr):
+    channel = (start + tl.arange(0, DEPTH))[None, :]
+    at = tensor + places.to(tl.int64)[:, None] * CHANNELS + channel
+    if CHANNELS % DEPTH == 0:  # noqa: SIM108, as above
+        block = tl.load(at)
+    else:
+        block = tl.load(at, mask=channel < CHANNELS, other=0.0)
+    return block
+
+
 @triton.jit(do_not_specialize=["number"])
 def _gated_product_kernel(
     rows,
@@ -197,57 +210,64 @@ def _gated_product_kernel(
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
     GROUP: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    IS_DESCRIBED: tl.constexpr,
 ):
-    # Programs that run together share rows and weights: a group of row tiles, for one column tile after the other.
+    # One program a multiprocessor makes tile after tile, and fetches the next one's rows while it is at the last one's
+    # gelu. Programs that run together share rows and weights: a group of row tiles, for one column tile after another.
     column_tiles: tl.constexpr = (PADDED + COLUMNS - 1) // COLUMNS
     row_tiles = tl.cdiv(number, ROWS)
-    program = tl.program_id(0)
-    group = program // (GROUP * column_tiles)
-    in_group = tl.minimum(row_tiles - group * GROUP, GROUP)
-    row_tile = group * GROUP + program % (GROUP * column_tiles) % in_group
-    column_tile = program % (GROUP * column_tiles) // in_group
-    row = row_tile.to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = column_tile * COLUMNS + tl.arange(0, COLUMNS)
-    depth = tl.arange(0, DEPTH)
-    # One product for both halves, a value beside its gate: as wide as tensor cores want it. What lies beyond the end is
-    # another row once more, which costs no masks in the loop.
     each = tl.arange(0, 2 * COLUMNS)
-    pair = tl.minimum(column_tile * COLUMNS + each // 2, WIDTH - 1)
-    left = rows + tl.minimum(row, number - 1)[:, None] * CHANNELS + depth[None, :]
-    right = weight + (pair + each % 2 * WIDTH)[:, None] * CHANNELS + depth[None, :]
-    product = tl.zeros((ROWS, 2 * COLUMNS), tl.float32)
-    for start in range(0, CHANNELS, DEPTH):
-        product = tl.dot(tl.load(left + start), tl.trans(tl.load(right + start)), product)
-    values, gates = tl.split(tl.reshape(product, (ROWS, COLUMNS, 2)))
-    gated = tl.where((column < WIDTH)[None, :], values * _gelu(gates), 0.0)
-    place = result + row[:, None] * PADDED + column[None, :]
-    is_place = (row < number)[:, None] & (column < PADDED)[None, :]
-    tl.store(place, gated.to(result.dtype.element_ty), mask=is_place)
+    for tile in tl.range(tl.program_id(0), row_tiles * column_tiles, PROGRAMS, flatten=True):
+        group = tile // (GROUP * column_tiles)
+        in_group = tl.minimum(row_tiles - group * GROUP, GROUP)
+        row = (group * GROUP + tile % (GROUP * column_tiles) % in_group) * ROWS
+        column = tile % (GROUP * column_tiles) // in_group * COLUMNS
+        # One product for both halves, values and then gates: as wide as tensor cores want it.
+        product = tl.zeros((ROWS, 2 * COLUMNS), tl.float32)
+        for start in range(0, CHANNELS, DEPTH):
+            if IS_DESCRIBED:
+                left = rows.load([row, start])
+                right = tl.reshape(weight.load([0, column, start]), (2 * COLUMNS, DEPTH))
+            else:  # beyond the end is the last row once more
+                left = _gathered(rows, tl.minimum(row + tl.arange(0, ROWS), number - 1), start, CHANNELS, DEPTH)
+                pair = tl.minimum(column + each % COLUMNS, WIDTH - 1) + each // COLUMNS * WIDTH
+                right = _gathered(weight, pair, start, CHANNELS, DEPTH)
+            product = tl.dot(left, tl.trans(right), product)
+        values, gates = tl.split(tl.permute(tl.reshape(product, (ROWS, 2, COLUMNS)), (0, 2, 1)))
+        gated = values * _gelu(gates)
+        if IS_DESCRIBED:
+            result.store([row, column], gated.to(result.dtype))
+        else:
+            down, along = row.to(tl.int64) + tl.arange(0, ROWS)[:, None], column + tl.arange(0, COLUMNS)[None, :]
+            gated = tl.where(along < WIDTH, gated, 0.0).to(result.dtype.element_ty)
+            tl.store(result + down * PADDED + along, gated, mask=(down < number) & (along < PADDED))
 
 
-def gated_product(
-    rows: torch.Tensor, weight: torch.Tensor, padded: int, tile: tuple[int, int, int, int, int, int] = _GATED
-) -> torch.Tensor:
+def gated_product(rows: torch.Tensor, weight: torch.Tensor, padded: int) -> torch.Tensor:
     """The first half of a product times gelu of the second.
 
     Args:
-        rows: `(rows, d)`, contiguous, in half precision; d is a multiple of 64.
-        weight: `(2 * width, d)`.
-        padded: Width of the result, of which what is beyond `width` is zero.
-        tile: Rows, columns and channels, group, warps and stages of a program.
+        rows: `(rows, d)`, contiguous, in half precision.
+        weight: `(2 * width, d)`, likewise.
+        padded: Width of the result, a multiple of 8, of which what is beyond `width` is zero.
 
     Returns:
         `(rows, padded)`.
     """
     (number, channels), width = rows.shape, len(weight) // 2
     result = rows.new_empty((number, padded))
-    tile_rows, columns, depth, group, warps, stages = tile
-    programs = triton.cdiv(number, tile_rows) * triton.cdiv(padded, columns)
+    is_large = has_large_tiles(rows.device)
+    tile_rows, columns, depth, group, warps, stages = _GATED[is_large]
+    tiles = triton.cdiv(number, tile_rows) * triton.cdiv(padded, columns)
+    programs = num_processors(rows.device)
+    tensors: tuple = (rows, weight, result)
+    if is_large:
+        halves = described(weight.unflatten(0, (2, -1)), 2, columns, depth)
+        tensors = described(rows, tile_rows, depth), halves, described(result, tile_rows, columns)
     with on_device_of(rows):
-        _gated_product_kernel[(programs,)](
-            rows,
-            weight,
-            result,
+        _gated_product_kernel[(min(programs, tiles),)](
+            *tensors,
             number,
             CHANNELS=channels,
             WIDTH=width,
@@ -256,6 +276,8 @@ def gated_product(
             COLUMNS=columns,
             DEPTH=depth,
             GROUP=group,
+            PROGRAMS=programs,
+            IS_DESCRIBED=is_large,
             num_warps=warps,
             num_stages=stages,
         )
@@ -275,28 +297,27 @@ def _top_two_kernel(
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
     PRECISION: tl.constexpr,
+    IS_DESCRIBED: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    begin = tl.program_id(0) * ROWS
+    row = begin.to(tl.int64) + tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)
-    depth = tl.arange(0, DEPTH)
-    is_row = (row < number)[:, None]
     first = tl.full((ROWS, COLUMNS), float("-inf"), tl.float32)
     second = tl.full((ROWS, COLUMNS), float("-inf"), tl.float32)
-    left = tokens + row[:, None] * CHANNELS + depth[None, :]
-    for block in tl.range(0, tl.cdiv(CODES, COLUMNS)):
-        code = block * COLUMNS + column
-        is_code = (code < CODES)[:, None]
-        right = codes + code[:, None] * CHANNELS + depth[None, :]
+    for block in tl.range(0, tl.cdiv(CODES, COLUMNS), flatten=True):
         similar = tl.zeros((ROWS, COLUMNS), tl.float32)
         for start in range(0, CHANNELS, DEPTH):
-            is_deep = (start + depth < CHANNELS)[None, :]
-            one = tl.load(left + start, mask=is_row & is_deep, other=0.0)
-            other = tl.load(right + start, mask=is_code & is_deep, other=0.0)
-            similar = tl.dot(one, tl.trans(other), similar, input_precision=PRECISION)
+            if IS_DESCRIBED:
+                left, right = tokens.load([begin, start]), codes.load([block * COLUMNS, start])
+            else:
+                left = _gathered(tokens, tl.minimum(row, number - 1), start, CHANNELS, DEPTH)
+                right = _gathered(codes, tl.minimum(block * COLUMNS + column, CODES - 1), start, CHANNELS, DEPTH)
+            similar = tl.dot(left, tl.trans(right), similar, input_precision=PRECISION)
         # The lowest bits tell which block it was: they are beyond what the product's rounding lets count.
         # Added zero: ptxas of CUDA 12.8 leaves out products whose only use is of their bits.
         tagged = (((similar + 0.0).to(tl.int32, bitcast=True) & ~TAG) | block).to(tl.float32, bitcast=True)
-        tagged = tl.where((code < CODES)[None, :], tagged, float("-inf"))
+        if CODES % COLUMNS != 0:
+            tagged = tl.where((block * COLUMNS + column < CODES)[None, :], tagged, float("-inf"))
         second = tl.maximum(second, tl.minimum(first, tagged))
         first = tl.maximum(first, tagged)
     best, place = tl.max(first, axis=1, return_indices=True)
@@ -335,7 +356,6 @@ def quantize(
     codes: torch.Tensor,
     codebook: torch.Tensor,
     dtype: torch.dtype,
-    tile: tuple[int, int, int, int, int] = _CODES,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The row of the codebook with the greatest cosine similarity to each token.
 
@@ -346,31 +366,34 @@ def quantize(
         codes: `(codes, d)`, of length 1, float32.
         codebook: `(codes, d)`.
         dtype: Precision of the product of all with all.
-        tile: Tokens, codes and channels, warps and stages of a program.
 
     Returns:
         `(tokens, d)`, the rows, and `(tokens,)`, which. The rows of tokens that are not finite are NaN.
     """
-    (number, channels), size = tokens.shape, len(codes)
+    number, channels = tokens.shape
     tokens, codebook = tokens.contiguous(), codebook.contiguous()
-    rows, columns, depth, warps, stages = tile
-    blocks = triton.cdiv(size, columns)
+    is_large = has_large_tiles(tokens.device)
+    rows, columns, depth_bytes, warps, stages = _CODES[is_large]
+    depth = depth_bytes // dtype.itemsize
     found = tokens.new_empty((number, 2), dtype=torch.int32)
     ids = tokens.new_empty((number,), dtype=torch.int64)
     chosen = codebook.new_empty((number, channels))
+    tensors: tuple = tokens.to(dtype), codes.to(dtype).contiguous()
+    if is_large:
+        tensors = tuple(described(each, size, depth) for each, size in zip(tensors, (rows, columns), strict=True))
     with on_device_of(tokens):
         _top_two_kernel[(triton.cdiv(number, rows),)](
-            tokens.to(dtype),
-            codes.to(dtype),
+            *tensors,
             found,
             number,
-            CODES=size,
-            TAG=triton.next_power_of_2(blocks) - 1,
+            CODES=len(codes),
+            TAG=triton.next_power_of_2(triton.cdiv(len(codes), columns)) - 1,
             CHANNELS=channels,
             ROWS=rows,
             COLUMNS=columns,
             DEPTH=depth,
             PRECISION=_precision(dtype),
+            IS_DESCRIBED=is_large,
             num_warps=warps,
             num_stages=stages,
         )

@@ -31,6 +31,11 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("MEDCT_SHARED", ROOT.parent / "shared"))
 
 
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """Archives hold the time when they were made: as names, pytest's processes would not agree on them."""
+    return f"{len(val)} bytes" if isinstance(val, bytes) and len(val) > 40 else None
+
+
 @pytest.fixture(autouse=True)
 def _same_locale() -> Iterator[None]:
     """SimpleITK sets the process's locale to "C" when it writes DICOM, in which Python opens files as ASCII."""

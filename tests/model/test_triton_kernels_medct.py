@@ -4,6 +4,7 @@ In half precision products are tried in float16, as Triton's interpreter has no 
 """
 
 import copy
+import sys
 from types import ModuleType
 
 import pytest
@@ -28,6 +29,12 @@ def kernels(monkeypatch) -> ModuleType:
     """The kernels, which run on CPU tensors for one test."""
     monkeypatch.setattr(kernels_medct, "interprets_triton", True)
     return kernels_medct.triton_kernels()
+
+
+@pytest.fixture(params=[True, False], ids=["large-tiles", "small-tiles"])
+def tiles(kernels, request, monkeypatch) -> None:
+    """Cards of data centres, where blocks are fetched by their copy engine, and others."""
+    monkeypatch.setattr(sys.modules[kernels.quantize.__module__], "has_large_tiles", lambda _: request.param)
 
 
 def rand(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
@@ -138,7 +145,7 @@ def test_attention(kernels, dtype, tokens, biased, scaled):
 
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("codes", [1, 40, 300])
-def test_nearest_codes(kernels, codes, dtype):
+def test_nearest_codes(kernels, tiles, codes, dtype):
     codebook, tokens = rand(codes, 20), rand(130, 20, seed=1)
     unit = F.normalize(codebook, dim=-1)
     rows, ids = kernels.quantize(tokens, unit, codebook, dtype)
@@ -146,12 +153,34 @@ def test_nearest_codes(kernels, codes, dtype):
     assert torch.equal(rows, codebook[ids])
 
 
-def test_products_with_the_gate(kernels):
-    rows, weight = rand(70, 64, dtype=torch.float16), rand(42, 64, dtype=torch.float16) / 8
+@pytest.mark.parametrize("channels", [64, 20])
+def test_products_with_the_gate(kernels, tiles, channels):
+    rows, weight = rand(170, channels, dtype=torch.float16), rand(42, channels, dtype=torch.float16) / 8
     value, gate = F.linear(rows.float(), weight.float()).chunk(2, dim=-1)
     got = kernels.gated_product(rows, weight, 32)
     assert_near(got[:, :21], value * F.gelu(gate), torch.float16)
     assert not got[:, 21:].any()
+
+
+def test_more_tiles_than_programs(kernels, tiles, monkeypatch):
+    """Each program makes several: here two make eight or more, of which the last ones are not full."""
+    monkeypatch.setattr(sys.modules[kernels.quantize.__module__], "num_processors", lambda _: 2)
+    rows, weight = rand(400, 64, dtype=torch.float16), rand(300, 64, dtype=torch.float16) / 8
+    value, gate = F.linear(rows.float(), weight.float()).chunk(2, dim=-1)
+    got = kernels.gated_product(rows, weight, 160)
+    assert_near(got[:, :150], value * F.gelu(gate), torch.float16)
+    assert not got[:, 150:].any()
+
+
+@pytest.mark.parametrize("tensor", ["rows", "weight"])
+def test_products_of_tensors_that_lie_between_words(kernels, tensor):
+    """As parts of larger ones do; the copy engine takes none that begin there."""
+    parts = {"rows": rand(70, 64, dtype=torch.float16), "weight": rand(42, 64, dtype=torch.float16) / 8}
+    expected = kernels.gated_product(parts["rows"], parts["weight"], 32)
+    memory = torch.empty(parts[tensor].numel() + 1, dtype=torch.float16)
+    parts[tensor] = memory[1:].view(parts[tensor].shape).copy_(parts[tensor])
+    assert parts[tensor].data_ptr() % 16
+    assert torch.equal(kernels.gated_product(parts["rows"], parts["weight"], 32), expected)
 
 
 def test_the_gate_of_a_product_is_gelu_wherever_it_lies(kernels):
@@ -339,7 +368,7 @@ def test_what_is_recorded_runs_by_kernels_as_a_whole(small, pixels, monkeypatch)
 
     def runs_by_kernels() -> bool:
         with torch.no_grad():
-            return vision._runs_by_kernels(vision.embeddings(pixels).flatten(2, 3))
+            return vision._weights_of_kernels(vision.embeddings(pixels).flatten(2, 3)) is not None
 
     assert runs_by_kernels()
     for name, module in vision.named_modules():

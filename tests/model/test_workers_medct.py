@@ -128,6 +128,27 @@ def test_items_are_taken_no_earlier_than_they_are_read():
     assert list(load_ahead([], fill, 2)) == []
 
 
+def load_slowly_in_one(folder_of_slow, place):
+    """In the process that comes first each study takes long."""
+    folder = Path(folder_of_slow)
+    slow = folder / "slow"
+    with contextlib.suppress(FileExistsError), slow.open("x") as file:
+        file.write(str(os.getpid()))
+        file.flush()
+    is_slow = slow.read_text() == str(os.getpid())
+    time.sleep(0.15 if is_slow else 0.05)
+    return {"is_slow": is_slow, "volume": place.empty((1000,)).fill_(1)}
+
+
+def test_slow_processes_get_fewer_studies(tmp_path):
+    """No process is idle while another has studies waiting; memory sets a limit to that."""
+    found = []
+    for study in load_ahead([str(tmp_path)] * 24, load_slowly_in_one, 2):
+        found.append(study["is_slow"])
+        del study
+    assert sum(found) < 12, found
+
+
 def sleep(seconds, place):
     time.sleep(seconds)
     return seconds
