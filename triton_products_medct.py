@@ -256,6 +256,7 @@ def gated_product(rows: torch.Tensor, weight: torch.Tensor, padded: int) -> torc
         `(rows, padded)`.
     """
     (number, channels), width = rows.shape, len(weight) // 2
+    assert padded % 8 == 0, "otherwise a copy of the result would be written to"
     result = rows.new_empty((number, padded))
     is_large = has_large_tiles(rows.device)
     tile_rows, columns, depth, group, warps, stages = _GATED[is_large]

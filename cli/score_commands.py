@@ -19,7 +19,7 @@ from medct.common.counting import counted
 from medct.common.errors import OK, SOME_FAILED
 from medct.configuration_medct import MedCTConfig
 from medct.data import PhantomCohort, open_source
-from medct.data.label_space import LabelTable, also_asked, read_label_flags
+from medct.data.label_space import LabelTable, also_asked, read_label_flags, refuse_two_prompts
 from medct.data.loader import StudyLoader
 from medct.data.sources import Source, why_skipped
 from medct.evaluation.figures import Scores, choose_on
@@ -253,6 +253,7 @@ def _asked(args: argparse.Namespace, pipe: CTPipeline) -> tuple[MedCTConfig, dic
         if source and source not in known:
             raise CommandError(f"--mapping {named}: there is no source {source!r}. Pass one of {', '.join(known)}.")
         config, mappings[known.get(source, "")] = read_label_flags(config, mapping=file)
+    refuse_two_prompts(table for table in mappings.values() if table is not None and table is not own)
     return config, mappings
 
 

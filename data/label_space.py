@@ -212,6 +212,26 @@ def also_asked(config: MedCTConfig, mapping: LabelTable) -> MedCTConfig:
     return with_labels(config, names, {**(config.prompts or {}), **mapping.prompts})
 
 
+def refuse_two_prompts(mappings: Iterable[LabelTable]) -> None:
+    """Refuse tables for several sources that ask for one finding in different words.
+
+    Args:
+        mappings: The tables.
+
+    Raises:
+        DataError: If two do; it names them.
+    """
+    first: dict[str, LabelTable] = {}
+    for table in mappings:
+        for finding, prompt in table.prompts.items():
+            other = first.setdefault(finding, table)
+            if other.prompts[finding] != prompt:
+                raise DataError(
+                    f"--mapping {table.name}: {finding!r} has another prompt than in {other.name}. A model is asked "
+                    "for it in the same words whatever the source: keep one."
+                )
+
+
 def pairs_of(templates: Sequence[str]) -> list[tuple[str, ...]]:
     """Pairs of sentences.
 
@@ -465,6 +485,7 @@ __all__ = [
     "published_mappings",
     "read_label_flags",
     "read_labels",
+    "refuse_two_prompts",
     "told_apart",
     "with_labels",
 ]

@@ -230,6 +230,18 @@ def test_points_are_chosen_on_tuning_patients_and_carried_over(run, folder, conv
         assert bool(source["calibration_error"]) == has_points
 
 
+def test_one_finding_is_asked_for_in_the_same_words_of_every_source(run, folder, tmp_path):
+    sources, options = [folder(name, 6) for name in ("one", "two")], []
+    for name, words in (("one", "large airspaces"), ("two", "destroyed lung")):
+        table = tmp_path / f"{name}.csv"
+        table.write_text(f"label,words\nEmphysema,{words}\n", encoding="utf-8")
+        options += [f"{name}={table}"]
+    status, _, err = run("evaluate", "--data", *sources, "--mapping", *options, "--output", tmp_path / "scores.json")
+    assert status == 2
+    assert "--mapping two: 'Emphysema' has another prompt than in one." in err
+    assert not (tmp_path / "scores.json").exists()
+
+
 def test_a_run_is_repeated_to_the_digit(run, folder, converted, tmp_path):
     root, output = folder("site", 6), tmp_path / "scores.json"
     adapter = save_adapter(converted, tmp_path / "adapter")
