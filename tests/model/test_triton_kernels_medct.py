@@ -362,6 +362,20 @@ def test_float64_volumes_that_lie_apart_and_the_switch(small, pixels, used, monk
     assert not used
 
 
+class OfALibrary(torch.nn.Parameter):
+    """As those that are quantized, sharded or loaded when they are used."""
+
+
+def test_a_recording_belongs_to_all_that_it_reads(small, pixels):
+    vision = small.vision_model
+    with torch.no_grad():
+        weights = vision._weights_of_kernels(vision.embeddings(pixels).flatten(2, 3))
+    read = {id(each) for each in (*vision.parameters(), *vision.buffers())}
+    assert read - {id(each) for each in vision.embeddings.parameters()} == {id(each) for each in weights}
+    vision.requires_grad_(False)
+    assert vision._weights_of_kernels(vision.embeddings(pixels).flatten(2, 3)) is None, "with gradients"
+
+
 def test_what_is_recorded_runs_by_kernels_as_a_whole(small, pixels, monkeypatch):
     """Whatever has a part in the encoder behind its embeddings; or a recording would pass it over."""
     vision = small.vision_model
@@ -380,6 +394,15 @@ def test_what_is_recorded_runs_by_kernels_as_a_whole(small, pixels, monkeypatch)
     assert not runs_by_kernels()
     vision.set_attn_implementation("sdpa")
     assert runs_by_kernels()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not runs_by_kernels()
+    for module in vision.modules():
+        for name, parameter in [*module._parameters.items()]:
+            if parameter is not None and module not in vision.embeddings.modules():
+                module._parameters[name] = OfALibrary(parameter)
+                assert not runs_by_kernels(), name
+                module._parameters[name] = parameter
+    assert runs_by_kernels()
     adapted = get_peft_model(small, LoraConfig(r=2, target_modules=TARGETS["vision"]))
     assert not runs_by_kernels()
     adapted.unload()
@@ -387,6 +410,23 @@ def test_what_is_recorded_runs_by_kernels_as_a_whole(small, pixels, monkeypatch)
     with monkeypatch.context() as patch:
         patch.setattr(kernels_medct, "use_triton", False)
         assert not runs_by_kernels()
+
+
+def test_tokens_that_no_code_is_like(kernels, tiles):
+    """What lies beyond the last code, as zeros, is nearer to them than any."""
+    codebook, tokens = rand(40, 20).abs(), -rand(130, 20, seed=1).abs()
+    unit = F.normalize(codebook, dim=-1)
+    _, ids = kernels.quantize(tokens, unit, codebook, torch.float32)
+    assert torch.equal(ids, (tokens @ unit.T).argmax(-1))
+
+
+@pytest.mark.parametrize(
+    "capability, is_large", [((8, 0), False), ((8, 9), False), ((9, 0), True), ((10, 3), True), ((12, 0), False)]
+)
+def test_cards_with_memory_for_large_tiles(kernels, monkeypatch, capability, is_large):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    has_large_tiles = sys.modules[kernels.quantize.__module__].has_large_tiles.__wrapped__
+    assert has_large_tiles(torch.device("cuda:0")) == is_large
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from medct import shared_memory_medct
-from medct.workers_medct import Lost, _Serving, _Worker, load_ahead, overlapped
+from medct.workers_medct import Lost, _Pool, _Serving, _Worker, load_ahead, overlapped
 
 needs_proc = pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="looks at processes there")
 
@@ -147,6 +147,15 @@ def test_slow_processes_get_fewer_studies(tmp_path):
         found.append(study["is_slow"])
         del study
     assert sum(found) < 12, found
+
+
+def test_a_fast_process_fills_no_more_memory_than_its_share():
+    pool = _Pool(iter(()), fill, num_workers=2, each=2, pinned=False)
+    fast, slow = SimpleNamespace(places=[], held=lambda: 3), SimpleNamespace(places=[0], held=lambda: 1)
+    pool.workers = [fast, slow]
+    assert pool._idlest() is slow
+    fast.held = lambda: 2
+    assert pool._idlest() is fast
 
 
 def sleep(seconds, place):
