@@ -1,4 +1,4 @@
-"""Products that are never written to memory as a whole, as Triton kernels: attention with a bias, nearest codes.
+"""Products that are never written to memory as a whole, as Triton kernels: attention, a gate, nearest codes.
 
 What they compute is `layers_medct`'s; `kernels_medct.fused` says when they are used.
 """

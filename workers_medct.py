@@ -122,9 +122,9 @@ def load_ahead(
         for item in items:
             yield load(item, here)
         return
-    each = max(2, math.ceil(batch_size / num_workers))
-    ahead = num_workers * each
-    pool = _Pool(iter(items), load, num_workers, each, pinned)
+    per_worker = max(2, math.ceil(batch_size / num_workers))
+    ahead = num_workers * per_worker
+    pool = _Pool(iter(items), load, num_workers, per_worker, pinned)
     try:
         place = 0
         while pool.has(place, ahead):
@@ -145,9 +145,10 @@ class _Pool:
     """The processes, and where each study is."""
 
     def __init__(
-        self, items: Iterator[Any], load: Callable[[Any, Place], Any], num_workers: int, each: int, pinned: bool
+        self, items: Iterator[Any], load: Callable[[Any, Place], Any], num_workers: int, per_worker: int, pinned: bool
     ):
-        self.items, self.load, self.num_workers, self.each, self.pinned = items, load, num_workers, each, pinned
+        self.items, self.load, self.pinned = items, load, pinned
+        self.num_workers, self.per_worker = num_workers, per_worker
         self.workers: list[_Worker] = []
         self.done: dict[int, Any] = {}
         self.again: deque[tuple[int, Any]] = deque()
@@ -184,7 +185,7 @@ class _Pool:
 
     def _idlest(self) -> "_Worker":
         # The one that will be idle first: processors are not equally fast. But none may fill ever more memory.
-        having_room = [worker for worker in self.workers if worker.held() <= self.each]
+        having_room = [worker for worker in self.workers if worker.held() <= self.per_worker]
         worker = min(having_room or self.workers, key=lambda each: (len(each.places), each.held()), default=None)
         if worker is None or (worker.places and len(self.workers) < self.num_workers):
             worker = _Worker(self.load, self.pinned)

@@ -29,7 +29,15 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from medct import MedCTConfig, MedCTModel, kernels_medct, layers_medct, modeling_medct, triton_products_medct
+from medct import (
+    MedCTConfig,
+    MedCTModel,
+    kernels_medct,
+    layers_medct,
+    modeling_medct,
+    triton_launch_medct,
+    triton_products_medct,
+)
 
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64"}
 NO_LAUNCHES = ("aten.empty", "aten.new_empty", "aten._unsafe_view")
@@ -196,7 +204,8 @@ def main(arguments: list[str] | None = None) -> None:
     for batch in parsed.batch:
         print(table(batch), end="\n\n", flush=True)
     for capability in parsed.compile:
-        with mock.patch.object(triton_products_medct, "has_large_tiles", lambda _, sm=capability: sm // 10 in (9, 10)):
+        is_large = capability // 10 in triton_launch_medct.LARGE_TILES
+        with mock.patch.object(triton_products_medct, "has_large_tiles", lambda _, is_large=is_large: is_large):
             kernels = encode(1).kernels
         for kernel in sorted(kernels, key=lambda each: each.name):
             print(f"sm_{capability} {kernel.name}: {kernel.resources(capability)}", flush=True)

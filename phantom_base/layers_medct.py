@@ -366,9 +366,10 @@ class MedCTLayer(GradientCheckpointingLayer):
 
     def _runs_by_kernels(self, hidden_states: torch.Tensor, position_bias: torch.Tensor | None) -> bool:
         """Whether kernels may run the layer as a whole: no gradients, adapters, hooks or other attention."""
+        if not fused(hidden_states, position_bias) or not self.leaves_all_to_kernels(hidden_states):
+            return False
         parts = self.position_generator, self.layer_norm1, self.self_attn, self.layer_norm2, self.mlp
-        is_constant = fused(hidden_states, position_bias) and weights_of(hidden_states, *parts) is not None
-        return is_constant and self.leaves_all_to_kernels(hidden_states)
+        return weights_of(hidden_states, *parts) is not None
 
     def leaves_all_to_kernels(self, hidden_states: torch.Tensor) -> bool:
         """Whether kernels compute all that a layer like this does, as settings and sizes have it.

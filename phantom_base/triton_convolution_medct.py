@@ -1,4 +1,4 @@
-"""The position generator's depthwise convolution, added to its input, and the LayerNorm of the sum, as Triton kernels.
+"""The position generator's depthwise convolution, added to its input, as a Triton kernel.
 
 What they compute is `layers_medct`'s, in float32 inside whatever the tensors hold; `kernels_medct.fused` says when
 they are used. Weights are constants here: gradients are those of the tensors that flow through.

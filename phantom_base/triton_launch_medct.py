@@ -13,6 +13,8 @@ try:  # in `try`, so that nobody is asked to install it; who imports this file e
 except ImportError:
     raise
 
+LARGE_TILES = (9, 10)
+"""Major compute capabilities of cards whose multiprocessors hold 227 KB of tiles; others hold 99 or more."""
 _ALIGNED_BYTES = 16
 TINIEST_NORM = tl.constexpr(1e-12)
 """Rows shorter than that keep their length where others come to unit length, as in `F.normalize`."""
@@ -42,8 +44,8 @@ def num_processors(device: torch.device) -> int:
 
 @functools.cache
 def has_large_tiles(device: torch.device) -> bool:
-    """Whether a multiprocessor holds 227 KB of tiles, as those of data centres since Hopper do; others 99 or more."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] in (9, 10)
+    """Whether a card is one of `LARGE_TILES`, as those of data centres since Hopper are, or there is none."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] in LARGE_TILES
 
 
 def described(tensor: torch.Tensor, *block: int) -> TensorDescriptor:

@@ -150,7 +150,7 @@ def test_slow_processes_get_fewer_studies(tmp_path):
 
 
 def test_a_fast_process_fills_no_more_memory_than_its_share():
-    pool = _Pool(iter(()), fill, num_workers=2, each=2, pinned=False)
+    pool = _Pool(iter(()), fill, num_workers=2, per_worker=2, pinned=False)
     fast, slow = SimpleNamespace(places=[], held=lambda: 3), SimpleNamespace(places=[0], held=lambda: 1)
     pool.workers = [fast, slow]
     assert pool._idlest() is slow
