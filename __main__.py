@@ -1,8 +1,6 @@
 """`python -m medct` is the command `medct`."""
 
-import sys
-
-from medct.cli import main
+from medct.cli import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

@@ -10,7 +10,6 @@ same name with `.unfinished`, and `--resume` continues from there.
 
 import contextlib
 import dataclasses
-import gc
 import hashlib
 import json
 import math
@@ -553,5 +552,4 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> None:
 
 
 if __name__ == "__main__":
-    gc.freeze()  # what was imported is no garbage; looking through it at the end would take seconds
     main()

@@ -14,11 +14,17 @@ import importlib
 import sys
 import warnings
 from types import ModuleType
+from typing import NoReturn
 
 from medct.cli.arguments import RUNS, make_parser
 from medct.cli.wording import in_flags
-from medct.common.errors import one_line_errors
+from medct.common.errors import one_line_errors, run_process
 from medct.common.output import escape_unknown, flush_output
+
+
+def run() -> NoReturn:
+    """The command as a process."""
+    run_process(main)
 
 
 def main(argv: list[str] | None = None) -> int:

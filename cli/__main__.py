@@ -1,6 +1,4 @@
-import sys
-
-from medct.cli import main
+from medct.cli import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

@@ -390,7 +390,7 @@ def test_runs_are_reached(name, capsys):
 
 def test_train_knows_its_model_in_the_process_of_the_command(tmp_path):
     """There `import medct` alone registers nothing, so this needs a process of its own."""
-    code = "import sys; sys.argv[0] = 'medct'; from medct.cli import main; sys.exit(main())"
+    code = "import sys; sys.argv[0] = 'medct'; from medct.cli import run; run()"
     flags = ["--data", "nowhere", "--output_dir", tmp_path / "run", "--cpu"]
     command = [sys.executable, "-c", code, "train", *map(str, flags)]
     done = subprocess.run(command, capture_output=True, encoding="utf-8", stdin=subprocess.DEVNULL, check=False)

@@ -3,6 +3,8 @@
 import errno
 import os
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -97,3 +99,54 @@ def test_the_first_line_of_an_error_without_a_message_is_its_class():
 
 def test_the_statuses_are_those_that_scripts_know():
     assert (FAILED, STOPPED, INTERRUPTED, BROKEN_PIPE) == (2, 75, 130, 141)
+
+
+@pytest.mark.parametrize(
+    ("ending", "status", "said"),
+    [
+        ("return None", 0, ""),
+        ("return 1", 1, ""),
+        ("sys.exit(2)", 2, ""),
+        ("sys.exit('not so')", 1, "not so\n"),
+        ("raise ValueError('a fault')", 1, "ValueError: a fault\n"),
+    ],
+)
+def test_a_process_ends_with_its_status_after_all_that_is_to_be_done_at_the_end(ending, status, said):
+    code = f"""
+import atexit, sys, weakref
+sys.argv[0] = "medct"  # so that the package imports only what is asked for
+from medct.common.errors import run_process
+
+class Kept:
+    pass
+
+def main():
+    print("printed")
+    atexit.register(print, "closed")
+    weakref.finalize(kept, print, "finalised")
+    {ending}
+
+kept = Kept()
+run_process(main)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=False)
+    assert (run.returncode, sorted(run.stdout.split())) == (status, ["closed", "finalised", "printed"])
+    assert run.stderr[-len(said) :] == said if said else run.stderr == ""
+
+
+def test_what_a_command_imported_is_not_taken_apart():
+    """A module's last reference goes when Python takes it apart."""
+    code = """
+import sys
+sys.argv[0] = "medct"
+from medct.common.errors import run_process
+
+class Kept:
+    def __del__(self):
+        print("taken apart")
+
+sys.kept = Kept()
+run_process(lambda: None)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=True)
+    assert run.stdout + run.stderr == ""

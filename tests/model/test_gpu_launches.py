@@ -29,5 +29,5 @@ def test_launches_are_counted_and_kernels_compile():
     for capability, limit in SHARED_BYTES.items():
         made = [each[1:] for each in compiled if each[0] == capability]
         assert {name for name, *_ in made} >= NAMES
-        assert {int(spilled) for _, spilled, _ in made} <= {0, 16}, "hardly anything leaves the registers"
+        assert max(int(spilled) for _, spilled, _ in made) <= 16, "hardly anything leaves the registers"
         assert max(int(shared) for *_, shared in made) <= limit
