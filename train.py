@@ -104,6 +104,7 @@ from medct.training.sources import (
     endless,
     has_known_label,
     load_sources,
+    mappings_of,
     number_of_steps,
     remarks_on_overlap,
     steps_per_epoch,
@@ -409,8 +410,7 @@ class Trainer:
 
     def _digest_of_labels(self) -> str:
         """Of what is learned, which stands in files that may change before a run is resumed."""
-        mappings = [source.mapping for _, source in sorted(self.sources.items())]
-        learned = json.dumps([self.config.label_names, self.config.label_prompts(), mappings])
+        learned = json.dumps([self.config.label_names, self.config.label_prompts(), mappings_of(self.sources)])
         return hashlib.sha256(learned.encode()).hexdigest()[:16]
 
     def _check_base(self, model: PeftModel | MedCTModel) -> None:
@@ -445,7 +445,7 @@ class Trainer:
             "strengths_tried": [dataclasses.asdict(trial) for trial in choice.trials],
             "prompts": self.config.label_prompts() if self.prompts else [],
             "label_names": names,
-            "mappings": {split: source.mapping for split, source in self.sources.items() if source.mapping},
+            "mappings": mappings_of(self.sources),
             "base": {"model": settings.model, "revision": self.revision, "fingerprint": self.fingerprint},
             **self.counts,
             "steps": self.steps_done,

@@ -59,6 +59,11 @@ def _from(source: Source, start: int, seed: int | None) -> Iterator[int]:
         epoch, start = epoch + 1, 0
 
 
+def parts_of(source: Source) -> list[Source]:
+    """The sources that one is made of: what is learned and, if there is such, what is replayed."""
+    return [source.read.own, source.read.replayed] if isinstance(source.read, ReadEither) else [source]
+
+
 def with_replay(own: Source, replayed: Source, share: float) -> Source:
     """A source of which a share is another.
 

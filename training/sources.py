@@ -14,7 +14,7 @@ from medct.data.label_space import LabelTable, told_apart
 from medct.data.loader import StudyLoader
 from medct.data.sources import Row, Source
 from medct.training.folds import divide
-from medct.training.replay import ReadEither, with_replay
+from medct.training.replay import parts_of, with_replay
 from medct.training.results import SPLITS
 from medct.training.settings import NO_SOURCE, TrainingError, TrainingSettings, complete
 
@@ -61,6 +61,17 @@ def load_sources(
     return sources
 
 
+def mappings_of(sources: Mapping[str, Source]) -> dict[str, Any]:
+    """What the names of labels mean, by split and, for what is replayed, by "replay"; splits without a mapping are left
+    out.
+
+    Args:
+        sources: From `load_sources`.
+    """
+    named = {**sources, **dict(zip(("train", "replay"), parts_of(sources["train"]), strict=False))}
+    return {split: source.mapping for split, source in named.items() if source.mapping}
+
+
 def remarks_on_overlap(sources: Mapping[str, Source]) -> Iterator[str]:
     """Remarks on studies or patients to learn from that bear the names of others to score: --replay and --keep may lie
     at another address than --data and be the same, such as its prepared shards.
@@ -72,7 +83,7 @@ def remarks_on_overlap(sources: Mapping[str, Source]) -> Iterator[str]:
         TrainingError: If most such studies have the same patient, report and labels, so that they are the same.
     """
     train = sources["train"]
-    learned = [train.read.own, train.read.replayed] if isinstance(train.read, ReadEither) else [train]
+    learned = parts_of(train)
     others = {split: source for split, source in sources.items() if split != "train"}
     if len(learned) == 1 and others.keys() == set(SPLITS):
         return  # of one source, which is divided by patient
@@ -173,8 +184,10 @@ def digest_of_studies(source: Source) -> str:
     Args:
         source: Whose rows are read, without their volumes, unless it has a checksum of them.
     """
-    if isinstance(source.read, ReadEither):
-        return f"{digest_of_studies(source.read.own)} {digest_of_studies(source.read.replayed)}"
+    return " ".join(map(_digest_of_part, parts_of(source)))
+
+
+def _digest_of_part(source: Source) -> str:
     found = hashlib.sha256(json.dumps([source.checksum, *source.groups]).encode())
     for row in [] if source.checksum or source.is_synthetic else map(source.read, source.keys()):
         found.update(json.dumps([row[name] for name in ("id", "report", "labels")]).encode())

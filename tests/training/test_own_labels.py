@@ -21,7 +21,7 @@ from medct.publishing.push import ADAPTER_FILES
 from medct.train import load_sources, run
 from medct.training.replay import with_replay
 from medct.training.settings import TrainingError, TrainingSettings
-from medct.training.sources import digest_of_studies
+from medct.training.sources import digest_of_studies, mappings_of
 
 LABELS = """label;data;words;present;absent
 Verdichtung;Consolidation;c;;
@@ -127,7 +127,16 @@ def test_a_source_with_other_labels_is_kept_and_replayed(settings, rad):
     assert results["kept"]["present"][MERGED] == 3
     assert results["label_names"][1] == "Arterial wall calcification", "of the data, whose labels are the model's"
     assert "To be kept: 6 valid studies of RAD-ChestCT" in results["measured_on"]
-    assert results["mappings"].keys() == {"keep_tune", "keep_valid"}
+    assert results["mappings"].keys() == {"keep_tune", "keep_valid", "replay"}
+
+
+def test_what_labels_mean_is_told_of_what_is_learned_and_of_what_is_replayed(settings, rad):
+    both = dataclasses.replace(settings, data=rad, replay=rad, replay_share=0.5)
+    sources = load_sources(both, MedCTModel.config_class())
+    told = mappings_of(sources)
+    assert told.keys() == {"train", "tune", "valid", "replay"} and told["train"] == told["replay"] is not None
+    told = mappings_of(load_sources(dataclasses.replace(both, replay="phantoms"), MedCTModel.config_class()))
+    assert told.keys() == {"train", "tune", "valid"}
 
 
 def test_rad_chestct_is_learned_from(settings, rad):
