@@ -111,7 +111,8 @@ def test_the_statuses_are_those_that_scripts_know():
         ("raise ValueError('a fault')", 1, "ValueError: a fault\n"),
     ],
 )
-def test_a_process_ends_with_its_status_after_all_that_is_to_be_done_at_the_end(ending, status, said):
+def test_a_process_ends_with_its_status_after_all_that_is_to_be_done_at_the_end(ending, status, said, monkeypatch):
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     code = f"""
 import atexit, sys, weakref
 sys.argv[0] = "medct"  # so that the package imports only what is asked for
@@ -137,15 +138,15 @@ run_process(main)
 def test_what_a_command_imported_is_not_taken_apart():
     """A module's last reference goes when Python takes it apart."""
     code = """
-import sys
+import os, sys
 sys.argv[0] = "medct"
 from medct.common.errors import run_process
 
 class Kept:
-    def __del__(self):
-        print("taken apart")
+    def __del__(self, write=os.write):
+        write(1, b"taken apart")
 
-sys.kept = Kept()
+kept = Kept()
 run_process(lambda: None)
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=True)
