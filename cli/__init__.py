@@ -19,7 +19,7 @@ from typing import NoReturn
 from medct.cli.arguments import RUNS, make_parser
 from medct.cli.wording import in_flags
 from medct.common.errors import one_line_errors, run_process
-from medct.common.output import escape_unknown, flush_output
+from medct.common.output import escape_unknown
 
 
 def run() -> NoReturn:
@@ -40,9 +40,7 @@ def main(argv: list[str] | None = None) -> int:
         _imported("publishing.registration").register()
         if run:
             return _imported(run[0].removeprefix("medct.")).main(argv[1:], prog=f"medct {argv[0]}") or 0
-        status = _carried_out(args)
-        flush_output()  # while what goes wrong with it can still be said
-        return status
+        return _carried_out(args)
 
 
 def _carried_out(args: argparse.Namespace) -> int:

@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
-from medct.common.output import drop_output
+from medct.common.output import drop_output, flush_output
 from medct.errors_medct import MedCTError, place_of
 
 OK, SOME_FAILED, FAILED = 0, 1, 2
@@ -52,6 +52,15 @@ def one_line_errors(reword: Callable[[str], str] = str) -> Iterator[None]:
         sys.exit(status)
 
 
+@contextlib.contextmanager
+def _flushed() -> Iterator[None]:
+    """Write out what the block has printed while what goes wrong with it can still be said."""
+    try:
+        yield
+    finally:
+        flush_output()
+
+
 def run_process(main: Callable[[], int | None]) -> NoReturn:
     """Run a command in a process of its own, which ends without taking apart what the command imported.
 
@@ -71,7 +80,8 @@ def run_process(main: Callable[[], int | None]) -> NoReturn:
 
     atexit.register(end)  # before all that `main` and its imports register, so called after them
     try:
-        sys.exit(main())
+        with one_line_errors(), _flushed():
+            sys.exit(main())
     except SystemExit as ending:
         if not isinstance(ending.code, str):  # which Python still has to print
             statuses.append(ending.code or OK)

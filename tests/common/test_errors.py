@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from medct import MedCTError, VolumeError
 from medct.common.errors import BROKEN_PIPE, FAILED, INTERRUPTED, STOPPED, StoppedError, first_line, one_line_errors
 from medct.errors_medct import said_of
 
+FULL_DISK = Path("/dev/full")
 CHECK = "Check the file and, if it is remote, the connection."
 
 
@@ -108,7 +110,7 @@ def test_the_statuses_are_those_that_scripts_know():
         ("return 1", 1, ""),
         ("sys.exit(2)", 2, ""),
         ("sys.exit('not so')", 1, "not so\n"),
-        ("raise ValueError('a fault')", 1, "ValueError: a fault\n"),
+        ("raise MedCTError('a fault.')", 2, "error: a fault.\n"),
     ],
 )
 def test_a_process_ends_with_its_status_after_all_that_is_to_be_done_at_the_end(ending, status, said, monkeypatch):
@@ -116,7 +118,7 @@ def test_a_process_ends_with_its_status_after_all_that_is_to_be_done_at_the_end(
     code = f"""
 import atexit, sys, weakref
 sys.argv[0] = "medct"  # so that the package imports only what is asked for
-from medct.common.errors import run_process
+from medct.common.errors import MedCTError, run_process
 
 class Kept:
     pass
@@ -151,3 +153,17 @@ run_process(lambda: None)
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=True)
     assert run.stdout + run.stderr == ""
+
+
+@pytest.mark.skipif(not FULL_DISK.exists(), reason="needs a full disk")
+def test_what_a_process_has_printed_is_written_before_it_ends(monkeypatch):
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+    code = """
+import sys
+sys.argv[0] = "medct"
+from medct.common.errors import run_process
+run_process(lambda: print("printed"))
+"""
+    with FULL_DISK.open("w") as full:
+        run = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, encoding="utf-8")
+    assert (run.returncode, run.stderr) == (FAILED, "error: standard output: No space left on device.\n")
