@@ -161,6 +161,7 @@ def _gather(folder: RunFolder, runs: Sequence[Path], settings: TrainingSettings)
     names = pooled[BASE].names
     results = _results([read_results(run) for run in runs], pooled, names, settings)
     kept = runs[KEPT_FOLD - 1]
+    _list_bad_samples(runs, folder.bad_samples)
     with folder.complete() as final:
         shutil.copytree(kept, final, dirs_exist_ok=True)
         (final / "learned.png").unlink(missing_ok=True)  # of one fold alone
@@ -176,6 +177,16 @@ def _gather(folder: RunFolder, runs: Sequence[Path], settings: TrainingSettings)
         save_plot(calibration_plot(models, pooled[BASE].labels, note), final / "calibration.png")
         write_readme(final, results)
     return results
+
+
+def _list_bad_samples(runs: Sequence[Path], path: Path) -> None:
+    """Studies that could not be read in any fold, each once: they are missing from the pooled figures."""
+    lines: dict[str, str] = {}
+    for file in (run / path.name for run in runs):
+        for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
+            lines.setdefault(json.loads(line)["id"], line)
+    if lines:
+        path.write_text("".join(f"{line}\n" for line in lines.values()), encoding="utf-8")
 
 
 def _pooled(parts: Sequence[ScoredStudies]) -> ScoredStudies:

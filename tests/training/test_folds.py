@@ -90,11 +90,19 @@ def test_what_cannot_be_divided_is_refused():
             check(TrainingSettings(**changes))
 
 
+def _finds_bad_studies(trainer, _model):
+    fold = trainer.settings.fold
+    lines = [json.dumps({"id": name, "fold": fold}) + "\n" for name in ("every", f"of {fold}")]
+    trainer.folder.bad_samples.write_text("".join(lines), encoding="utf-8")
+
+
 def test_scores_of_all_folds_are_pooled_and_the_first_adapter_is_kept(
     settings, converted, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.setattr("medct.train.Trainer._left_out", lambda *_, **__: iter(["left out"]))
+    monkeypatch.setattr("medct.train.Trainer._check_base", _finds_bad_studies)
     run(settings)
+    monkeypatch.undo()
     shown = capsys.readouterr().out
     folder = tmp_path / "run"
     assert not (tmp_path / "run.unfinished").exists()
@@ -112,6 +120,8 @@ def test_scores_of_all_folds_are_pooled_and_the_first_adapter_is_kept(
     assert [each["fold"] for each in results["folds"]] == [1, 2, 3]
     assert sum(each["patients"] for each in results["folds"]) == 24
     assert results["measured_on"].startswith("Cross-validation by patient: each of 24 patients was held out once")
+    bad = [json.loads(line) for line in (folder / "bad_samples.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert bad == [{"id": name, "fold": fold} for name, fold in (("every", 1), ("of 1", 1), ("of 2", 2), ("of 3", 3))]
     card = (folder / "README.md").read_text(encoding="utf-8")
     for said in (shown, card):
         assert "The adapter in this folder is that of fold 1 of 3: it has not seen the patients of that fold" in said
