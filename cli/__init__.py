@@ -64,8 +64,8 @@ def _carried_out(args: argparse.Namespace) -> int:
 
 
 def _imported(name: str) -> ModuleType:
-    """A module of this package. What is imported stays: looking in it for garbage, now and when the process ends, would
-    be a third of the time that one scan takes."""
+    """A module of this package. What is imported stays: looking in it for garbage, now and while the command works,
+    would be a good part of the time that one scan takes."""
     name = f"medct.{name}"
     if name in sys.modules:
         return sys.modules[name]

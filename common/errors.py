@@ -52,15 +52,6 @@ def one_line_errors(reword: Callable[[str], str] = str) -> Iterator[None]:
         sys.exit(status)
 
 
-@contextlib.contextmanager
-def _flushed() -> Iterator[None]:
-    """Write out what the block has printed while what goes wrong with it can still be said."""
-    try:
-        yield
-    finally:
-        flush_output()
-
-
 def run_process(main: Callable[[], int | None]) -> NoReturn:
     """Run a command in a process of its own, which ends without taking apart what the command imported.
 
@@ -80,7 +71,8 @@ def run_process(main: Callable[[], int | None]) -> NoReturn:
 
     atexit.register(end)  # before all that `main` and its imports register, so called after them
     try:
-        with one_line_errors(), _flushed():
+        with one_line_errors(), contextlib.ExitStack() as stack:
+            stack.callback(flush_output)  # while what goes wrong with it can still be said
             sys.exit(main())
     except SystemExit as ending:
         if not isinstance(ending.code, str):  # which Python still has to print

@@ -82,8 +82,7 @@ def remarks_on_overlap(sources: Mapping[str, Source]) -> Iterator[str]:
     Raises:
         TrainingError: If most such studies have the same patient, report and labels, so that they are the same.
     """
-    train = sources["train"]
-    learned = parts_of(train)
+    learned = parts_of(sources["train"])
     others = {split: source for split, source in sources.items() if split != "train"}
     if len(learned) == 1 and others.keys() == set(SPLITS):
         return  # of one source, which is divided by patient
