@@ -35,3 +35,14 @@ def small_run(converted, tmp_path) -> TrainingSettings:
 def phantoms_are_drawn_once(monkeypatch):
     """The same few patients serve most runs."""
     monkeypatch.setattr("medct.data.make_phantom", _draw_once)
+
+
+@pytest.fixture
+def pictures_are_empty(monkeypatch):
+    """Drawing takes half of a small run's time; `test_launched_run` and `test_adapting.py` do it."""
+
+    def touch(folder, *_):
+        for name in ("roc.png", "calibration.png"):
+            (folder / name).touch()
+
+    monkeypatch.setattr("medct.train.draw_pictures", touch)

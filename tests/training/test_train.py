@@ -56,7 +56,7 @@ FILES = {
 }
 
 
-pytestmark = pytest.mark.usefixtures("phantoms_are_drawn_once")
+pytestmark = pytest.mark.usefixtures("phantoms_are_drawn_once", "pictures_are_empty")
 
 
 @pytest.fixture
@@ -718,7 +718,8 @@ def test_launched_run(settings, tmp_path):
     assert "| **mean** |" in run.stdout
     assert "%|" not in run.stderr  # no terminal, no bar
     assert "Warning" not in run.stderr
-    assert (tmp_path / "run/adapter_model.safetensors").is_file()
+    assert {path.name for path in (tmp_path / "run").iterdir()} == FILES | {"logs"}
+    assert all((tmp_path / "run" / name).stat().st_size for name in FILES)
     assert list((tmp_path / "run/logs").rglob("events.out.tfevents.*"))
 
 
