@@ -456,23 +456,16 @@ def _choose(
     files: list[_CTFile], source: str, series: int | str | None, rescale: tuple[float | None, float | None]
 ) -> list[Slice]:
     """The slices of one scan; the list of a refusal counts those of all, largest series first."""
-    groups: dict[str, list[_CTFile]] = defaultdict(list)
-    for file, header, pixel_offset in files:
-        try:
-            uid = str(header.get("SeriesInstanceUID") or "")
-        except Exception as error:  # as above
-            raise VolumeError(file.name, f"it is a damaged DICOM file ({type(error).__name__})", AGAIN) from None
-        groups[uid].append((file, header, pixel_offset))
-    ordered = [group for _, group in sorted(groups.items(), key=lambda group: (-_count(group[1]), group[0]))]
+    groups = _by_series(files)
     by_uid = isinstance(series, str) and series in groups
-    if by_uid or (series is None and len(ordered) == 1):
-        slices = _slices(groups[series] if by_uid else ordered[0], rescale)
+    if by_uid or (series is None and len(groups) == 1):
+        slices = _slices(groups[series] if by_uid else next(iter(groups.values())), rescale)
         if len(stacks_of(slices)[0]) == 1:
             return slices
-    if len(ordered) > 1 and _count(ordered[0]) == 1:  # of the largest series
-        reason = f"each of its {len(ordered)} slices has a SeriesInstanceUID of its own, as if they were no scan"
+    if len(groups) > 1 and all(_count(group) == 1 for group in groups.values()):
+        reason = f"each of its {len(groups)} slices has a SeriesInstanceUID of its own, as if they were no scan"
         raise VolumeError(source, reason, "Give all slices of the scan the same one: anonymize them together")
-    entries = [entry for group in ordered for entry in _entries(group, rescale)]
+    entries = [entry for group in groups.values() for entry in _entries(group, rescale)]
     listed = "; ".join(f"{number}: {text}" for number, (text, _, _) in enumerate(entries, 1))
     if series is None or by_uid:
         is_split = any(stack is not None for _, _, stack in entries)
@@ -484,6 +477,18 @@ def _choose(
         raise VolumeError(source, f"it holds no such series ({listed})", "Pass `series=` with one of these numbers")
     _, group, stack = entries[number - 1]
     return _slices(group, rescale) if stack is None else stack
+
+
+def _by_series(files: list[_CTFile]) -> dict[str, list[_CTFile]]:
+    """The files of each series by its UID, largest series first."""
+    groups: dict[str, list[_CTFile]] = defaultdict(list)
+    for file, header, pixel_offset in files:
+        try:
+            uid = str(header.get("SeriesInstanceUID") or "")
+        except Exception as error:  # as above
+            raise VolumeError(file.name, f"it is a damaged DICOM file ({type(error).__name__})", AGAIN) from None
+        groups[uid].append((file, header, pixel_offset))
+    return dict(sorted(groups.items(), key=lambda group: (-_count(group[1]), group[0])))
 
 
 def _slices(group: list[_CTFile], rescale: tuple[float | None, float | None]) -> list[Slice]:

@@ -284,25 +284,41 @@ def versions_of(
         adapter, revision = adapters.get(key, (BASE, None))
         if adapter == BASE:
             found[title] = Version.of(pipe, config, functools.partial(_without_adapter, pipe), base)
-            continue
-        described = pipe.model.adapter_description(key)
-        own = as_described(pipe.model.config, described)
-        is_asked_anew = bool(args.labels or args.templates)
-        mapped = functools.reduce(also_asked, filter(None, mappings.values()), own)
-        asks = config if is_asked_anew or mapped.label_names != config.label_names else mapped
-        # An operating point holds for the words that it was chosen with.
-        holds = {name for name in asks.label_names if own.label_prompts([name]) == asks.label_prompts([name])}
-        points = {YOUDEN: described.get("thresholds") or {}, **(described.get("operating_points") or {})}
-        points = {name: {label: at for label, at in each.items() if label in holds} for name, each in points.items()}
-        calibration = {label: each for label, each in (described.get("calibration") or {}).items() if label in holds}
-        about = base | about_model(pipe.model, asks)
-        about |= {"adapter": adapter, "adapter_revision": revision}
-        about["adapter_fingerprint"] = adapter_fingerprint(adapter, revision=revision)
-        become = functools.partial(_with_adapter, pipe, key)
-        found[title] = Version.of(
-            pipe, asks, become, about, {name: each for name, each in points.items() if each}, calibration
-        )
+        else:
+            own = as_described(pipe.model.config, pipe.model.adapter_description(key))
+            mapped = functools.reduce(also_asked, filter(None, mappings.values()), own)
+            is_asked_anew = args.labels or args.templates or mapped.label_names != config.label_names
+            about = {"adapter": adapter, "adapter_revision": revision}
+            about["adapter_fingerprint"] = adapter_fingerprint(adapter, revision=revision)
+            found[title] = _adapted(pipe, key, config if is_asked_anew else mapped, base | about)
     return found
+
+
+def _adapted(pipe: CTPipeline, key: str, asks: MedCTConfig, about: dict[str, Any]) -> Version:
+    """The model with one of its adapters, and of what was chosen for that one what holds for the words it is asked.
+
+    Args:
+        pipe: Holds the model, with the adapter.
+        key: Name of the adapter in the model.
+        asks: What it is asked.
+        about: What there is to tell of base and adapter.
+    """
+    described = pipe.model.adapter_description(key)
+    own = as_described(pipe.model.config, described)
+    holds = {name for name in asks.label_names if own.label_prompts([name]) == asks.label_prompts([name])}
+
+    def held(by_label: Mapping[str, Any] | None) -> dict[str, Any]:
+        return {label: each for label, each in (by_label or {}).items() if label in holds}
+
+    points = {YOUDEN: described.get("thresholds"), **(described.get("operating_points") or {})}
+    return Version.of(
+        pipe,
+        asks,
+        functools.partial(_with_adapter, pipe, key),
+        about | about_model(pipe.model, asks),
+        {name: kept for name, each in points.items() if (kept := held(each))},
+        held(described.get("calibration")),
+    )
 
 
 def _with_adapter(pipe: CTPipeline, key: str) -> None:
