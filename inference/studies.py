@@ -143,14 +143,13 @@ def _studies_below(folder: Path) -> Iterator[_Found]:
             continue
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        files = [Path(parent, name) for name in sorted(names) if not name.startswith(".")]
-        files = [path for path in files if not _is_special(path)]
+        paths = [Path(parent, name) for name in sorted(names) if not name.startswith(".")]
+        files = [path for path in paths if not _is_special(path)]
         if any(path.name.lower() == _DICOMDIR for path in files):
             discs.append(Path(parent))
-        volumes = [path for path in files if path.name.lower().endswith(_VOLUME_SUFFIXES)]
-        others = [path for path in files if path not in set(volumes)]
-        first = next(filter(_is_dicom_file, others), None)
-        if first is not None:
+        volumes = dict.fromkeys(path for path in files if path.name.lower().endswith(_VOLUME_SUFFIXES))
+        others = [path for path in files if path not in volumes]
+        if (first := next(filter(_is_dicom_file, others), None)) is not None:
             places = {Path(parent), *Path(parent).parents, *Path(parent).absolute().parents}
             disc = next((disc for disc in discs if disc in places), None)
             series = set() if disc is None else {(disc, series_of(path)) for path in others} - {(disc, None)}

@@ -254,17 +254,6 @@ def _facts(folder: Path, results: dict[str, Any], known: list[str]) -> dict[str,
     templates = None if description.get("prompts") else description.get("prompt_templates")
     prompts = templates or asks or results.get("prompts") or []
     is_reworded = bool(asks and results.get("prompts")) and asks != results["prompts"]
-    training = [words.format(settings[key]) for key, words in _TRAINING_FACTS.items() if settings.get(key) is not None]
-    if "steps" in results:
-        training.append(counted(results["steps"], "step"))
-    if results.get("best_step"):
-        training.append(f"weights of step {results['best_step']:,}, the best on the tuning patients")
-    if results.get("strength") is not None:
-        training.append(f"strength {results['strength']:g}: that share of what was learned is in the weights")
-    if {"trainable_parameters", "total_parameters"} <= results.keys():
-        training.append(f"{results['trainable_parameters']:,} of {results['total_parameters']:,} parameters trained")
-    if fingerprint := description.get("base", {}).get("fingerprint"):
-        training.append(f"fingerprint of the base: `{fingerprint}`")
     return {
         "synthetic": bool(results.get("synthetic")),
         "measured_on": results.get("measured_on") or "No scores are recorded.",
@@ -278,11 +267,27 @@ def _facts(folder: Path, results: dict[str, Any], known: list[str]) -> dict[str,
         "chosen_on": _chosen_on(results, is_reworded),
         "data": _data(results),
         "prompts": [prompt if isinstance(prompt, str) else " / ".join(prompt) for prompt in prompts],
-        "training": training,
+        "training": _training(settings, results, description),
         "hardware": _hardware(results),
         "decided": _decided(results),
         "is_classifier": _is_of_classifier(folder),
     }
+
+
+def _training(settings: dict[str, Any], results: dict[str, Any], description: dict[str, Any]) -> list[str]:
+    """How the adapter was trained, in words."""
+    training = [words.format(settings[key]) for key, words in _TRAINING_FACTS.items() if settings.get(key) is not None]
+    if "steps" in results:
+        training.append(counted(results["steps"], "step"))
+    if results.get("best_step"):
+        training.append(f"weights of step {results['best_step']:,}, the best on the tuning patients")
+    if results.get("strength") is not None:
+        training.append(f"strength {results['strength']:g}: that share of what was learned is in the weights")
+    if {"trainable_parameters", "total_parameters"} <= results.keys():
+        training.append(f"{results['trainable_parameters']:,} of {results['total_parameters']:,} parameters trained")
+    if fingerprint := description.get("base", {}).get("fingerprint"):
+        training.append(f"fingerprint of the base: `{fingerprint}`")
+    return training
 
 
 def _chosen_on(results: dict[str, Any], is_reworded: bool) -> str:
