@@ -27,7 +27,7 @@ from transformers import get_cosine_schedule_with_warmup
 from medct.adapters_medct import adapter_fingerprint, describe_adapter, fingerprint
 from medct.common.counting import counted
 from medct.common.digest import digest
-from medct.common.distributed import process_rank, shard, sum_gradients
+from medct.common.distributed import process_rank, refuse_different, refuse_unshared, shard, sum_gradients
 from medct.common.errors import StoppedError, one_line_errors
 from medct.common.files import refuse_taken
 from medct.common.host import device_name, keep_freed_memory, peak_memory_bytes, quiet_libraries
@@ -179,7 +179,10 @@ class Trainer:
         self._check_known()
         for split in scored:
             refuse_shares(self.sources[split])
-        self.folder.claim(self._fixed())
+        refuse_unshared(self.folder.work, self.folder.final)
+        fixed = self._fixed()
+        refuse_different(fixed | self._scored_alike(scored))
+        self.folder.claim(fixed)
         before = {split: self.score_base(split) for split in scored}
         self._check_labels(before["valid"])
         model = self._attach()
@@ -407,6 +410,11 @@ class Trainer:
             "labels, prompts and mappings": self._digest_of_labels(),
             "training studies, with labels and reports,": digest_of_studies(self.sources["train"]),
         }
+
+    def _scored_alike(self, splits: Sequence[str]) -> dict[str, Any]:
+        """What the processes of a run must have in common besides."""
+        studies = {f"studies of {split!r}, with labels,": digest_of_studies(self.sources[split]) for split in splits}
+        return studies | {"checkpoint_steps": self.settings.checkpoint_steps}
 
     def _digest_of_labels(self) -> str:
         """Of what is learned, which stands in files that may change before a run is resumed."""

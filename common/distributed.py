@@ -1,9 +1,16 @@
-"""What the processes of a run do together: gather rows, take sums, shard a model.
+"""What the processes of a run do together: agree on what they run, gather rows, take sums, shard a model.
 
 Losses and gradients are summed over processes, never averaged, because each process computes its own share of one loss.
 """
 
-from collections.abc import Iterable
+import contextlib
+import json
+import os
+import tempfile
+import textwrap
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -11,6 +18,12 @@ from torch.distributed import _functional_collectives as collectives
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
+
+from medct.errors_medct import MedCTError
+
+
+class LaunchError(MedCTError, ValueError):
+    """Processes that cannot work together; the message says why and what to do."""
 
 
 def process_rank() -> int:
@@ -20,6 +33,61 @@ def process_rank() -> int:
 
 def _is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def of_all(value: Any) -> list[Any]:
+    """What each process passes, in rank order, in every process; anything that can be pickled."""
+    if not _is_distributed():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def refuse_different(what: Mapping[str, Any]) -> None:
+    """Refuse processes that would not work on the same; every process must call this.
+
+    Args:
+        what: All that must be the same in each process, ready for JSON.
+
+    Raises:
+        LaunchError: In every process, if something differs; it names the first.
+    """
+    first, *others = of_all(json.loads(json.dumps(what)))
+    for rank, other in enumerate(others, start=2):
+        for name in sorted(first.keys() | other.keys()):
+            if first.get(name) != other.get(name):
+                theirs, its = (
+                    textwrap.shorten(repr(each.get(name)), 200, placeholder=" ...") for each in (other, first)
+                )
+                raise LaunchError(
+                    f"Process {rank} of {len(others) + 1} has {name} {theirs}, but the first one has {its}. Start all "
+                    "with the same flags, accelerate configuration, model and data."
+                )
+
+
+def refuse_unshared(folder: Path, output: str | os.PathLike) -> None:
+    """Refuse processes, as of several machines, that do not see one folder; every process must call this.
+
+    Args:
+        folder: Existing folder to write to.
+        output: What is written, for the message.
+
+    Raises:
+        LaunchError: In every process, if some do not see what the first one writes there.
+    """
+    if not _is_distributed():
+        return
+    with contextlib.ExitStack() as stack:
+        is_first = process_rank() == 0
+        mark = stack.enter_context(tempfile.NamedTemporaryFile(prefix=".seen-", dir=folder)).name if is_first else ""
+        name = Path(of_all(mark)[0]).name
+        sees = of_all((folder / name).exists())
+    if not all(sees):
+        raise LaunchError(
+            f"{output}: process {sees.index(False) + 1} of {len(sees)} does not see what the first one writes there. "
+            "Choose an output on a disk that all machines share."
+        )
 
 
 def gather_rows(rows: torch.Tensor) -> torch.Tensor:

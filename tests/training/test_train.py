@@ -29,6 +29,7 @@ from transformers import AutoModelForImageClassification
 from medct import CT_CLIP_LABELS, MedCTForImageClassification, MedCTModel, MedCTProcessor
 from medct import train as training
 from medct.cli import main
+from medct.common.distributed import LaunchError
 from medct.common.errors import FAILED, STOPPED, StoppedError
 from medct.common.files import OtherSettingsError
 from medct.common.lock import LockedError, only_run
@@ -624,6 +625,30 @@ def test_processes_that_do_not_meet_are_refused(settings, monkeypatch):
     monkeypatch.setattr("medct.training.launch.Accelerator", lambda **_: accelerator)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(TrainingError, match="they are not connected"):
+        run(settings)
+
+
+@pytest.mark.parametrize(
+    "change", [{"seed": 5}, {"checkpoint_steps": 7}, {"phantom_eval_patients": 19}, {"phantom_tune_patients": 11}]
+)
+def test_processes_with_other_settings_are_refused_before_anything_is_kept(settings, change, monkeypatch):
+    ours, theirs = (Trainer(each) for each in (settings, dataclasses.replace(settings, **change)))
+    said = []
+    monkeypatch.setattr("medct.common.distributed.of_all", lambda value: [*said, value])
+    monkeypatch.setattr(ours.folder, "claim", lambda _: pytest.skip("too late"))
+    scored = ("tune", "valid")
+    said.append(json.loads(json.dumps(theirs._fixed() | theirs._scored_alike(scored))))
+    with pytest.raises(LaunchError, match="Process 2 of 2 has "):
+        ours.run()
+    assert not any(ours.folder.work.iterdir())
+
+
+def test_a_folder_that_is_another_one_elsewhere_is_refused(settings, monkeypatch):
+    def refuse(folder, output):
+        raise LaunchError(f"{folder.name} of {output.name}")
+
+    monkeypatch.setattr(training, "refuse_unshared", refuse)
+    with pytest.raises(LaunchError, match=r"run\.unfinished of run"):
         run(settings)
 
 

@@ -1,0 +1,64 @@
+"""What the processes of a launch must agree on. `tests/training` lets two processes work together."""
+
+import re
+from types import SimpleNamespace
+
+import pytest
+
+from medct.common import distributed
+from medct.common.distributed import LaunchError, refuse_different, refuse_unshared
+
+
+def as_seen_by(monkeypatch, *others):
+    """Let this process be the first of several; the others answer as they are told to."""
+    answers = iter(others)
+    world = SimpleNamespace(get_rank=lambda: 0)
+    monkeypatch.setattr(distributed, "_is_distributed", lambda: True)
+    monkeypatch.setattr(distributed, "dist", world)
+    monkeypatch.setattr(distributed, "of_all", lambda value: [value, *next(answers)])
+
+
+@pytest.mark.parametrize(
+    "other, said",
+    [
+        ({"seed": 5, "recipe": "vision"}, "Process 3 of 3 has seed 5, but the first one has 0. Start all with the"),
+        ({"seed": 0}, "Process 3 of 3 has recipe None, but the first one has 'vision'."),
+        ({"seed": 0, "recipe": "vision", "fold": 1}, "Process 3 of 3 has fold 1, but the first one has None."),
+    ],
+)
+def test_processes_that_were_started_differently_are_refused(monkeypatch, other, said):
+    first = {"seed": 0, "recipe": "vision"}
+    as_seen_by(monkeypatch, [first, other])
+    with pytest.raises(LaunchError, match=re.escape(said)):
+        refuse_different(first)
+
+
+def test_processes_that_agree_pass(monkeypatch, tmp_path):
+    as_seen_by(monkeypatch, [{"sizes": [1, 2]}], [""], [True])
+    refuse_different({"sizes": (1, 2)})
+    refuse_unshared(tmp_path, "run")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_is_another_one_elsewhere_is_refused(monkeypatch, tmp_path):
+    as_seen_by(monkeypatch, ["", ""], [True, False])
+    with pytest.raises(LaunchError, match="run: process 3 of 3 does not see what the first one writes there"):
+        refuse_unshared(tmp_path, "run")
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_process_looks_for_what_the_first_one_wrote(monkeypatch, tmp_path):
+    asked = []
+
+    def of_all(value):
+        asked.append(value)
+        return ["elsewhere/mark", ""] if len(asked) == 1 else [True, value]
+
+    monkeypatch.setattr(distributed, "_is_distributed", lambda: True)
+    monkeypatch.setattr(distributed, "dist", SimpleNamespace(get_rank=lambda: 1))
+    monkeypatch.setattr(distributed, "of_all", of_all)
+    with pytest.raises(LaunchError):
+        refuse_unshared(tmp_path, "run")
+    (tmp_path / "mark").touch()
+    asked.clear()
+    refuse_unshared(tmp_path, "run")
