@@ -15,6 +15,7 @@ from medct.adapters_medct import DESCRIPTION_FILE, adapter_fingerprint, fingerpr
 from medct.cli.commands import CommandError, ends, load_pipeline, start_processes
 from medct.cli.records import only_json, recorded_settings
 from medct.cli.score_commands import loader_of
+from medct.common.distributed import refuse_different
 from medct.common.errors import OK, first_line
 from medct.common.files import write_json
 from medct.configuration_medct import MedCTConfig, Prompt
@@ -44,6 +45,7 @@ def try_prompts(args: argparse.Namespace) -> int:
 def _try_prompts(args: argparse.Namespace) -> int:
     pipe = load_pipeline(args, start_processes(args).device, zero_shot_only=True)
     accelerator = Accelerator(cpu=args.cpu)
+    refuse_different(recorded_settings(args) | _model(args, pipe) | {"mixed precision": accelerator.mixed_precision})
     config, mapping = read_label_flags(pipe.asked, args.labels, mapping=args.mapping)
     if args.store and config.label_names != pipe.asked.label_names:
         raise CommandError("--store keeps the wording of the adapter's own findings. Leave out all others.")
@@ -73,18 +75,22 @@ def _try_prompts(args: argparse.Namespace) -> int:
 def _provenance(
     args: argparse.Namespace, pipe: CTPipeline, accelerator: Accelerator, studies: ScoredStudies
 ) -> dict[str, Any]:
-    model = {"model": args.model, "fingerprint": fingerprint(pipe.model), "adapter": args.adapter}
-    if args.adapter is not None:
-        model["adapter_fingerprint"] = adapter_fingerprint(args.adapter, revision=args.adapter_revision)
     return provenance(
         recorded_settings(args),
-        {"model": model | about_model(pipe.model)},
+        {"model": _model(args, pipe) | about_model(pipe.model)},
         {f"{args.data}, {args.split}": list_checksum(studies)},
         accelerator.device,
         seed=0,
         processes=accelerator.num_processes,
         precision=accelerator.mixed_precision,
     )
+
+
+def _model(args: argparse.Namespace, pipe: CTPipeline) -> dict[str, Any]:
+    model = {"model": args.model, "fingerprint": fingerprint(pipe.model), "adapter": args.adapter}
+    if args.adapter is not None:
+        model["adapter_fingerprint"] = adapter_fingerprint(args.adapter, revision=args.adapter_revision)
+    return model
 
 
 def _wordings(args: argparse.Namespace, config: MedCTConfig) -> tuple[list[Template], dict[str, list[Prompt]]]:

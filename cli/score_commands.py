@@ -16,12 +16,13 @@ from medct.adapters_medct import adapter_fingerprint, as_described, fingerprint
 from medct.cli.commands import CommandError, ends, load_pipeline, model_of, start_processes
 from medct.cli.records import figures_of, only_json, recorded_settings
 from medct.common.counting import counted
+from medct.common.distributed import refuse_different
 from medct.common.errors import OK, SOME_FAILED
 from medct.configuration_medct import MedCTConfig
 from medct.data import PhantomCohort, open_source
 from medct.data.label_space import LabelTable, also_asked, read_label_flags, refuse_two_prompts
 from medct.data.loader import StudyLoader
-from medct.data.sources import Source, why_skipped
+from medct.data.sources import Source, digest_of, why_skipped
 from medct.evaluation.figures import Scores, choose_on
 from medct.evaluation.operating_points import YOUDEN, Points, remark_on_points, wanted_points
 from medct.evaluation.predictions import Key, Predictions, learned_from, short_names
@@ -146,6 +147,8 @@ def _evaluate(args: argparse.Namespace, recorded: Mapping[str, Any] | None) -> i
     if remark := remark_on_words(pipe.model, pipe.processor, config):
         warnings.warn(remark, stacklevel=1)
     versions = versions_of(args, pipe, config, mappings)
+    scored_with = {name: version.about for name, version in versions.items()}
+    refuse_different(recorded_settings(args) | scored_with | {"mixed precision": accelerator.mixed_precision})
     args.points = _still_hold(args.points, recorded, versions)
     score = functools.partial(_score, args, pipe, versions, accelerator)
     opened = functools.partial(_open, args, config, mappings)
@@ -376,7 +379,11 @@ def loader_of(args: argparse.Namespace, pipe: CTPipeline, accelerator: Accelerat
         pipe: Holds model and processor.
         accelerator: Its processes share the work.
         source: What to load.
+
+    Raises:
+        LaunchError: If other processes would load other studies.
     """
+    refuse_different({"studies": f"{source.description}, {digest_of(source)}"})
     return StudyLoader(
         source,
         pipe.processor,

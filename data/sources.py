@@ -16,6 +16,7 @@ A row describes one study before its volume is read:
 
 import contextlib
 import hashlib
+import json
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -192,6 +193,18 @@ class Source:
         """Rows of the given keys."""
         # A list in `gen_kwargs` is what `datasets` divides among processes and workers.
         return IterableDataset.from_generator(_read_rows, gen_kwargs={"keys": list(keys), "read": self.read})
+
+
+def digest_of(source: Source) -> str:
+    """Which studies a source holds in which order, with reports and labels, in a few letters.
+
+    Args:
+        source: Whose rows are read, without their volumes, unless it has a checksum of them or they are drawings.
+    """
+    found = hashlib.sha256(json.dumps([source.checksum, *source.groups]).encode())
+    for row in [] if source.checksum or source.is_synthetic else map(source.read, source.keys()):
+        found.update(json.dumps([row[name] for name in ("id", "report", "labels")]).encode())
+    return found.hexdigest()[:16]
 
 
 def _read_rows(keys: list[int], read: Callable[[int], Row]) -> Iterator[Row]:

@@ -82,6 +82,18 @@ def test_evaluate_a_known_model(run, tmp_path, monkeypatch):
     assert f"{source['scores']['auroc']['value']:.3f}" in out
 
 
+@pytest.mark.parametrize("what", ["seed", "mixed precision", "phantom_base", "studies"])
+def test_processes_that_would_score_something_else_are_refused(run, monkeypatch, what):
+    def of_all(ours):
+        return [ours, {name: "other" if name.startswith(what) else value for name, value in ours.items()}]
+
+    monkeypatch.setattr(score_commands, "open_source", lambda *_, **__: phantom_source("A", range(12), 0))
+    monkeypatch.setattr("medct.common.distributed.of_all", of_all)
+    status, out, err = run("evaluate", "--data", "x", model=PHANTOM_BASE)
+    assert (status, out) == (2, "")
+    assert err.splitlines()[-1].startswith(f"error: Process 2 of 2 has {what}")
+
+
 def test_several_sources_are_columns_and_all_splits_are_scored(run, folder, tmp_path):
     one, two = folder("one", 6), folder("two", 4)
     output = tmp_path / "out" / "scores.json"

@@ -225,6 +225,16 @@ def test_names_that_cannot_be_meant_are_refused(converted, tmp_path, refused, na
     assert said in refused("prompts", "--data", "phantoms:A", *options)
 
 
+@pytest.mark.parametrize("what", ["limit", "mixed precision", "fingerprint", "studies"])
+def test_processes_that_would_try_words_on_something_else_are_refused(converted, refused, monkeypatch, what):
+    def of_all(ours):
+        return [ours, {name: "other" if name.startswith(what) else value for name, value in ours.items()}]
+
+    monkeypatch.setattr("medct.common.distributed.of_all", of_all)
+    options = ["--limit", 4, "--model", converted, "--cpu", "--num_workers", 0]
+    assert refused("prompts", "--data", "phantoms:A", *options).startswith(f"Process 2 of 2 has {what}")
+
+
 def test_wordings_of_own_findings_are_tried(converted, tmp_path, refused):
     """Under the names that the data have for them."""
     rows = ["label,data,words,present,absent", "Nodule,Lung nodule,a b,,", "Water,Pleural effusion,,,"]
