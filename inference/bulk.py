@@ -9,6 +9,7 @@ be read and why; the next run tries these again.
 import contextlib
 import csv
 import glob
+import hashlib
 import io
 import json
 import sys
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from medct.common.distributed import refuse_different, refuse_unshared
 from medct.common.files import refuse_other_settings, remove_leftovers, whole_file
 from medct.common.progress import remark, tqdm
 from medct.errors_medct import MedCTError
@@ -272,9 +274,13 @@ def process_to_file(
 
     Raises:
         OtherSettingsError, OutputError: If the output holds rows made with other settings, or anything else.
+        LaunchError: If the processes do not see one output, or were started with other settings or studies.
     """
     failed_path = output.with_name(f"{output.name}.failed.csv")
     rows_path = rows_path or output
+    output.parent.mkdir(parents=True, exist_ok=True)
+    refuse_unshared(output.parent, output)
+    refuse_different(settings | {"studies": _list_of(studies)})
     if state.is_main_process:
         _tidy_up(output, rows_path, failed_path, format, settings)
     state.wait_for_everyone()
@@ -306,13 +312,18 @@ def process_to_file(
 
 def _tidy_up(output: Path, rows_path: Path, failed_path: Path, format: RowFormat, settings: dict[str, Any]) -> None:
     """Before anything is read: refuse what does not belong together, and merge what an interrupted launch has left."""
-    output.parent.mkdir(parents=True, exist_ok=True)
     for path in (rows_path, failed_path, _settings_path(output)):
         remove_leftovers(path)
     _keep_settings(output, rows_path, settings)
     merge(rows_path, format)
     merge(failed_path, _FAILED)
     failed_path.unlink()
+
+
+def _list_of(studies: Sequence[Study]) -> str:
+    """Their number and a digest of their names, which may be those of patients."""
+    names = json.dumps([study.id for study in studies])
+    return f"{len(studies)}, {hashlib.sha256(names.encode()).hexdigest()[:16]}"
 
 
 def _settings_path(output: Path) -> Path:

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from medct.common.distributed import LaunchError
 from medct.common.errors import FAILED, _end_of
 from medct.inference import bulk
 from medct.inference.bulk import KEY, Csv, JsonLines, RowFile, merge, part_path, part_paths, read_rows
@@ -56,6 +57,27 @@ def test_each_study_is_read_by_one_process(tmp_path, monkeypatch):
         list(pool.map(run, range(2)))
     assert sorted(read) == names
     assert [row[KEY] for row in read_rows(tmp_path / "rows.csv", CSV)] == names
+
+
+@pytest.mark.parametrize("theirs", [{"studies": "2, 0123"}, {"labels": ["Nodule"]}], ids=["studies", "settings"])
+def test_processes_that_would_make_other_rows_are_refused(tmp_path, monkeypatch, theirs):
+    monkeypatch.setattr("medct.common.distributed.of_all", lambda ours: [ours, ours | theirs])
+    state = SimpleNamespace(is_main_process=True)
+    output = tmp_path / "new" / "rows.csv"
+    with pytest.raises(LaunchError, match=f"Process 2 of 2 has {next(iter(theirs))}") as caught:
+        bulk.process_to_file([SimpleNamespace(id="Jane Doe")], None, None, output, CSV, {"labels": []}, state)
+    assert "Jane" not in str(caught.value)
+    assert not any(output.parent.iterdir())
+
+
+def test_an_output_that_is_another_file_elsewhere_is_refused(tmp_path, monkeypatch):
+    def refuse(folder, output):
+        raise LaunchError(f"{folder.name} {output.name}")
+
+    monkeypatch.setattr(bulk, "refuse_unshared", refuse)
+    output = tmp_path / "new" / "rows.csv"
+    with pytest.raises(LaunchError, match="new rows"):
+        bulk.process_to_file([], None, None, output, CSV, {}, SimpleNamespace(is_main_process=True))
 
 
 def test_an_incomplete_line_is_dropped(tmp_path, format):
