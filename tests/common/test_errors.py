@@ -15,6 +15,7 @@ from medct.common.errors import BROKEN_PIPE, FAILED, INTERRUPTED, STOPPED, Stopp
 from medct.errors_medct import said_of
 
 FULL_DISK = Path("/dev/full")
+LOST = "error: lost the other processes of this launch"
 CHECK = "Check the file and, if it is remote, the connection."
 
 
@@ -25,6 +26,12 @@ CHECK = "Check the file and, if it is remote, the connection."
         (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "out"), FAILED, "error: out: No space left on device."),
         (OSError("the Hub cannot be reached"), FAILED, "error: the Hub cannot be reached"),
         (torch.OutOfMemoryError("CUDA"), FAILED, "error: the accelerator's memory is full. Lower --batch_size, or"),
+        (torch.distributed.DistStoreError("1/2 clients joined"), FAILED, f"{LOST} (1/2 clients joined). See which of"),
+        (
+            RuntimeError("[/x/gloo/pair.cc:5] Connection closed"),
+            FAILED,
+            f"{LOST}. See which of",
+        ),
         (StoppedError("stopped after step 3."), STOPPED, "stopped after step 3."),
         (
             KeyboardInterrupt(),
