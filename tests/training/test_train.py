@@ -39,6 +39,7 @@ from medct.evaluation.predictions import Key, read_predictions
 from medct.evaluation.scoring import ScoredStudies, prompts_for, score_studies
 from medct.publishing.push import push_model
 from medct.train import Trainer, number_of_steps, run
+from medct.training.launch import make_accelerator
 from medct.training.lora import TARGETS, VARIANTS, add_lora
 from medct.training.objectives import StepLoss
 from medct.training.settings import PHANTOM_BASE, TrainingError, TrainingSettings
@@ -613,6 +614,36 @@ def test_a_loss_that_is_not_finite_ends_the_run(settings, monkeypatch, tmp_path)
 def test_nonsensical_settings_are_refused(settings, changes, said):
     with pytest.raises((TrainingError, DataError), match=said):
         run(dataclasses.replace(settings, **changes))
+
+
+@pytest.mark.parametrize(
+    "asked, done_with, said",
+    [
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, None, "DeepSpeed"),
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, None, "Megatron-LM"),
+        ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, None, "parallelism_config"),
+        ({"ACCELERATE_MIXED_PRECISION": "fp8"}, None, "fp8"),
+        ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, {"compile": True}, "Pass --compile to train"),
+        ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, {"accumulation_steps": 4}, "Pass --accumulation_steps 4 to"),
+        ({"ACCELERATE_USE_FSDP": "true"}, None, "Pass --fsdp_version 2"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"}, None, "fsdp_offload_par"),
+        (
+            {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_ACTIVATION_CHECKPOINTING": "true"},
+            {"gradient_checkpointing": True},
+            "Pass --gradient_checkpointing to train",
+        ),
+    ],
+)
+def test_what_accelerate_is_told_to_do_is_done_or_refused(settings, monkeypatch, asked, done_with, said):
+    monkeypatch.setattr(
+        "medct.training.launch.Accelerator", lambda **_: SimpleNamespace(num_processes=1, mixed_precision="no")
+    )
+    for name, value in asked.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(TrainingError, match=said):
+        make_accelerator(settings, Path("work"))
+    if done_with:
+        make_accelerator(dataclasses.replace(settings, **done_with), Path("work"))
 
 
 def test_held_out_studies_that_cannot_be_scored_are_refused_before_training(settings):
