@@ -62,7 +62,7 @@ from medct.training.best import BestSoFar
 from medct.training.checkpoints import Checkpoints, TrainingState
 from medct.training.folds import cross_validate
 from medct.training.handing_out import draw_pictures, tell, write_readme
-from medct.training.launch import commit_of_base, load_base, make_accelerator
+from medct.training.launch import commit_of_base, load_base, make_accelerator, shards_by_launch
 from medct.training.lora import (
     add_lora,
     core,
@@ -124,12 +124,13 @@ class Trainer:
     """
 
     def __init__(self, settings: TrainingSettings):
-        settings = dataclasses.replace(settings, model=resolve_name(settings.model))
+        # accelerate has a flag for it, too
+        fsdp2 = settings.fsdp2 or shards_by_launch()
+        settings = dataclasses.replace(settings, model=resolve_name(settings.model), fsdp2=fsdp2)
         check(settings)
         self.started = time.monotonic()
         self.folder = RunFolder(settings.output_dir, settings.resume)
         self.accelerator = make_accelerator(settings, self.folder.work)
-        self.is_sharded = settings.fsdp2 or self.accelerator.is_fsdp2
         set_seed(settings.seed)
         self.base, self.processor = load_base(settings)
         asks = (settings.labels, settings.templates, settings.mapping)
@@ -286,7 +287,7 @@ class Trainer:
             core(model).activation_checkpointing_enable()
         if settings.compile:
             core(model).vision_model.compile()
-        if self.is_sharded:
+        if settings.fsdp2:
             shard(core(model))
         self.frozen = digest(frozen_tensors(model))
         if settings.strength == "auto":
@@ -362,7 +363,7 @@ class Trainer:
         if not math.isfinite(loss):
             raise TrainingError(f"The loss became {loss} in step {state.step + 1}. Lower --learning_rate.")
         parameters = list(state.parameters.values())
-        if not self.is_sharded:
+        if not settings.fsdp2:
             sum_gradients(parameters)
         torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
         learning_rate = state.schedule.get_last_lr()[0]
@@ -403,7 +404,6 @@ class Trainer:
         """What a run that is resumed must have in common with its beginning, besides what it is told to score."""
         return self.settings.fixed() | {
             "steps": self.steps,
-            "fsdp2": self.is_sharded,  # accelerate has a flag for it, too
             "processes": self.accelerator.num_processes,
             "mixed precision": self.accelerator.mixed_precision,
             "the base's weights": self.fingerprint,

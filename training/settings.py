@@ -279,7 +279,9 @@ def check(settings: TrainingSettings) -> None:
     if settings.resume and not settings.output_dir:
         raise TrainingError("--resume needs the --output_dir of the run to resume.")
     if settings.fsdp2 and settings.adaptation == "pissa":
-        raise TrainingError("--adaptation pissa cannot be saved from a sharded model. Leave out --fsdp2.")
+        raise TrainingError(
+            "--adaptation pissa cannot be saved from a sharded model. Leave out --fsdp2 and --use_fsdp."
+        )
     if settings.fsdp2 and "RANK" not in os.environ:
         raise TrainingError("--fsdp2 shards a model over processes. Start them with `accelerate launch` or `torchrun`.")
     if settings.train_logit_scale and settings.adaptation == "pissa":

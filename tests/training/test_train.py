@@ -476,7 +476,7 @@ def test_a_run_is_what_its_settings_its_launch_and_its_base_say(settings, monkey
         "processes": (trainer.accelerator.state, "num_processes", 2),
         "mixed precision": (trainer.accelerator.state, "_mixed_precision", "bf16"),
         "the base's weights": (trainer, "fingerprint", "another"),
-        "fsdp2": (trainer, "is_sharded", True),
+        "fsdp2": (trainer, "settings", dataclasses.replace(trainer.settings, fsdp2=True)),
     }
     for name, change in changes.items():
         with monkeypatch.context() as patched:
@@ -644,6 +644,18 @@ def test_what_accelerate_is_told_to_do_is_done_or_refused(settings, monkeypatch,
         make_accelerator(settings, Path("work"))
     if done_with:
         make_accelerator(dataclasses.replace(settings, **done_with), Path("work"))
+
+
+@pytest.mark.parametrize("variant, refused", [("lora", False), ("pissa", True)])
+def test_accelerates_flag_shards_as_our_own_does(settings, monkeypatch, variant, refused):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    monkeypatch.setenv("RANK", "0")
+    settings = dataclasses.replace(settings, adaptation=variant)
+    with (
+        pytest.raises(TrainingError, match="Leave out --fsdp2 and --use_fsdp") if refused else contextlib.nullcontext()
+    ):
+        assert Trainer(settings)._fixed()["fsdp2"]
 
 
 def test_held_out_studies_that_cannot_be_scored_are_refused_before_training(settings):
