@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 
 from medct.checks_medct import preprocessing
 from medct.cli.reports import Writer, asked_for, check_reports, report_writer, reported
@@ -50,7 +51,8 @@ def start_processes(args: argparse.Namespace) -> PartialState:
     Raises:
         CommandError: If a launch of several processes would have each of them do all of the work.
     """
-    state = PartialState(cpu=args.cpu, timeout=_PATIENCE)
+    # As `Accelerator` does, this follows the launch's own flag, too.
+    state = PartialState(cpu=args.cpu or parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=_PATIENCE)
     if state.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
         raise CommandError(
             "The processes of this launch are not connected. Without GPUs, add --cpu after the command's name."

@@ -634,6 +634,19 @@ def test_processes_that_do_not_know_each_other_are_refused(monkeypatch, connecte
             commands.start_processes(args)
 
 
+@pytest.mark.parametrize(
+    ("own", "of_launch", "cpu"), [(False, "false", False), (True, "false", True), (False, "true", True)]
+)
+def test_the_launchs_own_flag_keeps_to_the_cpu(monkeypatch, own, of_launch, cpu):
+    said = []
+    monkeypatch.setattr(
+        commands, "PartialState", lambda **options: said.append(options) or SimpleNamespace(num_processes=1)
+    )
+    monkeypatch.setenv("ACCELERATE_USE_CPU", of_launch)
+    commands.start_processes(argparse.Namespace(cpu=own))
+    assert [each["cpu"] for each in said] == [cpu]
+
+
 def test_several_processes_do_not_write_to_one_screen(run, scans, monkeypatch):
     launched(monkeypatch, 2, 2)
     status, out, err = run("predict", scans)
