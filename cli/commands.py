@@ -21,6 +21,7 @@ from medct.checks_medct import preprocessing
 from medct.cli.reports import Writer, asked_for, check_reports, report_writer, reported
 from medct.cli.wording import in_flags
 from medct.common.counting import counted
+from medct.common.distributed import be_patient
 from medct.common.errors import OK, SOME_FAILED, first_line
 from medct.common.files import whole_folder
 from medct.common.lock import only_run
@@ -52,11 +53,12 @@ def start_processes(args: argparse.Namespace) -> PartialState:
         CommandError: If a launch of several processes would have each of them do all of the work.
     """
     # As `Accelerator` does, this follows the launch's own flag, too.
-    state = PartialState(cpu=args.cpu or parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=_PATIENCE)
+    state = PartialState(cpu=args.cpu or parse_flag_from_env("ACCELERATE_USE_CPU"))
     if state.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
         raise CommandError(
             "The processes of this launch are not connected. Without GPUs, add --cpu after the command's name."
         )
+    be_patient(_PATIENCE)
     return state
 
 

@@ -9,6 +9,7 @@ import os
 import tempfile
 import textwrap
 from collections.abc import Iterable, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,19 @@ def of_all(value: Any) -> list[Any]:
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def be_patient(patience: timedelta) -> None:
+    """Let processes that have met wait for each other that long; every process must call this.
+
+    Patience from the start would also be with processes that ended before they met the others.
+
+    Args:
+        patience: Instead of the library's minutes.
+    """
+    if _is_distributed():
+        of_all(None)  # NCCL connects them only now
+        dist.distributed_c10d._set_pg_timeout(patience)
 
 
 def refuse_different(what: Mapping[str, Any]) -> None:

@@ -644,7 +644,17 @@ def test_the_launchs_own_flag_keeps_to_the_cpu(monkeypatch, own, of_launch, cpu)
     )
     monkeypatch.setenv("ACCELERATE_USE_CPU", of_launch)
     commands.start_processes(argparse.Namespace(cpu=own))
-    assert [each["cpu"] for each in said] == [cpu]
+    assert said == [{"cpu": cpu}]
+
+
+def test_processes_wait_long_only_for_those_that_they_have_met(monkeypatch):
+    """One that ended before, as it had no scans to read, would keep the others waiting for a week."""
+    launched(monkeypatch, 2, 2)
+    waited = []
+    monkeypatch.setattr(commands, "be_patient", waited.append)
+    monkeypatch.setattr(commands, "PartialState", lambda cpu: SimpleNamespace(num_processes=2, waited=waited.copy()))
+    assert commands.start_processes(argparse.Namespace(cpu=True)).waited == []
+    assert waited == [commands._PATIENCE]
 
 
 def test_several_processes_do_not_write_to_one_screen(run, scans, monkeypatch):

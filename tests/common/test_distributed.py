@@ -1,12 +1,14 @@
 """What the processes of a launch must agree on. `tests/training` lets two processes work together."""
 
 import re
+from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from medct.common import distributed
-from medct.common.distributed import LaunchError, refuse_different, refuse_unshared
+from medct.common.distributed import LaunchError, be_patient, refuse_different, refuse_unshared
 
 
 def as_seen_by(monkeypatch, *others):
@@ -62,3 +64,15 @@ def test_another_process_looks_for_what_the_first_one_wrote(monkeypatch, tmp_pat
     (tmp_path / "mark").touch()
     asked.clear()
     refuse_unshared(tmp_path, "run")
+
+
+def test_patience_holds_for_a_group_that_has_met(monkeypatch, tmp_path):
+    dist = torch.distributed
+    store = dist.FileStore(str(tmp_path / "meet"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1, timeout=timedelta(seconds=9))
+    try:
+        monkeypatch.setattr(distributed, "_is_distributed", lambda: True)
+        be_patient(timedelta(seconds=77))
+        assert dist.group.WORLD._get_backend(torch.device("cpu")).options._timeout == timedelta(seconds=77)
+    finally:
+        dist.destroy_process_group()
