@@ -25,7 +25,8 @@ class LockedError(MedCTError, OSError):
 
 def is_first_process() -> bool:
     """Whether this process speaks for all that were launched together; known before they have met."""
-    return not int(os.environ.get("RANK", 0))
+    launched = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    return not launched or not int(os.environ.get("RANK", 0))
 
 
 @contextlib.contextmanager

@@ -82,6 +82,9 @@ def test_leftovers_of_killed_runs_are_cleared_away(tmp_path):
 def test_other_processes_of_a_launch_rely_on_the_first(tmp_path, monkeypatch):
     with only_run(tmp_path / "out"):
         monkeypatch.setenv("RANK", "1")
+        with pytest.raises(LockedError), only_run(tmp_path / "out"):
+            pytest.fail("a rank that another launch has left makes no launch")
+        monkeypatch.setenv("WORLD_SIZE", "2")
         with only_run(tmp_path / "out"):
             pass
         with pytest.raises(LockedError), only_run(tmp_path / "out", each_process=True):
