@@ -52,8 +52,14 @@ def start_processes(args: argparse.Namespace) -> PartialState:
     Raises:
         CommandError: If a launch of several processes would have each of them do all of the work.
     """
-    # As `Accelerator` does, this follows the launch's own flag, too.
-    state = PartialState(cpu=args.cpu or parse_flag_from_env("ACCELERATE_USE_CPU"))
+    try:
+        # As `Accelerator` does, this follows the launch's own flag, too.
+        state = PartialState(cpu=args.cpu or parse_flag_from_env("ACCELERATE_USE_CPU"))
+    except ValueError as error:
+        raise CommandError(
+            f"accelerate cannot start this launch: {first_line(error).rstrip('.')}. Use `accelerate launch`, or unset "
+            "WORLD_SIZE for a single process."
+        ) from error
     if state.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
         raise CommandError(
             "The processes of this launch are not connected. Without GPUs, add --cpu after the command's name."

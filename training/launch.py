@@ -7,6 +7,7 @@ from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, parse_flag_from_env
 from huggingface_hub.errors import HfHubHTTPError
 
+from medct.common.errors import first_line
 from medct.evaluation.scoring import is_classifier
 from medct.processing_medct import MedCTProcessor
 from medct.publishing.loading import AnyMedCT, load_model
@@ -67,7 +68,10 @@ def make_accelerator(settings: TrainingSettings, work: Path) -> Accelerator:
         places = ProjectConfiguration(project_dir=str(work), logging_dir=str(work / "logs"))
         accelerator = Accelerator(cpu=settings.cpu, log_with=tracker, project_config=places)
     except (ImportError, ValueError) as error:
-        raise TrainingError(f"--report_to {tracker}: {error} Try `pip install {tracker}`.") from error
+        raise TrainingError(
+            f"accelerate cannot start this launch: {first_line(error).rstrip('.')}. Use `accelerate launch` or "
+            "`torchrun`, or unset WORLD_SIZE for a single process."
+        ) from error
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != started:
         raise TrainingError(f"{started} processes were started, but they are not connected. Without GPUs, pass --cpu.")

@@ -647,6 +647,19 @@ def test_the_launchs_own_flag_keeps_to_the_cpu(monkeypatch, own, of_launch, cpu)
     assert said == [{"cpu": cpu}]
 
 
+def test_variables_that_another_launch_has_left_are_named(monkeypatch):
+    launched(monkeypatch, 1, 2)
+
+    def refuse(cpu):
+        raise ValueError("`MASTER_ADDR` env was not set.")
+
+    monkeypatch.setattr(commands, "PartialState", refuse)
+    with pytest.raises(
+        commands.CommandError, match=r"`MASTER_ADDR` env was not set\. Use .* or unset WORLD_SIZE for a"
+    ):
+        commands.start_processes(argparse.Namespace(cpu=True))
+
+
 def test_processes_wait_long_only_for_those_that_they_have_met(monkeypatch):
     """One that ended before, as it had no scans to read, would keep the others waiting for a week."""
     launched(monkeypatch, 2, 2)

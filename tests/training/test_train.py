@@ -646,6 +646,15 @@ def test_what_accelerate_is_told_to_do_is_done_or_refused(settings, monkeypatch,
         make_accelerator(dataclasses.replace(settings, **done_with), Path("work"))
 
 
+def test_variables_that_another_launch_has_left_are_named(settings, monkeypatch):
+    def refuse(**_):
+        raise ValueError("`MASTER_ADDR` env was not set.")
+
+    monkeypatch.setattr("medct.training.launch.Accelerator", refuse)
+    with pytest.raises(TrainingError, match=r"`MASTER_ADDR` env was not set\. Use .* or unset WORLD_SIZE for a"):
+        make_accelerator(settings, Path("work"))
+
+
 @pytest.mark.parametrize("variant, refused", [("lora", False), ("pissa", True)])
 def test_accelerates_flag_shards_as_our_own_does(settings, monkeypatch, variant, refused):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
