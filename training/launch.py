@@ -59,7 +59,8 @@ def make_accelerator(settings: TrainingSettings, work: Path) -> Accelerator:
         work: Working folder, for the logs of trackers.
 
     Raises:
-        TrainingError: If processes were started that do not see each other, or as no run works.
+        TrainingError: If processes were started that do not see each other, or as no run works; if the tracker is not
+            installed.
     """
     _refuse_what_is_not_done(settings)
     tracker = None if settings.report_to == "none" else settings.report_to
@@ -72,6 +73,10 @@ def make_accelerator(settings: TrainingSettings, work: Path) -> Accelerator:
             f"accelerate cannot start this launch: {first_line(error).rstrip('.')}. Use `accelerate launch` or "
             "`torchrun`, or unset WORLD_SIZE for a single process."
         ) from error
+    if tracker and not accelerator.log_with:
+        raise TrainingError(
+            f"--report_to {tracker} needs a package that is not installed. Try `pip install {tracker}`."
+        )
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != started:
         raise TrainingError(f"{started} processes were started, but they are not connected. Without GPUs, pass --cpu.")

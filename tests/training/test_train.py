@@ -655,6 +655,13 @@ def test_variables_that_another_launch_has_left_are_named(settings, monkeypatch)
         make_accelerator(settings, Path("work"))
 
 
+@pytest.mark.filterwarnings("ignore:.log_with=:UserWarning")
+def test_a_tracker_that_is_not_installed_is_refused(settings, monkeypatch):
+    monkeypatch.setattr("accelerate.tracking.get_available_trackers", list)
+    with pytest.raises(TrainingError, match=r"--report_to tensorboard needs a package .* `pip install tensorboard`"):
+        make_accelerator(dataclasses.replace(settings, report_to="tensorboard"), Path("work"))
+
+
 @pytest.mark.parametrize("variant, refused", [("lora", False), ("pissa", True)])
 def test_accelerates_flag_shards_as_our_own_does(settings, monkeypatch, variant, refused):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
