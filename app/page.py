@@ -230,8 +230,10 @@ def _connect(on: SimpleNamespace, answers: _Answers) -> None:
 
 
 def _forget(path: str) -> None:
-    """Remove an upload; each has a folder of its own."""
-    shutil.rmtree(Path(path).parent, ignore_errors=True)
+    """Remove an upload, and its folder if nothing else lies there. A program may have named a folder: that stays."""
+    with contextlib.suppress(OSError):
+        Path(path).unlink()
+        Path(path).parent.rmdir()
 
 
 def _add_endpoint(gr: Any, predict: Any) -> None:

@@ -94,6 +94,8 @@ class Engine:
             ScanError: If it cannot be read; the message names the file without its folder.
         """
         name = Path(path).name
+        if not Path(path).is_file():  # the folder of all uploads, say, which a program may name in place of its own
+            raise ScanError(f"{name}: it is no file, or has been read already. Upload a file.")
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", VolumeWarning)  # the notes are shown

@@ -5,6 +5,7 @@ import io
 import json
 import re
 import zipfile
+from types import SimpleNamespace
 
 import nibabel
 import numpy as np
@@ -118,8 +119,22 @@ def test_a_refusal_names_the_file_alone(engine, tmp_path):
     assert said.startswith("wrong.nii.gz: it is not a NIfTI") and str(tmp_path) not in said
 
 
+def test_a_program_reaches_and_removes_its_own_upload_alone(engine, tmp_path):
+    """gradio lets it name the folder of all uploads as well, and each of theirs."""
+    (tmp_path / "uploads/a").mkdir(parents=True)
+    path = write_marked(tmp_path / "uploads/a/scan.nii.gz")
+    answers = page._Answers(SimpleNamespace(Error=lambda said, **_: RuntimeError(said)), engine)
+    for folder in (path.parent, path.parent.parent):
+        with pytest.raises(RuntimeError, match=f"^{folder.name}: it is no file"):
+            answers.predict(str(folder))
+        assert path.exists()
+    assert answers.predict(str(path))["scan"] == path.name
+    assert list(tmp_path.rglob("*")) == [path.parent.parent]
+
+
 def test_an_unknown_failure_quotes_nothing(engine, tmp_path, monkeypatch):
     monkeypatch.setattr("medct.app.scans.read_volume", lambda *_, **__: (_ for _ in ()).throw(KeyError(SECRET)))
+    (tmp_path / "scan.nii").touch()
     with pytest.raises(ScanError, match=r"^scan.nii: reading failed \(KeyError in \S+, line \d+\). Report this.$"):
         engine.read(tmp_path / "scan.nii")
 
