@@ -25,6 +25,8 @@ from medct.data.sources import DataError
 SUFFIXES = (".csv", ".xlsx")
 _SEPARATORS = ",;\t"
 _LONGEST_CELL = 2**24
+_MOST_CELLS = 2**26
+"""Of one sheet: all up to its last cell in use, each of which is walked over."""
 _OLD_OFFICE = b"\xd0\xcf\x11\xe0"  # .xls, and workbooks with a password
 _AS_CSV = "In Excel, save it as `CSV UTF-8`"
 
@@ -141,9 +143,16 @@ def _sheet(path: Path, wanted: Sequence[str], name: str) -> Iterator[list[str]]:
         raise DataError(f"{name}: an Excel file, which needs openpyxl: pip install openpyxl. Or: {_AS_CSV}.") from error
     of_zip(of_path(path)[0])  # refuses what would unpack to gigabytes
     try:
-        sheets = [list(sheet.iter_rows(values_only=True)) for sheet in load_workbook(path, data_only=True).worksheets]
+        found = load_workbook(path, data_only=True).worksheets
     except Exception as error:  # openpyxl raises those of zipfile, XML and its own
         raise DataError(f"{name}: a damaged Excel file ({type(error).__name__}). {_AS_CSV}.") from error
+    for sheet in found:
+        if sheet.max_row * sheet.max_column > _MOST_CELLS:
+            raise DataError(
+                f"{name}: the sheet {sheet.title!r} reaches from {sheet.dimensions.replace(':', ' to ')}, more than a "
+                f"table holds. Delete what stands far outside of the table, or: {_AS_CSV}."
+            )
+    sheets = [list(sheet.iter_rows(values_only=True)) for sheet in found]
     texts = [[[_text(cell) for cell in row] for row in sheet] for sheet in sheets if sheet]
     yield from max(texts, key=lambda sheet: _count(sheet[0], wanted), default=[])
 

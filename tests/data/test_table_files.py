@@ -96,6 +96,15 @@ def test_a_table_that_is_not_there_is_said_to_be_so(tmp_path):
     assert str(refusal.value) == f"{tmp_path / 'nope.csv'}: no such file. Check the path."
 
 
+def test_a_cell_far_outside_of_the_table_is_refused(tmp_path):
+    """Walking over all cells before the last one in use would take minutes and all memory."""
+    book = Workbook()
+    book.active["A1"], book.active["XFD1048576"] = "id", "typed by accident"
+    book.save(tmp_path / "table.xlsx")
+    with pytest.raises(DataError, match="the sheet 'Sheet' reaches from A1 to XFD1048576"):
+        read_table(tmp_path / "table.xlsx", ["id"])
+
+
 def test_without_openpyxl_it_says_what_to_do(tmp_path, monkeypatch):
     path = write_xlsx(tmp_path / "table.xlsx", [["a"], ["1"]])
     monkeypatch.setitem(__import__("sys").modules, "openpyxl", None)
