@@ -6,6 +6,7 @@ opened, links that turn in a circle are not followed, and archives that inflate 
 
 import functools
 import gzip
+import hashlib
 import io
 import os
 import re
@@ -49,6 +50,8 @@ _MAX_DEFLATE_RATIO = 1032
 _CHUNK_BYTES = 2**24
 _MAX_REST_BYTES = 2**26
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]+(::[a-z0-9]+)*://")
+_USER = re.compile(r"(?<=://)[^/?#]*@")
+_SIGNED = re.compile(r"(?i)([?&][^=&#]*(?:sig|token|access_?key|api_?key|secret|credent|passw|auth)[^=&#]*=)([^&#]+)")
 # Left behind by operating systems; `._*` even carry the suffix of the file they belong to.
 _NOT_SCANS = (".DS_Store", "Thumbs.db", "desktop.ini")
 
@@ -127,10 +130,25 @@ def is_address(source: Any) -> bool:
     return isinstance(source, str) and bool(_ADDRESS.match(source))
 
 
+def without_secrets(address: str) -> str:
+    """What to call an address: itself, without user and password, and with a digest for each value that gives access.
+
+    So it can stand in messages and results, and two addresses still have two names. Paths stay as they are.
+    """
+    if not is_address(address):
+        return address
+
+    def digest(match: re.Match[str]) -> str:
+        return match[1] + hashlib.sha256(match[2].encode(errors="surrogateescape")).hexdigest()[:8]
+
+    return _SIGNED.sub(digest, _USER.sub("", address))
+
+
 def of_address(address: str) -> list[ByteSource]:
     """The file at an fsspec address, or all files below it."""
+    said = without_secrets(address)
     if fsspec is None:
-        raise VolumeError(address, "addresses need fsspec", "Install it, pip install fsspec, or pass a local path")
+        raise VolumeError(said, "addresses need fsspec", "Install it, pip install fsspec, or pass a local path")
     try:
         file_system, path = fsspec.url_to_fs(address)
         if file_system.protocol in ("file", ("file", "local")):
@@ -138,14 +156,14 @@ def of_address(address: str) -> list[ByteSource]:
         names = [path]
         if file_system.info(path)["type"] == "directory":
             names = [name for name in sorted(file_system.find(path)) if _may_be_scan(name)]
-        _check_count(address, len(names))
-        return [_of_remote(file_system, name, name if len(names) > 1 else address) for name in names]
+        _check_count(said, len(names))
+        return [_of_remote(file_system, name, without_secrets(name) if len(names) > 1 else said) for name in names]
     except VolumeError:
         raise
     except Exception as error:  # each file system has its own
         kind = str(error) if isinstance(error, ImportError) else type(error).__name__
         raise VolumeError(
-            address, f"the address cannot be opened ({kind})", "Check it, or download the scan and pass its path"
+            said, f"the address cannot be opened ({kind})", "Check it, or download the scan and pass its path"
         ) from error
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from medct.byte_sources_medct import HEAD_BYTES, is_address
+from medct.byte_sources_medct import HEAD_BYTES, is_address, without_secrets
 from medct.dicom_io_medct import is_dicom, series_of
 from medct.errors_medct import said_of
 from medct.image_processing_medct import MedCTImageProcessor
@@ -38,7 +38,7 @@ class Study:
     """One study on disk or at an address.
 
     Args:
-        id: Its path or address, as the user gave it or within a folder that the user gave.
+        id: Its path or address, as the user gave it or within a folder that the user gave; see `without_secrets`.
         source: What `read_volume` takes.
         notes: Remarks on where it was found.
     """
@@ -92,7 +92,7 @@ def find_studies(paths: Iterable[str | os.PathLike]) -> list[Study]:
     refuse_missing(paths)
     for path in paths:
         if is_address(path) or Path(path).is_file():
-            found = [(Study(path, path), None)]
+            found = [(Study(without_secrets(path), path), None)]
         else:
             found = sorted(_studies_below(Path(path)), key=lambda one: one[0].id)
             if not found:

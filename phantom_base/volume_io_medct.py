@@ -34,6 +34,7 @@ from .byte_sources_medct import (
     of_file_object,
     of_path,
     of_zip,
+    without_secrets,
 )
 from .configuration_medct import MedCTVisionConfig, is_orientation
 from .dicom_io_medct import has_mark, is_dicom, places_of_slices, read_dicom
@@ -299,7 +300,7 @@ def _files_of(source: Any) -> tuple[list[ByteSource], str, Path | None]:
     if isinstance(source, bytes | bytearray | memoryview):
         return [of_bytes(bytes(source), "bytes")], "bytes", None
     if is_address(source):
-        return of_address(source), source, None
+        return of_address(source), without_secrets(source), None
     if isinstance(source, str) and not source:
         raise VolumeError("path", "it is empty, and would stand for the current folder", 'Pass a path, if only "."')
     if isinstance(source, str | os.PathLike):

@@ -82,6 +82,8 @@ def test_files_given_by_name_are_taken_whatever_their_suffix(hospital):
     path = write_nifti(hospital / "c.nii").rename(hospital / "c.scan")
     assert [study.id for study in find_studies([path])] == [str(path)]
     assert find_studies(["hf://datasets/org/name/scan.nii.gz"])[0].source == "hf://datasets/org/name/scan.nii.gz"
+    (signed,) = find_studies(["https://user:password@host/scan.nii.gz"])
+    assert signed == Study("https://host/scan.nii.gz", "https://user:password@host/scan.nii.gz")
 
 
 def test_missing_paths_are_named(tmp_path):

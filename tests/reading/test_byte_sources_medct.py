@@ -12,6 +12,7 @@ import pytest
 from scan_files import make_hu, write_series
 
 from medct import VolumeError, byte_sources_medct, read_volume
+from medct.byte_sources_medct import without_secrets
 
 
 @pytest.fixture
@@ -203,6 +204,21 @@ def test_addresses(hu, tmp_path, nifti):
         read_volume("nosuchprotocol://host/scan.nii.gz")
     with pytest.raises(VolumeError, match="address cannot be opened"):
         read_volume("hf://datasets/nobody/nothing/scan.nii.gz")  # the tests are offline
+
+
+def test_what_gives_access_to_an_address_is_not_said(hu, nifti):
+    secret = "SECRET"
+    signed = f"https://{secret}:{secret}@host/a/scan.nii.gz?versionId=7&X-Amz-Signature={secret}&access_token={secret}1"
+    said = without_secrets(signed)
+    assert secret not in said and said.startswith("https://host/a/scan.nii.gz?versionId=7&X-Amz-Signature=")
+    assert without_secrets(signed) == said != without_secrets(signed.replace(f"{secret}1", f"{secret}2"))
+    for plain in ("hf://datasets/org/name@main/a.nii.gz", "s3://bucket/a@b/c.nii?versionId=3", "/data/a?token=7.nii"):
+        assert without_secrets(plain) == plain
+    fsspec.filesystem("memory").pipe("/a.nii.gz?token=SECRET", nifti(hu).read_bytes())
+    assert read_volume("memory://a.nii.gz?token=SECRET").source == without_secrets("memory://a.nii.gz?token=SECRET")
+    with pytest.raises(VolumeError) as refusal:
+        read_volume("memory://missing.nii.gz?token=SECRET")
+    assert secret not in f"{refusal.value} {refusal.value.source}"
 
 
 def test_addresses_without_fsspec(monkeypatch):
