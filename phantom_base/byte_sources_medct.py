@@ -259,6 +259,8 @@ def _of_file(path: Path, in_folder: bool = False) -> ByteSource | None:
             raise VolumeError(str(path), "it is not a regular file", "Pass a file or a folder")
         with path.open("rb"):
             pass
+    except VolumeError:
+        raise
     except OSError as error:
         raise VolumeError(str(path), f"it cannot be read ({error.strerror})", "Check the path") from error
     except ValueError as error:  # a null character
