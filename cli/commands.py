@@ -80,8 +80,9 @@ def model_of(args: argparse.Namespace) -> str:
 
     try:
         config = PeftConfig.from_pretrained(args.adapter, revision=args.adapter_revision)
-    except (OSError, ValueError) as error:
-        raise CommandError(f"{args.adapter}: no adapter ({first_line(error)}). Pass a Hub id or a folder.") from error
+    except Exception as error:  # of any kind, for what PEFT does not expect
+        said = first_line(error) if isinstance(error, OSError | ValueError) else f"PEFT: {type(error).__name__}"
+        raise CommandError(f"{args.adapter}: no adapter ({said}). Pass a Hub id or a folder.") from error
     args.model, args.revision = config.base_model_name_or_path, args.revision or config.revision
     return args.model
 

@@ -141,8 +141,8 @@ def refuse_to_swap(config: Any, adapter: str | Path, **hub: Any) -> None:
     Raises:
         AdapterMismatchError: If its configuration is another.
     """
-    folder = Path(_file(adapter, CONFIG_FILE, hub, is_optional=False)).parent
-    ours, theirs = (each.to_dict() for each in (config, _peft().PeftConfig.from_pretrained(str(folder))))
+    theirs = read_config(_file(adapter, CONFIG_FILE, hub, is_optional=False), adapter).to_dict()
+    ours = config.to_dict()
     if other := sorted(key for key in theirs if key not in _ORIGIN and ours.get(key) != theirs[key]):
         raise AdapterMismatchError(
             f"{adapter} has another {other[0]} than the adapter of that name, and only weights can be swapped. Delete "
@@ -380,7 +380,7 @@ def check_fit(model: PreTrainedModel, adapter: str | Path, **hub: Any) -> dict[s
         _check_base(model, adapter, description["base"])
         _check_preprocessing(model, adapter, description["preprocessing"])
     tensors = read_tensors(adapter, **hub)
-    config = _peft().PeftConfig.from_pretrained(str(Path(config_file).parent))
+    config = read_config(config_file, adapter)
     refuse_to_share_base(model, config)
     check_tensors(model, tensors, config, str(adapter))
     if description is None:
@@ -396,6 +396,28 @@ def check_fit(model: PreTrainedModel, adapter: str | Path, **hub: Any) -> dict[s
             stacklevel=3,
         )
     return description
+
+
+def read_config(path: str | Path, adapter: str | Path) -> Any:
+    """The configuration of an adapter, as PEFT has it.
+
+    Args:
+        path: Of `adapter_config.json`.
+        adapter: Hub id or folder, for messages.
+
+    Raises:
+        AdapterMismatchError: If PEFT cannot read it, or the adapter mixes others, which would be fetched unchecked.
+    """
+    try:
+        config = _peft().PeftConfig.from_pretrained(str(Path(path).parent))
+    except Exception as error:  # of any kind, for what PEFT does not expect
+        raise AdapterMismatchError(
+            f"{adapter}: PEFT cannot read its {CONFIG_FILE} ({type(error).__name__}). Update PEFT, or ask its author "
+            "to save it again."
+        ) from error
+    if getattr(config, "adapters", None):
+        raise AdapterMismatchError(f"{adapter} mixes other adapters ({config.peft_type.value}). Load each by itself.")
+    return config
 
 
 def read_tensors(adapter: str | Path, **hub: Any) -> dict[str, torch.Tensor]:
@@ -468,7 +490,8 @@ def _wanted(model: PreTrainedModel, config: Any) -> dict[str, torch.Size]:
     with torch.device("meta"):
         skeleton = type(model)(copy.deepcopy(model.config))
     try:
-        with warnings.catch_warnings(action="ignore"):  # of PEFT's own dealings with transformers
+        # Of PEFT's own dealings with transformers. No memory for what a configuration asks for, either.
+        with warnings.catch_warnings(action="ignore"), torch.device("meta"):
             # Not `inject_adapter_in_model`, which takes no adapter whose layers share what is kept beside them.
             adapted = _peft().get_peft_model(skeleton, config, adapter_name="wanted")
         found = _peft().get_peft_model_state_dict(adapted, adapter_name="wanted")
@@ -477,9 +500,10 @@ def _wanted(model: PreTrainedModel, config: Any) -> dict[str, torch.Size]:
             f"What an adapter of the kind {config.peft_type.value} has to hold depends on the weights of its base, so "
             "it cannot be checked. Load it with `peft.PeftModel.from_pretrained`, which checks nothing."
         ) from error
-    except ValueError as error:  # of PEFT: the targets are not in this model
+    except Exception as error:  # of PEFT: the targets are not in this model, or any kind for what it does not expect
+        said = str(error).splitlines()[0] if isinstance(error, ValueError) else type(error).__name__
         raise AdapterMismatchError(
-            f"The adapter's configuration fits no module of this model ({str(error).splitlines()[0]}). Load its base."
+            f"The adapter's configuration fits no module of this model ({said}). Load its base."
         ) from error
     return {name: tensor.shape for name, tensor in found.items()}
 

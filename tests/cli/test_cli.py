@@ -823,3 +823,11 @@ def test_the_base_of_an_adapter_is_taken_at_the_commit_that_it_names(tmp_path, m
     LoraConfig(base_model_name_or_path="org/base", revision="abc").save_pretrained(tmp_path)
     args = argparse.Namespace(model=None, revision=given, adapter=str(tmp_path), adapter_revision=None)
     assert (commands.model_of(args), args.model, args.revision) == ("org/base", "org/base", expected)
+
+
+def test_an_adapter_of_a_kind_that_peft_does_not_know_is_refused(tmp_path, monkeypatch):
+    monkeypatch.delenv(commands.MODEL_VARIABLE, raising=False)
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "TOMORROW"}', encoding="utf-8")
+    args = argparse.Namespace(model=None, revision=None, adapter=str(tmp_path), adapter_revision=None)
+    with pytest.raises(commands.CommandError, match=r": no adapter \(PEFT: KeyError\)\. Pass"):
+        commands.model_of(args)

@@ -225,13 +225,23 @@ def test_a_torn_file_is_refused(model, edited):
             check_fit(model, path.parent)
 
 
-def test_a_configuration_for_other_modules_is_refused(model, edited):
+CONFIGURATIONS = {
+    "other modules": ({"target_modules": ["nothing_of_this_name"]}, "fits no module of this model"),
+    "more memory than there is": ({"r": 10**11}, r"with shape \(4, "),
+    "a kind that PEFT does not know": ({"peft_type": "TOMORROW"}, r"PEFT cannot read its .*KeyError\)\. Update"),
+    "a word for a number": ({"r": "4"}, r"PEFT cannot read its|fits no module"),
+    "prompts": ({"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 4}, "fits no module of this model"),
+    "other adapters": ({"peft_type": "XLORA", "hidden_size": 8, "adapters": {"a": "b/c"}}, "mixes other adapters"),
+}
+
+
+@pytest.mark.parametrize("what", CONFIGURATIONS)
+def test_a_configuration_that_cannot_be_meant_is_refused(model, edited, monkeypatch, what):
+    changed, said = CONFIGURATIONS[what]
     path = edited() / "adapter_config.json"
-    path.write_text(
-        json.dumps(json.loads(path.read_text(encoding="utf-8")) | {"target_modules": ["nothing_of_this_name"]}),
-        encoding="utf-8",
-    )
-    with pytest.raises(AdapterMismatchError, match="fits no module of this model"):
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | changed), encoding="utf-8")
+    monkeypatch.setattr("peft.peft_model.PeftModel.load_adapter", None)  # which would fetch them
+    with pytest.raises(AdapterMismatchError, match=said):
         check_fit(model, path.parent)
 
 
