@@ -118,8 +118,14 @@ def load_model(
         processor = AutoProcessor.from_pretrained(name, **_NO_FOREIGN_CODE, **options)
     except MedCTError:
         raise
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:  # a library for quantized weights, say, is not there
         raise _no_model(name, error) from error
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise CheckpointMismatchError(
+            f"{name}: its weights have other sizes than its config.json says. Copy or download it again."
+        ) from error
     if lacking := sorted(info["missing_keys"]):
         raise CheckpointMismatchError(
             f"{name}: the checkpoint lacks {lacking[0]}, which would be initialised at random. Pass a complete model."

@@ -30,6 +30,7 @@ from medct import (
     ZeroShotCTClassificationPipeline,
 )
 from medct.adapters_medct import DESCRIPTION_FILE, calibrated
+from medct.checks_medct import CheckpointMismatchError
 from medct.cli import commands, main, score_commands
 from medct.cli.arguments import RUNS, make_parser
 from medct.common.lock import only_run
@@ -831,3 +832,20 @@ def test_an_adapter_of_a_kind_that_peft_does_not_know_is_refused(tmp_path, monke
     args = argparse.Namespace(model=None, revision=None, adapter=str(tmp_path), adapter_revision=None)
     with pytest.raises(commands.CommandError, match=r": no adapter \(PEFT: KeyError\)\. Pass"):
         commands.model_of(args)
+
+
+def test_a_configuration_that_its_weights_do_not_fit_is_refused(tmp_path):
+    folder = shutil.copytree(PHANTOM_BASE, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps(config | {"projection_dim": 10**12}), encoding="utf-8")
+    with pytest.raises(CheckpointMismatchError, match=f"^{folder}: its weights have other sizes than its config.json"):
+        load_model(str(folder))
+
+
+def test_a_library_that_a_model_needs_is_named(monkeypatch):
+    def needs_library(*_, **__):
+        raise ImportError("Loading it requires optimum.")
+
+    monkeypatch.setattr(MedCTModel, "from_pretrained", needs_library)
+    with pytest.raises(ModelError, match=r"phantom_base: cannot load a model \(Loading it requires optimum\.\)"):
+        load_model(str(PHANTOM_BASE))
