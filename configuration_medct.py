@@ -12,6 +12,7 @@ Source: specification of CT-CLIP, sections 1, 2 and 4.
 
 import copy
 import math
+import unicodedata
 from collections.abc import Mapping, Sequence
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -202,6 +203,14 @@ def _check_templates(templates: Sequence[Sequence[str]]) -> None:
             )
 
 
+def _check_names(labels: Sequence[str]) -> None:
+    for label in labels:
+        if any(unicodedata.category(letter) == "Cc" for letter in label):
+            raise ValueError(
+                f"The name {label!r} of a label holds a control character, such as a line break. Correct it."
+            )
+
+
 Prompt = str | Sequence[Sequence[str]]
 """What a label is called in prompts, or pairs of sentences of its own, present and not present."""
 
@@ -305,11 +314,12 @@ class MedCTConfig(PreTrainedConfig):
             If labels have different numbers of pairs, they are repeated so that all have the same weight.
 
         Raises:
-            ValueError: If a template is not a pair of sentences with "{label}", or a prompt is invalid.
+            ValueError: If a template is not a pair of sentences with "{label}", or a name or a prompt is invalid.
         """
         given = labels if isinstance(labels, Mapping) else {}
         prompts = {**(self.prompts or {}), **given}
         labels = list(self.label_names if labels is None else labels)
+        _check_names(labels)
         _check_prompts({label: prompts[label] for label in labels if label in prompts})
         pairs = self.prompt_templates if templates is None else templates
         _check_templates(pairs)
@@ -323,6 +333,7 @@ class MedCTConfig(PreTrainedConfig):
         """Refuse impossible values; called by `@strict` after construction."""
         if self.projection_dim <= 0:
             raise ValueError(f"`projection_dim` must be positive, not {self.projection_dim}.")
+        _check_names(self.label_names)
         _check_templates(self.prompt_templates)
         _check_prompts(self.prompts or {})
         weights = self.classifier_pos_weight

@@ -25,6 +25,7 @@ from medct.common.distributed import be_patient
 from medct.common.errors import OK, SOME_FAILED, first_line
 from medct.common.files import whole_folder
 from medct.common.lock import only_run
+from medct.common.output import visible
 from medct.common.progress import tqdm
 from medct.errors_medct import MedCTError
 from medct.inference.bulk import KEY, Csv, JsonLines, Reading, process, process_to_file
@@ -317,7 +318,7 @@ def prediction_table(row: dict[str, Any]) -> str:
         for finding in row["findings"]
     ]
     lines += [f"  report: {path}" for path in row.get("reports", ())]
-    return "\n".join(lines) + "\n\n"
+    return "\n".join(map(visible, lines)) + "\n\n"
 
 
 def one_study(path: str) -> Study:
@@ -347,6 +348,6 @@ def map_scan(args: argparse.Namespace) -> int:
         (folder / "findings.json").write_text(json.dumps(index, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     for each in index:
         numbers = f"{each['score']:.3f}  {each['logits_margin']:+6.2f}"
-        print(f"{numbers}  {each['label']}: {args.output / each['name']}.nii.gz, .png")
+        print(visible(f"{numbers}  {each['label']}: {args.output / each['name']}.nii.gz, .png"))
     print(f"{maps.CAVEAT}.")
     return OK

@@ -24,6 +24,7 @@ from medct.cli.commands import (
 from medct.common.counting import counted
 from medct.common.errors import OK
 from medct.common.lock import is_first_process, only_run
+from medct.common.output import visible
 from medct.common.progress import remark
 from medct.data.loader import report_id
 from medct.inference import search
@@ -173,7 +174,7 @@ def search_index(args: argparse.Namespace) -> int:
         print("".join(map(JsonLines().line, rows)), end="")
     else:
         print("rank  similarity  study")
-        print("".join(f"{row['rank']:4d}  {row['similarity']:10.4f}  {row[KEY]}\n" for row in rows), end="")
+        print("".join(f"{row['rank']:4d}  {row['similarity']:10.4f}  {visible(row[KEY])}\n" for row in rows), end="")
     return OK
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import NoReturn
 
-from medct.common.output import drop_output, flush_output
+from medct.common.output import drop_output, flush_output, visible
 from medct.errors_medct import MedCTError, place_of
 
 OK, SOME_FAILED, FAILED = 0, 1, 2
@@ -49,7 +49,7 @@ def one_line_errors(reword: Callable[[str], str] = str) -> Iterator[None]:
             traceback.print_exception(error)
         status, line = _end_of(error)
         if line:
-            print(reword(line), file=sys.stderr)
+            print(visible(reword(line)), file=sys.stderr)
         sys.exit(status)
 
 

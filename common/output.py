@@ -4,9 +4,12 @@ import codecs
 import io
 import json
 import os
+import re
 import sys
 
 _ESCAPED = "medct.escaped"
+# Control characters, separators of lines, and what turns the direction of the letters that follow.
+_OBEYED = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
 def escape_unknown() -> None:
@@ -21,6 +24,14 @@ def _escaped(error: UnicodeError) -> tuple[str, int]:
     if not isinstance(error, UnicodeEncodeError):
         raise error
     return json.dumps(error.object[error.start : error.end])[1:-1], error.end
+
+
+def visible(text: str) -> str:
+    """A text as one line in which escapes, as JSON has them, stand for what a terminal would obey instead of showing.
+
+    Names of files, for one, may hold anything.
+    """
+    return _OBEYED.sub(lambda match: json.dumps(match[0])[1:-1], text)
 
 
 def flush_output() -> None:

@@ -4,6 +4,8 @@ import sys
 
 import tqdm as library
 
+from medct.common.output import visible
+
 LINE_SECONDS = 60.0
 """How often a run whose output goes to a file says there how far it is; one that is done sooner never does."""
 _LINE = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
@@ -24,7 +26,7 @@ def be_quiet(quiet: bool = True) -> None:
 def remark(text: str) -> None:
     """Tell on standard error what is good to know."""
     if not _is_quiet:
-        print(text, file=sys.stderr)
+        print(visible(text), file=sys.stderr)
 
 
 class tqdm(library.tqdm):  # noqa: N801 - the library's own name

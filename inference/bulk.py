@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from medct.common.distributed import refuse_different, refuse_unshared
 from medct.common.files import refuse_other_settings, remove_leftovers, whole_file
+from medct.common.output import visible
 from medct.common.progress import remark, tqdm
 from medct.errors_medct import MedCTError
 from medct.inference.studies import FailedStudy, LoadStudy, ReadStudy, Study, batched_reads, read_ahead
@@ -50,7 +51,7 @@ class JsonLines:
         return ""
 
     def line(self, row: dict[str, Any]) -> str:
-        return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+        return visible(json.dumps(row, ensure_ascii=False, allow_nan=False)) + "\n"
 
     def rows(self, lines: list[str]) -> list[dict[str, Any]]:
         return [json.loads(line) for line in lines]
@@ -238,7 +239,7 @@ def process(
                     failed += 1
                     reason = reading.reword(row.reason)
                     write_failed({KEY: row.study.id, "reason": reason})
-                    bar.write(f"failed: {reason}", file=sys.stderr)
+                    bar.write(visible(f"failed: {reason}"), file=sys.stderr)
                 else:
                     write(row)
                 bar.update(1)

@@ -849,3 +849,15 @@ def test_a_library_that_a_model_needs_is_named(monkeypatch):
     monkeypatch.setattr(MedCTModel, "from_pretrained", needs_library)
     with pytest.raises(ModelError, match=r"phantom_base: cannot load a model \(Loading it requires optimum\.\)"):
         load_model(str(PHANTOM_BASE))
+
+
+def test_names_of_files_are_shown_as_one_line(run, scans):
+    good, bad = (scans / f"{name}\x1b[31m\n\u202e.nii.gz" for name in ("good", "bad"))
+    shutil.copy(scans / "0.nii.gz", good)
+    bad.write_text("nothing", encoding="utf-8")
+    status, out, err = run("predict", good, bad, "--labels", "Emphysema")
+    assert status == 1 and r"good\u001b[31m\n\u202e.nii.gz" in out.splitlines()[0]
+    assert r"bad\u001b[31m\n\u202e.nii.gz: it is not a NIfTI" in err.replace("[31m ", r"[31m\n")
+    assert not {"\x1b", "\u202e"} & {*out, *err}
+    status, _, err = run("predict", scans / "no\nsuch\x1b.nii.gz")
+    assert status == 2 and err.endswith(r"no\nsuch\u001b.nii.gz: no such file or folder. Check the path." + "\n")

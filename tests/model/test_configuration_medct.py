@@ -126,3 +126,12 @@ def test_labels_keep_the_order_of_their_numbers_however_these_are_written():
     config = MedCTConfig()
     config.id2label = names
     assert config.label_names == expected
+
+
+@pytest.mark.parametrize("name", ["two\nlines", "a\x1b[31m", "\x00"])
+def test_names_of_labels_hold_no_control_characters(name):
+    """They become columns, titles, codes, and text on a terminal."""
+    with pytest.raises(StrictDataclassError, match="of a label holds a control character"):
+        MedCTConfig(id2label={0: name})
+    with pytest.raises(ValueError, match="of a label holds a control character"):
+        MedCTConfig().label_prompts([name])
