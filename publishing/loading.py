@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoProcessor
 
 from medct.checks_medct import CheckpointMismatchError, check_processor
@@ -74,6 +75,9 @@ def load_config(name: str, **options: Any) -> MedCTConfig:
         config = AutoConfig.from_pretrained(name, **_NO_FOREIGN_CODE, **options)
     except (OSError, ValueError) as error:
         raise _no_model(name, error) from error
+    except StrictDataclassError as error:
+        said = " ".join(str(error.__cause__ or error).split()).rstrip(".")
+        raise ModelError(f"{name}: its config.json is not that of a model ({said}). Pass another model.") from error
     if config.model_type != MedCTConfig.model_type:
         raise ModelError(f"{name} is a model of type {config.model_type!r}. Pass a MedCT model.")
     return config

@@ -861,3 +861,11 @@ def test_names_of_files_are_shown_as_one_line(run, scans):
     assert not {"\x1b", "\u202e"} & {*out, *err}
     status, _, err = run("predict", scans / "no\nsuch\x1b.nii.gz")
     assert status == 2 and err.endswith(r"no\nsuch\u001b.nii.gz: no such file or folder. Check the path." + "\n")
+
+
+@pytest.mark.parametrize("changed", [{"projection_dim": -1}, {"projection_dim": "many"}, {"id2label": {"0": "a\nb"}}])
+def test_a_configuration_that_is_none_of_a_model_is_refused(tmp_path, changed):
+    config = json.loads((PHANTOM_BASE / "config.json").read_text(encoding="utf-8"))
+    (tmp_path / "config.json").write_text(json.dumps(config | changed), encoding="utf-8")
+    with pytest.raises(ModelError, match=f"^{tmp_path}: its config.json is not that of a model .*Pass another"):
+        load_config(str(tmp_path))
