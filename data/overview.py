@@ -239,7 +239,7 @@ def contact_sheet(source: Source, config: MedCTConfig, path: Path, samples: int,
     header, body = figure.subfigures(2, 1, height_ratios=heights)
     vision = config.vision_config
     title = f"{source.description}: middle slices, {vision.hu_min:g}..{vision.hu_max:g} HU"
-    header.text(0.01, 0.4, title, fontsize=10, va="center")
+    header.text(0.01, 0.4, title, fontsize=10, va="center", parse_math=False)
     panels = body.subfigures(lines, _STUDIES_A_LINE, squeeze=False).flat
     unreadable = []
     for panel, row in zip(
@@ -265,10 +265,11 @@ def _draw_study(
     if unknown:
         findings = f"{findings} ({unknown} unknown)" if unknown < len(label_names) else "labels unknown"
     title = textwrap.fill(findings, 100, max_lines=2, placeholder=" ...")
-    panel.text(0.02, 0.95, row["id"], fontsize=8, fontweight="bold", va="top")
-    panel.text(0.02, 0.895, title, fontsize=7, va="top")
+    panel.text(0.02, 0.95, row["id"], fontsize=8, fontweight="bold", va="top", parse_math=False)
+    panel.text(0.02, 0.895, title, fontsize=7, va="top", parse_math=False)
     if isinstance(study, Skipped):
-        panel.text(0.02, 0.6, textwrap.fill(f"cannot be read: {study.reason}", 90), fontsize=7, color="darkred")
+        reason = textwrap.fill(f"cannot be read: {study.reason}", 90)
+        panel.text(0.02, 0.6, reason, fontsize=7, color="darkred", parse_math=False)
         return
     vision = config.vision_config
     pixel_values = MedCTImageProcessor.from_config(vision).finish(study["part"])

@@ -1,7 +1,8 @@
 """ROC curves, calibration and changes of one or more models, as matplotlib figures: `roc_plot(...).savefig("roc.png")`.
 
 Models are given as `{"base": scores, "adapted": scores}`, in drawing order. `note` is for what a reader must not miss,
-such as that the data are synthetic; it is part of the title.
+such as that the data are synthetic; it is part of the title. Names are drawn as they are: `parse_math` is off, since
+matplotlib reads what stands between two "$" as a formula.
 """
 
 import math
@@ -77,9 +78,9 @@ def roc_plot(models: Mapping[str, np.ndarray], labels: np.ndarray, names: Sequen
     mean_panel.set_title("mean over labels (thin: each label)", fontsize=TEXT_SIZE)
     mean_panel.set_xlabel("false alarms (1 - specificity)", fontsize=TEXT_SIZE)
     mean_panel.set_ylabel("sensitivity", fontsize=TEXT_SIZE)
-    mean_panel.legend(loc="lower right", fontsize=TEXT_SIZE)
+    _name_models(mean_panel, loc="lower right")
     for index, (panel, name) in enumerate(zip(panels, names, strict=False)):
-        panel.set_title(_in_two_lines(name), fontsize=SMALL_SIZE)
+        panel.set_title(_in_two_lines(name), fontsize=SMALL_SIZE, parse_math=False)
         panel.tick_params(labelbottom=index + columns >= len(names))  # the last of its column
     for panel in panels[len(names) :]:
         panel.set_visible(False)
@@ -119,7 +120,7 @@ def calibration_plot(
         middles = (np.arange(bins) + 0.5) / bins + width * (index - (len(models) - 1) / 2)
         lower.bar(middles, counts, width, color=style.colour, hatch=style.hatch, edgecolor="white", linewidth=0)
     upper.set(ylabel="share that is present", xlim=(0, 1), ylim=(-0.03, 1.03))
-    upper.legend(loc="lower left", bbox_to_anchor=(0, 1), frameon=False, fontsize=TEXT_SIZE)  # never over a curve
+    _name_models(upper, loc="lower left", bbox_to_anchor=(0, 1), frameon=False)  # never over a curve
     lower.set(xlabel=f"{what}, in {bins} bins", ylabel="scans x labels", yscale="log")
     lower.set_ylim(0.7, lower.get_ylim()[1] * 1.3)  # so that a bar of height 1 is visible
     lower.yaxis.set_major_formatter("{x:,.0f}")
@@ -169,7 +170,7 @@ def change_plot(comparison: dict[str, Any], kept: dict[str, Any], names: Sequenc
         panel.hlines(rows, low, high, color=style.colour, linewidth=1.2, alpha=0.6)
         said = f"{title} ({counted(where['scans'], 'scan')})"
         panel.plot(value, rows, style.marker, color=style.colour, markersize=6, label=said)
-    panel.set_yticks(range(len(keys)), ["mean", *ordered], fontsize=TEXT_SIZE)
+    panel.set_yticks(range(len(keys)), ["mean", *ordered], fontsize=TEXT_SIZE, parse_math=False)
     panel.set_ylim(-0.6, len(keys) - 0.4)
     panel.set_xlabel("change of AUROC, adapted - base (line: 95 % interval)", fontsize=TEXT_SIZE)
     panel.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, fontsize=TEXT_SIZE)
@@ -191,8 +192,14 @@ def _figure(width: float, height: float, what: str, scans: int | None, note: str
     figure = Figure(figsize=(width, height), dpi=DOTS_PER_INCH, layout="constrained")
     title = what if scans is None else f"{what}, {counted(scans, 'scan')}"
     lines = [title, *textwrap.wrap(note, width=int(9.5 * width))]  # 9.5 letters per inch
-    figure.suptitle("\n".join(lines), fontsize=TITLE_SIZE)
+    figure.suptitle("\n".join(lines), fontsize=TITLE_SIZE, parse_math=False)
     return figure
+
+
+def _name_models(panel: Axes, **look: Any) -> None:
+    """Draw a legend."""
+    for text in panel.legend(fontsize=TEXT_SIZE, **look).get_texts():
+        text.set_parse_math(False)
 
 
 def _empty_roc(panel: Axes) -> None:

@@ -222,7 +222,7 @@ def draw_map(finding: FindingMap, values: np.ndarray, volume: CTVolume, slices: 
     bar = figure.colorbar(ScalarMappable(shown.norm, shown.cmap), ax=panels, shrink=0.8)
     bar.set_label("logits that a patch adds")
     said = f"{finding.label}: score {finding.score:.3f}, margin {finding.logits_margin:+.2f}\n{CAVEAT}"
-    figure.suptitle(said, fontfamily=fonts())
+    figure.suptitle(said, fontfamily=fonts(), parse_math=False)
     return figure
 
 

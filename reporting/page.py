@@ -70,11 +70,12 @@ def draw_page(
         axes = figure.add_axes((*place, 0.2, 0.3))
         draw_slice(axes, slices, picture.index, _WINDOW_HU)
         where = slices.caption(picture.index).replace(" mm, ", " mm\n", 1)
-        axes.set_title(f"{textwrap.fill(picture.title, 34, max_lines=2)}\n{where}", fontsize=8.5, fontfamily=fonts())
+        title = f"{textwrap.fill(picture.title, 34, max_lines=2)}\n{where}"
+        axes.set_title(title, fontsize=8.5, fontfamily=fonts(), parse_math=False)
     said = [NO_PROBABILITY, *algorithm.parameters]
     said.append("Slices: where the score comes from most; a debugging aid, not the location of a finding.")
     text = "\n".join(textwrap.wrap(f"{algorithm.name} {algorithm.version}.   {'   '.join(said)}", 180))
-    figure.text(0.02, 0.05, text, fontsize=8.5, va="center")
+    figure.text(0.02, 0.05, text, fontsize=8.5, va="center", parse_math=False)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.ascontiguousarray(np.asarray(canvas.buffer_rgba())[..., :3])
@@ -101,7 +102,7 @@ def _draw_scores(axes: Axes, findings: Sequence[Finding]) -> None:
         for x, cell in zip(columns.values(), cells, strict=True):
             axes.text(x, row, cell, weight="bold" if each.is_present else "normal", **look)
     names = [textwrap.fill(each.label, 36, max_lines=2) for each in findings]
-    axes.set_yticks(rows, names, fontsize=size, fontfamily=fonts())
+    axes.set_yticks(rows, names, fontsize=size, fontfamily=fonts(), parse_math=False)
     axes.set_ylim(len(findings) - 0.4, -0.6)
     axes.set_xlim(0, 1)
     axes.set_xlabel("score; black line: operating point,\nthe least score that is called present", fontsize=8.5)

@@ -111,15 +111,17 @@ def test_the_sheet_shows_studies_and_says_which_cannot_be_read(config, tmp_path)
 
     def read(key: int) -> dict:
         row = phantoms.read(key)
-        return {**row, "volume": "nowhere.nii"} if key == 2 else row
+        row["id"] += r"$\x $"  # no formula
+        return {**row, "volume": r"nowhere$\x $.nii"} if key == 2 else row
 
     path = tmp_path / "sheet.png"
-    unreadable = overview.contact_sheet(dataclasses.replace(phantoms, read=read), config, path, samples=9)
-    assert [study.id for study in unreadable] == ["phantom_a_2_a_1.nii.gz"]
+    named = dataclasses.replace(phantoms, read=read, description=r"$\x $")
+    unreadable = overview.contact_sheet(named, config, path, samples=9)
+    assert [study.id for study in unreadable] == [r"phantom_a_2_a_1.nii.gz$\x $"]
     picture = np.asarray(Image.open(path).convert("L"))
     assert len(np.unique(picture)) > 100
     again = tmp_path / "again.png"
-    overview.contact_sheet(dataclasses.replace(phantoms, read=read), config, again, samples=9)
+    overview.contact_sheet(named, config, again, samples=9)
     assert again.read_bytes() == path.read_bytes()
 
 

@@ -161,3 +161,20 @@ def test_change_plot_has_two_dots_a_finding(tmp_path):
     written = " ".join(texts(figure)).replace("\n", " ")
     assert " ".join(NOTE.split()) in written
     figure.savefig(tmp_path / "learned.png")
+
+
+def test_names_are_no_formulas(study, tmp_path):
+    """matplotlib reads what stands between two "$" as one, and stops at what it cannot read."""
+    models, labels = study
+    models, names, note = (
+        {f"{name} $\\x $": scores for name, scores in models.items()},
+        ["$\\x $", "5$ to 10$"],
+        "$\\x $",
+    )
+    change = changed({"auroc": 0.1, **{f"auroc/{name}": 0.1 for name in names}})
+    figures = [roc_plot({name: each[:, :2] for name, each in models.items()}, labels[:, :2], names, note)]
+    figures += [calibration_plot(models, labels, note), change_plot(change, change, names, note)]
+    for figure in figures:
+        save_plot(figure, tmp_path / "plot.png")
+    with PIL.Image.open(tmp_path / "plot.png") as image:
+        assert image.info["Title"].endswith(note)

@@ -142,7 +142,8 @@ def test_files_say_what_they_are_not(tmp_path):
     np.testing.assert_allclose(image.affine, affine)
     np.testing.assert_array_equal(image.get_fdata(dtype=np.float32), values)
     assert image.header["descrip"].item().decode() == CAVEAT[:79]
-    draw_map(FindingMap("a", 0.5, 0.0, torch.zeros(1)), values, volume).savefig(tmp_path / "map.png")
+    no_formula = r"a $\x or $"
+    draw_map(FindingMap(no_formula, 0.5, 0.0, torch.zeros(1)), values, volume).savefig(tmp_path / "map.png")
     assert (tmp_path / "map.png").read_bytes()[1:4] == b"PNG"
 
 

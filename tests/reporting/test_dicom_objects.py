@@ -258,9 +258,10 @@ def test_the_page_is_a_colour_picture_that_names_nobody(series, tmp_path):
 
 @pytest.mark.parametrize("count", [1, 18, 60])
 def test_a_page_has_room_for_any_number_of_findings(count):
-    findings = [Finding(f"finding {index} " * 9, index / count, 0.5) for index in range(count)]
+    """Their names are no formulas, whatever stands in them."""
+    findings = [Finding(rf"$\x {index} $ " * 9, index / count, 0.5) for index in range(count)]
     volume = read_volume(np.zeros((6, 8, 8), np.int16), spacing_mm=(2, 2, 2))
-    pictures = [Picture("x " * 80, index) for index in range(MOST_PICTURES)]
+    pictures = [Picture(r"$\x $ " * 40, index) for index in range(MOST_PICTURES)]
     assert draw_page(findings, ALGORITHM, AxialSlices.of(volume), pictures).shape == (960, 1280, 3)
 
 
