@@ -8,6 +8,7 @@ from html import escape
 from typing import Any
 
 from medct.app.scans import Engine, Scan, data_uri
+from medct.common.formulas import as_text
 from medct.reporting.findings import NO_PROBABILITY, Algorithm, Finding
 
 CSS = """
@@ -129,7 +130,7 @@ def downloads(algorithm: Algorithm, scan: Scan) -> str:
     table.write(f"# {algorithm.warning}\n")
     writer = csv.DictWriter(table, list(found["findings"][0]), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(found["findings"])
+    writer.writerows({**each, "label": as_text(each["label"])} for each in found["findings"])
     files = {"findings.csv": table.getvalue(), "findings.json": json.dumps(found, indent=2, ensure_ascii=False) + "\n"}
     links = [
         f'<a download="{name}" href="data:{kind};base64,{base64.b64encode(text.encode()).decode()}">{name}</a>'

@@ -5,6 +5,7 @@
 | commas, semicolons or tabs between the cells | the separator by which the header has the columns that are asked for |
 | spaces around a column's name, accents composed in another way | the name all the same |
 | a column twice, a row longer than the header | refused: nobody knows which cell is meant |
+| an apostrophe before what would be a formula | left out, as in a spreadsheet |
 | a row shorter than the header | its last cells are empty |
 | `.xlsx` | read with openpyxl if it is installed, from the sheet that has the columns |
 | another encoding than UTF-8, `.xls`, an encrypted workbook | refused |
@@ -20,6 +21,7 @@ from typing import Any
 import pandas as pd
 
 from medct.byte_sources_medct import ZIP_MAGIC, of_path, of_zip
+from medct.common.formulas import of_text
 from medct.data.sources import DataError
 
 SUFFIXES = (".csv", ".xlsx")
@@ -118,7 +120,8 @@ def _csv(path: Path, wanted: Sequence[str], comments: bool) -> Iterator[list[str
     def rows(separator: str) -> Iterator[list[str]]:
         with path.open(encoding="utf-8-sig", newline="") as file:
             lines = itertools.dropwhile(lambda line: comments and line.startswith("#"), file)
-            yield from csv.reader(lines, delimiter=separator, strict=True)
+            for row in csv.reader(lines, delimiter=separator, strict=True):
+                yield list(map(of_text, row))
 
     headers = {separator: _first(rows(separator)) for separator in _SEPARATORS}
     # Of equals the first: commas, unless another separator finds more.

@@ -18,6 +18,7 @@ import pandas as pd
 
 from medct.common.counting import counted
 from medct.common.files import whole_file
+from medct.common.formulas import as_text
 from medct.data.sources import DataError
 from medct.data.study_names import matched
 from medct.data.subgroups import COLUMNS as SUBGROUPS
@@ -92,8 +93,11 @@ def write_predictions(
     parts = [_table(key, scored) for key, scored in predictions.scored.items()]
     for source, split, studies in others:
         parts.append(pd.DataFrame({"model": "", "source": source, "split": split, NAME: list(studies)}))
+    table = pd.concat(parts, ignore_index=True)
+    for column in table.select_dtypes(exclude="number"):
+        table[column] = table[column].map(as_text, na_action="ignore")
     with whole_file(path) as aside:
-        pd.concat(parts, ignore_index=True).to_csv(aside, index=False, lineterminator="\n")
+        table.rename(columns=as_text).to_csv(aside, index=False, lineterminator="\n")
 
 
 def _table(key: Key, scored: ScoredStudies) -> pd.DataFrame:

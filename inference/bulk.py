@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from medct.common.distributed import refuse_different, refuse_unshared
 from medct.common.files import refuse_other_settings, remove_leftovers, whole_file
+from medct.common.formulas import as_text, of_text
 from medct.common.output import visible
 from medct.common.progress import remark, tqdm
 from medct.errors_medct import MedCTError
@@ -58,7 +59,7 @@ class JsonLines:
 
 
 class Csv:
-    """Comma-separated values; a value never holds a line break.
+    """Comma-separated values; a value never holds a line break, and none is a formula.
 
     Args:
         columns: Names of the columns, `KEY` first.
@@ -74,11 +75,15 @@ class Csv:
         return self._line([row.get(column, "") for column in self.columns])
 
     def rows(self, lines: list[str]) -> list[dict[str, Any]]:
-        return list(csv.DictReader(lines, fieldnames=self.columns))
+        return [
+            {column: of_text(cell) if isinstance(cell, str) else cell for column, cell in row.items()}
+            for row in csv.DictReader(lines, fieldnames=self.columns)
+        ]
 
     def _line(self, values: Sequence[Any]) -> str:
         line = io.StringIO()
-        csv.writer(line, lineterminator="\n").writerow([" ".join(str(value).splitlines()) for value in values])
+        cells = [as_text(" ".join(str(value).splitlines())) for value in values]
+        csv.writer(line, lineterminator="\n").writerow(cells)
         return line.getvalue()
 
 
