@@ -34,7 +34,7 @@ def results_table(comparison: dict[str, Any], names: Sequence[str]) -> str:
         Two Markdown tables, and a caption that says how to read them.
     """
     present = comparison["present"]
-    rows = [(f"{name} ({present[name]:,})", f"auroc/{name}") for name in names] + [("**mean**", "auroc")]
+    rows = [(f"{_in_cell(name)} ({present[name]:,})", f"auroc/{name}") for name in names] + [("**mean**", "auroc")]
     means = [(title, key) for key, title in MEANS.items() if key in comparison["base"]]
     return "\n\n".join(
         [
@@ -202,6 +202,11 @@ def _titles(comparison: dict[str, Any]) -> list[str]:
     return [models.get("base", "base"), models.get("adapted", "adapted"), "difference"]
 
 
+def _in_cell(text: str) -> str:
+    """A name or a sentence in a cell, of which it does not make two."""
+    return text.replace("|", r"\|")
+
+
 def _table(heading: str, rows: Sequence[tuple[str, str]], comparison: dict[str, Any]) -> str:
     """One Markdown table; a row is given as its title and the metric's key."""
     lines = [f"| {heading} | {' | '.join(_titles(comparison))} |", "| --- | ---: | ---: | ---: |"]
@@ -308,10 +313,11 @@ def prompts_report(found: dict[str, Any]) -> str:
     for label, each in found["findings"].items():
         aurocs = [each[key] for key in ("usual", "mean", "lowest", "highest")]
         figures = [UNDEFINED if auroc is None else f"{auroc:.3f}" for auroc in aurocs]
-        lines.append(f"| {label} ({each['present']:,}) | {' | '.join(figures)} | {_wording(each['best'])} |")
+        title, best = f"{_in_cell(label)} ({each['present']:,})", _in_cell(_wording(each["best"]))
+        lines.append(f"| {title} | {' | '.join(figures)} | {best} |")
     lines += ["", "| template | mean AUROC |", "| --- | ---: |"]
     for each in found["templates"]:
-        lines.append(f"| {' / '.join(each['template'])} | {each['auroc']:.3f} |")
+        lines.append(f"| {_in_cell(' / '.join(each['template']))} | {each['auroc']:.3f} |")
     lines.append(f"| all of them, averaged | {found['ensemble']:.3f} |")
     chosen = found["chosen"]
     aurocs = [each["auroc"] for each in found["templates"]]

@@ -1,10 +1,12 @@
 """Tables of scores."""
 
+import re
+
 import numpy as np
 import pytest
 
 from medct.evaluation.metrics import choose_thresholds, compare
-from medct.evaluation.report import results_table
+from medct.evaluation.report import prompts_report, results_table
 
 NAMES = ["nodule", "mass"]
 SCORES = np.array([[0.9, 0.2], [0.8, 0.3], [0.3, 0.1], [0.1, 0.7]])
@@ -40,6 +42,29 @@ def test_a_label_without_a_score_is_shown_as_such():
     nodule = slice(0, 1)
     compared = compare(SCORES[:, nodule], SCORES[:, nodule], LABELS[:, nodule], None, ["nodule"], resamples=5)
     assert "–" not in results_table(compared, ["nodule"])
+
+
+def test_the_name_of_a_label_stays_in_its_cell():
+    """Else the base's figure stands under the name of the adapted model."""
+    names = ["nodule|mass", "x"]
+    found = {
+        "present": 1,
+        "usual": 0.5,
+        "mean": 0.5,
+        "lowest": 0.5,
+        "highest": 0.5,
+        "best": {"name": "a|b", "template": ["{label}"]},
+    }
+    chosen = {"prompt_templates": [], "names": {}, "auroc": 0.5}
+    spread = {"findings": {names[0]: found}, "templates": [{"template": ["a|", "b"], "auroc": 0.5}], "ensemble": 0.5}
+    tables = [
+        results_table(compare(SCORES, SCORES, LABELS, None, names, resamples=5), names),
+        prompts_report(spread | {"chosen": chosen, "studies": 1, "patients": 1}),
+    ]
+    for table in tables:
+        line = next(line for line in table.splitlines() if "nodule" in line)
+        assert line.startswith(r"| nodule\|mass (")
+        assert len(re.findall(r"(?<!\\)\|", line)) == table.splitlines()[0].count("|")
 
 
 @pytest.mark.parametrize("with_thresholds", [True, False])

@@ -201,10 +201,10 @@ def test_the_page_has_the_wording_and_operating_points_that_are_used(converted, 
     page = render_card(folder)
     assert "| Emphysema | 0.310 |" in page and "chosen on studies apart from those above" in page
     assert "was chosen later" not in page
-    later = {"prompts": {label: "other words"}, "thresholds": {label: 0.25}}
+    later = {"prompts": {label: "other words"}, "thresholds": {label: 0.25, "a|b": 0.5}}
     file.write_text(json.dumps(described | later), encoding="utf-8")
     page = render_card(folder)
-    assert f"| {label} | 0.250 |" in page and "| Emphysema | 0.310 |" not in page
+    assert f"| {label} | 0.250 |\n| a\\|b | 0.500 |\n" in page and "| Emphysema | 0.310 |" not in page
     assert "other words is present. / other words is not present." in page
     assert "was chosen later" in page and "chosen on the studies that the wording was chosen on" in page
 
