@@ -3,6 +3,7 @@
 All that identifies a patient in a report comes from here, and goes nowhere else: no message quotes a header.
 """
 
+import io
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -10,6 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from medct.dicom_elements_medct import read_meta
+from medct.dicom_frames_medct import DEFLATED, inflated_header
 from medct.errors_medct import MedCTError
 from medct.inference.studies import Study
 from medct.reporting.fhir import Identity
@@ -119,7 +122,12 @@ def _read_header(file: Any) -> "Dataset":
     from pydicom import dcmread
 
     with file.open() as stream:
-        header = dcmread(stream, stop_before_pixels=True, force=True)
+        is_deflated = str(read_meta(stream).get("TransferSyntaxUID") or "") == DEFLATED
+        if not is_deflated:
+            stream.seek(0)
+        # Of a deflated data set pydicom would inflate all, which may be gigabytes.
+        source = io.BytesIO(inflated_header(stream)) if is_deflated else stream
+        header = dcmread(source, stop_before_pixels=True, force=True)
     header.decode()  # before the character set is another
     header.SpecificCharacterSet = UTF_8
     for name in _MAY_BE_EMPTY:

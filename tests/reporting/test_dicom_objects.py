@@ -268,3 +268,14 @@ def test_a_page_has_room_for_any_number_of_findings(count):
 def test_those_called_present_are_shown_first():
     findings = [Finding("a", 0.9), Finding("b", 0.2, 0.1), Finding("c", 0.3, 0.1), Finding("d", 0.5, 0.8)]
     assert [each.label for each in worth_a_picture(findings)] == ["c", "b", "a", "d"]
+
+
+@pytest.mark.parametrize("kind", ["sr", "page"])
+def test_no_more_of_a_deflated_file_is_inflated_than_its_header(tmp_path, monkeypatch, kind):
+    def deflate(ds, k):
+        ds.file_meta.TransferSyntaxUID = pydicom.uid.DeflatedExplicitVRLittleEndian
+
+    series = write_series(tmp_path / "series", make_hu((6, 16, 12)), deflate)
+    monkeypatch.setattr("pydicom.filereader.zlib.decompress", lambda *_: pytest.fail("all of it is inflated"))
+    report = pydicom.dcmread(saved(make(kind, series), tmp_path))
+    assert report.PatientID == f"{SECRET}-ID" and report.StudyInstanceUID == "1.2.4"
