@@ -32,9 +32,14 @@ def keep_freed_memory() -> None:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Peak memory of this process in bytes: on its GPU, else on the host; 0 where the system does not report it."""
+    """Peak memory of this process in bytes: on its GPU, else on the host; 0 where the system does not report it.
+
+    Of Apple's GPUs it is what the process holds now, of which torch gives back hardly anything before its end.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory()
     if resource is None:
         return 0
     unit_bytes = 1 if sys.platform == "darwin" else 1024
@@ -45,7 +50,9 @@ def device_name(device: torch.device) -> str:
     """The device's name for readers."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{os.cpu_count()} CPU cores"
+    if device.type == "mps":
+        return f"{torch.backends.mps.get_name()} GPU"
+    return f"{os.cpu_count()} CPU cores" if device.type == "cpu" else device.type
 
 
 def quiet_libraries() -> None:

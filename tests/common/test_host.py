@@ -34,3 +34,10 @@ def test_large_blocks_are_reused():
 def test_peak_memory_is_in_bytes():
     """A process that has torch takes hundreds of MB, and no machine of a test 1 TB."""
     assert 2**26 < host.peak_memory_bytes(torch.device("cpu")) < 2**40
+
+
+def test_an_apple_gpu_is_called_by_its_name_and_not_by_the_cores_beside_it(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "get_name", lambda: "Apple M4 Pro")
+    monkeypatch.setattr(torch.mps, "driver_allocated_memory", lambda: 2**33)
+    assert host.device_name(torch.device("mps")) == "Apple M4 Pro GPU"
+    assert host.peak_memory_bytes(torch.device("mps")) == 2**33
