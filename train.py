@@ -75,7 +75,7 @@ from medct.training.lora import (
     weights_to_save,
 )
 from medct.training.lora import trainable as trainable_parameters
-from medct.training.objectives import StepLoss
+from medct.training.objectives import StepLoss, recomputing
 from medct.training.results import (
     ADAPTED,
     BASE,
@@ -284,7 +284,7 @@ class Trainer:
             f"{share:.2%}"
         )
         if settings.gradient_checkpointing:
-            core(model).activation_checkpointing_enable()
+            core(model).activation_checkpointing_enable(recomputing())
         if settings.compile:
             core(model).vision_model.compile()
         if settings.fsdp2:

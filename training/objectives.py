@@ -10,8 +10,8 @@ Unusual here:
   memory of one micro-batch and has the negatives of all.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -155,7 +155,28 @@ def _encode(encoder: Callable, model: MedCTModel, inputs: Any, micro_batches: in
     """Encode; the activations of a single micro-batch are kept, those of several are recomputed."""
     if micro_batches == 1:
         return encoder(model, inputs)
-    return checkpoint(encoder, model, inputs, use_reentrant=False)
+    return checkpoint(encoder, model, inputs, **recomputing())
+
+
+def recomputing() -> dict[str, Any]:
+    """Options of `torch.utils.checkpoint`, with which the second pass has the dropout of the first.
+
+    Torch takes care of that itself, but for the random numbers of Apple's GPUs.
+    """
+    options: dict[str, Any] = {"use_reentrant": False}
+    return options | {"context_fn": _same_draws} if torch.backends.mps.is_available() else options
+
+
+def _same_draws() -> tuple[AbstractContextManager, AbstractContextManager]:
+    """Contexts of the first pass, which is about to begin, and of the second."""
+    return nullcontext(), _drawing_from(torch.mps.get_rng_state())
+
+
+@contextmanager
+def _drawing_from(state: torch.Tensor) -> Iterator[None]:
+    with torch.random.fork_rng([0], device_type="mps"):
+        torch.mps.set_rng_state(state)
+        yield
 
 
 def _encode_images(model: MedCTModel, pixel_values: torch.Tensor) -> torch.Tensor:

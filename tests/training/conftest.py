@@ -3,6 +3,7 @@
 import functools
 
 import pytest
+import torch
 
 from medct.data.phantoms import make_phantom
 from medct.training.settings import TrainingSettings
@@ -46,3 +47,14 @@ def pictures_are_empty(monkeypatch):
             (folder / name).touch()
 
     monkeypatch.setattr("medct.train.draw_pictures", touch)
+
+
+@pytest.fixture
+def apples_draws(monkeypatch) -> torch.Generator:
+    """The random numbers of an Apple GPU, as if there were one."""
+    draws = torch.Generator().manual_seed(3)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: torch.device("mps"))
+    monkeypatch.setattr(torch.mps, "get_rng_state", lambda device="mps": draws.get_state())
+    monkeypatch.setattr(torch.mps, "set_rng_state", lambda state, device="mps": draws.set_state(state))
+    return draws

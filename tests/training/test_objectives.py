@@ -11,11 +11,12 @@ import torch
 import torch.multiprocessing
 from ct_clip_reference import SIZES
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from medct import MedCTModel
 from medct.common.distributed import shard, sum_gradients
 from medct.training.lora import add_lora, core, trainable, weights_to_save
-from medct.training.objectives import StepLoss, label_loss, report_loss
+from medct.training.objectives import StepLoss, label_loss, recomputing, report_loss
 from medct.training.settings import PHANTOM_BASE
 
 STUDIES = 8
@@ -144,6 +145,20 @@ def test_accumulation_repeats_the_dropout_of_the_first_pass(converted, studies, 
     assert with_graph.uses_reports
     for name, parameter in trainable(model).items():
         torch.testing.assert_close(cached[name], parameter.grad, atol=1e-6, rtol=0, msg=name)
+
+
+def test_a_recomputed_pass_draws_on_apples_gpus_as_the_first(apples_draws):
+    """Torch alone would repeat only what CPUs and other cards draw."""
+
+    def drop_out(values: torch.Tensor) -> torch.Tensor:
+        return values * torch.rand(8, generator=apples_draws)
+
+    values = torch.ones(8, requires_grad=True)
+    kept = checkpoint(drop_out, values, **recomputing())
+    between = apples_draws.get_state()
+    kept.sum().backward()
+    assert torch.equal(values.grad, kept)
+    assert torch.equal(apples_draws.get_state(), between)
 
 
 @pytest.mark.parametrize("objective", ["contrastive", "prompts"])
