@@ -62,8 +62,8 @@ class TrainingState:
                 tensors[f"optimizer/{name}/{key}"] = local_part(moment)
         tensors |= {f"best/{name}": tensor for name, tensor in self.best.tensors().items()}
         tensors["random/torch"] = torch.get_rng_state()
-        if torch.cuda.is_available():
-            tensors["random/cuda"] = torch.cuda.get_rng_state()
+        if accelerator := _accelerator():
+            tensors[f"random/{accelerator}"] = torch.get_device_module(accelerator).get_rng_state()
         # copies, because safetensors refuses tensors that share memory
         return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
 
@@ -103,8 +103,8 @@ class TrainingState:
         random.setstate(values["random"]["python"])
         np.random.set_state(values["random"]["numpy"])
         torch.set_rng_state(tensors["random/torch"])
-        if "random/cuda" in tensors and torch.cuda.is_available():
-            torch.cuda.set_rng_state(tensors["random/cuda"])
+        if (accelerator := _accelerator()) and (draws := tensors.get(f"random/{accelerator}")) is not None:
+            torch.get_device_module(accelerator).set_rng_state(draws)
 
 
 class Checkpoints:
@@ -181,6 +181,12 @@ class Checkpoints:
         part.with_suffix(".json").write_text(encode(state.values()), encoding="utf-8")
         for path in (*aside.glob(f"{part.name}.*"), aside):
             flush_to_disk(path)
+
+
+def _accelerator() -> str | None:
+    """The kind of accelerator of this machine, such as "cuda" or "mps"."""
+    device = torch.accelerator.current_accelerator(check_available=True)
+    return None if device is None else device.type
 
 
 def _shaped_like(parameter: torch.Tensor, local: torch.Tensor) -> torch.Tensor:

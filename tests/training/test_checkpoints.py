@@ -91,8 +91,13 @@ def test_there_may_be_none(tmp_path):
     assert not of(tmp_path / "nothing").load(state_of())
 
 
-def test_every_source_of_random_numbers_goes_on_where_it_was(tmp_path):
-    draws = (random.random, np.random.random, lambda: torch.rand(()).item())
+def test_every_source_of_random_numbers_goes_on_where_it_was(tmp_path, apples_draws):
+    draws = (
+        random.random,
+        np.random.random,
+        lambda: torch.rand(()).item(),
+        lambda: torch.rand((), generator=apples_draws).item(),
+    )
     of(tmp_path).save(state_of(1))
     expected = [draw() for draw in draws]
     of(tmp_path).load(state_of())
