@@ -6,7 +6,6 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from types import ModuleType
 from typing import NoReturn
 
 from medct.common.output import drop_output, flush_output, visible
@@ -81,23 +80,8 @@ def run_process(main: Callable[[], int | None]) -> NoReturn:
         raise
 
 
-def _lost_others(error: BaseException, torch: ModuleType) -> str | None:
-    """What a process says when another one of its launch has ended or cannot be reached; `None` of any other error."""
-    if isinstance(error, getattr(torch.distributed, "DistError", ())):
-        detail = f" ({first_line(error)})"  # such as a port that is taken
-    elif isinstance(error, RuntimeError) and "/gloo/" in str(error):  # which has no class of its own
-        detail = ""
-    else:
-        return None
-    return (
-        f"error: lost the other processes of this launch{detail}. See which of them ended and what it said, and start "
-        "all of them again; a training run continues with --resume."
-    )
-
-
 def _end_of(error: BaseException) -> tuple[int, str]:
     """Exit status and last line of a command."""
-    torch = sys.modules.get("torch")  # not worth importing just for this
     match error:
         case StoppedError():
             return STOPPED, str(error)
@@ -115,9 +99,32 @@ def _end_of(error: BaseException) -> tuple[int, str]:
             return FAILED, f"error: {name}: {reason}."
         case OSError():
             return FAILED, f"error: {error}"
-    if torch is not None and isinstance(error, torch.OutOfMemoryError):
-        return FAILED, "error: the accelerator's memory is full. Lower --batch_size, or use bfloat16."
-    if torch is not None and (line := _lost_others(error, torch)):
+    if (memory := _full_memory(error)) is not None:
+        return FAILED, f"error: {memory} is full. Lower --batch_size, or use bfloat16."
+    if (line := _lost_others(error)) is not None:
         return FAILED, line
     report = f"Please report this, with the traceback that {DEBUG_VARIABLE}=1 shows"
     return FAILED, f"error: {type(error).__name__}: {first_line(error)} ({place_of(error)}). {report}."
+
+
+def _full_memory(error: BaseException) -> str | None:
+    """The memory that there was not enough of; torch has a class only for that of some accelerators."""
+    torch = sys.modules.get("torch")  # not worth importing just for this
+    if (torch is not None and isinstance(error, torch.OutOfMemoryError)) or "MPS backend out of memory" in str(error):
+        return "the accelerator's memory"
+    return "this machine's memory" if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error) else None
+
+
+def _lost_others(error: BaseException) -> str | None:
+    """What a process says when another one of its launch has ended or cannot be reached; `None` of any other error."""
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(error, getattr(torch.distributed, "DistError", ())):
+        detail = f" ({first_line(error)})"  # such as a port that is taken
+    elif isinstance(error, RuntimeError) and "/gloo/" in str(error):  # which has no class of its own
+        detail = ""
+    else:
+        return None
+    return (
+        f"error: lost the other processes of this launch{detail}. See which of them ended and what it said, and start "
+        "all of them again; a training run continues with --resume."
+    )

@@ -32,6 +32,9 @@ CHECK = "Check the file and, if it is remote, the connection."
             FAILED,
             f"{LOST}. See which of",
         ),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"), FAILED, "error: the accelerator's memory is"),
+        (RuntimeError("[..] DefaultCPUAllocator: not enough memory"), FAILED, "error: this machine's memory is full."),
+        (MemoryError("Unable to allocate 2 GiB"), FAILED, "error: this machine's memory is full. Lower --batch_size"),
         (StoppedError("stopped after step 3."), STOPPED, "stopped after step 3."),
         (
             KeyboardInterrupt(),
