@@ -151,10 +151,10 @@ class Checkpoints:
         newest = self.newest()
         if newest is None:
             return False
-        part = f"rank-{self.accelerator.process_index}"
-        state.restore(
-            load_file(newest / f"{part}.safetensors"), decode((newest / f"{part}.json").read_text(encoding="utf-8"))
-        )
+        part = newest / f"rank-{self.accelerator.process_index}"
+        # Copies: what is mapped from a file keeps Windows and NFS from removing its folder.
+        tensors = {name: each.clone() for name, each in load_file(part.with_suffix(".safetensors")).items()}
+        state.restore(tensors, decode(part.with_suffix(".json").read_text(encoding="utf-8")))
         return True
 
     def _attempt(self, action: Any) -> str | None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +10,8 @@ import torch
 
 from medct.training.best import BestSoFar
 from medct.training.checkpoints import Checkpoints, TrainingState
+
+MAPS = Path("/proc/self/maps")
 
 
 @dataclasses.dataclass
@@ -85,6 +88,20 @@ def test_the_newest_are_kept(tmp_path):
     for step in (1, 2, 10, 100):
         checkpoints.save(state_of(step))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000010", "step-00000100"]
+
+
+@pytest.mark.skipif(not MAPS.exists(), reason="the system does not say which files are mapped")
+def test_nothing_that_is_gone_on_with_stays_mapped(tmp_path):
+    """Windows removes no file that is mapped, and NFS not its folder: the run would end when it drops a checkpoint."""
+    saved = state_of(step=1, value=1)
+    saved.best.note(1, 0.5)
+    saved.parameters["a"].sum().backward()
+    saved.optimizer.step()
+    of(tmp_path).save(saved)
+    state = state_of()
+    of(tmp_path).load(state)
+    assert state.optimizer.state_dict()["state"]
+    assert str(tmp_path) not in MAPS.read_text()
 
 
 def test_there_may_be_none(tmp_path):
