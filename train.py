@@ -32,6 +32,7 @@ from medct.common.errors import StoppedError, one_line_errors
 from medct.common.files import refuse_taken
 from medct.common.host import device_name, keep_freed_memory, peak_memory_bytes, quiet_libraries
 from medct.common.lock import only_run
+from medct.common.output import escape_unknown
 from medct.common.paths import local_paths, without_paths
 from medct.common.progress import be_quiet, tqdm
 from medct.data.label_space import read_label_flags
@@ -551,6 +552,7 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> None:
         arguments: Of the command line; those of the process by default.
         prog: Name of the command in its help.
     """
+    escape_unknown()
     settings = parse_settings(TrainingSettings, __doc__, arguments, prog)
     keep_freed_memory()
     quiet_libraries()

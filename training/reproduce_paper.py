@@ -21,6 +21,7 @@ from medct.common.counting import counted
 from medct.common.errors import one_line_errors
 from medct.common.files import refuse_other_settings, whole_file
 from medct.common.host import keep_freed_memory, quiet_libraries
+from medct.common.output import escape_unknown
 from medct.common.progress import be_quiet
 from medct.publishing.convert_ct_clip_to_hf import convert
 from medct.train import Trainer
@@ -182,6 +183,7 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> None:
         arguments: Command line arguments; those of the process by default.
         prog: Name of the program in messages.
     """
+    escape_unknown()
     settings = parse_settings(PaperSettings, __doc__, arguments, prog)
     keep_freed_memory()
     quiet_libraries()

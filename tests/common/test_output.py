@@ -1,14 +1,17 @@
 """What has been printed is written out, or it is said that it could not be."""
 
+import io
 import json
 import sys
 from pathlib import Path
 
 import pytest
 
+from medct import train
 from medct.common.output import flush_output, visible
 from medct.common.progress import remark
 from medct.inference.bulk import JsonLines
+from medct.training import reproduce_paper
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
@@ -31,3 +34,14 @@ def test_a_terminal_shows_names_and_does_not_obey_them(capsys):
     assert json.loads(f'"{visible(OBEYED)}"') == OBEYED
     line = JsonLines().line({"study": OBEYED})
     assert json.loads(line) == {"study": OBEYED} and visible(line[:-1]) == line[:-1]
+
+
+@pytest.mark.parametrize(("program", "run"), [(train, "run"), (reproduce_paper, "reproduce")], ids=["train", "paper"])
+def test_programs_escape_what_the_output_has_no_letters_for(program, run, monkeypatch):
+    """As Windows' encodings of files and pipes: hours of training must not end with the name of a folder."""
+    output = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr(sys, "stdout", output)
+    monkeypatch.setattr(program, run, lambda settings: print("Saved: 研究"))
+    program.main(["--output_dir", "run", "--checkpoint", "x.pt"] if program is reproduce_paper else [])
+    output.flush()
+    assert output.buffer.getvalue() == b"Saved: \\u7814\\u7a76\n"
