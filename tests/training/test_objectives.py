@@ -11,6 +11,8 @@ import torch
 import torch.multiprocessing
 from ct_clip_reference import SIZES
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from medct import MedCTModel
@@ -84,6 +86,28 @@ def test_label_loss_is_the_mean_cross_entropy_of_the_known_pairs():
     labels = torch.tensor([[1.0, 0.0], [torch.nan, 1.0]])
     expected = F.binary_cross_entropy(torch.tensor([1.0, -3.0, 0.0]).sigmoid(), torch.tensor([1.0, 0.0, 1.0]))
     torch.testing.assert_close(label_loss(logits, labels) / 3, expected)
+
+
+class Precisions(TorchDispatchMode):
+    """Notes the types of all that is computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.seen |= {each.dtype for each in tree_leaves(result) if isinstance(each, torch.Tensor)}
+        return result
+
+
+def test_no_step_computes_in_double_precision(converted, studies, prompts):
+    """Which Apple's GPUs do not have."""
+    model = with_lora(MedCTModel.from_pretrained(converted))
+    with Precisions() as precisions:
+        step(model, "both", [part(studies, slice(0, 4)), part(studies, slice(4, 8))], prompts)
+    assert torch.float32 in precisions.seen
+    assert not precisions.seen & {torch.float64, torch.complex64, torch.complex128}
 
 
 def test_unknown_labels_have_no_gradient():
