@@ -1,4 +1,5 @@
-PYTHON ?= python3.11
+# The oldest that is there of those that the suite passes with; python3 may be another one.
+PYTHON ?= $(firstword $(foreach minor,11 12 13,$(shell command -v python3.$(minor) 2>/dev/null)) python3.11)
 VENV := .venv
 BIN := $(VENV)/bin
 # All that accelerate would else remark on; --quiet leaves an error at the one line that says it.

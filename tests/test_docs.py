@@ -7,6 +7,8 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import nibabel
@@ -132,3 +134,13 @@ def text_of(outputs: list[dict]) -> str:
 def test_readme_names_every_page():
     named = {Path(target).name for target in LINK.findall((ROOT / "README.md").read_text(encoding="utf-8"))}
     assert {page.name for page in PAGES[1:]} <= named
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.parametrize("version", ["3.11", "3.12", "3.13"])
+def test_make_finds_each_python_that_the_readme_names(version, tmp_path):
+    (tmp_path / f"python{version}").symlink_to(sys.executable)
+    command = [shutil.which("make"), "-n", "-C", ROOT, f"VENV={tmp_path}/venv", f"{tmp_path}/venv/installed"]
+    said = subprocess.run(command, env={"PATH": str(tmp_path)}, capture_output=True, text=True, check=True).stdout
+    assert "With Python 3.11 to 3.13" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert re.search(rf"python{re.escape(version)} -m venv", said)
