@@ -71,12 +71,10 @@ def refuse_different(what: Mapping[str, Any]) -> None:
     for rank, other in enumerate(others, start=2):
         for name in sorted(first.keys() | other.keys()):
             if first.get(name) != other.get(name):
-                theirs, its = (
-                    textwrap.shorten(repr(each.get(name)), 200, placeholder=" ...") for each in (other, first)
-                )
+                said = [textwrap.shorten(repr(each.get(name)), 200, placeholder=" ...") for each in (other, first)]
                 raise LaunchError(
-                    f"Process {rank} of {len(others) + 1} has {name} {theirs}, but the first one has {its}. Start all "
-                    "with the same flags, accelerate configuration, model and data."
+                    f"Process {rank} of {len(others) + 1} has {name} {said[0]}, but the first one has {said[1]}. Start "
+                    "all with the same flags, accelerate configuration, model and data."
                 )
 
 
