@@ -134,7 +134,7 @@ def _without_repeats(slices: list[Slice], source: str, resample_irregular: bool)
             kept.append(one)
         elif not np.array_equal(hu_of(before, {}), hu_of(one, {})):
             raise VolumeError(source, f"{reason}, with different pixels", "Pass the files of one phase of one series")
-    return kept, [f"{len(repeats)} repeated slices with the same pixels were left out"]
+    return kept, [f"repeated slices with the same pixels left out: {len(repeats)}"]
 
 
 def _check_interleaved(slices: list[Slice], source: str) -> None:

@@ -542,4 +542,4 @@ def _left_out_notes(left_out: Counter) -> list[str]:
     if not left_out:
         return []
     kinds = ", ".join(f"{count} x {kind}" for kind, count in left_out.most_common(5))
-    return [f"{left_out.total()} files were left out ({kinds})"]
+    return [f"files left out: {left_out.total()} ({kinds})"]

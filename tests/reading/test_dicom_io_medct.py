@@ -435,7 +435,7 @@ def test_other_files_beside_a_series_are_counted(hu, tmp_path):
     (folder / "LICENSE").write_text("a text", encoding="utf-8")
     (folder / ".DS_Store").write_bytes(b"x")
     (folder / "._slice.dcm").write_bytes(b"x" * 200)
-    with pytest.warns(VolumeWarning, match="6 files were left out") as caught:
+    with pytest.warns(VolumeWarning, match="files left out: 6 ") as caught:
         assert_is(read_volume(folder), hu)
     for part in ("2 x not a DICOM file", "1 x localizer", "1 x Segmentation Storage", "1 x Encapsulated PDF Storage"):
         assert part in str(caught[0].message)
@@ -544,7 +544,7 @@ def test_irregular_scans_are_resampled_on_request(edit, tmp_path):
 def test_equal_repeated_slices_are_left_out_on_request(hu, tmp_path):
     folder = write_series(tmp_path / "series", hu)
     write_series(folder, hu[:3], prefix="again")
-    with pytest.warns(VolumeWarning, match="3 repeated slices with the same pixels were left out"):
+    with pytest.warns(VolumeWarning, match="repeated slices with the same pixels left out: 3"):
         assert_is(read_volume(folder, resample_irregular=True), hu)
     with pytest.raises(VolumeError, match="with different pixels"):
         read_volume(write_series(tmp_path / "phases", hu, two_phases), resample_irregular=True)

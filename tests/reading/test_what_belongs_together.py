@@ -244,7 +244,7 @@ def test_what_never_was_dicom_is_left_out(name, tmp_path):
     heads = {"pdf": b"%PDF-1.4\0\0", "EXE": b"MZ\x90\0\3", "jpg": b"\xff\xd8\xff\xe0\0\x10JFIF", "json": b"{}"}
     folder = write_series(tmp_path / "series", HU)
     (folder / name).write_bytes(heads.get(name.rpartition(".")[2], HTML if name == "index.html" else b"a text\n"))
-    with pytest.warns(VolumeWarning, match=r"1 files were left out \(1 x not a DICOM file\)"):
+    with pytest.warns(VolumeWarning, match=r"files left out: 1 \(1 x not a DICOM file\)"):
         assert np.array_equal(read_volume(folder).array, HU.T)
 
 
