@@ -110,18 +110,25 @@ def stored_pixels(file: ByteSource, frames: Frames, index: int, cache: dict[Byte
 
 
 def _opened(file: ByteSource, frames: Frames, cache: dict[ByteSource, Any]) -> BinaryIO:
-    """A file, or its data set inflated up to the last of its pixels."""
-    if frames.syntax != DEFLATED:
-        return file.open()
-    if file not in cache:
+    """A file, or its data set inflated up to the last of its pixels; what lies in memory is kept for other frames."""
+    if file in cache:
+        return io.BytesIO(cache[file])
+    stream = file.open()
+    if frames.syntax == DEFLATED:
+        with stream:
+            stream = io.BytesIO(_inflated(file, frames, stream))
+    if isinstance(stream, io.BytesIO):  # a member of an archive is unpacked whole each time it is opened
         cache.clear()
-        count = frames.offset + 12 + frames.num_bytes
-        if too_inflated(count, file.size):
-            raise VolumeError(file.name, f"its {file.size} bytes would inflate to {count}", "Check the file")
-        with file.open() as stream:
-            read_meta(stream)
-            cache[file] = _inflate(stream, count)
-    return io.BytesIO(cache[file])
+        cache[file] = stream.getvalue()
+    return stream
+
+
+def _inflated(file: ByteSource, frames: Frames, stream: BinaryIO) -> bytes:
+    count = frames.offset + 12 + frames.num_bytes
+    if too_inflated(count, file.size):
+        raise VolumeError(file.name, f"its {file.size} bytes would inflate to {count}", "Check the file")
+    read_meta(stream)
+    return _inflate(stream, count)
 
 
 def _find_value(file: ByteSource, stream: BinaryIO, frames: Frames) -> tuple[int, int | None]:

@@ -1,6 +1,7 @@
 """Pixels in every transfer syntax that can be written here, whole and damaged."""
 
 import tracemalloc
+import zipfile
 import zlib
 
 import numpy as np
@@ -16,7 +17,7 @@ from pydicom.uid import (
     JPEGLSLossless,
     RLELossless,
 )
-from scan_files import compress, make_hu, write_series
+from scan_files import compress, make_hu, write_enhanced, write_series
 
 from medct import VolumeError, byte_sources_medct, dicom_frames_medct, dicom_pixels_medct, read_volume
 from medct.dicom_frames_medct import _DECODERS
@@ -47,6 +48,23 @@ def test_uncompressed(syntax, hu, tmp_path):
     folder = write_series(tmp_path, hu, as_syntax(syntax))
     assert pydicom.dcmread(next(folder.iterdir())).file_meta.TransferSyntaxUID == syntax
     assert np.array_equal(read_volume(folder).array, hu.T)
+
+
+@pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, DeflatedExplicitVRLittleEndian, RLELossless])
+def test_an_archive_is_not_unpacked_for_each_frame(syntax, tmp_path, monkeypatch):
+    unpacked, read_member = [], byte_sources_medct._read_member
+    monkeypatch.setattr(byte_sources_medct, "_read_member", lambda *each: unpacked.append(each) or read_member(*each))
+    counts, edit = [], compress(syntax) if syntax == RLELossless else as_syntax(syntax)
+    for frames in (4, 40):
+        hu = make_hu((frames, 8, 8))
+        file = write_enhanced(tmp_path / f"{frames}.dcm", hu, lambda ds: edit(ds, 0))
+        archive = tmp_path / f"{frames}.zip"
+        with zipfile.ZipFile(archive, "w") as members:
+            members.write(file, "scan.dcm")
+        unpacked.clear()
+        assert np.array_equal(read_volume(archive).array, hu.T)
+        counts.append(len(unpacked))
+    assert counts[0] == counts[1]
 
 
 @pytest.mark.parametrize("syntax", COMPRESSED)
