@@ -216,9 +216,10 @@ def shared_findings(
         precisions, by_chance = [], []
         for some in _some(rows):
             allowed = may_answer(some)
-            relevant = (present[some].astype(int) @ present.T.astype(int) > 0) & allowed
+            # As floats, since only their products are fast.
+            relevant = (present[some].astype(np.float32) @ present.T.astype(np.float32) > 0) & allowed
             similarity = np.where(allowed, embeds[some] @ embeds.T, -np.inf)
-            nearest = np.argsort(-similarity, axis=1, kind="stable")[:, : max(kept)]
+            nearest = nearest_first(similarity, max(kept))
             precisions.append(average_precision_at(np.take_along_axis(relevant, nearest, 1), kept))
             by_chance.append(_average_precision_by_chance(allowed.sum(axis=1), relevant.sum(axis=1), kept))
         figures = {
@@ -227,6 +228,24 @@ def shared_findings(
         }
         found |= {name: figures} if name else figures
     return found
+
+
+def nearest_first(similarity: np.ndarray, count: int) -> np.ndarray:
+    """Which answers are nearest to each query, the earlier one first of those equally near; sorts no others.
+
+    Args:
+        similarity: `(queries, answers)`, without NaN.
+        count: How many of them, at most as many as there are.
+
+    Returns:
+        `(queries, count)`, the nearest first.
+    """
+    least = np.partition(similarity, -count, axis=1)[:, -count, None]
+    # By query and answer; more than `count` a query where several are as near as the last.
+    query, answer = np.nonzero(similarity >= least)
+    order = np.lexsort((-similarity[query, answer], query))  # keeps the order of equals
+    first = np.searchsorted(query, np.arange(len(similarity)))[:, None]
+    return answer[order][first + np.arange(count)]
 
 
 def _average_precision_by_chance(answers: np.ndarray, relevant: np.ndarray, at: Sequence[int]) -> np.ndarray:

@@ -9,7 +9,14 @@ import pytest
 
 from medct.evaluation.metrics import FEWEST
 from medct.evaluation.report import retrieval_report
-from medct.evaluation.retrieval import Pairs, average_precision_at, recall_figures, right_ranks, shared_findings
+from medct.evaluation.retrieval import (
+    Pairs,
+    average_precision_at,
+    nearest_first,
+    recall_figures,
+    right_ranks,
+    shared_findings,
+)
 
 
 def unit(vectors) -> np.ndarray:
@@ -111,6 +118,22 @@ def test_map_worked_out_by_hand():
     assert found["chance"][1] == pytest.approx((1 / 2 + 1 / 3 + 1 / 2 + 1) / 4)
     with pytest.raises(ValueError, match="Fewer than two patients"):
         shared_findings(images, labels * 0, patients)
+
+
+@pytest.mark.parametrize("count", [1, 3, 30])
+def test_the_nearest_are_those_of_a_sort_and_of_equals_the_earlier(count):
+    similarity = np.random.default_rng(0).integers(5, size=(20, 30)).astype(np.float32)
+    similarity[::2, :9] = -np.inf
+    expected = np.argsort(-similarity, axis=1, kind="stable")[:, :count]
+    assert np.array_equal(nearest_first(similarity, count), expected)
+
+
+def test_only_answers_that_count_are_sorted(pairs, monkeypatch):
+    sizes, argsort, lexsort = [], np.argsort, np.lexsort
+    monkeypatch.setattr(np, "argsort", lambda each, *a, **k: sizes.append(np.size(each)) or argsort(each, *a, **k))
+    monkeypatch.setattr(np, "lexsort", lambda keys, *a: sizes.append(len(keys[0])) or lexsort(keys, *a))
+    shared_findings(pairs.image_embeds, np.ones((123, 2)), pairs.patients, at=(5,), resamples=0)
+    assert sizes == [123 * 5] * 2
 
 
 def test_chance_of_map_is_the_mean_over_all_orders():
