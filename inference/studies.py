@@ -123,10 +123,10 @@ def _with_notes(found: list[_Found]) -> list[Study]:
 
 
 def _notes_on_pieces(own: str, of_series: list[str]) -> tuple[str, ...]:
-    others = [each for each in of_series if each != own]
-    if not others:
+    other = next((each for each in of_series if each != own), None)
+    if other is None:
         return ()
-    where = others[0] if len(others) == 1 else f"{others[0]} (and {len(others) - 1} more)"
+    where = other if len(of_series) == 2 else f"{other} (and {len(of_series) - 2} more)"
     return (f"slices of its series lie in {where} too, which is read as another study: a piece of the scan, or a copy",)
 
 
@@ -135,7 +135,7 @@ def _studies_below(folder: Path) -> Iterator[_Found]:
     scans: dict[Path, _DicomFolder] = {}
     # Discs are often mounted with names in small letters.
     contents = (above / name for above in folder.absolute().parents for name in (_DICOMDIR, _DICOMDIR.upper()))
-    discs = [path.parent for path in contents if path.is_file()]
+    discs = {path.parent: number for number, path in enumerate(filter(Path.is_file, contents))}
     for parent, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(parent)
         if real in seen:  # a link that leads back
@@ -143,24 +143,22 @@ def _studies_below(folder: Path) -> Iterator[_Found]:
             continue
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        paths = [Path(parent, name) for name in sorted(names) if not name.startswith(".")]
-        files = [path for path in paths if not _is_special(path)]
-        if any(path.name.lower() == _DICOMDIR for path in files):
-            discs.append(Path(parent))
-        volumes = dict.fromkeys(path for path in files if path.name.lower().endswith(_VOLUME_SUFFIXES))
-        others = [path for path in files if path not in volumes]
-        if (first := next(filter(_is_dicom_file, others), None)) is not None:
-            places = {Path(parent), *Path(parent).parents, *Path(parent).absolute().parents}
-            disc = next((disc for disc in discs if disc in places), None)
-            series = set() if disc is None else {(disc, series_of(path)) for path in others} - {(disc, None)}
-            scans[Path(parent)] = _DicomFolder(others, not volumes and not folders, series, series_of(first))
-        yield from ((Study(str(path), str(path)), None) for path in volumes)
+        # A tree may hold millions of files: each has a name here, and few of them a `Path`.
+        names = sorted(name for name in names if not name.startswith("."))
+        if any(name.lower() == _DICOMDIR for name in names):
+            discs.setdefault(Path(parent), len(discs))
+        others = [name for name in names if not name.lower().endswith(_VOLUME_SUFFIXES)]
+        volumes = [str(path) for name in sorted({*names} - {*others}) if not _is_special(path := Path(parent, name))]
+        if (first := next((path for name in others if _is_dicom_file(path := Path(parent, name))), None)) is not None:
+            scans[Path(parent)] = _dicom_folder(Path(parent), others, first, discs, not volumes and not folders)
+        yield from ((Study(path, path), None) for path in volumes)
     yield from _joined(scans)
 
 
 @dataclass
 class _DicomFolder:
     files: list[Path]
+    """Not listed where the folder stands for them, as it can be no part of another study."""
     is_whole: bool
     """Whether the folder holds nothing else, so that it can stand for its files."""
     series: set[tuple[Path, str]]
@@ -169,18 +167,32 @@ class _DicomFolder:
     """The SeriesInstanceUID of its first file: asking all of them would read every study twice."""
 
 
+def _dicom_folder(
+    folder: Path, names: list[str], first: Path, discs: dict[Path, int], holds_nothing_else: bool
+) -> _DicomFolder:
+    """A folder with DICOM files, the first of which is known, by the names of its files and the discs found so far."""
+    above = {folder, *folder.parents, *folder.absolute().parents}
+    disc = min((each for each in above if each in discs), key=discs.__getitem__, default=None)
+    if disc is None and holds_nothing_else:
+        return _DicomFolder([], True, set(), series_of(first))
+    files = [path for name in names if not _is_special(path := folder / name)]
+    series = set() if disc is None else {(disc, series_of(path)) for path in files} - {(disc, None)}
+    return _DicomFolder(files, holds_nothing_else, series, series_of(first))
+
+
 def _joined(folders: dict[Path, _DicomFolder]) -> Iterator[_Found]:
     """A study of each folder, and one of those that share a series."""
-    groups: list[list[Path]] = []
+    groups: dict[int, list[Path]] = {}
     group_of: dict[tuple[Path, str], list[Path]] = {}
     for path, folder in folders.items():
         same = {id(group_of[one]): group_of[one] for one in folder.series if one in group_of}.values()
         for group in same:
-            groups.remove(group)
-        groups.append([*(one for group in same for one in group), path])
-        group_of |= {one: groups[-1] for member in groups[-1] for one in folders[member].series}
+            del groups[id(group)]
+        whole = [*(one for group in same for one in group), path]
+        groups[id(whole)] = whole
+        group_of |= {one: whole for member in whole for one in folders[member].series}
     taken: set[str] = set()
-    for paths in groups:
+    for paths in groups.values():
         common = str(paths[0]) if len(paths) == 1 else os.path.commonpath(paths)
         name = str(paths[0]) if common in taken else common
         taken.add(name)
@@ -198,7 +210,7 @@ def _is_special(path: Path) -> bool:
 
 
 def _is_dicom_file(path: Path) -> bool:
-    if path.name.lower() == _DICOMDIR:
+    if path.name.lower() == _DICOMDIR or _is_special(path):
         return False
     try:
         with path.open("rb") as file:

@@ -8,8 +8,9 @@ import re
 import shutil
 import signal
 import socket
+from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import nibabel
 import numpy as np
@@ -224,6 +225,34 @@ def test_without_a_table_of_contents_each_folder_is_a_study_and_pieces_are_remar
             assert all(f"lie in {tmp_path}/{others[name]} too" in note for note in study.notes)
             assert "1.2.7" not in str(study.notes)
     assert found["a"].notes[0] in read_study(found["a"], load.image_processor).notes
+
+
+def test_of_a_folder_no_more_files_are_asked_for_than_tell_that_it_is_a_study(tmp_path, monkeypatch):
+    """Hospitals have millions of slices."""
+    write_series(tmp_path / "few", make_hu((3, 8, 8)))
+    write_series(tmp_path / "many", make_hu((30, 8, 8)))
+    asked, path_stat = [], Path.stat
+    monkeypatch.setattr(Path, "stat", lambda path, **options: asked.append(path) or path_stat(path, **options))
+    assert len(find_studies([tmp_path])) == 2
+    counts = Counter(path.parent.name for path in asked)
+    assert counts["few"] == counts["many"]
+
+
+def test_a_thousand_discs_take_as_long_each_as_one(tmp_path, monkeypatch):
+    hashed, path_hash = [], PurePath.__hash__
+    monkeypatch.setattr(PurePath, "__hash__", lambda path: hashed.append(path) or path_hash(path))
+    counts = []
+    for number in (10, 40):
+        folder = tmp_path / f"{number}"
+        for k in range(number):
+            disc = folder / f"{k}"
+            disc.mkdir(parents=True)
+            write_contents(disc)
+            write_series(disc / "A", make_hu((2, 8, 8)), of_series(f"1.2.{k}", range(2)))
+        hashed.clear()
+        assert len(find_studies([folder])) == number
+        counts.append(len(hashed))
+    assert counts[1] <= 4 * counts[0]
 
 
 def test_a_table_of_contents_alone_is_no_study(tmp_path):
