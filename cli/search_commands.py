@@ -60,7 +60,7 @@ def _embed(args: argparse.Namespace) -> int:
         rows_path=rows_path,
     )
     if state.is_main_process:
-        rows = [*(before.rows() if before else ()), *read_rows(rows_path, JsonLines())]
+        rows = [*(before.rows() if before else ()), *map(search.compact, read_rows(rows_path, JsonLines()))]
         # A second run may bring reports for studies that were embedded without.
         search.write_embeddings(args.output, [with_report(pipe, reports, row) for row in rows], settings)
         rows_path.unlink()

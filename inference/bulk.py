@@ -13,7 +13,7 @@ import hashlib
 import io
 import json
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -42,7 +42,7 @@ class RowFormat(Protocol):
 
     def header(self) -> str: ...
     def line(self, row: dict[str, Any]) -> str: ...
-    def rows(self, lines: list[str]) -> list[dict[str, Any]]: ...
+    def rows(self, lines: Iterable[str]) -> Iterator[dict[str, Any]]: ...
 
 
 class JsonLines:
@@ -54,8 +54,8 @@ class JsonLines:
     def line(self, row: dict[str, Any]) -> str:
         return visible(json.dumps(row, ensure_ascii=False, allow_nan=False)) + "\n"
 
-    def rows(self, lines: list[str]) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in lines]
+    def rows(self, lines: Iterable[str]) -> Iterator[dict[str, Any]]:
+        return map(json.loads, lines)
 
 
 class Csv:
@@ -74,11 +74,9 @@ class Csv:
     def line(self, row: dict[str, Any]) -> str:
         return self._line([row.get(column, "") for column in self.columns])
 
-    def rows(self, lines: list[str]) -> list[dict[str, Any]]:
-        return [
-            {column: of_text(cell) if isinstance(cell, str) else cell for column, cell in row.items()}
-            for row in csv.DictReader(lines, fieldnames=self.columns)
-        ]
+    def rows(self, lines: Iterable[str]) -> Iterator[dict[str, Any]]:
+        for row in csv.DictReader(lines, fieldnames=self.columns):
+            yield {column: of_text(cell) if isinstance(cell, str) else cell for column, cell in row.items()}
 
     def _line(self, values: Sequence[Any]) -> str:
         line = io.StringIO()
@@ -87,33 +85,32 @@ class Csv:
         return line.getvalue()
 
 
-def read_rows(path: Path, format: RowFormat) -> list[dict[str, Any]]:
-    """Read the rows of a file, without an incomplete last line; none if there is no file.
+def read_rows(path: Path, format: RowFormat) -> Iterator[dict[str, Any]]:
+    """Read the rows of a file one by one, without an incomplete last line; none if there is no file.
 
     Args:
-        path: The file.
+        path: The file, which may be larger than memory.
         format: Format of its lines.
 
     Raises:
         OutputError: If the file holds anything but such rows.
     """
     if not path.exists():
-        return []
-    text = path.read_bytes().decode("utf-8", "surrogateescape")  # file names may be any bytes
-    lines = [line + "\n" for line in text.split("\n")[:-1]]
-    header = format.header()
+        return
     taken = f"{path} exists and holds rows that this run would not write. Choose another --output, or remove it."
-    if header:
-        if lines and lines[0] != header:
+    # File names may be any bytes.
+    with path.open(encoding="utf-8", errors="surrogateescape", newline="\n") as file:
+        lines = (line for line in file if line.endswith("\n"))
+        header = format.header()
+        if header and next(lines, header) != header:
             raise OutputError(taken)
-        lines = lines[1:]
-    try:
-        rows = format.rows(lines)
-    except ValueError as error:
-        raise OutputError(taken) from error
-    if not all(isinstance(row, dict) and row.get(KEY) for row in rows):
-        raise OutputError(taken)
-    return rows
+        try:
+            for row in format.rows(lines):
+                if not isinstance(row, dict) or not row.get(KEY):
+                    raise ValueError("no row of a study")
+                yield row
+        except ValueError as error:
+            raise OutputError(taken) from error
 
 
 class RowFile:
@@ -129,8 +126,7 @@ class RowFile:
 
     def __init__(self, path: Path, format: RowFormat):
         self.path, self.format = path, format
-        rows = read_rows(path, format)
-        self.done = {row[KEY] for row in rows}
+        self.done = {row[KEY] for row in read_rows(path, format)}
         if path.exists():
             with path.open("rb+") as file:
                 file.truncate(file.read().rfind(b"\n") + 1)
@@ -180,15 +176,14 @@ def merge(path: Path, format: RowFormat, order: Iterable[str] = ()) -> int:
         Number of rows.
     """
     parts = part_paths(path)
-    rows = {row[KEY]: row for file in (path, *parts) for row in read_rows(file, format)}
+    lines = {row[KEY]: format.line(row) for file in (path, *parts) for row in read_rows(file, format)}
     place = {study: index for index, study in enumerate(order)}
-    ordered = sorted(rows.values(), key=lambda row: place.get(row[KEY], -1))
     with whole_file(path) as aside, aside.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
         file.write(format.header())
-        file.writelines(map(format.line, ordered))
+        file.writelines(lines[study] for study in sorted(lines, key=lambda study: place.get(study, -1)))
     for part in parts:
         part.unlink()
-    return len(rows)
+    return len(lines)
 
 
 _FAILED = Csv([KEY, "reason"])

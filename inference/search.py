@@ -125,6 +125,15 @@ def refuse_shared(names: Container[str], studies: Sequence[str], path: Path) -> 
             )
 
 
+def compact(row: dict[str, Any]) -> dict[str, Any]:
+    """A row with arrays of float32 in place of lists of numbers, which take eight times the memory.
+
+    Args:
+        row: As `write_embeddings` takes it.
+    """
+    return {name: np.array(each, np.float32) if isinstance(each, list) else each for name, each in row.items()}
+
+
 def write_embeddings(path: Path, rows: Sequence[dict[str, Any]], settings: dict[str, Any]) -> None:
     """Write an index.
 

@@ -1,6 +1,7 @@
 """Rows stay written, incomplete lines are dropped, parts are merged."""
 
 import threading
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -33,7 +34,7 @@ def test_rows_come_back_and_a_second_run_adds_to_them(tmp_path, format):
     file = RowFile(path, format)
     assert file.done == {row[KEY] for row in ROWS[:2]}
     file.write(ROWS[2])
-    assert read_rows(path, format) == ROWS  # without closing it
+    assert list(read_rows(path, format)) == ROWS  # without closing it
     file.close()
 
 
@@ -88,7 +89,7 @@ def test_an_incomplete_line_is_dropped(tmp_path, format):
     for length in range(start, len(whole)):
         path.write_bytes(whole[:length])
         expected = whole[start:length].count(b"\n")
-        assert read_rows(path, format) == ROWS[:expected]
+        assert list(read_rows(path, format)) == ROWS[:expected]
     write(path, format, ROWS[2:])
     assert path.read_bytes() == whole
 
@@ -97,12 +98,27 @@ def test_an_incomplete_header_is_rewritten(tmp_path):
     path = tmp_path / "rows"
     path.write_text(CSV.header()[:4], encoding="utf-8")
     write(path, CSV, ROWS)
-    assert read_rows(path, CSV) == ROWS
+    assert list(read_rows(path, CSV)) == ROWS
+
+
+@pytest.mark.parametrize(
+    "again", [lambda path: RowFile(path, JsonLines()).close(), lambda path: merge(path, JsonLines())]
+)
+def test_rows_do_not_lie_in_memory_as_lists(again, tmp_path):
+    """Those of 50,000 studies take a gigabyte as text, and several as numbers, in each process of a launch."""
+    path = tmp_path / "rows"
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(JsonLines().line({KEY: str(k), "embeds": [0.5 + k] * 1000}) for k in range(400))
+    tracemalloc.start()
+    again(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2 * path.stat().st_size
 
 
 def test_a_line_break_in_a_value_makes_no_second_line(tmp_path):
     write(tmp_path / "rows", CSV, [{KEY: "a", "score": "1", "notes": "one\ntwo"}])
-    assert read_rows(tmp_path / "rows", CSV) == [{KEY: "a", "score": "1", "notes": "one two"}]
+    assert list(read_rows(tmp_path / "rows", CSV)) == [{KEY: "a", "score": "1", "notes": "one two"}]
 
 
 @pytest.mark.parametrize("content", ["study,other\n", "hello\n", '{"x": 1}\n', "[1]\n"])
@@ -122,7 +138,7 @@ def test_parts_are_merged_in_order_and_once(tmp_path, format):
     part_path(path, 1).write_bytes(part_path(path, 1).read_bytes() + b"torn")
     assert len(part_paths(path)) == 2
     assert merge(path, format, [row[KEY] for row in ROWS]) == 3
-    assert read_rows(path, format) == ROWS
+    assert list(read_rows(path, format)) == ROWS
     assert part_paths(path) == []
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
@@ -145,9 +161,9 @@ def test_a_full_disk_is_told_with_the_file_and_costs_the_row(tmp_path, format):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert _end_of(caught.value) == (FAILED, f"error: {path}: {caught.value.strerror}.")
-    assert read_rows(path, format) == ROWS[:2]
+    assert list(read_rows(path, format)) == ROWS[:2]
     write(path, format, ROWS[2:])
-    assert read_rows(path, format) == ROWS
+    assert list(read_rows(path, format)) == ROWS
 
 
 def test_what_is_no_number_is_no_json():
