@@ -12,6 +12,7 @@
 """
 
 import csv
+import functools
 import itertools
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
@@ -140,15 +141,31 @@ def _count(header: Sequence[str], wanted: Sequence[str]) -> int:
 
 
 def _sheet(path: Path, wanted: Sequence[str], name: str) -> Iterator[list[str]]:
+    of_zip(of_path(path)[0])  # refuses what would unpack to gigabytes
+    status = path.stat()
     try:
-        from openpyxl import load_workbook
+        texts = _sheets(path, name, (status.st_ino, status.st_size, status.st_mtime_ns))
+    except DataError:
+        raise
     except ImportError as error:
         raise DataError(f"{name}: an Excel file, which needs openpyxl: pip install openpyxl. Or: {_AS_CSV}.") from error
-    of_zip(of_path(path)[0])  # refuses what would unpack to gigabytes
-    try:
-        found = load_workbook(path, data_only=True).worksheets
     except Exception as error:  # openpyxl raises those of zipfile, XML and its own
         raise DataError(f"{name}: a damaged Excel file ({type(error).__name__}). {_AS_CSV}.") from error
+    yield from max(texts, key=lambda sheet: _count(sheet[0], wanted), default=[])
+
+
+@functools.lru_cache(maxsize=1)
+def _sheets(path: Path, name: str, state: tuple[int, ...]) -> list[list[list[str]]]:
+    """All sheets as text, kept since each split asks for the header and the rows, and openpyxl takes its time.
+
+    Args:
+        path: The file.
+        name: What to call it in messages.
+        state: What differs once the file was written again.
+    """
+    from openpyxl import load_workbook
+
+    found = load_workbook(path, data_only=True).worksheets
     for sheet in found:
         if sheet.max_row * sheet.max_column > _MOST_CELLS:
             raise DataError(
@@ -156,8 +173,7 @@ def _sheet(path: Path, wanted: Sequence[str], name: str) -> Iterator[list[str]]:
                 f"table holds. Delete what stands far outside of the table, or: {_AS_CSV}."
             )
     sheets = [list(sheet.iter_rows(values_only=True)) for sheet in found]
-    texts = [[[_text(cell) for cell in row] for row in sheet] for sheet in sheets if sheet]
-    yield from max(texts, key=lambda sheet: _count(sheet[0], wanted), default=[])
+    return [[[_text(cell) for cell in row] for row in sheet] for sheet in sheets if sheet]
 
 
 def _text(cell: Any) -> str:

@@ -3,6 +3,7 @@
 import csv
 import unicodedata
 
+import openpyxl
 import pytest
 from openpyxl import Workbook
 
@@ -46,6 +47,18 @@ def test_any_separator_gives_the_same(tmp_path, separator, encoding):
 def test_a_sheet_gives_the_same(tmp_path):
     path = write_xlsx(tmp_path / "table.xlsx", [["Notes"], ["of somebody"]], [HEADER, *ROWS, [None, None, None]])
     assert cells(read_table(path, COLUMNS, ["report"])) == ROWS
+
+
+def test_a_sheet_is_unpacked_once_however_often_it_is_read_and_again_once_it_has_changed(tmp_path, monkeypatch):
+    loaded, load = [], openpyxl.load_workbook
+    monkeypatch.setattr(openpyxl, "load_workbook", lambda *a, **options: loaded.append(a) or load(*a, **options))
+    path = write_xlsx(tmp_path / "table.xlsx", [HEADER, *ROWS])
+    for _ in range(3):
+        assert columns_of(path) == HEADER
+        assert cells(read_table(path, COLUMNS, ["report"], name="another name")) == ROWS
+    assert len(loaded) == 1
+    write_xlsx(path, [HEADER, *ROWS[:1]])
+    assert cells(read_table(path, COLUMNS, ["report"])) == ROWS[:1]
 
 
 def test_cells_of_a_sheet_are_text_as_csv_has_it(tmp_path):
