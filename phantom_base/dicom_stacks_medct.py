@@ -136,9 +136,11 @@ def _overlap(labels: Sequence[Hashable], along: np.ndarray) -> bool:
     places: dict[Hashable, list[float]] = defaultdict(list)
     for label, position in zip(labels, along.tolist(), strict=True):
         places[label].append(position)
-    groups = [np.array(found) for found in places.values() if len(found) >= _LEAST_SLICES]
+    groups = sorted((np.array(found) for found in places.values() if len(found) >= _LEAST_SLICES), key=np.min)
     for k, one in enumerate(groups):
         for other in groups[k + 1 :]:
+            if other.min() > one.max() + _SAME_POSITION_MM:
+                break  # as those after it begin later still
             if min(_within(one, other), _within(other, one)) >= 1 and _within(one, other) + _within(other, one) > 2:
                 return True
     return False

@@ -5,7 +5,7 @@ import pytest
 import scan_files
 from scan_files import SECRET, STEP_MM, at, make_hu, write_enhanced, write_series
 
-from medct import VolumeError, read_volume
+from medct import VolumeError, dicom_stacks_medct, read_volume
 from medct.dicom_stacks_medct import TELLING
 
 COUNT = 6
@@ -264,3 +264,13 @@ def test_skipped_slices_are_remarked_on(times, is_numbered, name, each, is_remar
     volume = read_volume(write_series(tmp_path, HU, edit))
     assert np.array_equal(volume.array, HU[::each].T)
     assert any("those between may be missing" in note for note in volume.notes) == is_remarked
+
+
+def test_only_scans_that_can_overlap_are_compared(monkeypatch):
+    """Each turn of a step-and-shoot scanner has a time of its own, and only a few slices."""
+    compared, within = [], dicom_stacks_medct._within
+    monkeypatch.setattr(dicom_stacks_medct, "_within", lambda *each: compared.append(each) or within(*each))
+    places = np.arange(400.0)
+    assert not dicom_stacks_medct._overlap((places // 2).tolist(), places)
+    assert not compared
+    assert dicom_stacks_medct._overlap((places % 100).tolist(), places)
