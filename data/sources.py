@@ -19,18 +19,21 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from datasets import IterableDataset
 
+from medct.common.lock import is_first_process
+from medct.common.progress import tqdm
 from medct.errors_medct import MedCTError
 from medct.volume_io_medct import read_volume
 from medct.volume_medct import CTVolume
 
 Row = dict[str, Any]
+_SHOWN_AFTER_S = 2.0
 
 
 class DataError(MedCTError, ValueError):
@@ -181,6 +184,16 @@ class Source:
         order = np.random.default_rng([seed, epoch]).permutation(len(self.groups))
         return [group[(first[index] + epoch) % len(group)] for index in order if (group := self.groups[index])]
 
+    def rows(self, what: str) -> Iterable[Row]:
+        """The first row of each study in the source's own order, with a bar where that takes long: rows of shards on
+        the Hub cost a request each.
+
+        Args:
+            what: Name for the bar.
+        """
+        shown = {"delay": _SHOWN_AFTER_S, "leave": False, "disable": not is_first_process()}
+        return tqdm(map(self.read, self.keys()), what, self.num_studies, unit="study", **shown)
+
     def stream(self, epoch: int = 0, seed: int | None = None) -> IterableDataset:
         """Rows of one epoch; each study is a shard, so that any number of processes can divide them.
 
@@ -202,7 +215,7 @@ def digest_of(source: Source) -> str:
         source: Whose rows are read, without their volumes, unless it has a checksum of them or they are drawings.
     """
     found = hashlib.sha256(json.dumps([source.checksum, *source.groups]).encode())
-    for row in [] if source.checksum or source.is_synthetic else map(source.read, source.keys()):
+    for row in [] if source.checksum or source.is_synthetic else source.rows("note which studies"):
         found.update(json.dumps([row[name] for name in ("id", "report", "labels")]).encode())
     return found.hexdigest()[:16]
 

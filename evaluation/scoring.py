@@ -212,7 +212,7 @@ def has_same_labels(source: Source, scored: ScoredStudies) -> bool:
     """
     if source.is_synthetic:
         return True
-    rows = {row["id"]: row for row in map(source.read, source.keys())}
+    rows = {row["id"]: row for row in source.rows("compare labels")}
     if set(rows) != set(scored.ids) or [rows[each]["patient"] for each in scored.ids] != scored.patients:
         return False
     labels, _ = merge_columns(
@@ -230,7 +230,7 @@ def refuse_shares(source: Source) -> None:
     Raises:
         DataError: If there is one.
     """
-    for row in [] if source.is_synthetic else map(source.read, source.keys()):
+    for row in [] if source.is_synthetic else source.rows("check labels"):
         for name, label in zip(source.label_names, row["labels"], strict=True):
             if 0 < label < 1:
                 raise DataError(

@@ -45,7 +45,7 @@ def divide(source: Source, folds: int, fold: int, max_tune_studies: int | None =
     Raises:
         TrainingError: If there are fewer patients than folds, or a fold on which nothing could be scored.
     """
-    rows_of = [source.read(group[0]) for group in source.groups]
+    rows_of = list(source.rows("divide by patient"))
     patients = [row["patient"] for row in rows_of]
     in_order = sorted(set(patients), key=lambda patient: hash_share(patient, "folds"))
     if len(in_order) < folds:

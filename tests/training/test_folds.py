@@ -13,6 +13,7 @@ from launching import launch_command
 
 from medct import CT_CLIP_LABELS, MedCTModel
 from medct import train as training
+from medct.common import progress
 from medct.common.errors import StoppedError
 from medct.common.files import OtherSettingsError
 from medct.data import PhantomCohort, open_source
@@ -21,14 +22,34 @@ from medct.evaluation.metrics import compare
 from medct.evaluation.predictions import Key, Predictions, learned_from
 from medct.evaluation.record import read_scores, write_record
 from medct.evaluation.report import folds_table
-from medct.evaluation.scoring import ScoredStudies
+from medct.evaluation.scoring import ScoredStudies, refuse_shares
 from medct.train import Trainer, run
 from medct.training.folds import _about, _pooled, divide, refuse_changed
 from medct.training.run_folder import RunFolder
 from medct.training.settings import TrainingError, TrainingSettings, check
+from medct.training.sources import digest_of_studies
 
 FOLDS = 3
 pytestmark = pytest.mark.usefixtures("phantoms_are_drawn_once")
+
+
+@pytest.mark.parametrize(
+    ("act", "what"),
+    [
+        (refuse_shares, "check labels"),
+        (digest_of_studies, "note what is learned"),
+        (lambda source: divide(source, 2, 1), "divide by patient"),
+    ],
+)
+def test_what_reads_the_row_of_every_study_says_how_far_it_is(act, what, monkeypatch, capsys):
+    """A row of a shard on the Hub costs a request, so that thousands take long."""
+    rows = [{"id": f"{k}", "patient": f"{k}", "report": "", "labels": [float(k % 3 > 0)]} for k in range(12)]
+    source = Source([(k,) for k in range(12)], rows.__getitem__, ("Lung nodule",), "twelve studies")
+    act(source)
+    assert not capsys.readouterr().err  # where it takes no time
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
+    act(source)
+    assert f"{what}: 12/12" in capsys.readouterr().err
 
 
 @pytest.fixture
