@@ -144,9 +144,9 @@ def _sheet(path: Path, wanted: Sequence[str], name: str) -> Iterator[list[str]]:
     of_zip(of_path(path)[0])  # refuses what would unpack to gigabytes
     status = path.stat()
     try:
-        texts = _sheets(path, name, (status.st_ino, status.st_size, status.st_mtime_ns))
-    except DataError:
-        raise
+        texts = _sheets(path, (status.st_ino, status.st_size, status.st_mtime_ns))
+    except DataError as error:
+        raise DataError(f"{name}: {error}") from error
     except ImportError as error:
         raise DataError(f"{name}: an Excel file, which needs openpyxl: pip install openpyxl. Or: {_AS_CSV}.") from error
     except Exception as error:  # openpyxl raises those of zipfile, XML and its own
@@ -155,12 +155,11 @@ def _sheet(path: Path, wanted: Sequence[str], name: str) -> Iterator[list[str]]:
 
 
 @functools.lru_cache(maxsize=1)
-def _sheets(path: Path, name: str, state: tuple[int, ...]) -> list[list[list[str]]]:
+def _sheets(path: Path, state: tuple[int, ...]) -> list[list[list[str]]]:
     """All sheets as text, kept since each split asks for the header and the rows, and openpyxl takes its time.
 
     Args:
         path: The file.
-        name: What to call it in messages.
         state: What differs once the file was written again.
     """
     from openpyxl import load_workbook
@@ -169,7 +168,7 @@ def _sheets(path: Path, name: str, state: tuple[int, ...]) -> list[list[list[str
     for sheet in found:
         if sheet.max_row * sheet.max_column > _MOST_CELLS:
             raise DataError(
-                f"{name}: the sheet {sheet.title!r} reaches from {sheet.dimensions.replace(':', ' to ')}, more than a "
+                f"the sheet {sheet.title!r} reaches from {sheet.dimensions.replace(':', ' to ')}, more than a "
                 f"table holds. Delete what stands far outside of the table, or: {_AS_CSV}."
             )
     sheets = [list(sheet.iter_rows(values_only=True)) for sheet in found]

@@ -37,7 +37,7 @@ pytestmark = pytest.mark.usefixtures("phantoms_are_drawn_once")
     ("act", "what"),
     [
         (refuse_shares, "check labels"),
-        (digest_of_studies, "note what is learned"),
+        (digest_of_studies, "note which studies"),
         (lambda source: divide(source, 2, 1), "divide by patient"),
     ],
 )
