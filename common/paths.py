@@ -4,6 +4,7 @@ Any text may hold paths that nobody knows of; those are recognised by their form
 folders that a run was given, are recognised whatever they are made of: blanks, brackets, a single part.
 """
 
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PureWindowsPath
@@ -84,5 +85,6 @@ def _pattern(known: Iterable[str]) -> re.Pattern[str]:
 
 def _telling(paths: Iterable[str]) -> Iterator[str]:
     """Paths that say more than their last part, longest first: one may be the beginning of another."""
-    stripped = {path.rstrip("/\\") for path in (*paths, str(Path.home()))}
+    # It stays "~" where nobody knows it, as for a number without a name in a container.
+    stripped = {path.rstrip("/\\") for path in (*paths, os.path.expanduser("~"))}  # noqa: PTH111 - `Path` raises
     return (path for path in sorted(stripped, key=len, reverse=True) if path and _last_part(path) != path)

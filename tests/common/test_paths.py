@@ -1,6 +1,7 @@
 """Paths of a machine in what is handed out."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -57,3 +58,11 @@ def test_what_lies_beside_a_known_path_is_known(tmp_path):
 def test_the_home_folder_is_known(monkeypatch):
     monkeypatch.setenv("HOME", "/Users/Jane Doe")
     assert without_paths("read /Users/Jane Doe/scans/a.nii.gz") == "read a.nii.gz"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="users of Windows have names")
+def test_a_user_without_a_name_and_a_home_has_paths_all_the_same(monkeypatch):
+    """In a container, where the end of hours of work must not fail for it."""
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("os.getuid", lambda: 2**31 - 3)
+    assert without_paths("read /mnt/ward 3/a.nii.gz in ~", ["/mnt/ward 3"]) == "read a.nii.gz in ~"
