@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
-from medct.common.output import drop_output, flush_output, visible
+from medct.common.output import drop_output, flush_output, replace_closed, visible
 from medct.errors_medct import MedCTError, place_of
 
 OK, SOME_FAILED, FAILED = 0, 1, 2
@@ -69,6 +69,7 @@ def run_process(main: Callable[[], int | None]) -> NoReturn:
             sys.stderr.flush()
             os._exit(statuses[0])
 
+    replace_closed()
     atexit.register(end)  # before all that `main` and its imports register, so called after them
     try:
         with one_line_errors(), contextlib.ExitStack() as stack:

@@ -6,10 +6,24 @@ import json
 import os
 import re
 import sys
+from pathlib import Path
 
 _ESCAPED = "medct.escaped"
 # Control characters, separators of lines, and what turns the direction of the letters that follow.
 _OBEYED = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+
+
+def replace_closed() -> None:
+    """Let output that this process was started without, as a service may be, lead nowhere.
+
+    Else the next file that is opened would get the number, and with it what libraries written in C print.
+    """
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:  # the first that is free
+        pass
+    os.close(number)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115 - until the end
 
 
 def escape_unknown() -> None:

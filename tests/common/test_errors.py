@@ -177,3 +177,28 @@ run_process(lambda: print("printed"))
     with FULL_DISK.open("w") as full:
         run = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, encoding="utf-8")
     assert (run.returncode, run.stderr) == (FAILED, "error: standard output: No space left on device.\n")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no shell that closes streams")
+def test_a_process_without_output_works_and_no_file_takes_its_place(tmp_path):
+    code = """
+import sys
+output = sys.argv[1]
+sys.argv[0] = "medct"
+from medct.common.errors import run_process
+
+
+def main():
+    with open(output, "w") as file:
+        print(file.fileno(), file=file)
+    print("printed", flush=True)
+    print("said", file=sys.stderr, flush=True)
+    return 1
+
+
+run_process(main)
+"""
+    path = tmp_path / "file"
+    command = ["sh", "-c", 'exec "$0" "$@" <&- >&- 2>&-', sys.executable, "-c", code, str(path)]
+    assert subprocess.run(command, check=False).returncode == 1
+    assert int(path.read_text(encoding="utf-8")) > 2
