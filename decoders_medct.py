@@ -51,6 +51,8 @@ _REPLY = struct.Struct("<BBBQ")  # outcome, bytes a pixel, whether signed, lengt
 _READY, _DONE, _DAMAGED, _REPORTED, _NO_MEMORY = range(5)
 _OUT_OF_TIME = 1
 """Exit status that `faulthandler` gives."""
+_WORDS_BYTES = 4096
+"""Reserved on the disk for what decoders say: if it gets full later, their reports must not be lost."""
 
 
 class DecodeError(Exception):
@@ -326,7 +328,8 @@ def _run() -> None:
     quiet = os.fdopen(silence, "w")
     faulthandler.dump_traceback_later(START_SECONDS, exit=True, file=quiet)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the caller, whose end is this one's
-    words = tempfile.TemporaryFile()  # noqa: SIM115
+    words = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
+    words.write(bytes(_WORDS_BYTES))
     os.dup2(words.fileno(), 2)
     if resource is not None:
         resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
@@ -344,13 +347,13 @@ def _run() -> None:
         faulthandler.dump_traceback_later(START_SECONDS, exit=True, file=quiet)
         module = importlib.import_module(name)
         words.seek(0)
-        words.truncate()
+        words.truncate(_WORDS_BYTES)
         faulthandler.dump_traceback_later(seconds, exit=True, file=quiet)
         _limit_memory(memory)
         pixels, outcome = (b"", 0, False), _DAMAGED
         try:
             pixels = DECODERS[name](module, data, tuple(shape), bits)
-            outcome = _REPORTED if os.fstat(2).st_size else _DONE
+            outcome = _REPORTED if words.tell() else _DONE
             if len(pixels[0]) != math.prod(shape) * pixels[1]:
                 outcome = _DAMAGED
         except MemoryError:

@@ -34,6 +34,8 @@ def decode_pixel_data(frame, version):
         bytearray(2**31)
     if word == "speak":
         os.write(2, b"corrupt data")
+    if word == "disk is full" and os.fstat(2).st_size > 1000:
+        os.write(2, b"corrupt data")
     if word == "print":
         os.write(1, b"progress: 10 %")
     if word == "raise":
@@ -65,6 +67,7 @@ def test_one_helper_serves_one_thread(fake):
         ("hang", "too long"),
         ("grow", "too much memory"),
         ("speak", "the decoder reports damage"),
+        ("disk is full", "the decoder reports damage"),
         ("raise", "damaged"),
         ("short", "damaged"),
     ],
