@@ -168,7 +168,7 @@ class Trainer:
             try:
                 return self._run()
             except KeyboardInterrupt:  # before or after the steps, or a second time
-                raise StoppedError(f"stopped by SIGINT. {self._remedy()}") from None
+                raise StoppedError(f"stopped. {self._remedy()}") from None
 
     def _remedy(self) -> str:
         return f"The same command with --output_dir {shlex.quote(str(self.folder.final))} --resume continues it."

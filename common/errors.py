@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -70,6 +71,10 @@ def run_process(main: Callable[[], int | None]) -> NoReturn:
             os._exit(statuses[0])
 
     replace_closed()
+    # Otherwise the first process of a container would not hear it, and others would leave what Ctrl-C clears away.
+    is_alone = int(os.environ.get("WORLD_SIZE", 1)) == 1  # those of a launch hear nothing while they wait
+    if is_alone and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     atexit.register(end)  # before all that `main` and its imports register, so called after them
     try:
         with one_line_errors(), contextlib.ExitStack() as stack:

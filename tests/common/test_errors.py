@@ -179,6 +179,30 @@ run_process(lambda: print("printed"))
     assert (run.returncode, run.stderr) == (FAILED, "error: standard output: No space left on device.\n")
 
 
+@pytest.mark.skipif(os.name == "nt", reason="processes end there without a signal")
+def test_a_process_that_is_terminated_ends_as_by_ctrl_c():
+    """With a handler, which the first process of a container needs to hear the signal at all."""
+    code = """
+import os, signal, sys, time
+sys.argv[0] = "medct"
+from medct.common.errors import run_process
+
+
+def main():
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+    finally:
+        print("cleared away")
+
+
+run_process(main)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=False)
+    assert (run.returncode, run.stdout) == (INTERRUPTED, "cleared away\n")
+    assert run.stderr.startswith("stopped; ") and run.stderr.count("\n") == 1
+
+
 @pytest.mark.skipif(os.name == "nt", reason="no shell that closes streams")
 def test_a_process_without_output_works_and_no_file_takes_its_place(tmp_path):
     code = """
