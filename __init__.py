@@ -11,7 +11,9 @@ def _is_the_command() -> bool:
     """Whether this is the process of `medct ...`. It reads its arguments before torch and transformers are imported,
     which takes seconds, and then imports what it needs by itself.
     """
-    return Path(sys.argv[0]).stem == "medct" or sys.orig_argv[1:3] in (["-m", "medct"], ["-m", "medct.cli"])
+    # The interpreter has options of its own: launchers and containers pass -u.
+    module = sys.orig_argv[-len(sys.argv)] if sys.argv[0] == "-m" else ""
+    return Path(sys.argv[0]).stem == "medct" or module in ("medct", "medct.cli")
 
 
 if TYPE_CHECKING or not _is_the_command():

@@ -149,6 +149,23 @@ def test_the_package_is_the_command(module):
     assert "invalid choice" in run("nothing").stderr
 
 
+@pytest.mark.parametrize(
+    ("given", "is_command"),
+    [
+        ("python -u -m medct -m x", True),
+        ("python -X dev -m medct.cli", True),
+        ("python -m medct.training.reproduce_paper -m medct", False),
+        ("python -c code", False),
+    ],
+)
+def test_the_command_is_known_whatever_options_python_has(given, is_command, monkeypatch):
+    given = given.split()
+    option = next(index for index, word in enumerate(given) if word in ("-m", "-c"))
+    monkeypatch.setattr(sys, "orig_argv", given)
+    monkeypatch.setattr(sys, "argv", [given[option], *given[option + 2 :]])  # while the package is being imported
+    assert medct._is_the_command() == is_command
+
+
 def test_the_version_is_printed(capsys):
     with pytest.raises(SystemExit):
         make_parser("").parse_args(["--version"])
