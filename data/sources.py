@@ -191,7 +191,7 @@ class Source:
         Args:
             what: Name for the bar.
         """
-        shown = {"delay": _SHOWN_AFTER_S, "leave": False, "disable": not is_first_process()}
+        shown: dict[str, Any] = {"delay": _SHOWN_AFTER_S, "leave": False, "disable": not is_first_process()}
         return tqdm(map(self.read, self.keys()), what, self.num_studies, unit="study", **shown)
 
     def stream(self, epoch: int = 0, seed: int | None = None) -> IterableDataset:
