@@ -14,12 +14,11 @@ import pytest
 from medct.cli import main
 from medct.common import progress
 
-# The module alone: the package takes seconds to import.
-CODE = f"""
-import importlib.util, sys
-spec = importlib.util.spec_from_file_location("progress", {progress.__file__!r})
-progress = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(progress)
+# As the command imports it: all of the package takes seconds.
+CODE = """
+import sys
+sys.argv[0] = "medct"
+from medct.common import progress
 progress.be_quiet(sys.argv[1] == "quiet")
 progress.LINE_SECONDS = float(sys.argv[2]) if sys.argv[2:] else progress.LINE_SECONDS
 for _ in progress.tqdm(range(3), "work"):
