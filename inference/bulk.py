@@ -300,13 +300,7 @@ def process_to_file(
         rows.close()
         failures.close()
     state.wait_for_everyone()
-    failed = 0
-    if state.is_main_process:
-        order = [study.id for study in studies]
-        merge(rows_path, format, order)
-        failed = merge(failed_path, _FAILED, order)
-        if not failed:
-            failed_path.unlink()
+    failed = _put_together(studies, rows_path, format, failed_path) if state.is_main_process else 0
     state.wait_for_everyone()
     return failed
 
@@ -319,6 +313,16 @@ def _tidy_up(output: Path, rows_path: Path, failed_path: Path, format: RowFormat
     merge(rows_path, format)
     merge(failed_path, _FAILED)
     failed_path.unlink()
+
+
+def _put_together(studies: Sequence[Study], rows_path: Path, format: RowFormat, failed_path: Path) -> int:
+    """After everything was read: merge what all processes wrote; returns how many studies could not be read."""
+    order = [study.id for study in studies]
+    merge(rows_path, format, order)
+    failed = merge(failed_path, _FAILED, order)
+    if not failed:
+        failed_path.unlink()
+    return failed
 
 
 def _list_of(studies: Sequence[Study]) -> str:
