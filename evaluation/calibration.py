@@ -5,13 +5,14 @@ label are fitted, and studies of other patients show what came of it.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 from sklearn.linear_model import LogisticRegression
 
 from medct.adapters_medct import calibrated
-from medct.evaluation.metrics import FEWEST, Interval, checked, enough, intervals_of, patient_draws, trusted
+from medct.evaluation.metrics import FEWEST, Interval, checked, enough, intervals_of, over_draws, trusted
 
 BINS = 10
 _NO_PENALTY = 1e10
@@ -116,12 +117,11 @@ def compare_calibration(
         "before": np.asarray(scores, float)[:, columns],
         "after": apply_calibration(scores, calibration, names),
     }
-    weights = list(patient_draws(np.asarray(patients), resamples, seed))
-    figures = {}
     labelled = [names[index] for index in columns]
-    for version, probabilities in versions.items():
-        blocks = [_figures(probabilities, truth, block) for block in weights]
-        figures[version] = {key: np.concatenate([block[key] for block in blocks], axis=-1) for key in blocks[0]}
+    figures = {
+        version: over_draws(partial(_figures, each, truth), np.asarray(patients), resamples, seed)
+        for version, each in versions.items()
+    }
     summary = {version: trusted(_errors(each), truth, patients, labelled) for version, each in figures.items()}
     before, after = summary["before"], summary["after"]
     summary["difference"] = {key: after[key] - before[key] for key in after}

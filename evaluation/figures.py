@@ -15,7 +15,7 @@ from medct.evaluation.metrics import (
     compare,
     intervals_of,
     mean_over_labels,
-    patient_draws,
+    over_draws,
     resampled_aurocs,
     trusted,
     with_intervals,
@@ -160,7 +160,8 @@ def _group(
 
 def _mean_aurocs(scored: ScoredStudies, resamples: int, seed: int) -> np.ndarray:
     """Mean AUROC over labels, `(1 + resamples,)`: of the scans as they are, then of each resample."""
-    draws = patient_draws(np.asarray(scored.patients), resamples, seed)
-    return np.concatenate(
-        [mean_over_labels(resampled_aurocs(scored.scores, scored.labels, weights)) for weights in draws]
-    )
+
+    def mean(weights: np.ndarray) -> dict[str, np.ndarray]:
+        return {"mean": mean_over_labels(resampled_aurocs(scored.scores, scored.labels, weights))}
+
+    return over_draws(mean, np.asarray(scored.patients), resamples, seed)["mean"]

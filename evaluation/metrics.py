@@ -20,11 +20,14 @@ What holds throughout:
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import datasets
 import evaluate
 import numpy as np
+
+from medct.common.progress import tqdm
 
 # CT-CLIP searches its thresholds here, and takes the one whose ROC point is closest to the corner as the best.
 CT_CLIP_GRID = np.linspace(0, 1, 100)
@@ -44,6 +47,7 @@ MEAN_NAMES = {"f1": "macro_f1"}  # where the mean over labels has a name of its 
 INTERVAL = (0.025, 0.975)
 _ROUNDING = 1e-12  # 0.4 - 0.2 is more than 0.3 - 0.1, by rounding alone
 RESAMPLES_AT_ONCE = 128  # a block of weights fits the processor's cache
+BAR_AFTER_SECONDS = 5.0  # a few thousand scans are done sooner
 
 FEWEST = 5
 """Patients with a finding, and as many without it, that an interval, an operating point and a calibration need."""
@@ -419,10 +423,25 @@ def patient_draws(patients: np.ndarray, resamples: int, seed: int) -> Iterator[n
     ids, patient_of_scan = np.unique(patients, return_inverse=True)
     generator = np.random.default_rng(seed)
     yield np.ones((len(patients), 1))
-    for start in range(0, resamples, RESAMPLES_AT_ONCE):
-        size = min(RESAMPLES_AT_ONCE, resamples - start)
-        drawn = generator.multinomial(len(ids), np.full(len(ids), 1 / len(ids)), size)
-        yield np.ascontiguousarray(drawn.T, dtype=float)[patient_of_scan]
+    with tqdm(total=resamples, desc="figures", unit="resample", delay=BAR_AFTER_SECONDS, leave=False) as bar:
+        for start in range(0, resamples, RESAMPLES_AT_ONCE):
+            size = min(RESAMPLES_AT_ONCE, resamples - start)
+            drawn = generator.multinomial(len(ids), np.full(len(ids), 1 / len(ids)), size)
+            yield np.ascontiguousarray(drawn.T, dtype=float)[patient_of_scan]
+            bar.update(size)
+
+
+def over_draws(
+    figures: Callable[[np.ndarray], Mapping[str, np.ndarray]], patients: np.ndarray, resamples: int, seed: int
+) -> dict[str, np.ndarray]:
+    """Figures of the scans as they are, then of each resample, along the last axis; the same resamples for a seed.
+
+    Args:
+        figures: From weights, as `patient_draws` gives them, to figures by name, `(..., resamples)` each.
+        patients, resamples, seed: See `patient_draws`.
+    """
+    blocks = [figures(weights) for weights in patient_draws(patients, resamples, seed)]
+    return {name: np.concatenate([block[name] for block in blocks], axis=-1) for name in blocks[0]}
 
 
 def _resampled(
@@ -439,12 +458,14 @@ def _resampled(
     people = np.arange(len(labels)) if patients is None else np.asarray(patients)
     if people.shape != labels.shape[:1]:
         raise ValueError(f"{len(labels)} scans have {len(people)} patients. Pass one for each scan.")
-    blocks: list[list[dict[str, np.ndarray]]] = [[] for _ in models]
-    for weights in patient_draws(people, resamples, seed):
-        for model, scores, (_, thresholds) in zip(blocks, all_scores, models, strict=True):
-            figures = _figures(scores, labels, thresholds, weights)
-            model.append(_named(figures, names, singly=RANK_METRICS))
-    return [{key: np.concatenate([block[key] for block in model]) for key in model[0]} for model in blocks]
+
+    def figures(weights: np.ndarray, scores: np.ndarray, thresholds: np.ndarray | None) -> dict[str, np.ndarray]:
+        return _named(_figures(scores, labels, thresholds, weights), names, singly=RANK_METRICS)
+
+    return [
+        over_draws(partial(figures, scores=scores, thresholds=thresholds), people, resamples, seed)
+        for scores, (_, thresholds) in zip(all_scores, models, strict=True)
+    ]
 
 
 def intervals_of(drawn: dict[str, np.ndarray], lowest: float = 0) -> dict[str, Interval]:

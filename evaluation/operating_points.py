@@ -7,6 +7,7 @@ that finds enough of those with a finding (sensitivity), or the lowest that pass
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from medct.evaluation.metrics import (
     enough,
     intervals_of,
     mean_over_labels,
-    patient_draws,
+    over_draws,
     trusted,
 )
 
@@ -170,12 +171,10 @@ def carried_over(
         threshold or does not vary.
     """
     scores, labels = checked(scores, labels, names, must_vary=False)
-    weights = list(patient_draws(np.asarray(patients), resamples, seed))
     found = {}
     for name, thresholds in points.items():
         at = np.array([thresholds.get(label, np.nan) for label in names], float)
-        blocks = [_shares(scores, labels, at, block) for block in weights]
-        drawn = {key: np.concatenate([block[key] for block in blocks], axis=1) for key in WANTED}
+        drawn = over_draws(partial(_shares, scores, labels, at), np.asarray(patients), resamples, seed)
         figures = {key: mean_over_labels(values) for key, values in drawn.items()}
         figures |= {f"{key}/{label}": row for key in WANTED for label, row in zip(names, drawn[key], strict=True)}
         found[name] = {"thresholds": dict(thresholds), **intervals_of(trusted(figures, labels, patients, names, at))}

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from medct.evaluation.metrics import FEWEST, Interval, intervals_of, patient_draws
+from medct.evaluation.metrics import FEWEST, Interval, intervals_of, over_draws
 
 RECALL_AT = (5, 10, 50, 100)
 MAP_AT = (5, 10, 50)
@@ -119,10 +119,11 @@ def _chance(answers: int, right: int, k: int) -> float:
 
 def _means(values: np.ndarray, people: np.ndarray, resamples: int, seed: int) -> list[Interval]:
     """Means `(figures,)` of values `(queries, figures)` with intervals."""
-    blocks = []
-    for weights in patient_draws(people, resamples, seed):
-        blocks.append(values.T @ weights / weights.sum(axis=0))
-    drawn = np.concatenate(blocks, axis=1)
+
+    def means(weights: np.ndarray) -> dict[str, np.ndarray]:
+        return {"means": values.T @ weights / weights.sum(axis=0)}
+
+    drawn = over_draws(means, people, resamples, seed)["means"]
     # As elsewhere, so few people tell no spread, and neither does what is at an end of its range in every resample.
     at_an_end = np.isin(drawn[:, :1], (0, 1)) & (drawn == drawn[:, :1]).all(axis=1, keepdims=True)
     is_untold = at_an_end | (len(np.unique(people)) < FEWEST)
