@@ -7,6 +7,7 @@ import evaluate
 import numpy as np
 import pytest
 import scipy.stats
+import tqdm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import expit
@@ -265,6 +266,16 @@ def test_resamples_equal_repeated_scans(monkeypatch):
         expected |= zero_shot_scores(scores[again], labels[again], NAMES, thresholds)
         for key, values in drawn.items():
             assert values[column] == pytest.approx(expected[key], abs=1e-12, nan_ok=True), key
+
+
+def test_figures_that_take_long_show_how_far_they_are(monkeypatch, capsys):
+    scores, labels, patients = study(patients=12)
+    monkeypatch.setattr(metrics, "tqdm", lambda **options: tqdm.tqdm(**options | {"ncols": 80, "mininterval": 0}))
+    with_intervals(scores, labels, patients, NAMES, resamples=300)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(metrics, "BAR_AFTER_SECONDS", 1e-9)
+    with_intervals(scores, labels, patients, NAMES, resamples=300)
+    assert "128/300" in (shown := capsys.readouterr().err) and "256/300" in shown
 
 
 def test_interval_equals_scipys():
