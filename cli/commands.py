@@ -22,12 +22,12 @@ from medct.cli.reports import Writer, asked_for, check_reports, report_writer, r
 from medct.cli.wording import in_flags
 from medct.common.counting import counted
 from medct.common.distributed import be_patient
-from medct.common.errors import OK, SOME_FAILED, first_line
+from medct.common.errors import OK, SOME_FAILED
 from medct.common.files import whole_folder
 from medct.common.lock import only_run
 from medct.common.output import visible
 from medct.common.progress import tqdm
-from medct.errors_medct import MedCTError
+from medct.errors_medct import MedCTError, first_line
 from medct.inference.bulk import KEY, Csv, JsonLines, Reading, process, process_to_file
 from medct.inference.studies import FailedStudy, LoadStudy, ReadStudy, Study, find_studies, stacked
 from medct.inference.weights import KEY as WEIGHTS

@@ -16,11 +16,12 @@ from medct.cli.commands import CommandError, ends, load_pipeline, start_processe
 from medct.cli.records import only_json, recorded_settings
 from medct.cli.score_commands import loader_of
 from medct.common.distributed import refuse_different
-from medct.common.errors import OK, first_line
+from medct.common.errors import OK
 from medct.common.files import write_json
 from medct.configuration_medct import MedCTConfig, Prompt
 from medct.data import open_source
 from medct.data.label_space import pairs_of, read_label_flags, told_apart
+from medct.errors_medct import first_line
 from medct.evaluation.figures import choose_on
 from medct.evaluation.operating_points import YOUDEN
 from medct.evaluation.prompts import SYNONYMS, TEMPLATES, Template, spread, wording_scores

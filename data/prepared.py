@@ -38,11 +38,11 @@ from datasets import Features, List, Nifti, Value
 from pyarrow import parquet
 
 from medct.byte_sources_medct import is_address
-from medct.common.errors import first_line
 from medct.common.retry import keep_trying
 from medct.configuration_medct import MedCTConfig
 from medct.data.sources import DataError, Deferred, Merged, NoSuchSplitError, Row, Skipped, Source, first_of
 from medct.data.tables import Selection
+from medct.errors_medct import first_line
 from medct.volume_medct import VolumeError
 
 FORMAT = 2

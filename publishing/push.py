@@ -29,10 +29,9 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import parse_ratelimit_headers
 
 from medct.adapters_medct import CONFIG_FILE, DESCRIPTION_FILE, WEIGHTS_FILE
-from medct.common.errors import first_line
 from medct.common.paths import find_paths, without_paths
 from medct.common.retry import keep_trying
-from medct.errors_medct import MedCTError
+from medct.errors_medct import MedCTError, first_line
 from medct.publishing.cards import (
     GENERATED,
     PICTURES,

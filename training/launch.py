@@ -7,7 +7,7 @@ from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, parse_flag_from_env
 from huggingface_hub.errors import HfHubHTTPError
 
-from medct.common.errors import first_line
+from medct.errors_medct import first_line
 from medct.evaluation.scoring import is_classifier
 from medct.processing_medct import MedCTProcessor
 from medct.publishing.loading import AnyMedCT, load_model
