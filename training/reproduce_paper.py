@@ -23,6 +23,7 @@ from medct.common.files import refuse_other_settings, whole_file
 from medct.common.host import keep_freed_memory, quiet_libraries
 from medct.common.output import escape_unknown
 from medct.common.progress import be_quiet
+from medct.evaluation.report import COMPARED, markdown_table
 from medct.publishing.convert_ct_clip_to_hf import convert
 from medct.train import Trainer
 from medct.training.recipes import RecipeName
@@ -73,20 +74,13 @@ def converted(settings: PaperSettings) -> Path:
 
 def beside_the_paper(comparison: dict[str, Any]) -> str:
     """Our figures and the published ones, in per cent, as a Markdown table."""
-    lines = [
-        "| mean of the findings, % | here: base | here: adapted | here: difference | paper: base | paper: adapted "
-        "| paper: difference | CT-CLIP's own |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
+    titles = [f"{where}: {which}" for where in ("here", "paper") for which, _ in COMPARED]
+    rows = []
     for metric, (before, after) in PAPER.items():
-        ours = [_per_cent(comparison[which].get(metric), sign) for which, sign in _COLUMNS]
+        ours = [_per_cent(comparison[which].get(metric), sign) for which, sign in COMPARED]
         own = f"{CT_CLIP_AUROC:.1f}" if metric == "auroc" else ""
-        cells = [NAMES[metric], *ours, f"{before:.1f}", f"{after:.1f}", f"{after - before:+.1f}", own]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-_COLUMNS = (("base", ""), ("adapted", ""), ("difference", "+"))
+        rows.append([NAMES[metric], *ours, f"{before:.1f}", f"{after:.1f}", f"{after - before:+.1f}", own])
+    return markdown_table(["mean of the findings, %", *titles, "CT-CLIP's own"], rows)
 
 
 def _per_cent(interval: dict[str, float | None] | None, sign: str) -> str:
@@ -138,24 +132,19 @@ def recipes_table(results: dict[str, dict[str, Any]]) -> str:
     Args:
         results: What `results.json` holds, by row.
     """
-    lines = [
-        "| row | parameters | mean AUROC, % | above the base | on what is to be kept | strength |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
-    ]
+    titles = ["row", "parameters", "mean AUROC, %", "above the base", "on what is to be kept", "strength"]
+    rows = []
     for name, each in results.items():
         comparison, kept = each["comparison"], each["kept"]
-        cells = [
-            name,
-            f"{each['trainable_parameters']:,}",
+        aurocs = [
             _per_cent(comparison["adapted"]["auroc"], ""),
             _per_cent(comparison["difference"]["auroc"], "+"),
             _per_cent(kept and kept["difference"]["auroc"], "+"),
-            f"{each['strength']:g}",
         ]
-        lines.append(f"| {' | '.join(cells)} |")
+        rows.append([name, f"{each['trainable_parameters']:,}", *aurocs, f"{each['strength']:g}"])
     if REPLAY_ROW not in results:
-        lines.append(f"| {REPLAY_ROW} | not run: pass --replay SOURCE | | | | |")
-    return "\n".join(lines)
+        rows.append([REPLAY_ROW, "not run: pass --replay SOURCE", "", "", "", ""])
+    return markdown_table(titles, rows)
 
 
 def reproduce(settings: PaperSettings) -> dict[str, Any]:
