@@ -396,8 +396,8 @@ class Trainer:
 
         def score(split: str, versions: Sequence[Callable[[], None]]) -> list[ScoredStudies]:
             loader = self.loader(split, with_text=False)
-            what = f"score strengths, {split}"
-            return score_versions(core(model), versions, loader, self.prompts, self.accelerator, what)
+            prompts, what = [self.prompts] * len(versions), f"score strengths, {split}"
+            return score_versions(core(model), versions, loader, prompts, self.accelerator, what)
 
         return choose_strength(self.line, score, before, self.settings.max_forgotten)
 

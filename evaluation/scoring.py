@@ -157,7 +157,7 @@ def score_studies(
     Returns:
         The studies of all processes, in every process.
     """
-    return score_versions(model, [lambda: None], loader, prompts, accelerator, what)[0]
+    return score_versions(model, [lambda: None], loader, [prompts], accelerator, what)[0]
 
 
 @torch.no_grad()
@@ -165,7 +165,7 @@ def score_versions(
     model: AnyModel,
     versions: Sequence[Callable[[], None]],
     loader: StudyLoader,
-    prompts: list[Texts] | Sequence[list[Texts]],
+    prompts: Sequence[list[Texts]],
     accelerator: Accelerator,
     what: str,
 ) -> list[ScoredStudies]:
@@ -175,15 +175,14 @@ def score_versions(
         model: With or without adapters; left in evaluation mode, as the last version.
         versions: Each turns the model into the version to be scored.
         loader, accelerator, what: See `score_studies`.
-        prompts: Likewise, the same for all versions or a list of them, one a version.
+        prompts: Likewise, of each version.
 
     Returns:
         For each version, the studies of all processes, in every process.
     """
     model.eval()
     templates = []
-    of_each = prompts if prompts and isinstance(prompts[0], list) else [prompts] * len(versions)
-    for become, asked in zip(versions, of_each, strict=True):
+    for become, asked in zip(versions, prompts, strict=True):
         become()
         templates.append(embed_prompts(model, asked, accelerator))
 
