@@ -68,7 +68,7 @@ def summarize(
     patients: list[str] = []
     reports: Counter[str] = Counter()
     labels = np.empty((source.num_studies, len(source.label_names)))
-    for index, row in enumerate(tqdm(source.stream(), "overview", source.num_studies, unit="study")):
+    for index, row in enumerate(tqdm(map(source.read, source.keys()), "overview", source.num_studies, unit="study")):
         patients.append(row["patient"])
         reports[row["report"]] += 1
         labels[index] = row["labels"]
@@ -242,9 +242,8 @@ def contact_sheet(source: Source, config: MedCTConfig, path: Path, samples: int,
     header.text(0.01, 0.4, title, fontsize=10, va="center", parse_math=False)
     panels = body.subfigures(lines, _STUDIES_A_LINE, squeeze=False).flat
     unreadable = []
-    for panel, row in zip(
-        panels, tqdm(source.stream_keys(keys), "contact sheet", len(keys), unit="study"), strict=False
-    ):
+    rows = tqdm(map(source.read, keys), "contact sheet", len(keys), unit="study")
+    for panel, row in zip(panels, rows, strict=False):
         study = load.load_row(row, Place())
         if isinstance(study, Skipped):
             unreadable.append(study)
