@@ -28,13 +28,12 @@ from medct.adapters_medct import adapter_fingerprint, describe_adapter, fingerpr
 from medct.common.counting import counted
 from medct.common.digest import digest
 from medct.common.distributed import process_rank, refuse_different, refuse_unshared, shard, sum_gradients
-from medct.common.errors import StoppedError, one_line_errors
+from medct.common.errors import StoppedError
 from medct.common.files import refuse_taken
-from medct.common.host import device_name, keep_freed_memory, peak_memory_bytes, quiet_libraries
+from medct.common.host import device_name, peak_memory_bytes
 from medct.common.lock import only_run
-from medct.common.output import escape_unknown
 from medct.common.paths import local_paths, without_paths
-from medct.common.progress import be_quiet, tqdm
+from medct.common.progress import tqdm
 from medct.data.label_space import read_label_flags
 from medct.data.loader import StudyLoader
 from medct.data.sources import why_skipped
@@ -98,7 +97,7 @@ from medct.training.settings import (
     TrainingSettings,
     check,
     complete,
-    parse_settings,
+    run_command,
 )
 from medct.training.sources import (
     digest_of_studies,
@@ -549,16 +548,9 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> None:
     """Run the command.
 
     Args:
-        arguments: Of the command line; those of the process by default.
-        prog: Name of the command in its help.
+        arguments, prog: See `run_command`.
     """
-    escape_unknown()
-    settings = parse_settings(TrainingSettings, __doc__, arguments, prog)
-    keep_freed_memory()
-    quiet_libraries()
-    be_quiet(settings.quiet)
-    with one_line_errors():
-        run(settings)
+    run_command(run, TrainingSettings, __doc__, arguments, prog)
 
 
 if __name__ == "__main__":

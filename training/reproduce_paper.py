@@ -18,16 +18,12 @@ from typing import Any, Literal
 from accelerate import PartialState
 
 from medct.common.counting import counted
-from medct.common.errors import one_line_errors
 from medct.common.files import refuse_other_settings, whole_file
-from medct.common.host import keep_freed_memory, quiet_libraries
-from medct.common.output import escape_unknown
-from medct.common.progress import be_quiet
 from medct.evaluation.report import COMPARED, markdown_table
 from medct.publishing.convert_ct_clip_to_hf import convert
 from medct.train import Trainer
 from medct.training.recipes import RecipeName
-from medct.training.settings import NO_SOURCE, TrainingError, TrainingSettings, parse_settings, setting
+from medct.training.settings import NO_SOURCE, TrainingError, TrainingSettings, run_command, setting
 
 # Per cent; arXiv 2512.00597, abstract.
 PAPER = {"auroc": (61.3, 68.9), "accuracy": (67.2, 73.6), "macro_f1": (32.1, 36.9)}
@@ -169,16 +165,9 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> None:
     """Run the experiment from the command line.
 
     Args:
-        arguments: Command line arguments; those of the process by default.
-        prog: Name of the program in messages.
+        arguments, prog: See `run_command`.
     """
-    escape_unknown()
-    settings = parse_settings(PaperSettings, __doc__, arguments, prog)
-    keep_freed_memory()
-    quiet_libraries()
-    be_quiet(settings.quiet)
-    with one_line_errors():
-        reproduce(settings)
+    run_command(reproduce, PaperSettings, __doc__, arguments, prog)
 
 
 if __name__ == "__main__":
