@@ -21,7 +21,7 @@ from medct.checks_medct import preprocessing
 from medct.cli.reports import Writer, asked_for, check_reports, report_writer, reported
 from medct.cli.wording import in_flags
 from medct.common.counting import counted
-from medct.common.distributed import be_patient
+from medct.common.distributed import be_patient, start_launch
 from medct.common.errors import OK, SOME_FAILED
 from medct.common.files import whole_folder
 from medct.common.lock import only_run
@@ -51,20 +51,10 @@ def start_processes(args: argparse.Namespace) -> PartialState:
     """This process's place in the launch; alone without one.
 
     Raises:
-        CommandError: If a launch of several processes would have each of them do all of the work.
+        LaunchError: If a launch of several processes would have each of them do all of the work.
     """
-    try:
-        # As `Accelerator` does, this follows the launch's own flag, too.
-        state = PartialState(cpu=args.cpu or parse_flag_from_env("ACCELERATE_USE_CPU"))
-    except ValueError as error:
-        raise CommandError(
-            f"accelerate cannot start this launch: {first_line(error).rstrip('.')}. Use `accelerate launch`, or unset "
-            "WORLD_SIZE for a single process."
-        ) from error
-    if state.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
-        raise CommandError(
-            "The processes of this launch are not connected. Without GPUs, add --cpu after the command's name."
-        )
+    # As `Accelerator` does, this follows the launch's own flag, too.
+    state = start_launch(PartialState, cpu=args.cpu or parse_flag_from_env("ACCELERATE_USE_CPU"))
     be_patient(_PATIENCE)
     return state
 

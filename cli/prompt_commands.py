@@ -15,7 +15,7 @@ from medct.adapters_medct import DESCRIPTION_FILE, adapter_fingerprint, fingerpr
 from medct.cli.commands import CommandError, ends, load_pipeline, start_processes
 from medct.cli.records import only_json, recorded_settings
 from medct.cli.score_commands import loader_of
-from medct.common.distributed import refuse_different
+from medct.common.distributed import refuse_different, start_launch
 from medct.common.errors import OK
 from medct.common.files import write_json
 from medct.configuration_medct import MedCTConfig, Prompt
@@ -44,8 +44,9 @@ def try_prompts(args: argparse.Namespace) -> int:
 
 
 def _try_prompts(args: argparse.Namespace) -> int:
-    pipe = load_pipeline(args, start_processes(args).device, zero_shot_only=True)
-    accelerator = Accelerator(cpu=args.cpu)
+    start_processes(args)
+    accelerator = start_launch(Accelerator, cpu=args.cpu)
+    pipe = load_pipeline(args, accelerator.device, zero_shot_only=True)
     refuse_different(recorded_settings(args) | _model(args, pipe) | {"mixed precision": accelerator.mixed_precision})
     config, mapping = read_label_flags(pipe.asked, args.labels, mapping=args.mapping)
     if args.store and config.label_names != pipe.asked.label_names:

@@ -8,10 +8,10 @@ import json
 import os
 import tempfile
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,11 +20,39 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from medct.errors_medct import MedCTError
+from medct.errors_medct import MedCTError, first_line
+
+Started = TypeVar("Started")
 
 
 class LaunchError(MedCTError, ValueError):
     """Processes that cannot work together; the message says why and what to do."""
+
+
+def start_launch(start: Callable[..., Started], **options: Any) -> Started:
+    """Meet the other processes of a launch.
+
+    Args:
+        start: `PartialState` or `Accelerator`.
+        options: Of it.
+
+    Raises:
+        LaunchError: If accelerate cannot start as it was told to, or each process would do all of the work.
+    """
+    try:
+        started = start(**options)
+    except (ImportError, ValueError) as error:
+        raise LaunchError(
+            f"accelerate cannot start this launch: {first_line(error).rstrip('.')}. Use `accelerate launch` or "
+            "`torchrun`, or unset WORLD_SIZE for a single process."
+        ) from error
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if started.num_processes != launched:
+        raise LaunchError(
+            f"{launched} processes were started, but they are not connected. Without GPUs, add --cpu after the "
+            "command's name."
+        )
+    return started
 
 
 def process_rank() -> int:
