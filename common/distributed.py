@@ -7,7 +7,6 @@ import contextlib
 import json
 import os
 import tempfile
-import textwrap
 from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from medct.common.files import first_difference
 from medct.errors_medct import MedCTError, first_line
 
 Started = TypeVar("Started")
@@ -97,13 +97,12 @@ def refuse_different(what: Mapping[str, Any]) -> None:
     """
     first, *others = of_all(json.loads(json.dumps(what)))
     for rank, other in enumerate(others, start=2):
-        for name in sorted(first.keys() | other.keys()):
-            if first.get(name) != other.get(name):
-                said = [textwrap.shorten(repr(each.get(name)), 200, placeholder=" ...") for each in (other, first)]
-                raise LaunchError(
-                    f"Process {rank} of {len(others) + 1} has {name} {said[0]}, but the first one has {said[1]}. Start "
-                    "all with the same flags, accelerate configuration, model and data."
-                )
+        if found := first_difference(other, first):
+            name, theirs, ours = found
+            raise LaunchError(
+                f"Process {rank} of {len(others) + 1} has {name} {theirs}, but the first one has {ours}. Start all "
+                "with the same flags, accelerate configuration, model and data."
+            )
 
 
 def refuse_unshared(folder: Path, output: str | os.PathLike) -> None:
