@@ -29,7 +29,7 @@ from medct.common.counting import counted
 from medct.common.digest import digest
 from medct.common.distributed import process_rank, refuse_different, refuse_unshared, shard, sum_gradients
 from medct.common.errors import StoppedError
-from medct.common.files import refuse_taken
+from medct.common.files import refuse_taken, write_json
 from medct.common.host import device_name, peak_memory_bytes
 from medct.common.lock import only_run
 from medct.common.paths import local_paths, without_paths
@@ -514,9 +514,7 @@ class Trainer:
                     operating_points=results["operating_points"],
                 )
                 results["provenance"]["models"][ADAPTED]["adapter_fingerprint"] = adapter_fingerprint(folder)
-            (folder / "train_config.json").write_text(
-                json.dumps(dataclasses.asdict(self.settings), indent=2) + "\n", encoding="utf-8"
-            )
+            write_json(folder / "train_config.json", dataclasses.asdict(self.settings))
             names = self._source_names()
             trained = [(names[0], "train", self.sources["train"].names)]
             write_record(folder / RESULTS, results, predictions_of(before, after, names), trained)

@@ -5,7 +5,6 @@ Each takes the parsed arguments and returns the exit status.
 
 import argparse
 import functools
-import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -23,7 +22,7 @@ from medct.cli.wording import in_flags
 from medct.common.counting import counted
 from medct.common.distributed import be_patient, start_launch
 from medct.common.errors import OK, SOME_FAILED
-from medct.common.files import whole_folder
+from medct.common.files import whole_folder, write_json
 from medct.common.lock import only_run
 from medct.common.output import visible
 from medct.common.progress import tqdm
@@ -335,7 +334,7 @@ def map_scan(args: argparse.Namespace) -> int:
             each.plot().savefig(folder / f"{name}.png", dpi=100)
             values = {key: getattr(each.finding, key) for key in ("label", "score", "logits_margin")}
             index.append(values | {"name": name})
-        (folder / "findings.json").write_text(json.dumps(index, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(folder / "findings.json", index, ensure_ascii=False)
     for each in index:
         numbers = f"{each['score']:.3f}  {each['logits_margin']:+6.2f}"
         print(visible(f"{numbers}  {each['label']}: {args.output / each['name']}.nii.gz, .png"))

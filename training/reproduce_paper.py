@@ -10,7 +10,6 @@ rate or epochs: the values used here are our choice. Further rows show what this
 """
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +18,9 @@ from accelerate import PartialState
 
 from medct.common.counting import counted
 from medct.common.files import refuse_other_settings, whole_file
+from medct.evaluation.record import RESULTS, read_results
 from medct.evaluation.report import COMPARED, markdown_table
+from medct.publishing.cards import read_json
 from medct.publishing.convert_ct_clip_to_hf import convert
 from medct.train import Trainer
 from medct.training.recipes import RecipeName
@@ -114,12 +115,12 @@ def results_of(settings: PaperSettings) -> dict[str, Any]:
         OtherSettingsError: If that run had other settings.
     """
     folder = Path(str(settings.output_dir))
-    if not (settings.resume and (folder / "results.json").exists()):
+    if not (settings.resume and (folder / RESULTS).exists()):
         return Trainer(settings).run()
-    saved = json.loads((folder / "train_config.json").read_text(encoding="utf-8"))
+    saved = read_json(folder, "train_config.json")
     chosen = {name: value for name, value in settings.fixed().items() if value is not None}
     refuse_other_settings(folder, {name: saved.get(name) for name in chosen}, chosen)
-    return json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    return read_results(folder)
 
 
 def recipes_table(results: dict[str, dict[str, Any]]) -> str:
