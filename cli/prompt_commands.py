@@ -9,13 +9,12 @@ from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 
 from medct.adapters_medct import DESCRIPTION_FILE, adapter_fingerprint, fingerprint, read_description
 from medct.cli.commands import CommandError, ends, load_pipeline, start_processes
 from medct.cli.records import only_json, recorded_settings
 from medct.cli.score_commands import loader_of
-from medct.common.distributed import refuse_different, start_launch
+from medct.common.distributed import of_all, refuse_different, start_launch
 from medct.common.errors import OK
 from medct.common.files import write_json
 from medct.configuration_medct import MedCTConfig, Prompt
@@ -56,7 +55,7 @@ def _try_prompts(args: argparse.Namespace) -> int:
     source = told_apart(open_source(args.data, args.split, config, **options))
     loader = loader_of(args, pipe, accelerator, source)
     embeds, studies = embed_studies(pipe.model, loader, accelerator, source.description)
-    failed = sum(gather_object([loader.num_bad]))
+    failed = sum(of_all(loader.num_bad))
     if not accelerator.is_main_process:
         return OK
     scores = wording_scores(pipe.model, pipe.processor, embeds, templates, names, accelerator)

@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 
 from medct.checks_medct import refuse_what_is_no_number
-from medct.common.distributed import sum_over_processes
+from medct.common.distributed import of_all, sum_over_processes
 from medct.common.progress import tqdm
 from medct.configuration_medct import MedCTConfig
 from medct.data.label_space import merge_columns
@@ -281,7 +280,7 @@ def _of_every_study(
         if is_own:
             labels = batch["labels"].cpu().numpy()
             rows += zip(batch["ids"], batch["patients"], values.cpu().numpy(), labels, batch["about"], strict=True)
-    rows = sorted(gather_object(rows), key=lambda row: row[0])
+    rows = sorted((row for each in of_all(rows) for row in each), key=lambda row: row[0])
     ids, patients, values, labels, about = zip(*rows, strict=True)
     return list(ids), list(patients), np.stack(values), np.stack(labels), list(about) if any(about) else []
 
