@@ -21,6 +21,7 @@ from medct.cli.reports import Writer, asked_for, check_reports, report_writer, r
 from medct.cli.wording import in_flags
 from medct.common.counting import counted
 from medct.common.distributed import be_patient, start_launch
+from medct.common.drawings import knows_drawings_only
 from medct.common.errors import OK, SOME_FAILED
 from medct.common.files import whole_folder, write_json
 from medct.common.lock import only_run
@@ -33,6 +34,7 @@ from medct.inference.weights import KEY as WEIGHTS
 from medct.inference.weights import weights_of
 from medct.pipeline_medct import CTPipeline
 from medct.publishing.loading import load_model, pipeline_of, resolve_name
+from medct.reporting.findings import SYNTHETIC
 
 MODEL_VARIABLE = "MEDCT_MODEL"
 # Processes of a launch wait for the slowest one at the end of a night.
@@ -113,9 +115,6 @@ def load_for_scans(args: argparse.Namespace, state: PartialState, zero_shot_only
         state: This process's place in the launch.
         zero_shot_only: Refuse classifiers.
     """
-    from medct.common.drawings import knows_drawings_only
-    from medct.reporting.findings import SYNTHETIC
-
     pipe = load_pipeline(args, state.device, zero_shot_only)
     names = [name for name in (args.adapter, model_of(args)) if name is not None]
     if state.is_main_process and any(map(knows_drawings_only, names)):
