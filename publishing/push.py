@@ -69,15 +69,14 @@ class PushError(MedCTError, RuntimeError):
     """A push that was refused or failed; the message says why and what to do."""
 
 
-def commit_of(model: str, revision: str | None = None, token: str | None = None) -> str | None:
+def commit_of(model: str, revision: str | None = None) -> str | None:
     """The commit that a model's revision points to; `None` for a folder.
 
     Args:
         model: Hub id or folder.
         revision: Commit, tag or branch; the default branch by default.
-        token: Token for the Hub; that of the logged-in user by default.
     """
-    return HfApi(token=token).resolve_revision(model, revision=revision).resolved if is_hub_id(model) else None
+    return HfApi().resolve_revision(model, revision=revision).resolved if is_hub_id(model) else None
 
 
 def push_adapter(
