@@ -115,10 +115,10 @@ def _count_label(values: np.ndarray) -> dict[str, Any]:
 def _count_reports(reports: Counter[str], tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
     missing = reports.pop("", 0)
     times = list(reports.values())
-    counted = {"missing": missing, "distinct": len(reports), "words": None, "tokens": None, "cut": None}
+    found = {"missing": missing, "distinct": len(reports), "words": None, "tokens": None, "cut": None}
     if not reports:
-        return counted
-    counted["words"] = _quantiles([len(text.split()) for text in reports], times)
+        return found
+    found["words"] = _quantiles([len(text.split()) for text in reports], times)
     if tokenizer is not None:
         texts = list(reports)
         lengths = [
@@ -126,10 +126,10 @@ def _count_reports(reports: Counter[str], tokenizer: PreTrainedTokenizerBase | N
             for first in range(0, len(texts), _TEXTS_AT_ONCE)
             for tokens in tokenizer(texts[first : first + _TEXTS_AT_ONCE], verbose=False)["input_ids"]
         ]
-        counted["tokens"] = _quantiles(lengths, times)
+        found["tokens"] = _quantiles(lengths, times)
         most = tokenizer.model_max_length
-        counted["cut"] = sum(count for length, count in zip(lengths, times, strict=True) if length > most)
-    return counted
+        found["cut"] = sum(count for length, count in zip(lengths, times, strict=True) if length > most)
+    return found
 
 
 def _quantiles(lengths: Sequence[int], times: Sequence[int]) -> dict[str, int]:
