@@ -18,6 +18,7 @@ from medct.common.paths import local_paths, without_paths
 from medct.configuration_medct import MedCTConfig
 
 TEMPLATE = Path(__file__).with_name("adapter_card.md")
+MODEL_CARD = Path(__file__).parents[1] / "model_card.md"
 GENERATED = "<!-- Made from the files of this folder, anew with every push; delete this line to keep own edits. -->"
 PLACEHOLDER_REPO, PLACEHOLDER_BASE, PLACEHOLDER_REVISION = "ORG/NAME", "ORG/BASE", "COMMIT"
 CT_CLIP_LICENSE = "cc-by-nc-sa-4.0"

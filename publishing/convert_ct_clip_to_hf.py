@@ -25,8 +25,8 @@ from medct.errors_medct import MedCTError, first_line
 from medct.image_processing_medct import MedCTImageProcessor
 from medct.modeling_medct import MedCTForImageClassification, MedCTModel
 from medct.processing_medct import MedCTProcessor
+from medct.publishing.cards import MODEL_CARD
 
-MODEL_CARD = Path(__file__).parents[1] / "model_card.md"
 CLASSFINE_PREFIX = "trained_model."
 
 # CT-CLIP's modules within one layer, by the numbers of its list.

@@ -34,6 +34,7 @@ from medct.common.retry import keep_trying
 from medct.errors_medct import MedCTError, first_line
 from medct.publishing.cards import (
     GENERATED,
+    MODEL_CARD,
     PICTURES,
     PLACEHOLDER_REPO,
     base_license,
@@ -44,7 +45,6 @@ from medct.publishing.cards import (
     render_card,
 )
 
-MODEL_CARD = Path(__file__).parents[1] / "model_card.md"
 PICKLES = {".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pth"}
 # A run's record of itself; it names the folders that it read and wrote.
 RUN_FILES = ("results.json", "train_config.json")
