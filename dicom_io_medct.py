@@ -15,10 +15,11 @@ Unusual:
 Source: DICOM PS3.3 (C.7.6.2, C.7.6.16, C.8.2, C.11.1), PS3.5.
 """
 
+import contextlib
 import io
 import re
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any, BinaryIO
@@ -207,7 +208,7 @@ def _check_other(file: ByteSource, names: set[tuple[str, str]]) -> None:
 
 def _read_header(file: ByteSource, stream: BinaryIO) -> tuple[Elements, int]:
     """Everything before the pixels, and at which byte those begin, in the inflated data set if that is deflated."""
-    try:
+    with _undamaged(file.name):
         meta = read_meta(stream)
         syntax = str(meta.get("TransferSyntaxUID") or "")
         if syntax == DEFLATED:
@@ -215,10 +216,21 @@ def _read_header(file: ByteSource, stream: BinaryIO) -> tuple[Elements, int]:
         header = read_data_set(stream, syntax != EXPLICIT_BIG if syntax else None)
         header.file_meta = meta
         return header, stream.tell()
+
+
+def _damaged(name: str, how: str) -> VolumeError:
+    return VolumeError(name, f"it is a damaged DICOM file ({how})", AGAIN)
+
+
+@contextlib.contextmanager
+def _undamaged(name: str) -> Iterator[None]:
+    """Refuse a file whose header cannot be read, for the kind of the error: its text may hold values of the header."""
+    try:
+        yield
     except VolumeError:
         raise
-    except Exception as error:  # of many kinds; their texts may hold values of the header
-        raise VolumeError(file.name, f"it is a damaged DICOM file ({type(error).__name__})", AGAIN) from None
+    except Exception as error:
+        raise _damaged(name, type(error).__name__) from None
 
 
 def series_of(path: Path) -> str | None:
@@ -229,30 +241,28 @@ def series_of(path: Path) -> str | None:
         (file,) = of_path(path)
         with file.open() as stream:
             return str(_read_header(file, stream)[0].get("SeriesInstanceUID") or "") or None
-    except Exception:  # as above
+    except Exception:  # of many kinds
         return None
 
 
 def _why_no_slice(file: ByteSource, header: Elements) -> str | None:
     """What a file is if it is not a CT slice; none if it is one."""
-    try:
+    with _undamaged(file.name):
         kind, stored_as = _classes_of(header)
         modality = str(header.get("Modality") or ("CT" if kind else "")).strip().upper()
         types = _types(header.get("ImageType"))
-    except Exception as error:  # as above
-        raise VolumeError(file.name, f"it is a damaged DICOM file ({type(error).__name__})", AGAIN) from None
     if kind == _DICOMDIR_CLASS:
         return _DICOMDIR
     if not modality or not len(header):
-        raise VolumeError(file.name, "it is a damaged DICOM file (without a SOP class, a modality or any data)", AGAIN)
+        raise _damaged(file.name, "without a SOP class, a modality or any data")
     if kind not in _CT_CLASSES and stored_as in _CT_CLASSES:
-        raise VolumeError(file.name, "it is a damaged DICOM file (its SOP classes contradict each other)", AGAIN)
+        raise _damaged(file.name, "its SOP classes contradict each other")
     if kind and kind not in _CT_CLASSES:
         return name_of_uid(kind) or "unknown kind of DICOM file"
     if modality != "CT":
         return f"modality {modality}" if modality in _MODALITIES else "modality other than CT"
     if "Rows" not in header or "Columns" not in header:
-        raise VolumeError(file.name, "it is a damaged DICOM file (without the size of its image)", AGAIN)
+        raise _damaged(file.name, "without the size of its image")
     return "localizer" if "LOCALIZER" in types else None
 
 
@@ -274,15 +284,13 @@ def _slices_of(
     file: ByteSource, header: Elements, pixel_offset: int, rescale: tuple[float | None, float | None]
 ) -> list[Slice]:
     """One slice, or those of a multi-frame file."""
-    try:
+    with _undamaged(file.name):
         samples = int(header.get("SamplesPerPixel") or 1)
         grey = str(header.get("PhotometricInterpretation") or "MONOCHROME2").startswith("MONOCHROME")
         frames = header.get("PerFrameFunctionalGroupsSequence")
         number = int(header.get("NumberOfFrames") or 1)
         shared = (header.get("SharedFunctionalGroupsSequence") or [None])[0]
         pixels = layout_of(header, pixel_offset)
-    except Exception as error:  # as above
-        raise VolumeError(file.name, f"it is a damaged DICOM file ({type(error).__name__})", AGAIN) from None
     if min(pixels.shape) < 1 or number < 1:
         raise VolumeError(file.name, f"it promises {number} frames of {pixels.shape} pixels", AGAIN)
     if samples != 1 or not grey:
@@ -363,10 +371,10 @@ def _slice(
         told = told_by(header, said.groups or [])
     except VolumeError:
         raise
-    except Exception as error:  # as above
+    except Exception as error:  # as in `_undamaged`
         if _has_decimal_comma(header):
             raise VolumeError(name, "its numbers are written with decimal commas", "Export it with points") from None
-        raise VolumeError(name, f"it is a damaged DICOM file ({type(error).__name__})", AGAIN) from None
+        raise _damaged(name, type(error).__name__) from None
     if not (spacing > 0).all():
         raise VolumeError(name, f"its spacing is {tuple(spacing.tolist())} mm", AGAIN)
     return Slice(
@@ -483,10 +491,8 @@ def _by_series(files: list[_CTFile]) -> dict[str, list[_CTFile]]:
     """The files of each series by its UID, largest series first."""
     groups: dict[str, list[_CTFile]] = defaultdict(list)
     for file, header, pixel_offset in files:
-        try:
+        with _undamaged(file.name):
             uid = str(header.get("SeriesInstanceUID") or "")
-        except Exception as error:  # as above
-            raise VolumeError(file.name, f"it is a damaged DICOM file ({type(error).__name__})", AGAIN) from None
         groups[uid].append((file, header, pixel_offset))
     return dict(sorted(groups.items(), key=lambda group: (-_count(group[1]), group[0])))
 
@@ -534,7 +540,7 @@ def _number(header: Elements, attribute: str) -> int:
     """A whole number of a header for a list of series; 0 if it is damaged, which the reading of that series tells."""
     try:
         return int(header.get(attribute) or 0)
-    except Exception:  # as above
+    except Exception:  # of many kinds
         return 0
 
 

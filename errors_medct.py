@@ -24,6 +24,11 @@ def said_of(error: Exception) -> str:
     return f"reading failed ({what} in {place_of(error)}). {remedy}."
 
 
+def first_line(error: BaseException) -> str:
+    """First line of a library's error message; the error's class if it has no message."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def place_of(error: BaseException) -> str:
     """The file and line of code where an error arose."""
     frame = traceback.extract_tb(error.__traceback__)[-1]

@@ -86,6 +86,7 @@ _NRRD_SPACES = {
         f"{x}-{y}-{z}" for x in ("left", "right") for y in ("anterior", "posterior") for z in ("superior", "inferior")
     )
 }
+_NRRD_SPACES |= {letters.lower(): letters for letters in _NRRD_SPACES.values()}
 _NRRD_ALIASES = {name.replace(" ", ""): name for name in ("data file", "line skip", "byte skip", "old min", "old max")}
 _NRRD_FIELDS = (
     *("sizes", "kinds", "type", "encoding", "endian"),
@@ -95,9 +96,6 @@ _NRRD_FIELDS = (
 _SPATIAL_KINDS = ("domain", "space", "none", "???")
 """What an axis of space is called, or one of which nothing is said; others are time, colours, vectors, lists."""
 _TEXTS = ("text", "txt", "ascii")
-_NRRD_SPACES |= {letters.lower(): letters for letters in _NRRD_SPACES.values()}
-
-
 _META_FIELDS = (
     *("CompressedData", "CompressedDataSize", "BinaryData", "BinaryDataByteOrderMSB", "ElementByteOrderMSB"),
     *("Position", "Offset", "Origin", "Orientation", "Rotation", "TransformMatrix", "DistanceUnits", "ElementSpacing"),
@@ -107,8 +105,7 @@ _META_FIELDS = (
 )
 _META_KEYS = (
     *("Comment", "ObjectType", "ObjectSubType", "TransformType", "NDims", "Name", "ID", "ParentID", "AcquisitionDate"),
-    *("CompressionLevel", "Color", "CenterOfRotation", "SequenceID", "ElementMin"),
-    *("ElementMax", *_META_FIELDS),
+    *("CompressionLevel", "Color", "CenterOfRotation", "SequenceID", "ElementMin", "ElementMax", *_META_FIELDS),
 )
 # Other names of a field, by which a header may say it a second time.
 _META_ALIASES = {
@@ -356,7 +353,7 @@ def _nrrd_voxels(
     promised = math.prod(shape) * dtype.itemsize
     is_text = encoding in (*_TEXTS, "hex")
     if not is_text:
-        check_promise(source, promised, compressed=encoding not in ("raw",))
+        check_promise(source, promised, compressed=encoding != "raw")
     try:
         line_skip = int(fields.get("line skip", "0"))
         byte_skip = int(fields.get("byte skip", "0"))

@@ -4,7 +4,8 @@ import io
 
 import numpy as np
 
-from .volume_medct import CTVolume, axis_order
+from .resampling_medct import reorient
+from .volume_medct import CTVolume
 
 try:
     from matplotlib.figure import Figure
@@ -36,9 +37,7 @@ def middle_slices(volume: CTVolume) -> list[tuple[np.ndarray, float]]:
     Returns:
         For each of `VIEWS`, the picture `(rows, columns)` and the height of its pixels over their width.
     """
-    axes, signs = axis_order(volume.affine, _UPRIGHT)
-    upright = volume.array.transpose(axes)[tuple(slice(None, None, sign) for sign in signs)]
-    down, back, left = (volume.spacing_mm[axis] for axis in axes)
+    upright, (down, back, left) = reorient(volume, _UPRIGHT)
     z, y, x = (length // 2 for length in upright.shape)
     return [(upright[z], back / left), (upright[:, y], down / left), (upright[:, :, x], down / back)]
 

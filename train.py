@@ -28,13 +28,12 @@ from medct.adapters_medct import adapter_fingerprint, describe_adapter, fingerpr
 from medct.common.counting import counted
 from medct.common.digest import digest
 from medct.common.distributed import process_rank, refuse_different, refuse_unshared, shard, sum_gradients
-from medct.common.errors import StoppedError, one_line_errors
-from medct.common.files import refuse_taken
-from medct.common.host import device_name, keep_freed_memory, peak_memory_bytes, quiet_libraries
+from medct.common.errors import StoppedError
+from medct.common.files import refuse_taken, write_json
+from medct.common.host import device_name, peak_memory_bytes
 from medct.common.lock import only_run
-from medct.common.output import escape_unknown
 from medct.common.paths import local_paths, without_paths
-from medct.common.progress import be_quiet, tqdm
+from medct.common.progress import tqdm
 from medct.data.label_space import read_label_flags
 from medct.data.loader import StudyLoader
 from medct.data.sources import why_skipped
@@ -98,7 +97,7 @@ from medct.training.settings import (
     TrainingSettings,
     check,
     complete,
-    parse_settings,
+    run_command,
 )
 from medct.training.sources import (
     digest_of_studies,
@@ -396,8 +395,8 @@ class Trainer:
 
         def score(split: str, versions: Sequence[Callable[[], None]]) -> list[ScoredStudies]:
             loader = self.loader(split, with_text=False)
-            what = f"score strengths, {split}"
-            return score_versions(core(model), versions, loader, self.prompts, self.accelerator, what)
+            prompts, what = [self.prompts] * len(versions), f"score strengths, {split}"
+            return score_versions(core(model), versions, loader, prompts, self.accelerator, what)
 
         return choose_strength(self.line, score, before, self.settings.max_forgotten)
 
@@ -515,9 +514,7 @@ class Trainer:
                     operating_points=results["operating_points"],
                 )
                 results["provenance"]["models"][ADAPTED]["adapter_fingerprint"] = adapter_fingerprint(folder)
-            (folder / "train_config.json").write_text(
-                json.dumps(dataclasses.asdict(self.settings), indent=2) + "\n", encoding="utf-8"
-            )
+            write_json(folder / "train_config.json", dataclasses.asdict(self.settings))
             names = self._source_names()
             trained = [(names[0], "train", self.sources["train"].names)]
             write_record(folder / RESULTS, results, predictions_of(before, after, names), trained)
@@ -549,16 +546,9 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> None:
     """Run the command.
 
     Args:
-        arguments: Of the command line; those of the process by default.
-        prog: Name of the command in its help.
+        arguments, prog: See `run_command`.
     """
-    escape_unknown()
-    settings = parse_settings(TrainingSettings, __doc__, arguments, prog)
-    keep_freed_memory()
-    quiet_libraries()
-    be_quiet(settings.quiet)
-    with one_line_errors():
-        run(settings)
+    run_command(run, TrainingSettings, __doc__, arguments, prog)
 
 
 if __name__ == "__main__":

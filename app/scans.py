@@ -22,7 +22,7 @@ from medct.data.phantoms import make_phantom
 from medct.errors_medct import MedCTError, said_of
 from medct.image_processing_medct import VolumeGeometry
 from medct.inference.maps import FindingMap, map_findings, strongest_slice, to_scan
-from medct.inference.slices import AXIAL, LETTER_COLOUR, LETTERS, WINDOWS_HU, AxialSlices
+from medct.inference.slices import AXIAL, LETTER_COLOUR, LETTERS, WINDOWS_HU, AxialSlices, side
 from medct.pipeline_medct import CTPipeline, ZeroShotCTClassificationPipeline
 from medct.reporting.findings import Algorithm, Finding, findings_of
 from medct.resampling_medct import reorient
@@ -216,8 +216,7 @@ def _with_letters(image: PIL.Image.Image) -> PIL.Image.Image:
     font = PIL.ImageFont.load_default(_LETTER_PIXELS)
     width, height = image.size
     for text, x, y in LETTERS:
-        anchor = ("l" if x < 0.25 else "r" if x > 0.75 else "m") + ("b" if y < 0.25 else "t" if y > 0.75 else "m")
-        place = (x * width, (1 - y) * height)
+        anchor, place = side(x, ("l", "m", "r")) + side(y, ("b", "m", "t")), (x * width, (1 - y) * height)
         draw.text(place, text, LETTER_COLOUR, font, anchor, stroke_width=2, stroke_fill="black")
     return image
 

@@ -131,9 +131,12 @@ def downloads(algorithm: Algorithm, scan: Scan) -> str:
     writer = csv.DictWriter(table, list(found["findings"][0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows({**each, "label": as_text(each["label"])} for each in found["findings"])
-    files = {"findings.csv": table.getvalue(), "findings.json": json.dumps(found, indent=2, ensure_ascii=False) + "\n"}
+    files = {
+        "findings.csv": ("text/csv", table.getvalue()),
+        "findings.json": ("application/json", json.dumps(found, indent=2, ensure_ascii=False) + "\n"),
+    }
     links = [
         f'<a download="{name}" href="data:{kind};base64,{base64.b64encode(text.encode()).decode()}">{name}</a>'
-        for (name, text), kind in zip(files.items(), ("text/csv", "application/json"), strict=True)
+        for name, (kind, text) in files.items()
     ]
     return f"<p>Download: {' &middot; '.join(links)}</p>"

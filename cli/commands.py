@@ -5,7 +5,6 @@ Each takes the parsed arguments and returns the exit status.
 
 import argparse
 import functools
-import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -21,19 +20,21 @@ from medct.checks_medct import preprocessing
 from medct.cli.reports import Writer, asked_for, check_reports, report_writer, reported
 from medct.cli.wording import in_flags
 from medct.common.counting import counted
-from medct.common.distributed import be_patient
-from medct.common.errors import OK, SOME_FAILED, first_line
-from medct.common.files import whole_folder
+from medct.common.distributed import be_patient, start_launch
+from medct.common.drawings import knows_drawings_only
+from medct.common.errors import OK, SOME_FAILED
+from medct.common.files import whole_folder, write_json
 from medct.common.lock import only_run
 from medct.common.output import visible
 from medct.common.progress import tqdm
-from medct.errors_medct import MedCTError
+from medct.errors_medct import MedCTError, first_line
 from medct.inference.bulk import KEY, Csv, JsonLines, Reading, process, process_to_file
 from medct.inference.studies import FailedStudy, LoadStudy, ReadStudy, Study, find_studies, stacked
 from medct.inference.weights import KEY as WEIGHTS
 from medct.inference.weights import weights_of
 from medct.pipeline_medct import CTPipeline
 from medct.publishing.loading import load_model, pipeline_of, resolve_name
+from medct.reporting.findings import SYNTHETIC
 
 MODEL_VARIABLE = "MEDCT_MODEL"
 # Processes of a launch wait for the slowest one at the end of a night.
@@ -51,20 +52,10 @@ def start_processes(args: argparse.Namespace) -> PartialState:
     """This process's place in the launch; alone without one.
 
     Raises:
-        CommandError: If a launch of several processes would have each of them do all of the work.
+        LaunchError: If a launch of several processes would have each of them do all of the work.
     """
-    try:
-        # As `Accelerator` does, this follows the launch's own flag, too.
-        state = PartialState(cpu=args.cpu or parse_flag_from_env("ACCELERATE_USE_CPU"))
-    except ValueError as error:
-        raise CommandError(
-            f"accelerate cannot start this launch: {first_line(error).rstrip('.')}. Use `accelerate launch`, or unset "
-            "WORLD_SIZE for a single process."
-        ) from error
-    if state.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
-        raise CommandError(
-            "The processes of this launch are not connected. Without GPUs, add --cpu after the command's name."
-        )
+    # As `Accelerator` does, this follows the launch's own flag, too.
+    state = start_launch(PartialState, cpu=args.cpu or parse_flag_from_env("ACCELERATE_USE_CPU"))
     be_patient(_PATIENCE)
     return state
 
@@ -124,9 +115,6 @@ def load_for_scans(args: argparse.Namespace, state: PartialState, zero_shot_only
         state: This process's place in the launch.
         zero_shot_only: Refuse classifiers.
     """
-    from medct.common.drawings import knows_drawings_only
-    from medct.reporting.findings import SYNTHETIC
-
     pipe = load_pipeline(args, state.device, zero_shot_only)
     names = [name for name in (args.adapter, model_of(args)) if name is not None]
     if state.is_main_process and any(map(knows_drawings_only, names)):
@@ -345,7 +333,7 @@ def map_scan(args: argparse.Namespace) -> int:
             each.plot().savefig(folder / f"{name}.png", dpi=100)
             values = {key: getattr(each.finding, key) for key in ("label", "score", "logits_margin")}
             index.append(values | {"name": name})
-        (folder / "findings.json").write_text(json.dumps(index, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(folder / "findings.json", index, ensure_ascii=False)
     for each in index:
         numbers = f"{each['score']:.3f}  {each['logits_margin']:+6.2f}"
         print(visible(f"{numbers}  {each['label']}: {args.output / each['name']}.nii.gz, .png"))

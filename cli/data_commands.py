@@ -4,7 +4,7 @@ import argparse
 import json
 import warnings
 
-from medct.common.errors import OK, first_line
+from medct.common.errors import OK
 from medct.common.lock import only_run
 from medct.configuration_medct import MedCTConfig
 from medct.data import ALL, open_source, open_splits
@@ -14,6 +14,7 @@ from medct.data.prepare import prepare
 from medct.data.prepared import MANIFEST
 from medct.data.sources import DataError, Source, joined
 from medct.data.tables import TUNE_SHARE
+from medct.errors_medct import first_line
 from medct.processing_medct import MedCTProcessor
 from medct.publishing.loading import load_config
 from medct.publishing.push import push_shards

@@ -48,19 +48,17 @@ def compare_runs(args: argparse.Namespace) -> int:
             one, two = paired(one, two, title)
             models = dict(zip(_run_names(args), (Scores(one), Scores(two)), strict=True))
             options = {"resamples": args.bootstrap_resamples, "seed": args.seed}
-            sources.append({"source": title, "unpaired": sum(left) - 2 * len(one.ids), "studies": list_checksum(one)})
-            sources[-1] |= figures_of(models, title, **options)
+            about = {"source": title, "unpaired": sum(left) - 2 * len(one.ids), "studies": list_checksum(one)}
+            sources.append(about | figures_of(models, title, **options))
         _finish(args, sources)
     return OK
 
 
 def _run_names(args: argparse.Namespace) -> list[str]:
     names = short_names([str(run) for run in args.runs])
-    return (
-        names
-        if args.models is None
-        else short_names([f"{name}: {model}" for name, model in zip(names, args.models, strict=True)])
-    )
+    if args.models is None:
+        return names
+    return short_names([f"{name}: {model}" for name, model in zip(names, args.models, strict=True)])
 
 
 def _pairs(runs: Sequence[Predictions], args: argparse.Namespace) -> dict[str, tuple[ScoredStudies, ScoredStudies]]:

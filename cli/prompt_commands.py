@@ -9,18 +9,18 @@ from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 
 from medct.adapters_medct import DESCRIPTION_FILE, adapter_fingerprint, fingerprint, read_description
 from medct.cli.commands import CommandError, ends, load_pipeline, start_processes
 from medct.cli.records import only_json, recorded_settings
 from medct.cli.score_commands import loader_of
-from medct.common.distributed import refuse_different
-from medct.common.errors import OK, first_line
+from medct.common.distributed import of_all, refuse_different, start_launch
+from medct.common.errors import OK
 from medct.common.files import write_json
 from medct.configuration_medct import MedCTConfig, Prompt
 from medct.data import open_source
 from medct.data.label_space import pairs_of, read_label_flags, told_apart
+from medct.errors_medct import first_line
 from medct.evaluation.figures import choose_on
 from medct.evaluation.operating_points import YOUDEN
 from medct.evaluation.prompts import SYNONYMS, TEMPLATES, Template, spread, wording_scores
@@ -43,8 +43,9 @@ def try_prompts(args: argparse.Namespace) -> int:
 
 
 def _try_prompts(args: argparse.Namespace) -> int:
-    pipe = load_pipeline(args, start_processes(args).device, zero_shot_only=True)
-    accelerator = Accelerator(cpu=args.cpu)
+    start_processes(args)
+    accelerator = start_launch(Accelerator, cpu=args.cpu)
+    pipe = load_pipeline(args, accelerator.device, zero_shot_only=True)
     refuse_different(recorded_settings(args) | _model(args, pipe) | {"mixed precision": accelerator.mixed_precision})
     config, mapping = read_label_flags(pipe.asked, args.labels, mapping=args.mapping)
     if args.store and config.label_names != pipe.asked.label_names:
@@ -54,7 +55,7 @@ def _try_prompts(args: argparse.Namespace) -> int:
     source = told_apart(open_source(args.data, args.split, config, **options))
     loader = loader_of(args, pipe, accelerator, source)
     embeds, studies = embed_studies(pipe.model, loader, accelerator, source.description)
-    failed = sum(gather_object([loader.num_bad]))
+    failed = sum(of_all(loader.num_bad))
     if not accelerator.is_main_process:
         return OK
     scores = wording_scores(pipe.model, pipe.processor, embeds, templates, names, accelerator)

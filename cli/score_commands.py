@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 
 from medct.adapters_medct import adapter_fingerprint, as_described, fingerprint
 from medct.cli.commands import CommandError, ends, load_pipeline, model_of, start_processes
 from medct.cli.records import figures_of, only_json, recorded_settings
 from medct.common.counting import counted
-from medct.common.distributed import refuse_different
+from medct.common.distributed import of_all, refuse_different, start_launch
 from medct.common.errors import OK, SOME_FAILED
 from medct.configuration_medct import MedCTConfig
 from medct.data import PhantomCohort, open_source
@@ -141,8 +140,9 @@ def settle(args: argparse.Namespace, recorded: Mapping[str, Any] | None) -> None
 
 def _evaluate(args: argparse.Namespace, recorded: Mapping[str, Any] | None) -> int:
     args.model = model_of(args)  # whatever named it
-    pipe = load_pipeline(args, start_processes(args).device)
-    accelerator = Accelerator(cpu=args.cpu)
+    start_processes(args)
+    accelerator = start_launch(Accelerator, cpu=args.cpu)
+    pipe = load_pipeline(args, accelerator.device)
     config, mappings = _asked(args, pipe)
     if remark := remark_on_words(pipe.model, pipe.processor, config):
         warnings.warn(remark, stacklevel=1)
@@ -368,7 +368,7 @@ def _score(
     become = [version.become for version in versions.values()]
     prompts = [version.prompts for version in versions.values()]
     scored = score_versions(pipe.model, become, loader, prompts, accelerator, source.description)
-    return dict(zip(versions, scored, strict=True)), sum(gather_object([loader.num_bad]))
+    return dict(zip(versions, scored, strict=True)), sum(of_all(loader.num_bad))
 
 
 def loader_of(args: argparse.Namespace, pipe: CTPipeline, accelerator: Accelerator, source: Source) -> StudyLoader:

@@ -165,10 +165,10 @@ def search_index(args: argparse.Namespace) -> int:
         query = embed_images(pipe, [read])[0]
     else:
         query = embed_text(pipe, args.query)
-    similarities, found = search.nearest(embeddings.image_embeds, query[None].numpy(), args.k)
+    nearest = zip(*search.nearest(embeddings.image_embeds, query, args.k), strict=True)
     rows = [
-        {"rank": rank, "similarity": float(similarity), KEY: embeddings.ids[index]}
-        for rank, (similarity, index) in enumerate(zip(similarities[0], found[0], strict=True), start=1)
+        {"rank": rank, "similarity": similarity, KEY: embeddings.ids[index]}
+        for rank, (similarity, index) in enumerate(nearest, start=1)
     ]
     if args.format == "json":
         print("".join(map(JsonLines().line, rows)), end="")

@@ -7,11 +7,10 @@ import contextlib
 import json
 import os
 import tempfile
-import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,11 +19,40 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from medct.errors_medct import MedCTError
+from medct.common.files import first_difference
+from medct.errors_medct import MedCTError, first_line
+
+Started = TypeVar("Started")
 
 
 class LaunchError(MedCTError, ValueError):
     """Processes that cannot work together; the message says why and what to do."""
+
+
+def start_launch(start: Callable[..., Started], **options: Any) -> Started:
+    """Meet the other processes of a launch.
+
+    Args:
+        start: `PartialState` or `Accelerator`.
+        options: Of it.
+
+    Raises:
+        LaunchError: If accelerate cannot start as it was told to, or each process would do all of the work.
+    """
+    try:
+        started = start(**options)
+    except (ImportError, ValueError) as error:
+        raise LaunchError(
+            f"accelerate cannot start this launch: {first_line(error).rstrip('.')}. Use `accelerate launch` or "
+            "`torchrun`, or unset WORLD_SIZE for a single process."
+        ) from error
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if started.num_processes != launched:
+        raise LaunchError(
+            f"{launched} processes were started, but they are not connected. Without GPUs, add --cpu after the "
+            "command's name."
+        )
+    return started
 
 
 def process_rank() -> int:
@@ -69,13 +97,12 @@ def refuse_different(what: Mapping[str, Any]) -> None:
     """
     first, *others = of_all(json.loads(json.dumps(what)))
     for rank, other in enumerate(others, start=2):
-        for name in sorted(first.keys() | other.keys()):
-            if first.get(name) != other.get(name):
-                said = [textwrap.shorten(repr(each.get(name)), 200, placeholder=" ...") for each in (other, first)]
-                raise LaunchError(
-                    f"Process {rank} of {len(others) + 1} has {name} {said[0]}, but the first one has {said[1]}. Start "
-                    "all with the same flags, accelerate configuration, model and data."
-                )
+        if found := first_difference(other, first):
+            name, theirs, ours = found
+            raise LaunchError(
+                f"Process {rank} of {len(others) + 1} has {name} {theirs}, but the first one has {ours}. Start all "
+                "with the same flags, accelerate configuration, model and data."
+            )
 
 
 def refuse_unshared(folder: Path, output: str | os.PathLike) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 from medct.common.output import drop_output, flush_output, replace_closed, visible
-from medct.errors_medct import MedCTError, place_of
+from medct.errors_medct import MedCTError, first_line, place_of
 
 OK, SOME_FAILED, FAILED = 0, 1, 2
 """Everything was done; done, but some studies could not be read; not done."""
@@ -23,11 +23,6 @@ DEBUG_VARIABLE = "MEDCT_DEBUG"
 
 class StoppedError(MedCTError):
     """Work that was stopped on request; the message says how to resume it."""
-
-
-def first_line(error: BaseException) -> str:
-    """First line of a library's error message; the error's class if it has no message."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ import os
 import secrets
 import shutil
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -70,6 +70,20 @@ def refuse_taken(path: str | os.PathLike) -> None:
         raise FileExistsError(f"{path} exists and is not empty. Choose another output folder, or remove it.")
 
 
+def first_difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[str, str, str] | None:
+    """The first name under which two records differ, and what they have there, in short; `None` if they are the same.
+
+    Args:
+        one: As JSON gives it back.
+        other: Likewise.
+    """
+    for name in sorted(one.keys() | other.keys()):
+        if one.get(name) != other.get(name):
+            here, there = (textwrap.shorten(repr(each.get(name)), 200, placeholder=" ...") for each in (one, other))
+            return name, here, there
+    return None
+
+
 def refuse_other_settings(begun: Path, before: dict[str, Any], now: dict[str, Any], flag: str = "--output_dir") -> None:
     """Raise `OtherSettingsError` if an output was begun with other settings.
 
@@ -79,12 +93,10 @@ def refuse_other_settings(begun: Path, before: dict[str, Any], now: dict[str, An
         now: Settings of this run.
         flag: What chooses another output.
     """
-    now = json.loads(json.dumps(now))
-    for name in sorted(before.keys() | now.keys()):
-        if before.get(name) != now.get(name):
-            other, ours = (textwrap.shorten(repr(each.get(name)), 200, placeholder=" ...") for each in (before, now))
-            remedy = f"Resume with the same settings, or choose another {flag}."
-            raise OtherSettingsError(f"{begun} was started with {name} {other}, not {ours}. {remedy}")
+    if found := first_difference(before, json.loads(json.dumps(now))):
+        name, other, ours = found
+        remedy = f"Resume with the same settings, or choose another {flag}."
+        raise OtherSettingsError(f"{begun} was started with {name} {other}, not {ours}. {remedy}")
 
 
 def _aside(final: Path) -> Path:

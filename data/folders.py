@@ -209,9 +209,9 @@ def open_folder(address: str, revision: str | None = None, token: str | None = N
     Raises:
         DataError: If the address leads to neither.
     """
-    if str(address).startswith(HUB_ADDRESS):
-        return HubFolder.open(str(address), revision, token)
-    if is_address(str(address)):
+    if address.startswith(HUB_ADDRESS):
+        return HubFolder.open(address, revision, token)
+    if is_address(address):
         raise DataError(f"{address}: only local folders and {HUB_ADDRESS}ORG/NAME can be streamed. Pass one of them.")
     if not Path(address).is_dir():
         raise DataError(f"{address}: no such folder. Pass a folder, or {HUB_ADDRESS}ORG/NAME.")

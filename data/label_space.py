@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from medct.configuration_medct import MedCTConfig
+from medct.configuration_medct import MedCTConfig, Prompt
 from medct.data.sources import DataError, Merged, Row, Source
 from medct.data.table_files import read_table
 
@@ -41,9 +41,6 @@ MERGE_RULES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "max_or_min": lambda values: np.where(values.max(axis=1) > 0.5, values.max(axis=1), values.min(axis=1)),
 }
 """How `(studies, findings)` become `(studies,)`, by the name of the rule."""
-
-Prompt = str | list[list[str]]
-"""What a finding is called in prompts, or pairs of sentences (present, not present); see `MedCTConfig.prompts`."""
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ def summarize(
     patients: list[str] = []
     reports: Counter[str] = Counter()
     labels = np.empty((source.num_studies, len(source.label_names)))
-    for index, row in enumerate(tqdm(source.stream(), "overview", source.num_studies, unit="study")):
+    for index, row in enumerate(tqdm(map(source.read, source.keys()), "overview", source.num_studies, unit="study")):
         patients.append(row["patient"])
         reports[row["report"]] += 1
         labels[index] = row["labels"]
@@ -115,10 +115,10 @@ def _count_label(values: np.ndarray) -> dict[str, Any]:
 def _count_reports(reports: Counter[str], tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
     missing = reports.pop("", 0)
     times = list(reports.values())
-    counted = {"missing": missing, "distinct": len(reports), "words": None, "tokens": None, "cut": None}
+    found = {"missing": missing, "distinct": len(reports), "words": None, "tokens": None, "cut": None}
     if not reports:
-        return counted
-    counted["words"] = _quantiles([len(text.split()) for text in reports], times)
+        return found
+    found["words"] = _quantiles([len(text.split()) for text in reports], times)
     if tokenizer is not None:
         texts = list(reports)
         lengths = [
@@ -126,10 +126,10 @@ def _count_reports(reports: Counter[str], tokenizer: PreTrainedTokenizerBase | N
             for first in range(0, len(texts), _TEXTS_AT_ONCE)
             for tokens in tokenizer(texts[first : first + _TEXTS_AT_ONCE], verbose=False)["input_ids"]
         ]
-        counted["tokens"] = _quantiles(lengths, times)
+        found["tokens"] = _quantiles(lengths, times)
         most = tokenizer.model_max_length
-        counted["cut"] = sum(count for length, count in zip(lengths, times, strict=True) if length > most)
-    return counted
+        found["cut"] = sum(count for length, count in zip(lengths, times, strict=True) if length > most)
+    return found
 
 
 def _quantiles(lengths: Sequence[int], times: Sequence[int]) -> dict[str, int]:
@@ -242,9 +242,8 @@ def contact_sheet(source: Source, config: MedCTConfig, path: Path, samples: int,
     header.text(0.01, 0.4, title, fontsize=10, va="center", parse_math=False)
     panels = body.subfigures(lines, _STUDIES_A_LINE, squeeze=False).flat
     unreadable = []
-    for panel, row in zip(
-        panels, tqdm(source.stream_keys(keys), "contact sheet", len(keys), unit="study"), strict=False
-    ):
+    rows = tqdm(map(source.read, keys), "contact sheet", len(keys), unit="study")
+    for panel, row in zip(panels, rows, strict=False):
         study = load.load_row(row, Place())
         if isinstance(study, Skipped):
             unreadable.append(study)

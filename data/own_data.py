@@ -128,12 +128,10 @@ def tidy(table: pd.DataFrame, label_names: Sequence[str], where: str) -> pd.Data
     parts = [table[column] for column in REPORT_COLUMNS if column in table]
     reports = [join_text(*part) for part in zip(*parts, strict=True)] if parts else [""] * len(table)
     table = check_labels(table, label_names, where)
-    for column in ("patient", "split"):
-        if column not in table:
-            table = table.assign(**{column: table["id"] if column == "patient" else ""})
-        table = table.assign(**{column: table[column].astype(str).str.strip()})
-    if (table["patient"] == "").any():
-        raise DataError(f"{where}: {int((table['patient'] == '').sum())} rows have an empty 'patient'. Fill it in.")
+    named = {"patient": table.get("patient", table["id"]), "split": table.get("split", pd.Series("", table.index))}
+    table = table.assign(**{column: cells.astype(str).str.strip() for column, cells in named.items()})
+    if empty := int((table["patient"] == "").sum()):
+        raise DataError(f"{where}: {empty} rows have an empty 'patient'. Fill it in.")
     columns = ["id", "patient", "split", "volume", *label_names]
     return table[columns].assign(report=reports, **subgroup_columns(table))
 

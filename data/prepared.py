@@ -38,11 +38,12 @@ from datasets import Features, List, Nifti, Value
 from pyarrow import parquet
 
 from medct.byte_sources_medct import is_address
-from medct.common.errors import first_line
 from medct.common.retry import keep_trying
 from medct.configuration_medct import MedCTConfig
+from medct.data.folders import HUB_ADDRESS
 from medct.data.sources import DataError, Deferred, Merged, NoSuchSplitError, Row, Skipped, Source, first_of
 from medct.data.tables import Selection
+from medct.errors_medct import first_line
 from medct.volume_medct import VolumeError
 
 FORMAT = 2
@@ -358,8 +359,7 @@ def prepared_source(
     config: MedCTConfig,
     *,
     tune_share: float | None = None,
-    revision: str | None = None,
-    token: str | bool | None = None,
+    token: str | None = None,
     own_labels: bool = False,
 ) -> Source:
     """A split of prepared shards.
@@ -369,15 +369,14 @@ def prepared_source(
         selection: Which studies, but for its `tune_share`: their division was made when they were prepared.
         config: The model's configuration; shards prepared for another grid, window or other labels are refused.
         tune_share: Refused if it differs from the one used to prepare the shards; `None` accepts any.
-        revision: Branch, tag or commit of the repository on the Hub.
         token: Token for the Hub.
         own_labels: Give the labels that the shards have, whatever the model's are.
 
     Raises:
         DataError: If there are no such shards, they are not for this model, or a file is missing.
     """
-    address = with_revision(str(address).rstrip("/"), revision)
-    options = {"token": token} if address.startswith("hf://") and token is not None else {}
+    address = str(address).rstrip("/")
+    options = {"token": token} if address.startswith(HUB_ADDRESS) and token is not None else {}
     manifest = read_manifest(address, options)
     if manifest is None:
         raise DataError(f"{address}: no {MANIFEST}, so the shards are unfinished. Run `medct prepare` until it exists.")
@@ -437,10 +436,10 @@ def with_revision(address: str, revision: str | None) -> str:
         address: Of a source; any other than on the Hub stays as it is.
         revision: Branch, tag or commit.
     """
-    if revision is None or not address.startswith("hf://datasets/"):
+    if revision is None or not address.startswith(HUB_ADDRESS):
         return address
-    kind, organisation, name, *rest = address.removeprefix("hf://").split("/")
-    return "hf://" + "/".join([kind, organisation, f"{name}@{revision}", *rest])
+    organisation, name, *rest = address.removeprefix(HUB_ADDRESS).split("/")
+    return HUB_ADDRESS + "/".join([organisation, f"{name}@{revision}", *rest])
 
 
 def _check_files(paths: Sequence[str], files: list[dict[str, Any]]) -> None:

@@ -200,12 +200,9 @@ class Source:
         Args:
             epoch, seed: See `keys`.
         """
-        return self.stream_keys(self.keys(epoch, seed))
-
-    def stream_keys(self, keys: Sequence[int]) -> IterableDataset:
-        """Rows of the given keys."""
         # A list in `gen_kwargs` is what `datasets` divides among processes and workers.
-        return IterableDataset.from_generator(_read_rows, gen_kwargs={"keys": list(keys), "read": self.read})
+        options = {"keys": self.keys(epoch, seed), "read": self.read}
+        return IterableDataset.from_generator(_read_rows, gen_kwargs=options)
 
 
 def digest_of(source: Source) -> str:

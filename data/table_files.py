@@ -24,6 +24,7 @@ import pandas as pd
 from medct.byte_sources_medct import ZIP_MAGIC, of_path, of_zip
 from medct.common.formulas import of_text
 from medct.data.sources import DataError
+from medct.errors_medct import first_line
 
 SUFFIXES = (".csv", ".xlsx")
 _SEPARATORS = ",;\t"
@@ -111,8 +112,7 @@ def _rows_of(path: Path, wanted: Sequence[str], name: str, comments: bool = Fals
     except FileNotFoundError as error:
         raise DataError(f"{name}: no such file. Check the path.") from error
     except (OSError, ValueError, csv.Error) as error:  # wrong encodings are ValueErrors
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataError(f"{name}: not a readable csv file ({reason}). Save it as csv in UTF-8.") from error
+        raise DataError(f"{name}: not a readable csv file ({first_line(error)}). Save it as csv in UTF-8.") from error
 
 
 def _csv(path: Path, wanted: Sequence[str], comments: bool) -> Iterator[list[str]]:

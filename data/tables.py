@@ -279,20 +279,19 @@ def table_source(
         sieve.drop(sieve.table["report"] == "", "no report")
     table = sieve.table.reset_index(drop=True)
     by_scan = selection.reconstructions == "one" and "scan" in table
-    groups = [tuple(rows) for rows in table.groupby(table["scan"], sort=False).indices.values()] if by_scan else None
-    if groups is None:
-        groups = [(row,) for row in range(len(table))]
-    groups = sorted(tuple(int(row) for row in rows) for rows in groups)
+    together = table.groupby("scan", sort=False).indices.values() if by_scan else ([row] for row in range(len(table)))
+    groups = sorted(tuple(map(int, rows)) for rows in together)
     if not groups:
         reasons = "; ".join(sorted({study.reason for study in sieve.skipped})) or "its tables are empty"
         raise NoSuchSplitError(
             f"{where}: no study of the {selection.split} split is left ({reasons}). Check its tables."
         )
     scan_or_id = table["scan" if "scan" in table else "id"]
-    groups = [groups[index] for index in first_of([scan_or_id[rows[0]] for rows in groups], selection.limit)]
+    names = [scan_or_id[rows[0]] for rows in groups]
+    chosen = first_of(names, selection.limit)
+    groups, names = [groups[index] for index in chosen], [names[index] for index in chosen]
     kept = sorted(row for rows in groups for row in rows)
     number = {row: index for index, row in enumerate(kept)}
-    names = [scan_or_id[rows[0]] for rows in groups]
     table = table.iloc[kept].reset_index(drop=True)
     groups = [tuple(number[row] for row in rows) for rows in groups]
     description = f"{len(groups)} {selection.split} {'study' if len(groups) == 1 else 'studies'} of {where}"

@@ -138,41 +138,39 @@ def compare_calibration(
     }
 
 
-def calibration_bins(scores: np.ndarray, labels: np.ndarray, bins: int = BINS) -> tuple[np.ndarray, ...]:
+def calibration_bins(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, ...]:
     """Probabilities against how often they come true, in bins of equal width over all labels together.
 
     Args:
         scores: `(scans, labels)`, probabilities.
         labels: `(scans, labels)`, 0, 1 or NaN for unknown.
-        bins: Number of bins.
 
     Returns:
-        Mean probability and share that is present, both NaN in an empty bin, and count; each `(bins,)`.
+        Mean probability and share that is present, both NaN in an empty bin, and count; each `(BINS,)`.
 
     Raises:
         ValueError: If shapes do not match, arrays hold other values, or scores are outside [0, 1].
     """
     scores, labels = checked(scores, labels, must_vary=False, probabilities=True)
     known = ~np.isnan(labels)
-    bin_of = _bin_of(scores[known], bins)
-    counts = np.bincount(bin_of, minlength=bins)
+    bin_of = _bin_of(scores[known])
+    counts = np.bincount(bin_of, minlength=BINS)
     with np.errstate(invalid="ignore"):  # an empty bin is 0 / 0
-        means = [np.bincount(bin_of, values[known], minlength=bins) / counts for values in (scores, labels)]
+        means = [np.bincount(bin_of, values[known], minlength=BINS) / counts for values in (scores, labels)]
     return means[0], means[1], counts
 
 
-def expected_calibration_error(scores: np.ndarray, labels: np.ndarray, bins: int = BINS) -> float:
+def expected_calibration_error(scores: np.ndarray, labels: np.ndarray) -> float:
     """How far probabilities are from how often they come true: mean over `calibration_bins`, weighted by count.
 
     Args:
         scores: `(scans, labels)`, probabilities.
         labels: `(scans, labels)`, 0, 1 or NaN for unknown.
-        bins: Number of bins.
 
     Returns:
         A number in [0, 1].
     """
-    probability, share, counts = calibration_bins(scores, labels, bins)
+    probability, share, counts = calibration_bins(scores, labels)
     filled = counts > 0
     return float(np.average(np.abs(probability - share)[filled], weights=counts[filled]))
 
@@ -203,8 +201,8 @@ def _errors(figures: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {"expected_calibration_error": gaps / figures["count"].sum(axis=0), "brier": figures["brier"]}
 
 
-def _bin_of(probabilities: np.ndarray, bins: int = BINS) -> np.ndarray:
-    return np.minimum((probabilities * bins).astype(int), bins - 1)
+def _bin_of(probabilities: np.ndarray) -> np.ndarray:
+    return np.minimum((probabilities * BINS).astype(int), BINS - 1)
 
 
 def _enough_in_bins(probabilities: np.ndarray, labels: np.ndarray, patients: np.ndarray) -> list[bool]:

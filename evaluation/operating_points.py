@@ -95,10 +95,14 @@ def remark_on_points(
     lacking = [name for name in names if name not in thresholds]
     unknown = [] if tuned is None else [name for name in lacking if name not in tuned]
     few = [name for name in lacking if name not in unknown]
-    which = "any finding" if len(few) == len(names) else ", ".join(few)
-    said = [f"No operating point for {which}: fewer than {FEWEST} tuning patients have it, or are without it."]
-    asked = f"No operating point for {', '.join(unknown)}: the tuning patients have no such label."
-    return said * bool(few) + [asked] * bool(unknown)
+    remarks = []
+    if few:
+        which = "any finding" if len(few) == len(names) else ", ".join(few)
+        why = f"fewer than {FEWEST} tuning patients have it, or are without it"
+        remarks.append(f"No operating point for {which}: {why}.")
+    if unknown:
+        remarks.append(f"No operating point for {', '.join(unknown)}: the tuning patients have no such label.")
+    return remarks
 
 
 def threshold_for(scores: np.ndarray, labels: np.ndarray, rule: str, share: float) -> float:

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from sklearn.metrics import roc_curve
 
 from medct.common.counting import counted
-from medct.evaluation.calibration import calibration_bins, expected_calibration_error
+from medct.evaluation.calibration import BINS, calibration_bins, expected_calibration_error
 from medct.evaluation.metrics import zero_shot_scores
 
 
@@ -88,11 +88,7 @@ def roc_plot(models: Mapping[str, np.ndarray], labels: np.ndarray, names: Sequen
 
 
 def calibration_plot(
-    models: Mapping[str, np.ndarray],
-    labels: np.ndarray,
-    note: str = "",
-    bins: int = 10,
-    what: str = "score",
+    models: Mapping[str, np.ndarray], labels: np.ndarray, note: str = "", what: str = "score"
 ) -> Figure:
     """Reliability diagram over all labels together, with the number of scores in each bin below it.
 
@@ -100,7 +96,6 @@ def calibration_plot(
         models: Scores or probabilities `(scans, labels)`, in [0, 1], by name; at most four.
         labels: `(scans, labels)`, 0, 1 or NaN for unknown.
         note: Text added to the title.
-        bins: Number of bins, of equal width.
         what: What the numbers are, for the axis.
 
     Raises:
@@ -110,18 +105,18 @@ def calibration_plot(
     figure = _figure(6.4, 8, "Calibration over all labels", len(labels), note)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     upper.plot([0, 1], [0, 1], color=GREY, linewidth=1, label="perfect")
-    width = 0.86 / bins / len(models)  # a gap between bins
+    width = 0.86 / BINS / len(models)  # a gap between bins
     for index, (model, scores, style) in enumerate(_styled(models)):
-        probability, share, counts = calibration_bins(scores, labels, bins)
-        said = f"{model}: expected calibration error {expected_calibration_error(scores, labels, bins):.3f}"
+        probability, share, counts = calibration_bins(scores, labels)
+        said = f"{model}: expected calibration error {expected_calibration_error(scores, labels):.3f}"
         filled = counts > 0  # the line runs across empty bins
         line = {"color": style.colour, "linestyle": style.dashes, "marker": style.marker, "label": said}
         upper.plot(probability[filled], share[filled], markersize=7, linewidth=1.8, **line)
-        middles = (np.arange(bins) + 0.5) / bins + width * (index - (len(models) - 1) / 2)
+        middles = (np.arange(BINS) + 0.5) / BINS + width * (index - (len(models) - 1) / 2)
         lower.bar(middles, counts, width, color=style.colour, hatch=style.hatch, edgecolor="white", linewidth=0)
     upper.set(ylabel="share that is present", xlim=(0, 1), ylim=(-0.03, 1.03))
     _name_models(upper, loc="lower left", bbox_to_anchor=(0, 1), frameon=False)  # never over a curve
-    lower.set(xlabel=f"{what}, in {bins} bins", ylabel="scans x labels", yscale="log")
+    lower.set(xlabel=f"{what}, in {BINS} bins", ylabel="scans x labels", yscale="log")
     lower.set_ylim(0.7, lower.get_ylim()[1] * 1.3)  # so that a bar of height 1 is visible
     lower.yaxis.set_major_formatter("{x:,.0f}")
     for panel in (upper, lower):

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 
 from medct.configuration_medct import Prompt
 from medct.evaluation.metrics import enough, zero_shot_scores
-from medct.evaluation.scoring import texts_to
+from medct.evaluation.scoring import embed_prompts
 from medct.modeling_medct import MedCTModel, zero_shot_probabilities
 from medct.processing_medct import MedCTProcessor
 
@@ -77,14 +77,11 @@ def wording_scores(
     images = torch.from_numpy(image_embeds).to(accelerator.device)
     by_template = []
     for template in templates:
-        turns = []
-        for sentences in model.config.label_prompts(flat, [template]):
-            texts = texts_to(dict(processor(text=sentences, return_tensors="pt")), accelerator.device)
-            with torch.no_grad(), accelerator.autocast():
-                embeds = model.get_text_features(**texts).pooler_output.float()
-            with torch.no_grad():
-                turns.append(zero_shot_probabilities(model.get_logits(images, embeds)).cpu().numpy())
-        by_template.append(np.mean(turns, axis=0))
+        turns = model.config.label_prompts(flat, [template])
+        prompts = [dict(processor(text=sentences, return_tensors="pt")) for sentences in turns]
+        with torch.no_grad():
+            logits = [model.get_logits(images, texts) for texts in embed_prompts(model, prompts, accelerator)]
+        by_template.append(np.mean([zero_shot_probabilities(each).cpu().numpy() for each in logits], axis=0))
     scores = np.stack(by_template).swapaxes(1, 2)  # (templates, all names, studies)
     ends = np.cumsum([len(each) for each in names.values()])
     return dict(zip(names, np.split(scores, ends[:-1], axis=1), strict=True))

@@ -5,9 +5,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from medct.common.errors import first_line
 from medct.common.files import write_json
 from medct.data.sources import DataError
+from medct.errors_medct import first_line
 from medct.evaluation.predictions import Predictions, read_predictions, write_predictions
 
 RESULTS = "results.json"

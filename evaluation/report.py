@@ -1,13 +1,14 @@
 """Scores as Markdown tables."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from medct.common.counting import counted
 from medct.evaluation.metrics import CT_CLIP_PREFIX, FEWEST, RADFINDER_PREFIX, Interval
 
 UNDEFINED = "–"
-_COLUMNS = (("base", ""), ("adapted", ""), ("difference", "+"))
+COMPARED = (("base", ""), ("adapted", ""), ("difference", "+"))
+"""The parts of a comparison, and how the sign of their figures is written."""
 MEANS = {
     "auroc": "AUROC",
     "average_precision": "average precision",
@@ -23,6 +24,19 @@ MEANS = {
 }
 
 
+def markdown_table(titles: Sequence[str], rows: Iterable[Sequence[str]], texts: Collection[int] = (0,)) -> str:
+    """A table in Markdown; "|" in a name or a sentence does not make two cells of one.
+
+    Args:
+        titles: Of the columns.
+        rows: Each with a cell a column.
+        texts: Which columns hold text; the others hold figures, which stand on the right.
+    """
+    marks = ["---" if index in texts else "---:" for index in range(len(titles))]
+    lines = [[cell.replace("|", r"\|") for cell in cells] for cells in (titles, marks, *rows)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
 def results_table(comparison: dict[str, Any], names: Sequence[str]) -> str:
     """Two models side by side: AUROC of each label, then means over labels, all with intervals.
 
@@ -34,7 +48,7 @@ def results_table(comparison: dict[str, Any], names: Sequence[str]) -> str:
         Two Markdown tables, and a caption that says how to read them.
     """
     present = comparison["present"]
-    rows = [(f"{_in_cell(name)} ({present[name]:,})", f"auroc/{name}") for name in names] + [("**mean**", "auroc")]
+    rows = [(f"{name} ({present[name]:,})", f"auroc/{name}") for name in names] + [("**mean**", "auroc")]
     means = [(title, key) for key, title in MEANS.items() if key in comparison["base"]]
     return "\n\n".join(
         [
@@ -66,25 +80,23 @@ def evaluation_report(sources: Sequence[dict[str, Any]], names: Sequence[str]) -
         Markdown tables, sources as columns, and a caption. Of two models: their difference by source, then a pair of
         tables for each source.
     """
-    by_name = {each["source"]: each for each in sources}
     if "scores" in sources[0]:
-        tables = [_across("AUROC (scans with the finding)", _finding_rows(by_name, names), by_name)]
-        means = [(title, [_cell(each["scores"][key]) for each in sources]) for key, title in _means_of(sources)]
-        tables += [_across("mean over findings", means, by_name), _caption(sources)]
+        findings = [[name, *(_finding_cell(each, name) for each in sources)] for name in names]
+        findings.append(["**mean**", *(_cell(each["scores"]["auroc"]) for each in sources)])
+        shared = {key: title for key, title in MEANS.items() if all(key in each["scores"] for each in sources)}
+        means = [[title, *(_cell(each["scores"][key]) for each in sources)] for key, title in shared.items()]
+        tables = [_across("AUROC (scans with the finding)", findings, sources)]
+        tables += [_across("mean over findings", means, sources), _caption(sources)]
     else:
-        tables = [_differences(by_name)] if len(sources) > 1 else []
-        for name, each in by_name.items():
-            tables += [f"**{name}**", results_table(each, [label for label in names if label in each["present"]])]
-    for name, each in by_name.items():
+        tables = [_differences({each["source"]: each for each in sources})] if len(sources) > 1 else []
+        for each in sources:
+            own = [label for label in names if label in each["present"]]
+            tables += [f"**{each['source']}**", results_table(each, own)]
+    for each in sources:
+        name = each["source"]
         tables += [points_table(each["operating_points"], name), subgroups_table(each["subgroups"], name)]
         tables += [calibration_table(error, f"{model} on {name}") for model, error in each["calibration_error"].items()]
     return "\n\n".join(table for table in tables if table)
-
-
-def _finding_rows(by_name: Mapping[str, dict[str, Any]], names: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
-    for name in names:
-        yield name, [_finding_cell(each, name) for each in by_name.values()]
-    yield "**mean**", [_cell(each["scores"]["auroc"]) for each in by_name.values()]
 
 
 def _finding_cell(source: Mapping[str, Any], name: str) -> str:
@@ -93,26 +105,17 @@ def _finding_cell(source: Mapping[str, Any], name: str) -> str:
     return f"{_cell(source['scores'][f'auroc/{name}'])}, {source['present'][name]:,}"
 
 
-def _means_of(sources: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
-    return [(key, title) for key, title in MEANS.items() if all(key in each["scores"] for each in sources)]
-
-
-def _across(heading: str, rows: Any, by_name: Mapping[str, dict[str, Any]]) -> str:
-    """One Markdown table whose columns are sources."""
-    titles = [f"{name} ({counted(each['scans'], 'scan')})" for name, each in by_name.items()]
-    lines = [f"| {heading} | {' | '.join(titles)} |", f"| --- |{' ---: |' * len(titles)}"]
-    return "\n".join([*lines, *(f"| {title} | {' | '.join(cells)} |" for title, cells in rows)])
+def _across(heading: str, rows: Iterable[Sequence[str]], sources: Sequence[dict[str, Any]]) -> str:
+    """One table whose columns are sources."""
+    return markdown_table(
+        [heading, *(f"{each['source']} ({counted(each['scans'], 'scan')})" for each in sources)], rows
+    )
 
 
 def _differences(by_name: Mapping[str, dict[str, Any]]) -> str:
     """Mean AUROC of two models by source, and their paired difference."""
-    titles = _titles(next(iter(by_name.values())))
-    lines = [f"| mean AUROC | {' | '.join(titles)} |", "| --- | ---: | ---: | ---: |"]
-    for title, each in by_name.items():
-        cells = [_cell(each[which]["auroc"], sign) for which, sign in _COLUMNS]
-        whose = f"{counted(each['scans'], 'scan')} of {counted(each['patients'], 'patient')}"
-        lines.append(f"| {title} ({whose}) | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    rows = [[f"{name} ({_scans_of(each)})", *_compared(each, "auroc")] for name, each in by_name.items()]
+    return markdown_table(["mean AUROC", *_titles(next(iter(by_name.values())))], rows)
 
 
 def folds_table(folds: Sequence[dict[str, Any]]) -> str:
@@ -124,13 +127,13 @@ def folds_table(folds: Sequence[dict[str, Any]]) -> str:
     """
     is_kept = any(each["kept"] is not None for each in folds)
     titles = ["held out", "scans", "patients", "mean AUROC, base", "adapted", *["to be kept: difference"] * is_kept]
-    lines = [f"| {' | '.join([*titles, 'steps', 'strength'])} |", "| --- |" + " ---: |" * (len(titles) + 1)]
+    rows = []
     for each in folds:
         aurocs = [f"{each[model]:.3f}" for model in ("base", "adapted")]
         aurocs += [UNDEFINED if each["kept"] is None else f"{each['kept']:+.3f}"] * is_kept
-        cells = [f"{each['scans']:,}", f"{each['patients']:,}", *aurocs, f"{each['steps']:,}", f"{each['strength']:g}"]
-        lines.append(f"| fold {each['fold']} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        counts = [f"{each['scans']:,}", f"{each['patients']:,}"]
+        rows.append([f"fold {each['fold']}", *counts, *aurocs, f"{each['steps']:,}", f"{each['strength']:g}"])
+    return markdown_table([*titles, "steps", "strength"], rows)
 
 
 def points_table(points: Mapping[str, Any], where: str) -> str:
@@ -142,13 +145,14 @@ def points_table(points: Mapping[str, Any], where: str) -> str:
     """
     if not points:
         return ""
-    lines = [f"| operating points on {where} | sensitivity | specificity |", "| --- | ---: | ---: |"]
+    rows = []
     for model, by_point in points.items():
         for name, each in by_point.items():
-            cells = [_cell(each[key]) for key in ("sensitivity", "specificity")]
             over = sum(key.startswith("sensitivity/") and each[key]["value"] is not None for key in each)
-            lines.append(f"| {model}: {name}, {counted(over, 'finding')} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", "Means over findings, at thresholds that were chosen on tuning patients."])
+            cells = [_cell(each[key]) for key in ("sensitivity", "specificity")]
+            rows.append([f"{model}: {name}, {counted(over, 'finding')}", *cells])
+    table = markdown_table([f"operating points on {where}", "sensitivity", "specificity"], rows)
+    return f"{table}\n\nMeans over findings, at thresholds that were chosen on tuning patients."
 
 
 def subgroups_table(divisions: Sequence[dict[str, Any]], where: str) -> str:
@@ -162,18 +166,18 @@ def subgroups_table(divisions: Sequence[dict[str, Any]], where: str) -> str:
         return ""
     groups = [(each["division"], group) for each in divisions for group in each["groups"]]
     models = next((list(group["auroc"]) for _, group in groups if group["auroc"]), ["AUROC"])
-    lines = [f"| {where}: mean AUROC of | scans | patients | findings | {' | '.join(models)} |"]
-    lines.append(f"| --- |{' ---: |' * (3 + len(models))}")
+    rows = []
     for division, group in groups:
         aurocs = group["auroc"] or {}
         cells = [
             _cell(aurocs[model], "+" if model == "difference" else "") if aurocs else "too few" for model in models
         ]
         counts = [f"{group[key]:,}" for key in ("scans", "patients", "labels")]
-        lines.append(f"| {division}: {group['group']} | {' | '.join([*counts, *cells])} |")
+        rows.append([f"{division}: {group['group']}", *counts, *cells])
+    table = markdown_table([f"{where}: mean AUROC of", "scans", "patients", "findings", *models], rows)
     smallest = min(group["scans"] for _, group in groups)
     note = f"Over the findings that vary in a group, so compare with care. The smallest group has {smallest:,} scans."
-    return "\n".join([*lines, "", note])
+    return f"{table}\n\n{note}"
 
 
 def calibration_table(errors: dict[str, Any] | None, title: str = "") -> str:
@@ -187,13 +191,10 @@ def calibration_table(errors: dict[str, Any] | None, title: str = "") -> str:
         return ""
     whose = f"{title}: " if title else ""
     about = f"{whose}probabilities of {counted(len(errors['labels']), 'finding')} together"
-    lines = [f"| {about} | score | calibrated | difference |", "| --- | ---: | ---: | ---: |"]
-    for title, key in (("expected calibration error", "expected_calibration_error"), ("Brier score", "brier")):
-        cells = [
-            _cell(errors[which][key], sign) for which, sign in (("before", ""), ("after", ""), ("difference", "+"))
-        ]
-        lines.append(f"| {title} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    versions = (("before", ""), ("after", ""), ("difference", "+"))
+    metrics = (("expected calibration error", "expected_calibration_error"), ("Brier score", "brier"))
+    rows = [[name, *(_cell(errors[which][key], sign) for which, sign in versions)] for name, key in metrics]
+    return markdown_table([about, "score", "calibrated", "difference"], rows)
 
 
 def _titles(comparison: dict[str, Any]) -> list[str]:
@@ -202,18 +203,20 @@ def _titles(comparison: dict[str, Any]) -> list[str]:
     return [models.get("base", "base"), models.get("adapted", "adapted"), "difference"]
 
 
-def _in_cell(text: str) -> str:
-    """A name or a sentence in a cell, of which it does not make two."""
-    return text.replace("|", r"\|")
-
-
 def _table(heading: str, rows: Sequence[tuple[str, str]], comparison: dict[str, Any]) -> str:
-    """One Markdown table; a row is given as its title and the metric's key."""
-    lines = [f"| {heading} | {' | '.join(_titles(comparison))} |", "| --- | ---: | ---: | ---: |"]
-    for title, key in rows:
-        cells = [_cell(comparison[which][key], sign) for which, sign in _COLUMNS]
-        lines.append(f"| {title} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    """One table; a row is given as its title and the metric's key."""
+    return markdown_table(
+        [heading, *_titles(comparison)], ([title, *_compared(comparison, key)] for title, key in rows)
+    )
+
+
+def _compared(comparison: dict[str, Any], key: str) -> list[str]:
+    """A metric of both models, and its difference."""
+    return [_cell(comparison[which][key], sign) for which, sign in COMPARED]
+
+
+def _scans_of(figures: Mapping[str, Any]) -> str:
+    return f"{counted(figures['scans'], 'scan')} of {counted(figures['patients'], 'patient')}"
 
 
 def _cell(interval: Interval, sign: str = "") -> str:
@@ -228,7 +231,7 @@ def _cell(interval: Interval, sign: str = "") -> str:
 
 def _caption(sources: Sequence[dict[str, Any]]) -> str:
     """Where the figures come from, and their limits."""
-    scans = "; ".join(f"{counted(each['scans'], 'scan')} of {counted(each['patients'], 'patient')}" for each in sources)
+    scans = "; ".join(map(_scans_of, sources))
     paired = "; the difference is paired" if "base" in sources[0] else ""
     resamples = counted(sources[0]["resamples"], "resample")
     said = [f"{scans}. In brackets: 95 % intervals, bootstrap over patients, {resamples}{paired}."]
@@ -261,36 +264,32 @@ def retrieval_report(results: dict[str, Any]) -> str:
     """
     head = f"{counted(results['studies'], 'study', 'studies')} with a report"
     head += f", {counted(results['reports'], 'different report')}, {counted(results['patients'], 'patient')}"
-    lines = [head, "", _retrieval_head("recall at", results["chance"])]
+    ways, at = ("text_to_image", "image_to_text"), results["chance"]
     protocols = {"": results, "unique reports: ": results["unique_reports"]}
     protocols["CT-CLIP protocol: "] = results["ct_clip_protocol"]
+    rows = []
     for title, each in protocols.items():
-        for name in ("text_to_image", "image_to_text"):
-            lines.append(_retrieval_row(f"{title}{name.replace('_', ' ')}", each[name], results["chance"]))
-        lines.append(_retrieval_row(f"{title}chance", each["chance"], results["chance"]))
+        rows += [_retrieval_row(f"{title}{way.replace('_', ' ')}", each[way], at) for way in ways]
+        rows.append(_retrieval_row(f"{title}chance", each["chance"], at))
     if pools := results.get("pools"):
-        for name in ("text_to_image", "image_to_text"):
-            title = f"pools of {pools['size']}: {name.replace('_', ' ')}"
-            lines.append(_retrieval_row(title, pools[name], results["chance"]))
+        rows += [_retrieval_row(f"pools of {pools['size']}: {way.replace('_', ' ')}", pools[way], at) for way in ways]
+    parts = [head, markdown_table(["recall at", *map(str, at)], rows)]
     if found := results.get("findings"):
-        at = found["image_to_image"]
-        lines += ["", f"{counted(found['studies'], 'scan')} with a finding", "", _retrieval_head("MAP at", at)]
+        at, rows = found["image_to_image"], []
         for title, each in {"": found, "CT-CLIP protocol: ": found["ct_clip_protocol"]}.items():
-            lines.append(_retrieval_row(f"{title}image to image", each["image_to_image"], at))
-            lines.append(_retrieval_row(f"{title}chance", each["chance"], at))
-    return "\n".join(lines)
+            rows.append(_retrieval_row(f"{title}image to image", each["image_to_image"], at))
+            rows.append(_retrieval_row(f"{title}chance", each["chance"], at))
+        parts.append(f"{counted(found['studies'], 'scan')} with a finding")
+        parts.append(markdown_table(["MAP at", *map(str, at)], rows))
+    return "\n\n".join(parts)
 
 
-def _retrieval_head(title: str, at: Mapping[int, Any]) -> str:
-    return f"| {title} | {' | '.join(map(str, at))} |\n| --- |{' ---: |' * len(at)}"
-
-
-def _retrieval_row(title: str, figures: Mapping[int, Any], at: Mapping[int, Any]) -> str:
-    cells = []
+def _retrieval_row(title: str, figures: Mapping[int, Any], at: Iterable[int]) -> list[str]:
+    cells = [title]
     for k in at:
         figure = figures.get(k)
         cells.append(_cell(figure) if isinstance(figure, dict) else UNDEFINED if figure is None else f"{figure:.3f}")
-    return f"| {title} | {' | '.join(cells)} |"
+    return cells
 
 
 def _wording(best: dict[str, Any] | None) -> str:
@@ -308,25 +307,22 @@ def prompts_report(found: dict[str, Any]) -> str:
     Args:
         found: From `prompts.spread`.
     """
-    lines = ["| AUROC: finding (scans with it) | usual wording | mean | lowest | highest | best wording |"]
-    lines.append("| --- | ---: | ---: | ---: | ---: | --- |")
+    findings = []
     for label, each in found["findings"].items():
         aurocs = [each[key] for key in ("usual", "mean", "lowest", "highest")]
         figures = [UNDEFINED if auroc is None else f"{auroc:.3f}" for auroc in aurocs]
-        title, best = f"{_in_cell(label)} ({each['present']:,})", _in_cell(_wording(each["best"]))
-        lines.append(f"| {title} | {' | '.join(figures)} | {best} |")
-    lines += ["", "| template | mean AUROC |", "| --- | ---: |"]
-    for each in found["templates"]:
-        lines.append(f"| {_in_cell(' / '.join(each['template']))} | {each['auroc']:.3f} |")
-    lines.append(f"| all of them, averaged | {found['ensemble']:.3f} |")
+        findings.append([f"{label} ({each['present']:,})", *figures, _wording(each["best"])])
+    titles = ["AUROC: finding (scans with it)", "usual wording", "mean", "lowest", "highest", "best wording"]
+    templates = [[" / ".join(each["template"]), f"{each['auroc']:.3f}"] for each in found["templates"]]
+    templates.append(["all of them, averaged", f"{found['ensemble']:.3f}"])
     chosen = found["chosen"]
     aurocs = [each["auroc"] for each in found["templates"]]
-    templates, findings = counted(len(chosen["prompt_templates"]), "template"), counted(len(chosen["names"]), "finding")
+    number, others = counted(len(chosen["prompt_templates"]), "template"), counted(len(chosen["names"]), "finding")
     chosen_on = f"{counted(found['studies'], 'study', 'studies')} of {counted(found['patients'], 'patient')}"
-    lines += [
-        "",
-        f"The template alone moves the mean AUROC from {min(aurocs):.3f} to {max(aurocs):.3f}. Chosen: {templates}, "
-        f"other names for {findings}, mean AUROC {chosen['auroc']:.3f} on the {chosen_on} that it was chosen on. This "
-        "is too optimistic: score it on other patients.",
-    ]
-    return "\n".join(lines)
+    said = (
+        f"The template alone moves the mean AUROC from {min(aurocs):.3f} to {max(aurocs):.3f}. Chosen: {number}, "
+        f"other names for {others}, mean AUROC {chosen['auroc']:.3f} on the {chosen_on} that it was chosen on. This "
+        "is too optimistic: score it on other patients."
+    )
+    tables = [markdown_table(titles, findings, texts=(0, 5)), markdown_table(["template", "mean AUROC"], templates)]
+    return "\n\n".join([*tables, said])

@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 
 from medct.checks_medct import refuse_what_is_no_number
-from medct.common.distributed import sum_over_processes
+from medct.common.distributed import of_all, sum_over_processes
 from medct.common.progress import tqdm
 from medct.configuration_medct import MedCTConfig
 from medct.data.label_space import merge_columns
@@ -157,7 +156,7 @@ def score_studies(
     Returns:
         The studies of all processes, in every process.
     """
-    return score_versions(model, [lambda: None], loader, prompts, accelerator, what)[0]
+    return score_versions(model, [lambda: None], loader, [prompts], accelerator, what)[0]
 
 
 @torch.no_grad()
@@ -165,7 +164,7 @@ def score_versions(
     model: AnyModel,
     versions: Sequence[Callable[[], None]],
     loader: StudyLoader,
-    prompts: list[Texts] | Sequence[list[Texts]],
+    prompts: Sequence[list[Texts]],
     accelerator: Accelerator,
     what: str,
 ) -> list[ScoredStudies]:
@@ -175,15 +174,14 @@ def score_versions(
         model: With or without adapters; left in evaluation mode, as the last version.
         versions: Each turns the model into the version to be scored.
         loader, accelerator, what: See `score_studies`.
-        prompts: Likewise, the same for all versions or a list of them, one a version.
+        prompts: Likewise, of each version.
 
     Returns:
         For each version, the studies of all processes, in every process.
     """
     model.eval()
     templates = []
-    of_each = prompts if prompts and isinstance(prompts[0], list) else [prompts] * len(versions)
-    for become, asked in zip(versions, of_each, strict=True):
+    for become, asked in zip(versions, prompts, strict=True):
         become()
         templates.append(embed_prompts(model, asked, accelerator))
 
@@ -282,7 +280,7 @@ def _of_every_study(
         if is_own:
             labels = batch["labels"].cpu().numpy()
             rows += zip(batch["ids"], batch["patients"], values.cpu().numpy(), labels, batch["about"], strict=True)
-    rows = sorted(gather_object(rows), key=lambda row: row[0])
+    rows = sorted((row for each in of_all(rows) for row in each), key=lambda row: row[0])
     ids, patients, values, labels, about = zip(*rows, strict=True)
     return list(ids), list(patients), np.stack(values), np.stack(labels), list(about) if any(about) else []
 

@@ -24,7 +24,7 @@ import torch
 from matplotlib.cm import ScalarMappable
 
 from medct.image_processing_medct import VolumeGeometry
-from medct.inference.slices import AXIAL, AxialSlices, draw_places, draw_slice, fonts
+from medct.inference.slices import AXIAL, WIDE_WINDOW_HU, AxialSlices, draw_places, draw_slice, fonts
 from medct.pictures_medct import Picture
 from medct.pipeline_medct import ZeroShotCTClassificationPipeline
 from medct.resampling_medct import AxisPlan, reorient
@@ -32,7 +32,6 @@ from medct.volume_io_medct import Assumed, read_volume
 from medct.volume_medct import CTVolume
 
 CAVEAT = "Debugging aid, not a finding: published CT-CLIP localises poorly (Dice about 0.004)"
-_WINDOW_HU = (-1000, 400)
 # Least distance between two slices in a picture; the published model's patches are 15 mm thick.
 _APART_MM = 15
 _LONGEST_NAME_BYTES = 180
@@ -213,11 +212,11 @@ def draw_map(finding: FindingMap, values: np.ndarray, volume: CTVolume, slices: 
     figure = Picture(figsize=(4 * len(picked) + 3, 5), layout="constrained")
     panels = figure.subplots(1, len(picked) + 1, width_ratios=[*[4] * len(picked), 3])
     for axes, k in zip(panels, picked, strict=False):
-        draw_slice(axes, scan, k, _WINDOW_HU)
+        draw_slice(axes, scan, k, WIDE_WINDOW_HU)
         look = {"aspect": scan.pixel_aspect, "interpolation": "nearest", "cmap": "coolwarm"}
         shown = axes.imshow(turned[k], vmin=-most, vmax=most, alpha=0.7 * np.abs(turned[k]) / most, **look)
         axes.set_title(f"slice {k + 1} of {len(scan)}, z {scan.z_mm[k]:+.1f} mm")
-    draw_places(panels[-1], scan, picked, _WINDOW_HU)
+    draw_places(panels[-1], scan, picked, WIDE_WINDOW_HU)
     panels[-1].set_title("from the front")
     bar = figure.colorbar(ScalarMappable(shown.norm, shown.cmap), ax=panels, shrink=0.8)
     bar.set_label("logits that a patch adds")

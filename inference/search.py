@@ -26,8 +26,6 @@ from medct.inference.bulk import KEY
 
 _NAME_COLUMNS = ("file_name", "VolumeName")
 _METADATA_KEY = b"medct"
-# The similarities of this many to 50,000 studies take 0.2 GB.
-_QUERIES_AT_ONCE = 1024
 
 
 class SearchError(MedCTError, ValueError):
@@ -181,19 +179,16 @@ def read_embeddings(path: Path) -> Embeddings:
     return Embeddings(table["id"].to_pylist(), image_embeds, text_embeds, report_ids, settings)
 
 
-def nearest(vectors: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The vectors most similar to each query, by exact search.
+def nearest(vectors: np.ndarray, query: torch.Tensor, k: int) -> tuple[list[float], list[int]]:
+    """The vectors most similar to a query, by exact search.
 
     Args:
         vectors: `(vectors, width)`, float32, of length 1.
-        queries: `(queries, width)`, likewise.
+        query: `(width,)`, likewise.
         k: Number of vectors to find; fewer if there are fewer.
 
     Returns:
-        Their cosine similarities and their indices, `(queries, k)` each, the most similar first.
+        Their cosine similarities and their indices, the most similar first.
     """
-    found = [
-        (some @ torch.as_tensor(vectors).t()).topk(min(k, len(vectors)))
-        for some in torch.as_tensor(queries).split(_QUERIES_AT_ONCE)
-    ]
-    return torch.cat([part.values for part in found]).numpy(), torch.cat([part.indices for part in found]).numpy()
+    found = (query[None] @ torch.as_tensor(vectors).t())[0].topk(min(k, len(vectors)))
+    return found.values.tolist(), found.indices.tolist()

@@ -19,6 +19,8 @@ AXIAL = "SPL"
 """Slices towards the head, rows towards the back, columns towards the patient's left."""
 WINDOWS_HU = {"Lung": (-1400, 200), "Soft tissue": (-160, 240), "Bone": (-450, 1050)}
 """Lowest and highest value shown: centres -600, 40 and 300, widths 1600, 400 and 1500."""
+WIDE_WINDOW_HU = (-1000, 400)
+"""Lung and soft tissue in one picture."""
 LETTERS = (("R", 0.02, 0.5), ("L", 0.98, 0.5), ("A", 0.5, 0.97), ("P", 0.5, 0.03))
 """Sides of the patient, and where they are in a picture: shares of its width, and of its height from below."""
 LETTER_COLOUR = "gold"
@@ -122,12 +124,18 @@ def letter(axes: Axes, text: str, x: float, y: float) -> None:
         text: What.
         x, y: Shares of the width, and of the height from below.
     """
-    sides = {"ha": _side(x, ("left", "center", "right")), "va": _side(y, ("bottom", "center", "top"))}
+    sides = {"ha": side(x, ("left", "center", "right")), "va": side(y, ("bottom", "center", "top"))}
     outline = [withStroke(linewidth=2, foreground="black")]
     axes.text(x, y, text, transform=axes.transAxes, color=LETTER_COLOUR, path_effects=outline, **sides)
 
 
-def _side(share: float, names: tuple[str, str, str]) -> str:
+def side(share: float, names: tuple[str, str, str]) -> str:
+    """On which side of its place a letter stands, so that it stays within the picture.
+
+    Args:
+        share: Of the width or the height, where the place is.
+        names: Of the sides: at the beginning, in the middle, and at the end.
+    """
     return names[0] if share < 0.25 else names[2] if share > 0.75 else names[1]
 
 

@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils.hub import cached_file
 
 from .checks_medct import preprocessing
-from .errors_medct import MedCTError
+from .errors_medct import MedCTError, first_line
 
 try:  # transformers needs both
     from huggingface_hub import _CACHED_NO_EXIST, try_to_load_from_cache
@@ -369,7 +369,7 @@ def check_fit(model: PreTrainedModel, adapter: str | Path, **hub: Any) -> dict[s
         # Every adapter has this file: if even it cannot be had, there is no adapter there, or no way to the Hub.
         config_file = _file(adapter, CONFIG_FILE, hub, is_optional=False)
     except OSError as error:
-        raise OSError(f"{adapter}: no adapter ({str(error).splitlines()[0]}) Pass a Hub id or a folder.") from error
+        raise OSError(f"{adapter}: no adapter ({first_line(error)}) Pass a Hub id or a folder.") from error
     if _file(adapter, WEIGHTS_FILE, hub) is None:
         raise AdapterMismatchError(
             f"{adapter} has no {WEIGHTS_FILE}. Other formats can hold code and are not read: ask its author to save it "
@@ -501,7 +501,7 @@ def _wanted(model: PreTrainedModel, config: Any) -> dict[str, torch.Size]:
             "it cannot be checked. Load it with `peft.PeftModel.from_pretrained`, which checks nothing."
         ) from error
     except Exception as error:  # of PEFT: the targets are not in this model, or any kind for what it does not expect
-        said = str(error).splitlines()[0] if isinstance(error, ValueError) else type(error).__name__
+        said = first_line(error) if isinstance(error, ValueError) else type(error).__name__
         raise AdapterMismatchError(
             f"The adapter's configuration fits no module of this model ({said}). Load its base."
         ) from error

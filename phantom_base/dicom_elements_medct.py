@@ -117,10 +117,7 @@ def read_meta(stream: BinaryIO) -> Elements:
         stream.seek(0)
     raw: dict[int, tuple[str, Any]] = {}
     while True:
-        at = stream.tell()
-        head = stream.read(4)
-        stream.seek(at)
-        if head[:2] != b"\x02\x00":
+        if _peek(stream, 0, 2) != b"\x02\x00":
             return Elements(raw, False, True)
         is_implicit = not _is_kind(_peek(stream, 4, 2))
         _read_element(stream, raw, is_implicit, True, 0)
@@ -145,9 +142,7 @@ def read_data_set(stream: BinaryIO, is_little: bool | None) -> Elements:
         group = _peek(stream, 0, 2)
         is_little = int.from_bytes(group, "little") <= int.from_bytes(group, "big")  # the first groups are small
     for _ in range(_MAX_ELEMENTS):
-        at = stream.tell()
-        head = stream.read(4)
-        stream.seek(at)
+        head = _peek(stream, 0, 4)
         if len(head) < 4 or _tag(head, is_little) in _PIXELS:
             return Elements(raw, is_implicit, is_little)
         _read_element(stream, raw, is_implicit, is_little, 0)
@@ -250,8 +245,7 @@ def _exactly(stream: BinaryIO, count: int) -> bytes:
 
 def _skip(stream: BinaryIO, count: int) -> None:
     for size in _chunks(count):
-        if len(stream.read(size)) != size:
-            raise EOFError("cut short")
+        _exactly(stream, size)
 
 
 def _skip_fragments(stream: BinaryIO, order: Literal["little", "big"]) -> None:

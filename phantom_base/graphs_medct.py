@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .errors_medct import first_line
+
 MOST_VOLUMES = 2
 """Of more volumes a card has enough to do while the next launches are made."""
 _MOST_OFF = 1e-2
@@ -103,7 +105,7 @@ def replayed(
             recording.record(run, rows)
             off = _distance(recording.replay(rows), expected)
         except RuntimeError as error:
-            reason = f"cannot be recorded ({type(error).__name__}: {str(error).splitlines()[0]})"
+            reason = f"cannot be recorded ({type(error).__name__}: {first_line(error)})"
         else:
             if off <= _MOST_OFF:
                 return expected

@@ -24,7 +24,7 @@ from transformers.pipelines.pt_utils import PipelineIterator
 from .adapters_medct import OTHER_WORDS, asked_config, calibrated, description_in_use
 from .checks_medct import check_processor, refuse_what_is_no_number
 from .configuration_medct import ZERO_SHOT_TASK, MedCTConfig, Prompt
-from .errors_medct import MedCTError, said_of
+from .errors_medct import MedCTError, first_line, said_of
 from .image_processing_medct import MedCTImageProcessor, is_column
 from .kernels_medct import row_dtype
 from .modeling_medct import zero_shot_probabilities
@@ -547,8 +547,7 @@ def _processor_of(model: PreTrainedModel) -> MedCTProcessor:
         revision = getattr(model.config, "_commit_hash", None)
         return MedCTProcessor.from_pretrained(model.name_or_path, revision=revision)
     except (OSError, ValueError, TypeError) as error:
-        said = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ValueError(f"A pipeline needs the model's processor ({said}): pass `processor=`.") from error
+        raise ValueError(f"A pipeline needs the model's processor ({first_line(error)}): pass `processor=`.") from error
 
 
 def _checked_volumes(pixel_values: Any) -> torch.Tensor:

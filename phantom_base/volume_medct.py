@@ -317,9 +317,9 @@ def check_affine(source: str, affine: np.ndarray) -> None:
 
 
 def shear_of(affine: np.ndarray) -> float:
-    """How far the array axes are from perpendicular: the largest cosine between two of them."""
+    """How far two array axes are from perpendicular at most, degrees."""
     cosines = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
-    return float(np.abs(cosines.T @ cosines - np.eye(3)).max())
+    return float(np.degrees(np.arcsin(min(1.0, np.abs(cosines.T @ cosines - np.eye(3)).max()))))
 
 
 def obliqueness_of(affine: np.ndarray) -> float:
@@ -402,10 +402,8 @@ def as_straight(volume: CTVolume) -> CTVolume:
     source, affine, shape = volume.source, volume.affine, volume.array.shape
     remedy = "Pass `resample_irregular=True` to have it resampled to a straight grid"
     if _is_sheared(affine, shape):
-        tilt = np.degrees(np.arcsin(min(1.0, shear_of(affine))))
-        raise VolumeError(
-            source, f"its axes are not perpendicular (sheared by {tilt:.1f} degrees, as by gantry tilt)", remedy
-        )
+        reason = f"its axes are not perpendicular (sheared by {shear_of(affine):.1f} degrees, as by gantry tilt)"
+        raise VolumeError(source, reason, remedy)
     if obliqueness_of(affine) > MAX_OBLIQUE_DEGREES:
         raise VolumeError(
             source,
@@ -459,7 +457,7 @@ def straighten(volume: CTVolume) -> CTVolume:
 
 def _irregularity(volume: CTVolume) -> str:
     if _is_sheared(volume.affine, volume.array.shape):
-        return f"sheared by {np.degrees(np.arcsin(min(1.0, shear_of(volume.affine)))):.1f} degrees"
+        return f"sheared by {shear_of(volume.affine):.1f} degrees"
     return f"{obliqueness_of(volume.affine):.1f} degrees off the patient's axes"
 
 

@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from transformers.utils.hub import cached_file
 
 from medct.adapters_medct import CONFIG_FILE, DESCRIPTION_FILE, as_described
 from medct.common.counting import counted
-from medct.common.drawings import knows_drawings_only
+from medct.common.drawings import knows_drawings_only, said_on_card
 from medct.common.paths import local_paths, without_paths
 from medct.configuration_medct import MedCTConfig
 
 TEMPLATE = Path(__file__).with_name("adapter_card.md")
+MODEL_CARD = Path(__file__).parents[1] / "model_card.md"
 GENERATED = "<!-- Made from the files of this folder, anew with every push; delete this line to keep own edits. -->"
 PLACEHOLDER_REPO, PLACEHOLDER_BASE, PLACEHOLDER_REVISION = "ORG/NAME", "ORG/BASE", "COMMIT"
 CT_CLIP_LICENSE = "cc-by-nc-sa-4.0"
@@ -75,17 +75,7 @@ def base_license(base: str, revision: str | None = None, token: str | None = Non
     Returns:
         The licence's identifier; that of CT-CLIP if the model is named so and its card names none; `None` if unknown.
     """
-    try:
-        path = cached_file(
-            base, "README.md", revision=revision, token=token, _raise_exceptions_for_missing_entries=False
-        )
-        found = (
-            None
-            if path is None
-            else ModelCard(Path(path).read_text(encoding="utf-8"), ignore_metadata_errors=True).data.get("license")
-        )
-    except OSError:  # no such repository, or no network
-        found = None
+    found = said_on_card(base, "license", revision=revision, token=token)
     if found is None and re.search(r"ct[-_]?clip", Path(base).name, re.IGNORECASE):
         return CT_CLIP_LICENSE
     return found

@@ -19,15 +19,14 @@ from typing import Any
 import torch
 from transformers import BertTokenizer
 
-from medct.common.errors import first_line
 from medct.common.files import whole_folder
 from medct.configuration_medct import MedCTConfig
-from medct.errors_medct import MedCTError
+from medct.errors_medct import MedCTError, first_line
 from medct.image_processing_medct import MedCTImageProcessor
 from medct.modeling_medct import MedCTForImageClassification, MedCTModel
 from medct.processing_medct import MedCTProcessor
+from medct.publishing.cards import MODEL_CARD
 
-MODEL_CARD = Path(__file__).parents[1] / "model_card.md"
 CLASSFINE_PREFIX = "trained_model."
 
 # CT-CLIP's modules within one layer, by the numbers of its list.
@@ -233,9 +232,8 @@ def load_tokenizer(id_or_folder: str, config: MedCTConfig) -> BertTokenizer:
             id_or_folder, do_lower_case=True, model_max_length=config.text_config.max_position_embeddings
         )
     except Exception as error:  # the Hub's client, the file system and the parser each raise their own
-        reason = str(error).strip().splitlines()[0]
         raise ConversionError(
-            f"{id_or_folder}: not a tokenizer ({reason}). Pass a Hub id or a folder with vocab.txt."
+            f"{id_or_folder}: not a tokenizer ({first_line(error)}). Pass a Hub id or a folder with vocab.txt."
         ) from error
     if len(tokenizer) > config.text_config.vocab_size:
         raise ConversionError(

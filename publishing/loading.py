@@ -8,9 +8,8 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoProcessor
 
 from medct.checks_medct import CheckpointMismatchError, check_processor
-from medct.common.errors import first_line
 from medct.configuration_medct import MedCTConfig
-from medct.errors_medct import MedCTError
+from medct.errors_medct import MedCTError, first_line
 from medct.modeling_medct import MedCTForImageClassification, MedCTModel
 from medct.pipeline_medct import CTClassificationPipeline, CTPipeline, ZeroShotCTClassificationPipeline
 from medct.processing_medct import MedCTProcessor

@@ -29,12 +29,12 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import parse_ratelimit_headers
 
 from medct.adapters_medct import CONFIG_FILE, DESCRIPTION_FILE, WEIGHTS_FILE
-from medct.common.errors import first_line
 from medct.common.paths import find_paths, without_paths
 from medct.common.retry import keep_trying
-from medct.errors_medct import MedCTError
+from medct.errors_medct import MedCTError, first_line
 from medct.publishing.cards import (
     GENERATED,
+    MODEL_CARD,
     PICTURES,
     PLACEHOLDER_REPO,
     base_license,
@@ -45,7 +45,6 @@ from medct.publishing.cards import (
     render_card,
 )
 
-MODEL_CARD = Path(__file__).parents[1] / "model_card.md"
 PICKLES = {".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pth"}
 # A run's record of itself; it names the folders that it read and wrote.
 RUN_FILES = ("results.json", "train_config.json")
@@ -70,15 +69,14 @@ class PushError(MedCTError, RuntimeError):
     """A push that was refused or failed; the message says why and what to do."""
 
 
-def commit_of(model: str, revision: str | None = None, token: str | None = None) -> str | None:
+def commit_of(model: str, revision: str | None = None) -> str | None:
     """The commit that a model's revision points to; `None` for a folder.
 
     Args:
         model: Hub id or folder.
         revision: Commit, tag or branch; the default branch by default.
-        token: Token for the Hub; that of the logged-in user by default.
     """
-    return HfApi(token=token).resolve_revision(model, revision=revision).resolved if is_hub_id(model) else None
+    return HfApi().resolve_revision(model, revision=revision).resolved if is_hub_id(model) else None
 
 
 def push_adapter(

@@ -59,13 +59,12 @@ def bundle(findings: Sequence[Finding], algorithm: Algorithm, identity: Identity
         return {"reference": entries[-1]["fullUrl"]}
 
     device = add(_device(algorithm))
-    about, study = {}, None
+    about, derived, images = {}, {}, {}
     if identity is not None:
-        about["subject"] = add(_patient(identity))
+        about = {"subject": add(_patient(identity))}
         study = add(_imaging_study(identity, about["subject"]))
-    derived = {} if study is None else {"derivedFrom": [study]}
+        derived, images = {"derivedFrom": [study]}, {"imagingStudy": [study]}
     results = [add({**_observation(finding, algorithm), **about, "device": device, **derived}) for finding in findings]
-    images = {} if study is None else {"imagingStudy": [study]}
     add({**_report(findings, algorithm), **about, "result": results, **images})
     return {"resourceType": "Bundle", "type": "collection", "entry": entries}
 

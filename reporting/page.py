@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from medct.inference.slices import AxialSlices, draw_slice, fonts
+from medct.inference.slices import WIDE_WINDOW_HU, AxialSlices, draw_slice, fonts
 from medct.reporting.findings import NO_PROBABILITY, SYNTHETIC, WARNING, Algorithm, Finding
 from medct.reporting.source import SourceStudy, quietly
 from medct.reporting.sr import SERIES_NUMBER, equipment, need_highdicom
@@ -27,7 +27,6 @@ MOST_PICTURES = 4
 SERIES_DESCRIPTION = "MedCT page: research only, not a diagnosis"
 _WIDTH, _HEIGHT = 1280, 960
 _DOTS_PER_INCH = 100
-_WINDOW_HU = (-1000, 400)
 _ABOVE, _BELOW, _UNKNOWN = "#D55E00", "#0072B2", "0.55"
 """Okabe and Ito's, which colour-blind readers can tell apart; words stand beside them."""
 
@@ -68,7 +67,7 @@ def draw_page(
     places = [(0.565, 0.53), (0.785, 0.53), (0.565, 0.13), (0.785, 0.13)]
     for picture, place in zip(pictures, places, strict=False):
         axes = figure.add_axes((*place, 0.2, 0.3))
-        draw_slice(axes, slices, picture.index, _WINDOW_HU)
+        draw_slice(axes, slices, picture.index, WIDE_WINDOW_HU)
         where = slices.caption(picture.index).replace(" mm, ", " mm\n", 1)
         title = f"{textwrap.fill(picture.title, 34, max_lines=2)}\n{where}"
         axes.set_title(title, fontsize=8.5, fontfamily=fonts(), parse_math=False)
@@ -92,7 +91,7 @@ def _draw_scores(axes: Axes, findings: Sequence[Finding]) -> None:
     for title, x in columns.items():
         axes.text(x, -0.9, title, fontsize=8, ha="center", va="bottom", transform=right)
     for row, each in zip(rows, findings, strict=True):
-        cells = [f"{each.score:.3f}", each.call.removeprefix("no operating point") or "none", "-"]
+        cells = [f"{each.score:.3f}", "none", "-"]
         if each.threshold is not None:
             axes.plot([each.threshold] * 2, [row - 0.42, row + 0.42], color="black", linewidth=2)
             cells[1] = f"{each.call} {each.threshold:.3f}"

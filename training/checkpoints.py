@@ -5,7 +5,6 @@ tensors stay sharded: `rank-0.safetensors` holds trainable parameters, optimizer
 `rank-0.json` the schedule and the position in the stream. Nothing is pickled.
 """
 
-import base64
 import dataclasses
 import json
 import random
@@ -202,17 +201,13 @@ def _shaped_like(parameter: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
     )
 
 
-# JSON has no tuples, bytes, arrays or keys other than strings; each is written as {TAG: ...}.
+# JSON has no tuples, arrays or keys other than strings; each is written as {TAG: ...}.
 def _to_json(value: Any) -> Any:
     match value:
-        case torch.Tensor():
-            return {"$tensor": [str(value.dtype).removeprefix("torch."), value.tolist()]}
         case np.ndarray():
             return {"$array": [str(value.dtype), value.tolist()]}
         case np.generic():
             return value.item()
-        case bytes():
-            return {"$bytes": base64.b64encode(value).decode()}
         case tuple():
             return {"$tuple": [_to_json(item) for item in value]}
         case list():
@@ -231,19 +226,15 @@ def _from_json(value: Any) -> Any:
         return value
     ((tag, content),) = value.items()
     match tag:
-        case "$tensor":
-            return torch.tensor(content[1], dtype=getattr(torch, content[0]))
         case "$array":
             return np.array(content[1], dtype=content[0])
-        case "$bytes":
-            return base64.b64decode(content)
         case "$tuple":
             return tuple(_from_json(item) for item in content)
     return {_from_json(key): _from_json(item) for key, item in content}
 
 
 def encode(value: Any) -> str:
-    """Write nested dicts, lists, tuples, bytes, arrays and tensors as JSON."""
+    """Write nested dicts, lists, tuples, arrays and dataclasses as JSON; of the latter, `decode` gives dictionaries."""
     return json.dumps(_to_json(value))
 
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from medct.common.counting import counted
 from medct.common.errors import StoppedError
+from medct.common.files import write_json
 from medct.common.lock import is_first_process, only_run
 from medct.data.sources import Source, first_of, hash_share
 from medct.evaluation.figures import Scores, source_figures
@@ -166,7 +167,7 @@ def _gather(folder: RunFolder, runs: Sequence[Path], settings: TrainingSettings)
         shutil.copytree(kept, final, dirs_exist_ok=True)
         (final / "learned.png").unlink(missing_ok=True)  # of one fold alone
         config = read_json(final, "train_config.json") | {"output_dir": str(folder.final)}
-        (final / "train_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        write_json(final / "train_config.json", config)
         keys = {Key(model, source, "valid"): scored for model, scored in pooled.items()}
         learned = learned_from(scores_path(kept / RESULTS)).items()
         others = [(source, split, sorted(studies)) for split, studies in learned]

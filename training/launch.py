@@ -7,7 +7,7 @@ from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, parse_flag_from_env
 from huggingface_hub.errors import HfHubHTTPError
 
-from medct.common.errors import first_line
+from medct.common.distributed import start_launch
 from medct.evaluation.scoring import is_classifier
 from medct.processing_medct import MedCTProcessor
 from medct.publishing.loading import AnyMedCT, load_model
@@ -59,27 +59,18 @@ def make_accelerator(settings: TrainingSettings, work: Path) -> Accelerator:
         work: Working folder, for the logs of trackers.
 
     Raises:
-        TrainingError: If processes were started that do not see each other, or as no run works; if the tracker is not
-            installed.
+        LaunchError: If processes were started that do not see each other.
+        TrainingError: If they were started as no run works, or the tracker is not installed.
     """
     _refuse_what_is_not_done(settings)
     tracker = None if settings.report_to == "none" else settings.report_to
     os.environ.setdefault("TRACKIO_DIR", str(work / "logs"))
-    try:
-        places = ProjectConfiguration(project_dir=str(work), logging_dir=str(work / "logs"))
-        accelerator = Accelerator(cpu=settings.cpu, log_with=tracker, project_config=places)
-    except (ImportError, ValueError) as error:
-        raise TrainingError(
-            f"accelerate cannot start this launch: {first_line(error).rstrip('.')}. Use `accelerate launch` or "
-            "`torchrun`, or unset WORLD_SIZE for a single process."
-        ) from error
+    places = ProjectConfiguration(project_dir=str(work), logging_dir=str(work / "logs"))
+    accelerator = start_launch(Accelerator, cpu=settings.cpu, log_with=tracker, project_config=places)
     if tracker and not accelerator.log_with:
         raise TrainingError(
             f"--report_to {tracker} needs a package that is not installed. Try `pip install {tracker}`."
         )
-    started = int(os.environ.get("WORLD_SIZE", "1"))
-    if accelerator.num_processes != started:
-        raise TrainingError(f"{started} processes were started, but they are not connected. Without GPUs, pass --cpu.")
     if accelerator.mixed_precision == "fp16":
         raise TrainingError("fp16 needs scaled gradients, which this trainer does not support. Launch with bf16 or no.")
     return accelerator

@@ -10,7 +10,6 @@ Unusual: the codebook moves here, as in CT-CLIP's own training, and never again 
 
 import argparse
 import itertools
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from transformers import BertTokenizer, get_cosine_schedule_with_warmup
 from transformers.utils import logging
 
 from medct.common.errors import one_line_errors
-from medct.common.files import whole_folder
+from medct.common.files import whole_folder, write_json
 from medct.common.progress import tqdm
 from medct.configuration_medct import MedCTConfig
 from medct.data import phantom_source
@@ -302,7 +301,7 @@ def make(output: Path) -> dict[str, Any]:
         scores = {site: score(model, processor, site) for site in SITES}
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
-        (folder / "scores.json").write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / "scores.json", scores)
         (folder / "README.md").write_text(
             CARD.format(**{f"auroc_{site}": s["auroc"] for site, s in scores.items()}), encoding="utf-8"
         )

@@ -40,10 +40,9 @@ class ReplaySource(Source):
             Whether the study is of the second source, and its key there.
         """
         sources: ReadEither = self.read  # type: ignore[assignment]
-        own = iter(sources.own.keys(epoch, seed))
-        size = self.num_studies
-        replayed = _from(sources.replayed, epoch * (size - sources.own.num_studies), seed)
-        count, found = size - sources.own.num_studies, []
+        size, count = self.num_studies, self.num_studies - sources.own.num_studies
+        own, replayed = iter(sources.own.keys(epoch, seed)), _from(sources.replayed, epoch * count, seed)
+        found = []
         for index in range(size):
             # The share is kept from the first study on: among any n neighbours, n times the share, up to one.
             is_replayed = (index + 1) * count // size > index * count // size

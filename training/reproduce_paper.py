@@ -10,7 +10,6 @@ rate or epochs: the values used here are our choice. Further rows show what this
 """
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,15 +17,14 @@ from typing import Any, Literal
 from accelerate import PartialState
 
 from medct.common.counting import counted
-from medct.common.errors import one_line_errors
 from medct.common.files import refuse_other_settings, whole_file
-from medct.common.host import keep_freed_memory, quiet_libraries
-from medct.common.output import escape_unknown
-from medct.common.progress import be_quiet
+from medct.evaluation.record import RESULTS, read_results
+from medct.evaluation.report import COMPARED, markdown_table
+from medct.publishing.cards import read_json
 from medct.publishing.convert_ct_clip_to_hf import convert
 from medct.train import Trainer
 from medct.training.recipes import RecipeName
-from medct.training.settings import NO_SOURCE, TrainingError, TrainingSettings, parse_settings, setting
+from medct.training.settings import NO_SOURCE, TrainingError, TrainingSettings, run_command, setting
 
 # Per cent; arXiv 2512.00597, abstract.
 PAPER = {"auroc": (61.3, 68.9), "accuracy": (67.2, 73.6), "macro_f1": (32.1, 36.9)}
@@ -73,20 +71,13 @@ def converted(settings: PaperSettings) -> Path:
 
 def beside_the_paper(comparison: dict[str, Any]) -> str:
     """Our figures and the published ones, in per cent, as a Markdown table."""
-    lines = [
-        "| mean of the findings, % | here: base | here: adapted | here: difference | paper: base | paper: adapted "
-        "| paper: difference | CT-CLIP's own |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
+    titles = [f"{where}: {which}" for where in ("here", "paper") for which, _ in COMPARED]
+    rows = []
     for metric, (before, after) in PAPER.items():
-        ours = [_per_cent(comparison[which].get(metric), sign) for which, sign in _COLUMNS]
+        ours = [_per_cent(comparison[which].get(metric), sign) for which, sign in COMPARED]
         own = f"{CT_CLIP_AUROC:.1f}" if metric == "auroc" else ""
-        cells = [NAMES[metric], *ours, f"{before:.1f}", f"{after:.1f}", f"{after - before:+.1f}", own]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-_COLUMNS = (("base", ""), ("adapted", ""), ("difference", "+"))
+        rows.append([NAMES[metric], *ours, f"{before:.1f}", f"{after:.1f}", f"{after - before:+.1f}", own])
+    return markdown_table(["mean of the findings, %", *titles, "CT-CLIP's own"], rows)
 
 
 def _per_cent(interval: dict[str, float | None] | None, sign: str) -> str:
@@ -124,12 +115,12 @@ def results_of(settings: PaperSettings) -> dict[str, Any]:
         OtherSettingsError: If that run had other settings.
     """
     folder = Path(str(settings.output_dir))
-    if not (settings.resume and (folder / "results.json").exists()):
+    if not (settings.resume and (folder / RESULTS).exists()):
         return Trainer(settings).run()
-    saved = json.loads((folder / "train_config.json").read_text(encoding="utf-8"))
+    saved = read_json(folder, "train_config.json")
     chosen = {name: value for name, value in settings.fixed().items() if value is not None}
     refuse_other_settings(folder, {name: saved.get(name) for name in chosen}, chosen)
-    return json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    return read_results(folder)
 
 
 def recipes_table(results: dict[str, dict[str, Any]]) -> str:
@@ -138,24 +129,19 @@ def recipes_table(results: dict[str, dict[str, Any]]) -> str:
     Args:
         results: What `results.json` holds, by row.
     """
-    lines = [
-        "| row | parameters | mean AUROC, % | above the base | on what is to be kept | strength |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
-    ]
+    titles = ["row", "parameters", "mean AUROC, %", "above the base", "on what is to be kept", "strength"]
+    rows = []
     for name, each in results.items():
         comparison, kept = each["comparison"], each["kept"]
-        cells = [
-            name,
-            f"{each['trainable_parameters']:,}",
+        aurocs = [
             _per_cent(comparison["adapted"]["auroc"], ""),
             _per_cent(comparison["difference"]["auroc"], "+"),
             _per_cent(kept and kept["difference"]["auroc"], "+"),
-            f"{each['strength']:g}",
         ]
-        lines.append(f"| {' | '.join(cells)} |")
+        rows.append([name, f"{each['trainable_parameters']:,}", *aurocs, f"{each['strength']:g}"])
     if REPLAY_ROW not in results:
-        lines.append(f"| {REPLAY_ROW} | not run: pass --replay SOURCE | | | | |")
-    return "\n".join(lines)
+        rows.append([REPLAY_ROW, "not run: pass --replay SOURCE", "", "", "", ""])
+    return markdown_table(titles, rows)
 
 
 def reproduce(settings: PaperSettings) -> dict[str, Any]:
@@ -180,16 +166,9 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> None:
     """Run the experiment from the command line.
 
     Args:
-        arguments: Command line arguments; those of the process by default.
-        prog: Name of the program in messages.
+        arguments, prog: See `run_command`.
     """
-    escape_unknown()
-    settings = parse_settings(PaperSettings, __doc__, arguments, prog)
-    keep_freed_memory()
-    quiet_libraries()
-    be_quiet(settings.quiet)
-    with one_line_errors():
-        reproduce(settings)
+    run_command(reproduce, PaperSettings, __doc__, arguments, prog)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,10 @@ from typing import Any, Literal, TypeVar
 from transformers import HfArgumentParser
 
 from medct.common.counting import FEWEST_RESAMPLES
+from medct.common.errors import one_line_errors
+from medct.common.host import keep_freed_memory, quiet_libraries
+from medct.common.output import escape_unknown
+from medct.common.progress import be_quiet
 from medct.configuration_medct import MedCTConfig
 from medct.data import PHANTOMS, PhantomCohort
 from medct.errors_medct import MedCTError
@@ -339,19 +343,29 @@ def refuse_for_classifier(settings: TrainingSettings) -> None:
 Settings = TypeVar("Settings", bound=TrainingSettings)
 
 
-def parse_settings(
-    kind: type[Settings], description: str | None, arguments: list[str] | None, prog: str | None = None
-) -> Settings:
-    """Read settings from the command line.
+def run_command(
+    work: Callable[[Settings], Any],
+    kind: type[Settings],
+    description: str | None,
+    arguments: list[str] | None = None,
+    prog: str | None = None,
+) -> None:
+    """Run a command whose arguments are settings.
 
     Args:
+        work: What it does with them.
         kind: Dataclass of the settings.
         description: Text at the top of the help.
-        arguments: Command line arguments; those of the process if `None`.
-        prog: Name of the program in messages.
+        arguments: Of the command line; those of the process by default.
+        prog: Name of the command in its help.
     """
+    escape_unknown()
     parser = HfArgumentParser(kind, prog=prog, description=description, formatter_class=RawDescriptionHelpFormatter)
     settings, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    return settings
+    keep_freed_memory()
+    quiet_libraries()
+    be_quiet(settings.quiet)
+    with one_line_errors():
+        work(settings)

@@ -34,13 +34,11 @@ class StopWish:
             self.by = signal.Signals(number).name
 
         before: dict[int, Any] = {}
-        try:
+        with contextlib.suppress(ValueError):  # in a thread, which gets no signals
             for each in (signal.SIGTERM, signal.SIGINT):
                 # A job in the background ignores Ctrl-C, which is meant for another.
                 if signal.getsignal(each) is not signal.SIG_IGN:
                     before[each] = signal.signal(each, note)
-        except (AttributeError, ValueError):  # a system without it, or a thread, which gets no signals
-            pass
         try:
             yield
         finally:

@@ -33,6 +33,7 @@ from medct.adapters_medct import DESCRIPTION_FILE, calibrated
 from medct.checks_medct import CheckpointMismatchError
 from medct.cli import commands, main, score_commands
 from medct.cli.arguments import RUNS, make_parser
+from medct.common.distributed import LaunchError
 from medct.common.lock import only_run
 from medct.data import phantom_source
 from medct.inference.search import read_embeddings
@@ -631,7 +632,7 @@ def test_processes_that_do_not_know_each_other_are_refused(monkeypatch, connecte
     if connected == (size or 1):
         assert commands.start_processes(args).num_processes == connected
     else:
-        with pytest.raises(commands.CommandError, match=r"are not connected\. Without GPUs, add --cpu"):
+        with pytest.raises(LaunchError, match=r"2 processes .* are not connected\. Without GPUs, add --cpu"):
             commands.start_processes(args)
 
 
@@ -655,9 +656,7 @@ def test_variables_that_another_launch_has_left_are_named(monkeypatch):
         raise ValueError("`MASTER_ADDR` env was not set.")
 
     monkeypatch.setattr(commands, "PartialState", refuse)
-    with pytest.raises(
-        commands.CommandError, match=r"`MASTER_ADDR` env was not set\. Use .* or unset WORLD_SIZE for a"
-    ):
+    with pytest.raises(LaunchError, match=r"`MASTER_ADDR` env was not set\. Use .* or unset WORLD_SIZE for a"):
         commands.start_processes(argparse.Namespace(cpu=True))
 
 

@@ -18,7 +18,7 @@ from scan_files import write_noise
 
 import medct
 from medct import CT_CLIP_LABELS
-from medct.cli import main, score_commands
+from medct.cli import main, prompt_commands, score_commands
 from medct.cli.figure_commands import _patients_and_labels
 from medct.cli.score_commands import versions_of
 from medct.common.counting import counted
@@ -80,6 +80,19 @@ def test_evaluate_a_known_model(run, tmp_path, monkeypatch):
     (source,) = read(output)["sources"]
     assert source["scores"]["auroc"]["value"] > 0.7
     assert f"{source['scores']['auroc']['value']:.3f}" in out
+
+
+@pytest.mark.parametrize("command", ["evaluate", "prompts"])
+def test_what_accelerate_cannot_start_is_said_in_a_sentence_before_a_model_is_loaded(ended, monkeypatch, command):
+    def refuse(**_):
+        raise ValueError("Using `fp8` precision requires `transformer_engine` to be installed.")
+
+    for module in (score_commands, prompt_commands):
+        monkeypatch.setattr(module, "Accelerator", refuse)
+        monkeypatch.setattr(module, "load_pipeline", lambda *_, **__: pytest.fail("nothing is loaded for it"))
+    status, _, err = ended(command, "--data", "phantoms", "--model", "phantom", "--cpu")
+    assert (status, err.count("\n")) == (2, 1)
+    assert err.startswith("error: accelerate cannot start this launch: Using `fp8` precision requires")
 
 
 @pytest.mark.parametrize("what", ["seed", "mixed precision", "phantom_base", "studies"])

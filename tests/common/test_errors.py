@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from medct import MedCTError, VolumeError
-from medct.common.errors import BROKEN_PIPE, FAILED, INTERRUPTED, STOPPED, StoppedError, first_line, one_line_errors
-from medct.errors_medct import said_of
+from medct.common.errors import BROKEN_PIPE, FAILED, INTERRUPTED, STOPPED, StoppedError, one_line_errors
+from medct.errors_medct import first_line, said_of
 
 FULL_DISK = Path("/dev/full")
 LOST = "error: lost the other processes of this launch"

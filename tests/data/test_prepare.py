@@ -27,7 +27,15 @@ from medct.common.lock import LockedError, only_run
 from medct.configuration_medct import CT_CLIP_LABELS
 from medct.data import PhantomCohort, StudyLoader, open_source, phantom_source, prepare
 from medct.data.ct_rate import METADATA_COLUMNS
-from medct.data.prepared import _ROW, _ReadRow, decode_nifti, nifti_header, prepared_source, read_manifest
+from medct.data.prepared import (
+    _ROW,
+    _ReadRow,
+    decode_nifti,
+    nifti_header,
+    prepared_source,
+    read_manifest,
+    with_revision,
+)
 from medct.data.sources import DataError, Skipped, Source, read_study
 from medct.data.tables import Selection
 
@@ -632,19 +640,11 @@ def test_processes_that_finish_at_once_do_not_disturb_each_other(folder, tmp_pat
 
 
 @pytest.mark.parametrize("below", ["", "/some/folder"])
-def test_a_revision_is_that_of_everything_that_is_read(folder, config, monkeypatch, below):
-    asked = []
-
-    def note(address, options):
-        asked.append(address)
-        return json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-
-    monkeypatch.setattr("medct.data.prepared.read_manifest", note)
+def test_a_revision_is_part_of_an_address(below):
     address = f"hf://datasets/org/scans{below}"
-    source = prepared_source(address, Selection("train"), config, revision="abc")
-    assert asked == [f"hf://datasets/org/scans@abc{below}"]
-    assert all(path.startswith(f"hf://datasets/org/scans@abc{below}/data/") for path in source.read.paths)
-    assert prepared_source(address, Selection("train"), config).read.paths[0].startswith(f"{address}/data/")
+    assert with_revision(address, "abc") == f"hf://datasets/org/scans@abc{below}"
+    assert with_revision(address, None) == address
+    assert with_revision(below or "folder", "abc") == (below or "folder")
 
 
 def test_a_shard_of_another_size_than_was_written_is_made_again(folder, tmp_path, config, sources):

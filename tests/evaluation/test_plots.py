@@ -94,16 +94,16 @@ def test_a_saved_plot_says_its_title_to_programs(study, tmp_path):
 
 def test_calibration_plot_shows_error_and_counts(study, tmp_path):
     models, labels = study
-    figure = calibration_plot({"perfect": np.nan_to_num(labels), **models}, labels, NOTE, bins=5)
+    figure = calibration_plot({"perfect": np.nan_to_num(labels), **models}, labels, NOTE)
     written = " ".join(texts(figure)).replace("\n", " ")
     assert "80 scans" in written and " ".join(NOTE.split()) in written
     assert "perfect: expected calibration error 0.000" in written
     assert "adapted: expected calibration error 0." in written
     upper, lower = figure.axes
     assert len(upper.lines) == 1 + 3
-    heights = np.array([bar.get_height() for bar in lower.patches]).reshape(3, 5)
+    heights = np.array([bar.get_height() for bar in lower.patches]).reshape(3, 10)
     assert (heights.sum(axis=1) == 4 * 80 - 5).all()
-    assert (heights[0] == [np.sum(labels == 0), 0, 0, 0, np.sum(labels == 1)]).all()
+    assert (heights[0] == [np.sum(labels == 0), *[0] * 8, np.sum(labels == 1)]).all()
     figure.savefig(tmp_path / "calibration.png")
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from medct.evaluation.metrics import choose_thresholds, compare
-from medct.evaluation.report import prompts_report, results_table
+from medct.evaluation.report import markdown_table, prompts_report, results_table
 
 NAMES = ["nodule", "mass"]
 SCORES = np.array([[0.9, 0.2], [0.8, 0.3], [0.3, 0.1], [0.1, 0.7]])
@@ -65,6 +65,11 @@ def test_the_name_of_a_label_stays_in_its_cell():
         line = next(line for line in table.splitlines() if "nodule" in line)
         assert line.startswith(r"| nodule\|mass (")
         assert len(re.findall(r"(?<!\\)\|", line)) == table.splitlines()[0].count("|")
+
+
+def test_whatever_stands_in_a_cell_makes_no_two_of_it():
+    lines = markdown_table(["a|b", "c"], [["d", "e|f"]]).splitlines()
+    assert lines == [r"| a\|b | c |", "| --- | ---: |", r"| d | e\|f |"]
 
 
 @pytest.mark.parametrize("with_thresholds", [True, False])

@@ -651,7 +651,7 @@ def test_variables_that_another_launch_has_left_are_named(settings, monkeypatch)
         raise ValueError("`MASTER_ADDR` env was not set.")
 
     monkeypatch.setattr("medct.training.launch.Accelerator", refuse)
-    with pytest.raises(TrainingError, match=r"`MASTER_ADDR` env was not set\. Use .* or unset WORLD_SIZE for a"):
+    with pytest.raises(LaunchError, match=r"`MASTER_ADDR` env was not set\. Use .* or unset WORLD_SIZE for a"):
         make_accelerator(settings, Path("work"))
 
 
@@ -683,7 +683,7 @@ def test_processes_that_do_not_meet_are_refused(settings, monkeypatch):
     accelerator = Accelerator(cpu=True)
     monkeypatch.setattr("medct.training.launch.Accelerator", lambda **_: accelerator)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(TrainingError, match="they are not connected"):
+    with pytest.raises(LaunchError, match="they are not connected"):
         run(settings)
 
 
