@@ -198,19 +198,20 @@ class MedCTPreTrainedModel(MedCTAdapterMixin, PreTrainedModel):
         name = pretrained_model_name_or_path
         model, loading_info = super().from_pretrained(name, *args, **options, **kwargs)
         refuse_other_weights(name, cls, model.config, loading_info, cls._may_lack, cls._may_hold)
-        drawn = model._parameters_called({*loading_info["missing_keys"], *reset_weights(loading_info)})
+        drawn = model._weights_called({*loading_info["missing_keys"], *reset_weights(loading_info)})
         model._drawn = (set(drawn), Snapshot(drawn)) if drawn else None
         return (model, loading_info) if output_loading_info else model
 
     @property
     def is_drawn(self) -> bool:
         """Whether weights that the checkpoint lacked still have their random initial values, in any precision."""
-        return self._drawn is not None and self._drawn[1].equals_rounded(self._parameters_called(self._drawn[0]))
+        return self._drawn is not None and self._drawn[1].equals_rounded(self._weights_called(self._drawn[0]))
 
-    def _parameters_called(self, names: set[str]) -> dict[str, torch.Tensor]:
-        """Parameters by name, on the CPU."""
+    def _weights_called(self, names: set[str]) -> dict[str, torch.Tensor]:
+        """Parameters and buffers by name, on the CPU."""
         # An adapter's module in the place of the model's own counts as long as it is enabled.
-        tensors = base_tensors(self) if are_disabled(self) else dict(self.named_parameters())
+        own = {**dict(self.named_parameters()), **dict(self.named_buffers())}
+        tensors = base_tensors(self) if are_disabled(self) else own
         found = {name: weight for name, weight in tensors.items() if name in names and not weight.is_meta}
         return {name: weight.detach().cpu() for name, weight in found.items()}
 
