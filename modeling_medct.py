@@ -466,6 +466,9 @@ class MedCTForImageClassification(MedCTPreTrainedModel):
         self.classifier = nn.Linear(config.projection_dim, config.num_labels)
         self.post_init()
 
+    def get_input_embeddings(self) -> nn.Module:
+        return self.vision_model.get_input_embeddings()
+
     @can_return_tuple
     def forward(
         self, pixel_values: torch.Tensor | None = None, labels: torch.Tensor | None = None, **kwargs

@@ -466,6 +466,14 @@ def test_classifier_learns_and_ignores_the_text_half(converted, model, batch):
     torch.testing.assert_close(weighted, 2 * torch.nn.functional.binary_cross_entropy_with_logits(expected, ones))
 
 
+@pytest.mark.parametrize("model_class", [MedCTModel, MedCTForImageClassification, MedCTVisionModel])
+def test_every_class_names_its_input_embeddings(model, model_class):
+    """Quantizers and NEFTune ask for them."""
+    config = model.config.vision_config if model_class is MedCTVisionModel else model.config
+    with torch.device("meta"):
+        assert model_class(config).get_input_embeddings() is not None
+
+
 def test_lora_at_the_published_sizes_stays_within_the_papers_number():
     with torch.device("meta"):
         model = MedCTModel(MedCTConfig(text_config=BertConfig()))
