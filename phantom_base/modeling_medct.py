@@ -437,8 +437,9 @@ class MedCTModel(MedCTPreTrainedModel):
             raise ValueError("`input_ids` are missing; to encode volumes alone call `get_image_features`.")
         # Not every text encoder takes token types.
         text_kwargs = kwargs if token_type_ids is None else {"token_type_ids": token_type_ids, **kwargs}
-        image_embeds = self.get_image_features(pixel_values, **kwargs).pooler_output
-        text_embeds = self.get_text_features(input_ids, attention_mask, **text_kwargs).pooler_output
+        # Whatever the configuration says of this model's own output.
+        image_embeds = self.get_image_features(pixel_values, return_dict=True, **kwargs).pooler_output
+        text_embeds = self.get_text_features(input_ids, attention_mask, return_dict=True, **text_kwargs).pooler_output
         logits_per_image = self.get_logits(image_embeds, text_embeds)
         return MedCTOutput(
             loss=contrastive_loss(logits_per_image) if return_loss else None,

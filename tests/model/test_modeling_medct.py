@@ -390,6 +390,14 @@ def test_vision_model_is_exported_for_a_batch_of_one_size(model, batch):
         assert torch.equal(exported(batch["pixel_values"])["pooler_output"], expected.pooler_output)
 
 
+def test_outputs_are_tuples_where_the_configuration_says_so(model, batch):
+    with torch.no_grad():
+        expected = model(**batch).to_tuple()
+        model.config.return_dict = False
+        for one, other in zip(model(**batch), expected, strict=True):
+            assert torch.equal(one, other)
+
+
 def test_device_map_places_the_model(converted, model, batch):
     placed = MedCTModel.from_pretrained(converted, device_map={"": "cpu"}).eval()
     with torch.no_grad():
