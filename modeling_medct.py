@@ -381,7 +381,9 @@ class MedCTModel(MedCTPreTrainedModel):
         if attention_mask is not None and attention_mask.shape == input_ids.shape:
             # The first token is read, and positions are counted from there.
             first = attention_mask.ne(0).int().argmax(dim=-1, keepdim=True)
-            order = (torch.arange(input_ids.shape[-1], device=input_ids.device) + first) % input_ids.shape[-1]
+            length = input_ids.shape[-1]
+            order = torch.arange(length, device=input_ids.device) + first
+            order = torch.where(order < length, order, order - length)  # ONNX takes no remainder of a length it learns
             input_ids, attention_mask = input_ids.gather(-1, order), attention_mask.gather(-1, order)
             for name in ("token_type_ids", "position_ids"):
                 if kwargs.get(name) is not None:

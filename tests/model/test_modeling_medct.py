@@ -390,6 +390,27 @@ def test_vision_model_is_exported_for_a_batch_of_one_size(model, batch):
         assert torch.equal(exported(batch["pixel_values"])["pooler_output"], expected.pooler_output)
 
 
+def test_text_encoder_is_exported_for_any_length(model):
+    class Encoder(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, input_ids, attention_mask):
+            return self.model.get_text_features(input_ids, attention_mask).pooler_output
+
+    tokens = torch.randint(5, 50, (3, 7))
+    mask = torch.tensor([[1] * 7, [1] * 4 + [0] * 3, [0] * 2 + [1] * 5])
+    axes = {0: torch.export.Dim("texts"), 1: torch.export.Dim("tokens", max=16)}
+    with torch.no_grad():
+        exported = torch.export.export(Encoder(), (tokens, mask), dynamic_shapes=(axes, axes))
+        for end in (7, 5):
+            some = tokens[:, :end], mask[:, :end]
+            torch.testing.assert_close(exported.module()(*some), Encoder()(*some))
+    # Of a length that is not known yet, it has no counterpart in ONNX.
+    assert not any("remainder" in str(node.target) for node in exported.graph.nodes)
+
+
 def test_outputs_are_tuples_where_the_configuration_says_so(model, batch):
     with torch.no_grad():
         expected = model(**batch).to_tuple()
