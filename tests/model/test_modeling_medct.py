@@ -383,11 +383,14 @@ def test_vision_model_compiles_as_one_graph(model, batch, grad):
             assert torch.equal(got.codebook_ids, expected.codebook_ids)
 
 
-def test_vision_model_is_exported_for_a_batch_of_one_size(model, batch):
+def test_vision_model_is_exported_for_batches_of_any_size(model, batch):
+    """Without gradients, and run with them: weights that are trained could not be added to in place."""
+    pixels = torch.cat([batch["pixel_values"]] * 2)
     with torch.no_grad():
-        expected = model.vision_model(batch["pixel_values"])
-        exported = torch.export.export(model.vision_model, (batch["pixel_values"],)).module()
-        assert torch.equal(exported(batch["pixel_values"])["pooler_output"], expected.pooler_output)
+        axes = ({0: torch.export.Dim("volumes")},)
+        exported = torch.export.export(model.vision_model, (pixels[:2],), dynamic_shapes=axes).module()
+    for some in (pixels[:1], pixels[:5]):
+        assert torch.equal(exported(some)["pooler_output"], model.vision_model(some).pooler_output)
 
 
 def test_text_encoder_is_exported_for_any_length(model):
