@@ -117,7 +117,7 @@ def check_voxels(settings: Any) -> None:
 
 
 def _check_three(name: str, values: Sequence[Any]) -> None:
-    if len(values) != 3 or not all(isinstance(value, Real) and value > 0 for value in values):
+    if len(values) != 3 or not all(isinstance(value, Real) and float(value) > 0 for value in values):
         raise ValueError(f"`{name}` must be three positive numbers (z, y, x), not {tuple(values)}.")
 
 
