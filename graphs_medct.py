@@ -69,7 +69,9 @@ def can_replay(rows: torch.Tensor) -> bool:
     Args:
         rows: `(batch, ...)`.
     """
-    if not use_graphs or len(rows) > MOST_VOLUMES or torch.is_grad_enabled() or not rows.is_cuda:
+    if torch.compiler.is_compiling() or not use_graphs:  # a compiled program takes other batches, too
+        return False
+    if len(rows) > MOST_VOLUMES or torch.is_grad_enabled() or not rows.is_cuda:
         return False
     return not torch.cuda.is_current_stream_capturing()
 

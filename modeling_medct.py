@@ -198,19 +198,20 @@ class MedCTPreTrainedModel(MedCTAdapterMixin, PreTrainedModel):
         name = pretrained_model_name_or_path
         model, loading_info = super().from_pretrained(name, *args, **options, **kwargs)
         refuse_other_weights(name, cls, model.config, loading_info, cls._may_lack, cls._may_hold)
-        drawn = model._parameters_called({*loading_info["missing_keys"], *reset_weights(loading_info)})
+        drawn = model._weights_called({*loading_info["missing_keys"], *reset_weights(loading_info)})
         model._drawn = (set(drawn), Snapshot(drawn)) if drawn else None
         return (model, loading_info) if output_loading_info else model
 
     @property
     def is_drawn(self) -> bool:
         """Whether weights that the checkpoint lacked still have their random initial values, in any precision."""
-        return self._drawn is not None and self._drawn[1].equals_rounded(self._parameters_called(self._drawn[0]))
+        return self._drawn is not None and self._drawn[1].equals_rounded(self._weights_called(self._drawn[0]))
 
-    def _parameters_called(self, names: set[str]) -> dict[str, torch.Tensor]:
-        """Parameters by name, on the CPU."""
+    def _weights_called(self, names: set[str]) -> dict[str, torch.Tensor]:
+        """Parameters and buffers by name, on the CPU."""
         # An adapter's module in the place of the model's own counts as long as it is enabled.
-        tensors = base_tensors(self) if are_disabled(self) else dict(self.named_parameters())
+        own = {**dict(self.named_parameters()), **dict(self.named_buffers())}
+        tensors = base_tensors(self) if are_disabled(self) else own
         found = {name: weight for name, weight in tensors.items() if name in names and not weight.is_meta}
         return {name: weight.detach().cpu() for name, weight in found.items()}
 
@@ -380,7 +381,9 @@ class MedCTModel(MedCTPreTrainedModel):
         if attention_mask is not None and attention_mask.shape == input_ids.shape:
             # The first token is read, and positions are counted from there.
             first = attention_mask.ne(0).int().argmax(dim=-1, keepdim=True)
-            order = (torch.arange(input_ids.shape[-1], device=input_ids.device) + first) % input_ids.shape[-1]
+            length = input_ids.shape[-1]
+            order = torch.arange(length, device=input_ids.device) + first
+            order = torch.where(order < length, order, order - length)  # ONNX takes no remainder of a length it learns
             input_ids, attention_mask = input_ids.gather(-1, order), attention_mask.gather(-1, order)
             for name in ("token_type_ids", "position_ids"):
                 if kwargs.get(name) is not None:
@@ -436,8 +439,9 @@ class MedCTModel(MedCTPreTrainedModel):
             raise ValueError("`input_ids` are missing; to encode volumes alone call `get_image_features`.")
         # Not every text encoder takes token types.
         text_kwargs = kwargs if token_type_ids is None else {"token_type_ids": token_type_ids, **kwargs}
-        image_embeds = self.get_image_features(pixel_values, **kwargs).pooler_output
-        text_embeds = self.get_text_features(input_ids, attention_mask, **text_kwargs).pooler_output
+        # Whatever the configuration says of this model's own output.
+        image_embeds = self.get_image_features(pixel_values, return_dict=True, **kwargs).pooler_output
+        text_embeds = self.get_text_features(input_ids, attention_mask, return_dict=True, **text_kwargs).pooler_output
         logits_per_image = self.get_logits(image_embeds, text_embeds)
         return MedCTOutput(
             loss=contrastive_loss(logits_per_image) if return_loss else None,
@@ -464,6 +468,9 @@ class MedCTForImageClassification(MedCTPreTrainedModel):
         self.dropout = nn.Dropout(config.classifier_dropout)
         self.classifier = nn.Linear(config.projection_dim, config.num_labels)
         self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.vision_model.get_input_embeddings()
 
     @can_return_tuple
     def forward(

@@ -38,6 +38,8 @@ _COMPARABLE = (torch.float32, torch.bfloat16)
 _CHUNK_ELEMENTS = 2**22
 # Initialisations that take out of the base's weights what the adapter holds.
 _TAKEN_FROM_BASE = ("corda", "loftq", "lora_ga", "olora", "pissa")
+# Those of them that depend on data, or on chance: loading cannot take the same out again.
+_TAKEN_ONCE = ("corda", "lora_ga", "pissa_niter_")
 _SMALLEST_SCORE = 1e-7  # float32 tells no smaller ones from 0, or from 1
 # What an adapter's configuration says of its origin and training, and nothing of what it computes.
 _ORIGIN = ("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type")
@@ -110,6 +112,16 @@ def changes_base(config: Any) -> bool:
     """
     begins = str(getattr(config, "init_lora_weights", "")).lower().split("_niter_")[0]
     return begins in _TAKEN_FROM_BASE or getattr(config, "bias", "none") != "none"
+
+
+def _refuse_what_was_taken_once(config: Any, adapter: str) -> None:
+    """Refuse an adapter that belongs to a rest of the base's weights which nobody has any more."""
+    begins = str(getattr(config, "init_lora_weights", ""))
+    if begins.lower().startswith(_TAKEN_ONCE):
+        raise AdapterMismatchError(
+            f"{adapter} begins with {begins!r}, which takes out of the base's weights what no loading can take out "
+            "again. Ask its author to save it as plain LoRA (`path_initial_model_for_weight_conversion`)."
+        )
 
 
 def refuse_to_share_base(model: PreTrainedModel, config: Any) -> None:
@@ -349,6 +361,7 @@ def check_fit(model: PreTrainedModel, adapter: str | Path, **hub: Any) -> dict[s
     | lacks a tensor that its configuration asks for, has another one, or one of another shape | refused |
     | has a number that is NaN or infinite | refused |
     | changes weights of the base (PiSSA, OLoRA and the like, biases), or another one there does | refused |
+    | took out of them what loading cannot take out again (LoRA-GA, CorDA, PiSSA in few iterations) | refused |
     | was trained with other labels or prompts | warning |
     | has no `medct_adapter.json`, or its base or this model cannot be told | warning: nothing to compare |
     | and the model is float16 or quantized | compared with the file that was loaded, and warning |
@@ -381,6 +394,7 @@ def check_fit(model: PreTrainedModel, adapter: str | Path, **hub: Any) -> dict[s
         _check_preprocessing(model, adapter, description["preprocessing"])
     tensors = read_tensors(adapter, **hub)
     config = read_config(config_file, adapter)
+    _refuse_what_was_taken_once(config, str(adapter))
     refuse_to_share_base(model, config)
     check_tensors(model, tensors, config, str(adapter))
     if description is None:

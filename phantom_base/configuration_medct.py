@@ -14,6 +14,8 @@ import copy
 import math
 import unicodedata
 from collections.abc import Mapping, Sequence
+from numbers import Real
+from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec, strict
@@ -86,6 +88,37 @@ def is_orientation(code: str) -> bool:
         and len(code) == 3
         and all(sum(letter in axis for letter in code) == 1 for axis in _PATIENT_AXES)
     )
+
+
+def check_voxels(settings: Any) -> None:
+    """Refuse impossible sizes, spacings, windows and orientations.
+
+    Args:
+        settings: A vision configuration, or an image processor.
+
+    Raises:
+        ValueError: If there are any; the message says which.
+    """
+    for name in ("image_size", "target_spacing_mm"):
+        _check_three(name, getattr(settings, name))
+    for name in ("hu_min", "hu_max", "hu_per_unit"):
+        value = getattr(settings, name)
+        if not (isinstance(value, Real) and math.isfinite(value)):
+            raise ValueError(f"`{name}` must be a number, not {value!r}.")
+    if settings.hu_per_unit <= 0:
+        raise ValueError(f"`hu_per_unit` must be positive, not {settings.hu_per_unit}.")
+    if settings.hu_min >= settings.hu_max:
+        raise ValueError(f"`hu_min` {settings.hu_min} HU must lie below `hu_max` {settings.hu_max} HU.")
+    if not is_orientation(settings.orientation):
+        raise ValueError(
+            f'`orientation` must name each patient axis once, such as "SLP" (z to superior, y to left, x to '
+            f'posterior), not "{settings.orientation}".'
+        )
+
+
+def _check_three(name: str, values: Sequence[Any]) -> None:
+    if len(values) != 3 or not all(isinstance(value, Real) and float(value) > 0 for value in values):
+        raise ValueError(f"`{name}` must be three positive numbers (z, y, x), not {tuple(values)}.")
 
 
 @strict
@@ -174,23 +207,14 @@ class MedCTVisionConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         """Refuse impossible values; called by `@strict` after construction."""
-        for name in ("image_size", "patch_size", "target_spacing_mm"):
-            values = getattr(self, name)
-            if len(values) != 3 or not all(value > 0 for value in values):
-                raise ValueError(f"`{name}` must be three positive numbers (z, y, x), not {tuple(values)}.")
+        check_voxels(self)
+        _check_three("patch_size", self.patch_size)
         for size, patch, axis in zip(self.image_size, self.patch_size, "zyx", strict=True):
             if size % patch:
                 raise ValueError(f"`image_size` {size} along {axis} is not a multiple of `patch_size` {patch}.")
-        for name in ("hidden_size", "num_attention_heads", "head_dim", "codebook_size", "hu_per_unit"):
+        for name in ("hidden_size", "num_attention_heads", "head_dim", "codebook_size"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"`{name}` must be positive, not {getattr(self, name)}.")
-        if self.hu_min >= self.hu_max:
-            raise ValueError(f"`hu_min` {self.hu_min} HU must lie below `hu_max` {self.hu_max} HU.")
-        if not is_orientation(self.orientation):
-            raise ValueError(
-                f'`orientation` must name each patient axis once, such as "SLP" (z to superior, y to left, x to '
-                f'posterior), not "{self.orientation}".'
-            )
 
 
 def _check_templates(templates: Sequence[Sequence[str]]) -> None:

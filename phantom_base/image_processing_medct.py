@@ -12,7 +12,7 @@ import torch
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.processing_utils import ImagesKwargs
 
-from .configuration_medct import MedCTVisionConfig
+from .configuration_medct import MedCTVisionConfig, check_voxels
 from .resampling_medct import ScanPart, crop_window, inside, resampled_length, scale_hu
 from .volume_io_medct import Assumed, read_volume
 from .volume_medct import CTVolume, VolumeError, axis_order, grid_in_words
@@ -87,6 +87,9 @@ class MedCTImageProcessor(PicklesAnywhere, BaseImageProcessor):
         hu_min: Lower end of the window, HU; also what lies outside the scan.
         hu_max: Upper end of the window, HU.
         hu_per_unit: HU that make 1.0.
+
+    Raises:
+        ValueError: If one of them is impossible, such as a window without values.
     """
 
     _auto_class = "AutoImageProcessor"
@@ -110,6 +113,7 @@ class MedCTImageProcessor(PicklesAnywhere, BaseImageProcessor):
         self.hu_min = hu_min
         self.hu_max = hu_max
         self.hu_per_unit = hu_per_unit
+        check_voxels(self)
 
     @classmethod
     def from_config(cls, config: MedCTVisionConfig) -> "MedCTImageProcessor":

@@ -361,8 +361,8 @@ class MedCTLayer(GradientCheckpointingLayer):
         return stream
 
     def _is_watched(self) -> bool:
-        """Whether anybody may have kept what parts take or give."""
-        return not all(map(is_bare, self.modules()))
+        """Whether anybody may have kept what parts take or give; of an exported program, which nobody knows."""
+        return torch.compiler.is_exporting() or not all(map(is_bare, self.modules()))
 
     def _runs_by_kernels(self, hidden_states: torch.Tensor, position_bias: torch.Tensor | None) -> bool:
         """Whether kernels may run the layer as a whole: no gradients, adapters, hooks or other attention."""

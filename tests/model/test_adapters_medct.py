@@ -641,6 +641,17 @@ def test_beside_another_no_adapter_changes_the_base(model, converted, adapter, c
     assert fingerprint(model) == before and list(model.peft_config) == ["plain"]
 
 
+@pytest.mark.parametrize("begins", ["pissa_niter_4", "lora_ga", "corda"])
+def test_what_was_taken_out_of_the_base_only_once_is_refused(model, edited, begins, batch):
+    """PEFT would take out something else on loading, or nothing, and score with that without a word."""
+    before, folder = logits(model, batch), edited()
+    config_file = folder / "adapter_config.json"
+    config_file.write_text(json.dumps(json.loads(config_file.read_text()) | {"init_lora_weights": begins}))
+    with pytest.raises(AdapterMismatchError, match="save it as plain LoRA"):
+        model.load_adapter(folder)
+    torch.testing.assert_close(logits(model, batch), before)
+
+
 def test_what_cannot_be_checked_is_said(model, converted, tmp_path):
     config = AdaLoraConfig(init_r=2, target_modules=["q_proj"], total_step=9)
     get_peft_model(MedCTModel.from_pretrained(converted), config).save_pretrained(tmp_path)

@@ -393,6 +393,27 @@ def test_listed_nonsense_is_refused_in_a_sentence(name, value):
             processor([array, array], **geometry, **{name: value})
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("hu_min", 1000),
+        ("hu_max", None),
+        ("hu_max", float("nan")),
+        ("hu_per_unit", -1000),
+        ("image_size", [8, 8]),
+        ("target_spacing_mm", [0, 1, 1]),
+        ("orientation", "XYZ"),
+    ],
+)
+def test_settings_without_a_meaning_are_refused(tmp_path, name, value):
+    """Whoever edits the file of a processor; a window without values would make all scans the same."""
+    MedCTImageProcessor().save_pretrained(tmp_path)
+    file = tmp_path / "preprocessor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {name: value}))
+    with pytest.raises(ValueError, match=name):
+        MedCTImageProcessor.from_pretrained(tmp_path)
+
+
 def test_arguments_that_there_are_not():
     processor = MedCTImageProcessor(image_size=(8, 8, 8))
     array = np.random.default_rng(0).integers(-1000, 1000, (9, 8, 7)).astype(np.int16)

@@ -383,11 +383,43 @@ def test_vision_model_compiles_as_one_graph(model, batch, grad):
             assert torch.equal(got.codebook_ids, expected.codebook_ids)
 
 
-def test_vision_model_is_exported_for_a_batch_of_one_size(model, batch):
+def test_vision_model_is_exported_for_batches_of_any_size(model, batch):
+    """Without gradients, and run with them: weights that are trained could not be added to in place."""
+    pixels = torch.cat([batch["pixel_values"]] * 2)
     with torch.no_grad():
-        expected = model.vision_model(batch["pixel_values"])
-        exported = torch.export.export(model.vision_model, (batch["pixel_values"],)).module()
-        assert torch.equal(exported(batch["pixel_values"])["pooler_output"], expected.pooler_output)
+        axes = ({0: torch.export.Dim("volumes")},)
+        exported = torch.export.export(model.vision_model, (pixels[:2],), dynamic_shapes=axes).module()
+    for some in (pixels[:1], pixels[:5]):
+        assert torch.equal(exported(some)["pooler_output"], model.vision_model(some).pooler_output)
+
+
+def test_text_encoder_is_exported_for_any_length(model):
+    class Encoder(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, input_ids, attention_mask):
+            return self.model.get_text_features(input_ids, attention_mask).pooler_output
+
+    tokens = torch.randint(5, 50, (3, 7))
+    mask = torch.tensor([[1] * 7, [1] * 4 + [0] * 3, [0] * 2 + [1] * 5])
+    axes = {0: torch.export.Dim("texts"), 1: torch.export.Dim("tokens", max=16)}
+    with torch.no_grad():
+        exported = torch.export.export(Encoder(), (tokens, mask), dynamic_shapes=(axes, axes))
+        for end in (7, 5):
+            some = tokens[:, :end], mask[:, :end]
+            torch.testing.assert_close(exported.module()(*some), Encoder()(*some))
+    # Of a length that is not known yet, it has no counterpart in ONNX.
+    assert not any("remainder" in str(node.target) for node in exported.graph.nodes)
+
+
+def test_outputs_are_tuples_where_the_configuration_says_so(model, batch):
+    with torch.no_grad():
+        expected = model(**batch).to_tuple()
+        model.config.return_dict = False
+        for one, other in zip(model(**batch), expected, strict=True):
+            assert torch.equal(one, other)
 
 
 def test_device_map_places_the_model(converted, model, batch):
@@ -464,6 +496,14 @@ def test_classifier_learns_and_ignores_the_text_half(converted, model, batch):
     ones = torch.ones(3, 18)
     weighted = classifier(batch["pixel_values"], labels=ones).loss
     torch.testing.assert_close(weighted, 2 * torch.nn.functional.binary_cross_entropy_with_logits(expected, ones))
+
+
+@pytest.mark.parametrize("model_class", [MedCTModel, MedCTForImageClassification, MedCTVisionModel])
+def test_every_class_names_its_input_embeddings(model, model_class):
+    """Quantizers and NEFTune ask for them."""
+    config = model.config.vision_config if model_class is MedCTVisionModel else model.config
+    with torch.device("meta"):
+        assert model_class(config).get_input_embeddings() is not None
 
 
 def test_lora_at_the_published_sizes_stays_within_the_papers_number():

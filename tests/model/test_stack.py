@@ -140,6 +140,14 @@ def test_a_head_that_was_drawn_at_random_finds_nothing(converted, classifier_fol
     assert len(scores(pipeline(CLASSIFIER_TASK, model=begun, device="cpu"), scan)) == 2
 
 
+def test_a_codebook_that_was_drawn_at_random_finds_nothing(converted, model):
+    """It is a buffer and no parameter, and was set aside for one of another size."""
+    other = {"codebook_size": 2 * model.config.vision_config.codebook_size}
+    drawn = MedCTModel.from_pretrained(converted, vision_config=other, ignore_mismatched_sizes=True)
+    with pytest.raises(ValueError, match="initialised at random"):
+        pipeline(ZERO_SHOT_TASK, model=drawn, device="cpu")
+
+
 def test_a_checkpoint_without_its_head_is_refused(classifier_folder, tmp_path):
     shutil.copytree(classifier_folder, tmp_path, dirs_exist_ok=True)
     weights = load_file(tmp_path / "model.safetensors")
