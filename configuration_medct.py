@@ -13,12 +13,14 @@ Source: specification of CT-CLIP, sections 1, 2 and 4.
 import copy
 import math
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec, strict
+
+from .errors_medct import MedCTError
 
 CT_CLIP_LABELS = (
     "Medical material",
@@ -75,6 +77,31 @@ class RegisteredTasks(dict):
 
     def __contains__(self, task: object) -> bool:
         return False
+
+
+# What the library keeps beside a class's own settings.
+_OF_THE_LIBRARY = ("auto_map", "image_processor_type", "model_type", "quantization_config", "transformers_weights")
+
+
+class UnknownSettingError(MedCTError, ValueError):
+    """A setting that this version does not know; the library would go on without it."""
+
+
+def refuse_unknown(names: Iterable[str], what: str) -> None:
+    """Refuse settings that mean nothing here: to the version that wrote them, they may decide about scores.
+
+    Args:
+        names: Settings that are not the class's own.
+        what: Whose settings they are, for the message.
+
+    Raises:
+        UnknownSettingError: If one of them is not the library's, either.
+    """
+    if unknown := sorted(name for name in names if name not in _OF_THE_LIBRARY and not name.startswith("_")):
+        raise UnknownSettingError(
+            f"{what} has a setting {unknown[0]!r} that this version of MedCT does not know, and without which scores "
+            "may be wrong. Correct its name, begin it with `_` if it is a note of your own, or update MedCT."
+        )
 
 
 # Each patient axis by the two letters that may name its direction.
@@ -169,6 +196,10 @@ class MedCTVisionConfig(PreTrainedConfig):
     hu_per_unit: float | int = 1000
     target_spacing_mm: list[float | int] | tuple[float | int, ...] = (1.5, 0.75, 0.75)
     orientation: str = "SLP"
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        refuse_unknown(kwargs.keys() & vars(self), "The configuration of the vision encoder")
 
     @property
     def num_hidden_layers(self) -> int:
@@ -310,6 +341,7 @@ class MedCTConfig(PreTrainedConfig):
             self.id2label = dict(enumerate(CT_CLIP_LABELS))
             self.label2id = {label: index for index, label in enumerate(CT_CLIP_LABELS)}
         super().__post_init__(**kwargs)
+        refuse_unknown(kwargs.keys() & vars(self), "The model's configuration")
 
     def set_custom_pipelines(self, tasks: dict) -> None:
         """Name the tasks of a model; see `custom_pipelines`."""

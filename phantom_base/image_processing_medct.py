@@ -12,7 +12,7 @@ import torch
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.processing_utils import ImagesKwargs
 
-from .configuration_medct import MedCTVisionConfig, check_voxels
+from .configuration_medct import MedCTVisionConfig, check_voxels, refuse_unknown
 from .resampling_medct import ScanPart, crop_window, inside, resampled_length, scale_hu
 from .volume_io_medct import Assumed, read_volume
 from .volume_medct import CTVolume, VolumeError, axis_order, grid_in_words
@@ -107,6 +107,7 @@ class MedCTImageProcessor(PicklesAnywhere, BaseImageProcessor):
         **kwargs,
     ):
         super().__init__(**kwargs)
+        refuse_unknown(vars(self), "The image processor")
         self.image_size = list(image_size)
         self.target_spacing_mm = list(target_spacing_mm)
         self.orientation = orientation

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import ProcessorMixin
 
+from .configuration_medct import refuse_unknown
 from .errors_medct import MedCTError
 from .workers_medct import PicklesAnywhere
 
@@ -39,6 +40,21 @@ class MedCTProcessor(PicklesAnywhere, ProcessorMixin):
 
     def __init__(self, image_processor=None, tokenizer=None, **kwargs):
         super().__init__(image_processor, tokenizer, **kwargs)
+
+    @classmethod
+    def from_args_and_dict(cls, args, processor_dict: dict[str, Any], **kwargs):
+        """As in transformers, but settings that mean nothing here are refused.
+
+        Args:
+            args: Image processor and tokenizer.
+            processor_dict: What `processor_config.json` holds.
+            kwargs: As for transformers' method.
+
+        Raises:
+            UnknownSettingError: If a newer version has written one.
+        """
+        refuse_unknown(processor_dict.keys() - {"processor_class", *cls.get_attributes()}, "The processor")
+        return super().from_args_and_dict(args, processor_dict, **kwargs)
 
     def __call__(self, images: Any = None, text: Any = None, **kwargs):
         if text is not None and not isinstance(text, str):

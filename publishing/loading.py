@@ -8,7 +8,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoProcessor
 
 from medct.checks_medct import CheckpointMismatchError, check_processor
-from medct.configuration_medct import MedCTConfig
+from medct.configuration_medct import MedCTConfig, UnknownSettingError
 from medct.errors_medct import MedCTError, first_line
 from medct.modeling_medct import MedCTForImageClassification, MedCTModel
 from medct.pipeline_medct import CTClassificationPipeline, CTPipeline, ZeroShotCTClassificationPipeline
@@ -119,6 +119,8 @@ def load_model(
         )
         vars(model).pop("hf_device_map", None)  # the mark of a model in parts, which pipelines do not move
         processor = AutoProcessor.from_pretrained(name, **_NO_FOREIGN_CODE, **options)
+    except UnknownSettingError as error:
+        raise _no_model(name, error) from error
     except MedCTError:
         raise
     except (OSError, ValueError, ImportError) as error:  # a library for quantized weights, say, is not there
@@ -141,6 +143,8 @@ def _no_model(name: str, error: Exception) -> Exception:
     """What to raise; what the system reports, of a home that is read-only, say, is not about the model."""
     if getattr(error, "errno", None):
         return error
+    if isinstance(error, UnknownSettingError):
+        return ModelError(f"{name}: {error}")
     return ModelError(f"{name}: cannot load a model ({first_line(error)}) Pass a Hub id or a folder.")
 
 

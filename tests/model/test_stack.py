@@ -1,10 +1,12 @@
 """At home in the Hugging Face stack: what its tools do to the model changes no score in silence."""
 
 import copy
+import json
 import shutil
 import sys
 import threading
 import warnings
+from functools import reduce
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from medct import (
     AdapterMismatchError,
     CheckpointMismatchError,
     CTClassificationPipeline,
+    MedCTConfig,
     MedCTForImageClassification,
     MedCTImageProcessor,
     MedCTModel,
@@ -30,7 +33,7 @@ from medct import (
 )
 from medct.adapters_medct import base_tensors, fingerprint
 from medct.configuration_medct import CLASSIFIER_TASK, ZERO_SHOT_TASK
-from medct.publishing.loading import load_model
+from medct.publishing.loading import ModelError, load_model
 
 VISION = r"vision_model\..*\.(q|v)_proj"
 
@@ -180,6 +183,35 @@ def test_a_processor_of_another_preprocessing_is_refused(model, processor, name,
     setattr(processor.image_processor, name, value)
     with pytest.raises(ProcessorMismatchError, match=f"has {name} .*, the model"):
         pipe.encode(torch.zeros(1, 1, *model.config.vision_config.image_size))
+
+
+FROM_A_NEWER_VERSION = {
+    "the model's": ("config.json", []),
+    "the vision encoder's": ("config.json", ["vision_config"]),
+    "the processor's": ("processor_config.json", []),
+    "the image processor's": ("processor_config.json", ["image_processor"]),
+}
+
+
+@pytest.mark.parametrize("case", FROM_A_NEWER_VERSION)
+def test_settings_that_a_newer_version_wrote_are_refused(converted, tmp_path, case):
+    """Whoever goes on without them scores with another model, or other voxels."""
+    name, place = FROM_A_NEWER_VERSION[case]
+    folder = shutil.copytree(converted, tmp_path / "base")
+    content = json.loads((folder / name).read_text())
+    reduce(dict.__getitem__, place, content)["hu_curve"] = "log"
+    (folder / name).write_text(json.dumps(content))
+    with pytest.raises(
+        ModelError, match=rf"^{folder}: The .* a setting 'hu_curve' that this version .* update MedCT\.$"
+    ):
+        load_model(str(folder))
+
+
+def test_settings_of_the_library_are_no_unknown_ones(converted, tmp_path):
+    config = MedCTConfig.from_pretrained(converted, attn_implementation="eager", num_labels=18)
+    config.use_cache, config.quantization_config = False, {"quant_method": "any"}
+    config.save_pretrained(tmp_path)
+    assert MedCTConfig.from_pretrained(tmp_path, dtype="bfloat16").quantization_config
 
 
 @pytest.mark.parametrize("texts", [[], (), [1], [None]])
