@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import medct
 from medct.errors_medct import MedCTError
 
 # Fetched once, before any thread: the system tells it only by changing it.
@@ -82,6 +83,17 @@ def first_difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[
             here, there = (textwrap.shorten(repr(each.get(name)), 200, placeholder=" ...") for each in (one, other))
             return name, here, there
     return None
+
+
+def with_version(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of an output that is added to, with the version of this package.
+
+    Another version may read the same scan, or train, in another way: its results do not lie among those of this one.
+
+    Args:
+        settings: What else decides the results.
+    """
+    return {**settings, "MedCT's version": medct.__version__}
 
 
 def refuse_other_settings(begun: Path, before: dict[str, Any], now: dict[str, Any], flag: str = "--output_dir") -> None:

@@ -25,7 +25,7 @@ import torch
 from huggingface_hub import DatasetCard, DatasetCardData
 from pyarrow import parquet
 
-from medct.common.files import refuse_other_settings, remove_leftovers, whole_file, write_json
+from medct.common.files import refuse_other_settings, remove_leftovers, whole_file, with_version, write_json
 from medct.common.lock import LockedError, only_run
 from medct.common.paths import local_paths, without_paths
 from medct.common.progress import tqdm
@@ -40,7 +40,7 @@ SCHEMA = FEATURES.arrow_schema
 COMPRESSION_LEVELS = {"zstd": 3, "lz4": None}
 """How files may be compressed, and how hard."""
 DEFAULTS = {"compression": "zstd"}
-"""Settings that need not be given; folders that were begun before there were others have these."""
+"""Settings that need not be given."""
 SETTINGS = "records/settings.json"
 """In a folder of shards: what it was begun with, first of all its files."""
 LICENCE_NOTE = (
@@ -274,7 +274,7 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
     Raises:
         OtherSettingsError, DataError: If they differ, or the folder holds something else or lies in the source.
     """
-    path = folder / SETTINGS
+    path, settings = folder / SETTINGS, with_version(settings)
     source = settings.get("source")
     if source is not None and Path(source).is_dir() and folder.resolve().is_relative_to(Path(source).resolve()):
         raise DataError(f"{folder}: it lies in {source}, which is read. Choose a folder outside of it.")
@@ -283,8 +283,7 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
         # Before anything else: it says to the other processes whose folder this is.
         write_json(path, settings)
     (folder / "data").mkdir(exist_ok=True)
-    found = {**DEFAULTS, **json.loads(path.read_text(encoding="utf-8"))}
-    refuse_other_settings(folder, found, settings, "folder")
+    refuse_other_settings(folder, json.loads(path.read_text(encoding="utf-8")), settings, "folder")
 
 
 def _refuse_taken(folder: Path) -> None:

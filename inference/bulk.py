@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from medct.common.distributed import refuse_different, refuse_unshared
-from medct.common.files import refuse_other_settings, remove_leftovers, whole_file
+from medct.common.files import refuse_other_settings, remove_leftovers, whole_file, with_version
 from medct.common.formulas import as_text, of_text
 from medct.common.output import visible
 from medct.common.progress import remark, tqdm
@@ -337,7 +337,7 @@ def _settings_path(output: Path) -> Path:
 
 def _keep_settings(output: Path, rows_path: Path, settings: dict[str, Any]) -> None:
     """Write the settings beside the output, or compare them with those it was started with."""
-    path = _settings_path(output)
+    path, settings = _settings_path(output), with_version(settings)
     is_begun = bool(part_paths(rows_path)) or any(file.exists() and file.stat().st_size for file in (output, rows_path))
     if is_begun and path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))

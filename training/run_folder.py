@@ -9,7 +9,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from medct.common.files import Reserve, refuse_other_settings, refuse_taken, whole_file, whole_folder, write_json
+from medct.common.files import (
+    Reserve,
+    refuse_other_settings,
+    refuse_taken,
+    whole_file,
+    whole_folder,
+    with_version,
+    write_json,
+)
 from medct.common.lock import is_first_process, only_run
 from medct.training.checkpoints import decode, encode
 from medct.training.settings import TrainingError
@@ -66,10 +74,18 @@ class RunFolder:
 
         Raises:
             OtherSettingsError: If it is of a run with others; it names the first that differs.
+            TrainingError: If it holds a run that has not written any.
         """
-        path = self.work / "settings.json"
+        path, settings = self.work / "settings.json", with_version(settings)
+        # Looked for before the settings, which another process writes first.
+        begun = [*self.work.glob("[!.]*.json"), *self.checkpoints.glob("*")]
         if path.is_file():
-            refuse_other_settings(self.work, json.loads(path.read_text(encoding="utf-8")), dict(settings))
+            refuse_other_settings(self.work, json.loads(path.read_text(encoding="utf-8")), settings)
+        elif begun:
+            raise TrainingError(
+                f"{self.work} holds a run of an older version of MedCT, which cannot be resumed. Remove it, or choose "
+                "another --output_dir."
+            )
         else:
             write_json(path, settings)
 

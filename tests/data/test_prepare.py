@@ -19,6 +19,7 @@ from datasets import load_dataset
 from pyarrow import parquet
 from scan_files import write_noise
 
+import medct
 from medct import CTVolume, MedCTConfig, MedCTImageProcessor, VolumeError, read_volume
 from medct.cli import data_commands, main
 from medct.cli.arguments import make_parser
@@ -181,6 +182,12 @@ def test_other_settings_are_refused(folder, config, sources):
     assert contents(folder) == before
 
 
+def test_shards_of_another_version_are_not_added_to(folder, config, sources, monkeypatch):
+    monkeypatch.setattr(medct, "__version__", "tomorrow's")
+    with pytest.raises(OtherSettingsError, match="was started with MedCT's version"):
+        prepare.prepare(sources, config, folder, SETTINGS)
+
+
 @pytest.mark.parametrize("compression", prepare.COMPRESSION_LEVELS)
 def test_every_compression_gives_the_same_volumes(compression, tmp_path, folder, config, sources):
     prepare.prepare(sources, config, tmp_path, {**SETTINGS, "compression": compression})
@@ -192,18 +199,6 @@ def test_every_compression_gives_the_same_volumes(compression, tmp_path, folder,
     for key in range(one.num_studies):
         with one.read(key)["volume"].open() as volume, another.read(key)["volume"].open() as expected:
             assert torch.equal(volume, expected)
-
-
-def test_a_folder_begun_before_there_was_a_choice_goes_on(tmp_path, config, sources):
-    settings = {name: value for name, value in SETTINGS.items() if name != "compression"}
-    prepare.prepare(sources, config, tmp_path, settings, rank=0, world_size=2)
-    path = tmp_path / "records" / "settings.json"
-    begun = json.loads(path.read_text(encoding="utf-8"))
-    assert begun.pop("compression") == "zstd"
-    path.write_text(json.dumps(begun), encoding="utf-8")
-    with pytest.raises(OtherSettingsError, match="started with compression 'zstd', not 'lz4'"):
-        prepare.prepare(sources, config, tmp_path, {**settings, "compression": "lz4"}, rank=1, world_size=2)
-    assert prepare.prepare(sources, config, tmp_path, settings, rank=1, world_size=2) is not None
 
 
 def test_the_command_offers_every_compression():

@@ -4,6 +4,7 @@ import pytest
 from accelerate import PartialState
 from scan_files import write_noise
 
+import medct
 from medct.common import files
 from medct.image_processing_medct import MedCTImageProcessor
 from medct.inference.bulk import KEY, Csv, Reading, process_to_file
@@ -67,3 +68,14 @@ def test_a_run_that_is_stopped_at_a_write_is_completed_by_the_next(run, tmp_path
         else:
             break
     assert stops > 5  # settings, rows and failures, before and after the work
+
+
+def test_rows_of_another_version_are_not_added_to(run, tmp_path, monkeypatch):
+    run(tmp_path / "rows" / "out.csv")
+    before = content(tmp_path / "rows")
+    monkeypatch.setattr(medct, "__version__", "tomorrow's")
+    with pytest.raises(
+        files.OtherSettingsError, match=r"was started with MedCT's version .*, or choose another --output"
+    ):
+        run(tmp_path / "rows" / "out.csv")
+    assert content(tmp_path / "rows") == before

@@ -4,8 +4,10 @@ import json
 
 import pytest
 
+import medct
 from medct.common.files import OtherSettingsError
 from medct.training.run_folder import History, RunFolder
+from medct.training.settings import TrainingError
 
 
 @pytest.fixture
@@ -69,3 +71,23 @@ def test_another_run_is_not_gone_on_with(folder, others):
     folder.claim({"rank": 4})
     with pytest.raises(OtherSettingsError, match=r"was started with (rank 4, not (8|None)|processes None, not 2)"):
         folder.claim(others)
+
+
+@pytest.mark.parametrize("left", ["checkpoints/step-00000002/settings.json", "base_tune.json"])
+def test_a_run_that_does_not_say_its_settings_is_not_gone_on_with(folder, left):
+    """As older versions left them, with the settings beside each checkpoint."""
+    path = folder.work / left
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("{}")
+    with pytest.raises(
+        TrainingError, match=r"holds a run of an older version of MedCT, which cannot be resumed. Remove"
+    ):
+        folder.claim({"rank": 4})
+    assert not (folder.work / "settings.json").exists()
+
+
+def test_a_run_of_another_version_is_not_gone_on_with(folder, monkeypatch):
+    folder.claim({"rank": 4})
+    monkeypatch.setattr(medct, "__version__", "tomorrow's")
+    with pytest.raises(OtherSettingsError, match=r"was started with MedCT.s version .*, not .tomorrow.s.\. Resume"):
+        folder.claim({"rank": 4})
