@@ -41,6 +41,9 @@ _TAKEN_FROM_BASE = ("corda", "loftq", "lora_ga", "olora", "pissa")
 # Those of them that depend on data, or on chance: loading cannot take the same out again.
 _TAKEN_ONCE = ("corda", "lora_ga", "pissa_niter_")
 _SMALLEST_SCORE = 1e-7  # float32 tells no smaller ones from 0, or from 1
+# What `describe_adapter` writes.
+_REMEMBERED = ("base", "preprocessing", "label_names", "prompt_templates", "prompts", "thresholds", "calibration")
+_REMEMBERED += ("strength", "operating_points")
 # What an adapter's configuration says of its origin and training, and nothing of what it computes.
 _ORIGIN = ("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type")
 _ORIGIN += ("init_lora_weights", "lora_dropout")
@@ -356,6 +359,7 @@ def check_fit(model: PreTrainedModel, adapter: str | Path, **hub: Any) -> dict[s
     | the adapter | then |
     | --- | --- |
     | has weights in another format than safetensors only | refused |
+    | remembers what this version of MedCT does not know | refused |
     | was trained on other weights | refused |
     | was trained with another window, spacing, size or orientation of `pixel_values` | refused |
     | lacks a tensor that its configuration asks for, has another one, or one of another shape | refused |
@@ -390,6 +394,7 @@ def check_fit(model: PreTrainedModel, adapter: str | Path, **hub: Any) -> dict[s
         )
     description = read_description(adapter, **hub)
     if description is not None:
+        _refuse_unknown(adapter, description)
         _check_base(model, adapter, description["base"])
         _check_preprocessing(model, adapter, description["preprocessing"])
     tensors = read_tensors(adapter, **hub)
@@ -520,6 +525,15 @@ def _wanted(model: PreTrainedModel, config: Any) -> dict[str, torch.Size]:
             f"The adapter's configuration fits no module of this model ({said}). Load its base."
         ) from error
     return {name: tensor.shape for name, tensor in found.items()}
+
+
+def _refuse_unknown(adapter: str | Path, description: Mapping[str, Any]) -> None:
+    """Refuse what only a newer version understands: its scores may depend on it."""
+    if unknown := sorted(key for key, value in description.items() if key not in _REMEMBERED and value is not None):
+        raise AdapterMismatchError(
+            f"{adapter}: its {DESCRIPTION_FILE} has {unknown[0]!r}, which this version of MedCT does not know. Update "
+            "MedCT."
+        )
 
 
 def _check_base(model: PreTrainedModel, adapter: str | Path, base: dict[str, Any]) -> None:

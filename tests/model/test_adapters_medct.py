@@ -122,6 +122,13 @@ def test_other_weights_are_refused(model, adapter):
     assert not model._hf_peft_config_loaded
 
 
+def test_what_only_a_newer_version_understands_is_refused(model, edited):
+    folder = edited(temperature=2.0, nothing=None)
+    with pytest.raises(AdapterMismatchError, match=r"has 'temperature', which this version .* Update MedCT\.$"):
+        model.load_adapter(str(folder))
+    assert not model._hf_peft_config_loaded
+
+
 def test_the_remedy_names_the_commit(model, edited):
     folder = edited(base={"model": "org/base", "revision": "abc", "fingerprint": "sha256-bf16:0"})
     with pytest.raises(AdapterMismatchError, match=r"Load its base, org/base at revision abc\.$"):
