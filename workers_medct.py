@@ -32,6 +32,10 @@ _LOOK_S = 1.0
 """How often it is looked whether a process still lives, should its end of the pipe not tell."""
 _LIKELY = {"SIGKILL": "the machine's memory was full", "SIGBUS": "shared memory was full"}
 
+# A forked process lacks the threads that torch computes with, and would wait for ever for those that its parent had.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
+
 
 class PicklesAnywhere:
     """Objects whose class came as remote code, and that other processes can unpickle all the same.
