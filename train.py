@@ -554,12 +554,11 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> None:
     """
     escape_unknown()
     settings = parse_settings(TrainingSettings, __doc__, arguments, prog)
-    keep_freed_memory()
-    quiet_libraries()
     be_quiet(settings.quiet)
-    with one_line_errors():
+    with one_line_errors(), quiet_libraries():
         run(settings)
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     main()
