@@ -16,7 +16,9 @@ def _is_the_command() -> bool:
     return Path(sys.argv[0]).stem == "medct" or module in ("medct", "medct.cli")
 
 
-if TYPE_CHECKING or not _is_the_command():
+_IS_THE_COMMAND = _is_the_command()  # later, Python has changed the arguments
+
+if TYPE_CHECKING or not _IS_THE_COMMAND:
     from .adapters_medct import AdapterMismatchError, check_fit
     from .checks_medct import CheckpointMismatchError, ProcessorMismatchError, check_processor
     from .configuration_medct import CT_CLIP_LABELS, MedCTConfig, MedCTVisionConfig

@@ -30,7 +30,7 @@ from medct.common.digest import digest
 from medct.common.distributed import process_rank, refuse_different, refuse_unshared, shard, sum_gradients
 from medct.common.errors import StoppedError
 from medct.common.files import refuse_taken, write_json
-from medct.common.host import device_name, peak_memory_bytes
+from medct.common.host import device_name, keep_freed_memory, peak_memory_bytes
 from medct.common.lock import only_run
 from medct.common.paths import local_paths, without_paths
 from medct.common.progress import tqdm
@@ -552,4 +552,5 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> None:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     main()

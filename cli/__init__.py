@@ -16,6 +16,7 @@ import warnings
 from types import ModuleType
 from typing import NoReturn
 
+from medct import _IS_THE_COMMAND
 from medct.cli.arguments import RUNS, make_parser
 from medct.cli.wording import in_flags
 from medct.common.errors import one_line_errors, run_process
@@ -37,7 +38,9 @@ def main(argv: list[str] | None = None) -> int:
     with one_line_errors(functools.partial(in_flags, args=args)):
         if (scans := getattr(args, "scans", getattr(args, "scan", None))) is not None:
             _imported("inference.places").refuse_missing([scans] if isinstance(scans, str) else scans)
-        _imported("publishing.registration").register()
+        if _IS_THE_COMMAND:
+            _imported("publishing.registration").register()
+            _imported("common.host").keep_freed_memory()
         if run:
             return _imported(run[0].removeprefix("medct.")).main(argv[1:], prog=f"medct {argv[0]}") or 0
         return _carried_out(args)
@@ -45,9 +48,6 @@ def main(argv: list[str] | None = None) -> int:
 
 def _carried_out(args: argparse.Namespace) -> int:
     """Do what parsed arguments ask for; returns the exit status."""
-    host = _imported("common.host")
-    host.keep_freed_memory()
-    host.quiet_libraries()
     loading = _imported("publishing.loading")
     for flag, what in (("model", "model"), ("adapter", "adapter"), ("against", "adapter")):
         name = getattr(args, flag, None)
@@ -56,7 +56,7 @@ def _carried_out(args: argparse.Namespace) -> int:
     progress = _imported("common.progress")
     progress.be_quiet(args.quiet)
     module, function = args.run.split(".")
-    with warnings.catch_warnings():
+    with _imported("common.host").quiet_libraries(), warnings.catch_warnings():
         # Notes stand in each row; as warnings they would tear the progress bar.
         warnings.simplefilter("ignore", _imported("volume_medct").VolumeWarning)
         warnings.showwarning = lambda message, *_, **__: progress.remark(f"warning: {message}")
@@ -65,10 +65,10 @@ def _carried_out(args: argparse.Namespace) -> int:
 
 def _imported(name: str) -> ModuleType:
     """A module of this package. What is imported stays: looking in it for garbage, now and while the command works,
-    would be a good part of the time that one scan takes."""
+    would be a good part of the time that one scan takes. In other processes there is garbage of others."""
     name = f"medct.{name}"
-    if name in sys.modules:
-        return sys.modules[name]
+    if name in sys.modules or not _IS_THE_COMMAND:
+        return importlib.import_module(name)
     is_looking = gc.isenabled()
     gc.disable()
     try:

@@ -1,10 +1,12 @@
 """The machine that a process of this package runs on: its memory, its name, and how verbose its libraries are."""
 
+import contextlib
 import ctypes
 import os
 import platform
 import sys
 import warnings
+from collections.abc import Iterator
 
 import torch
 from transformers.utils import logging
@@ -55,9 +57,18 @@ def device_name(device: torch.device) -> str:
     return f"{os.cpu_count()} CPU cores" if device.type == "cpu" else device.type
 
 
-def quiet_libraries() -> None:
-    """Let libraries report errors only; a command's own lines say the rest."""
+@contextlib.contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Let libraries report errors only, within it; a command's own lines say the rest."""
+    verbosity, has_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    # PEFT still reads a name that transformers has deprecated.
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+    try:
+        with warnings.catch_warnings():
+            # PEFT still reads a name that transformers has deprecated.
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if has_bars:
+            logging.enable_progress_bar()

@@ -11,7 +11,7 @@ and takes no prompts.
 import contextlib
 import os
 import warnings
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from numbers import Integral, Real
@@ -249,7 +249,7 @@ class CTPipeline(Pipeline):
         loaded = load_ahead(inputs, load, num_workers, batch_size, pinned=self.device.type == "cuda")
         batches = overlapped(_batches(loaded, load, batch_size), self.device, _tensors_of)
         outputs = PipelineIterator(batches, self.forward, forward_params, loader_batch_size=batch_size)
-        return PipelineIterator(outputs, self.postprocess, postprocess_params)
+        return _closing(batches, PipelineIterator(outputs, self.postprocess, postprocess_params))
 
     def _results(
         self,
@@ -499,6 +499,12 @@ class _Failed:
     """A scan that cannot be read, and why, in a sentence."""
 
     reason: str
+
+
+def _closing(source: Generator[Any, None, None], results: Iterable[Any]) -> Generator[Any, None, None]:
+    """Results that end what they come from when they end, even by an error that a notebook keeps, and with it them."""
+    with contextlib.closing(source):
+        yield from results
 
 
 def _tensors_of(batch: dict[str, Any]) -> list[torch.Tensor]:

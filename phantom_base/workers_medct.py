@@ -26,11 +26,20 @@ from typing import Any
 import torch
 from transformers.dynamic_module_utils import init_hf_modules
 
+from .errors_medct import MedCTError
 from .shared_memory_medct import MEMORY, Receiver, Sender
 
 _LOOK_S = 1.0
 """How often it is looked whether a process still lives, should its end of the pipe not tell."""
 _LIKELY = {"SIGKILL": "the machine's memory was full", "SIGBUS": "shared memory was full"}
+
+# A forked process lacks the threads that torch computes with, and would wait for ever for those that its parent had.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
+
+
+class LoaderError(MedCTError, RuntimeError):
+    """Loader processes that cannot be started; the message says what to do."""
 
 
 class PicklesAnywhere:
@@ -115,6 +124,7 @@ def load_ahead(
         What `load` returned, or a `Lost`.
 
     Raises:
+        LoaderError: If processes cannot be started.
         Exception: What `load` or `items` raised, after the studies before.
     """
     if not num_workers:
@@ -255,9 +265,18 @@ class _Worker:
             done[self.places.popleft()[0]], self.begun = content, None
 
     def left(self, done: dict[int, Any]) -> list[tuple[int, Any]]:
-        """What a dead process has not done and is not to blame for; the study that it was at is put into `done`."""
+        """What a dead process has not done and is not to blame for; the study that it was at is put into `done`.
+
+        Raises:
+            LoaderError: If it ended by itself before it came to any study, as others would.
+        """
         self.process.join(_LOOK_S)  # it can have closed the pipe just before
         self.stop()
+        if not self.has_served and (self.process.exitcode or 0) > 0:
+            raise LoaderError(
+                f"No loader process can be started: the first {_end_of(self.process.exitcode)} and said why. A script "
+                'that starts them guards what it does by `if __name__ == "__main__":`; or leave out `num_workers`.'
+            )
         # One that was killed while it waited had not begun what it was given since; one that never served anything may
         # have died of its first study, or would die again.
         if self.places and (self.begun is not None or not self.has_served):
@@ -410,4 +429,4 @@ def _make(
         put(None, is_last=True)
 
 
-__all__ = ["Lost", "PicklesAnywhere", "Place", "load_ahead", "overlapped"]
+__all__ = ["LoaderError", "Lost", "PicklesAnywhere", "Place", "load_ahead", "overlapped"]

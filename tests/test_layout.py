@@ -312,6 +312,7 @@ def test_predicting_imports_nothing_that_it_does_not_use():
     """
     code = """
 import gc, sys
+sys.argv = ["medct"]
 from medct.cli import _imported
 for name in ("publishing.registration", "common.host", "common.progress", "publishing.loading", "cli.commands"):
     _imported(name)

@@ -64,7 +64,8 @@ def make_accelerator(settings: TrainingSettings, work: Path) -> Accelerator:
     """
     _refuse_what_is_not_done(settings)
     tracker = None if settings.report_to == "none" else settings.report_to
-    os.environ.setdefault("TRACKIO_DIR", str(work / "logs"))
+    if tracker == "trackio":  # which is told by this alone
+        os.environ.setdefault("TRACKIO_DIR", str(work / "logs"))
     places = ProjectConfiguration(project_dir=str(work), logging_dir=str(work / "logs"))
     accelerator = start_launch(Accelerator, cpu=settings.cpu, log_with=tracker, project_config=places)
     if tracker and not accelerator.log_with:

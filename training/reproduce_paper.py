@@ -18,6 +18,7 @@ from accelerate import PartialState
 
 from medct.common.counting import counted
 from medct.common.files import refuse_other_settings, whole_file
+from medct.common.host import keep_freed_memory
 from medct.evaluation.record import RESULTS, read_results
 from medct.evaluation.report import COMPARED, markdown_table
 from medct.publishing.cards import read_json
@@ -172,4 +173,5 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> None:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     main()

@@ -12,7 +12,7 @@ from transformers import HfArgumentParser
 
 from medct.common.counting import FEWEST_RESAMPLES
 from medct.common.errors import one_line_errors
-from medct.common.host import keep_freed_memory, quiet_libraries
+from medct.common.host import quiet_libraries
 from medct.common.output import escape_unknown
 from medct.common.progress import be_quiet
 from medct.configuration_medct import MedCTConfig
@@ -364,8 +364,6 @@ def run_command(
     settings, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    keep_freed_memory()
-    quiet_libraries()
     be_quiet(settings.quiet)
-    with one_line_errors():
+    with one_line_errors(), quiet_libraries():
         work(settings)

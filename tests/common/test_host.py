@@ -1,13 +1,19 @@
 """Memory that is kept, measured by the pages that the system has to supply."""
 
+import gc
 import platform
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
+from huggingface_hub.utils import are_progress_bars_disabled
+from transformers.utils import logging
 
+from medct.cli import main
 from medct.common import host
+from medct.common.errors import SOME_FAILED
 
 PROGRAM = """
 import resource, runpy, sys
@@ -41,3 +47,16 @@ def test_an_apple_gpu_is_called_by_its_name_and_not_by_the_cores_beside_it(monke
     monkeypatch.setattr(torch.mps, "driver_allocated_memory", lambda: 2**33)
     assert host.device_name(torch.device("mps")) == "Apple M4 Pro GPU"
     assert host.peak_memory_bytes(torch.device("mps")) == 2**33
+
+
+def test_a_command_called_by_a_program_leaves_its_libraries_as_they_were(capsys):
+    """A notebook, say, goes on with them; only a process of the command's own is set up for it alone."""
+
+    def state():
+        bars = logging.is_progress_bar_enabled(), are_progress_bars_disabled()
+        return logging.get_verbosity(), bars, warnings.filters.copy(), warnings.showwarning, gc.get_freeze_count()
+
+    before = state()
+    assert main(["predict", __file__, "--model", "phantom"]) == SOME_FAILED
+    assert "already registered" not in capsys.readouterr().err
+    assert state() == before

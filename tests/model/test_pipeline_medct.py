@@ -2,6 +2,7 @@
 
 import copy
 import json
+import multiprocessing
 import re
 from pathlib import Path
 
@@ -118,6 +119,18 @@ def test_a_bad_scan_ends_a_stream_after_those_before_it(pipe, scans, num_workers
     assert len(next(iter(results))) == 3
     with pytest.raises(VolumeError, match=r"1\.nii\.gz: it is not a NIfTI"):
         next(results)
+
+
+def test_an_error_that_is_kept_keeps_no_processes(pipe, scans, monkeypatch):
+    """As a notebook keeps the last, an interrupt say, with its frames and all that they hold."""
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipe, "_forward", interrupt)
+    with pytest.raises(KeyboardInterrupt) as kept:
+        next(iter(pipe((scan for scan in scans), candidate_labels=LABELS, num_workers=2)))
+    assert kept.tb and not multiprocessing.active_children()
 
 
 def test_arrays_take_a_spacing(pipe):

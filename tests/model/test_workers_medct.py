@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from medct import shared_memory_medct
-from medct.workers_medct import Lost, _Pool, _Serving, _Worker, load_ahead, overlapped
+from medct.workers_medct import LoaderError, Lost, _Pool, _Serving, _Worker, load_ahead, overlapped
 
 needs_proc = pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="looks at processes there")
 
@@ -272,19 +272,30 @@ def test_on_a_gpu_an_item_is_whole_when_it_comes_and_stays_until_it_is_used(fake
         assert log.count("made") > item.index
 
 
+def of_a_dead_process(exitcode, begun, has_served):
+    worker = object.__new__(_Worker)
+    worker.process = SimpleNamespace(exitcode=exitcode, join=lambda *_: None, terminate=list, is_alive=bool)
+    worker.connection = SimpleNamespace(close=list)
+    worker.places, worker.begun, worker.has_served = deque([(0, "a"), (1, "b")]), begun, has_served
+    return worker
+
+
 @pytest.mark.parametrize("has_served", [False, True])
 @pytest.mark.parametrize("begun", [None, "", "scan"])
 def test_a_study_is_lost_with_the_process_that_was_at_it_or_never_came_to_one(has_served, begun):
     """Else a process that dies at once would be started for ever; what one has not begun goes to another."""
-    worker = object.__new__(_Worker)
-    worker.process = SimpleNamespace(exitcode=-9, join=lambda *_: None, terminate=list, is_alive=bool)
-    worker.connection = SimpleNamespace(close=list)
-    worker.places, worker.begun, worker.has_served = deque([(0, "a"), (1, "b")]), begun, has_served
     done = {}
-    left = worker.left(done)
+    left = of_a_dead_process(-9, begun, has_served).left(done)
     is_lost = begun is not None or not has_served
     assert left == [(1, "b")] if is_lost else left == [(0, "a"), (1, "b")]
     assert [(place, each.item, each.name) for place, each in done.items()] == [(0, "a", begun or "")] * is_lost
+
+
+def test_no_study_is_blamed_for_processes_that_cannot_be_started():
+    """As a script that starts them without a guard, where there is no fork."""
+    worker = of_a_dead_process(1, begun=None, has_served=False)
+    with pytest.raises(LoaderError, match=r"first ended with status 1 and said why\. .*`if __name__ == \"__main__\":`"):
+        worker.left({})
 
 
 def test_a_loader_process_computes_on_one_core(monkeypatch):
@@ -296,3 +307,18 @@ def test_a_loader_process_computes_on_one_core(monkeypatch):
     ours.close()
     _Serving(fill)(theirs, None)
     assert threads == [1]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_process_computes_after_its_parent_has():
+    """As workers of `datasets.map(num_proc=2)` and of servers that load before they fork."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    torch.ones(2**20).exp()  # by both threads
+    child = os.fork()
+    if child == 0:
+        signal.alarm(5)  # ends it, should it wait for ever
+        torch.ones(2**20).exp()
+        os._exit(0)
+    torch.set_num_threads(threads)
+    assert os.waitpid(child, 0)[1] == 0

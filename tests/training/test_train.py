@@ -655,6 +655,17 @@ def test_variables_that_another_launch_has_left_are_named(settings, monkeypatch)
         make_accelerator(settings, Path("work"))
 
 
+@pytest.mark.parametrize(("tracker", "told"), [("none", None), ("tensorboard", None), ("trackio", "work/logs")])
+def test_a_run_without_trackio_leaves_the_place_of_its_logs_to_others(settings, monkeypatch, tracker, told):
+    """A notebook's own, say, after the run."""
+    accelerator = SimpleNamespace(num_processes=1, mixed_precision="no", log_with=[tracker])
+    monkeypatch.setattr("medct.training.launch.Accelerator", lambda **_: accelerator)
+    monkeypatch.setenv("TRACKIO_DIR", "")  # so that what is set is taken back
+    monkeypatch.delenv("TRACKIO_DIR")
+    make_accelerator(dataclasses.replace(settings, report_to=tracker), Path("work"))
+    assert os.environ.get("TRACKIO_DIR") == (told and str(Path(told)))
+
+
 @pytest.mark.filterwarnings("ignore:.log_with=:UserWarning")
 def test_a_tracker_that_is_not_installed_is_refused(settings, monkeypatch):
     monkeypatch.setattr("accelerate.tracking.get_available_trackers", list)
