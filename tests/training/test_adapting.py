@@ -13,7 +13,7 @@ import psutil
 import pytest
 import torch
 from accelerate import Accelerator
-from launching import launch_command
+from launching import QUICKLY, launch_command
 from peft import PeftModel
 from safetensors.torch import load_file
 
@@ -269,7 +269,7 @@ def launch(settings: TrainingSettings, processes: int = 1, **changes) -> list[st
     return launch_command(*flags, processes=processes)
 
 
-ENVIRONMENT = {"env": os.environ | {"OMP_NUM_THREADS": "1"}, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+ENVIRONMENT = {"env": os.environ | QUICKLY, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
 
 
 @pytest.mark.slow

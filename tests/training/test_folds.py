@@ -9,7 +9,7 @@ import subprocess
 
 import numpy as np
 import pytest
-from launching import launch_command
+from launching import QUICKLY, launch_command
 
 from medct import CT_CLIP_LABELS, MedCTModel
 from medct import train as training
@@ -205,7 +205,7 @@ def test_two_processes_fold_as_one_does(settings, tmp_path):
     run(settings)
     flags = dataclasses.asdict(settings) | {"batch_size": 2, "output_dir": str(tmp_path / "two")}
     arguments = [part for name, value in flags.items() if value is not None for part in (f"--{name}", str(value))]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | QUICKLY
     subprocess.run(launch_command(*arguments, processes=2), check=True, env=environment, cwd=tmp_path)
     one, two = (read_scores(tmp_path / name).scored for name in ("run", "two"))
     for key, scored in one.items():

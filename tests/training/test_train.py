@@ -21,7 +21,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from ct_rate_like import BROKEN, ct_rate_files, write_files
-from launching import launch_command
+from launching import QUICKLY, launch_command
 from peft import AutoPeftModelForFeatureExtraction, PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageClassification
@@ -791,7 +791,7 @@ def test_a_failed_push_leaves_the_finished_adapter(hub, settings, converted, mon
 
 def launch(*arguments: object, cwd: Path, **options) -> subprocess.CompletedProcess:
     command = launch_command(*arguments, **options)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | QUICKLY
     return subprocess.run(command, capture_output=True, encoding="utf-8", cwd=cwd, check=False, env=environment)
 
 
