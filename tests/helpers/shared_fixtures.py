@@ -1,5 +1,7 @@
 """Fixtures of all tests: small models, tokenizers and scans that the tests make themselves."""
 
+import copy
+import functools
 import json
 import locale
 import os
@@ -16,6 +18,7 @@ from hub_server import HubServer
 from medct import MedCTForImageClassification, MedCTModel, MedCTProcessor
 from medct.cli import main
 from medct.common.errors import FAILED
+from medct.data.phantoms import make_phantom
 from medct.publishing.convert_ct_clip_to_hf import convert
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,6 +32,17 @@ def _same_locale() -> Iterator[None]:
     before = locale.setlocale(locale.LC_ALL)
     yield
     locale.setlocale(locale.LC_ALL, before)
+
+
+_draw = functools.lru_cache(maxsize=1000)(make_phantom)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _phantoms_are_drawn_once() -> Iterator[None]:
+    """The same few patients serve most tests; each gets a copy."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("medct.data.make_phantom", lambda *patient: copy.deepcopy(_draw(*patient)))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -30,7 +30,6 @@ from medct.training.settings import TrainingError, TrainingSettings, check
 from medct.training.sources import digest_of_studies
 
 FOLDS = 3
-pytestmark = pytest.mark.usefixtures("phantoms_are_drawn_once")
 
 
 @pytest.mark.parametrize(
@@ -172,6 +171,7 @@ def test_scores_of_all_folds_are_pooled_and_the_first_adapter_is_kept(
 
 def test_a_stopped_cross_validation_goes_on_where_it_was(settings, monkeypatch, tmp_path):
     monkeypatch.setattr(training, "draw_pictures", lambda folder, *_: (folder / "learned.png").touch())
+    monkeypatch.setattr("medct.training.folds.save_plot", lambda _, path: path.touch())
     run(settings)
     stopped = dataclasses.replace(settings, output_dir=str(tmp_path / "stopped"))
     whole_step, steps = Trainer._step, []

@@ -31,7 +31,7 @@ MERGED = "Arterial wall calcification or Coronary artery wall calcification"
 
 
 @pytest.fixture
-def settings(small_run, pictures_are_empty) -> TrainingSettings:
+def settings(small_run) -> TrainingSettings:
     sizes = {"phantom_train_patients": 8, "phantom_tune_patients": 6, "phantom_eval_patients": 12}
     return dataclasses.replace(small_run, recipe="paper", rank=2, **sizes)
 

@@ -58,9 +58,6 @@ FILES = {
 }
 
 
-pytestmark = pytest.mark.usefixtures("phantoms_are_drawn_once", "pictures_are_empty")
-
-
 @pytest.fixture
 def settings(small_run) -> TrainingSettings:
     return dataclasses.replace(small_run, recipe="paper", learning_rate=3e-3)
