@@ -21,6 +21,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("dist", "no") == "no":  # this process runs tests
         gc.disable()
         config.pluginmanager.import_plugin("shared_fixtures")
+        # Most scans that tests make are odd in some way; those about notes ask for them.
+        config.addinivalue_line("filterwarnings", "ignore::medct.VolumeWarning")
 
 
 def pytest_collection_finish() -> None:

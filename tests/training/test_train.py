@@ -140,6 +140,7 @@ def test_what_was_reported_is_repeated_to_the_digit(settings, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("variant", sorted(VARIANTS.keys() - {"lora"}))
+@pytest.mark.filterwarnings("ignore:PiSSA changes the base weights")
 def test_each_variant_is_saved_for_the_unaltered_base(settings, variant, converted, batch, tmp_path):
     trainer = Trainer(dataclasses.replace(settings, adaptation=variant, max_steps=2))
     trainer.run()
