@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import io
 import json
 import os
 import re
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from adapter_files import RESULTS, save_adapter
+from launching import QUICKLY
 from peft import LoraConfig
 from scan_files import make_hu, write_noise, write_series
 
@@ -395,7 +397,8 @@ def test_train_knows_its_model_in_the_process_of_the_command(tmp_path):
     code = "import sys; sys.argv[0] = 'medct'; from medct.cli import run; run()"
     flags = ["--data", "nowhere", "--output_dir", tmp_path / "run", "--cpu"]
     command = [sys.executable, "-c", code, "train", *map(str, flags)]
-    done = subprocess.run(command, capture_output=True, encoding="utf-8", stdin=subprocess.DEVNULL, check=False)
+    options = {"stdin": subprocess.DEVNULL, "env": os.environ | QUICKLY}
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False, **options)
     assert (done.returncode, done.stderr.splitlines()[-1].startswith("error: nowhere: no such folder")) == (2, True)
 
 
@@ -807,14 +810,14 @@ def test_an_index_of_other_weights_is_not_searched(run, scans, site_model, tmp_p
     assert "was made with other weights than those that" in err
 
 
-def test_a_label_is_printed_whatever_the_terminal_can_show(scans, converted):
+def test_a_label_is_printed_whatever_the_terminal_can_show(scans, converted, monkeypatch):
     """As an escape that JSON reads, where the encoding lacks a character."""
     options = ["--model", str(converted), "--cpu", "--labels", "Gefäß", "--format", "json"]
-    line = [sys.executable, "-m", "medct.cli", "predict", str(scans / "0.nii.gz"), *options]
-    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
-    done = subprocess.run(line, capture_output=True, encoding="ascii", env=environment, check=False)
-    assert done.returncode == 0
-    assert json.loads(done.stdout)["findings"][0]["label"] == "Gefäß"
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    assert main(["predict", str(scans / "0.nii.gz"), *options]) == 0
+    terminal.flush()
+    assert json.loads(terminal.buffer.getvalue())["findings"][0]["label"] == "Gefäß"
 
 
 @pytest.mark.parametrize(("given", "expected"), [(None, "abc"), ("own", "own")])

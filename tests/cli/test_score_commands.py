@@ -2,10 +2,9 @@
 
 import argparse
 import dataclasses
+import io
 import json
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +21,7 @@ from medct.cli import main, prompt_commands, score_commands
 from medct.cli.figure_commands import _patients_and_labels
 from medct.cli.score_commands import versions_of
 from medct.common.counting import counted
+from medct.common.output import drop_output
 from medct.data import Source, phantom_source
 from medct.errors_medct import MedCTError
 from medct.evaluation.metrics import zero_shot_scores
@@ -428,9 +428,9 @@ def test_scores_that_nobody_named_are_not_replaced(run, tmp_path):
     assert scores.read_text(encoding="utf-8") == "of others"
 
 
-@pytest.mark.parametrize("command", [pytest.param("evaluate", marks=pytest.mark.slow), "metrics"])
+@pytest.mark.parametrize("command", ["evaluate", "metrics"])
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
-def test_figures_are_kept_where_they_cannot_be_printed(converted, tmp_path, command):
+def test_figures_are_kept_where_they_cannot_be_printed(converted, tmp_path, command, ended, monkeypatch):
     table, output = tmp_path / "scores.csv", tmp_path / "figures.json"
     rows = [f"{k},{k % 2},m,s,all,p{k},{k % 2}" for k in range(9)]
     table.write_text("\n".join(["file_name,Mass,model,source,split,patient,Mass label", *rows]), encoding="utf-8")
@@ -438,27 +438,25 @@ def test_figures_are_kept_where_they_cannot_be_printed(converted, tmp_path, comm
         "metrics": [table, "--bootstrap_resamples", 20],
         "evaluate": ["--data", "phantoms", "--limit", 9, "--cpu", "--model", converted, "--bootstrap_resamples", 20],
     }[command]
-    line = [sys.executable, "-m", "medct.cli", command, *map(str, arguments), "--output", str(output)]
-    with Path("/dev/full").open("w") as full:
-        done = subprocess.run(line, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
-    said = done.stderr.splitlines()[-1]
-    assert done.returncode == 2 and said.startswith("error: ") and "No space left on device" in said
+    with Path("/dev/full").open("w", buffering=1) as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        status, _, err = ended(command, *arguments, "--output", output)
+        drop_output()  # or closing it would fail as well
+    said = err.splitlines()[-1]
+    assert status == 2 and said.startswith("error: ") and "No space left on device" in said
     assert read(output)["sources"]
 
 
-@pytest.mark.slow
-def test_a_label_that_the_terminal_cannot_show_is_escaped(tmp_path):
+def test_a_label_that_the_terminal_cannot_show_is_escaped(tmp_path, monkeypatch):
     table, output = tmp_path / "scores.csv", tmp_path / "figures.json"
     rows = [f"{k},{k % 2},m,s,all,p{k},{k % 2}" for k in range(9)]
     text = "\n".join(["file_name,Gefäß,model,source,split,patient,Gefäß label", *rows])
     table.write_text(text, encoding="utf-8")
-    line = [sys.executable, "-m", "medct.cli", "metrics", str(table), "--bootstrap_resamples", "20"]
-    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
-    done = subprocess.run(
-        [*line, "--output", str(output)], capture_output=True, encoding="ascii", env=environment, check=False
-    )
-    assert done.returncode == 0 and done.stderr == ""
-    assert json.loads(r'"Gef\u00e4\u00df"') == "Gefäß" and r"Gef\u00e4\u00df" in done.stdout
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    assert main(["metrics", str(table), "--bootstrap_resamples", "20", "--output", str(output)]) == 0
+    terminal.flush()
+    assert json.loads(r'"Gef\u00e4\u00df"') == "Gefäß" and rb"Gef\u00e4\u00df" in terminal.buffer.getvalue()
     assert read(output)["label_names"] == ["Gefäß"]
 
 

@@ -8,7 +8,7 @@ import pytest
 from openpyxl import Workbook
 
 from medct import CT_CLIP_LABELS, MedCTConfig
-from medct.data import DataError, Source, open_source
+from medct.data import DataError, PhantomCohort, Source, open_source
 from medct.data.label_space import (
     LabelSpace,
     any_of,
@@ -238,8 +238,9 @@ def test_findings_that_the_model_has_not_are_refused_unless_published(table):
 def test_any_source_takes_a_mapping(table):
     path = table("label,data\nFluid,Pleural effusion\nFluid,Pericardial effusion\n")
     config = MedCTConfig(id2label={0: "Fluid", 1: "Bone"})
-    rows = list(open_source("phantoms", "tune", config, mapping=path).stream())
-    drawn = list(open_source("phantoms", "tune", CONFIG).stream())
+    cohort = PhantomCohort("B", train_patients=1, tune_patients=20, eval_patients=1)
+    rows = list(open_source("phantoms", "tune", config, mapping=path, phantoms=cohort).stream())
+    drawn = list(open_source("phantoms", "tune", CONFIG, phantoms=cohort).stream())
     both = [CT_CLIP_LABELS.index(name) for name in ("Pleural effusion", "Pericardial effusion")]
     assert [row["labels"][0] for row in rows] == [max(row["labels"][index] for index in both) for row in drawn]
     assert all(math.isnan(row["labels"][1]) for row in rows)

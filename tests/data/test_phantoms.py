@@ -41,6 +41,13 @@ def test_a_study_depends_on_patient_site_and_seed_alone():
         assert other["volume"].shape != first["volume"].shape or not np.array_equal(other["volume"], first["volume"])
 
 
+@pytest.fixture
+def not_painted(monkeypatch):
+    """Labels and reports are drawn before the volume, which takes all of the time."""
+    monkeypatch.setattr("medct.data.phantoms.paint_volume", lambda *_: np.zeros((1, 1, 1), np.int16))
+
+
+@pytest.mark.usefixtures("not_painted")
 def test_labels_are_as_frequent_as_they_should_be():
     studies = [make_phantom(patient, "A") for patient in range(150)]
     for name in CT_CLIP_LABELS:
@@ -49,6 +56,7 @@ def test_labels_are_as_frequent_as_they_should_be():
     assert any(not any(study[name] for name in CT_CLIP_LABELS) for study in studies)
 
 
+@pytest.mark.usefixtures("not_painted")
 def test_reports_say_what_the_labels_say():
     for site in SITES:
         sentences = set(report_sentences(site))

@@ -56,6 +56,7 @@ def test_scores_of_tuning_patients_are_no_result():
     assert list(held_out(Predictions(NAMES, {tune: studies(0)})).scored) == [tune]
 
 
+@pytest.mark.filterwarnings("ignore:.*left out")
 def test_scores_join_with_metadata_by_the_name_of_the_file(tmp_path):
     """As `medct predict` writes them: paths from elsewhere, a column for people, and more studies than are labelled."""
     table = {"study": ["/data/a/0.nii.gz", "b/1.nii.gz", "2.nii.gz", "other.nii"], "Mass": [0.1, 0.9, 0.4, 0.5]}

@@ -29,6 +29,7 @@ from urllib.parse import parse_qs, quote, unquote, urlsplit
 import pytest
 import yaml
 from hub_repos import Blob, Repo
+from launching import QUICKLY
 
 OWNER, READER = "hf_owner", "hf_reader"
 """Tokens: the first may do everything, the second reads what is neither private nor gated."""
@@ -37,12 +38,6 @@ LICENSES = {"apache-2.0", "mit", "cc-by-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0",
 WITHOUT_MEDCT = """
 import sys
 sys.modules["medct"] = None  # any import of it fails
-"""
-# Such a process is mostly imports: looking through them for garbage, then and at its end, takes a third of its time.
-QUICKLY = """
-import atexit, gc
-gc.disable()
-atexit.register(gc.freeze)
 """
 # Waits are printed, not slept through.
 WITHOUT_WAITS = """
@@ -163,7 +158,7 @@ class HubServer:
         """Environment variables that point a client to this Hub and away from any other."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
         ours = {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
-        return kept | ours | ({} if token is None else {"HF_TOKEN": token})
+        return kept | ours | QUICKLY | ({} if token is None else {"HF_TOKEN": token})
 
     def run(
         self, code: str, *arguments: object, home: Path, token: str | None = OWNER, medct: bool = True
@@ -178,7 +173,7 @@ class HubServer:
             medct: Whether `import medct` works there.
         """
         home.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-c", QUICKLY + ("" if medct else WITHOUT_MEDCT) + code, *map(str, arguments)]
+        command = [sys.executable, "-c", ("" if medct else WITHOUT_MEDCT) + code, *map(str, arguments)]
         environment = self.environment(home, token)
         return subprocess.run(command, capture_output=True, encoding="utf-8", cwd=home, env=environment, check=False)
 

@@ -1,8 +1,18 @@
 """Training as users start it: in processes of its own."""
 
+import os
 import sys
+from pathlib import Path
 
 from medct import train as training
+
+QUICKLY = {
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": os.pathsep.join(
+        [str(Path(__file__).parent / "quick"), *filter(None, [os.environ.get("PYTHONPATH")])],
+    ),
+}
+"""For the environment of a process that is mostly imports, and of those that it starts; see `quick/`."""
 
 
 def launch_command(

@@ -243,6 +243,7 @@ CONFIGURATIONS = {
 
 
 @pytest.mark.parametrize("what", CONFIGURATIONS)
+@pytest.mark.filterwarnings("ignore:Unexpected keyword arguments")
 def test_a_configuration_that_cannot_be_meant_is_refused(model, edited, monkeypatch, what):
     changed, said = CONFIGURATIONS[what]
     path = edited() / "adapter_config.json"
@@ -295,6 +296,7 @@ class Bomb:
         return (open, (str(self.path), "w"))
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_no_pickle_is_ever_loaded(model, converted, adapter, tmp_path):
     folder, exploded = tmp_path / "pickled", tmp_path / "exploded"
     folder.mkdir()
@@ -568,6 +570,7 @@ NAMED = {
 
 
 @pytest.mark.parametrize("named", NAMED)
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
 def test_an_adapter_that_is_named_is_in_use_though_all_were_disabled(model, adapter, batch, named):
     """Else the layers that only the new one has would work, and those that both have would not."""
     config = LoraConfig(r=2, target_modules=["k_proj", "q_proj", "query"], init_lora_weights=False)
@@ -614,6 +617,7 @@ def test_a_loaded_adapter_that_is_saved_again_remembers(model, converted, adapte
 
 
 @pytest.mark.parametrize("begins", [True, "gaussian", "orthogonal", "eva", "mica", "olora", "pissa", "pissa_niter_4"])
+@pytest.mark.filterwarnings("ignore:.*`eva_config` is not specified")
 def test_an_adapter_that_changes_its_base_stands_alone(model, adapter, begins):
     """Else the others' scores, and those of the base, would become others without a word."""
     before = fingerprint(model)

@@ -13,7 +13,8 @@ import pydicom
 import pytest
 import scan_files
 import torch
-from hub_server import QUICKLY, WITHOUT_MEDCT
+from hub_server import WITHOUT_MEDCT
+from launching import QUICKLY
 from safetensors.torch import load_file, save_file
 
 from medct import MedCTModel
@@ -44,8 +45,8 @@ save_file({"logits": output.logits_per_image, "pixel_values": pixel_values}, res
 
 
 def run_without_medct(code: str, *arguments: object, home: Path) -> subprocess.CompletedProcess:
-    environment = os.environ | {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", QUICKLY + WITHOUT_MEDCT + code, *map(str, arguments)]
+    environment = os.environ | QUICKLY | {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", WITHOUT_MEDCT + code, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, encoding="utf-8", cwd=home, env=environment, check=False)
 
 

@@ -167,7 +167,6 @@ def test_padding_puts_the_odd_voxel_at_the_end():
     assert out[1, 0].tolist() == [-1] * 5
 
 
-@pytest.mark.filterwarnings("ignore::medct.VolumeWarning")  # these values are not a scan
 @pytest.mark.parametrize("dtype", ["<i2", ">i2", "u1", "u2", "i4", "f4", "f8"])
 def test_any_dtype(dtype):
     volume = np.random.default_rng(0).integers(0, 255, (4, 4, 4)).astype(dtype)
@@ -239,7 +238,6 @@ def test_geometry_leads_to_the_voxel_and_back(orientation, shape):
     assert np.array_equal(pickle.loads(pickle.dumps(geometry)).affine, affine)
 
 
-@pytest.mark.filterwarnings("ignore::medct.VolumeWarning")  # the field is not a scan
 @pytest.mark.parametrize("spacing_mm", [(3.0, 1.1, 0.9), (1.5, 0.75, 0.75), (0.9, 0.5, 0.4)])
 def test_geometry_is_that_of_the_values(spacing_mm):
     """In a field that is linear in patient millimetres, every value says where it comes from."""
@@ -312,7 +310,6 @@ def test_what_is_listed_belongs_to_one_image_each():
     assert len({tensor.numpy().tobytes() for tensor in together}) == 3
 
 
-@pytest.mark.filterwarnings("ignore::medct.VolumeWarning")  # these values are not a scan
 @pytest.mark.parametrize("orientation", ["SLP", "RAS", "LPI", "AIL", "PIR"])
 @pytest.mark.parametrize("dtype", ["<i2", ">i2", "u1", "u2", "i4", "f4", "f8"])
 def test_what_crosses_to_a_gpu_gives_the_same_voxels(orientation, dtype, monkeypatch):

@@ -278,6 +278,7 @@ def _merge(model, adapters):
 
 
 @pytest.mark.parametrize("change", [_switch, _disable, _hotswap, _same_name_again, _rescale, _train, _merge])
+@pytest.mark.filterwarnings("ignore:Adapter name 'a' should not be contained")
 def test_prompts_are_those_of_the_weights_as_they_are(converted, processor, adapters, scan, change):
     model = PeftModel.from_pretrained(MedCTModel.from_pretrained(converted), adapters[0], adapter_name="a")
     model.load_adapter(adapters[1], adapter_name="b")

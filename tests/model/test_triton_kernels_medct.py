@@ -430,6 +430,7 @@ def test_cards_with_memory_for_large_tiles(kernels, monkeypatch, capability, is_
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.filterwarnings("ignore:invalid value encountered in matmul")
 def test_tokens_that_are_no_numbers_have_no_row(kernels, value):
     codebook, tokens = rand(40, 20), rand(5, 20, seed=1)
     tokens[3, 7] = value

@@ -210,6 +210,7 @@ def test_another_base_than_the_one_trained_on_is_refused(hub, adapter, base, pus
         push_adapter(adapter, "org/a", base="org/base", base_revision=pushed_base)
 
 
+@pytest.mark.filterwarnings("ignore:.*validating metadata in README")
 def test_an_unknown_licence_is_not_guessed(hub, adapter, base, monkeypatch, refused):
     hub.connect(monkeypatch)
     (base / "README.md").write_text("no metadata", encoding="utf-8")
@@ -308,6 +309,7 @@ def test_temporary_faults_are_overcome_in_one_commit(hub, base, monkeypatch, wai
     assert waits
 
 
+@pytest.mark.filterwarnings("ignore:.*validating metadata in README")
 def test_a_busy_hub_is_given_the_time_it_asks_for(hub, base, monkeypatch, waits, capsys):
     hub.connect(monkeypatch)
     hub.fail("POST .*commit/main", status=429, retry_after=42)

@@ -13,7 +13,7 @@ from medct import CTVolume, VolumeError, read_volume
 ARRAY = make_hu((5, 6, 7))
 AFFINE = np.diag([-0.7, -0.8, 2.5, 1])
 OTHER = np.diag([-1.0, -1.0, 3.0, 1])
-pytestmark = pytest.mark.filterwarnings("ignore::medct.VolumeWarning", "error::RuntimeWarning")
+pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
 
 
 def path_of(folder):

@@ -135,6 +135,7 @@ def test_jitter_of_positions_is_not_a_gap(hu, tmp_path):
     assert volume.spacing_mm[2] == pytest.approx(STEP_MM, abs=0.005)
 
 
+@pytest.mark.filterwarnings("ignore:Invalid value for VR CS")
 def test_a_modality_in_small_letters_is_the_same(hu, tmp_path):
     volume = read_volume(write_series(tmp_path / "series", hu, lambda ds, k: setattr(ds, "Modality", "ct")))
     assert np.array_equal(volume.array, hu.T) and not volume.notes

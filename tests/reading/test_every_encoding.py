@@ -28,7 +28,7 @@ from scan_files import make_hu
 from medct import VolumeError, read_volume
 
 gdcm = pytest.importorskip("gdcm")
-pytestmark = pytest.mark.filterwarnings("ignore::medct.VolumeWarning", "ignore::UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 UNCOMPRESSED = (ExplicitVRLittleEndian, ImplicitVRLittleEndian, ExplicitVRBigEndian, DeflatedExplicitVRLittleEndian)
 COMPRESSED = (RLELossless, JPEG2000Lossless, JPEGLSLossless, JPEGLossless, JPEGLosslessSV1)

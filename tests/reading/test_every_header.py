@@ -17,7 +17,7 @@ from scan_files import make_hu
 
 from medct import VolumeError, read_volume
 
-pytestmark = pytest.mark.filterwarnings("ignore::medct.VolumeWarning", "ignore::UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 ARRAY = make_hu((5, 6, 7))
 """`(i, j, k)`; in the files i runs fastest."""
 SPACING_MM = (0.7, 0.8, 2.5)

@@ -8,7 +8,6 @@ from scan_files import item, make_hu, write_enhanced, write_series
 
 from medct import VolumeError, read_volume
 
-pytestmark = pytest.mark.filterwarnings("ignore::medct.VolumeWarning")
 HU = make_hu((6, 16, 12))
 
 

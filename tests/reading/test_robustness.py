@@ -27,10 +27,8 @@ ORIENTATIONS = [
 MOST_SECONDS = 5.0
 MOST_BYTES = 2**25
 """Of memory for a damaged file of a few kilobytes."""
-quietly = pytest.mark.filterwarnings("ignore::medct.VolumeWarning")
 
 
-@quietly
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     values=hnp.arrays(
@@ -56,7 +54,6 @@ def test_any_volume_on_disk_is_that_volume_in_memory(values, spacing_mm, orienta
     assert np.abs(pixel_values).max() <= 1
 
 
-@quietly
 @settings(deadline=None, max_examples=60)
 @given(
     shape=st.tuples(*[st.integers(2, 40)] * 3),

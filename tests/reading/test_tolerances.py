@@ -8,7 +8,6 @@ from scan_files import STEP_MM, at, make_hu, write_series
 from medct import CTVolume, VolumeError, read_volume
 from medct.nifti_io_medct import _qform
 
-pytestmark = pytest.mark.filterwarnings("ignore::medct.VolumeWarning")
 REMARK = "voxels off the straight and even grid"
 
 

@@ -10,7 +10,6 @@ from scan_files import compress, write_series
 
 from medct import VolumeError, read_volume
 
-pytestmark = pytest.mark.filterwarnings("ignore::medct.VolumeWarning")
 NAMES = ("BitsStored", "HighBit", "PixelRepresentation")
 SUBSETS = [lacks for count in (1, 2, 3) for lacks in itertools.combinations(NAMES, count)]
 LAYOUTS = [

@@ -68,6 +68,7 @@ def test_arrays_tensors_and_images(array):
     assert read_volume(volume).array is array
 
 
+@pytest.mark.filterwarnings("ignore:.*doesn't accept a copy keyword")
 def test_an_array_of_simpleitk_is_its_image_if_its_axes_are_named(array, tmp_path):
     image = SimpleITK.GetImageFromArray(array)
     image.SetSpacing((0.75, 0.8, 1.5))

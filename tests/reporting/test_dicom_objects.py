@@ -213,6 +213,7 @@ def raw(name: str, value: str):
         ("PatientID", "P" * 80, "P" * 80),
     ],
 )
+@pytest.mark.filterwarnings("ignore:The value length")
 def test_what_anonymizers_write_is_no_obstacle(tmp_path, kind, name, value, kept):
     made = make(kind, write_series(tmp_path / "s", make_hu((4, 12, 12)), raw(name, value)))
     assert str(pydicom.dcmread(saved(made, tmp_path))[name].value or "") == kept

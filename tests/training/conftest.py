@@ -1,14 +1,10 @@
 """Shared by the tests of training: a run of seconds."""
 
-import functools
-
 import pytest
 import torch
 
-from medct.data.phantoms import make_phantom
+from medct.training.handing_out import draw_pictures
 from medct.training.settings import TrainingSettings
-
-_draw_once = functools.lru_cache(maxsize=None)(make_phantom)
 
 
 @pytest.fixture
@@ -32,21 +28,20 @@ def small_run(converted, tmp_path) -> TrainingSettings:
     )
 
 
-@pytest.fixture
-def phantoms_are_drawn_once(monkeypatch):
-    """The same few patients serve most runs."""
-    monkeypatch.setattr("medct.data.make_phantom", _draw_once)
-
-
-@pytest.fixture
-def pictures_are_empty(monkeypatch):
-    """Drawing takes half of a small run's time; `test_launched_run` and `test_adapting.py` do it."""
+@pytest.fixture(autouse=True)
+def _pictures_are_empty(monkeypatch):
+    """Drawing takes half of a small run's time; `pictures_are_drawn` is for the tests that want it."""
 
     def touch(folder, *_):
         for name in ("roc.png", "calibration.png"):
             (folder / name).touch()
 
     monkeypatch.setattr("medct.train.draw_pictures", touch)
+
+
+@pytest.fixture
+def pictures_are_drawn(_pictures_are_empty, monkeypatch):
+    monkeypatch.setattr("medct.train.draw_pictures", draw_pictures)
 
 
 @pytest.fixture

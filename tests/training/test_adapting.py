@@ -13,7 +13,7 @@ import psutil
 import pytest
 import torch
 from accelerate import Accelerator
-from launching import launch_command
+from launching import QUICKLY, launch_command
 from peft import PeftModel
 from safetensors.torch import load_file
 
@@ -31,7 +31,6 @@ from medct.training.settings import TrainingSettings
 from medct.training.strength import GRID, Trial
 
 TUNE, EVAL, SITE_A_TUNE = 16, 12, range(12, 28)
-pytestmark = pytest.mark.usefixtures("phantoms_are_drawn_once")
 
 
 @pytest.fixture
@@ -128,6 +127,7 @@ def test_a_strength_of_nothing_is_said(settings, converted, batch, monkeypatch, 
     assert results_in(tmp_path / "run")["comparison"]["difference"]["auroc"]["value"] == 0
 
 
+@pytest.mark.usefixtures("pictures_are_drawn")
 def test_a_classifier_has_strength_calibration_and_something_to_keep(
     settings, classifier_folder, batch, nifti, monkeypatch, tmp_path
 ):
@@ -269,7 +269,7 @@ def launch(settings: TrainingSettings, processes: int = 1, **changes) -> list[st
     return launch_command(*flags, processes=processes)
 
 
-ENVIRONMENT = {"env": os.environ | {"OMP_NUM_THREADS": "1"}, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+ENVIRONMENT = {"env": os.environ | QUICKLY, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import subprocess
 
 import numpy as np
 import pytest
-from launching import launch_command
+from launching import QUICKLY, launch_command
 
 from medct import CT_CLIP_LABELS, MedCTModel
 from medct import train as training
@@ -30,7 +30,6 @@ from medct.training.settings import TrainingError, TrainingSettings, check
 from medct.training.sources import digest_of_studies
 
 FOLDS = 3
-pytestmark = pytest.mark.usefixtures("phantoms_are_drawn_once")
 
 
 @pytest.mark.parametrize(
@@ -172,6 +171,7 @@ def test_scores_of_all_folds_are_pooled_and_the_first_adapter_is_kept(
 
 def test_a_stopped_cross_validation_goes_on_where_it_was(settings, monkeypatch, tmp_path):
     monkeypatch.setattr(training, "draw_pictures", lambda folder, *_: (folder / "learned.png").touch())
+    monkeypatch.setattr("medct.training.folds.save_plot", lambda _, path: path.touch())
     run(settings)
     stopped = dataclasses.replace(settings, output_dir=str(tmp_path / "stopped"))
     whole_step, steps = Trainer._step, []
@@ -205,7 +205,7 @@ def test_two_processes_fold_as_one_does(settings, tmp_path):
     run(settings)
     flags = dataclasses.asdict(settings) | {"batch_size": 2, "output_dir": str(tmp_path / "two")}
     arguments = [part for name, value in flags.items() if value is not None for part in (f"--{name}", str(value))]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | QUICKLY
     subprocess.run(launch_command(*arguments, processes=2), check=True, env=environment, cwd=tmp_path)
     one, two = (read_scores(tmp_path / name).scored for name in ("run", "two"))
     for key, scored in one.items():

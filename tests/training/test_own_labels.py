@@ -31,7 +31,7 @@ MERGED = "Arterial wall calcification or Coronary artery wall calcification"
 
 
 @pytest.fixture
-def settings(small_run, pictures_are_empty) -> TrainingSettings:
+def settings(small_run) -> TrainingSettings:
     sizes = {"phantom_train_patients": 8, "phantom_tune_patients": 6, "phantom_eval_patients": 12}
     return dataclasses.replace(small_run, recipe="paper", rank=2, **sizes)
 
@@ -96,6 +96,7 @@ def test_a_whole_model_is_saved_with_its_labels(settings, labels, tmp_path):
     assert config.label_prompts()[0][:3] == ["c is present.", "c is not present.", "An e is present."]
 
 
+@pytest.mark.filterwarnings("default:The model's tokenizer does not know words")
 def test_words_that_the_tokenizer_does_not_know_are_remarked_on(settings, tmp_path, capsys):
     path = tmp_path / "labels.csv"
     path.write_text("label,data\n气胸,Consolidation\n肺炎,Pleural effusion\n", encoding="utf-8")

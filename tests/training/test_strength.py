@@ -48,6 +48,7 @@ def test_what_is_gained_and_forgotten_is_against_the_base(monkeypatch):
 
 
 @pytest.mark.parametrize("variant", sorted(VARIANTS))
+@pytest.mark.filterwarnings("ignore:PiSSA changes the base weights")
 def test_every_loader_has_the_strength_without_knowing(variant, converted, batch, tmp_path):
     """From the base at 0 to what was trained at 1; what lies between is saved, and loaded by PEFT."""
     base = MedCTModel.from_pretrained(converted).eval()

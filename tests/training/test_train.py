@@ -21,7 +21,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from ct_rate_like import BROKEN, ct_rate_files, write_files
-from launching import launch_command
+from launching import QUICKLY, launch_command
 from peft import AutoPeftModelForFeatureExtraction, PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageClassification
@@ -56,9 +56,6 @@ FILES = {
     "roc.png",
     "train_config.json",
 }
-
-
-pytestmark = pytest.mark.usefixtures("phantoms_are_drawn_once", "pictures_are_empty")
 
 
 @pytest.fixture
@@ -143,6 +140,7 @@ def test_what_was_reported_is_repeated_to_the_digit(settings, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("variant", sorted(VARIANTS.keys() - {"lora"}))
+@pytest.mark.filterwarnings("ignore:PiSSA changes the base weights")
 def test_each_variant_is_saved_for_the_unaltered_base(settings, variant, converted, batch, tmp_path):
     trainer = Trainer(dataclasses.replace(settings, adaptation=variant, max_steps=2))
     trainer.run()
@@ -802,7 +800,7 @@ def test_a_failed_push_leaves_the_finished_adapter(hub, settings, converted, mon
 
 def launch(*arguments: object, cwd: Path, **options) -> subprocess.CompletedProcess:
     command = launch_command(*arguments, **options)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | QUICKLY
     return subprocess.run(command, capture_output=True, encoding="utf-8", cwd=cwd, check=False, env=environment)
 
 

@@ -38,7 +38,7 @@ def flags(model: Path, data: str, folder: Path) -> list[str]:
 
 def start(hub, folder: Path, *command: object) -> subprocess.CompletedProcess:
     """A process of its own, whose Hub is the loopback one."""
-    environment = hub.environment(folder / "home") | {"OMP_NUM_THREADS": "1"}
+    environment = hub.environment(folder / "home")
     command = [sys.executable, *map(str, command)]
     return subprocess.run(command, capture_output=True, encoding="utf-8", cwd=folder, check=False, env=environment)
 
