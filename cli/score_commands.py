@@ -26,7 +26,7 @@ from medct.evaluation.figures import Scores, choose_on
 from medct.evaluation.operating_points import YOUDEN, Points, remark_on_points, wanted_points
 from medct.evaluation.predictions import Key, Predictions, learned_from, short_names
 from medct.evaluation.provenance import changed_figures, list_checksum, provenance, reasons
-from medct.evaluation.record import RESULTS, read_results, scores_path, write_record
+from medct.evaluation.record import RESULTS, read_results, results_file, scores_path, write_record
 from medct.evaluation.report import evaluation_report
 from medct.evaluation.scoring import (
     ScoredStudies,
@@ -129,7 +129,7 @@ def settle(args: argparse.Namespace, recorded: Mapping[str, Any] | None) -> None
         raise CommandError("Which studies? Pass --data ADDRESS, or --repeat FILE.")
     for name in ("adapter", "against"):
         if getattr(args, name) == BESIDE and args.repeat is not None:
-            setattr(args, name, str(args.repeat.parent))
+            setattr(args, name, str(results_file(args.repeat).parent))
     if args.data_revision is not None and len(args.data) > 1:
         raise CommandError("--data_revision is for a single source. With several, write hf://datasets/ORG/NAME@COMMIT.")
     if args.against == BASE and args.adapter is None:

@@ -37,6 +37,11 @@ def write_record(
     write_json(path, results)
 
 
+def results_file(run: Path) -> Path:
+    """The JSON file of a run, which may be named by its folder."""
+    return run / RESULTS if run.is_dir() else run
+
+
 def read_results(run: Path) -> dict[str, Any]:
     """The figures of a run.
 
@@ -46,7 +51,7 @@ def read_results(run: Path) -> dict[str, Any]:
     Raises:
         DataError: If there are none.
     """
-    path = run / RESULTS if run.is_dir() else run
+    path = results_file(run)
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -67,7 +72,7 @@ def read_scores(run: Path) -> Predictions:
     Raises:
         DataError: If there are none.
     """
-    path = run / RESULTS if run.is_dir() else run
+    path = results_file(run)
     if path.suffix == ".csv":
         return read_predictions(path)
     scores = scores_path(path)

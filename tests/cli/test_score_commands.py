@@ -313,6 +313,15 @@ def test_a_recorded_commit_is_of_its_own_repository(what):
         }
 
 
+def test_a_run_is_repeated_with_the_adapter_beside_its_results(tmp_path):
+    known = {"data": ["ORG/OLD"], "model": "ORG/BASE", "adapter": "."}
+    for repeat in (tmp_path, tmp_path / "results.json"):
+        flags = dict.fromkeys([*known, *score_commands._COMMITS, "against", "sensitivity", "specificity", "tune_on"])
+        args = argparse.Namespace(**flags, repeat=repeat)
+        score_commands.settle(args, {"provenance": {"settings": known}})
+        assert args.adapter == str(tmp_path)
+
+
 def test_figures_from_tables(run, folder, tmp_path):
     root, output = folder("site", 20), tmp_path / "scores.json"
     run("evaluate", "--data", root, "--split", "all", "--seed", 5, "--output", output)

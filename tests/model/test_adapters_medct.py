@@ -652,6 +652,7 @@ def test_beside_another_no_adapter_changes_the_base(model, converted, adapter, c
     assert fingerprint(model) == before and list(model.peft_config) == ["plain"]
 
 
+@pytest.mark.filterwarnings("ignore:.*corda_config")
 @pytest.mark.parametrize("begins", ["pissa_niter_4", "lora_ga", "corda"])
 def test_what_was_taken_out_of_the_base_only_once_is_refused(model, edited, begins, batch):
     """PEFT would take out something else on loading, or nothing, and score with that without a word."""
