@@ -5,6 +5,7 @@ All that identifies a patient in a report comes from here, and goes nowhere else
 
 import io
 import logging
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -38,6 +39,8 @@ _MAY_BE_EMPTY = (
 )
 _MUST_BE = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "SOPClassUID")
 Made = TypeVar("Made")
+_alone = threading.RLock()
+"""Loggers and warnings are the process's: of two threads that silence them, one would end the other's silence."""
 
 
 class ReportError(MedCTError, ValueError):
@@ -163,7 +166,7 @@ def quietly(make: Callable[[], Made], refusal: str) -> Made:
         ReportError: If it fails.
     """
     try:
-        with _silent():
+        with _alone, _silent():
             return make()
     except (MedCTError, OSError):
         raise

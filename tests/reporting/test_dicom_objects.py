@@ -2,6 +2,7 @@
 
 import logging
 import re
+import threading
 import warnings
 from dataclasses import replace
 from functools import cache
@@ -17,7 +18,7 @@ from medct.inference.slices import AxialSlices
 from medct.inference.studies import Study
 from medct.reporting.findings import Finding
 from medct.reporting.page import MOST_PICTURES, Picture, draw_page, secondary_capture, worth_a_picture
-from medct.reporting.source import ReportError, read_source, refuse_without_study
+from medct.reporting.source import ReportError, quietly, read_source, refuse_without_study
 from medct.reporting.sr import _device_uid, structured_report
 from medct.volume_io_medct import VolumeError, VolumeWarning, dicom_slices, read_volume
 
@@ -269,6 +270,28 @@ def test_a_page_has_room_for_any_number_of_findings(count):
 def test_those_called_present_are_shown_first():
     findings = [Finding("a", 0.9), Finding("b", 0.2, 0.1), Finding("c", 0.3, 0.1), Finding("d", 0.5, 0.8)]
     assert [each.label for each in worth_a_picture(findings)] == ["c", "b", "a", "d"]
+
+
+def test_threads_that_are_quiet_leave_no_silence_and_end_nobodys():
+    """Loggers and warnings belong to the process, and a warning of a header can quote it."""
+    first, second, logger = threading.Event(), threading.Event(), logging.getLogger("pydicom")
+    level = logger.level
+
+    def make_first():
+        first.set()
+        second.wait(0.1)  # in vain: nobody else is quiet meanwhile
+
+    def make_second():
+        second.set()
+        first_one.join(0.1)  # has it not ended before, its end would be the end of this silence
+        return logger.level
+
+    first_one = threading.Thread(target=quietly, args=(make_first, ""))
+    first_one.start()
+    first.wait()
+    assert quietly(make_second, "") > logging.CRITICAL
+    first_one.join()
+    assert logger.level == level
 
 
 @pytest.mark.parametrize("kind", ["sr", "page"])
