@@ -314,10 +314,12 @@ class Trainer:
         accelerator.init_trackers("medct", config=settings.fixed())
         prompts = [texts_to(texts, accelerator.device) for texts in self.prompts]
         constant_prompts = None if trains_text(model) else embed_prompts(core(model).eval(), prompts, accelerator)
-        batches = endless(loader)
-        with tqdm(
-            total=self.steps, initial=state.step, desc="train", unit="step", disable=not accelerator.is_main_process
-        ) as bar:
+        with (
+            contextlib.closing(endless(loader)) as batches,  # else an error that a notebook keeps keeps its processes
+            tqdm(
+                total=self.steps, initial=state.step, desc="train", unit="step", disable=not accelerator.is_main_process
+            ) as bar,
+        ):
             while state.step < self.steps and not best.has_waited_enough:
                 figures = self._step(model, state, batches, prompts, constant_prompts)
                 bar.update()

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
@@ -437,6 +438,17 @@ def test_files_have_the_permissions_that_the_umask_says(settings, tmp_path):
     run(dataclasses.replace(settings, max_steps=1))
     modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "run").iterdir()}
     assert modes == dict.fromkeys(FILES, 0o666 & ~umask)
+
+
+@pytest.mark.parametrize(
+    "place", ["medct.evaluation.scoring.refuse_what_is_no_number", "medct.train.StepLoss.backward"]
+)
+def test_an_error_that_is_kept_keeps_no_loader_processes(settings, place, monkeypatch):
+    """As a notebook keeps the last, with its frames and all that they hold."""
+    monkeypatch.setattr(place, lambda *_: cut_power())
+    with pytest.raises(PowerCutError) as kept:
+        run(dataclasses.replace(settings, num_workers=1))
+    assert kept.tb and not multiprocessing.active_children()
 
 
 def test_resume_starts_where_there_is_nothing_to_resume(settings, tmp_path):
