@@ -335,15 +335,20 @@ class Trainer:
                 accelerator.log(figures, step=state.step)
                 if self.stop.is_anyones(accelerator.device):
                     checkpoints.save(state)
-                    by = self.stop.by or "a signal to another process"
-                    raise StoppedError(f"stopped by {by} after step {state.step} of {self.steps}. {self._remedy()}")
+                    raise self._stopped(state)
                 is_last = state.step == self.steps or best.has_waited_enough
                 if state.step % settings.checkpoint_steps == 0 or is_last:
                     checkpoints.save(state)
+            if self.stop.is_anyones(accelerator.device):  # since the last step
+                raise self._stopped(state)
         best.restore()
         self.steps_done, self.best_step = state.step, best.step
         for tracker in accelerator.trackers:
             tracker.finish()
+
+    def _stopped(self, state: TrainingState) -> StoppedError:
+        by = self.stop.by or "a signal to another process"
+        return StoppedError(f"stopped by {by} after step {state.step} of {self.steps}. {self._remedy()}")
 
     def _step(
         self,

@@ -40,6 +40,7 @@ from medct.evaluation.predictions import Key, read_predictions
 from medct.evaluation.scoring import ScoredStudies, prompts_for, score_studies
 from medct.publishing.push import push_model
 from medct.train import Trainer, number_of_steps, run
+from medct.training.checkpoints import Checkpoints
 from medct.training.launch import make_accelerator
 from medct.training.lora import TARGETS, VARIANTS, add_lora
 from medct.training.objectives import StepLoss
@@ -355,6 +356,13 @@ def test_a_signal_saves_and_has_an_exit_code_of_its_own(settings, name, ctrl_c, 
     training.main([*arguments, "--resume", "True"])
     assert adapter_bytes(tmp_path / "stopped here") == adapter_bytes(tmp_path / "run")
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_signal_while_the_last_checkpoint_is_written_ends_the_run(settings, monkeypatch):
+    save = Checkpoints.save
+    monkeypatch.setattr(Checkpoints, "save", lambda *each: save(*each) and terminate())
+    with pytest.raises(StoppedError, match=r"stopped by SIGTERM after step 1 of 1\. .* --resume continues it"):
+        run(dataclasses.replace(settings, max_steps=1, eval_steps=0))
 
 
 def test_each_step_is_of_whole_batches_and_begins_without_gradients(settings, monkeypatch):
