@@ -314,10 +314,12 @@ class Trainer:
         accelerator.init_trackers("medct", config=settings.fixed())
         prompts = [texts_to(texts, accelerator.device) for texts in self.prompts]
         constant_prompts = None if trains_text(model) else embed_prompts(core(model).eval(), prompts, accelerator)
-        batches = endless(loader)
-        with tqdm(
-            total=self.steps, initial=state.step, desc="train", unit="step", disable=not accelerator.is_main_process
-        ) as bar:
+        with (
+            contextlib.closing(endless(loader)) as batches,  # else an error that a notebook keeps keeps its processes
+            tqdm(
+                total=self.steps, initial=state.step, desc="train", unit="step", disable=not accelerator.is_main_process
+            ) as bar,
+        ):
             while state.step < self.steps and not best.has_waited_enough:
                 figures = self._step(model, state, batches, prompts, constant_prompts)
                 bar.update()
@@ -333,15 +335,20 @@ class Trainer:
                 accelerator.log(figures, step=state.step)
                 if self.stop.is_anyones(accelerator.device):
                     checkpoints.save(state)
-                    by = self.stop.by or "a signal to another process"
-                    raise StoppedError(f"stopped by {by} after step {state.step} of {self.steps}. {self._remedy()}")
+                    raise self._stopped(state)
                 is_last = state.step == self.steps or best.has_waited_enough
                 if state.step % settings.checkpoint_steps == 0 or is_last:
                     checkpoints.save(state)
+            if self.stop.is_anyones(accelerator.device):  # since the last step
+                raise self._stopped(state)
         best.restore()
         self.steps_done, self.best_step = state.step, best.step
         for tracker in accelerator.trackers:
             tracker.finish()
+
+    def _stopped(self, state: TrainingState) -> StoppedError:
+        by = self.stop.by or "a signal to another process"
+        return StoppedError(f"stopped by {by} after step {state.step} of {self.steps}. {self._remedy()}")
 
     def _step(
         self,

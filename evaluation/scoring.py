@@ -1,8 +1,9 @@
 """Scores of labelled studies, zero-shot or by a classifier, spread over processes."""
 
+import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -271,15 +272,15 @@ def _of_every_study(
     """What is computed of each study of all processes, with its id, patient, labels and subgroups, by id."""
     total = math.ceil(loader.source.num_studies / loader.world_size / loader.batch_size)
     rows: list[tuple[str, str, np.ndarray, np.ndarray, dict[str, str]]] = []
-    bar = tqdm(
-        _in_step(loader, accelerator), desc=what, total=total, unit="batch", disable=not accelerator.is_main_process
-    )
-    for batch, is_own in bar:
-        values = compute(batch["pixel_values"])
-        refuse_what_is_no_number(values)
-        if is_own:
-            labels = batch["labels"].cpu().numpy()
-            rows += zip(batch["ids"], batch["patients"], values.cpu().numpy(), labels, batch["about"], strict=True)
+    # Closed, since an error that a notebook keeps would keep the loader's processes.
+    with contextlib.closing(_in_step(loader, accelerator)) as batches:
+        bar = tqdm(batches, desc=what, total=total, unit="batch", disable=not accelerator.is_main_process)
+        for batch, is_own in bar:
+            values = compute(batch["pixel_values"])
+            refuse_what_is_no_number(values)
+            if is_own:
+                labels = batch["labels"].cpu().numpy()
+                rows += zip(batch["ids"], batch["patients"], values.cpu().numpy(), labels, batch["about"], strict=True)
     rows = sorted((row for each in of_all(rows) for row in each), key=lambda row: row[0])
     ids, patients, values, labels, about = zip(*rows, strict=True)
     return list(ids), list(patients), np.stack(values), np.stack(labels), list(about) if any(about) else []
@@ -296,7 +297,9 @@ def _scores(
     return torch.stack([zero_shot_probabilities(model.get_logits(embeds, texts)) for texts in templates]).mean(0)
 
 
-def _in_step(loader: Iterable[dict[str, Any]], accelerator: Accelerator) -> Iterator[tuple[dict[str, Any], bool]]:
+def _in_step(
+    loader: Iterable[dict[str, Any]], accelerator: Accelerator
+) -> Generator[tuple[dict[str, Any], bool], None, None]:
     """Batches, and whether they count: a process that has run out repeats its last batch until all have run out.
 
     In each forward pass, a sharded model waits for all processes.

@@ -86,7 +86,8 @@ class MedCTProcessor(PicklesAnywhere, ProcessorMixin):
             A remark; `None` if all words are known.
         """
         unknown = getattr(self.tokenizer, "unk_token_id", None)
-        ids = [self.tokenizer(list(template))["input_ids"] for template in prompts if template]
+        # As in each call: other settings would be those of calls by other threads, for the tokenizer keeps the last.
+        ids = [self.tokenizer(list(template), **self.text_kwargs)["input_ids"] for template in prompts if template]
         told = {
             label: [tuple(sentence) for each in ids for sentence in each[2 * index : 2 * index + 2]]
             for index, label in enumerate(labels)

@@ -7,6 +7,7 @@ Unusual: volumes are written straight into memory that both sides map; see `shar
 """
 
 import contextlib
+import ctypes
 import importlib
 import math
 import multiprocessing
@@ -32,10 +33,23 @@ from .shared_memory_medct import MEMORY, Receiver, Sender
 _LOOK_S = 1.0
 """How often it is looked whether a process still lives, should its end of the pipe not tell."""
 _LIKELY = {"SIGKILL": "the machine's memory was full", "SIGBUS": "shared memory was full"}
+_OMP_PAUSE_SOFT = 1
+"""From OpenMP's `omp.h`."""
 
-# A forked process lacks the threads that torch computes with, and would wait for ever for those that its parent had.
+
+def _end_threads() -> None:
+    """End the threads that torch computes with in this one; they start again when they are needed.
+
+    A forked process lacks them, and GNU's OpenMP would wait in it for ever for those that its parent had. Other
+    kinds of OpenMP see to it themselves.
+    """
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).omp_pause_resource_all(_OMP_PAUSE_SOFT)
+
+
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
+    # One thread, since such processes are many as a rule, and threads of several processes wait for each other.
+    os.register_at_fork(before=_end_threads, after_in_child=lambda: torch.set_num_threads(1))
 
 
 class LoaderError(MedCTError, RuntimeError):

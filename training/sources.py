@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from typing import Any
 
 from medct.common.counting import counted
@@ -160,7 +160,7 @@ def number_of_steps(source: Source, settings: TrainingSettings, processes: int) 
     return steps if settings.max_steps is None else min(steps, settings.max_steps)
 
 
-def endless(loader: StudyLoader) -> Iterator[dict[str, Any]]:
+def endless(loader: StudyLoader) -> Generator[dict[str, Any], None, None]:
     """Batches of one epoch after the other."""
     while True:
         yield from loader

@@ -66,6 +66,15 @@ def test_an_unknown_word_in_any_sentence_is_remarked_on(processor, place):
     assert "(A, B): they cannot be told from one another." in processor.remark_on_words(alike, ["A", "B"])
 
 
+def test_texts_are_tokenized_by_the_same_settings_for_every_purpose(processor):
+    """The tokenizer keeps them: others would be those of a call by another thread that is on its way."""
+    backend = processor.tokenizer.backend_tokenizer
+    processor(text=["mass.", "no mass."], return_tensors="pt")
+    settings = (backend.padding, backend.truncation)
+    processor.remark_on_words([["mass.", "no mass."]], ["A"])
+    assert (backend.padding, backend.truncation) == settings
+
+
 def test_survives_saving_and_loading(processor, tmp_path):
     processor.save_pretrained(tmp_path)
     again = MedCTProcessor.from_pretrained(tmp_path)

@@ -311,14 +311,16 @@ def test_a_loader_process_computes_on_one_core(monkeypatch):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_forked_process_computes_after_its_parent_has():
-    """As workers of `datasets.map(num_proc=2)` and of servers that load before they fork."""
+    """On one thread, as workers of `datasets.map(num_proc=2)`, or on more, as those of `notebook_launcher`."""
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     torch.ones(2**20).exp()  # by both threads
     child = os.fork()
     if child == 0:
         signal.alarm(5)  # ends it, should it wait for ever
+        status = torch.get_num_threads() - 1
+        torch.set_num_threads(2)
         torch.ones(2**20).exp()
-        os._exit(0)
+        os._exit(status)
     torch.set_num_threads(threads)
     assert os.waitpid(child, 0)[1] == 0

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
@@ -39,6 +40,7 @@ from medct.evaluation.predictions import Key, read_predictions
 from medct.evaluation.scoring import ScoredStudies, prompts_for, score_studies
 from medct.publishing.push import push_model
 from medct.train import Trainer, number_of_steps, run
+from medct.training.checkpoints import Checkpoints
 from medct.training.launch import make_accelerator
 from medct.training.lora import TARGETS, VARIANTS, add_lora
 from medct.training.objectives import StepLoss
@@ -356,6 +358,13 @@ def test_a_signal_saves_and_has_an_exit_code_of_its_own(settings, name, ctrl_c, 
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+def test_a_signal_while_the_last_checkpoint_is_written_ends_the_run(settings, monkeypatch):
+    save = Checkpoints.save
+    monkeypatch.setattr(Checkpoints, "save", lambda *each: save(*each) and terminate())
+    with pytest.raises(StoppedError, match=r"stopped by SIGTERM after step 1 of 1\. .* --resume continues it"):
+        run(dataclasses.replace(settings, max_steps=1, eval_steps=0))
+
+
 def test_each_step_is_of_whole_batches_and_begins_without_gradients(settings, monkeypatch):
     """What is not trained has no dropout."""
     seen, backward = [], StepLoss.backward
@@ -437,6 +446,17 @@ def test_files_have_the_permissions_that_the_umask_says(settings, tmp_path):
     run(dataclasses.replace(settings, max_steps=1))
     modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "run").iterdir()}
     assert modes == dict.fromkeys(FILES, 0o666 & ~umask)
+
+
+@pytest.mark.parametrize(
+    "place", ["medct.evaluation.scoring.refuse_what_is_no_number", "medct.train.StepLoss.backward"]
+)
+def test_an_error_that_is_kept_keeps_no_loader_processes(settings, place, monkeypatch):
+    """As a notebook keeps the last, with its frames and all that they hold."""
+    monkeypatch.setattr(place, lambda *_: cut_power())
+    with pytest.raises(PowerCutError) as kept:
+        run(dataclasses.replace(settings, num_workers=1))
+    assert kept.tb and not multiprocessing.active_children()
 
 
 def test_resume_starts_where_there_is_nothing_to_resume(settings, tmp_path):
