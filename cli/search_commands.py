@@ -151,8 +151,13 @@ def search_index(args: argparse.Namespace) -> int:
                 "make the index again."
             )
         setattr(args, name, made_with)
+    if WEIGHTS not in embeddings.settings:
+        raise CommandError(
+            f"{args.index} does not say which weights made it, as versions before 0.2.0 did not, so nothing in it can "
+            "be compared. Make the index again."
+        )
     pipe = load_pipeline(args, PartialState(cpu=args.cpu).device, zero_shot_only=True)
-    if embeddings.settings.get(WEIGHTS) != weights_of(pipe.model):
+    if embeddings.settings[WEIGHTS] != weights_of(pipe.model):
         which = args.adapter or args.model
         raise CommandError(
             f"{args.index} was made with other weights than those that {which} has now, so nothing in it can be "

@@ -76,7 +76,11 @@ def read_scores(run: Path) -> Predictions:
     if path.suffix == ".csv":
         return read_predictions(path)
     scores = scores_path(path)
+    if not path.exists() and not scores.exists():
+        raise DataError(f"{path}: no such file. {_WANTED}")
     if not scores.exists():
-        missing = scores if path.exists() else path
-        raise DataError(f"{missing}: no such file. {_WANTED}")
+        raise DataError(
+            f"{path}: there is no {scores.name} beside it, without which only the figures are known, as of runs of "
+            "versions before 0.2.0. Score the studies again with `medct evaluate --output`."
+        )
     return read_predictions(scores)

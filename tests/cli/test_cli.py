@@ -38,7 +38,7 @@ from medct.cli.arguments import RUNS, make_parser
 from medct.common.distributed import LaunchError
 from medct.common.lock import only_run
 from medct.data import phantom_source
-from medct.inference.search import read_embeddings
+from medct.inference.search import read_embeddings, write_embeddings
 from medct.inference.studies import find_studies
 from medct.publishing import loading
 from medct.publishing.loading import ModelError, load_config, load_model, resolve_name
@@ -808,6 +808,13 @@ def test_an_index_of_other_weights_is_not_searched(run, scans, site_model, tmp_p
     status, _, err = run("search", "a", "--index", index, model=None)
     assert status == 2
     assert "was made with other weights than those that" in err
+
+
+def test_an_index_that_names_no_weights_is_not_searched(run, tmp_path):
+    row = {"study": "a", "image_embeds": [1.0, 0.0]}
+    write_embeddings(tmp_path / "index.parquet", [row], {"model": "org/name"})
+    status, _, err = run("search", "a", "--index", tmp_path / "index.parquet", model=None)
+    assert status == 2 and "index.parquet does not say which weights made it" in err
 
 
 def test_a_label_is_printed_whatever_the_terminal_can_show(scans, converted, monkeypatch):

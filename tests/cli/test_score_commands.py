@@ -354,7 +354,8 @@ def test_runs_that_do_not_fit_are_refused(run, folder, tmp_path):
         assert err.startswith(f"error: {tmp_path / name}: no such file. ")
     (tmp_path / "alone.json").write_bytes((tmp_path / "a.json").read_bytes())
     status, _, err = run("compare", tmp_path / "a.json", tmp_path / "alone.json")
-    assert status == 2 and err.startswith(f"error: {tmp_path / 'alone.studies.csv'}: no such file. ")
+    said = f"error: {tmp_path / 'alone.json'}: there is no alone.studies.csv beside it, "
+    assert status == 2 and err.startswith(said)
 
 
 def test_subgroups_come_with_the_table(run, folder, tmp_path):
