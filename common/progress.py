@@ -36,7 +36,8 @@ class tqdm(library.tqdm):  # noqa: N801 - the library's own name
         if not sys.stderr.isatty():
             # The clock is looked at after every step; else a thread of the library's would, and write a second line.
             times = {"delay": LINE_SECONDS, "mininterval": LINE_SECONDS, "miniters": 1}
-            kwargs |= {"file": _Lines(), "bar_format": _LINE, **times}
+            # The first position of a screen, for a bar within another would move the cursor.
+            kwargs |= {"file": _Lines(), "bar_format": _LINE, "position": 0, **times}
         super().__init__(*args, disable=disable or _is_quiet, **kwargs)
 
 

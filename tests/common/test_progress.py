@@ -85,3 +85,12 @@ def test_a_quiet_command_shows_its_result_alone(nifti, converted, tmp_path, capf
         progress.be_quiet(False)
     assert first == again  # neither a bar nor that one study was there already
     assert first.startswith("failed: ") and "1 of 2 studies could not be read" in first
+
+
+def test_a_bar_within_another_writes_lines_alone(monkeypatch, capsys):
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
+    for _ in progress.tqdm(range(2), "outer"):
+        for _ in progress.tqdm(range(2), "inner"):
+            pass
+    lines = capsys.readouterr().err.splitlines()
+    assert lines and all(line.startswith(("outer: ", "inner: ")) for line in lines)
