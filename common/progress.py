@@ -6,6 +6,8 @@ import tqdm as library
 
 from medct.common.output import visible
 
+SHOWN_AFTER_SECONDS = 2.0
+"""When a bar appears of what takes no time for a few studies."""
 LINE_SECONDS = 60.0
 """How often a run whose output goes to a file says there how far it is; one that is done sooner never does."""
 _LINE = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"

@@ -27,13 +27,12 @@ import numpy as np
 from datasets import IterableDataset
 
 from medct.common.lock import is_first_process
-from medct.common.progress import tqdm
+from medct.common.progress import SHOWN_AFTER_SECONDS, tqdm
 from medct.errors_medct import MedCTError
 from medct.volume_io_medct import read_volume
 from medct.volume_medct import CTVolume
 
 Row = dict[str, Any]
-_SHOWN_AFTER_S = 2.0
 
 
 class DataError(MedCTError, ValueError):
@@ -191,7 +190,7 @@ class Source:
         Args:
             what: Name for the bar.
         """
-        shown: dict[str, Any] = {"delay": _SHOWN_AFTER_S, "leave": False, "disable": not is_first_process()}
+        shown: dict[str, Any] = {"delay": SHOWN_AFTER_SECONDS, "leave": False, "disable": not is_first_process()}
         return tqdm(map(self.read, self.keys()), what, self.num_studies, unit="study", **shown)
 
     def stream(self, epoch: int = 0, seed: int | None = None) -> IterableDataset:

@@ -27,7 +27,7 @@ import datasets
 import evaluate
 import numpy as np
 
-from medct.common.progress import tqdm
+from medct.common.progress import SHOWN_AFTER_SECONDS, tqdm
 
 # CT-CLIP searches its thresholds here, and takes the one whose ROC point is closest to the corner as the best.
 CT_CLIP_GRID = np.linspace(0, 1, 100)
@@ -47,7 +47,6 @@ MEAN_NAMES = {"f1": "macro_f1"}  # where the mean over labels has a name of its 
 INTERVAL = (0.025, 0.975)
 _ROUNDING = 1e-12  # 0.4 - 0.2 is more than 0.3 - 0.1, by rounding alone
 RESAMPLES_AT_ONCE = 128  # a block of weights fits the processor's cache
-BAR_AFTER_SECONDS = 5.0  # a few thousand scans are done sooner
 
 FEWEST = 5
 """Patients with a finding, and as many without it, that an interval, an operating point and a calibration need."""
@@ -423,7 +422,7 @@ def patient_draws(patients: np.ndarray, resamples: int, seed: int) -> Iterator[n
     ids, patient_of_scan = np.unique(patients, return_inverse=True)
     generator = np.random.default_rng(seed)
     yield np.ones((len(patients), 1))
-    with tqdm(total=resamples, desc="figures", unit="resample", delay=BAR_AFTER_SECONDS, leave=False) as bar:
+    with tqdm(total=resamples, desc="figures", unit="resample", delay=SHOWN_AFTER_SECONDS, leave=False) as bar:
         for start in range(0, resamples, RESAMPLES_AT_ONCE):
             size = min(RESAMPLES_AT_ONCE, resamples - start)
             drawn = generator.multinomial(len(ids), np.full(len(ids), 1 / len(ids)), size)

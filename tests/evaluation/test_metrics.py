@@ -273,7 +273,7 @@ def test_figures_that_take_long_show_how_far_they_are(monkeypatch, capsys):
     monkeypatch.setattr(metrics, "tqdm", lambda **options: tqdm.tqdm(**options | {"ncols": 80, "mininterval": 0}))
     with_intervals(scores, labels, patients, NAMES, resamples=300)
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr(metrics, "BAR_AFTER_SECONDS", 1e-9)
+    monkeypatch.setattr(metrics, "SHOWN_AFTER_SECONDS", 1e-9)
     with_intervals(scores, labels, patients, NAMES, resamples=300)
     assert "128/300" in (shown := capsys.readouterr().err) and "256/300" in shown
 
