@@ -24,7 +24,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from gpu_studies import best_seconds, decompress, of_shards, processes_up_to, rate
+from gpu_studies import best_seconds, decompression, of_shards, processes_up_to, rate
 
 STARTED = time.perf_counter()
 FULL_SIZE = (240, 480, 480)
@@ -214,7 +214,7 @@ def measure_speed(folder: Path, repeats: int) -> dict:
 
 
 def measure_loader(folder: Path, repeats: int) -> dict:
-    """Volumes a second by the number of loader processes, and CPU seconds to read and decompress a shard's volume.
+    """Volumes a second by the number of loader processes, and seconds of one to load and to decompress a volume.
 
     Args:
         folder: Holds the shards `full`.
@@ -223,12 +223,20 @@ def measure_loader(folder: Path, repeats: int) -> dict:
     import torch
 
     from medct import MedCTImageProcessor
+    from medct.data import open_source
+    from medct.data.loader import LoadRow
+    from medct.workers_medct import Place
 
     torch.set_num_threads(1)
     config = config_of(FULL_SIZE)
     image_processor = MedCTImageProcessor.from_config(config.vision_config)
     shard = min((folder / "full/data").glob("*.parquet"))
-    found = {"floor": best_seconds(lambda: decompress(shard), repeats)}
+    source = open_source(str(folder / "full"), "train", config, tune_share=0.0)
+    load, place = LoadRow(source.read, image_processor), Place()
+    found = {
+        "floor": best_seconds(decompression(shard), repeats),
+        "loading": best_seconds(lambda: load(0, place), 1 + repeats),
+    }
     for count in processes_up_to(os.cpu_count() or 1):
         skipped, counted = 2 * count + 1, repeats * NUM_FULL * count
         number = skipped + counted + 2 * count
@@ -315,11 +323,15 @@ def tell(case: str, found: dict) -> list[str]:
             f"| its peak memory, batch of 1 | {found['peak_mib']:.0f} MiB | |",
         ]
     if case == "loader":
-        floor = found.pop("floor")
+        floor, loading = found.pop("floor"), found.pop("loading")
         return [
-            f"| loader, {count} process{'es' * (count != '1')} | {per_second:.1f} per s | "
-            f"{per_second * floor / int(count):.2f} of decompressing |"
-            for count, per_second in found.items()
+            f"| what a loader process does for a volume | {loading * 1e3:.0f} ms | "
+            f"{loading / floor:.1f} x decompressing |",
+            *(
+                f"| loader, {count} process{'es' * (count != '1')} | {per_second:.1f} per s | "
+                f"{per_second * floor / int(count):.2f} of decompressing |"
+                for count, per_second in found.items()
+            ),
         ]
     if case == "memory":
         first = next(iter(found.values()))

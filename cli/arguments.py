@@ -290,8 +290,8 @@ def _add_prepare(add: Callable[..., argparse.ArgumentParser]) -> None:
         "--compression",
         choices=("zstd", "lz4"),
         default="zstd",
-        help="zstd (default): smaller files; lz4: half as large again, but read half as fast again, where processors "
-        "are the limit rather than the disk",
+        help="zstd (default): smaller files; lz4: half as large again, but read up to three times as fast, where "
+        "processors are the limit rather than the disk",
     )
     group.add_argument("--retry_skipped", action="store_true", help="rewrite files in which studies were skipped")
     group.add_argument(

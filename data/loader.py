@@ -16,7 +16,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from medct.data.sources import DataError, Deferred, Row, Skipped, Source, read_study, too_many_bad
+from medct.data.prepared import PreparedVolume
+from medct.data.sources import DataError, Row, Skipped, Source, read_study, too_many_bad
 from medct.errors_medct import said_of
 from medct.image_processing_medct import MedCTImageProcessor
 from medct.processing_medct import MedCTProcessor
@@ -62,7 +63,7 @@ class LoadRow:
             place: Where to load it.
         """
         try:
-            part = self._prepared(row, place) if row.get("prepared") else self._read(row, place)
+            part = self._prepared(row, place) if isinstance(row["volume"], PreparedVolume) else self._read(row, place)
         except Exception as error:  # libraries and file systems each raise their own; none may end days of training
             return Skipped(row["id"], said_of(error))
         kept = {name: row[name] for name in ("id", "patient", "report", "labels")}
@@ -72,12 +73,10 @@ class LoadRow:
         return self.image_processor.load(read_study(row, self.image_processor.orientation), place, self.device)
 
     def _prepared(self, row: Row, place: Place) -> ScanPart:
-        volume = row["volume"]
-        with volume.open() if isinstance(volume, Deferred) else contextlib.nullcontext(volume) as opened:
-            voxels = torch.as_tensor(opened)
-            if list(voxels.shape) != list(self.image_processor.image_size):
-                raise VolumeError(row["id"], f"it has shape {tuple(voxels.shape)}", "Prepare it for this model")
-            return ScanPart.whole(place.empty(voxels.shape, voxels.dtype).copy_(voxels))
+        voxels = row["volume"].load(place)
+        if list(voxels.shape) != list(self.image_processor.image_size):
+            raise VolumeError(row["id"], f"it has shape {tuple(voxels.shape)}", "Prepare it for this model")
+        return ScanPart.whole(voxels)
 
 
 class StudyLoader:

@@ -30,7 +30,7 @@ from medct.common.lock import LockedError, only_run
 from medct.common.paths import local_paths, without_paths
 from medct.common.progress import tqdm
 from medct.configuration_medct import MedCTConfig
-from medct.data.prepared import FEATURES, FORMAT, MANIFEST, grid_settings, nifti_header, shard_name
+from medct.data.prepared import FEATURES, FORMAT, MANIFEST, PreparedVolume, grid_settings, nifti_header, shard_name
 from medct.data.sources import DataError, Source, read_study, too_many_bad
 from medct.errors_medct import said_of
 from medct.image_processing_medct import MedCTImageProcessor
@@ -104,7 +104,7 @@ class Preparer:
         Raises:
             VolumeError: If its volume cannot be used.
         """
-        if row.get("prepared"):
+        if isinstance(row["volume"], PreparedVolume):
             raise DataError("The source is already prepared. Pass the one that it was made from.")
         volume = read_study(row, self.processor.orientation)
         self.processor.process_volume(volume, out=self._hu)

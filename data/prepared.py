@@ -15,16 +15,16 @@ What is unusual:
     * The volume of a row is read when it is first needed, so that looking at ids, labels and reports costs little, and
       a damaged row, in whichever column, is one bad sample instead of the end of the stream.
     * Arrow verifies the checksums of pages only on request; otherwise flipped bits read as wrong voxels.
+    * Volumes are decompressed straight to where they are used; see `parquet_pages.py`.
 """
 
 import bisect
-import contextlib
 import hashlib
 import itertools
 import json
 import math
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,10 +41,12 @@ from medct.byte_sources_medct import is_address
 from medct.common.retry import keep_trying
 from medct.configuration_medct import MedCTConfig
 from medct.data.folders import HUB_ADDRESS
-from medct.data.sources import DataError, Deferred, Merged, NoSuchSplitError, Row, Skipped, Source, first_of
+from medct.data.parquet_pages import read_value
+from medct.data.sources import DataError, Merged, NoSuchSplitError, Row, Skipped, Source, first_of
 from medct.data.tables import Selection
 from medct.errors_medct import first_line
 from medct.volume_medct import VolumeError
+from medct.workers_medct import Place
 
 FORMAT = 2
 """Raise it when shards are written differently, or preprocessing gives other voxels."""
@@ -114,11 +116,11 @@ def nifti_header(shape: tuple[int, int, int], affine: np.ndarray) -> bytes:
     return header.as_byteswapped("<").binaryblock + bytes(4)  # no extensions follow
 
 
-def decode_nifti(data: pa.Buffer, shape: tuple[int, int, int], name: str) -> torch.Tensor:
+def decode_nifti(data: torch.Tensor, shape: tuple[int, int, int], name: str) -> torch.Tensor:
     """The voxels of an uncompressed int16 `.nii` as a view of its bytes.
 
     Args:
-        data: The whole file.
+        data: The whole file, uint8.
         shape: Expected shape, `(z, y, x)`.
         name: What to call the volume in messages.
 
@@ -129,7 +131,7 @@ def decode_nifti(data: pa.Buffer, shape: tuple[int, int, int], name: str) -> tor
         VolumeError: If it is not such a file, or has another shape or a scale.
     """
     remedy = "Prepare the source again"
-    head = data.slice(0, min(_NIFTI_HEADER_BYTES, data.size)).to_pybytes()
+    head = bytes(data[:_NIFTI_HEADER_BYTES].numpy())
     if len(head) < _NIFTI_HEADER_BYTES or struct.unpack_from("<i", head)[0] != 348 or head[344:348] != b"n+1\0":
         raise VolumeError(name, "its volume is not a little-endian single-file NIfTI-1", remedy)
     dimensions = struct.unpack_from("<8h", head, 40)
@@ -139,12 +141,9 @@ def decode_nifti(data: pa.Buffer, shape: tuple[int, int, int], name: str) -> tor
         raise VolumeError(name, f"its volume has the axes {dimensions[1:4]}, not {shape[::-1]} (x, y, z)", remedy)
     if (datatype, bits) != (_INT16, 16) or slope not in (0, 1) or intercept != 0:
         raise VolumeError(name, "its volume is not int16 in HU", remedy)
-    count = math.prod(shape)
-    if offset != _NIFTI_HEADER_BYTES or data.size != _NIFTI_HEADER_BYTES + 2 * count:
-        raise VolumeError(name, f"its volume has {data.size} bytes, which do not fit its header", remedy)
-    # By way of Arrow, because torch warns about every read-only buffer.
-    voxels = pa.Array.from_buffers(pa.int16(), count, [None, data.slice(_NIFTI_HEADER_BYTES)])
-    return torch.from_dlpack(voxels).view(shape)
+    if offset != _NIFTI_HEADER_BYTES or len(data) != _NIFTI_HEADER_BYTES + 2 * math.prod(shape):
+        raise VolumeError(name, f"its volume has {len(data)} bytes, which do not fit its header", remedy)
+    return data[_NIFTI_HEADER_BYTES:].view(torch.int16).view(shape)
 
 
 def _persist(address: str, fetch: Callable[[], Any]) -> Any:
@@ -158,8 +157,8 @@ def _persist(address: str, fetch: Callable[[], Any]) -> Any:
 
 
 @dataclass
-class PreparedVolume(Deferred):
-    """A row of a shard, whose volume is read when it is opened.
+class PreparedVolume:
+    """A row of a shard, whose volume is read when it is loaded.
 
     Args:
         path: Parquet file; an fsspec address if remote.
@@ -193,8 +192,11 @@ class PreparedVolume(Deferred):
         Raises:
             VolumeError: If the file is damaged, or cannot be fetched.
         """
+        return self._tried(lambda: convert(self._read(columns)))
+
+    def _tried(self, fetch: Callable[[], Any]) -> Any:
         try:
-            return _persist(self.path, lambda: convert(self._read(columns)))
+            return _persist(self.path, fetch)
         except VolumeError:
             raise
         except Exception as error:  # Arrow's, Python's for damaged text, and those of each file system
@@ -214,24 +216,27 @@ class PreparedVolume(Deferred):
             return fsspec.open(self.path, "rb", cache_type="none", **self.options).open()
         return pa.OSFile(self.path)
 
-    @contextlib.contextmanager
-    def open(self) -> Iterator[torch.Tensor]:
-        """Yield `(z, y, x)`, int16, HU: the decompressed page itself, so do not write to it.
+    def load(self, place: Place) -> torch.Tensor:
+        """Read the volume.
+
+        Args:
+            place: Where the result is to lie.
+
+        Returns:
+            `(z, y, x)`, int16, HU.
 
         Raises:
             VolumeError: If the volume or anything else of the row is damaged or not what it should be.
         """
         if self.refusal is not None:
             raise self.refusal
-        yield self.read(["volume.bytes"], self._decode)
+        return self._tried(lambda: self._load(place))
 
-    def _decode(self, table: pa.Table) -> torch.Tensor:
-        (column,) = table.column("volume").chunks
-        column = column.field("bytes")
-        # Take its one value by hand, because Arrow's scalars are copies.
-        _, offsets, content = column.buffers()
-        first, last = np.frombuffer(offsets, np.int32)[column.offset : column.offset + 2].tolist()
-        return decode_nifti(content.slice(first, last - first), self.shape, self.name)
+    def _load(self, place: Place) -> torch.Tensor:
+        with self._open() as file:
+            self._metadata = self._metadata or parquet.read_metadata(file)
+            data = read_value(file, self._metadata, self.row, "volume.bytes", place)
+        return decode_nifti(data, self.shape, self.name)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -338,10 +343,10 @@ class _ReadRow:
         volume = PreparedVolume(self.paths[file], number - self.starts[file], self.shape, self.options)
         try:
             row = volume.read(_ROW.names, self._to_dict)
-        except VolumeError as error:  # raised when the volume is opened, where it affects this study alone
+        except VolumeError as error:  # raised when the volume is loaded, where it affects this study alone
             volume.refusal = error
             row = {"id": volume.name, "patient": "", "report": "", "labels": [math.nan] * self.num_labels}
-        return {**row, "volume": volume, "prepared": True, "about": self.about[number]}
+        return {**row, "volume": volume, "about": self.about[number]}
 
     def _to_dict(self, table: pa.Table) -> dict[str, Any]:
         if not table.schema.equals(_ROW, check_metadata=False):  # what describes columns has no checksum

@@ -8,10 +8,9 @@ A row describes one study before its volume is read:
 | `patient` | name of the patient; no patient is in two splits |
 | `report` | findings and impression, "" if there is none |
 | `labels` | one number per label, in the order of `Source.label_names`; NaN if unknown |
-| `volume` | anything `read_volume` takes, or a `Deferred`; `read_study` reads both |
+| `volume` | anything `read_volume` takes, or a `Deferred`; `read_study` reads both; of shards a `PreparedVolume` |
 | `affine`, `rescale_slope`, `rescale_intercept`, `spacing_mm` | only where the volume itself does not say |
 | `about` | only where something is known: the subgroups that the study belongs to, such as `{"sex": "F"}` |
-| `prepared` | only in prepared shards: `volume` is int16 HU `(z, y, x)` on the model's grid |
 """
 
 import contextlib

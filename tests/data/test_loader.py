@@ -27,12 +27,20 @@ from medct import CT_CLIP_LABELS, VolumeError
 from medct.data import DataError, Source, StudyLoader, phantom_source, report_id
 from medct.data import loader as loader_module
 from medct.data.loader import LoadRow
+from medct.data.prepared import PreparedVolume
 from medct.data.sources import Deferred, too_many_bad
 from medct.data.tables import Selection, Sieve, table_source
 from medct.workers_medct import load_ahead, overlapped
 
 NAMES = ("one", "two")
 AFFINE = np.diag([-2.0, -2.0, 3.0, 1.0])
+
+
+class Prepared(PreparedVolume):
+    """A volume that is its number everywhere."""
+
+    def load(self, place):
+        return place.empty(self.shape, torch.int16).fill_(self.row)
 
 
 class Rows:
@@ -46,7 +54,7 @@ class Rows:
         volume[0, 0, 0] = -1024
         row = {"id": f"study-{key}", "patient": f"p{key // 2}", "report": "a" * (key % 3), "labels": [key % 2, np.nan]}
         if self.prepared:
-            return {**row, "volume": np.full((8, 12, 8), key, np.int16), "prepared": True}
+            return {**row, "volume": Prepared("", key, (8, 12, 8))}
         return {**row, "volume": "nothing.nii.gz" if key in self.bad else volume, "affine": AFFINE}
 
 

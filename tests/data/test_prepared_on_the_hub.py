@@ -10,6 +10,7 @@ from medct.data.prepared import prepared_source
 from medct.data.sources import DataError
 from medct.data.tables import Selection
 from medct.publishing.push import PushError, push_shards
+from medct.workers_medct import Place
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +30,7 @@ def folder(tmp_path_factory, config):
 
 
 def opened(row) -> torch.Tensor:
-    with row["volume"].open() as volume:
-        return volume
+    return row["volume"].load(Place())
 
 
 LOAD_FROM_THE_HUB = """
