@@ -366,13 +366,14 @@ def test_a_damaged_footer_affects_its_file_alone(folder, tmp_path, config, sourc
         opened(rows[3])
 
 
-def test_batches_come_in_the_models_unit_without_a_warning(folder, config, processor):
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_batches_come_in_the_models_unit_without_a_warning(num_workers, folder, config, processor):
     processor.image_processor = MedCTImageProcessor.from_config(config.vision_config)
     source = prepared_source(folder, Selection("train"), config)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        loader = StudyLoader(source, processor, config.label_names, batch_size=4, with_text=False)
-        batches = list(loader)
+        options = {"batch_size": 4, "with_text": False, "num_workers": num_workers}
+        batches = list(StudyLoader(source, processor, config.label_names, **options))
     assert [batch["pixel_values"].dtype for batch in batches] == [torch.float32] * 2
     assert batches[0]["pixel_values"].shape == (4, 1, 16, 24, 20)
     hu = opened(source.read(source.keys()[0]))
