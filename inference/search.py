@@ -76,7 +76,7 @@ def read_reports(path: Path) -> dict[str, str]:
         path: csv file or Excel sheet with a column `file_name` or `VolumeName`, and `report` or CT-RATE's two.
 
     Raises:
-        DataError, SearchError: If the file cannot be read, or columns are missing.
+        DataError, SearchError: If the file cannot be read, columns are missing, or a file has two reports.
     """
     table = read_table(path, (), (*_NAME_COLUMNS, "report", *REPORT_COLUMNS))
     name = next((column for column in _NAME_COLUMNS if column in table), None)
@@ -87,8 +87,11 @@ def read_reports(path: Path) -> dict[str, str]:
             f"and one report, or {' and '.join(REPORT_COLUMNS)}."
         )
     reports = [join_text(*parts) for parts in table[columns].itertuples(index=False)]
-    studies = table[name].str.strip().map(composed)
-    return {study: report for study, report in zip(studies, reports, strict=True) if report}
+    found: dict[str, str] = {}
+    for study, report in zip(table[name].str.strip().map(composed), reports, strict=True):
+        if report and found.setdefault(study, report) != report:
+            raise SearchError(f"{path}: {study!r} has several rows with different reports. Keep one of them.")
+    return found
 
 
 def report_of(study: str, reports: dict[str, str]) -> str | None:

@@ -125,6 +125,15 @@ def test_the_longest_end_of_a_path_is_the_studys(tmp_path):
     assert report_of("/data/b/1.nii.gz", reports) == "Short."
 
 
+def test_several_reports_under_one_name_are_refused(tmp_path):
+    path = tmp_path / "reports.csv"
+    path.write_text("file_name,report\na.nii,One.\na.nii,One.\na.nii,\n", encoding="utf-8")
+    assert read_reports(path) == {"a.nii": "One."}
+    path.write_text("file_name,report\na.nii,One.\na.nii,Another.\n", encoding="utf-8")
+    with pytest.raises(SearchError, match=r"reports.csv: 'a.nii' has several rows with different reports. Keep one"):
+        read_reports(path)
+
+
 @pytest.mark.parametrize(("in_table", "on_disk"), [("NFC", "NFD"), ("NFD", "NFC")])
 def test_accents_are_the_same_however_they_are_composed(tmp_path, in_table, on_disk):
     path, name = tmp_path / "reports.csv", "Brüche/Überblick.nii"
