@@ -18,6 +18,7 @@ import queue
 import signal
 import sys
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -177,6 +178,8 @@ class _Pool:
         self.done: dict[int, Any] = {}
         self.again: deque[tuple[int, Any]] = deque()
         self.num_taken = 0
+        # At the latest when the interpreter ends, before it takes apart what ending them needs.
+        self.stop = weakref.finalize(self, _stop, os.getpid(), self.workers)
 
     def has(self, place: int, ahead: int) -> bool:
         """Wait for a study; returns whether there is one."""
@@ -223,11 +226,14 @@ class _Pool:
                 self.workers.remove(worker)
                 self.again.extendleft(reversed(worker.left(self.done)))
 
-    def stop(self) -> None:
-        for worker in self.workers:
-            worker.process.terminate()
-        for worker in self.workers:
-            worker.stop()
+
+def _stop(owner: int, workers: list["_Worker"]) -> None:
+    if owner != os.getpid():  # a forked process, which has inherited the names of these alone
+        return
+    for worker in workers:
+        worker.process.terminate()
+    for worker in workers:
+        worker.stop()
 
 
 class _Worker:

@@ -25,7 +25,7 @@ from medct.common.drawings import knows_drawings_only
 from medct.common.errors import OK, SOME_FAILED
 from medct.common.files import whole_folder, write_json
 from medct.common.lock import only_run
-from medct.common.output import visible
+from medct.common.output import flush_output, visible
 from medct.common.progress import tqdm
 from medct.errors_medct import MedCTError, first_line
 from medct.inference.bulk import KEY, Csv, JsonLines, Reading, process, process_to_file
@@ -251,7 +251,7 @@ def _predict(args: argparse.Namespace) -> int:
     def show(row: dict[str, Any]) -> None:
         # Not through the progress bar.
         tqdm.write(prediction_table(row) if format == "table" else rows_as.line(row), file=sys.stdout, end="")
-        sys.stdout.flush()
+        flush_output()
 
     failed = process(studies, reading_of(args, pipe), rows_of, show, lambda row: None, show_progress=len(studies) > 1)
     return ends(failed, len(studies), None)

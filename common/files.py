@@ -18,6 +18,7 @@ from medct.errors_medct import MedCTError
 # Fetched once, before any thread: the system tells it only by changing it.
 _UMASK = os.umask(0)
 os.umask(_UMASK)
+_VERSION = "MedCT's version"
 _ZEROS = memoryview(bytes(2**20))
 # A file system or a system that knows no such thing; all others say that something went wrong.
 _NOT_KNOWN = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -86,29 +87,39 @@ def first_difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[
 
 
 def with_version(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of an output that is added to, with the version of this package.
-
-    Another version may read the same scan, or train, in another way: its results do not lie among those of this one.
+    """Settings of an output that is added to, with the version of this package, for `refuse_other_settings`.
 
     Args:
         settings: What else decides the results.
     """
-    return {**settings, "MedCT's version": medct.__version__}
+    return {**settings, _VERSION: medct.__version__}
 
 
 def refuse_other_settings(begun: Path, before: dict[str, Any], now: dict[str, Any], flag: str = "--output_dir") -> None:
-    """Raise `OtherSettingsError` if an output was begun with other settings.
+    """Raise `OtherSettingsError` if an output was begun with other settings, or by a version of other numbers.
 
     Args:
         begun: The output.
         before: Settings that it was begun with, from JSON.
-        now: Settings of this run.
+        now: Settings of this run, from `with_version`.
         flag: What chooses another output.
     """
-    if found := first_difference(before, json.loads(json.dumps(now))):
+    theirs, ours = before.get(_VERSION), now[_VERSION]
+    if theirs is None or _rule(theirs) != _rule(ours):
+        by = "a version of MedCT before 0.2.0" if theirs is None else f"MedCT {theirs}"
+        raise OtherSettingsError(
+            f"{begun} was started with {by}, and {ours} may read, compute or train in another way. Resume with that "
+            f"version, or choose another {flag}."
+        )
+    if found := first_difference(before | {_VERSION: ours}, json.loads(json.dumps(now))):
         name, other, ours = found
         remedy = f"Resume with the same settings, or choose another {flag}."
         raise OtherSettingsError(f"{begun} was started with {name} {other}, not {ours}. {remedy}")
+
+
+def _rule(version: str) -> str:
+    """All but the last number: releases that differ in nothing else give the same numbers, see CONTRIBUTING."""
+    return version.rpartition(".")[0]
 
 
 def _aside(final: Path) -> Path:

@@ -169,7 +169,7 @@ class CTRate:
             match = _VOLUME_NAME.fullmatch(name)
             in_tree = f"{tree}/{match['patient']}/{match['scan']}/{name}" if match else f"{tree}/{name}"
             candidates = [*(prefix + in_tree for prefix in prefixes), name]
-            paths.append(next((path for path in candidates if self.folder.has_volume(path)), None))
+            paths.append(next(filter(None, map(self.folder.find_volume, candidates)), None))
         return paths
 
     def _missing(self, name: str, columns: Sequence[str]) -> DataError:

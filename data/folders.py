@@ -5,6 +5,7 @@ held in memory while it is read. Both are retried after network faults, a limite
 """
 
 import contextlib
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,8 +57,10 @@ class LocalFolder:
         """A volume by its path in the folder, as `read_volume` takes it."""
         return str(self.root / path)
 
-    def has_volume(self, path: str) -> bool:
-        return (self.root / path).exists()
+    def find_volume(self, path: str) -> str | None:
+        """The path of a volume with its accents composed as they are here; `None` if there is none."""
+        forms = (path, unicodedata.normalize("NFC", path), unicodedata.normalize("NFD", path))
+        return next((form for form in forms if (self.root / form).exists()), None)
 
 
 @dataclass(frozen=True)
@@ -166,9 +169,9 @@ class HubFolder:
         """A volume by its path in the folder, as `read_study` takes it."""
         return HubFile(self.repo_id, self._in_repo(path), self.revision, self.token)
 
-    def has_volume(self, path: str) -> bool:
-        """Always true: asking would cost one request per volume. A missing volume is a bad sample."""
-        return True
+    def find_volume(self, path: str) -> str:
+        """The path as it is: asking would cost one request per volume. A missing volume is a bad sample."""
+        return path
 
 
 Folder = LocalFolder | HubFolder

@@ -26,6 +26,7 @@ from pyarrow import parquet
 
 from medct.data.folders import HUB_ADDRESS, Folder
 from medct.data.sources import DataError, Deferred, Source, hash_share
+from medct.data.study_names import composed
 from medct.data.subgroups import COLUMNS as SUBGROUPS
 from medct.data.subgroups import subgroup_columns
 from medct.data.table_files import columns_of, read_table
@@ -129,7 +130,8 @@ def tidy(table: pd.DataFrame, label_names: Sequence[str], where: str) -> pd.Data
     reports = [join_text(*part) for part in zip(*parts, strict=True)] if parts else [""] * len(table)
     table = check_labels(table, label_names, where)
     named = {"patient": table.get("patient", table["id"]), "split": table.get("split", pd.Series("", table.index))}
-    table = table.assign(**{column: cells.astype(str).str.strip() for column, cells in named.items()})
+    table = table.assign(**{column: cells.astype(str).str.strip().map(composed) for column, cells in named.items()})
+    table = table.assign(id=table["id"].map(composed))
     if empty := int((table["patient"] == "").sum()):
         raise DataError(f"{where}: {empty} rows have an empty 'patient'. Fill it in.")
     columns = ["id", "patient", "split", "volume", *label_names]
@@ -191,15 +193,16 @@ def metadata_source(folder: Folder, files: dict[str, Path], label_names: Sequenc
     _refuse_same_files(table["volume"], str(folder))
     chosen, how, elsewhere = choose_split(table, selection, str(folder))
     sieve = Sieve(chosen.drop(columns="split"))
-    sieve.drop(~sieve.table["volume"].map(folder.has_volume).astype(bool), "no such file")
+    sieve.table = sieve.table.assign(volume=sieve.table["volume"].map(folder.find_volume))
+    sieve.drop(sieve.table["volume"].isna(), "no such file")
     return table_source(sieve, label_names, folder.volume, selection, f"{folder}{how}", elsewhere)
 
 
 def _refuse_same_files(volumes: pd.Series, folder: str) -> None:
     """Refuse a file that is a study twice under two spellings, since its copies may be in two splits."""
-    plain = volumes.map(lambda name: posixpath.normpath(posixpath.join(folder, name)))
+    plain = volumes.map(lambda name: composed(posixpath.normpath(posixpath.join(folder, name))))
     for name in volumes[plain.duplicated()][:1]:
-        first = volumes[plain == posixpath.normpath(posixpath.join(folder, name))].iloc[0]
+        first = volumes[plain == composed(posixpath.normpath(posixpath.join(folder, name)))].iloc[0]
         raise DataError(f"{folder}: the rows {first!r} and {name!r} are of the same file. Keep one.")
 
 

@@ -201,7 +201,7 @@ class _Volumes:
 
 def _place(folder: Folder, name: str) -> str | None:
     # A repository says yes to every path, so that its volumes lie beside the tables.
-    return next((path for within in _FOLDERS if folder.has_volume(path := f"{within}{name}")), None)
+    return next(filter(None, (folder.find_volume(f"{within}{name}") for within in _FOLDERS)), None)
 
 
 def _volume_name(names: pd.Series) -> pd.Series:

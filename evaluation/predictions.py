@@ -20,7 +20,7 @@ from medct.common.counting import counted
 from medct.common.files import whole_file
 from medct.common.formulas import as_text
 from medct.data.sources import DataError
-from medct.data.study_names import matched
+from medct.data.study_names import composed, matched
 from medct.data.subgroups import COLUMNS as SUBGROUPS
 from medct.data.subgroups import subgroup_columns, subgroups_of
 from medct.data.table_files import columns_of, read_table
@@ -218,7 +218,7 @@ def named_table(path: Path) -> pd.DataFrame:
     columns = columns_of(path)
     name = next((column for column in _NAME_COLUMNS if column in columns), NAME)
     table = read_table(path, [name], [column for column in columns if column != name])
-    return table.rename(columns={name: NAME}).assign(**{NAME: table[name].str.strip()})
+    return table.rename(columns={name: NAME}).assign(**{NAME: table[name].str.strip().map(composed)})
 
 
 def _of_models(scores: pd.DataFrame, split: str | None) -> pd.DataFrame:
@@ -250,7 +250,7 @@ def labelled(table: pd.DataFrame, names: Sequence[str], path: Path) -> pd.DataFr
         DataError: If a label or a patient is not what it should be, or a study has two rows.
     """
     refuse_misnamed(list(table), str(path))
-    patients = table.get("patient", table[NAME]).str.strip()
+    patients = table.get("patient", table[NAME]).str.strip().map(composed)
     if (empty := int((patients == "").sum())) > 0:
         raise DataError(f"{path}: {empty} rows have an empty 'patient'. Fill it in.")
     refuse_two_spellings(patients, str(path))

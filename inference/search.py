@@ -18,7 +18,7 @@ import torch
 
 from medct.common.files import whole_file
 from medct.data.ct_rate import REPORT_COLUMNS
-from medct.data.study_names import matched
+from medct.data.study_names import composed, matched
 from medct.data.table_files import columns_of, read_table
 from medct.data.tables import join_text
 from medct.errors_medct import MedCTError
@@ -70,13 +70,13 @@ class Embeddings:
 
 
 def read_reports(path: Path) -> dict[str, str]:
-    """Read reports by the names of their files, without those that say nothing ("Not given.").
+    """Read reports by the names of their files, `composed`, without those that say nothing ("Not given.").
 
     Args:
         path: csv file or Excel sheet with a column `file_name` or `VolumeName`, and `report` or CT-RATE's two.
 
     Raises:
-        DataError, SearchError: If the file cannot be read, or columns are missing.
+        DataError, SearchError: If the file cannot be read, columns are missing, or a file has two reports.
     """
     table = read_table(path, (), (*_NAME_COLUMNS, "report", *REPORT_COLUMNS))
     name = next((column for column in _NAME_COLUMNS if column in table), None)
@@ -87,7 +87,11 @@ def read_reports(path: Path) -> dict[str, str]:
             f"and one report, or {' and '.join(REPORT_COLUMNS)}."
         )
     reports = [join_text(*parts) for parts in table[columns].itertuples(index=False)]
-    return {study: report for study, report in zip(table[name].str.strip(), reports, strict=True) if report}
+    found: dict[str, str] = {}
+    for study, report in zip(table[name].str.strip().map(composed), reports, strict=True):
+        if report and found.setdefault(study, report) != report:
+            raise SearchError(f"{path}: {study!r} has several rows with different reports. Keep one of them.")
+    return found
 
 
 def report_of(study: str, reports: dict[str, str]) -> str | None:

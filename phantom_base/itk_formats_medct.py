@@ -161,7 +161,7 @@ def is_metaimage(head: bytes) -> bool:
 
 
 def read_nrrd(source: ByteSource, find: Finder, rescale: bool = False) -> CTVolume:
-    """One NRRD file; stored values are taken for HU, for the format has no rescale.
+    """One NRRD file; stored values are taken for HU, unless the header shifts them.
 
     Args:
         source: Its bytes.
@@ -172,27 +172,38 @@ def read_nrrd(source: ByteSource, find: Finder, rescale: bool = False) -> CTVolu
         fields = _without_singletons(_nrrd_fields(source, file))
         shape, dtype, encoding = _nrrd_layout(source, fields)
         affine, notes = _nrrd_affine(source, fields)
-        _check_quantized(source, fields, dtype, rescale)
+        shift, more = _nrrd_shift(source, fields, dtype, rescale)
         name = fields.get("data file")
         if name is None:
-            return CTVolume(_nrrd_voxels(source, file, fields, shape, dtype, encoding), affine, source.name, notes)
-        voxels = _detached(source, find, name)
-        with voxels.open() as file:
-            array = _nrrd_voxels(voxels, file, fields, shape, dtype, encoding, is_detached=True)
-            return CTVolume(array, affine, source.name, notes)
+            array = _nrrd_voxels(source, file, fields, shape, dtype, encoding)
+        else:
+            voxels = _detached(source, find, name)
+            with voxels.open() as file:
+                array = _nrrd_voxels(voxels, file, fields, shape, dtype, encoding, is_detached=True)
+    return CTVolume(rescale_to_hu(array, 1.0, shift), affine, source.name, (*notes, *more))
 
 
-def _check_quantized(source: ByteSource, fields: dict[str, str], dtype: np.dtype, rescale: bool) -> None:
-    """Refuse whole numbers that stand for others, unless the caller says how."""
+def _nrrd_shift(
+    source: ByteSource, fields: dict[str, str], dtype: np.dtype, rescale: bool
+) -> tuple[float, tuple[str, ...]]:
+    """What a header adds to stored values, unless the caller will compute HU.
+
+    `old min` and `old max` are what the least and the greatest number of the type stand for. As far apart as these,
+    they shift values: so dcm2niix writes a rescale by slope 1. Others may as well be the extremes of the voxels.
+    """
     known = [fields.get(name) for name in ("old min", "old max")]
     if None in known or rescale or dtype.kind == "f":
-        return
-    if [_number(source, value, "old min") for value in known] != [np.iinfo(dtype).min, np.iinfo(dtype).max]:
+        return 0.0, ()
+    low, high = (_number(source, value, "old min") for value in known)
+    least, greatest = np.iinfo(dtype).min, np.iinfo(dtype).max
+    if high - low != greatest - least:
         raise VolumeError(
             source.name,
             "its values were quantized (`old min` and `old max`)",
             "Pass `rescale_slope=` and `rescale_intercept=` that give HU",
         )
+    shift = low - least
+    return shift, (f"its header's `old min` and `old max` were applied (stored {shift:+g})",) if shift else ()
 
 
 def _number(source: ByteSource, text: str, field: str) -> float:

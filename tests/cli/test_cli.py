@@ -37,6 +37,7 @@ from medct.cli import commands, main, score_commands
 from medct.cli.arguments import RUNS, make_parser
 from medct.common.distributed import LaunchError
 from medct.common.lock import only_run
+from medct.common.output import flush_output
 from medct.data import phantom_source
 from medct.inference.search import read_embeddings, write_embeddings
 from medct.inference.studies import find_studies
@@ -99,6 +100,15 @@ def test_a_table_for_people(run, scans, pipe):
     assert [line.split() for line in lines] == [
         [f"{result['score']:.3f}", f"{result['logits_margin']:+.2f}", result["label"]] for result in expected
     ]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_findings_that_do_not_fit_are_told_once(run, scans, monkeypatch):
+    with Path("/dev/full").open("w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        status, _, err = run("predict", scans / "0.nii.gz", "--labels", "a")
+        flush_output()  # nothing is left that would fail once more
+    assert (status, err) == (2, "error: standard output: No space left on device.\n")
 
 
 def test_a_model_that_knows_drawings_only_says_so(run, scans, tmp_path):

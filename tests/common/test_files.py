@@ -7,9 +7,18 @@ from pathlib import Path
 
 import pytest
 
+import medct
 from medct.common import files
 from medct.common.errors import FAILED, _end_of
-from medct.common.files import Reserve, flush_to_disk, whole_file, whole_folder
+from medct.common.files import (
+    OtherSettingsError,
+    Reserve,
+    flush_to_disk,
+    refuse_other_settings,
+    whole_file,
+    whole_folder,
+    with_version,
+)
 
 
 def test_appears_when_complete(tmp_path):
@@ -202,3 +211,26 @@ def test_two_writers_of_one_output_do_not_meet(tmp_path, whole):
     with pytest.raises(InterruptedError), whole(tmp_path / "out") as one, whole(tmp_path / "out") as other:
         assert one != other
         raise InterruptedError
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "refused"),
+    [
+        ("1.2.0", "1.2.0", None),
+        ("1.2.0", "1.2.10", None),
+        ("1.2.10", "1.2.0", None),
+        ("1.2.0", "1.3.0", "started with MedCT 1.2.0, and 1.3.0 may read, .* Resume with that version, or choose "),
+        ("1.2.0", "2.2.0", "started with MedCT 1.2.0, "),
+        ("1.2.0", "11.2.0", "started with MedCT 1.2.0, "),
+        ("1.2.0.dev1", "1.2.0", "started with MedCT 1.2.0.dev1, "),
+        (None, "1.2.0", "started with a version of MedCT before 0.2.0, and 1.2.0 "),
+    ],
+)
+def test_an_output_is_added_to_by_releases_that_give_the_same_numbers(theirs, ours, refused, monkeypatch):
+    monkeypatch.setattr(medct, "__version__", theirs)
+    before = {"rank": 4} if theirs is None else with_version({"rank": 4})
+    monkeypatch.setattr(medct, "__version__", ours)
+    if refused is None:
+        refuse_other_settings(Path("out"), before, with_version({"rank": 4}))
+    with pytest.raises(OtherSettingsError, match=refused or "rank 4, not 8"):
+        refuse_other_settings(Path("out"), before, with_version({"rank": 8}))

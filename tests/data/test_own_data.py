@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import unicodedata
 
 import nibabel
 import numpy as np
@@ -136,13 +137,33 @@ def test_a_patient_written_in_two_ways_is_refused(tmp_path, first, second, is_on
         open_source(str(tmp_path), "train", MedCTConfig(id2label={0: "Mass"}, label2id={"Mass": 0}))
 
 
-@pytest.mark.parametrize("other", ["./a.nii", "sub/../a.nii", "sub//../a.nii", "{folder}/a.nii"])
+@pytest.mark.parametrize("other", ["./ä.nii", "sub/../ä.nii", "sub//../ä.nii", "{folder}/ä.nii", "a\u0308.nii"])
 def test_a_file_is_one_study_however_its_path_is_written(tmp_path, other):
     """One spelling might be in one split, and one in another."""
-    rows = f"a.nii,p,train,1\n{other.format(folder=tmp_path)},q,valid,1\n"
+    rows = f"ä.nii,p,train,1\n{other.format(folder=tmp_path)},q,valid,1\n"
     (tmp_path / "metadata.csv").write_text(f"file_name,patient,split,Mass\n{rows}", encoding="utf-8")
-    with pytest.raises(DataError, match=r"the rows 'a.nii' and .* are of the same file. Keep one"):
+    with pytest.raises(DataError, match=r"the rows 'ä.nii' and .* are of the same file. Keep one"):
         open_source(str(tmp_path), "train", MedCTConfig(id2label={0: "Mass"}, label2id={"Mass": 0}))
+
+
+@pytest.mark.parametrize(("in_table", "on_disk"), [("NFC", "NFD"), ("NFD", "NFC")])
+def test_accents_are_the_same_however_they_are_composed(tmp_path, in_table, on_disk):
+    """On macOS, and from its archives, files have them decomposed; tables have them composed."""
+    scan = write_scan(tmp_path / unicodedata.normalize(on_disk, "Brüche/Überblick.nii"), 3)
+    rows = unicodedata.normalize(in_table, "Brüche/Überblick.nii,Jürgen,train,1,\n")
+    (tmp_path / "metadata.csv").write_text(f"file_name,patient,split,nodule,fluid\n{rows}", encoding="utf-8")
+    (row,) = open_source(str(tmp_path), "train", CONFIG, tune_share=0).stream()
+    assert (row["id"], row["patient"]) == ("Brüche/Überblick.nii", "Jürgen")
+    assert row["volume"] == str(scan)
+    assert read_study(row, "SLP").array.max() == 3
+
+
+def test_a_patient_is_one_however_accents_are_composed(tmp_path):
+    write_scan(tmp_path / "a.nii", 1)
+    rows = "a.nii,Jürgen,train,1,\nb.nii,Ju\u0308rgen,valid,1,\n"
+    (tmp_path / "metadata.csv").write_text(f"file_name,patient,split,nodule,fluid\n{rows}", encoding="utf-8")
+    with pytest.raises(DataError, match="1 patients are in several splits"):
+        open_source(str(tmp_path), "train", CONFIG)
 
 
 def test_columns_and_values_that_are_missing_or_strange(tmp_path):

@@ -1,6 +1,7 @@
 """Scores in a csv file: read back to the bit, joined with metadata, paired between runs."""
 
 import dataclasses
+import unicodedata
 
 import numpy as np
 import pandas as pd
@@ -54,6 +55,15 @@ def test_scores_of_tuning_patients_are_no_result():
     both = Predictions(NAMES, {tune: studies(0), valid: studies(1)})
     assert list(held_out(both).scored) == [valid]
     assert list(held_out(Predictions(NAMES, {tune: studies(0)})).scored) == [tune]
+
+
+@pytest.mark.parametrize(("in_scores", "in_metadata"), [("NFC", "NFD"), ("NFD", "NFC")])
+def test_accents_are_the_same_however_they_are_composed(tmp_path, in_scores, in_metadata):
+    for path, form, label in (("scores.csv", in_scores, 0.7), ("metadata.csv", in_metadata, 1)):
+        text = unicodedata.normalize(form, f"file_name,Mass\nÜberblick.nii,{label}\n")
+        (tmp_path / path).write_text(text, encoding="utf-8")
+    (scored,) = join_metadata(tmp_path / "scores.csv", tmp_path / "metadata.csv").scored.values()
+    assert scored.labels.tolist() == [[1]]
 
 
 @pytest.mark.filterwarnings("ignore:.*left out")

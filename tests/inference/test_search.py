@@ -1,5 +1,7 @@
 """Embeddings in Parquet, exact search."""
 
+import unicodedata
+
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -121,6 +123,26 @@ def test_the_longest_end_of_a_path_is_the_studys(tmp_path):
     reports = read_reports(tmp_path / "reports.csv")
     assert report_of("/data/a/1.nii.gz", reports) == "Long."
     assert report_of("/data/b/1.nii.gz", reports) == "Short."
+
+
+def test_several_reports_under_one_name_are_refused(tmp_path):
+    path = tmp_path / "reports.csv"
+    path.write_text("file_name,report\na.nii,One.\na.nii,One.\na.nii,\n", encoding="utf-8")
+    assert read_reports(path) == {"a.nii": "One."}
+    path.write_text("file_name,report\na.nii,One.\na.nii,Another.\n", encoding="utf-8")
+    with pytest.raises(SearchError, match=r"reports.csv: 'a.nii' has several rows with different reports. Keep one"):
+        read_reports(path)
+
+
+@pytest.mark.parametrize(("in_table", "on_disk"), [("NFC", "NFD"), ("NFD", "NFC")])
+def test_accents_are_the_same_however_they_are_composed(tmp_path, in_table, on_disk):
+    path, name = tmp_path / "reports.csv", "Brüche/Überblick.nii"
+    path.write_text(f"file_name,report\n{unicodedata.normalize(in_table, name)},Clear.\n", encoding="utf-8")
+    study = f"/data/{unicodedata.normalize(on_disk, name)}"
+    reports = read_reports(path)
+    assert report_of(study, reports) == "Clear."
+    with pytest.raises(SearchError, match="could be of"):  # two files, of which a table names one
+        refuse_shared(reports, [study, f"/data/{unicodedata.normalize(in_table, name)}"], path)
 
 
 def test_a_report_of_several_studies_is_refused(tmp_path):

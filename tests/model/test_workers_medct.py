@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from medct import shared_memory_medct
-from medct.workers_medct import LoaderError, Lost, _Pool, _Serving, _Worker, load_ahead, overlapped
+from medct.workers_medct import LoaderError, Lost, _Pool, _Serving, _stop, _Worker, load_ahead, overlapped
 
 needs_proc = pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="looks at processes there")
 
@@ -183,6 +183,20 @@ def test_ctrl_c_ends_everything():
     run.join(30)
     assert run.exitcode == 1  # by a KeyboardInterrupt
     assert not group(run.pid)
+
+
+def test_studies_that_nobody_takes_end_with_the_interpreter_and_not_with_a_traceback():
+    """As of `batches = iter(loader)` in a script: what ends processes is gone when such variables are deleted."""
+    studies = load_ahead([3] * 20, fill, 2)
+    next(studies)
+    pool = studies.gi_frame.f_locals["pool"]
+    processes = [worker.process for worker in pool.workers]
+    _stop(os.getppid(), pool.workers)  # a forked process that ends
+    assert all(each.is_alive() for each in processes)
+    assert pool.stop.alive and pool.stop.atexit
+    pool.stop()
+    assert not any(each.is_alive() for each in processes)
+    studies.close()
 
 
 def group(leader: int) -> list[int]:

@@ -319,6 +319,18 @@ def test_nrrd_beyond_itk(changes, data, factor, tmp_path):
         assert np.array_equal(nrrd.read(str(path), index_order="F")[0], ARRAY)
 
 
+@pytest.mark.parametrize(("dtype", "ends"), [("int16", (-33792, 31743)), ("uint16", (-1024, 64511))])
+def test_a_nrrd_that_shifts_its_values(dtype, ends, tmp_path):
+    """As dcm2niix writes a slope of 1 and an intercept of -1024."""
+    stored = np.abs(ARRAY)
+    names = {"oldmin": f"{ends[0]:.8f}", "oldmax": f"{ends[1]:.8f}"}
+    path = write_nrrd(tmp_path, body(np.dtype(dtype).newbyteorder("<").str, stored), type=dtype, **names)
+    volume = read_volume(path)
+    assert_is(volume, stored - 1024)
+    assert volume.notes == ("its header's `old min` and `old max` were applied (stored -1024)",)
+    assert_is(read_volume(path, rescale_slope=1, rescale_intercept=-1024), stored - 1024)  # not twice
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
