@@ -5,6 +5,9 @@ lie elsewhere, it is copied once more. For a volume of 111 MB, these copies and 
 and most of the memory traffic. Here the page is decompressed into its place. Only what is laid out as Arrow writes a
 single value is read so; all else is left to Arrow, which also says what is wrong with it.
 
+Where a value lies is noted when it is written. The footer says so as well, but it has no checksum, and some flipped
+bits of what it says of a column end the process that asks Arrow for it.
+
 Layout: https://parquet.apache.org/docs/file-format, data pages of version 1. A page's header is in Thrift's compact
 protocol; only the four integers that it begins with are needed.
 """
@@ -12,7 +15,8 @@ protocol; only the four integers that it begins with are needed.
 import re
 import struct
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import cramjam
 import numpy as np
@@ -30,57 +34,64 @@ _LEVELS = struct.pack("<iBB", 2, 1 << 1, 2)
 """Definition levels of one value at depth 2 (a nullable struct's nullable field): a run of one 2, with its length."""
 
 
-def read_value(file: Any, metadata: parquet.FileMetaData, row_group: int, path: str, place: Place) -> torch.Tensor:
-    """The bytes of one column in a row group of one row.
+class Chunk(NamedTuple):
+    """Where the only value of a column in a row group lies: a page with its header.
+
+    Args:
+        offset: Of the first byte in the file.
+        num_bytes: As it is stored.
+        compression: "zstd" or "lz4".
+    """
+
+    offset: int
+    num_bytes: int
+    compression: str
+
+
+def chunks_of(path: Path, column: str) -> list[Chunk]:
+    """Where the values of a column lie, one for each row group.
+
+    Args:
+        path: Parquet file that has just been written, each row group of one row.
+        column: Its path in the schema.
+    """
+    metadata = parquet.read_metadata(path)
+    index = [metadata.schema.column(index).path for index in range(metadata.num_columns)].index(column)
+    columns = [metadata.row_group(row).column(index) for row in range(metadata.num_row_groups)]
+    return [Chunk(each.data_page_offset, each.total_compressed_size, each.compression.lower()) for each in columns]
+
+
+def read_value(file: Any, chunk: Chunk, num_bytes: int, place: Place) -> torch.Tensor | None:
+    """The value of a chunk, a binary field of a struct.
 
     Args:
         file: The Parquet file, seekable.
-        metadata: Its footer.
-        row_group: Index of the row group.
-        path: Of the column in the schema: a binary field of a struct, as `volume.bytes`.
+        chunk: Where the value lies.
+        num_bytes: Length of the value.
         place: Where the result is to lie.
 
     Returns:
-        `(num_bytes,)`, uint8, verified by its checksum.
-
-    Raises:
-        OSError, pyarrow.ArrowException: If it is damaged, or the file cannot be read.
-        ValueError: If the row group has another number of rows.
+        `(num_bytes,)`, uint8, verified by its checksum; `None` if there is no such value, or it is damaged.
     """
-    group = metadata.row_group(row_group)
-    (column,) = (each for each in map(group.column, range(group.num_columns)) if each.path_in_schema == path)
-    file.seek(column.data_page_offset)
-    found = _decompressed(file.read(column.total_compressed_size), column, place)
-    if found is not None:
-        return found
-    shard = parquet.ParquetFile(file, metadata=metadata, page_checksum_verification=True)
-    (value,) = shard.read_row_group(row_group, [path], use_threads=False).flatten().column(path)
-    array = np.frombuffer(value.as_buffer(), np.uint8)
-    found = place.empty(array.shape, torch.uint8)
-    found.numpy()[:] = array
-    return found
-
-
-def _decompressed(chunk: bytes, column: parquet.ColumnChunkMetaData, place: Place) -> torch.Tensor | None:
-    """The value of a chunk that is a single page of a single value; `None` if it is anything else, or damaged."""
-    header = _FOUR_INTEGERS.match(chunk)
-    if header is None or column.compression not in _DECOMPRESS or column.has_dictionary_page:
+    file.seek(chunk.offset)
+    stored = file.read(chunk.num_bytes)
+    header = _FOUR_INTEGERS.match(stored)
+    if header is None or chunk.compression not in _DECOMPRESS:
         return None
-    kind, num_bytes, num_compressed, checksum = map(_integer, header.groups())
-    start = column.total_compressed_size - num_compressed  # where there is one page; the total must agree
-    if kind != _DATA_PAGE or column.num_values != 1 or num_bytes != column.total_uncompressed_size - start:
+    head = _LEVELS + struct.pack("<I", num_bytes)
+    kind, num_decompressed, num_compressed, checksum = map(_integer, header.groups())
+    if kind != _DATA_PAGE or num_decompressed != len(head) + num_bytes or not 0 < num_compressed < len(stored):
         return None
-    compressed = memoryview(chunk)[start:]
-    if len(compressed) != num_compressed or isal_zlib.crc32(compressed) != checksum % 2**32:
+    compressed = memoryview(stored)[-num_compressed:]  # all that follows the header, if there is but one page
+    if isal_zlib.crc32(compressed) != checksum % 2**32:
         return None
-    page = place.empty((num_bytes,), torch.uint8)
+    page = place.empty((num_decompressed,), torch.uint8)
     try:
-        num_written = _DECOMPRESS[column.compression](compressed, page.numpy())
+        num_written = _DECOMPRESS[chunk.compression](compressed, page.numpy())
     except (OSError, pa.ArrowException, cramjam.DecompressionError):
         return None
-    value = page[len(_LEVELS) + 4 :]
-    head = bytes(page[: len(_LEVELS) + 4].numpy())
-    return value if num_written == num_bytes and head == _LEVELS + struct.pack("<I", len(value)) else None
+    is_one_value = num_written == num_decompressed and bytes(page[: len(head)].numpy()) == head
+    return page[len(head) :] if is_one_value else None
 
 
 def _integer(digits: bytes) -> int:
@@ -97,10 +108,9 @@ def _of_zstd(compressed: memoryview, out: np.ndarray) -> int:
 
 
 _DECOMPRESS: dict[str, Callable[[memoryview, np.ndarray], int]] = {
-    "ZSTD": _of_zstd,
-    "LZ4": cramjam.lz4.decompress_block_into,
+    "zstd": _of_zstd,
+    "lz4": cramjam.lz4.decompress_block_into,
 }
-"""By Arrow's names for codecs."""
 
 
-__all__ = ["read_value"]
+__all__ = ["Chunk", "chunks_of", "read_value"]

@@ -30,7 +30,17 @@ from medct.common.lock import LockedError, only_run
 from medct.common.paths import local_paths, without_paths
 from medct.common.progress import tqdm
 from medct.configuration_medct import MedCTConfig
-from medct.data.prepared import FEATURES, FORMAT, MANIFEST, PreparedVolume, grid_settings, nifti_header, shard_name
+from medct.data.parquet_pages import chunks_of
+from medct.data.prepared import (
+    FEATURES,
+    FORMAT,
+    MANIFEST,
+    VOLUME,
+    PreparedVolume,
+    grid_settings,
+    nifti_header,
+    shard_name,
+)
 from medct.data.sources import DataError, Source, read_study, too_many_bad
 from medct.errors_medct import said_of
 from medct.image_processing_medct import MedCTImageProcessor
@@ -232,6 +242,7 @@ class Shard:
         with self.path.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         file = {"path": f"data/{self.path.name}", "num_bytes": self.path.stat().st_size, "sha256": sha256}
+        file["chunks"] = chunks_of(self.path, VOLUME)
         # The reconstructions of one scan share its name; `without_report` holds row indices, from 0; `about` subgroups.
         file |= {"num_studies": len(scans), "scans": scans, "without_report": without_report}
         file |= {"about": about} if any(about) else {}

@@ -3,7 +3,7 @@
 A folder of prepared shards, on disk or in a Hub dataset repository:
 
     data/train-00000-of-00003.parquet     8-16 studies each, one study per row group
-    manifest.json                         settings, counts, SHA-256 of the files, what was skipped and why
+    manifest.json                         settings, counts, SHA-256 of files, where volumes lie, what was skipped
     README.md                             dataset card, by which `load_dataset(folder)` finds the splits
 
 A study's volume is an uncompressed `.nii` in a `datasets.Nifti()` column: int16 HU on the model's grid with an affine.
@@ -24,7 +24,7 @@ import itertools
 import json
 import math
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ from medct.byte_sources_medct import is_address
 from medct.common.retry import keep_trying
 from medct.configuration_medct import MedCTConfig
 from medct.data.folders import HUB_ADDRESS
-from medct.data.parquet_pages import read_value
+from medct.data.parquet_pages import Chunk, read_value
 from medct.data.sources import DataError, Merged, NoSuchSplitError, Row, Skipped, Source, first_of
 from medct.data.tables import Selection
 from medct.errors_medct import first_line
@@ -63,6 +63,7 @@ FEATURES = Features(
 )
 _ROW = pa.schema([FEATURES.arrow_schema.field(name) for name in ("id", "patient", "report", "labels", "sha256")])
 """All but the volume; the last for its checksum, so that no part of a row is read damaged."""
+VOLUME = "volume.bytes"
 _NIFTI_HEADER_BYTES = 352
 _INT16 = 4  # NIfTI's code
 _WAITS_S = (1, 2)
@@ -165,12 +166,14 @@ class PreparedVolume:
         row: Index of the row in the file, where each row is a row group.
         shape: Expected shape of the volume, `(z, y, x)`.
         options: Options for the file system, such as a token.
+        chunk: Where the volume lies in the file; `None` if only Arrow knows.
     """
 
     path: str
     row: int
     shape: tuple[int, int, int]
     options: dict[str, Any] = field(default_factory=dict, repr=False)
+    chunk: Chunk | None = None
     refusal: VolumeError | None = None
     """Why the rest of the row cannot be read, in which case neither is the volume."""
     _metadata: parquet.FileMetaData | None = field(default=None, repr=False, compare=False)
@@ -233,9 +236,15 @@ class PreparedVolume:
         return self._tried(lambda: self._load(place))
 
     def _load(self, place: Place) -> torch.Tensor:
-        with self._open() as file:
-            self._metadata = self._metadata or parquet.read_metadata(file)
-            data = read_value(file, self._metadata, self.row, "volume.bytes", place)
+        data = None
+        if self.chunk is not None:
+            with self._open() as file:
+                data = read_value(file, self.chunk, _NIFTI_HEADER_BYTES + 2 * math.prod(self.shape), place)
+        if data is None:
+            (value,) = self._read([VOLUME]).flatten().column(VOLUME)
+            array = np.frombuffer(value.as_buffer(), np.uint8)
+            data = place.empty(array.shape, torch.uint8)
+            data.numpy()[:] = array
         return decode_nifti(data, self.shape, self.name)
 
 
@@ -329,6 +338,7 @@ class _ReadRow:
         num_labels: Labels per study.
         options: Options for the file system.
         about: Subgroups of each row.
+        chunks: Where the volume of each row lies, where it was noted.
     """
 
     paths: tuple[str, ...]
@@ -337,10 +347,12 @@ class _ReadRow:
     num_labels: int
     options: dict[str, Any]
     about: tuple[dict[str, str], ...]
+    chunks: tuple[Chunk | None, ...]
 
     def __call__(self, number: int) -> Row:
         file = bisect.bisect_right(self.starts, number) - 1
-        volume = PreparedVolume(self.paths[file], number - self.starts[file], self.shape, self.options)
+        row_group, chunk = number - self.starts[file], self.chunks[number]
+        volume = PreparedVolume(self.paths[file], row_group, self.shape, self.options, chunk)
         try:
             row = volume.read(_ROW.names, self._to_dict)
         except VolumeError as error:  # raised when the volume is loaded, where it affects this study alone
@@ -401,9 +413,10 @@ def prepared_source(
     scans = [scan for file in found["files"] for scan in file["scans"]]
     groups = [groups[index] for index in first_of([scans[rows[0]] for rows in groups], selection.limit)]
     starts = itertools.accumulate((len(file["scans"]) for file in found["files"]), initial=0)
-    about = tuple(each for file in found["files"] for each in file.get("about") or [{}] * len(file["scans"]))
+    about = tuple(_each_row(found["files"], "about", {}))
+    chunks = tuple(chunk and Chunk(*chunk) for chunk in _each_row(found["files"], "chunks", None))
     shape = tuple(manifest["settings"]["image_size"])
-    read = _ReadRow(paths, tuple(starts)[:-1], shape, len(label_names), options, about)
+    read = _ReadRow(paths, tuple(starts)[:-1], shape, len(label_names), options, about, chunks)
     merged = manifest["settings"].get("merged", ())
     return Source(
         groups,
@@ -418,6 +431,12 @@ def prepared_source(
         mapping=manifest["settings"].get("mapping"),
         checksum=hashlib.sha256(" ".join(file["sha256"] for file in found["files"]).encode()).hexdigest(),
     )
+
+
+def _each_row(files: list[dict[str, Any]], name: str, otherwise: Any) -> Iterator[Any]:
+    """What the manifest notes of each row, where it does."""
+    for file in files:
+        yield from file.get(name) or [otherwise] * len(file["scans"])
 
 
 def _groups(files: list[dict[str, Any]], reconstructions: str, need_reports: bool) -> list[tuple[int, ...]]:

@@ -30,6 +30,7 @@ from medct.data import PhantomCohort, StudyLoader, open_source, phantom_source, 
 from medct.data.ct_rate import METADATA_COLUMNS
 from medct.data.prepared import (
     _ROW,
+    PreparedVolume,
     _ReadRow,
     decode_nifti,
     nifti_header,
@@ -336,7 +337,9 @@ def test_no_flipped_bit_is_read_silently(folder, tmp_path, config):
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     generator = np.random.default_rng(0)
     found = Counter()
-    for position in [*generator.integers(0, len(whole), 150), *range(len(whole) - 100, len(whole))]:
+    footer = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
+    places = [generator.integers(0, len(whole), 100), generator.integers(footer, len(whole), 200)]
+    for position in np.concatenate(places):
         damaged = bytearray(whole)
         damaged[position] ^= 1 << generator.integers(8)
         (tmp_path / "data/valid-00000-of-00001.parquet").write_bytes(damaged)
@@ -352,6 +355,23 @@ def test_no_flipped_bit_is_read_silently(folder, tmp_path, config):
                 expected[name] for name in ("id", "patient", "report", "labels")
             ]
     assert min(found["refused"], found["unharmed"]) > 100
+
+
+def test_volumes_are_read_from_where_they_were_written(folder, config, monkeypatch):
+    rows = list(prepared_source(folder, Selection("train"), config).stream())
+    expected = [dataclasses.replace(row["volume"], chunk=None).load(Place()) for row in rows]
+    monkeypatch.setattr(PreparedVolume, "_read", lambda *_: pytest.fail("Arrow is asked"))
+    assert all(torch.equal(opened(row), volume) for row, volume in zip(rows, expected, strict=True))
+
+
+def test_shards_that_do_not_say_where_volumes_lie_are_read_by_arrow(folder, tmp_path, config):
+    older = shutil.copytree(folder, tmp_path / "older")
+    manifest = json.loads((older / "manifest.json").read_text(encoding="utf-8"))
+    for file in manifest["splits"]["train"]["files"]:
+        del file["chunks"]
+    (older / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    one, other = (prepared_source(each, Selection("train"), config) for each in (folder, older))
+    assert all(torch.equal(opened(row), opened(same)) for row, same in zip(one.stream(), other.stream(), strict=True))
 
 
 def test_a_damaged_footer_affects_its_file_alone(folder, tmp_path, config, sources):
@@ -712,7 +732,7 @@ def test_shards_beside_tables_are_refused(folder, table, tmp_path, config):
 def test_a_row_has_the_columns_and_labels_that_it_should_have():
     """What describes columns has no checksum."""
     row = {"id": ["a"], "patient": ["p"], "report": [""], "labels": [[0.0, 1.0]], "sha256": ["x"]}
-    read = _ReadRow((), (), (1, 1, 1), 2, {}, ())
+    read = _ReadRow((), (), (1, 1, 1), 2, {}, (), ())
     assert read._to_dict(pa.table(row, _ROW)) == {"id": "a", "patient": "p", "report": "", "labels": [0, 1]}
     whole = _ROW.set(3, pa.field("labels", pa.list_(pa.int32())))
     with pytest.raises(ValueError, match="other columns"):
