@@ -19,7 +19,6 @@ from medct.reporting.findings import NO_PROBABILITY, Algorithm, Finding, kind_of
 
 _SYSTEMS = {"SCT": "http://snomed.info/sct", "LN": "http://loinc.org", codes.SCHEME: f"urn:oid:{codes.SCHEME_UID}"}
 _HL7 = "http://terminology.hl7.org/CodeSystem"
-_DECIMALS = 6
 
 Resource = dict[str, Any]
 
@@ -89,7 +88,7 @@ def _category(system: str, code: str, display: str) -> list[Resource]:
 
 
 def _number(value: float) -> Resource:
-    return {"value": round(value, _DECIMALS), "system": "http://unitsofmeasure.org", "code": "1"}
+    return {"value": value, "system": "http://unitsofmeasure.org", "code": "1"}
 
 
 def _device(algorithm: Algorithm) -> Resource:

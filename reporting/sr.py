@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 SERIES_DESCRIPTION = "MedCT findings: research only, not a diagnosis"
 MANUFACTURER = "MedCT"
-_DECIMALS = 6
 SERIES_NUMBER = 9901
 """Of the reports; behind those of scanners."""
 
@@ -118,7 +117,7 @@ def _group(finding: Finding, algorithm: Algorithm, source: SourceStudy) -> Any:
     numbers = [(codes.SCORE, finding.score), (codes.OPERATING_POINT, finding.threshold)]
     numbers.append((codes.PROBABILITY, finding.probability))
     measurements = [
-        hd.sr.Measurement(_concept(name), round(value, _DECIMALS), dicom.UCUM.NoUnits)
+        hd.sr.Measurement(_concept(name), value, dicom.UCUM.NoUnits)
         for name, value in numbers
         if value is not None
     ]

@@ -10,7 +10,7 @@ from functools import cache
 import numpy as np
 import pydicom
 import pytest
-from reports import ALGORITHM, FINDINGS, dciodvfy_errors
+from reports import ALGORITHM, CLOSE, FINDINGS, dciodvfy_errors
 from scan_files import SECRET, make_hu, write_enhanced, write_series
 
 from medct.configuration_medct import CT_CLIP_LABELS
@@ -74,6 +74,14 @@ def test_the_report_holds_what_is_known_of_each_finding(series, tmp_path):
     ]
     thickening = groups[CT_CLIP_LABELS.index("Interlobular septal thickening")].finding_type
     assert "EquivalentCodeSequence" not in thickening
+
+
+def test_numbers_and_calls_agree_however_close_they_are(series, tmp_path):
+    path = saved(make("sr", series, CLOSE), tmp_path)
+    for finding, group in zip(CLOSE, hd.sr.srread(path).content.get_image_measurement_groups(), strict=True):
+        numbers = [each.value for each in group.get_measurements()]
+        assert numbers[:2] == [finding.score, finding.threshold]
+    assert dciodvfy_errors(path) == []
 
 
 def test_the_report_says_what_made_it_and_that_nobody_checked_it(series, tmp_path):

@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from reports import ALGORITHM, FINDINGS
+from reports import ALGORITHM, CLOSE, FINDINGS
 
 from medct.configuration_medct import CT_CLIP_LABELS
 from medct.reporting import codes, fhir
@@ -96,6 +96,14 @@ def test_each_finding_says_what_is_known_of_it():
         called = [one["coding"][0]["code"] for one in each.get("interpretation", [])]
         assert called == ([] if finding.threshold is None else ["POS" if finding.score >= 0.45 else "NEG"])
         assert "Research only" in each["note"][0]["text"]
+
+
+def test_numbers_and_calls_agree_however_close_they_are():
+    written = json.loads(json.dumps(fhir.bundle(CLOSE, ALGORITHM)))
+    for finding, each in zip(CLOSE, resources(written)["Observation"], strict=True):
+        numbers = [each["valueQuantity"]["value"], *(part["valueQuantity"]["value"] for part in each["component"])]
+        expected = [finding.score, finding.threshold, finding.probability]
+        assert numbers == [value for value in expected if value is not None]
 
 
 def test_it_names_the_model_and_warns():
