@@ -38,6 +38,7 @@ _MAY_BE_EMPTY = (
     "ReferringPhysicianName",
 )
 _MUST_BE = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "SOPClassUID")
+_SAYS_WHOSE = ("StudyInstanceUID", "PatientID", "PatientName", "AccessionNumber")
 Made = TypeVar("Made")
 _alone = threading.RLock()
 """Loggers and warnings are the process's: of two threads that silence them, one would end the other's silence."""
@@ -100,7 +101,7 @@ def read_source(study: Study, **options: Any) -> SourceStudy:
         **options: `series`, `resample_irregular`, `rescale_slope` and `rescale_intercept`, see `read_volume`.
 
     Raises:
-        ReportError: If they name no study.
+        ReportError: If they name no study, or more than one.
         VolumeError: If it is not a usable DICOM study.
     """
     slices = dicom_slices(study.source, **options)
@@ -117,6 +118,11 @@ def read_source(study: Study, **options: Any) -> SourceStudy:
                 f"{study.id}: its headers lack the UIDs of study, series or image, so nothing can be added to the "
                 "study. Export it again."
             )
+    if any(len({str(header[name].value or "") for header in headers.values()}) > 1 for name in _SAYS_WHOSE):
+        raise ReportError(
+            f"{study.id}: its images name more than one patient or study, so it is not known whose report this would "
+            "be. Correct their headers, or export the study again."
+        )
     own = headers[id(middle)]
     return SourceStudy(list(headers.values()), own, None if frame is None else frame + 1, study.id)
 

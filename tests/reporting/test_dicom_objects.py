@@ -5,7 +5,7 @@ import re
 import threading
 import warnings
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 import pydicom
@@ -194,6 +194,18 @@ def test_a_study_without_uids_is_refused(tmp_path, name):
     folder = write_series(tmp_path / "s", make_hu((4, 12, 12)), lambda ds, k: delattr(ds, name))
     with pytest.raises(ReportError, match="lack the UIDs"):
         read_source(study_of(folder))
+
+
+@pytest.mark.parametrize("name", ["StudyInstanceUID", "PatientID", "PatientName", "AccessionNumber"])
+def test_a_series_of_several_patients_or_studies_is_nobodys(tmp_path, name):
+    """Some anonymizers replace the same value by another one in each file; one missing value is another one, too."""
+    for folder, values in {"two": ("1.2.8", "1.2.9"), "one or none": ("1.2.8", None)}.items():
+        edit = partial(lambda values, ds, k: setattr(ds, name, values[k == 2]), values)
+        written = write_series(tmp_path / folder, make_hu((4, 12, 12)), edit)
+        with pytest.raises(ReportError) as refusal:
+            read_source(study_of(written))
+        assert re.search("name more than one patient or study|lack the UIDs", str(refusal.value))
+        assert "1.2.8" not in str(refusal.value)
 
 
 def raw(name: str, value: str):
