@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from medct.byte_sources_medct import is_address
 from medct.common.files import whole_file, write_json
 from medct.errors_medct import MedCTError
 from medct.inference.studies import ReadStudy, Study
@@ -132,7 +134,9 @@ def _save(
     report: Any, folder: Path, source: SourceStudy, algorithm: Algorithm, findings: Sequence[Finding], kind: str
 ) -> str:
     """Save a DICOM object under a name that is its own, stays, and says nothing of the patient."""
-    said = [source.middle.SeriesInstanceUID, source.middle.SOPInstanceUID, str(source.frame), *algorithm.parameters]
+    # Copies of a series may have the same UIDs, and other values.
+    place = source.name if is_address(source.name) else os.path.realpath(source.name)
+    said = [place, source.middle.SeriesInstanceUID, source.middle.SOPInstanceUID, str(source.frame), *algorithm.parameters]
     said += [finding.label for finding in findings]
     digest = hashlib.sha256("\n".join(said).encode()).hexdigest()[:16]
     path = folder / f"{digest}_{kind}.dcm"

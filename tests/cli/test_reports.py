@@ -78,6 +78,22 @@ def test_the_same_run_replaces_its_files(predict, tmp_path):
     assert len(list((tmp_path / "out").iterdir())) == 2, "what was asked is another report"
 
 
+def test_copies_of_a_series_replace_nothing_of_each_other(predict, tmp_path):
+    """They may differ in their values: each row names a report of its own, whichever run made it."""
+
+    def edit(ds, k):
+        ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = f"1.2.6.{k}"
+
+    for name, hu in {"a": make_hu((6, 16, 12)), "b": make_hu((6, 16, 12))[:, ::-1]}.items():
+        write_series(tmp_path / "copies" / name, hu, edit)
+    assert predict("copies", "--dicom_sr", "out", "--output", "scores.jsonl")[0] == 0
+    rows = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text(encoding="utf-8").splitlines()]
+    paths = [path for row in rows for path in row["reports"]]
+    assert len(set(paths)) == 2
+    assert predict(str(tmp_path / "copies" / "a"), "--dicom_sr", "out")[0] == 0
+    assert sorted(f"out/{path.name}" for path in (tmp_path / "out").iterdir()) == sorted(paths)
+
+
 @pytest.mark.parametrize("option", ["--dicom_sr", "--dicom_page"])
 def test_nifti_is_refused_in_one_sentence(predict, nifti, option, tmp_path):
     nifti(make_hu((6, 8, 8)))
