@@ -208,11 +208,13 @@ def test_a_series_of_several_patients_or_studies_is_nobodys(tmp_path, name):
         assert "1.2.8" not in str(refusal.value)
 
 
-def raw(name: str, value: str):
+def raw(name: str, value: str, encoding: str = "utf-8"):
     """An `edit` that writes a value as it is, whether or not the standard allows it."""
 
     def edit(ds, k):
-        text = value.encode() + b" " * (len(value) % 2)
+        ds.SpecificCharacterSet = "ISO_IR 192"
+        text = value.encode(encoding)
+        text += b" " * (len(text) % 2)
         tag = pydicom.tag.Tag(pydicom.datadict.tag_for_keyword(name))
         vr = pydicom.datadict.dictionary_VR(tag)
         ds[name] = pydicom.dataelem.RawDataElement(tag, vr, len(text), text, 0, False, True)
@@ -238,6 +240,22 @@ def raw(name: str, value: str):
 def test_what_anonymizers_write_is_no_obstacle(tmp_path, kind, name, value, kept):
     made = make(kind, write_series(tmp_path / "s", make_hu((4, 12, 12)), raw(name, value)))
     assert str(pydicom.dcmread(saved(made, tmp_path))[name].value or "") == kept
+
+
+@pytest.mark.parametrize("kind", ["sr", "page"])
+@pytest.mark.filterwarnings("ignore:Failed to decode byte string")
+def test_a_name_in_another_character_set_is_left_empty(tmp_path, kind):
+    """Read as what its header names, it would be another name."""
+    edit = raw("PatientName", "Müller^Jürgen", "latin-1")
+    made = make(kind, write_series(tmp_path / "s", make_hu((4, 12, 12)), edit))
+    assert str(pydicom.dcmread(saved(made, tmp_path)).PatientName) == ""
+
+
+def test_a_bundle_has_the_values_that_the_headers_write(tmp_path):
+    """Some systems write the numbers of several orders into one accession number."""
+    source = read_source(study_of(write_series(tmp_path / "s", make_hu((4, 12, 12)), raw("AccessionNumber", r"A1\A2"))))
+    assert source.identity.accession_number == r"A1\A2"
+    assert structured_report(FINDINGS[:1], ALGORITHM, source).AccessionNumber == ["A1", "A2"]
 
 
 def test_no_message_quotes_a_header(series, monkeypatch, caplog, recwarn):
