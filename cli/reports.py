@@ -136,8 +136,8 @@ def _save(
     """Save a DICOM object under a name that is its own, stays, and says nothing of the patient."""
     # Copies of a series may have the same UIDs, and other values.
     place = source.name if is_address(source.name) else os.path.realpath(source.name)
-    said = [place, source.middle.SeriesInstanceUID, source.middle.SOPInstanceUID, str(source.frame), *algorithm.parameters]
-    said += [finding.label for finding in findings]
+    said = [place, source.middle.SeriesInstanceUID, source.middle.SOPInstanceUID, str(source.frame)]
+    said += [*algorithm.parameters, *(finding.label for finding in findings)]
     digest = hashlib.sha256("\n".join(said).encode()).hexdigest()[:16]
     path = folder / f"{digest}_{kind}.dcm"
     with whole_file(path) as aside:

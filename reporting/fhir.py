@@ -53,7 +53,9 @@ def bundle(findings: Sequence[Finding], algorithm: Algorithm, identity: Identity
 
     def add(resource: Resource) -> Resource:
         """Put a resource into the bundle; returns a reference to it."""
-        content = json.dumps([len(entries), resource, entries[:1]], sort_keys=True)
+        # A patient without an id looks like any other one.
+        study = identity and identity.study_uid
+        content = json.dumps([len(entries), resource, entries[:1], study], sort_keys=True)
         entries.append({"fullUrl": uuid.uuid5(uuid.NAMESPACE_OID, content).urn, "resource": resource})
         return {"reference": entries[-1]["fullUrl"]}
 

@@ -117,9 +117,7 @@ def _group(finding: Finding, algorithm: Algorithm, source: SourceStudy) -> Any:
     numbers = [(codes.SCORE, finding.score), (codes.OPERATING_POINT, finding.threshold)]
     numbers.append((codes.PROBABILITY, finding.probability))
     measurements = [
-        hd.sr.Measurement(_concept(name), value, dicom.UCUM.NoUnits)
-        for name, value in numbers
-        if value is not None
+        hd.sr.Measurement(_concept(name), value, dicom.UCUM.NoUnits) for name, value in numbers if value is not None
     ]
     calls = []
     if finding.is_present is not None:

@@ -128,6 +128,14 @@ def test_the_same_findings_make_the_same_bundle():
     assert fhir.bundle(FINDINGS, ALGORITHM)["entry"][-1]["fullUrl"] != other["entry"][-1]["fullUrl"]
 
 
+def test_patients_without_an_id_are_not_one_patient():
+    names = []
+    for study in ("1.2.3", "1.2.4"):
+        bundle = fhir.bundle(FINDINGS, ALGORITHM, fhir.Identity("", study))
+        names += [each["fullUrl"] for each in bundle["entry"] if each["resource"]["resourceType"] == "Patient"]
+    assert len(set(names)) == 2
+
+
 def test_a_finding_in_words_is_text_and_no_markup():
     bundle = fhir.bundle([Finding('<b>x</b> & "y"', 0.5)], ALGORITHM)
     div = resources(bundle)["DiagnosticReport"][0]["text"]["div"]
