@@ -101,7 +101,7 @@ def report_writer(
     """
     if not asked_for(args):
         return None
-    algorithm = algorithm_of(pipe, model, args.adapter, args.adapter_revision, args.templates or ())
+    algorithm = algorithm_of(pipe, model, args.adapter, args.adapter_revision, **prompts)
     labels = list(prompts.get("candidate_labels", pipe.asked.label_names))
 
     def write(read: ReadStudy, encoded: Encoded, results: list[dict[str, Any]]) -> list[str]:

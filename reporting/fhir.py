@@ -100,12 +100,13 @@ def _device(algorithm: Algorithm) -> Resource:
         ("adapter", algorithm.adapter, algorithm.adapter_commit),
     ):
         names += [(what, name), (f"{what} {kind_of(commit)}", commit)]
+    prompts = (f"prompts: {each}" for each in algorithm.own_prompts)
     return {
         "resourceType": "Device",
         "status": "active",
         "deviceName": [{"name": algorithm.name, "type": "model-name"}],
         "version": [{"type": {"text": what}, "value": value} for what, value in names if value],
-        "note": [{"text": line} for line in (*(f"prompts: {each}" for each in algorithm.templates), algorithm.warning)],
+        "note": [{"text": text} for text in (*prompts, algorithm.warning)],
     }
 
 

@@ -27,6 +27,8 @@ MOST_PICTURES = 4
 SERIES_DESCRIPTION = "MedCT page: research only, not a diagnosis"
 _WIDTH, _HEIGHT = 1280, 960
 _DOTS_PER_INCH = 100
+_MOST_LINES = 5
+"""Below the scores: prompts of many labels have no end."""
 _ABOVE, _BELOW, _UNKNOWN = "#D55E00", "#0072B2", "0.55"
 """Okabe and Ito's, which colour-blind readers can tell apart; words stand beside them."""
 
@@ -71,10 +73,10 @@ def draw_page(
         where = slices.caption(picture.index).replace(" mm, ", " mm\n", 1)
         title = f"{textwrap.fill(picture.title, 34, max_lines=2)}\n{where}"
         axes.set_title(title, fontsize=8.5, fontfamily=fonts(), parse_math=False)
-    said = [NO_PROBABILITY, *algorithm.parameters]
-    said.append("Slices: where the score comes from most; a debugging aid, not the location of a finding.")
-    text = "\n".join(textwrap.wrap(f"{algorithm.name} {algorithm.version}.   {'   '.join(said)}", 180))
-    figure.text(0.02, 0.05, text, fontsize=8.5, va="center", parse_math=False)
+    of_slices = "Slices: where the score comes from most; a debugging aid, not the location of a finding."
+    said = "   ".join([NO_PROBABILITY, of_slices, *algorithm.parameters])
+    lines = textwrap.wrap(f"{algorithm.name} {algorithm.version}.   {said}", 180, max_lines=_MOST_LINES)
+    figure.text(0.02, 0.05, "\n".join(lines), fontsize=8.5, va="center", parse_math=False)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.ascontiguousarray(np.asarray(canvas.buffer_rgba())[..., :3])

@@ -76,6 +76,10 @@ def test_the_same_run_replaces_its_files(predict, tmp_path):
     assert len(list((tmp_path / "out").iterdir())) == 1
     assert predict("series", "--dicom_sr", "out", "--labels", "Rib fracture")[0] == 0
     assert len(list((tmp_path / "out").iterdir())) == 2, "what was asked is another report"
+    for words in ("broken rib", "cracked rib"):
+        (tmp_path / "labels.csv").write_text(f"label,words\nRib fracture,{words}\n", encoding="utf-8")
+        assert predict("series", "--dicom_sr", "out", "--labels", "labels.csv")[0] == 0
+    assert len(list((tmp_path / "out").iterdir())) == 4, "and so is how"
 
 
 def test_copies_of_a_series_replace_nothing_of_each_other(predict, tmp_path):

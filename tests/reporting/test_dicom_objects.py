@@ -153,7 +153,7 @@ def test_frames_of_one_file_are_referred_to(tmp_path):
 
 
 def test_what_computes_has_a_name_for_each_model_and_what_it_is_asked():
-    others = [{}, {"model": "b"}, {"model_commit": "b"}, {"adapter": "b"}, {"adapter": "c"}, {"templates": ("b",)}]
+    others = [{}, {"model": "b"}, {"model_commit": "b"}, {"adapter": "b"}, {"adapter": "c"}, {"own_prompts": ("b",)}]
     named = [_device_uid(replace(ALGORITHM, **other)) for other in others]
     assert len(set(named)) == len(others) and named[0] == _device_uid(ALGORITHM)
 
@@ -303,6 +303,14 @@ def test_a_page_has_room_for_any_number_of_findings(count):
     volume = read_volume(np.zeros((6, 8, 8), np.int16), spacing_mm=(2, 2, 2))
     pictures = [Picture(r"$\x $ " * 40, index) for index in range(MOST_PICTURES)]
     assert draw_page(findings, ALGORITHM, AxialSlices.of(volume), pictures).shape == (960, 1280, 3)
+
+
+def test_a_page_has_room_for_any_number_of_prompts():
+    algorithm = replace(ALGORITHM, own_prompts=("label: The label is present.|The label is not present.",) * 60)
+    volume = read_volume(np.zeros((6, 8, 8), np.int16), spacing_mm=(2, 2, 2))
+    page = draw_page(FINDINGS, algorithm, AxialSlices.of(volume), [])
+    assert (page[-4:] == 255).all(), "they end above the edge"
+    assert (page[-104:-94] == 255).all(), "and begin below the scores"
 
 
 def test_those_called_present_are_shown_first():
