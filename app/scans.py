@@ -5,6 +5,7 @@ Nothing is kept: a `Scan` lives as long as its session, and no file is written.
 
 import base64
 import io
+import re
 import threading
 import warnings
 from collections.abc import Sequence
@@ -38,6 +39,9 @@ _LETTER_PIXELS = 22
 _ADDS, _TAKES = (230, 60, 40), (60, 110, 230)
 """Colours of patches that add to a score, and that take from it."""
 _MOST_OPACITY = 0.6
+_ARGUMENT = re.compile(r"`\w+=[^`]*`")
+"""Of Python, in a remedy."""
+_BEYOND = " This page has no such setting: upload a file that needs none, or use `medct predict`."
 
 
 class ScanError(MedCTError, ValueError):
@@ -102,7 +106,8 @@ class Engine:
                 volume = read_volume(path, orientation=self.pipe.processor.image_processor.orientation)
         except VolumeError as error:
             source = "" if error.source in (name, str(path)) else f"{Path(error.source).name}: "
-            raise ScanError(f"{name}: {source}{error.reason}. {error.remedy}.") from None
+            beyond = _BEYOND if _ARGUMENT.search(error.remedy) else ""
+            raise ScanError(f"{name}: {source}{error.reason}. {error.remedy}.{beyond}") from None
         except Exception as error:
             raise ScanError(f"{name}: {said_of(error)}") from error
         return self._scored(name, volume)

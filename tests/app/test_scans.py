@@ -5,6 +5,7 @@ import io
 import json
 import re
 import zipfile
+from functools import partial
 from types import SimpleNamespace
 
 import nibabel
@@ -130,6 +131,20 @@ def test_a_program_reaches_and_removes_its_own_upload_alone(engine, tmp_path):
         assert path.exists()
     assert answers.predict(str(path))["scan"] == path.name
     assert list(tmp_path.rglob("*")) == [path.parent.parent]
+
+
+def test_a_remedy_says_what_the_page_cannot_do(engine, tmp_path):
+    """A whole study often holds several series, and the page does not ask which."""
+    with zipfile.ZipFile(tmp_path / "study.zip", "w") as archive:
+        for number in ("1.2.8", "1.2.9"):
+            edit = partial(lambda number, ds, k: setattr(ds, "SeriesInstanceUID", number), number)
+            for path in write_series(tmp_path / number, make_hu((6, 16, 12)), edit).iterdir():
+                archive.write(path, f"{number}/{path.name}")
+    with pytest.raises(ScanError, match="holds 2 CT series .* This page has no such setting: upload a file that needs"):
+        engine.read(tmp_path / "study.zip")
+    with pytest.raises(ScanError, match="a zip") as refusal:
+        engine.read(next((tmp_path / "1.2.8").iterdir()))
+    assert "no such setting" not in str(refusal.value)
 
 
 def test_an_unknown_failure_quotes_nothing(engine, tmp_path, monkeypatch):
