@@ -147,10 +147,11 @@ class _Answers:
         if scan is None:
             return [None, views.message("Load a scan first."), "", "", self.gr.skip()]
         try:
-            self.engine.ask(scan, text)
+            remark = self.engine.ask(scan, text)
         except ScanError as error:
             return [scan, views.message(str(error)), *self._findings(scan), self.gr.skip()]
-        return [scan, "", *self._findings(scan), self.gr.Dropdown(choices=scan.labels)]
+        said = "" if remark is None else views.message(remark)
+        return [scan, said, *self._findings(scan), self.gr.Dropdown(choices=scan.labels)]
 
     def predict(self, path: str) -> dict[str, Any]:
         """For programs: a file in, JSON out."""

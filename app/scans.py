@@ -131,22 +131,27 @@ class Engine:
             results = self.pipe.postprocess(self.pipe.forward(encoded, **prompts), **prompts)
         return findings_of(results, labels, self.pipe.thresholds)
 
-    def ask(self, scan: Scan, text: str) -> None:
+    def ask(self, scan: Scan, text: str) -> str | None:
         """Score findings in words, beside the model's own.
 
         Args:
             scan: Gets them, in place of those that it was asked for before.
             text: One finding a line.
 
+        Returns:
+            What should be said of words that the model does not know.
+
         Raises:
             ScanError: If there are too many, or they are too long.
         """
         own = self.pipe.asked.label_names
-        labels = list(dict.fromkeys(line for line in map(str.strip, text.splitlines()) if line and line not in own))
+        lines = (" ".join(line.split()) for line in text.splitlines())  # cells of a table come with tabs
+        labels = list(dict.fromkeys(line for line in lines if line and line not in own))
         if len(labels) > MOST_OWN_FINDINGS or any(len(label) > _LONGEST_FINDING for label in labels):
             raise ScanError(f"At most {MOST_OWN_FINDINGS} findings of {_LONGEST_FINDING} letters, one per line.")
         found = self._findings(scan.encoded, labels, candidate_labels=labels) if labels else []
         scan.findings = [*scan.findings[: len(own)], *found]
+        return self.pipe.processor.remark_on_words(self.pipe.asked.label_prompts(labels), labels)
 
     def geometry(self, scan: Scan) -> VolumeGeometry:
         """Where the model's voxels lie in a scan."""

@@ -111,6 +111,21 @@ def test_own_findings_stand_beside_the_models(engine):
         engine.ask(scan, "\n".join(f"finding {index}" for index in range(21)))
 
 
+def test_lines_of_a_table_are_findings(engine):
+    scan = engine.phantom()
+    assert engine.ask(scan, "rib\tfracture\nlarge mass\t") is None
+    assert scan.labels[len(CT_CLIP_LABELS) :] == ["rib fracture", "large mass"]
+
+
+def test_words_that_the_model_does_not_know_are_remarked_on(engine):
+    """They are all the same word to it."""
+    own = SimpleNamespace(skip=None, Dropdown=lambda **_: None)
+    with pytest.warns(UserWarning, match="does not know words"):
+        _, said, table, *_ = page._Answers(own, engine).ask(engine.phantom(), "肺结节\nlarge mass")
+    assert "does not know words in the prompts of 1 of 2 labels (肺结节). Give them words" in said
+    assert "肺结节" in table
+
+
 def test_a_refusal_names_the_file_alone(engine, tmp_path):
     path = tmp_path / "wrong.nii.gz"
     path.write_text("nothing")
@@ -140,7 +155,7 @@ def test_a_remedy_says_what_the_page_cannot_do(engine, tmp_path):
             edit = partial(lambda number, ds, k: setattr(ds, "SeriesInstanceUID", number), number)
             for path in write_series(tmp_path / number, make_hu((6, 16, 12)), edit).iterdir():
                 archive.write(path, f"{number}/{path.name}")
-    with pytest.raises(ScanError, match="holds 2 CT series .* This page has no such setting: upload a file that needs"):
+    with pytest.raises(ScanError, match=r"holds 2 CT series .* This page has no such setting: upload a file"):
         engine.read(tmp_path / "study.zip")
     with pytest.raises(ScanError, match="a zip") as refusal:
         engine.read(next((tmp_path / "1.2.8").iterdir()))
