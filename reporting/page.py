@@ -31,6 +31,7 @@ _MOST_LINES = 5
 """Below the scores: prompts of many labels have no end."""
 _ABOVE, _BELOW, _UNKNOWN = "#D55E00", "#0072B2", "0.55"
 """Okabe and Ito's, which colour-blind readers can tell apart; words stand beside them."""
+_LOSSY = ("LossyImageCompression", "LossyImageCompressionRatio", "LossyImageCompressionMethod")
 
 
 class Picture(NamedTuple):
@@ -151,6 +152,11 @@ def _image(page: np.ndarray, algorithm: Algorithm, source: SourceStudy) -> "Data
     image.ConversionType = "WSD"  # drawn by a program
     image.PatientOrientation = None  # of a page there is none; letters stand in its slices
     image.BodyPartExamined = "CHEST"
-    image.BurnedInAnnotation = "NO"  # nothing in the picture says whose scan it is
+    is_burnt_in = any(header.get("BurnedInAnnotation") == "YES" for header in source.headers)
+    image.BurnedInAnnotation = "YES" if is_burnt_in else "NO"  # but for its slices, nothing says whose scan it is
+    lossy = next((header for header in source.headers if header.get("LossyImageCompression") == "01"), {})
+    for name in _LOSSY:
+        if name in lossy:  # once lossy, for ever
+            setattr(image, name, lossy[name].value)
     image.ImageComments = algorithm.warning
     return image

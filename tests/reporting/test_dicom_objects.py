@@ -296,6 +296,25 @@ def test_the_page_is_a_colour_picture_that_names_nobody(series, tmp_path):
     assert red[:60].mean() > 0.2 and not red[100:].any(), "the warning is burnt in on top"
 
 
+def test_a_page_is_what_its_slices_are(tmp_path):
+    """One slice with a name burnt into it may be among those that are shown, and so may one that lost something."""
+    kept = {
+        "LossyImageCompression": "01",
+        "LossyImageCompressionRatio": 9.5,
+        "LossyImageCompressionMethod": "ISO_10918_1",
+    }
+
+    def edit(ds, k):
+        ds.BurnedInAnnotation = "YES" if k == 1 else "NO"
+        for name, value in kept.items() if k == 1 else ():
+            setattr(ds, name, value)
+
+    path = saved(make("page", write_series(tmp_path / "s", make_hu((4, 12, 12)), edit)), tmp_path)
+    page = pydicom.dcmread(path)
+    assert page.BurnedInAnnotation == "YES" and {name: page[name].value for name in kept} == kept
+    assert dciodvfy_errors(path) == []
+
+
 @pytest.mark.parametrize("count", [1, 18, 60])
 def test_a_page_has_room_for_any_number_of_findings(count):
     """Their names are no formulas, whatever stands in them."""
