@@ -205,8 +205,9 @@ def _findings_column(gr: Any, engine: Engine) -> dict[str, Any]:
 def _picture_column(gr: Any, engine: Engine) -> dict[str, Any]:
     """The picture, and what decides what it shows, by name."""
     bounds = {"minimum": 1, "maximum": 2, "value": 1, "step": 1, "interactive": False}
+    jumps = {"label": "Finding: jumps to its strongest slice", "visible": engine.can_be_asked}
     return {
-        "finding": gr.Dropdown([], label="Finding: jumps to its strongest slice", elem_id="finding"),
+        "finding": gr.Dropdown([], **jumps, elem_id="finding"),
         "window": gr.Radio(list(WINDOWS_HU), value=next(iter(WINDOWS_HU)), label="Window", elem_id="window"),
         "number": gr.Slider(**bounds, label="Slice, from the feet", elem_id="slice", buttons=[]),
         "picture": gr.HTML(elem_id="picture"),

@@ -16,7 +16,7 @@ from medct.pipeline_medct import CTPipeline, ZeroShotCTClassificationPipeline
 
 WARNING = "Research only: not a diagnosis, not checked by a physician, not for clinical use."
 SYNTHETIC = "The model was trained on synthetic drawings: what it says about a patient means nothing."
-NO_PROBABILITY = "A score compares the scan with two sentences; it is not a probability of disease."
+NO_PROBABILITY = "A score ranks scans; it is not a probability of disease."
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ def draw_page(
         where = slices.caption(picture.index).replace(" mm, ", " mm\n", 1)
         title = f"{textwrap.fill(picture.title, 34, max_lines=2)}\n{where}"
         axes.set_title(title, fontsize=8.5, fontfamily=fonts(), parse_math=False)
-    of_slices = "Slices: where the score comes from most; a debugging aid, not the location of a finding."
+    of_slices = "A finding's slice: where its score comes from most; a debugging aid, not where the finding is."
     said = "   ".join([NO_PROBABILITY, of_slices, *algorithm.parameters])
     lines = textwrap.wrap(f"{algorithm.name} {algorithm.version}.   {said}", 180, max_lines=_MOST_LINES)
     figure.text(0.02, 0.05, "\n".join(lines), fontsize=8.5, va="center", parse_math=False)

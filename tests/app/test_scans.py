@@ -211,6 +211,7 @@ def test_a_classifier_has_no_map(classifier_folder):
     scan = engine.phantom()
     assert not engine.can_be_asked and engine.strongest_slice(scan, scan.labels[0]) == len(scan.slices) // 2
     engine.picture(scan, 1, "Lung", scan.labels[0])
+    assert "sentence" not in views.findings_table(scan), "it is asked in none"
 
 
 def test_the_banner_says_what_it_is(engine):
