@@ -106,23 +106,23 @@ def report_writer(
 
     def write(read: ReadStudy, encoded: Encoded, results: list[dict[str, Any]]) -> list[str]:
         findings = findings_of(results, labels, pipe.thresholds)
+        notes = [note for note in read.notes if note not in read.study.notes]  # these name places on this machine
         written = []
         if args.dicom_sr is not None or args.dicom_page is not None or args.fhir_identity:
             source = read_source(read.study, **options)
         if args.dicom_sr is not None:
             from medct.reporting.sr import structured_report
 
-            report = structured_report(findings, algorithm, source)
+            report = structured_report(findings, algorithm, source, notes)
             written.append(_save(report, args.dicom_sr, source, algorithm, findings, "sr"))
         if args.dicom_page is not None:
             from medct.reporting.page import secondary_capture
 
-            page = secondary_capture(
-                _drawn(read, encoded, findings, algorithm, pipe, prompts, options), algorithm, source
-            )
+            drawn = _drawn(read, encoded, findings, algorithm, pipe, prompts, options, notes)
+            page = secondary_capture(drawn, algorithm, source)
             written.append(_save(page, args.dicom_page, source, algorithm, findings, "page"))
         if args.fhir is not None:
-            found = fhir.bundle(findings, algorithm, source.identity if args.fhir_identity else None)
+            found = fhir.bundle(findings, algorithm, source.identity if args.fhir_identity else None, notes)
             write_json(args.fhir, found, ensure_ascii=False)
             written.append(str(args.fhir))
         return written
@@ -153,6 +153,7 @@ def _drawn(
     pipe: CTPipeline,
     prompts: dict[str, Any],
     options: dict[str, Any],
+    notes: Sequence[str],
 ) -> np.ndarray:
     """The page of a study, `(row, column, 3)`."""
     from medct.inference.slices import AxialSlices
@@ -161,7 +162,7 @@ def _drawn(
     # Read again: a loader process hands on only what the model sees of a scan.
     volume = read_volume(read.study.source, orientation=pipe.processor.image_processor.orientation, **options)
     slices = AxialSlices.of(volume)
-    return draw_page(findings, algorithm, slices, _pictures(encoded, volume, findings, slices, pipe, prompts))
+    return draw_page(findings, algorithm, slices, _pictures(encoded, volume, findings, slices, pipe, prompts), notes)
 
 
 def _pictures(

@@ -103,6 +103,11 @@ class Algorithm:
         return f"{WARNING} {SYNTHETIC}" if self.is_synthetic else WARNING
 
 
+def said_of_scan(notes: Sequence[str]) -> list[str]:
+    """What was noted when the scan was read, one line each."""
+    return [f"note on the scan: {note}" for note in notes]
+
+
 def kind_of(commit: str | None) -> str:
     """What to call what an `Algorithm` has as a commit: of a folder, it is the fingerprint of its weights."""
     return "fingerprint" if commit is not None and commit.startswith("sha256") else "commit"

@@ -16,7 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from medct.inference.slices import WIDE_WINDOW_HU, AxialSlices, draw_slice, fonts
-from medct.reporting.findings import NO_PROBABILITY, SYNTHETIC, WARNING, Algorithm, Finding
+from medct.reporting.findings import NO_PROBABILITY, SYNTHETIC, WARNING, Algorithm, Finding, said_of_scan
 from medct.reporting.source import SourceStudy, quietly
 from medct.reporting.sr import SERIES_NUMBER, equipment, need_highdicom
 
@@ -47,7 +47,11 @@ def worth_a_picture(findings: Sequence[Finding]) -> list[Finding]:
 
 
 def draw_page(
-    findings: Sequence[Finding], algorithm: Algorithm, slices: AxialSlices, pictures: Sequence[Picture]
+    findings: Sequence[Finding],
+    algorithm: Algorithm,
+    slices: AxialSlices,
+    pictures: Sequence[Picture],
+    notes: Sequence[str] = (),
 ) -> np.ndarray:
     """Draw the page.
 
@@ -56,6 +60,7 @@ def draw_page(
         algorithm: What they were made with.
         slices: The scan.
         pictures: Slices to show, `MOST_PICTURES` at most.
+        notes: On the scan, from reading it.
 
     Returns:
         `(row, column, 3)`, RGB, uint8.
@@ -75,7 +80,7 @@ def draw_page(
         title = f"{textwrap.fill(picture.title, 34, max_lines=2)}\n{where}"
         axes.set_title(title, fontsize=8.5, fontfamily=fonts(), parse_math=False)
     of_slices = "A finding's slice: where its score comes from most; a debugging aid, not where the finding is."
-    said = "   ".join([NO_PROBABILITY, of_slices, *algorithm.parameters])
+    said = "   ".join([NO_PROBABILITY, of_slices, *said_of_scan(notes), *algorithm.parameters])
     lines = textwrap.wrap(f"{algorithm.name} {algorithm.version}.   {said}", 180, max_lines=_MOST_LINES)
     figure.text(0.02, 0.05, "\n".join(lines), fontsize=8.5, va="center", parse_math=False)
     canvas = FigureCanvasAgg(figure)

@@ -4,6 +4,7 @@ import csv
 import json
 import re
 
+import numpy as np
 import pydicom
 import pytest
 import torch
@@ -96,6 +97,28 @@ def test_copies_of_a_series_replace_nothing_of_each_other(predict, tmp_path):
     assert len(set(paths)) == 2
     assert predict(str(tmp_path / "copies" / "a"), "--dicom_sr", "out")[0] == 0
     assert sorted(f"out/{path.name}" for path in (tmp_path / "out").iterdir()) == sorted(paths)
+
+
+def test_what_was_noted_on_the_scan_is_said_in_its_reports(predict, tmp_path, monkeypatch):
+    """But not where else its slices lie, which names places on this machine."""
+    pages = []
+    monkeypatch.setattr("medct.reporting.page.draw_page", lambda *args: pages.append(args[-1]) or blank)
+    blank = np.zeros((960, 1280, 3), np.uint8)
+    write_series(tmp_path / "twin", make_hu((6, 16, 12)))
+    write_series(tmp_path / "gap", make_hu((6, 16, 12)), lambda ds, k: k != 2)
+    write_series(tmp_path / "gap" / "more", make_hu((6, 16, 12)))
+    status, said = predict("gap", "--resample_irregular", "--dicom_sr", "out", "--dicom_page", "out")
+    assert status == 0 and "lie in gap/more too" in said
+    note = "slices with steps of 2.500 to 5.000 mm were interpolated to 6 even ones"
+    assert [note] in pages and not any("gap" in each for notes in pages for each in notes)
+    reports = [path.read_bytes() for path in (tmp_path / "out").glob("*_sr.dcm")]
+    assert sum(f"note on the scan: {note}".encode() in each for each in reports) == 1
+    assert not any(b"gap" in each for each in reports)
+    arguments = ("--resample_irregular", "--fhir", "f.json")
+    (tmp_path / "gap" / "more").rename(tmp_path / "more")
+    assert predict("gap", *arguments)[0] == 0
+    (report,) = [each["resource"] for each in json.loads((tmp_path / "f.json").read_text())["entry"][-1:]]
+    assert f"note on the scan: {note}." in report["conclusion"] and note in report["text"]["div"]
 
 
 @pytest.mark.parametrize("option", ["--dicom_sr", "--dicom_page"])
