@@ -154,17 +154,18 @@ def _text(element: "DataElement") -> str:
 def _is_known(name: str, value: str) -> bool:
     """Whether a date, a time or a sex is one of the standard's; others, as anonymizers write them, say nothing.
 
-    Neither does a text that is not in the character set that its header names.
+    Neither do several names in place of one, nor a text that is not in the character set that its header names.
     """
     from pydicom.valuerep import DA, TM
 
-    if _UNREADABLE in value:
+    if _UNREADABLE in value or (name.endswith("Name") and "\\" in value):
         return False
     if name == "PatientSex":
         return value in ("", "M", "F", "O")
     try:
         if name.endswith("Date"):
-            DA(value)
+            DA(value)  # also takes the points of ACR-NEMA
+            return "." not in value
         elif name.endswith("Time"):
             TM(value)
     except ValueError:
