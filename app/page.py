@@ -113,7 +113,7 @@ class _Answers:
         """A scan that was just read, in all parts of the page; the overlay is off."""
         for note in scan.notes:
             self.gr.Warning(f"{scan.name}: {note}.")
-        first = max(scan.findings, key=lambda each: each.score).label
+        first = max(scan.findings, key=lambda each: (each.is_present or False, each.score)).label
         choice = self.gr.Dropdown(choices=scan.labels, value=first)
         return [scan, "", *self._findings(scan), choice, *self._strongest(scan, first, window, False), False]
 

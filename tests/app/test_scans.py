@@ -22,6 +22,7 @@ from medct.app.scans import Engine, ScanError, data_uri
 from medct.cli import main
 from medct.inference.maps import map_findings
 from medct.inference.slices import LETTERS, WINDOWS_HU
+from medct.reporting.findings import Finding
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +110,14 @@ def test_own_findings_stand_beside_the_models(engine):
     assert scan.labels == list(CT_CLIP_LABELS)
     with pytest.raises(ScanError, match="At most 20 findings"):
         engine.ask(scan, "\n".join(f"finding {index}" for index in range(21)))
+
+
+def test_what_is_called_present_is_shown_first(engine, monkeypatch):
+    """As on the page of a report."""
+    found = [Finding("a", 0.9), Finding("b", 0.8, 0.85), Finding("Emphysema", 0.3, 0.1), Finding("c", 0.2, 0.1)]
+    monkeypatch.setattr(engine, "_findings", lambda *_, **__: found)
+    shown = page._Answers(SimpleNamespace(Dropdown=dict, Slider=dict), engine).take_phantom("Lung")
+    assert shown[4]["value"] == "Emphysema"
 
 
 def test_lines_of_a_table_are_findings(engine):
