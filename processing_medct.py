@@ -100,7 +100,7 @@ class MedCTProcessor(PicklesAnywhere, ProcessorMixin):
         said = f": {which} cannot be told from one another" if alike else ""
         return (
             f"The model's tokenizer does not know words in the prompts of {len(strange)} of {len(labels)} labels "
-            f"({_few(strange)}){said}. Give them words that it knows, in the column `words` of a table of labels."
+            f"({_few(strange)}){said}. Give them words that it knows (in a table of labels: the column `words`)."
         )
 
 

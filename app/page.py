@@ -113,7 +113,7 @@ class _Answers:
         """A scan that was just read, in all parts of the page; the overlay is off."""
         for note in scan.notes:
             self.gr.Warning(f"{scan.name}: {note}.")
-        first = max(scan.findings, key=lambda each: each.score).label
+        first = max(scan.findings, key=lambda each: (each.is_present or False, each.score)).label
         choice = self.gr.Dropdown(choices=scan.labels, value=first)
         return [scan, "", *self._findings(scan), choice, *self._strongest(scan, first, window, False), False]
 
@@ -147,10 +147,11 @@ class _Answers:
         if scan is None:
             return [None, views.message("Load a scan first."), "", "", self.gr.skip()]
         try:
-            self.engine.ask(scan, text)
+            remark = self.engine.ask(scan, text)
         except ScanError as error:
             return [scan, views.message(str(error)), *self._findings(scan), self.gr.skip()]
-        return [scan, "", *self._findings(scan), self.gr.Dropdown(choices=scan.labels)]
+        said = "" if remark is None else views.message(remark)
+        return [scan, said, *self._findings(scan), self.gr.Dropdown(choices=scan.labels)]
 
     def predict(self, path: str) -> dict[str, Any]:
         """For programs: a file in, JSON out."""
@@ -204,8 +205,9 @@ def _findings_column(gr: Any, engine: Engine) -> dict[str, Any]:
 def _picture_column(gr: Any, engine: Engine) -> dict[str, Any]:
     """The picture, and what decides what it shows, by name."""
     bounds = {"minimum": 1, "maximum": 2, "value": 1, "step": 1, "interactive": False}
+    jumps = {"label": "Finding: jumps to its strongest slice", "visible": engine.can_be_asked}
     return {
-        "finding": gr.Dropdown([], label="Finding: jumps to its strongest slice", elem_id="finding"),
+        "finding": gr.Dropdown([], **jumps, elem_id="finding"),
         "window": gr.Radio(list(WINDOWS_HU), value=next(iter(WINDOWS_HU)), label="Window", elem_id="window"),
         "number": gr.Slider(**bounds, label="Slice, from the feet", elem_id="slice", buttons=[]),
         "picture": gr.HTML(elem_id="picture"),

@@ -5,6 +5,7 @@ Nothing is kept: a `Scan` lives as long as its session, and no file is written.
 
 import base64
 import io
+import re
 import threading
 import warnings
 from collections.abc import Sequence
@@ -38,6 +39,9 @@ _LETTER_PIXELS = 22
 _ADDS, _TAKES = (230, 60, 40), (60, 110, 230)
 """Colours of patches that add to a score, and that take from it."""
 _MOST_OPACITY = 0.6
+_ARGUMENT = re.compile(r"`\w+=[^`]*`")
+"""Of Python, in a remedy."""
+_BEYOND = " This page has no such setting: upload a file that needs none, or use `medct predict`."
 
 
 class ScanError(MedCTError, ValueError):
@@ -102,7 +106,8 @@ class Engine:
                 volume = read_volume(path, orientation=self.pipe.processor.image_processor.orientation)
         except VolumeError as error:
             source = "" if error.source in (name, str(path)) else f"{Path(error.source).name}: "
-            raise ScanError(f"{name}: {source}{error.reason}. {error.remedy}.") from None
+            beyond = _BEYOND if _ARGUMENT.search(error.remedy) else ""
+            raise ScanError(f"{name}: {source}{error.reason}. {error.remedy}.{beyond}") from None
         except Exception as error:
             raise ScanError(f"{name}: {said_of(error)}") from error
         return self._scored(name, volume)
@@ -126,22 +131,27 @@ class Engine:
             results = self.pipe.postprocess(self.pipe.forward(encoded, **prompts), **prompts)
         return findings_of(results, labels, self.pipe.thresholds)
 
-    def ask(self, scan: Scan, text: str) -> None:
+    def ask(self, scan: Scan, text: str) -> str | None:
         """Score findings in words, beside the model's own.
 
         Args:
             scan: Gets them, in place of those that it was asked for before.
             text: One finding a line.
 
+        Returns:
+            What should be said of words that the model does not know.
+
         Raises:
             ScanError: If there are too many, or they are too long.
         """
         own = self.pipe.asked.label_names
-        labels = list(dict.fromkeys(line for line in map(str.strip, text.splitlines()) if line and line not in own))
+        lines = (" ".join(line.split()) for line in text.splitlines())  # cells of a table come with tabs
+        labels = list(dict.fromkeys(line for line in lines if line and line not in own))
         if len(labels) > MOST_OWN_FINDINGS or any(len(label) > _LONGEST_FINDING for label in labels):
             raise ScanError(f"At most {MOST_OWN_FINDINGS} findings of {_LONGEST_FINDING} letters, one per line.")
         found = self._findings(scan.encoded, labels, candidate_labels=labels) if labels else []
         scan.findings = [*scan.findings[: len(own)], *found]
+        return self.pipe.processor.remark_on_words(self.pipe.asked.label_prompts(labels), labels)
 
     def geometry(self, scan: Scan) -> VolumeGeometry:
         """Where the model's voxels lie in a scan."""

@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from medct.byte_sources_medct import is_address
 from medct.common.files import whole_file, write_json
 from medct.errors_medct import MedCTError
 from medct.inference.studies import ReadStudy, Study
@@ -99,28 +101,28 @@ def report_writer(
     """
     if not asked_for(args):
         return None
-    algorithm = algorithm_of(pipe, model, args.adapter, args.adapter_revision, args.templates or ())
+    algorithm = algorithm_of(pipe, model, args.adapter, args.adapter_revision, **prompts)
     labels = list(prompts.get("candidate_labels", pipe.asked.label_names))
 
     def write(read: ReadStudy, encoded: Encoded, results: list[dict[str, Any]]) -> list[str]:
         findings = findings_of(results, labels, pipe.thresholds)
+        notes = [note for note in read.notes if note not in read.study.notes]  # these name places on this machine
         written = []
         if args.dicom_sr is not None or args.dicom_page is not None or args.fhir_identity:
             source = read_source(read.study, **options)
         if args.dicom_sr is not None:
             from medct.reporting.sr import structured_report
 
-            report = structured_report(findings, algorithm, source)
+            report = structured_report(findings, algorithm, source, notes)
             written.append(_save(report, args.dicom_sr, source, algorithm, findings, "sr"))
         if args.dicom_page is not None:
             from medct.reporting.page import secondary_capture
 
-            page = secondary_capture(
-                _drawn(read, encoded, findings, algorithm, pipe, prompts, options), algorithm, source
-            )
+            drawn = _drawn(read, encoded, findings, algorithm, pipe, prompts, options, notes)
+            page = secondary_capture(drawn, algorithm, source)
             written.append(_save(page, args.dicom_page, source, algorithm, findings, "page"))
         if args.fhir is not None:
-            found = fhir.bundle(findings, algorithm, source.identity if args.fhir_identity else None)
+            found = fhir.bundle(findings, algorithm, source.identity if args.fhir_identity else None, notes)
             write_json(args.fhir, found, ensure_ascii=False)
             written.append(str(args.fhir))
         return written
@@ -132,8 +134,10 @@ def _save(
     report: Any, folder: Path, source: SourceStudy, algorithm: Algorithm, findings: Sequence[Finding], kind: str
 ) -> str:
     """Save a DICOM object under a name that is its own, stays, and says nothing of the patient."""
-    said = [source.middle.SeriesInstanceUID, source.middle.SOPInstanceUID, str(source.frame), *algorithm.parameters]
-    said += [finding.label for finding in findings]
+    # Copies of a series may have the same UIDs, and other values.
+    place = source.name if is_address(source.name) else os.path.realpath(source.name)
+    said = [place, source.middle.SeriesInstanceUID, source.middle.SOPInstanceUID, str(source.frame)]
+    said += [*algorithm.parameters, *(finding.label for finding in findings)]
     digest = hashlib.sha256("\n".join(said).encode()).hexdigest()[:16]
     path = folder / f"{digest}_{kind}.dcm"
     with whole_file(path) as aside:
@@ -149,6 +153,7 @@ def _drawn(
     pipe: CTPipeline,
     prompts: dict[str, Any],
     options: dict[str, Any],
+    notes: Sequence[str],
 ) -> np.ndarray:
     """The page of a study, `(row, column, 3)`."""
     from medct.inference.slices import AxialSlices
@@ -157,7 +162,7 @@ def _drawn(
     # Read again: a loader process hands on only what the model sees of a scan.
     volume = read_volume(read.study.source, orientation=pipe.processor.image_processor.orientation, **options)
     slices = AxialSlices.of(volume)
-    return draw_page(findings, algorithm, slices, _pictures(encoded, volume, findings, slices, pipe, prompts))
+    return draw_page(findings, algorithm, slices, _pictures(encoded, volume, findings, slices, pipe, prompts), notes)
 
 
 def _pictures(

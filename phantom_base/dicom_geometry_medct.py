@@ -102,7 +102,7 @@ def order(slices: list[Slice], source: str, resample_irregular: bool) -> tuple[l
         raise VolumeError(
             source,
             "it holds one slice, which is not a volume",
-            "Pass all files of the series together: a folder or a list",
+            "Pass all files of the series together: a folder, a zip or a list",
         )
     _check_interleaved(slices, source)
     if _is_uneven(slices):

@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from medct.reporting import codes
-from medct.reporting.findings import NO_PROBABILITY, Algorithm, Finding, kind_of
+from medct.reporting.findings import NO_PROBABILITY, Algorithm, Finding, kind_of, said_of_scan
 
 _SYSTEMS = {"SCT": "http://snomed.info/sct", "LN": "http://loinc.org", codes.SCHEME: f"urn:oid:{codes.SCHEME_UID}"}
 _HL7 = "http://terminology.hl7.org/CodeSystem"
-_DECIMALS = 6
 
 Resource = dict[str, Any]
 
@@ -39,13 +38,16 @@ class Identity:
     accession_number: str = ""
 
 
-def bundle(findings: Sequence[Finding], algorithm: Algorithm, identity: Identity | None = None) -> Resource:
+def bundle(
+    findings: Sequence[Finding], algorithm: Algorithm, identity: Identity | None = None, notes: Sequence[str] = ()
+) -> Resource:
     """The findings of one study.
 
     Args:
         findings: In the order wanted.
         algorithm: What they were made with.
         identity: Whose study it is; without it nothing in the bundle says so.
+        notes: On the scan, from reading it.
 
     Returns:
         Ready for JSON; the same for the same arguments.
@@ -54,7 +56,9 @@ def bundle(findings: Sequence[Finding], algorithm: Algorithm, identity: Identity
 
     def add(resource: Resource) -> Resource:
         """Put a resource into the bundle; returns a reference to it."""
-        content = json.dumps([len(entries), resource, entries[:1]], sort_keys=True)
+        # A patient without an id looks like any other one.
+        study = identity and identity.study_uid
+        content = json.dumps([len(entries), resource, entries[:1], study], sort_keys=True)
         entries.append({"fullUrl": uuid.uuid5(uuid.NAMESPACE_OID, content).urn, "resource": resource})
         return {"reference": entries[-1]["fullUrl"]}
 
@@ -65,7 +69,7 @@ def bundle(findings: Sequence[Finding], algorithm: Algorithm, identity: Identity
         study = add(_imaging_study(identity, about["subject"]))
         derived, images = {"derivedFrom": [study]}, {"imagingStudy": [study]}
     results = [add({**_observation(finding, algorithm), **about, "device": device, **derived}) for finding in findings]
-    add({**_report(findings, algorithm), **about, "result": results, **images})
+    add({**_report(findings, algorithm, notes), **about, "result": results, **images})
     return {"resourceType": "Bundle", "type": "collection", "entry": entries}
 
 
@@ -89,7 +93,7 @@ def _category(system: str, code: str, display: str) -> list[Resource]:
 
 
 def _number(value: float) -> Resource:
-    return {"value": round(value, _DECIMALS), "system": "http://unitsofmeasure.org", "code": "1"}
+    return {"value": value, "system": "http://unitsofmeasure.org", "code": "1"}
 
 
 def _device(algorithm: Algorithm) -> Resource:
@@ -99,12 +103,13 @@ def _device(algorithm: Algorithm) -> Resource:
         ("adapter", algorithm.adapter, algorithm.adapter_commit),
     ):
         names += [(what, name), (f"{what} {kind_of(commit)}", commit)]
+    prompts = (f"prompts: {each}" for each in algorithm.own_prompts)
     return {
         "resourceType": "Device",
         "status": "active",
         "deviceName": [{"name": algorithm.name, "type": "model-name"}],
         "version": [{"type": {"text": what}, "value": value} for what, value in names if value],
-        "note": [{"text": line} for line in (*(f"prompts: {each}" for each in algorithm.templates), algorithm.warning)],
+        "note": [{"text": text} for text in (*prompts, algorithm.warning)],
     }
 
 
@@ -148,14 +153,15 @@ def _observation(finding: Finding, algorithm: Algorithm) -> Resource:
     return observation
 
 
-def _report(findings: Sequence[Finding], algorithm: Algorithm) -> Resource:
+def _report(findings: Sequence[Finding], algorithm: Algorithm, notes: Sequence[str]) -> Resource:
     called = [finding.label for finding in findings if finding.is_present]
     counted = [finding for finding in findings if finding.is_present is not None]
     said = f"At or above their operating points: {', '.join(called) or 'none'}." if counted else "No operating points."
     rows = "".join(
         f"<tr><td>{escape(each.label)}</td><td>{each.score:.3f}</td><td>{each.call}</td></tr>" for each in findings
     )
-    head = f"<p>{algorithm.warning} {NO_PROBABILITY}</p><p>{escape('; '.join(algorithm.parameters))}</p>"
+    about = "; ".join([*said_of_scan(notes), *algorithm.parameters])
+    head = f"<p>{algorithm.warning} {NO_PROBABILITY}</p><p>{escape(about)}</p>"
     table = f"<table><tr><th>finding</th><th>score</th><th>operating point</th></tr>{rows}</table>"
     return {
         "resourceType": "DiagnosticReport",
@@ -163,5 +169,5 @@ def _report(findings: Sequence[Finding], algorithm: Algorithm) -> Resource:
         "status": "preliminary",
         "category": _category("v2-0074", "RAD", "Radiology"),
         "code": _concept(codes.CHEST_CT),
-        "conclusion": f"{algorithm.warning} {said}",
+        "conclusion": " ".join([algorithm.warning, said, *(f"{note}." for note in said_of_scan(notes))]),
     }

@@ -1,7 +1,7 @@
 """What a report says of one study, whatever its form: the findings, and what they were made with."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,12 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 import medct
 from medct.adapters_medct import CONFIG_FILE, WEIGHTS_FILE, fingerprint
 from medct.common.drawings import knows_drawings_only
-from medct.pipeline_medct import CTPipeline
+from medct.configuration_medct import Prompt
+from medct.pipeline_medct import CTPipeline, ZeroShotCTClassificationPipeline
 
 WARNING = "Research only: not a diagnosis, not checked by a physician, not for clinical use."
 SYNTHETIC = "The model was trained on synthetic drawings: what it says about a patient means nothing."
-NO_PROBABILITY = "A score compares the scan with two sentences; it is not a probability of disease."
+NO_PROBABILITY = "A score ranks scans; it is not a probability of disease."
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class Algorithm:
         model_commit: Commit on the Hub, or fingerprint of the weights.
         adapter: Hub id, or name of the folder; `None` without one.
         adapter_commit: Commit on the Hub, or digest of the weights.
-        templates: Pairs of sentences that stood in for the model's own.
+        own_prompts: Pairs of sentences that stood in for the model's own; those of one label begin with its name.
         is_synthetic: Whether model or adapter have learned from drawings alone.
     """
 
@@ -81,7 +82,7 @@ class Algorithm:
     model_commit: str | None
     adapter: str | None = None
     adapter_commit: str | None = None
-    templates: tuple[str, ...] = ()
+    own_prompts: tuple[str, ...] = ()
     is_synthetic: bool = False
 
     name = "MedCT"
@@ -94,12 +95,17 @@ class Algorithm:
         if self.adapter is not None:
             which = f"{kind_of(self.adapter_commit)} of the adapter"
             lines += [f"adapter: {self.adapter}", f"{which}: {self.adapter_commit or 'not known'}"]
-        return [*lines, *(f"prompts: {template}" for template in self.templates)]
+        return [*lines, *(f"prompts: {prompt}" for prompt in self.own_prompts)]
 
     @property
     def warning(self) -> str:
         """What every form of the report says first."""
         return f"{WARNING} {SYNTHETIC}" if self.is_synthetic else WARNING
+
+
+def said_of_scan(notes: Sequence[str]) -> list[str]:
+    """What was noted when the scan was read, one line each."""
+    return [f"note on the scan: {note}" for note in notes]
 
 
 def kind_of(commit: str | None) -> str:
@@ -112,7 +118,7 @@ def algorithm_of(
     model: str,
     adapter: str | None = None,
     adapter_revision: str | None = None,
-    templates: Sequence[str] = (),
+    **prompts: Any,
 ) -> Algorithm:
     """What a pipeline scores with.
 
@@ -121,14 +127,44 @@ def algorithm_of(
         model: Hub id or folder that the model came from.
         adapter: Hub id or folder that the adapter came from.
         adapter_revision: Commit, tag or branch of the adapter.
-        templates: Pairs of sentences that stand in for the model's own, each as one text.
+        prompts: `candidate_labels` and `prompt_templates`, as the pipeline takes them.
     """
     commit = getattr(pipe.model.config, "_commit_hash", None) or fingerprint(pipe.model)
     adapter_commit = None if adapter is None else _commit_of(adapter, adapter_revision)
     is_synthetic = any(knows_drawings_only(name) for name in (model, adapter) if name is not None)
     return Algorithm(
-        public_name(model), commit, adapter and public_name(adapter), adapter_commit, tuple(templates), is_synthetic
+        public_name(model),
+        commit,
+        adapter and public_name(adapter),
+        adapter_commit,
+        tuple(_own_prompts(pipe, **prompts)),
+        is_synthetic,
     )
+
+
+def _own_prompts(
+    pipe: CTPipeline,
+    candidate_labels: Sequence[str] | Mapping[str, Prompt] | None = None,
+    prompt_templates: Sequence[Sequence[str]] | None = None,
+) -> Iterator[str]:
+    """The sentences that are not the model's own, whether a run or the adapter brings them; see `Algorithm`."""
+    if not isinstance(pipe, ZeroShotCTClassificationPipeline):
+        return
+    base, asked = pipe.model.config, pipe.asked
+    templates = _as_lists(asked.prompt_templates if prompt_templates is None else prompt_templates)
+    if templates != _as_lists(base.prompt_templates):
+        yield from map("|".join, templates)
+    labels = asked.label_names if candidate_labels is None else candidate_labels
+    for label in labels:
+        of_label = {label: labels[label]} if isinstance(labels, Mapping) else [label]
+        sentences = asked.label_prompts(of_label, prompt_templates)
+        by_name = [[sentence.replace("{label}", label) for sentence in pair] for pair in templates]
+        if sentences not in (by_name, base.label_prompts([label])):
+            yield from (f"{label}: {'|'.join(pair)}" for pair in sentences)
+
+
+def _as_lists(pairs: Sequence[Sequence[str]]) -> list[list[str]]:
+    return [list(pair) for pair in pairs]
 
 
 def public_name(name: str) -> str:

@@ -16,7 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from medct.inference.slices import WIDE_WINDOW_HU, AxialSlices, draw_slice, fonts
-from medct.reporting.findings import NO_PROBABILITY, SYNTHETIC, WARNING, Algorithm, Finding
+from medct.reporting.findings import NO_PROBABILITY, SYNTHETIC, WARNING, Algorithm, Finding, said_of_scan
 from medct.reporting.source import SourceStudy, quietly
 from medct.reporting.sr import SERIES_NUMBER, equipment, need_highdicom
 
@@ -27,8 +27,11 @@ MOST_PICTURES = 4
 SERIES_DESCRIPTION = "MedCT page: research only, not a diagnosis"
 _WIDTH, _HEIGHT = 1280, 960
 _DOTS_PER_INCH = 100
+_MOST_LINES = 5
+"""Below the scores: prompts of many labels have no end."""
 _ABOVE, _BELOW, _UNKNOWN = "#D55E00", "#0072B2", "0.55"
 """Okabe and Ito's, which colour-blind readers can tell apart; words stand beside them."""
+_LOSSY = ("LossyImageCompression", "LossyImageCompressionRatio", "LossyImageCompressionMethod")
 
 
 class Picture(NamedTuple):
@@ -44,7 +47,11 @@ def worth_a_picture(findings: Sequence[Finding]) -> list[Finding]:
 
 
 def draw_page(
-    findings: Sequence[Finding], algorithm: Algorithm, slices: AxialSlices, pictures: Sequence[Picture]
+    findings: Sequence[Finding],
+    algorithm: Algorithm,
+    slices: AxialSlices,
+    pictures: Sequence[Picture],
+    notes: Sequence[str] = (),
 ) -> np.ndarray:
     """Draw the page.
 
@@ -53,6 +60,7 @@ def draw_page(
         algorithm: What they were made with.
         slices: The scan.
         pictures: Slices to show, `MOST_PICTURES` at most.
+        notes: On the scan, from reading it.
 
     Returns:
         `(row, column, 3)`, RGB, uint8.
@@ -71,10 +79,10 @@ def draw_page(
         where = slices.caption(picture.index).replace(" mm, ", " mm\n", 1)
         title = f"{textwrap.fill(picture.title, 34, max_lines=2)}\n{where}"
         axes.set_title(title, fontsize=8.5, fontfamily=fonts(), parse_math=False)
-    said = [NO_PROBABILITY, *algorithm.parameters]
-    said.append("Slices: where the score comes from most; a debugging aid, not the location of a finding.")
-    text = "\n".join(textwrap.wrap(f"{algorithm.name} {algorithm.version}.   {'   '.join(said)}", 180))
-    figure.text(0.02, 0.05, text, fontsize=8.5, va="center", parse_math=False)
+    of_slices = "A finding's slice: where its score comes from most; a debugging aid, not where the finding is."
+    said = "   ".join([NO_PROBABILITY, of_slices, *said_of_scan(notes), *algorithm.parameters])
+    lines = textwrap.wrap(f"{algorithm.name} {algorithm.version}.   {said}", 180, max_lines=_MOST_LINES)
+    figure.text(0.02, 0.05, "\n".join(lines), fontsize=8.5, va="center", parse_math=False)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.ascontiguousarray(np.asarray(canvas.buffer_rgba())[..., :3])
@@ -149,6 +157,11 @@ def _image(page: np.ndarray, algorithm: Algorithm, source: SourceStudy) -> "Data
     image.ConversionType = "WSD"  # drawn by a program
     image.PatientOrientation = None  # of a page there is none; letters stand in its slices
     image.BodyPartExamined = "CHEST"
-    image.BurnedInAnnotation = "NO"  # nothing in the picture says whose scan it is
+    is_burnt_in = any(header.get("BurnedInAnnotation") == "YES" for header in source.headers)
+    image.BurnedInAnnotation = "YES" if is_burnt_in else "NO"  # but for its slices, nothing says whose scan it is
+    lossy = next((header for header in source.headers if header.get("LossyImageCompression") == "01"), {})
+    for name in _LOSSY:
+        if name in lossy:  # once lossy, for ever
+            setattr(image, name, lossy[name].value)
     image.ImageComments = algorithm.warning
     return image

@@ -21,10 +21,12 @@ from medct.volume_io_medct import dicom_slices, is_dicom_study
 from medct.volume_medct import VolumeError
 
 if TYPE_CHECKING:
-    from pydicom import Dataset
+    from pydicom import DataElement, Dataset
 
 INSTALL = "pip install highdicom"
 UTF_8 = "ISO_IR 192"
+_UNREADABLE = "\N{REPLACEMENT CHARACTER}"
+"""What pydicom reads in place of bytes that no character has."""
 # What the patient and study modules must hold, even if it is empty.
 _MAY_BE_EMPTY = (
     "PatientName",
@@ -38,6 +40,7 @@ _MAY_BE_EMPTY = (
     "ReferringPhysicianName",
 )
 _MUST_BE = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "SOPClassUID")
+_SAYS_WHOSE = ("StudyInstanceUID", "PatientID", "PatientName", "AccessionNumber")
 Made = TypeVar("Made")
 _alone = threading.RLock()
 """Loggers and warnings are the process's: of two threads that silence them, one would end the other's silence."""
@@ -66,8 +69,7 @@ class SourceStudy:
     @property
     def identity(self) -> Identity:
         """Whose study it is."""
-        named = (str(self.middle[each].value or "") for each in ("PatientID", "StudyInstanceUID", "AccessionNumber"))
-        return Identity(*named)
+        return Identity(*(_text(self.middle[name]) for name in ("PatientID", "StudyInstanceUID", "AccessionNumber")))
 
 
 def refuse_without_study(studies: list[Study], option: str) -> None:
@@ -100,7 +102,7 @@ def read_source(study: Study, **options: Any) -> SourceStudy:
         **options: `series`, `resample_irregular`, `rescale_slope` and `rescale_intercept`, see `read_volume`.
 
     Raises:
-        ReportError: If they name no study.
+        ReportError: If they name no study, or more than one.
         VolumeError: If it is not a usable DICOM study.
     """
     slices = dicom_slices(study.source, **options)
@@ -117,6 +119,11 @@ def read_source(study: Study, **options: Any) -> SourceStudy:
                 f"{study.id}: its headers lack the UIDs of study, series or image, so nothing can be added to the "
                 "study. Export it again."
             )
+    if any(len({_text(header[name]) for header in headers.values()}) > 1 for name in _SAYS_WHOSE):
+        raise ReportError(
+            f"{study.id}: its images name more than one patient or study, so it is not known whose report this would "
+            "be. Correct their headers, or export the study again."
+        )
     own = headers[id(middle)]
     return SourceStudy(list(headers.values()), own, None if frame is None else frame + 1, study.id)
 
@@ -134,20 +141,31 @@ def _read_header(file: Any) -> "Dataset":
     header.decode()  # before the character set is another
     header.SpecificCharacterSet = UTF_8
     for name in _MAY_BE_EMPTY:
-        if name not in header or not _is_known(name, str(header[name].value or "")):
+        if name not in header or not _is_known(name, _text(header[name])):
             setattr(header, name, "")
     return header
 
 
+def _text(element: "DataElement") -> str:
+    """A value as the header writes it: some hold several where the standard has one."""
+    return "\\".join(map(str, element.value)) if element.VM > 1 else str(element.value or "")
+
+
 def _is_known(name: str, value: str) -> bool:
-    """Whether a date, a time or a sex is one of the standard's; others, as anonymizers write them, say nothing."""
+    """Whether a date, a time or a sex is one of the standard's; others, as anonymizers write them, say nothing.
+
+    Neither do several names in place of one, nor a text that is not in the character set that its header names.
+    """
     from pydicom.valuerep import DA, TM
 
+    if _UNREADABLE in value or (name.endswith("Name") and "\\" in value):
+        return False
     if name == "PatientSex":
         return value in ("", "M", "F", "O")
     try:
         if name.endswith("Date"):
-            DA(value)
+            DA(value)  # also takes the points of ACR-NEMA
+            return "." not in value
         elif name.endswith("Time"):
             TM(value)
     except ValueError:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from medct.reporting import codes
-from medct.reporting.findings import Algorithm, Finding
+from medct.reporting.findings import Algorithm, Finding, said_of_scan
 from medct.reporting.source import INSTALL, UTF_8, ReportError, SourceStudy, quietly
 
 if TYPE_CHECKING:
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 SERIES_DESCRIPTION = "MedCT findings: research only, not a diagnosis"
 MANUFACTURER = "MedCT"
-_DECIMALS = 6
 SERIES_NUMBER = 9901
 """Of the reports; behind those of scanners."""
 
@@ -48,13 +47,16 @@ def equipment(algorithm: Algorithm) -> dict[str, Any]:
     }
 
 
-def structured_report(findings: Sequence[Finding], algorithm: Algorithm, source: SourceStudy) -> "Dataset":
+def structured_report(
+    findings: Sequence[Finding], algorithm: Algorithm, source: SourceStudy, notes: Sequence[str] = ()
+) -> "Dataset":
     """The report of one study.
 
     Args:
         findings: In the order wanted.
         algorithm: What they were made with.
         source: The study that the report becomes a part of.
+        notes: On the scan, from reading it.
 
     Returns:
         Ready to be saved.
@@ -64,10 +66,10 @@ def structured_report(findings: Sequence[Finding], algorithm: Algorithm, source:
     """
     need_highdicom()
     refusal = f"{source.name}: no report can be made from what its headers hold. Correct them, or export it again."
-    return quietly(lambda: _report(findings, algorithm, source), refusal)
+    return quietly(lambda: _report(findings, algorithm, source, notes), refusal)
 
 
-def _report(findings: Sequence[Finding], algorithm: Algorithm, source: SourceStudy) -> "Dataset":
+def _report(findings: Sequence[Finding], algorithm: Algorithm, source: SourceStudy, notes: Sequence[str]) -> "Dataset":
     import highdicom as hd
     from highdicom.coding_schemes import CodingSchemeIdentificationItem
     from pydicom.sr.codedict import codes as dicom
@@ -84,7 +86,7 @@ def _report(findings: Sequence[Finding], algorithm: Algorithm, source: SourceStu
     content = hd.sr.MeasurementReport(
         observation_context=hd.sr.ObservationContext(observer_device_context=observer),
         procedure_reported=_concept(codes.CHEST_CT),
-        imaging_measurements=[_group(finding, algorithm, source) for finding in findings],
+        imaging_measurements=[_group(finding, algorithm, source, notes) for finding in findings],
         title=dicom.DCM.ImagingMeasurementReport,
     )
     scheme = CodingSchemeIdentificationItem(codes.SCHEME, name=codes.SCHEME_NAME, responsible_organization=MANUFACTURER)
@@ -111,16 +113,14 @@ def _device_uid(algorithm: Algorithm) -> str:
     return f"2.25.{uuid.uuid5(uuid.NAMESPACE_OID, said).int}"
 
 
-def _group(finding: Finding, algorithm: Algorithm, source: SourceStudy) -> Any:
+def _group(finding: Finding, algorithm: Algorithm, source: SourceStudy, notes: Sequence[str]) -> Any:
     import highdicom as hd
     from pydicom.sr.codedict import codes as dicom
 
     numbers = [(codes.SCORE, finding.score), (codes.OPERATING_POINT, finding.threshold)]
     numbers.append((codes.PROBABILITY, finding.probability))
     measurements = [
-        hd.sr.Measurement(_concept(name), round(value, _DECIMALS), dicom.UCUM.NoUnits)
-        for name, value in numbers
-        if value is not None
+        hd.sr.Measurement(_concept(name), value, dicom.UCUM.NoUnits) for name, value in numbers if value is not None
     ]
     calls = []
     if finding.is_present is not None:
@@ -134,7 +134,7 @@ def _group(finding: Finding, algorithm: Algorithm, source: SourceStudy) -> Any:
         algorithm_id=hd.sr.AlgorithmIdentification(
             algorithm.name,
             algorithm.version,
-            parameters=[*algorithm.parameters, algorithm.warning],
+            parameters=[*algorithm.parameters, *said_of_scan(notes), algorithm.warning],
             family=dicom.DCM.ArtificialIntelligence,
         ),
         measurements=measurements,

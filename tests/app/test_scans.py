@@ -5,6 +5,7 @@ import io
 import json
 import re
 import zipfile
+from functools import partial
 from types import SimpleNamespace
 
 import nibabel
@@ -21,6 +22,7 @@ from medct.app.scans import Engine, ScanError, data_uri
 from medct.cli import main
 from medct.inference.maps import map_findings
 from medct.inference.slices import LETTERS, WINDOWS_HU
+from medct.reporting.findings import Finding
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +112,29 @@ def test_own_findings_stand_beside_the_models(engine):
         engine.ask(scan, "\n".join(f"finding {index}" for index in range(21)))
 
 
+def test_what_is_called_present_is_shown_first(engine, monkeypatch):
+    """As on the page of a report."""
+    found = [Finding("a", 0.9), Finding("b", 0.8, 0.85), Finding("Emphysema", 0.3, 0.1), Finding("c", 0.2, 0.1)]
+    monkeypatch.setattr(engine, "_findings", lambda *_, **__: found)
+    shown = page._Answers(SimpleNamespace(Dropdown=dict, Slider=dict), engine).take_phantom("Lung")
+    assert shown[4]["value"] == "Emphysema"
+
+
+def test_lines_of_a_table_are_findings(engine):
+    scan = engine.phantom()
+    assert engine.ask(scan, "rib\tfracture\nlarge mass\t") is None
+    assert scan.labels[len(CT_CLIP_LABELS) :] == ["rib fracture", "large mass"]
+
+
+def test_words_that_the_model_does_not_know_are_remarked_on(engine):
+    """They are all the same word to it."""
+    own = SimpleNamespace(skip=None, Dropdown=lambda **_: None)
+    with pytest.warns(UserWarning, match="does not know words"):
+        _, said, table, *_ = page._Answers(own, engine).ask(engine.phantom(), "肺结节\nlarge mass")
+    assert "does not know words in the prompts of 1 of 2 labels (肺结节). Give them words" in said
+    assert "肺结节" in table
+
+
 def test_a_refusal_names_the_file_alone(engine, tmp_path):
     path = tmp_path / "wrong.nii.gz"
     path.write_text("nothing")
@@ -130,6 +155,20 @@ def test_a_program_reaches_and_removes_its_own_upload_alone(engine, tmp_path):
         assert path.exists()
     assert answers.predict(str(path))["scan"] == path.name
     assert list(tmp_path.rglob("*")) == [path.parent.parent]
+
+
+def test_a_remedy_says_what_the_page_cannot_do(engine, tmp_path):
+    """A whole study often holds several series, and the page does not ask which."""
+    with zipfile.ZipFile(tmp_path / "study.zip", "w") as archive:
+        for number in ("1.2.8", "1.2.9"):
+            edit = partial(lambda number, ds, k: setattr(ds, "SeriesInstanceUID", number), number)
+            for path in write_series(tmp_path / number, make_hu((6, 16, 12)), edit).iterdir():
+                archive.write(path, f"{number}/{path.name}")
+    with pytest.raises(ScanError, match=r"holds 2 CT series .* This page has no such setting: upload a file"):
+        engine.read(tmp_path / "study.zip")
+    with pytest.raises(ScanError, match="a zip") as refusal:
+        engine.read(next((tmp_path / "1.2.8").iterdir()))
+    assert "no such setting" not in str(refusal.value)
 
 
 def test_an_unknown_failure_quotes_nothing(engine, tmp_path, monkeypatch):
@@ -181,6 +220,7 @@ def test_a_classifier_has_no_map(classifier_folder):
     scan = engine.phantom()
     assert not engine.can_be_asked and engine.strongest_slice(scan, scan.labels[0]) == len(scan.slices) // 2
     engine.picture(scan, 1, "Lung", scan.labels[0])
+    assert "sentence" not in views.findings_table(scan), "it is asked in none"
 
 
 def test_the_banner_says_what_it_is(engine):

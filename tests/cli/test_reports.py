@@ -4,6 +4,7 @@ import csv
 import json
 import re
 
+import numpy as np
 import pydicom
 import pytest
 import torch
@@ -76,6 +77,47 @@ def test_the_same_run_replaces_its_files(predict, tmp_path):
     assert len(list((tmp_path / "out").iterdir())) == 1
     assert predict("series", "--dicom_sr", "out", "--labels", "Rib fracture")[0] == 0
     assert len(list((tmp_path / "out").iterdir())) == 2, "what was asked is another report"
+    (tmp_path / "labels.csv").write_text("label,words\nRib fracture,broken rib\n", encoding="utf-8")
+    assert predict("series", "--dicom_sr", "out", "--labels", "labels.csv")[0] == 0
+    assert len(list((tmp_path / "out").iterdir())) == 3, "and so is how"
+
+
+def test_copies_of_a_series_replace_nothing_of_each_other(predict, tmp_path):
+    """They may differ in their values: each row names a report of its own, whichever run made it."""
+
+    def edit(ds, k):
+        ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = f"1.2.6.{k}"
+
+    for name, hu in {"a": make_hu((6, 16, 12)), "b": make_hu((6, 16, 12))[:, ::-1]}.items():
+        write_series(tmp_path / "copies" / name, hu, edit)
+    reports = ("--labels", "Emphysema", "--dicom_sr", "out")
+    assert predict("copies", *reports, "--output", "scores.jsonl")[0] == 0
+    rows = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text(encoding="utf-8").splitlines()]
+    paths = [path for row in rows for path in row["reports"]]
+    assert len(set(paths)) == 2
+    assert predict(str(tmp_path / "copies" / "a"), *reports)[0] == 0
+    assert sorted(f"out/{path.name}" for path in (tmp_path / "out").iterdir()) == sorted(paths)
+
+
+def test_what_was_noted_on_the_scan_is_said_in_its_reports(predict, tmp_path, monkeypatch):
+    """But not where else its slices lie, which names places on this machine."""
+    pages = []
+    monkeypatch.setattr("medct.reporting.page.draw_page", lambda *args: pages.append(args[-1]) or blank)
+    blank = np.zeros((960, 1280, 3), np.uint8)
+    write_series(tmp_path / "gap", make_hu((6, 16, 12)), lambda ds, k: k != 2)
+    write_series(tmp_path / "gap" / "more", make_hu((6, 16, 12)))
+    reading = ("--resample_irregular", "--labels", "Emphysema")
+    status, said = predict("gap", *reading, "--dicom_sr", "out", "--dicom_page", "out")
+    assert status == 0 and "lie in gap/more too" in said
+    note = "slices with steps of 2.500 to 5.000 mm were interpolated to 6 even ones"
+    assert [note] in pages and not any("gap" in each for notes in pages for each in notes)
+    reports = [path.read_bytes() for path in (tmp_path / "out").glob("*_sr.dcm")]
+    assert sum(f"note on the scan: {note}".encode() in each for each in reports) == 1
+    assert not any(b"gap" in each for each in reports)
+    (tmp_path / "gap" / "more").rename(tmp_path / "more")
+    assert predict("gap", *reading, "--fhir", "f.json")[0] == 0
+    (report,) = [each["resource"] for each in json.loads((tmp_path / "f.json").read_text())["entry"][-1:]]
+    assert f"note on the scan: {note}." in report["conclusion"] and note in report["text"]["div"]
 
 
 @pytest.mark.parametrize("option", ["--dicom_sr", "--dicom_page"])

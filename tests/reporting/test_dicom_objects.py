@@ -5,12 +5,12 @@ import re
 import threading
 import warnings
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 import pydicom
 import pytest
-from reports import ALGORITHM, FINDINGS, dciodvfy_errors
+from reports import ALGORITHM, CLOSE, FINDINGS, dciodvfy_errors
 from scan_files import SECRET, make_hu, write_enhanced, write_series
 
 from medct.configuration_medct import CT_CLIP_LABELS
@@ -74,6 +74,14 @@ def test_the_report_holds_what_is_known_of_each_finding(series, tmp_path):
     ]
     thickening = groups[CT_CLIP_LABELS.index("Interlobular septal thickening")].finding_type
     assert "EquivalentCodeSequence" not in thickening
+
+
+def test_numbers_and_calls_agree_however_close_they_are(series, tmp_path):
+    path = saved(make("sr", series, CLOSE), tmp_path)
+    for finding, group in zip(CLOSE, hd.sr.srread(path).content.get_image_measurement_groups(), strict=True):
+        numbers = [each.value for each in group.get_measurements()]
+        assert numbers[:2] == [finding.score, finding.threshold]
+    assert dciodvfy_errors(path) == []
 
 
 def test_the_report_says_what_made_it_and_that_nobody_checked_it(series, tmp_path):
@@ -145,7 +153,7 @@ def test_frames_of_one_file_are_referred_to(tmp_path):
 
 
 def test_what_computes_has_a_name_for_each_model_and_what_it_is_asked():
-    others = [{}, {"model": "b"}, {"model_commit": "b"}, {"adapter": "b"}, {"adapter": "c"}, {"templates": ("b",)}]
+    others = [{}, {"model": "b"}, {"model_commit": "b"}, {"adapter": "b"}, {"adapter": "c"}, {"own_prompts": ("b",)}]
     named = [_device_uid(replace(ALGORITHM, **other)) for other in others]
     assert len(set(named)) == len(others) and named[0] == _device_uid(ALGORITHM)
 
@@ -188,11 +196,25 @@ def test_a_study_without_uids_is_refused(tmp_path, name):
         read_source(study_of(folder))
 
 
-def raw(name: str, value: str):
+@pytest.mark.parametrize("name", ["StudyInstanceUID", "PatientID", "PatientName", "AccessionNumber"])
+def test_a_series_of_several_patients_or_studies_is_nobodys(tmp_path, name):
+    """Some anonymizers replace the same value by another one in each file; one missing value is another one, too."""
+    for folder, values in {"two": ("1.2.8", "1.2.9"), "one or none": ("1.2.8", None)}.items():
+        edit = partial(lambda values, ds, k: setattr(ds, name, values[k == 2]), values)
+        written = write_series(tmp_path / folder, make_hu((4, 12, 12)), edit)
+        with pytest.raises(ReportError) as refusal:
+            read_source(study_of(written))
+        assert re.search("name more than one patient or study|lack the UIDs", str(refusal.value))
+        assert "1.2.8" not in str(refusal.value)
+
+
+def raw(name: str, value: str, encoding: str = "utf-8"):
     """An `edit` that writes a value as it is, whether or not the standard allows it."""
 
     def edit(ds, k):
-        text = value.encode() + b" " * (len(value) % 2)
+        ds.SpecificCharacterSet = "ISO_IR 192"
+        text = value.encode(encoding)
+        text += b" " * (len(text) % 2)
         tag = pydicom.tag.Tag(pydicom.datadict.tag_for_keyword(name))
         vr = pydicom.datadict.dictionary_VR(tag)
         ds[name] = pydicom.dataelem.RawDataElement(tag, vr, len(text), text, 0, False, True)
@@ -209,7 +231,9 @@ def raw(name: str, value: str):
         ("PatientBirthDate", "0000", ""),
         ("PatientBirthDate", "1970-01-01", ""),
         ("StudyDate", "20201301", ""),
+        ("StudyDate", "2020.01.02", ""),
         ("StudyTime", "12:00", ""),
+        ("ReferringPhysicianName", r"One^A\Two^B", ""),
         ("StudyTime", "1200", "1200"),
         ("PatientID", "P" * 80, "P" * 80),
     ],
@@ -218,6 +242,22 @@ def raw(name: str, value: str):
 def test_what_anonymizers_write_is_no_obstacle(tmp_path, kind, name, value, kept):
     made = make(kind, write_series(tmp_path / "s", make_hu((4, 12, 12)), raw(name, value)))
     assert str(pydicom.dcmread(saved(made, tmp_path))[name].value or "") == kept
+
+
+@pytest.mark.parametrize("kind", ["sr", "page"])
+@pytest.mark.filterwarnings("ignore:Failed to decode byte string")
+def test_a_name_in_another_character_set_is_left_empty(tmp_path, kind):
+    """Read as what its header names, it would be another name."""
+    edit = raw("PatientName", "Müller^Jürgen", "latin-1")
+    made = make(kind, write_series(tmp_path / "s", make_hu((4, 12, 12)), edit))
+    assert str(pydicom.dcmread(saved(made, tmp_path)).PatientName) == ""
+
+
+def test_a_bundle_has_the_values_that_the_headers_write(tmp_path):
+    """Some systems write the numbers of several orders into one accession number."""
+    source = read_source(study_of(write_series(tmp_path / "s", make_hu((4, 12, 12)), raw("AccessionNumber", r"A1\A2"))))
+    assert source.identity.accession_number == r"A1\A2"
+    assert structured_report(FINDINGS[:1], ALGORITHM, source).AccessionNumber == ["A1", "A2"]
 
 
 def test_no_message_quotes_a_header(series, monkeypatch, caplog, recwarn):
@@ -258,6 +298,25 @@ def test_the_page_is_a_colour_picture_that_names_nobody(series, tmp_path):
     assert red[:60].mean() > 0.2 and not red[100:].any(), "the warning is burnt in on top"
 
 
+def test_a_page_is_what_its_slices_are(tmp_path):
+    """One slice with a name burnt into it may be among those that are shown, and so may one that lost something."""
+    kept = {
+        "LossyImageCompression": "01",
+        "LossyImageCompressionRatio": 9.5,
+        "LossyImageCompressionMethod": "ISO_10918_1",
+    }
+
+    def edit(ds, k):
+        ds.BurnedInAnnotation = "YES" if k == 1 else "NO"
+        for name, value in kept.items() if k == 1 else ():
+            setattr(ds, name, value)
+
+    path = saved(make("page", write_series(tmp_path / "s", make_hu((4, 12, 12)), edit)), tmp_path)
+    page = pydicom.dcmread(path)
+    assert page.BurnedInAnnotation == "YES" and {name: page[name].value for name in kept} == kept
+    assert dciodvfy_errors(path) == []
+
+
 @pytest.mark.parametrize("count", [1, 18, 60])
 def test_a_page_has_room_for_any_number_of_findings(count):
     """Their names are no formulas, whatever stands in them."""
@@ -265,6 +324,14 @@ def test_a_page_has_room_for_any_number_of_findings(count):
     volume = read_volume(np.zeros((6, 8, 8), np.int16), spacing_mm=(2, 2, 2))
     pictures = [Picture(r"$\x $ " * 40, index) for index in range(MOST_PICTURES)]
     assert draw_page(findings, ALGORITHM, AxialSlices.of(volume), pictures).shape == (960, 1280, 3)
+
+
+def test_a_page_has_room_for_any_number_of_prompts():
+    algorithm = replace(ALGORITHM, own_prompts=("label: The label is present.|The label is not present.",) * 60)
+    volume = read_volume(np.zeros((6, 8, 8), np.int16), spacing_mm=(2, 2, 2))
+    page = draw_page(FINDINGS, algorithm, AxialSlices.of(volume), [])
+    assert (page[-4:] == 255).all(), "they end above the edge"
+    assert (page[-104:-94] == 255).all(), "and begin below the scores"
 
 
 def test_those_called_present_are_shown_first():

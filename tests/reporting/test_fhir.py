@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from reports import ALGORITHM, FINDINGS
+from reports import ALGORITHM, CLOSE, FINDINGS
 
 from medct.configuration_medct import CT_CLIP_LABELS
 from medct.reporting import codes, fhir
@@ -98,6 +98,14 @@ def test_each_finding_says_what_is_known_of_it():
         assert "Research only" in each["note"][0]["text"]
 
 
+def test_numbers_and_calls_agree_however_close_they_are():
+    written = json.loads(json.dumps(fhir.bundle(CLOSE, ALGORITHM)))
+    for finding, each in zip(CLOSE, resources(written)["Observation"], strict=True):
+        numbers = [each["valueQuantity"]["value"], *(part["valueQuantity"]["value"] for part in each["component"])]
+        expected = [finding.score, finding.threshold, finding.probability]
+        assert numbers == [value for value in expected if value is not None]
+
+
 def test_it_names_the_model_and_warns():
     found = resources(fhir.bundle(FINDINGS, Algorithm("phantoms", "sha256", is_synthetic=True)))
     values = [version["value"] for version in found["Device"][0]["version"]]
@@ -118,6 +126,14 @@ def test_the_same_findings_make_the_same_bundle():
     assert fhir.bundle(FINDINGS, ALGORITHM) == fhir.bundle(FINDINGS, ALGORITHM)
     other = fhir.bundle(FINDINGS[1:], ALGORITHM)
     assert fhir.bundle(FINDINGS, ALGORITHM)["entry"][-1]["fullUrl"] != other["entry"][-1]["fullUrl"]
+
+
+def test_patients_without_an_id_are_not_one_patient():
+    names = []
+    for study in ("1.2.3", "1.2.4"):
+        bundle = fhir.bundle(FINDINGS, ALGORITHM, fhir.Identity("", study))
+        names += [each["fullUrl"] for each in bundle["entry"] if each["resource"]["resourceType"] == "Patient"]
+    assert len(set(names)) == 2
 
 
 def test_a_finding_in_words_is_text_and_no_markup():

@@ -1,11 +1,13 @@
 """What a report says of scores and of what made them."""
 
 import hashlib
+import json
 
 import pytest
 from adapter_files import RESULTS, save_adapter
 
 from medct import ZeroShotCTClassificationPipeline
+from medct.adapters_medct import DESCRIPTION_FILE
 from medct.reporting import findings as module
 from medct.reporting.findings import Algorithm, Finding, algorithm_of, findings_of
 
@@ -31,7 +33,7 @@ def pipe(model, processor) -> ZeroShotCTClassificationPipeline:
 
 def test_local_folders_are_named_without_their_place(pipe, converted, tmp_path):
     adapter = save_adapter(converted, tmp_path / "runs/site-b", results=RESULTS)
-    found = algorithm_of(pipe, str(converted), str(adapter), templates=["{label}|no {label}"])
+    found = algorithm_of(pipe, str(converted), str(adapter), prompt_templates=[("{label}", "no {label}")])
     weights = (adapter / "adapter_model.safetensors").read_bytes()
     assert found.adapter_commit == f"sha256:{hashlib.sha256(weights).hexdigest()}"
     assert (found.model, found.adapter, found.is_synthetic) == (converted.name, "site-b", False)
@@ -39,6 +41,37 @@ def test_local_folders_are_named_without_their_place(pipe, converted, tmp_path):
     assert [line.split(":")[0] for line in found.parameters[1:4:2]] == ["fingerprint", "fingerprint of the adapter"]
     assert not any("/" in line for line in found.parameters)
     assert found.parameters[-1] == "prompts: {label}|no {label}"
+
+
+def test_whatever_is_asked_in_other_words_is_named(pipe):
+    def named(**prompts) -> list[str]:
+        return algorithm_of(pipe, "ORG/BASE", **prompts).parameters[2:]
+
+    pipe.model.config._commit_hash = COMMIT
+    in_words = {"Emphysema": "Emphysema", "Erguss": "pleural effusion", "Herz": [("It is large.", "It is small.")]}
+    assert named() == named(candidate_labels=["Emphysema", "Rib fracture"]) == []
+    assert named(candidate_labels=in_words) == [
+        "prompts: Erguss: pleural effusion is present.|pleural effusion is not present.",
+        "prompts: Herz: It is large.|It is small.",
+    ]
+    assert named(candidate_labels=in_words, prompt_templates=[("{label} ja.", "{label} nein.")]) == [
+        "prompts: {label} ja.|{label} nein.",
+        "prompts: Erguss: pleural effusion ja.|pleural effusion nein.",
+        "prompts: Herz: It is large.|It is small.",
+    ]
+
+
+@pytest.mark.filterwarnings("ignore:.*was trained with other")
+def test_words_that_an_adapter_brings_are_named(pipe, converted, tmp_path):
+    adapter = save_adapter(converted, tmp_path / "site-b")
+    description = json.loads((adapter / DESCRIPTION_FILE).read_text(encoding="utf-8"))
+    description |= {"prompt_templates": [["{label}!", "no {label}!"]], "prompts": {"Emphysema": "destroyed lung"}}
+    (adapter / DESCRIPTION_FILE).write_text(json.dumps(description), encoding="utf-8")
+    pipe.model.load_adapter(str(adapter))
+    assert algorithm_of(pipe, str(converted), str(adapter)).own_prompts == (
+        "{label}!|no {label}!",
+        "Emphysema: destroyed lung!|no destroyed lung!",
+    )
 
 
 def test_of_the_hub_the_commits_are_named(pipe, monkeypatch):
