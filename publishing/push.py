@@ -84,7 +84,6 @@ def push_adapter(
     repo_id: str,
     *,
     private: bool = False,
-    token: str | None = None,
     base: str | None = None,
     base_revision: str | None = None,
     license: str | None = None,
@@ -95,7 +94,6 @@ def push_adapter(
         folder: As `train.py` leaves it, or `PeftModel.save_pretrained`. It is not changed.
         repo_id: "ORG/NAME"; made if it does not exist.
         private: Whether to hide it from others.
-        token: Token for the Hub; that of the logged-in user by default.
         base: Hub id of the base, if the adapter was trained on a folder.
         base_revision: Commit, tag or branch of the base; the adapter will name the commit.
         license: Identifier of the licence, if the base's card has none.
@@ -108,23 +106,22 @@ def push_adapter(
     """
     folder = Path(folder)
     options = {"--base": base, "--base_revision": base_revision, "--license": license}
-    job = _Job(folder, repo_id, private, token, options)
+    job = _Job(folder, repo_id, private, options)
     _refuse_pickles(folder)
     if not (folder / CONFIG_FILE).is_file() or not (folder / WEIGHTS_FILE).is_file():
         raise PushError(f"{folder} has no {CONFIG_FILE} or no {WEIGHTS_FILE}. Pass the folder of a saved adapter.")
     model, commit = job.try_hard(lambda: _published_base(job.api, folder, base, base_revision))
-    files = _adapter_files(folder, repo_id, model, commit, _license_of(folder, model, commit, license, token))
+    files = _adapter_files(folder, repo_id, model, commit, _license_of(folder, model, commit, license))
     return job.push(files, "Add adapter")
 
 
-def push_model(folder: str | Path, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
+def push_model(folder: str | Path, repo_id: str, *, private: bool = False) -> str:
     """Put a converted model on the Hub, with its processor and code.
 
     Args:
         folder: As `medct convert` leaves it. It is not changed.
         repo_id: "ORG/NAME"; made if it does not exist.
         private: Whether to hide it from others.
-        token: Token for the Hub; that of the logged-in user by default.
 
     Returns:
         Address of the commit.
@@ -147,7 +144,7 @@ def push_model(folder: str | Path, repo_id: str, *, private: bool = False, token
     card = folder / "README.md"
     text = (card if card.is_file() else MODEL_CARD).read_text(encoding="utf-8")
     files["README.md"] = text.replace(PLACEHOLDER_REPO, repo_id).encode()
-    return _Job(folder, repo_id, private, token, {}).push(files, "Add model")
+    return _Job(folder, repo_id, private, {}).push(files, "Add model")
 
 
 def push_shards(folder: Path, repo_id: str) -> str:
@@ -212,8 +209,8 @@ def _published_base(api: HfApi, folder: Path, base: str | None, revision: str | 
     return base, commit
 
 
-def _license_of(folder: Path, base: str, commit: str, license: str | None, token: str | None) -> str:
-    license = license or base_license(base, commit, token) or read_json(folder, "results.json").get("license")
+def _license_of(folder: Path, base: str, commit: str, license: str | None) -> str:
+    license = license or base_license(base, commit) or read_json(folder, "results.json").get("license")
     if license is None:
         raise PushError(
             f"The card of {base} names no licence, and an adapter takes its base's. Pass --license IDENTIFIER."
@@ -254,9 +251,9 @@ def _json_bytes(folder: Path, content: dict[str, Any]) -> bytes:
 class _Job:
     """One push: as whom, from where, to where; and how to retry it."""
 
-    def __init__(self, folder: Path, repo_id: str, private: bool, token: str | None, options: dict[str, str | None]):
+    def __init__(self, folder: Path, repo_id: str, private: bool, options: dict[str, str | None]):
         self.folder, self.repo_id, self.private = folder, repo_id, private
-        self.api = HfApi(token=token)
+        self.api = HfApi()
         flags = [f"{flag} {shlex.quote(value)}" for flag, value in options.items() if value is not None]
         words = ["medct push", shlex.quote(str(folder)), repo_id, *(["--private"] if private else []), *flags]
         self.command = " ".join(words)
