@@ -6,7 +6,9 @@ Source: specification of CT-CLIP, sections 2 to 4.
 """
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,6 +19,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClass
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES, MODEL_MAPPING
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple, maybe_autocast, merge_with_config_defaults
+from transformers.utils.hub import cached_file, extract_commit_hash
 from transformers.utils.output_capturing import capture_outputs
 
 from .adapters_medct import are_disabled, base_tensors
@@ -161,6 +164,8 @@ class MedCTPreTrainedModel(MedCTAdapterMixin, PreTrainedModel):
     _may_hold: tuple[str, ...] = ()
     # Names of the weights that the checkpoint lacked, and their random initial values.
     _drawn: tuple[set[str], Snapshot] | None = None
+    # Options with which the library finds the very files that it was loaded from, besides `name_or_path`.
+    _place: Mapping[str, Any] = {}
     _can_record_outputs = {"hidden_states": MedCTLayer, "attentions": MedCTAttention}
 
     @torch.no_grad()
@@ -198,6 +203,7 @@ class MedCTPreTrainedModel(MedCTAdapterMixin, PreTrainedModel):
         name = pretrained_model_name_or_path
         model, loading_info = super().from_pretrained(name, *args, **options, **kwargs)
         refuse_other_weights(name, cls, model.config, loading_info, cls._may_lack, cls._may_hold)
+        model._place = _place_of(model.name_or_path, kwargs)
         drawn = model._weights_called({*loading_info["missing_keys"], *reset_weights(loading_info)})
         model._drawn = (set(drawn), Snapshot(drawn)) if drawn else None
         return (model, loading_info) if output_loading_info else model
@@ -229,6 +235,16 @@ class MedCTPreTrainedModel(MedCTAdapterMixin, PreTrainedModel):
         if getattr(self, "_hf_peft_config_loaded", False):  # then an adapter was saved, and nothing else
             self._write_description(folder)
         return saved
+
+
+def _place_of(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the options of loading those that say where files are: a branch as the commit that it is at."""
+    place = {key: options[key] for key in ("cache_dir", "revision", "subfolder") if options.get(key) is not None}
+    try:
+        path = cached_file(name, "config.json", local_files_only=True, **place)
+    except (OSError, TypeError):  # no such file, or no such place
+        return place
+    return place | {"revision": extract_commit_hash(path, None)}
 
 
 class MedCTVisionModel(MedCTPreTrainedModel):

@@ -123,7 +123,7 @@ def algorithm_of(
         adapter_revision: Commit, tag or branch of the adapter.
         templates: Pairs of sentences that stand in for the model's own, each as one text.
     """
-    commit = getattr(pipe.model.config, "_commit_hash", None) or fingerprint(pipe.model)
+    commit = pipe.model._place.get("revision") or fingerprint(pipe.model)
     adapter_commit = None if adapter is None else _commit_of(adapter, adapter_revision)
     is_synthetic = any(knows_drawings_only(name) for name in (model, adapter) if name is not None)
     return Algorithm(

@@ -388,6 +388,29 @@ def test_an_adapter_on_a_quantized_base_is_compared_with_the_file(converted, ada
         check_fit(nowhere, adapters[0])
 
 
+@pytest.mark.parametrize("where", ["subfolder", "revision"])
+def test_files_are_those_that_the_model_was_loaded_from(converted, hub, monkeypatch, tmp_path, where):
+    """Not others of the same name, in another folder or of another commit."""
+    other = MedCTModel.from_pretrained(converted)
+    expected = fingerprint(other)
+    other.logit_scale.weight.data += 1
+    other.save_pretrained(tmp_path)
+    name, options = tmp_path, {"subfolder": "ours"}
+    if where == "subfolder":
+        shutil.copytree(converted, tmp_path / "ours")
+    else:
+        hub.connect(monkeypatch)
+        ours, theirs = ({path.name: path.read_bytes() for path in each.iterdir()} for each in (converted, tmp_path))
+        name, cache = "org/base", {"cache_dir": tmp_path / "cache"}
+        options = cache | {"revision": hub.add_files("model", name, ours)}
+        hub.add_files("model", name, theirs)
+        assert fingerprint(MedCTModel.from_pretrained(name, **cache)) == fingerprint(other)
+    model = MedCTModel.from_pretrained(name, **options)
+    assert type(pipeline(ZERO_SHOT_TASK, model=model, device="cpu")) is ZeroShotCTClassificationPipeline
+    model.visual_projection.to("meta")  # its values are looked up
+    assert fingerprint(model) == expected
+
+
 @pytest.mark.filterwarnings("ignore:.*meta device")
 def test_an_offloaded_base_takes_its_adapter(model, converted, adapters, batch, tmp_path):
     adapter = save_adapter(converted, tmp_path / "vision", target_modules=VISION)
