@@ -93,7 +93,7 @@ class CTPipeline(Pipeline):
         check_processor(self.model.config, self.processor)
         if getattr(self.model, "is_drawn", False):  # a model of older code cannot tell
             raise ValueError(
-                "The model's head is initialised at random, since its checkpoint has none, so its scores mean nothing. "
+                "The model's head is as it was initialised at random, so its scores mean nothing. "
                 f"Train it first, or ask the model in words: {ZERO_SHOT_TASK}."
             )
 

@@ -143,6 +143,21 @@ def test_a_head_that_was_drawn_at_random_finds_nothing(converted, classifier_fol
     assert len(scores(pipeline(CLASSIFIER_TASK, model=begun, device="cpu"), scan)) == 2
 
 
+def test_a_head_that_was_drawn_at_random_is_known_as_such_on_disk(classifier_folder, processor, scan, tmp_path):
+    options = {"num_labels": 2, "ignore_mismatched_sizes": True}
+    begun = AutoModelForImageClassification.from_pretrained(classifier_folder, **options)
+    processor.save_pretrained(tmp_path)
+    for _ in range(2):  # saved again untrained, too
+        begun.save_pretrained(tmp_path)
+        begun = AutoModelForImageClassification.from_pretrained(tmp_path)
+        with pytest.raises(ValueError, match="initialised at random"):
+            pipeline(CLASSIFIER_TASK, model=str(tmp_path), device="cpu")
+    with torch.no_grad():
+        begun.classifier.bias.add_(1)
+    begun.save_pretrained(tmp_path)
+    assert len(scores(pipeline(CLASSIFIER_TASK, model=str(tmp_path), device="cpu"), scan)) == 2
+
+
 def test_a_codebook_that_was_drawn_at_random_finds_nothing(converted, model):
     """It is a buffer and no parameter, and was set aside for one of another size."""
     other = {"codebook_size": 2 * model.config.vision_config.codebook_size}
