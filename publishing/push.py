@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import httpx2
 import PIL.Image
-from huggingface_hub import CommitOperationAdd, HfApi, RepoFile
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, RepoFile
 from huggingface_hub.errors import (
     HfHubHTTPError,
     LocalTokenNotFoundError,
@@ -259,7 +259,9 @@ class _Job:
         self.command = " ".join(words)
 
     def push(self, files: Files, message: str) -> str:
-        """Push files in a single commit.
+        """Push files in a single commit, in the place of what an earlier push of an adapter left.
+
+        Else its operating points would pass for those of the new weights.
 
         Args:
             files: Content, or a file that holds it, by name in the repository.
@@ -271,11 +273,13 @@ class _Job:
         _refuse_paths(self.folder, files)
 
         def commit() -> str:
-            # Operations remember what was sent, so each attempt needs its own.
-            operations = [CommitOperationAdd(path, content) for path, content in sorted(files.items())]
             self.api.create_repo(self.repo_id, private=self.private or None, exist_ok=True)
             if self.private and not self.api.model_info(self.repo_id).private:
                 raise PushError(f"{self.repo_id} is already public. Make it private on its page, or choose another.")
+            old = {*ADAPTER_FILES}.intersection(self.api.list_repo_files(self.repo_id)) - files.keys()
+            # Operations remember what was sent, so each attempt needs its own.
+            added = [CommitOperationAdd(path, content) for path, content in sorted(files.items())]
+            operations = [*added, *map(CommitOperationDelete, sorted(old))]
             # What an earlier attempt uploaded is found and not sent again, so there is still just one commit.
             return self.api.create_commit(self.repo_id, operations, commit_message=message).commit_url
 

@@ -162,6 +162,21 @@ def test_an_adapter_names_its_base_by_id_and_commit(hub, adapter, pushed_base):
     assert len(hub.repo("model", "org/site-b").commits) == 2
 
 
+@pytest.mark.parametrize("what", ["adapter", "model"])
+def test_nothing_of_an_earlier_adapter_stays_beside_other_weights(hub, base, adapter, pushed_base, what):
+    push_adapter(adapter, "org/a", base="org/base", base_revision="main")
+    hub.add_file("model", "org/a", "notes.txt", b"mine")
+    for name in ("medct_adapter.json", "results.json"):
+        (adapter / name).unlink()
+    if what == "adapter":
+        push_adapter(adapter, "org/a", base="org/base", base_revision="main", license="mit")
+    else:
+        push_model(base, "org/a")
+    files = hub.files("org/a")
+    assert not {"medct_adapter.json", "results.json"} & files.keys()
+    assert ("adapter_config.json" in files) == (what == "adapter") and files["notes.txt"] == b"mine"
+
+
 def test_a_moving_revision_is_resolved_to_a_commit(hub, base, pushed_base):
     assert commit_of("org/base") == commit_of("org/base", "main") == commit_of("org/base", pushed_base) == pushed_base
     assert commit_of(str(base)) is None
