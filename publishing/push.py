@@ -10,7 +10,6 @@ is never changed, so a push that failed can be run again.
 import contextlib
 import hashlib
 import json
-import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +28,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import parse_ratelimit_headers
 
 from medct.adapters_medct import CONFIG_FILE, DESCRIPTION_FILE, WEIGHTS_FILE
+from medct.common.output import as_word
 from medct.common.paths import find_paths, without_paths
 from medct.common.retry import keep_trying
 from medct.errors_medct import MedCTError, first_line
@@ -254,8 +254,8 @@ class _Job:
     def __init__(self, folder: Path, repo_id: str, private: bool, options: dict[str, str | None]):
         self.folder, self.repo_id, self.private = folder, repo_id, private
         self.api = HfApi()
-        flags = [f"{flag} {shlex.quote(value)}" for flag, value in options.items() if value is not None]
-        words = ["medct push", shlex.quote(str(folder)), repo_id, *(["--private"] if private else []), *flags]
+        flags = [f"{flag} {as_word(value)}" for flag, value in options.items() if value is not None]
+        words = ["medct push", as_word(folder), repo_id, *(["--private"] if private else []), *flags]
         self.command = " ".join(words)
 
     def push(self, files: Files, message: str) -> str:
