@@ -203,9 +203,9 @@ def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
 
 def _fingerprint_of_file(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> str | None:
     """That of the weights that a model was loaded from; `None` if they are not at hand, or quantized themselves."""
-    options = {"revision": getattr(model.config, "_commit_hash", None), "local_files_only": True}
+    place = getattr(model, "_place", {})
     try:
-        path = cached_file(model.name_or_path, "model.safetensors", **options)
+        path = cached_file(model.name_or_path, "model.safetensors", local_files_only=True, **place)
         with safe_open(path, framework="pt") as file:
             saved = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is not a dictionary
     except (OSError, TypeError):  # no such place, or no such file in it

@@ -309,6 +309,8 @@ class MedCTConfig(PreTrainedConfig):
             the templates in place of the name, or pairs of sentences of their own, present and not present, by name.
         classifier_dropout: Dropout before the head of `MedCTForImageClassification`.
         classifier_pos_weight: Weight of the positive cases in that head's loss, one number a label; 1 if `None`.
+        drawn_weights: Names of the weights that nobody has trained since they were initialised at random, such as those
+            of a new head; saving a model writes them down.
         custom_pipelines: Tasks of `transformers.pipeline` and the code shipped for them, see `CUSTOM_PIPELINES`; saving
             a model names its own.
         id2label: Names of the labels by their index; CT-CLIP's 18 findings by default.
@@ -331,6 +333,7 @@ class MedCTConfig(PreTrainedConfig):
     prompts: dict | None = None
     classifier_dropout: float | int = 0.3
     classifier_pos_weight: list[float | int] | None = None
+    drawn_weights: list[str] | None = None
     custom_pipelines: dict | None = None
     _tasks_as = dict  # the installed package puts `RegisteredTasks` here
 
@@ -346,6 +349,10 @@ class MedCTConfig(PreTrainedConfig):
     def set_custom_pipelines(self, tasks: dict) -> None:
         """Name the tasks of a model; see `custom_pipelines`."""
         self.custom_pipelines = self._tasks_as(copy.deepcopy(dict(tasks)))
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What is saved; also the labels where they are the library's own defaults, which are not the ones here."""
+        return super().to_diff_dict() | {"id2label": self.id2label, "label2id": self.label2id}
 
     @property
     def label_names(self) -> list[str]:

@@ -6,7 +6,9 @@ Source: specification of CT-CLIP, sections 2 to 4.
 """
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,6 +19,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClass
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES, MODEL_MAPPING
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple, maybe_autocast, merge_with_config_defaults
+from transformers.utils.hub import cached_file, extract_commit_hash
 from transformers.utils.output_capturing import capture_outputs
 
 from .adapters_medct import are_disabled, base_tensors
@@ -159,8 +162,10 @@ class MedCTPreTrainedModel(MedCTAdapterMixin, PreTrainedModel):
     # Prefixes of weights that are random if a checkpoint lacks them, and of weights that may lie unused in it.
     _may_lack: tuple[str, ...] = ()
     _may_hold: tuple[str, ...] = ()
-    # Names of the weights that the checkpoint lacked, and their random initial values.
+    # Names of the weights that the checkpoint lacked, or held untrained, and their random initial values.
     _drawn: tuple[set[str], Snapshot] | None = None
+    # Options with which the library finds the very files that it was loaded from, besides `name_or_path`.
+    _place: Mapping[str, Any] = {}
     _can_record_outputs = {"hidden_states": MedCTLayer, "attentions": MedCTAttention}
 
     @torch.no_grad()
@@ -198,22 +203,27 @@ class MedCTPreTrainedModel(MedCTAdapterMixin, PreTrainedModel):
         name = pretrained_model_name_or_path
         model, loading_info = super().from_pretrained(name, *args, **options, **kwargs)
         refuse_other_weights(name, cls, model.config, loading_info, cls._may_lack, cls._may_hold)
-        drawn = model._weights_called({*loading_info["missing_keys"], *reset_weights(loading_info)})
+        model._place = _place_of(model.name_or_path, kwargs)
+        known = getattr(model.config, "drawn_weights", None) or ()
+        drawn = model._weights_called({*loading_info["missing_keys"], *reset_weights(loading_info), *known})
         model._drawn = (set(drawn), Snapshot(drawn)) if drawn else None
         return (model, loading_info) if output_loading_info else model
 
     @property
     def is_drawn(self) -> bool:
-        """Whether weights that the checkpoint lacked still have their random initial values, in any precision."""
+        """Whether weights still have the random initial values that they had when it was loaded, in any precision."""
         return self._drawn is not None and self._drawn[1].equals_rounded(self._weights_called(self._drawn[0]))
 
     def _weights_called(self, names: set[str]) -> dict[str, torch.Tensor]:
-        """Parameters and buffers by name, on the CPU."""
+        """Parameters and buffers by name, on the CPU, but those that are offloaded or sharded."""
         # An adapter's module in the place of the model's own counts as long as it is enabled.
         own = {**dict(self.named_parameters()), **dict(self.named_buffers())}
         tensors = base_tensors(self) if are_disabled(self) else own
-        found = {name: weight for name, weight in tensors.items() if name in names and not weight.is_meta}
-        return {name: weight.detach().cpu() for name, weight in found.items()}
+        return {
+            name: weight.detach().cpu()
+            for name, weight in tensors.items()
+            if name in names and not (weight.is_meta or hasattr(weight, "full_tensor"))
+        }
 
     def save_pretrained(self, *args, **kwargs):
         """As in transformers, but the folder also names every class of the saved code, and its pipelines.
@@ -224,11 +234,22 @@ class MedCTPreTrainedModel(MedCTAdapterMixin, PreTrainedModel):
             others = {name: task for name, task in self.config.custom_pipelines.items() if name not in CUSTOM_PIPELINES}
             self.config.set_custom_pipelines({name: CUSTOM_PIPELINES[name] for name in self._tasks} | others)
             self.config.auto_map = dict(CODE)
+            self.config.drawn_weights = sorted(self._drawn[0]) if self.is_drawn else None
         saved = super().save_pretrained(*args, **kwargs)
         folder = args[0] if args else kwargs["save_directory"]
         if getattr(self, "_hf_peft_config_loaded", False):  # then an adapter was saved, and nothing else
             self._write_description(folder)
         return saved
+
+
+def _place_of(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the options of loading those that say where files are: a branch as the commit that it is at."""
+    place = {key: options[key] for key in ("cache_dir", "revision", "subfolder") if options.get(key) is not None}
+    try:
+        path = cached_file(name, "config.json", local_files_only=True, **place)
+    except (OSError, TypeError):  # no such file, or no such place
+        return place
+    return place | {"revision": extract_commit_hash(path, None)}
 
 
 class MedCTVisionModel(MedCTPreTrainedModel):

@@ -13,7 +13,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -32,6 +31,7 @@ from medct.common.errors import StoppedError
 from medct.common.files import refuse_taken, write_json
 from medct.common.host import device_name, keep_freed_memory, peak_memory_bytes
 from medct.common.lock import only_run
+from medct.common.output import as_word
 from medct.common.paths import local_paths, without_paths
 from medct.common.progress import tqdm
 from medct.data.label_space import read_label_flags
@@ -170,7 +170,7 @@ class Trainer:
                 raise StoppedError(f"stopped. {self._remedy()}") from None
 
     def _remedy(self) -> str:
-        return f"The same command with --output_dir {shlex.quote(str(self.folder.final))} --resume continues it."
+        return f"The same command with --output_dir {as_word(self.folder.final)} --resume continues it."
 
     def _run(self) -> dict[str, Any]:
         self.base.to(self.accelerator.device)

@@ -5,7 +5,6 @@ import ctypes
 import os
 import platform
 import sys
-import warnings
 from collections.abc import Iterator
 
 import torch
@@ -64,10 +63,7 @@ def quiet_libraries() -> Iterator[None]:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        with warnings.catch_warnings():
-            # PEFT still reads a name that transformers has deprecated.
-            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
-            yield
+        yield
     finally:
         logging.set_verbosity(verbosity)
         if has_bars:

@@ -5,6 +5,8 @@ import io
 import json
 import os
 import re
+import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -46,6 +48,13 @@ def visible(text: str) -> str:
     Names of files, for one, may hold anything.
     """
     return _OBEYED.sub(lambda match: json.dumps(match[0])[1:-1], text)
+
+
+def as_word(text: str | os.PathLike) -> str:
+    """A text as one word of a command that is to be copied into a shell of this system."""
+    # Shells of Windows take single quotes for letters, and ours take every backslash for a reason to quote.
+    quote = subprocess.list2cmdline if sys.platform == "win32" else shlex.join
+    return quote([os.fspath(text)])
 
 
 def flush_output() -> None:

@@ -34,7 +34,7 @@ CT_CLIP_GRID = np.linspace(0, 1, 100)
 CT_CLIP_PREFIX = "ct_clip_protocol/"
 RADFINDER_PREFIX = "radfinder_protocol/"
 # How good a threshold is, given the shares of present and of absent scans that reach it.
-THRESHOLD_RULES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+_RULES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "youden": lambda sensitivity, false_alarms: sensitivity - false_alarms,
     "closest_corner": lambda sensitivity, false_alarms: -np.hypot(1 - sensitivity, false_alarms),
 }
@@ -127,22 +127,19 @@ def _protocol(scores: np.ndarray, labels: np.ndarray, names: Sequence[str], pref
     return _once({key.removeprefix(prefix): values for key, values in figures.items() if key.startswith(prefix)}, names)
 
 
-def choose_thresholds(scores: np.ndarray, labels: np.ndarray, rule: str = "youden") -> np.ndarray:
-    """The best threshold of each label, for scans other than these.
+def choose_thresholds(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """The threshold of each label with the most sensitivity + specificity (Youden), for scans other than these.
 
     Args:
         scores: `(scans, labels)`, greater is more likely present.
         labels: `(scans, labels)`, 0, 1 or NaN for unknown.
-        rule: "youden" (most sensitivity + specificity) or "closest_corner" (ROC point nearest to both being 1).
 
     Returns:
         `(labels,)`, each a score that occurs, the highest if several are best; NaN where the label does not vary.
 
     Raises:
-        ValueError: If the rule is unknown, shapes do not match, arrays hold other values, or no label varies.
+        ValueError: If shapes do not match, arrays hold other values, or no label varies.
     """
-    if rule not in THRESHOLD_RULES:
-        raise ValueError(f"There is no threshold rule {rule!r}. Pass one of {', '.join(THRESHOLD_RULES)}.")
     scores, labels = checked(scores, labels)
     once = np.ones((len(labels), 1))
     thresholds = np.full(labels.shape[1], np.nan)
@@ -150,7 +147,7 @@ def choose_thresholds(scores: np.ndarray, labels: np.ndarray, rule: str = "youde
         known = ~np.isnan(labels[:, index])
         candidates = np.unique(scores[known, index])[::-1]
         reach = _Reach(scores[:, index], labels[:, index], once)
-        thresholds[index] = candidates[_best(reach, candidates, rule)[0]]
+        thresholds[index] = candidates[_best(reach, candidates, "youden")[0]]
     return thresholds
 
 
@@ -330,7 +327,7 @@ def _decision_figures(reach: _Reach, hits: np.ndarray, false_alarms: np.ndarray)
 def _best(reach: _Reach, candidates: np.ndarray, rule: str) -> np.ndarray:
     """Index of the first of the best thresholds, `(resamples,)`."""
     hits, false_alarms = reach.counts(candidates)
-    merit = THRESHOLD_RULES[rule](_ratio(hits, reach.present), _ratio(false_alarms, reach.absent))
+    merit = _RULES[rule](_ratio(hits, reach.present), _ratio(false_alarms, reach.absent))
     return (merit > merit.max(axis=0) - _ROUNDING).argmax(axis=0)
 
 

@@ -38,6 +38,11 @@ class MedCTAdapterMixin:
 
     _described: dict[str, tuple[Snapshot, dict]] = {}
 
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """What PEFT asks each model that it adapts, by a name that transformers has changed, with a warning."""
+        return self.is_activation_checkpointing
+
     def load_adapter(self, peft_model_id: str | None = None, adapter_name: str | None = None, *args, **kwargs):
         """As in transformers, but an adapter that does not fit this model is refused; see `check_fit`.
 
@@ -281,10 +286,10 @@ def _tensors_of(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
 
 @contextlib.contextmanager
 def without_load_report() -> Iterator[None]:
-    """Hold back transformers' report on an adapter's weights, unless loading fails, and PEFT's remarks of each loading.
+    """Hold back transformers' report on an adapter's weights, unless loading fails, and PEFT's remark of each loading.
 
     The report calls all weights missing that are the base's, or an earlier adapter's; which are, says
-    `MedCTModel.load_adapter`. PEFT remarks on a second adapter, and on a name that transformers has changed.
+    `MedCTModel.load_adapter`. PEFT remarks on a second adapter.
     """
     held: list[logging.LogRecord] = []
 
@@ -297,7 +302,6 @@ def without_load_report() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")
             yield
     except BaseException:
         _REPORTS.removeFilter(passes)

@@ -93,7 +93,7 @@ class CTPipeline(Pipeline):
         check_processor(self.model.config, self.processor)
         if getattr(self.model, "is_drawn", False):  # a model of older code cannot tell
             raise ValueError(
-                "The model's head is initialised at random, since its checkpoint has none, so its scores mean nothing. "
+                "The model's head is as it was initialised at random, so its scores mean nothing. "
                 f"Train it first, or ask the model in words: {ZERO_SHOT_TASK}."
             )
 
@@ -550,8 +550,7 @@ def _without_dropout(model: torch.nn.Module) -> Iterator[None]:
 def _processor_of(model: PreTrainedModel) -> MedCTProcessor:
     """The processor that lies beside a model's weights."""
     try:
-        revision = getattr(model.config, "_commit_hash", None)
-        return MedCTProcessor.from_pretrained(model.name_or_path, revision=revision)
+        return MedCTProcessor.from_pretrained(model.name_or_path, **getattr(model, "_place", {}))
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"A pipeline needs the model's processor ({first_line(error)}): pass `processor=`.") from error
 

@@ -64,18 +64,17 @@ def local_paths_of(folder: Path) -> list[str]:
     return local_paths(read_json(folder, "train_config.json") | where)
 
 
-def base_license(base: str, revision: str | None = None, token: str | None = None) -> str | None:
+def base_license(base: str, revision: str | None = None) -> str | None:
     """The licence that the card of a model names.
 
     Args:
         base: Hub id or folder.
         revision: Commit, tag or branch on the Hub.
-        token: Token for the Hub.
 
     Returns:
         The licence's identifier; that of CT-CLIP if the model is named so and its card names none; `None` if unknown.
     """
-    found = said_on_card(base, "license", revision=revision, token=token)
+    found = said_on_card(base, "license", revision=revision)
     if found is None and re.search(r"ct[-_]?clip", Path(base).name, re.IGNORECASE):
         return CT_CLIP_LICENSE
     return found

@@ -105,6 +105,7 @@ def load_model(
         ProcessorMismatchError: If its processor makes other voxels than it was trained on.
     """
     config = load_config(name, **options)
+    config.return_dict = True  # whoever loads it here reads its outputs by name
     model_class = _class_of(name, config)
     if zero_shot_only and model_class is not MedCTModel:
         raise CheckpointMismatchError(

@@ -10,7 +10,6 @@ is never changed, so a push that failed can be run again.
 import contextlib
 import hashlib
 import json
-import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any, TypeVar
 
 import httpx2
 import PIL.Image
-from huggingface_hub import CommitOperationAdd, HfApi, RepoFile
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, RepoFile
 from huggingface_hub.errors import (
     HfHubHTTPError,
     LocalTokenNotFoundError,
@@ -29,6 +28,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import parse_ratelimit_headers
 
 from medct.adapters_medct import CONFIG_FILE, DESCRIPTION_FILE, WEIGHTS_FILE
+from medct.common.output import as_word
 from medct.common.paths import find_paths, without_paths
 from medct.common.retry import keep_trying
 from medct.errors_medct import MedCTError, first_line
@@ -84,7 +84,6 @@ def push_adapter(
     repo_id: str,
     *,
     private: bool = False,
-    token: str | None = None,
     base: str | None = None,
     base_revision: str | None = None,
     license: str | None = None,
@@ -95,7 +94,6 @@ def push_adapter(
         folder: As `train.py` leaves it, or `PeftModel.save_pretrained`. It is not changed.
         repo_id: "ORG/NAME"; made if it does not exist.
         private: Whether to hide it from others.
-        token: Token for the Hub; that of the logged-in user by default.
         base: Hub id of the base, if the adapter was trained on a folder.
         base_revision: Commit, tag or branch of the base; the adapter will name the commit.
         license: Identifier of the licence, if the base's card has none.
@@ -108,23 +106,22 @@ def push_adapter(
     """
     folder = Path(folder)
     options = {"--base": base, "--base_revision": base_revision, "--license": license}
-    job = _Job(folder, repo_id, private, token, options)
+    job = _Job(folder, repo_id, private, options)
     _refuse_pickles(folder)
     if not (folder / CONFIG_FILE).is_file() or not (folder / WEIGHTS_FILE).is_file():
         raise PushError(f"{folder} has no {CONFIG_FILE} or no {WEIGHTS_FILE}. Pass the folder of a saved adapter.")
     model, commit = job.try_hard(lambda: _published_base(job.api, folder, base, base_revision))
-    files = _adapter_files(folder, repo_id, model, commit, _license_of(folder, model, commit, license, token))
+    files = _adapter_files(folder, repo_id, model, commit, _license_of(folder, model, commit, license))
     return job.push(files, "Add adapter")
 
 
-def push_model(folder: str | Path, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
+def push_model(folder: str | Path, repo_id: str, *, private: bool = False) -> str:
     """Put a converted model on the Hub, with its processor and code.
 
     Args:
         folder: As `medct convert` leaves it. It is not changed.
         repo_id: "ORG/NAME"; made if it does not exist.
         private: Whether to hide it from others.
-        token: Token for the Hub; that of the logged-in user by default.
 
     Returns:
         Address of the commit.
@@ -147,7 +144,7 @@ def push_model(folder: str | Path, repo_id: str, *, private: bool = False, token
     card = folder / "README.md"
     text = (card if card.is_file() else MODEL_CARD).read_text(encoding="utf-8")
     files["README.md"] = text.replace(PLACEHOLDER_REPO, repo_id).encode()
-    return _Job(folder, repo_id, private, token, {}).push(files, "Add model")
+    return _Job(folder, repo_id, private, {}).push(files, "Add model")
 
 
 def push_shards(folder: Path, repo_id: str) -> str:
@@ -212,8 +209,8 @@ def _published_base(api: HfApi, folder: Path, base: str | None, revision: str | 
     return base, commit
 
 
-def _license_of(folder: Path, base: str, commit: str, license: str | None, token: str | None) -> str:
-    license = license or base_license(base, commit, token) or read_json(folder, "results.json").get("license")
+def _license_of(folder: Path, base: str, commit: str, license: str | None) -> str:
+    license = license or base_license(base, commit) or read_json(folder, "results.json").get("license")
     if license is None:
         raise PushError(
             f"The card of {base} names no licence, and an adapter takes its base's. Pass --license IDENTIFIER."
@@ -254,15 +251,17 @@ def _json_bytes(folder: Path, content: dict[str, Any]) -> bytes:
 class _Job:
     """One push: as whom, from where, to where; and how to retry it."""
 
-    def __init__(self, folder: Path, repo_id: str, private: bool, token: str | None, options: dict[str, str | None]):
+    def __init__(self, folder: Path, repo_id: str, private: bool, options: dict[str, str | None]):
         self.folder, self.repo_id, self.private = folder, repo_id, private
-        self.api = HfApi(token=token)
-        flags = [f"{flag} {shlex.quote(value)}" for flag, value in options.items() if value is not None]
-        words = ["medct push", shlex.quote(str(folder)), repo_id, *(["--private"] if private else []), *flags]
+        self.api = HfApi()
+        flags = [f"{flag} {as_word(value)}" for flag, value in options.items() if value is not None]
+        words = ["medct push", as_word(folder), repo_id, *(["--private"] if private else []), *flags]
         self.command = " ".join(words)
 
     def push(self, files: Files, message: str) -> str:
-        """Push files in a single commit.
+        """Push files in a single commit, in the place of what an earlier push of an adapter left.
+
+        Else its operating points would pass for those of the new weights.
 
         Args:
             files: Content, or a file that holds it, by name in the repository.
@@ -274,11 +273,14 @@ class _Job:
         _refuse_paths(self.folder, files)
 
         def commit() -> str:
-            # Operations remember what was sent, so each attempt needs its own.
-            operations = [CommitOperationAdd(path, content) for path, content in sorted(files.items())]
             self.api.create_repo(self.repo_id, private=self.private or None, exist_ok=True)
             if self.private and not self.api.model_info(self.repo_id).private:
                 raise PushError(f"{self.repo_id} is already public. Make it private on its page, or choose another.")
+            old = {*ADAPTER_FILES}.intersection(self.api.list_repo_files(self.repo_id)) - files.keys()
+            # Operations remember what was sent, so each attempt needs its own.
+            operations: list[CommitOperationAdd | CommitOperationDelete] = []
+            operations += [CommitOperationAdd(path, content) for path, content in sorted(files.items())]
+            operations += map(CommitOperationDelete, sorted(old))
             # What an earlier attempt uploaded is found and not sent again, so there is still just one commit.
             return self.api.create_commit(self.repo_id, operations, commit_message=message).commit_url
 

@@ -129,7 +129,7 @@ def algorithm_of(
         adapter_revision: Commit, tag or branch of the adapter.
         prompts: `candidate_labels` and `prompt_templates`, as the pipeline takes them.
     """
-    commit = getattr(pipe.model.config, "_commit_hash", None) or fingerprint(pipe.model)
+    commit = pipe.model._place.get("revision") or fingerprint(pipe.model)
     adapter_commit = None if adapter is None else _commit_of(adapter, adapter_revision)
     is_synthetic = any(knows_drawings_only(name) for name in (model, adapter) if name is not None)
     return Algorithm(

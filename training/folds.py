@@ -18,6 +18,7 @@ from medct.common.counting import counted
 from medct.common.errors import StoppedError
 from medct.common.files import write_json
 from medct.common.lock import is_first_process, only_run
+from medct.common.output import as_word
 from medct.data.sources import Source, first_of, hash_share
 from medct.evaluation.figures import Scores, source_figures
 from medct.evaluation.plots import calibration_plot, roc_plot, save_plot
@@ -113,8 +114,8 @@ def cross_validate(
                 results = train(dataclasses.replace(settings, **of_fold))
             except StoppedError as error:
                 raise StoppedError(
-                    f"stopped in fold {fold} of {settings.folds}. The same command with --output_dir {folder.final} "
-                    "--resume continues it."
+                    f"stopped in fold {fold} of {settings.folds}. The same command with --output_dir "
+                    f"{as_word(folder.final)} --resume continues it."
                 ) from error
             if is_main_process:
                 refuse_changed(folder.work, runs)

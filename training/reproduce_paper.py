@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 
 from medct.common.counting import counted
+from medct.common.distributed import start_launch
 from medct.common.files import refuse_other_settings, whole_file
 from medct.common.host import keep_freed_memory
 from medct.evaluation.record import RESULTS, read_results
@@ -64,7 +66,8 @@ def converted(settings: PaperSettings) -> Path:
     if settings.folds:
         raise TrainingError("--folds divides all patients anew, and the paper has one split. Leave it out.")
     folder = Path(settings.output_dir).with_name(Path(settings.output_dir).name + "-base")
-    with PartialState(cpu=settings.cpu).main_process_first():
+    cpu = settings.cpu or parse_flag_from_env("ACCELERATE_USE_CPU")  # `accelerate launch --cpu`
+    with start_launch(PartialState, cpu=cpu).main_process_first():
         if not folder.exists():
             convert(Path(settings.checkpoint), folder, settings.tokenizer, settings.sizes and Path(settings.sizes))
     return folder

@@ -861,6 +861,15 @@ def test_a_configuration_that_its_weights_do_not_fit_is_refused(tmp_path):
         load_model(str(folder))
 
 
+def test_outputs_have_names_whatever_the_model_was_saved_with(converted, tmp_path, batch):
+    folder = shutil.copytree(converted, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps(config | {"return_dict": False}), encoding="utf-8")
+    model, _ = load_model(str(folder))
+    with torch.no_grad():
+        assert model.get_image_features(batch["pixel_values"]).pooler_output is not None
+
+
 def test_a_library_that_a_model_needs_is_named(monkeypatch):
     def needs_library(*_, **__):
         raise ImportError("Loading it requires optimum.")

@@ -8,10 +8,16 @@ from pathlib import Path
 import pytest
 
 from medct import train
-from medct.common.output import flush_output, visible
+from medct.common.output import as_word, flush_output, visible
 from medct.common.progress import remark
 from medct.inference.bulk import JsonLines
 from medct.training import reproduce_paper
+
+
+def test_a_folder_in_a_command_can_be_copied_into_the_shell(monkeypatch):
+    assert [as_word(Path(name)) for name in ("runs/b", "my runs/b")] == ["runs/b", "'my runs/b'"]
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert [as_word(name) for name in (r"runs\b", r"my runs\b")] == [r"runs\b", r'"my runs\b"']
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")

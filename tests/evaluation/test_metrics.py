@@ -227,13 +227,11 @@ def test_of_equal_thresholds_the_highest_is_chosen():
         assert threshold == max(at for at, merit in merits.items() if merit == max(merits.values()))
 
 
-def test_threshold_rules_differ_and_are_named():
-    scores = np.arange(12)[:, None]
+def test_the_protocols_choose_by_another_rule():
+    scores = np.arange(12)[:, None] / 99 + 0.001  # each above another point of CT-CLIP's grid
     labels = np.array([0, 0, 0, 0, 1, 0, 0, 1, 1, 0, 0, 0])[:, None]
-    assert choose_thresholds(scores, labels).tolist() == [4]  # sensitivity 1, specificity 4/9
-    assert choose_thresholds(scores, labels, "closest_corner").tolist() == [7]  # 2/3 and 6/9
-    with pytest.raises(ValueError, match="no threshold rule 'f2'"):
-        choose_thresholds(scores, labels, "f2")
+    assert choose_thresholds(scores, labels).tolist() == [scores[4]]  # sensitivity 1, specificity 4/9
+    assert ct_clip_protocol(scores, labels, ["nodule"])["threshold"] == pytest.approx(7 / 99)  # 2/3 and 6/9
 
 
 def test_no_threshold_from_a_label_that_does_not_vary():

@@ -128,6 +128,14 @@ def test_labels_keep_the_order_of_their_numbers_however_these_are_written():
     assert config.label_names == expected
 
 
+@pytest.mark.parametrize("count", [1, 2, 18])
+def test_labels_without_names_are_saved_too(count, tmp_path):
+    """A head of two, the number that the library takes for granted, would not fit what is loaded."""
+    config = MedCTConfig(id2label={index: f"LABEL_{index}" for index in range(count)})
+    config.save_pretrained(tmp_path)
+    assert MedCTConfig.from_pretrained(tmp_path).label_names == config.label_names
+
+
 @pytest.mark.parametrize("name", ["two\nlines", "a\x1b[31m", "\x00"])
 def test_names_of_labels_hold_no_control_characters(name):
     """They become columns, titles, codes, and text on a terminal."""

@@ -460,7 +460,7 @@ def test_revisions_are_those_of_what_they_are_given_for(converted, processor, mo
     monkeypatch.setattr(model, "load_adapter", lambda name, **options: asked.append((name, options)))
     load = lambda name, **options: asked.append((name, options)) or processor  # noqa: E731
     monkeypatch.setattr("medct.pipeline_medct.MedCTProcessor.from_pretrained", load)
-    model.config._commit_hash = "of-the-base"  # as loading from the Hub leaves it
+    model._place = {"revision": "of-the-base"}  # as loading from the Hub leaves it
     ZeroShotCTClassificationPipeline(model=model, device="cpu", adapter="org/a", adapter_revision="of-the-adapter")
     assert asked == [
         (str(converted), {"revision": "of-the-base"}),

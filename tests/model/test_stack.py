@@ -143,6 +143,21 @@ def test_a_head_that_was_drawn_at_random_finds_nothing(converted, classifier_fol
     assert len(scores(pipeline(CLASSIFIER_TASK, model=begun, device="cpu"), scan)) == 2
 
 
+def test_a_head_that_was_drawn_at_random_is_known_as_such_on_disk(classifier_folder, processor, scan, tmp_path):
+    options = {"num_labels": 2, "ignore_mismatched_sizes": True}
+    begun = AutoModelForImageClassification.from_pretrained(classifier_folder, **options)
+    processor.save_pretrained(tmp_path)
+    for _ in range(2):  # saved again untrained, too
+        begun.save_pretrained(tmp_path)
+        begun = AutoModelForImageClassification.from_pretrained(tmp_path)
+        with pytest.raises(ValueError, match="initialised at random"):
+            pipeline(CLASSIFIER_TASK, model=str(tmp_path), device="cpu")
+    with torch.no_grad():
+        begun.classifier.bias.add_(1)
+    begun.save_pretrained(tmp_path)
+    assert len(scores(pipeline(CLASSIFIER_TASK, model=str(tmp_path), device="cpu"), scan)) == 2
+
+
 def test_a_codebook_that_was_drawn_at_random_finds_nothing(converted, model):
     """It is a buffer and no parameter, and was set aside for one of another size."""
     other = {"codebook_size": 2 * model.config.vision_config.codebook_size}
@@ -386,6 +401,29 @@ def test_an_adapter_on_a_quantized_base_is_compared_with_the_file(converted, ada
     assert fingerprint(nowhere) is None
     with pytest.warns(UserWarning, match="It is not known"):
         check_fit(nowhere, adapters[0])
+
+
+@pytest.mark.parametrize("where", ["subfolder", "revision"])
+def test_files_are_those_that_the_model_was_loaded_from(converted, hub, monkeypatch, tmp_path, where):
+    """Not others of the same name, in another folder or of another commit."""
+    other = MedCTModel.from_pretrained(converted)
+    expected = fingerprint(other)
+    other.logit_scale.weight.data += 1
+    other.save_pretrained(tmp_path)
+    name, options = tmp_path, {"subfolder": "ours"}
+    if where == "subfolder":
+        shutil.copytree(converted, tmp_path / "ours")
+    else:
+        hub.connect(monkeypatch)
+        ours, theirs = ({path.name: path.read_bytes() for path in each.iterdir()} for each in (converted, tmp_path))
+        name, cache = "org/base", {"cache_dir": tmp_path / "cache"}
+        options = cache | {"revision": hub.add_files("model", name, ours)}
+        hub.add_files("model", name, theirs)
+        assert fingerprint(MedCTModel.from_pretrained(name, **cache)) == fingerprint(other)
+    model = MedCTModel.from_pretrained(name, **options)
+    assert type(pipeline(ZERO_SHOT_TASK, model=model, device="cpu")) is ZeroShotCTClassificationPipeline
+    model.visual_projection.to("meta")  # its values are looked up
+    assert fingerprint(model) == expected
 
 
 @pytest.mark.filterwarnings("ignore:.*meta device")

@@ -75,7 +75,7 @@ def test_words_that_an_adapter_brings_are_named(pipe, converted, tmp_path):
 
 
 def test_of_the_hub_the_commits_are_named(pipe, monkeypatch):
-    pipe.model.config._commit_hash = COMMIT
+    pipe.model._place = {"revision": COMMIT}  # as loading from the Hub leaves it
     path = f"/cache/models--ORG--SITE-B/snapshots/{COMMIT[::-1]}/adapter_config.json"
     monkeypatch.setattr(module, "cached_file", lambda *_, **__: path)
     monkeypatch.setattr(module, "knows_drawings_only", lambda name: False)

@@ -1,6 +1,7 @@
 """Adapters are what their settings say."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -12,6 +13,13 @@ from medct.training.lora import VARIANTS, add_lora, frozen_tensors, leave_casts_
 def layers(model):
     """The wrapped Linears."""
     return [module for module in model.modules() if hasattr(module, "lora_A") and len(module.lora_A)]
+
+
+def test_adapting_warns_of_nothing(model):
+    """Not of what PEFT and transformers have to settle among themselves, in a notebook either."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        add_lora(model, rank=2)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])

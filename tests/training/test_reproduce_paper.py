@@ -1,6 +1,8 @@
 """The paper's experiment in miniature: a random checkpoint and a look-alike of CT-RATE, so its figures mean nothing."""
 
 import json
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 from ct_rate_like import ct_rate_files, write_files
@@ -67,6 +69,19 @@ def test_another_hospital_is_shown_with_replay(arguments, tmp_path):
     results = json.loads((tmp_path / "run-vision-replay/results.json").read_text(encoding="utf-8"))
     assert "SYNTHETIC phantoms of site A in between" in results["data"]
     assert f"{100 * results['kept']['difference']['auroc']['value']:+.1f}" in row
+
+
+def test_the_cpu_may_be_asked_for_at_the_launch(monkeypatch, tmp_path):
+    (tmp_path / "run-base").mkdir()
+    settings = reproduce_paper.PaperSettings(checkpoint="x.pt", output_dir=str(tmp_path / "run"))
+    asked = []
+    start = lambda cpu: asked.append(cpu) or SimpleNamespace(main_process_first=nullcontext)  # noqa: E731
+    monkeypatch.setattr(reproduce_paper, "PartialState", start)
+    monkeypatch.setattr(reproduce_paper, "start_launch", lambda start, **options: start(**options), raising=False)
+    for flag in ("no", "yes"):
+        monkeypatch.setenv("ACCELERATE_USE_CPU", flag)
+        reproduce_paper.converted(settings)
+    assert asked == [False, True]
 
 
 def test_what_is_missing_is_named_in_one_line(capsys):
