@@ -149,7 +149,9 @@ def _add_search(add: Callable[..., argparse.ArgumentParser]) -> None:
     parser.add_argument("query", help="a scan if it is an existing path or an address, else a text")
     parser.add_argument("--index", type=Path, required=True, metavar="FILE", help="made by `medct embed`")
     parser.add_argument("-k", type=at_least(1), default=10, help="number of scans to show (default: 10)")
-    parser.add_argument("--format", choices=("table", "json"), default="table", help="table for people, or JSON lines")
+    parser.add_argument(
+        "--format", choices=("table", "json"), default="table", help="table for people, or JSON lines (default: table)"
+    )
     model_arguments(parser)
     _reading_arguments(parser, many=False)
 

@@ -39,9 +39,10 @@ def setting(default: Any, help: str) -> Any:
 
     Args:
         default: Its default, immutable.
-        help: Help text on the command line.
+        help: Help text on the command line, to which the default is added unless the text says it.
     """
-    return field(default=default, metadata={"help": help})
+    is_said = default is None or default is False or "default" in help.lower()
+    return field(default=default, metadata={"help": help if is_said else f"{help} Default: {default}."})
 
 
 @dataclass
@@ -51,7 +52,7 @@ class TrainingSettings:
     model: str = setting(
         str(PHANTOM_BASE), "Base model: Hub id or folder. `phantom`, the default: the phantom base of this package."
     )
-    revision: str | None = setting(None, "Commit of the base on the Hub. Pin it: the repository's code is run.")
+    revision: str | None = setting(None, "Commit of the base on the Hub.")
 
     data: str = setting(
         PHANTOMS,
@@ -361,6 +362,9 @@ def run_command(
     """
     escape_unknown()
     parser = HfArgumentParser(kind, prog=prog, description=description, formatter_class=RawDescriptionHelpFormatter)
+    for action in parser._actions:
+        if action.option_strings[0].startswith("--no_"):  # made of a setting that is on, with the help of that
+            action.help = f"Turn off --{action.dest}."
     settings, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")

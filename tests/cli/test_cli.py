@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import dataclasses
 import io
 import json
 import os
@@ -44,6 +45,8 @@ from medct.inference.studies import find_studies
 from medct.publishing import loading
 from medct.publishing.loading import ModelError, load_config, load_model, resolve_name
 from medct.reporting.findings import SYNTHETIC
+from medct.training.reproduce_paper import PaperSettings
+from medct.training.settings import TrainingSettings
 
 PHANTOM_BASE = Path(medct.__file__).with_name("phantom_base")
 
@@ -388,18 +391,26 @@ def sub_parsers():
 def test_help_explains_every_flag_and_gives_an_example(command, capsys):
     parser = sub_parsers()[command]
     assert all(action.help for action in parser._actions)
+    has_default = [each for each in parser._actions if each.default not in (None, False, argparse.SUPPRESS)]
+    assert [each.dest for each in has_default if "default" not in each.help] == []
     with pytest.raises(SystemExit) as caught:
         main([command, "--help"])
     assert caught.value.code == 0
     assert f"\n  medct {command} " in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_runs_are_reached(name, capsys):
+@pytest.mark.parametrize(("name", "settings"), {"train": TrainingSettings, "reproduce-paper": PaperSettings}.items())
+def test_help_of_runs_explains_every_setting(name, settings, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "9999")
     with pytest.raises(SystemExit) as caught:
         main([name, "--help"])
     assert caught.value.code == 0
-    assert f"usage: medct {name} [-h]" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"usage: medct {name} [-h]" in out
+    for field in dataclasses.fields(settings):
+        help = re.search(rf"^  --{field.name}\b.*?  (\S.*)$", out.replace("\n           ", ""), re.MULTILINE)[1]
+        assert field.default in (None, False) or "default" in help.lower(), field.name
+    assert out.count("Turn off --gradient_checkpointing.") == (name == "reproduce-paper")
 
 
 def test_train_knows_its_model_in_the_process_of_the_command(tmp_path):
