@@ -18,6 +18,7 @@ from typing import NoReturn
 
 from medct import _IS_THE_COMMAND
 from medct.cli.arguments import RUNS, make_parser
+from medct.cli.flags import refuse_idle
 from medct.cli.wording import in_flags
 from medct.common.errors import one_line_errors, run_process
 from medct.common.output import escape_unknown
@@ -48,6 +49,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _carried_out(args: argparse.Namespace) -> int:
     """Do what parsed arguments ask for; returns the exit status."""
+    refuse_idle(args)
     loading = _imported("publishing.loading")
     for flag, what in (("model", "model"), ("adapter", "adapter"), ("against", "adapter")):
         name = getattr(args, flag, None)

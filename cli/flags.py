@@ -4,6 +4,36 @@ import argparse
 from collections.abc import Callable
 
 from medct.common.counting import FEWEST_RESAMPLES
+from medct.errors_medct import MedCTError
+
+_SAYS_MORE_OF = {
+    "adapter_revision": ("adapter", "--adapter"),
+    "against_revision": ("against", "--against"),
+    "model_revision": ("model", "--model"),
+    "findings": ("metadata", "--metadata"),
+    "split": ("metadata", "METADATA"),
+}
+"""Flags that are about another argument, and what that is called in the arguments and in words."""
+
+
+class IdleFlagError(MedCTError, ValueError):
+    """A flag that would do nothing; the message says what it needs."""
+
+
+def refuse_idle(args: argparse.Namespace) -> None:
+    """Refuse flags that would do nothing: whoever passes them expects something else of the command.
+
+    Args:
+        args: Parsed, of any command. With `--repeat`, the other argument may be recorded.
+
+    Raises:
+        IdleFlagError: If one says more of an argument that the command has and was not given.
+    """
+    for flag, (other, name) in _SAYS_MORE_OF.items():
+        value = getattr(args, flag, None)
+        if value and getattr(args, other, "") is None and not getattr(args, "repeat", None):
+            said = " ".join(value) if isinstance(value, list) else value
+            raise IdleFlagError(f"--{flag} {said} does nothing without {name}. Pass that, or leave it out.")
 
 
 def model_arguments(parser: argparse.ArgumentParser) -> None:

@@ -36,6 +36,7 @@ from medct.adapters_medct import DESCRIPTION_FILE, calibrated
 from medct.checks_medct import CheckpointMismatchError
 from medct.cli import commands, main, score_commands
 from medct.cli.arguments import RUNS, make_parser
+from medct.cli.flags import refuse_idle
 from medct.common.distributed import LaunchError
 from medct.common.lock import only_run
 from medct.common.output import flush_output
@@ -381,6 +382,35 @@ def test_wrong_usage_is_status_2(arguments, capsys):
     with pytest.raises(SystemExit) as caught:
         main(arguments)
     assert caught.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("command", "needed"),
+    [
+        ("predict {here} --adapter_revision abc", "--adapter"),
+        ("overview phantoms --model_revision abc", "--model"),
+        ("prepare phantoms {here}/shards --model_revision abc", "--model"),
+        ("evaluate --data phantoms --against_revision abc", "--against"),
+        ("recall --index i.parquet --findings Nodule Mass", "--metadata"),
+        ("metrics scores.studies.csv --split tune", "METADATA"),
+    ],
+)
+def test_flags_that_say_more_of_what_is_not_given(command, needed, tmp_path, refused):
+    """`metrics` would give the figures of another split than was asked for."""
+    said = refused(*command.format(here=tmp_path).split())
+    assert f" does nothing without {needed}. Pass that, or leave it out." in said
+    args = make_parser("").parse_args(["evaluate", "--repeat", "results.json", "--adapter_revision", "abc"])
+    refuse_idle(args)  # of an adapter that is recorded
+
+
+@pytest.mark.parametrize("command", ["overview {} --revision abc", "evaluate --data {} --data_revision abc"])
+@pytest.mark.parametrize("source", ["phantoms", "my-studies"])
+def test_a_commit_of_what_is_not_on_the_hub(command, source, tmp_path, refused):
+    """It may be meant for the model."""
+    address = source if source == "phantoms" else tmp_path
+    model = ["--model", "phantom"]
+    said = refused(*command.format(address).split(), *model)
+    assert said == f"{address}: it is no data set on the Hub, so it has no commit 'abc'. Leave that out."
 
 
 def sub_parsers():
