@@ -126,7 +126,8 @@ class Trainer:
     def __init__(self, settings: TrainingSettings):
         # accelerate has a flag for it, too
         fsdp2 = settings.fsdp2 or shards_by_launch()
-        settings = dataclasses.replace(settings, model=resolve_name(settings.model), fsdp2=fsdp2)
+        model = resolve_name(settings.model, revision=settings.revision)
+        settings = dataclasses.replace(settings, model=model, fsdp2=fsdp2)
         check(settings)
         self.started = time.monotonic()
         self.folder = RunFolder(settings.output_dir, settings.resume)

@@ -18,7 +18,7 @@ from typing import NoReturn
 
 from medct import _IS_THE_COMMAND
 from medct.cli.arguments import RUNS, make_parser
-from medct.cli.flags import refuse_idle
+from medct.cli.flags import commit_of, refuse_idle
 from medct.cli.wording import in_flags
 from medct.common.errors import one_line_errors, run_process
 from medct.common.output import escape_unknown
@@ -54,7 +54,7 @@ def _carried_out(args: argparse.Namespace) -> int:
     for flag, what in (("model", "model"), ("adapter", "adapter"), ("against", "adapter")):
         name = getattr(args, flag, None)
         if name and (flag, name) != ("against", "base"):
-            setattr(args, flag, loading.resolve_name(name, what))
+            setattr(args, flag, loading.resolve_name(name, what, commit_of(args, flag)))
     progress = _imported("common.progress")
     progress.be_quiet(args.quiet)
     module, function = args.run.split(".")

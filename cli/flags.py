@@ -36,6 +36,17 @@ def refuse_idle(args: argparse.Namespace) -> None:
             raise IdleFlagError(f"--{flag} {said} does nothing without {name}. Pass that, or leave it out.")
 
 
+def commit_of(args: argparse.Namespace, flag: str) -> str | None:
+    """The commit that is asked for of what a flag names.
+
+    Args:
+        args: Parsed, of any command.
+        flag: "model", "adapter" or "against".
+    """
+    # Where a source of studies has --revision, the model's is --model_revision.
+    return getattr(args, f"{flag}_revision", None if flag != "model" else getattr(args, "revision", None))
+
+
 def model_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say which model, with which adapter, and where it runs."""
     group = parser.add_argument_group("model")

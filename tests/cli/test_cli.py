@@ -413,6 +413,23 @@ def test_a_commit_of_what_is_not_on_the_hub(command, source, tmp_path, refused):
     assert said == f"{address}: it is no data set on the Hub, so it has no commit 'abc'. Leave that out."
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        "predict {} --model {} --revision abc",
+        "predict {} --model phantom --revision abc",
+        "predict {} --model org/base --revision abc --adapter {} --adapter_revision abc",
+        "evaluate --data {} --model org/base --adapter org/site-b --against {} --against_revision abc",
+        "overview {} --model {} --model_revision abc",
+        "train --model {} --revision abc",
+    ],
+)
+def test_a_commit_of_what_lies_here(command, tmp_path, refused):
+    """A folder may have the name of a repository, whose commit was pinned."""
+    said = refused(*command.replace("{}", str(tmp_path)).split())
+    assert said.endswith(": it is here and not on the Hub, so it has no commit 'abc'. Leave that out.")
+
+
 def sub_parsers():
     return make_parser("")._subparsers._group_actions[0].choices
 
