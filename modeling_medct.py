@@ -6,7 +6,9 @@ Source: specification of CT-CLIP, sections 2 to 4.
 """
 
 import inspect
+import os
 from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -177,12 +179,12 @@ class MedCTPreTrainedModel(MedCTAdapterMixin, PreTrainedModel):
     @classmethod
     def from_pretrained(
         cls,
-        pretrained_model_name_or_path=None,
-        *args,
+        pretrained_model_name_or_path: str | os.PathLike | None = None,
+        *args: Any,
         use_safetensors: bool = True,
         output_loading_info: bool = False,
-        **kwargs,
-    ):
+        **kwargs: Any,
+    ) -> Self:
         """As in transformers, but only safetensors are read unless one asks for more: no pickles.
 
         Args:
@@ -215,7 +217,7 @@ class MedCTPreTrainedModel(MedCTAdapterMixin, PreTrainedModel):
         found = {name: weight for name, weight in tensors.items() if name in names and not weight.is_meta}
         return {name: weight.detach().cpu() for name, weight in found.items()}
 
-    def save_pretrained(self, *args, **kwargs):
+    def save_pretrained(self, *args, **kwargs) -> Any:
         """As in transformers, but the folder also names every class of the saved code, and its pipelines.
 
         So a base can be the start of a classifier, without this package.
@@ -347,7 +349,7 @@ class MedCTModel(MedCTPreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.text_model.get_input_embeddings()
 
-    def set_input_embeddings(self, value: nn.Module):
+    def set_input_embeddings(self, value: nn.Module) -> None:
         self.text_model.set_input_embeddings(value)
 
     @can_return_tuple
