@@ -4,7 +4,7 @@
     accelerate launch -m medct.cli predict studies/ --model ORG/NAME --output scores.csv
 
 Every command explains itself with --help. Exit status: 0, everything was done; 1, done, but some studies could not be
-read; 2, not done, for the reason that one line on stderr gives.
+scored or embedded; 2, not done, for the reason that one line on stderr gives.
 """
 
 import argparse

@@ -35,7 +35,7 @@ def _reading_arguments(parser: argparse.ArgumentParser, many: bool = True) -> No
             f"--rescale_{name}", type=float, metavar="X", help=f"{unit}, for scans whose header does not say"
         )
     if many:
-        batch_arguments(group, "processes that read ahead; each takes 0.8 GB for CT-CLIP (default: 1)")
+        batch_arguments(group, "processes that read ahead; each takes 0.9 GB for CT-CLIP (default: 1)")
     else:
         parser.set_defaults(batch_size=1, num_workers=0)
 
@@ -286,7 +286,7 @@ def _add_prepare(add: Callable[..., argparse.ArgumentParser]) -> None:
         type=at_least(1),
         default=12,
         metavar="N",
-        help="maximum number of studies in a file (default: 12, about 0.4 GB at CT-CLIP's sizes)",
+        help="maximum number of studies in a file (default: 12, about 0.7 GB at CT-CLIP's sizes)",
     )
     group.add_argument(
         "--compression",

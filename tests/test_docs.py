@@ -112,6 +112,18 @@ def test_links_lead_somewhere(page):
     assert len(page.read_text(encoding="utf-8").split()) <= MOST_WORDS.get(page.name, 3000)
 
 
+BENCHMARK = re.compile(r"`python\s(benchmarks/\w+\.py)([^`]*)`")
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.stem)
+def test_benchmarks_take_the_flags_that_pages_name(page):
+    """Those that their `--help` shows: others are for processes that a benchmark starts by itself."""
+    for path, words in BENCHMARK.findall(page.read_text(encoding="utf-8")):
+        code = (ROOT / path).read_text(encoding="utf-8")
+        for flag in re.findall(r"--\w+", words):
+            assert re.search(rf'add_argument\((?!.*SUPPRESS)\s*"{flag}"', code), f"{path} {flag}"
+
+
 def test_the_stable_names_are_those_that_the_package_gives():
     page = (ROOT / "docs/api.md").read_text(encoding="utf-8")
     rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
