@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import medct
-from medct.cli.flags import at_least, batch_arguments, model_arguments, split_name
+from medct.cli.flags import at_least, batch_arguments, model_arguments, share_or_none, split_name
 from medct.cli.label_flags import add_label_flags
 from medct.cli.score_arguments import add_scores
 
@@ -240,7 +240,9 @@ def _add_overview(add: Callable[..., argparse.ArgumentParser]) -> None:
     group.add_argument(
         "--samples", type=at_least(0), default=8, metavar="N", help="studies to draw; 0: none (default: 8)"
     )
-    group.add_argument("--seed", type=int, default=0, help="seed for the choice of samples (default: 0)")
+    group.add_argument(
+        "--seed", type=at_least(0), default=0, metavar="N", help="seed for the choice of samples (default: 0)"
+    )
     group.add_argument(
         "--sheet",
         type=Path,
@@ -298,7 +300,7 @@ def _add_prepare(add: Callable[..., argparse.ArgumentParser]) -> None:
     group.add_argument("--retry_skipped", action="store_true", help="rewrite files in which studies were skipped")
     group.add_argument(
         "--max_skipped_share",
-        type=float,
+        type=share_or_none,
         default=0.05,
         metavar="SHARE",
         help="stop if more than this share of the studies cannot be read (default: 0.05)",

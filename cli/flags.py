@@ -120,10 +120,17 @@ def split_name(text: str) -> str:
 
 def share(text: str) -> float:
     """A type of arguments: shares above 0, up to 1."""
+    if (number := share_or_none(text)) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share above 0, up to 1")
+    return number
+
+
+def share_or_none(text: str) -> float:
+    """A type of arguments: shares from 0 to 1."""
     try:
         number = float(text)
     except ValueError:
-        number = 0
-    if not 0 < number <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a share above 0, up to 1")
+        number = -1
+    if not 0 <= number <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share, 0 to 1")
     return number
