@@ -146,7 +146,7 @@ def _add_search(add: Callable[..., argparse.ArgumentParser]) -> None:
         "  medct search scan.nii.gz --index index.parquet",
         "The search is exact, by cosine similarity.",
     )
-    parser.add_argument("query", help="a scan if it is an existing path or an address, else a text")
+    parser.add_argument("query", metavar="QUERY", help="a scan if it is an existing path or an address, else a text")
     parser.add_argument("--index", type=Path, required=True, metavar="FILE", help="made by `medct embed`")
     parser.add_argument("-k", type=at_least(1), default=10, help="number of scans to show (default: 10)")
     parser.add_argument(
