@@ -206,7 +206,9 @@ def _source_arguments(parser: argparse.ArgumentParser, what: str) -> None:
         help="model whose grid, window, labels and tokenizer to use; `phantom`: this package's (default: CT-CLIP's)",
     )
     group.add_argument("--model_revision", metavar="COMMIT", help="commit of the model on the Hub")
-    group.add_argument("--revision", metavar="COMMIT", help="commit of the source on the Hub")
+    group.add_argument(
+        "--data_revision", "--revision", dest="revision", metavar="COMMIT", help="commit of the source on the Hub"
+    )
     group.add_argument("--limit", type=at_least(1), metavar="N", help="only N studies per split, always the same")
     group.add_argument(
         "--reconstructions",

@@ -403,7 +403,10 @@ def test_flags_that_say_more_of_what_is_not_given(command, needed, tmp_path, ref
     refuse_idle(args)  # of an adapter that is recorded
 
 
-@pytest.mark.parametrize("command", ["overview {} --revision abc", "evaluate --data {} --data_revision abc"])
+@pytest.mark.parametrize(
+    "command",
+    ["overview {} --revision abc", "overview {} --data_revision abc", "evaluate --data {} --data_revision abc"],
+)
 @pytest.mark.parametrize("source", ["phantoms", "my-studies"])
 def test_a_commit_of_what_is_not_on_the_hub(command, source, tmp_path, refused):
     """It may be meant for the model."""
