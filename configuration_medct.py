@@ -203,6 +203,7 @@ class MedCTVisionConfig(PreTrainedConfig):
 
     @property
     def num_hidden_layers(self) -> int:
+        """Of both stages."""
         return self.num_spatial_layers + self.num_temporal_layers
 
     @property
@@ -236,7 +237,7 @@ class MedCTVisionConfig(PreTrainedConfig):
         """What `pixel_values` hold outside the scan: the lower end of the window."""
         return self.hu_min / self.hu_per_unit
 
-    def validate_architecture(self):
+    def validate_architecture(self) -> None:
         """Refuse impossible values; called by `@strict` after construction."""
         check_voxels(self)
         _check_three("patch_size", self.patch_size)
@@ -392,7 +393,7 @@ class MedCTConfig(PreTrainedConfig):
         count = math.lcm(*map(len, of_label)) if labels else len(pairs)
         return [[sentence for each in of_label for sentence in each[turn % len(each)]] for turn in range(count)]
 
-    def validate_architecture(self):
+    def validate_architecture(self) -> None:
         """Refuse impossible values; called by `@strict` after construction."""
         if self.projection_dim <= 0:
             raise ValueError(f"`projection_dim` must be positive, not {self.projection_dim}.")

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from transformers import ProcessorMixin
+from transformers import BatchFeature, ProcessorMixin
 
 from .configuration_medct import refuse_unknown
 from .errors_medct import MedCTError
@@ -12,6 +12,7 @@ from .workers_medct import PicklesAnywhere
 if TYPE_CHECKING:
     # Files that a saved file imports are saved and fetched with it. The model's configuration names this pipeline, and
     # no pipeline runs without a processor; importing it for real would cost every reader of the processor a second.
+    from .image_processing_medct import MedCTImageProcessor
     from .pipeline_medct import ZeroShotCTClassificationPipeline  # noqa: F401
 
 
@@ -35,6 +36,8 @@ class MedCTProcessor(PicklesAnywhere, ProcessorMixin):
         TypeError: If there is no such argument.
     """
 
+    image_processor: "MedCTImageProcessor"
+
     _auto_class = "AutoProcessor"
     text_kwargs = {"padding": True, "truncation": True}
 
@@ -42,7 +45,7 @@ class MedCTProcessor(PicklesAnywhere, ProcessorMixin):
         super().__init__(image_processor, tokenizer, **kwargs)
 
     @classmethod
-    def from_args_and_dict(cls, args, processor_dict: dict[str, Any], **kwargs):
+    def from_args_and_dict(cls, args: Any, processor_dict: dict[str, Any], **kwargs) -> Any:
         """As in transformers, but settings that mean nothing here are refused.
 
         Args:
@@ -56,7 +59,14 @@ class MedCTProcessor(PicklesAnywhere, ProcessorMixin):
         refuse_unknown(processor_dict.keys() - {"processor_class", *cls.get_attributes()}, "The processor")
         return super().from_args_and_dict(args, processor_dict, **kwargs)
 
-    def __call__(self, images: Any = None, text: Any = None, **kwargs):
+    def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> BatchFeature:
+        """Make the model's inputs of volumes and texts.
+
+        Args:
+            images: See `MedCTImageProcessor.preprocess`.
+            text: A sentence, or a list of them.
+            kwargs: Of `MedCTImageProcessor.preprocess`, and of the tokenizer.
+        """
         if text is not None and not isinstance(text, str):
             text = list(text)
             if not text or not all(isinstance(each, str) for each in text):

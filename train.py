@@ -3,9 +3,9 @@
     accelerate launch train.py                         # synthetic phantoms, no network, a few minutes on a laptop
     accelerate launch train.py --model ORG/NAME --revision COMMIT --data SOURCE    # your scans; see docs/training.md
 
-Only what is put beside the base's Linears is trained; that the base stayed as it was, to the byte, is checked before
-anything is saved. The output folder appears only when it is complete; until then checkpoints lie in a folder of the
-same name with `.unfinished`, and `--resume` continues from there.
+Except with `--recipe full`, only what is put beside the base's Linears is trained; that the base stayed as it was, to
+the byte, is checked before anything is saved. The output folder appears only when it is complete; until then
+checkpoints lie in a folder of the same name with `.unfinished`, and `--resume` continues from there.
 """
 
 import contextlib
@@ -126,7 +126,8 @@ class Trainer:
     def __init__(self, settings: TrainingSettings):
         # accelerate has a flag for it, too
         fsdp2 = settings.fsdp2 or shards_by_launch()
-        settings = dataclasses.replace(settings, model=resolve_name(settings.model), fsdp2=fsdp2)
+        model = resolve_name(settings.model, revision=settings.revision)
+        settings = dataclasses.replace(settings, model=model, fsdp2=fsdp2)
         check(settings)
         self.started = time.monotonic()
         self.folder = RunFolder(settings.output_dir, settings.resume)

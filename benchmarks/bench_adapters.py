@@ -2,8 +2,8 @@
 
     python benchmarks/bench_adapters.py
 
-Weights are random: neither bytes nor times depend on them. Two adapters with the default targets share one base, which
-is never reloaded.
+Weights are random: neither bytes nor times depend on them. Two adapters on attention of both encoders share one base,
+which is never reloaded.
 """
 
 import argparse

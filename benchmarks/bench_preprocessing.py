@@ -2,7 +2,7 @@
 
     python benchmarks/bench_preprocessing.py
 
-The scan is synthetic: 512 x 512 x 300 int16, smooth anatomy with noise, about 90 MB as .nii.gz, and the same as 300
+The scan is synthetic: 512 x 512 x 300 int16, smooth anatomy with noise, as .nii.gz, and the same as 300
 DICOM files, plain and as JPEG-LS. Floors are measured in the same run: inflating the .nii.gz into one array and copying
 the result's size, reading the bytes of the DICOM files likewise, and decoding the compressed ones with pydicom in the
 process itself. Ratios to them compare across machines and loads; seconds do not. At the end the `.nii.gz` goes through

@@ -4,7 +4,7 @@
     accelerate launch -m medct.cli predict studies/ --model ORG/NAME --output scores.csv
 
 Every command explains itself with --help. Exit status: 0, everything was done; 1, done, but some studies could not be
-read; 2, not done, for the reason that one line on stderr gives.
+scored or embedded; 2, not done, for the reason that one line on stderr gives.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from typing import NoReturn
 
 from medct import _IS_THE_COMMAND
 from medct.cli.arguments import RUNS, make_parser
+from medct.cli.flags import commit_of, refuse_idle
 from medct.cli.wording import in_flags
 from medct.common.errors import one_line_errors, run_process
 from medct.common.output import escape_unknown
@@ -48,11 +49,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def _carried_out(args: argparse.Namespace) -> int:
     """Do what parsed arguments ask for; returns the exit status."""
+    refuse_idle(args)
     loading = _imported("publishing.loading")
     for flag, what in (("model", "model"), ("adapter", "adapter"), ("against", "adapter")):
         name = getattr(args, flag, None)
         if name and (flag, name) != ("against", "base"):
-            setattr(args, flag, loading.resolve_name(name, what))
+            setattr(args, flag, loading.resolve_name(name, what, commit_of(args, flag)))
     progress = _imported("common.progress")
     progress.be_quiet(args.quiet)
     module, function = args.run.split(".")

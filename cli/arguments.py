@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import medct
-from medct.cli.flags import at_least, batch_arguments, model_arguments, split_name
+from medct.cli.flags import at_least, batch_arguments, model_arguments, share_or_none, split_name
 from medct.cli.label_flags import add_label_flags
 from medct.cli.score_arguments import add_scores
 
@@ -35,7 +35,7 @@ def _reading_arguments(parser: argparse.ArgumentParser, many: bool = True) -> No
             f"--rescale_{name}", type=float, metavar="X", help=f"{unit}, for scans whose header does not say"
         )
     if many:
-        batch_arguments(group, "processes that read ahead; each takes 0.8 GB for CT-CLIP (default: 1)")
+        batch_arguments(group, "processes that read ahead; each takes 0.9 GB for CT-CLIP (default: 1)")
     else:
         parser.set_defaults(batch_size=1, num_workers=0)
 
@@ -146,10 +146,12 @@ def _add_search(add: Callable[..., argparse.ArgumentParser]) -> None:
         "  medct search scan.nii.gz --index index.parquet",
         "The search is exact, by cosine similarity.",
     )
-    parser.add_argument("query", help="a scan if it is an existing path or an address, else a text")
+    parser.add_argument("query", metavar="QUERY", help="a scan if it is an existing path or an address, else a text")
     parser.add_argument("--index", type=Path, required=True, metavar="FILE", help="made by `medct embed`")
     parser.add_argument("-k", type=at_least(1), default=10, help="number of scans to show (default: 10)")
-    parser.add_argument("--format", choices=("table", "json"), default="table", help="table for people, or JSON lines")
+    parser.add_argument(
+        "--format", choices=("table", "json"), default="table", help="table for people, or JSON lines (default: table)"
+    )
     model_arguments(parser)
     _reading_arguments(parser, many=False)
 
@@ -204,7 +206,9 @@ def _source_arguments(parser: argparse.ArgumentParser, what: str) -> None:
         help="model whose grid, window, labels and tokenizer to use; `phantom`: this package's (default: CT-CLIP's)",
     )
     group.add_argument("--model_revision", metavar="COMMIT", help="commit of the model on the Hub")
-    group.add_argument("--revision", metavar="COMMIT", help="commit of the source on the Hub")
+    group.add_argument(
+        "--data_revision", "--revision", dest="revision", metavar="COMMIT", help="commit of the source on the Hub"
+    )
     group.add_argument("--limit", type=at_least(1), metavar="N", help="only N studies per split, always the same")
     group.add_argument(
         "--reconstructions",
@@ -238,7 +242,9 @@ def _add_overview(add: Callable[..., argparse.ArgumentParser]) -> None:
     group.add_argument(
         "--samples", type=at_least(0), default=8, metavar="N", help="studies to draw; 0: none (default: 8)"
     )
-    group.add_argument("--seed", type=int, default=0, help="seed for the choice of samples (default: 0)")
+    group.add_argument(
+        "--seed", type=at_least(0), default=0, metavar="N", help="seed for the choice of samples (default: 0)"
+    )
     group.add_argument(
         "--sheet",
         type=Path,
@@ -284,7 +290,7 @@ def _add_prepare(add: Callable[..., argparse.ArgumentParser]) -> None:
         type=at_least(1),
         default=12,
         metavar="N",
-        help="maximum number of studies in a file (default: 12, about 0.4 GB at CT-CLIP's sizes)",
+        help="maximum number of studies in a file (default: 12, about 0.7 GB at CT-CLIP's sizes)",
     )
     group.add_argument(
         "--compression",
@@ -296,7 +302,7 @@ def _add_prepare(add: Callable[..., argparse.ArgumentParser]) -> None:
     group.add_argument("--retry_skipped", action="store_true", help="rewrite files in which studies were skipped")
     group.add_argument(
         "--max_skipped_share",
-        type=float,
+        type=share_or_none,
         default=0.05,
         metavar="SHARE",
         help="stop if more than this share of the studies cannot be read (default: 0.05)",

@@ -65,7 +65,7 @@ def model_of(args: argparse.Namespace) -> str:
     if args.model:
         return args.model
     if name := os.environ.get(MODEL_VARIABLE):
-        return resolve_name(name)
+        return resolve_name(name, revision=args.revision)
     if args.adapter is None:
         raise CommandError(f"Which model? Pass --model ID_OR_FOLDER, or set {MODEL_VARIABLE}.")
     from peft import PeftConfig  # takes long to import, like all that is imported late here

@@ -4,6 +4,47 @@ import argparse
 from collections.abc import Callable
 
 from medct.common.counting import FEWEST_RESAMPLES
+from medct.errors_medct import MedCTError
+
+_SAYS_MORE_OF = {
+    "adapter_revision": ("adapter", "--adapter"),
+    "against_revision": ("against", "--against"),
+    "model_revision": ("model", "--model"),
+    "findings": ("metadata", "--metadata"),
+    "split": ("metadata", "METADATA"),
+}
+"""Flags that are about another argument, and what that is called in the arguments and in words."""
+
+
+class IdleFlagError(MedCTError, ValueError):
+    """A flag that would do nothing; the message says what it needs."""
+
+
+def refuse_idle(args: argparse.Namespace) -> None:
+    """Refuse flags that would do nothing: whoever passes them expects something else of the command.
+
+    Args:
+        args: Parsed, of any command. With `--repeat`, the other argument may be recorded.
+
+    Raises:
+        IdleFlagError: If one says more of an argument that the command has and was not given.
+    """
+    for flag, (other, name) in _SAYS_MORE_OF.items():
+        value = getattr(args, flag, None)
+        if value and getattr(args, other, "") is None and not getattr(args, "repeat", None):
+            said = " ".join(value) if isinstance(value, list) else value
+            raise IdleFlagError(f"--{flag} {said} does nothing without {name}. Pass that, or leave it out.")
+
+
+def commit_of(args: argparse.Namespace, flag: str) -> str | None:
+    """The commit that is asked for of what a flag names.
+
+    Args:
+        args: Parsed, of any command.
+        flag: "model", "adapter" or "against".
+    """
+    # Where a source of studies has --revision, the model's is --model_revision.
+    return getattr(args, f"{flag}_revision", None if flag != "model" else getattr(args, "revision", None))
 
 
 def model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -79,10 +120,17 @@ def split_name(text: str) -> str:
 
 def share(text: str) -> float:
     """A type of arguments: shares above 0, up to 1."""
+    if (number := share_or_none(text)) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share above 0, up to 1")
+    return number
+
+
+def share_or_none(text: str) -> float:
+    """A type of arguments: shares from 0 to 1."""
     try:
         number = float(text)
     except ValueError:
-        number = 0
-    if not 0 < number <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a share above 0, up to 1")
+        number = -1
+    if not 0 <= number <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share, 0 to 1")
     return number

@@ -204,4 +204,6 @@ def _add_recall(add: Callable[..., argparse.ArgumentParser]) -> None:
     parser.add_argument(
         "--seed", type=at_least(0), default=0, metavar="N", help="seed of bootstrap and pools (default: 0)"
     )
-    parser.add_argument("--format", choices=("table", "json"), default="table", help="table for people, or JSON")
+    parser.add_argument(
+        "--format", choices=("table", "json"), default="table", help="table for people, or JSON (default: table)"
+    )

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from medct.configuration_medct import CT_CLIP_LABELS, MedCTConfig
 from medct.data.ct_rate import REPORT_COLUMNS, ct_rate_source, is_ct_rate
-from medct.data.folders import Folder, open_folder
+from medct.data.folders import Folder, open_folder, refuse_revision
 from medct.data.label_space import LabelSpace, LabelTable, read_labels
 from medct.data.loader import StudyLoader, report_id
 from medct.data.own_data import metadata_files, metadata_source, parquet_source
@@ -127,6 +127,7 @@ def open_source(
         options |= {"need_reports": need_reports, "revision": revision, "token": token, "phantoms": phantoms}
         splits = open_splits(address, config, mapping=table, **options)
         return joined(list(splits.values()), f"studies of {', '.join(splits)} of {address}", limit)
+    refuse_revision(address, revision)
     share = TUNE_SHARE if tune_share is None else tune_share
     selection = Selection(split, reconstructions, share, limit, need_reports)
     space = LabelSpace.of(config, table)

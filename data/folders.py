@@ -201,6 +201,20 @@ def _explained(address: str) -> Iterator[None]:
         ) from error
 
 
+def refuse_revision(address: str, revision: str | None) -> None:
+    """Refuse a commit of what has none: it may have been meant for another repository, such as the model's.
+
+    Args:
+        address: Of a source.
+        revision: Branch, tag or commit, if one is asked for.
+
+    Raises:
+        DataError: If the source is not a repository.
+    """
+    if revision is not None and not address.startswith(HUB_ADDRESS):
+        raise DataError(f"{address}: it is no data set on the Hub, so it has no commit {revision!r}. Leave that out.")
+
+
 def open_folder(address: str, revision: str | None = None, token: str | None = None) -> Folder:
     """Open a local folder or a dataset repository.
 

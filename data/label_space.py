@@ -101,10 +101,9 @@ def read_labels(address: str | Path, what: str = "--labels") -> LabelTable:
     is_published = str(address) in published
     path = published[str(address)] if is_published else Path(address)
     if not path.is_file():
-        raise DataError(
-            f"{what} {address}: no such file. Pass a table with the column `label`, or one of the published mappings "
-            f"{', '.join(published)}."
-        )
+        # What a model is asked for is no mapping.
+        known = "" if what == "--labels" else f", or one of the published mappings {', '.join(published)}"
+        raise DataError(f"{what} {address}: no such file. Pass a table with the column `label`{known}.")
     table = read_table(path, ["label"], ("data", "words", "present", "absent", "merge"), path.name, comments=True)
     rows = [_row(cells, f"{path.name}, row {number}") for number, cells in enumerate(table.to_dict("records"), 1)]
     if not rows:

@@ -196,6 +196,7 @@ def compare(
     names: Sequence[str],
     thresholds_base: np.ndarray | None = None,
     thresholds_adapted: np.ndarray | None = None,
+    *,
     resamples: int = 1000,
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -204,10 +205,11 @@ def compare(
     Args:
         base_scores: `(scans, labels)`, probabilities before adaptation.
         adapted_scores: `(scans, labels)`, probabilities after it.
-        labels, patients, names, resamples, seed: See `with_intervals`.
+        labels, patients, names: See `with_intervals`.
         thresholds_base: `(labels,)`, for the scores before adaptation, chosen on other scans.
         thresholds_adapted: `(labels,)`, for the scores after adaptation, chosen on other scans. A label for which one
             of the models has none has no part in the means at thresholds, whose difference would be of other labels.
+        resamples, seed: See `with_intervals`.
 
     Returns:
         As `with_intervals`, with `base`, `adapted` and `difference` (adapted - base) in place of `scores`.

@@ -121,10 +121,14 @@ def read_predictions(path: Path) -> Predictions:
         DataError: If it is not such a file.
     """
     known = [*KEYS, NAME, "patient"]
-    table = read_table(path, known, [column for column in columns_of(path) if column not in known])
-    names = [name for name in table if _LABEL.format(name) in table]
-    if not names:
-        raise DataError(f"{path}: it holds no labels. Pass the csv file beside a results.json.")
+    columns = columns_of(path)
+    names = [name for name in columns if _LABEL.format(name) in columns]
+    if columns and not names:
+        raise DataError(
+            f"{path}: it holds no labels beside its scores. Pass the csv file beside a results.json or, to `medct "
+            "metrics`, a table of labels as well."
+        )
+    table = read_table(path, known, [column for column in columns if column not in known])
     scored_rows = table[table["model"] != ""]
     numbers = to_numbers(scored_rows, [*names, *map(_LABEL.format, names)], str(path))
     groups = [name for name in table if name not in (*known, *names, *map(_LABEL.format, names))]
@@ -183,7 +187,10 @@ def join_metadata(predictions: Path, metadata: Path, split: str | None = None) -
     if split is not None:
         if "split" not in labels:
             raise DataError(f"{metadata}: it has no column 'split'. Leave out --split.")
+        there = ", ".join(labels["split"].unique())
         labels = labels[labels["split"] == split]
+        if labels.empty:
+            raise DataError(f"{metadata}: it has no study of the split {split!r}. Pass one of its own: {there}.")
     scores = to_numbers(scores, names, str(predictions))
     scores = scores.assign(**{NAME: matched(scores[NAME], set(labels[NAME])), "model": scores.get("model", "scores")})
     if 0 < (others := int(scores[NAME].isna().sum())) < len(scores):

@@ -127,6 +127,7 @@ class MedCTImageProcessor(PicklesAnywhere, BaseImageProcessor):
         return images
 
     def __call__(self, images: Any, return_tensors: str | None = None, **kwargs) -> BatchFeature:
+        """See `preprocess`."""
         return self.preprocess(images, return_tensors=return_tensors, **kwargs)
 
     def preprocess(

@@ -6,9 +6,10 @@ Source: specification of CT-CLIP, sections 2 to 4.
 """
 
 import inspect
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -182,12 +183,12 @@ class MedCTPreTrainedModel(MedCTAdapterMixin, PreTrainedModel):
     @classmethod
     def from_pretrained(
         cls,
-        pretrained_model_name_or_path=None,
-        *args,
+        pretrained_model_name_or_path: str | os.PathLike | None = None,
+        *args: Any,
         use_safetensors: bool = True,
         output_loading_info: bool = False,
-        **kwargs,
-    ):
+        **kwargs: Any,
+    ) -> Self:
         """As in transformers, but only safetensors are read unless one asks for more: no pickles.
 
         Args:
@@ -225,7 +226,7 @@ class MedCTPreTrainedModel(MedCTAdapterMixin, PreTrainedModel):
             if name in names and not (weight.is_meta or hasattr(weight, "full_tensor"))
         }
 
-    def save_pretrained(self, *args, **kwargs):
+    def save_pretrained(self, *args, **kwargs) -> Any:
         """As in transformers, but the folder also names every class of the saved code, and its pipelines.
 
         So a base can be the start of a classifier, without this package.
@@ -368,7 +369,7 @@ class MedCTModel(MedCTPreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.text_model.get_input_embeddings()
 
-    def set_input_embeddings(self, value: nn.Module):
+    def set_input_embeddings(self, value: nn.Module) -> None:
         self.text_model.set_input_embeddings(value)
 
     @can_return_tuple

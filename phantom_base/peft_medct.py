@@ -11,6 +11,7 @@ import math
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -43,7 +44,7 @@ class MedCTAdapterMixin:
         """What PEFT asks each model that it adapts, by a name that transformers has changed, with a warning."""
         return self.is_activation_checkpointing
 
-    def load_adapter(self, peft_model_id: str | None = None, adapter_name: str | None = None, *args, **kwargs):
+    def load_adapter(self, peft_model_id: str | None = None, adapter_name: str | None = None, *args, **kwargs) -> Any:
         """As in transformers, but an adapter that does not fit this model is refused; see `check_fit`.
 
         What the adapter remembers is kept, see `adapter_description`.
@@ -93,7 +94,7 @@ class MedCTAdapterMixin:
         self._described = {**self._described, name: (Snapshot(_tensors_of(self, name)), description or {})}
         return loaded
 
-    def add_adapter(self, adapter_config, *args, **kwargs) -> None:
+    def add_adapter(self, adapter_config: Any, *args, **kwargs) -> None:
         """As in transformers, but an adapter that would change the base under others is refused; see `check_fit`."""
         refuse_to_share_base(self, adapter_config)
         super().add_adapter(adapter_config, *args, **kwargs)

@@ -174,6 +174,21 @@ class CTPipeline(Pipeline):
         found = {"pixel_values": batch["pixel_values"]}
         return found if on_error == "raise" else found | {"error": ""}
 
+    def forward(self, model_inputs: dict[str, Any], **prompts: Any) -> dict[str, Any]:
+        """Compute what the findings of scans are read from.
+
+        Args:
+            model_inputs: From `preprocess`, or from `encode`.
+            prompts: `candidate_labels` and `prompt_templates`, see `__call__`.
+
+        Returns:
+            For `postprocess`, on the CPU: `logits`, float32, one row a scan.
+
+        Raises:
+            PromptError: If labels or templates are invalid, or there is nothing to compute from.
+        """
+        return super().forward(model_inputs, **prompts)
+
     def _forward(self, inputs: dict[str, Any], **prompts) -> dict[str, Any]:
         """`logits` of each scan, float32, what was `asked`, and `error` of `preprocess`; takes what `encode` gives.
 
@@ -229,7 +244,15 @@ class CTPipeline(Pipeline):
             )
         return outputs["logits"][0], self._all_asked(prompts) if asked is None else asked
 
-    def get_iterator(self, inputs, num_workers, batch_size, preprocess_params, forward_params, postprocess_params):
+    def get_iterator(
+        self,
+        inputs: Any,
+        num_workers: int,
+        batch_size: int,
+        preprocess_params: dict[str, Any],
+        forward_params: dict[str, Any],
+        postprocess_params: dict[str, Any],
+    ) -> Iterable[Any]:
         """Results one by one; with `num_workers`, other processes read ahead.
 
         Args:

@@ -33,21 +33,25 @@ class ModelError(MedCTError, ValueError):
     """A model that cannot be loaded; the message says why and what to do."""
 
 
-def resolve_name(name: str, what: str = "model") -> str:
+def resolve_name(name: str, what: str = "model", revision: str | None = None) -> str:
     """What a user's name for a model or an adapter stands for.
 
     Args:
         name: Folder, Hub id, with or without "hf://", or "phantom": the phantom base, wherever it lies.
         what: "model" or "adapter", for the message.
+        revision: Commit on the Hub, if one is asked for.
 
     Raises:
         ModelError: If it is neither a folder nor a Hub id, or begins as folders here do. Nobody would be asked for a
-            slip of the pen, and without a network the Hub's client tries for half a minute.
+            slip of the pen, and without a network the Hub's client tries for half a minute. Or if a commit is asked for
+            of what lies here: it may have the name of the repository that was meant.
     """
-    if Path(name).exists():
-        return name
-    if name == PHANTOM_NAME:
-        return str(PHANTOM_BASE)
+    if Path(name).exists() or name == PHANTOM_NAME:
+        if revision is not None:
+            raise ModelError(
+                f"{name}: it is here and not on the Hub, so it has no commit {revision!r}. Leave that out."
+            )
+        return name if Path(name).exists() else str(PHANTOM_BASE)
     hub_id = name.removeprefix(HUB_ADDRESS)
     if not is_hub_id(hub_id):
         reason = "there is no such folder, and a Hub id reads ORG/NAME"

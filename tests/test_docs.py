@@ -3,12 +3,14 @@
 Blocks tagged `sh` or `py` need the Hub, GPUs, a network or minutes and are only shown.
 """
 
+import inspect
 import json
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import nibabel
@@ -110,11 +112,49 @@ def test_links_lead_somewhere(page):
     assert len(page.read_text(encoding="utf-8").split()) <= MOST_WORDS.get(page.name, 3000)
 
 
+BENCHMARK = re.compile(r"`python\s(benchmarks/\w+\.py)([^`]*)`")
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.stem)
+def test_benchmarks_take_the_flags_that_pages_name(page):
+    """Those that their `--help` shows: others are for processes that a benchmark starts by itself."""
+    for path, words in BENCHMARK.findall(page.read_text(encoding="utf-8")):
+        code = (ROOT / path).read_text(encoding="utf-8")
+        for flag in re.findall(r"--\w+", words):
+            assert re.search(rf'add_argument\((?!.*SUPPRESS)\s*"{flag}"', code), f"{path} {flag}"
+
+
 def test_the_stable_names_are_those_that_the_package_gives():
     page = (ROOT / "docs/api.md").read_text(encoding="utf-8")
     rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
     assert {name for row in rows for name in re.findall(r"`(\w+)`", row)} == set(medct.__all__)
     assert (ROOT / "py.typed").is_file()
+
+
+def own_functions(name: str) -> Iterator[tuple[str, Callable]]:
+    """The public functions of a stable name that are written here."""
+    thing = getattr(medct, name)
+    parts = [each for each in dir(thing) if not each.startswith("_") or each == "__call__"]
+    found = {name: thing} if inspect.isfunction(thing) else {}
+    if inspect.isclass(thing):
+        found = {f"{name}.{each}": inspect.getattr_static(thing, each) for each in parts}
+    for title, each in found.items():
+        function = getattr(each, "fget", None) or getattr(each, "__func__", each)
+        if inspect.isfunction(function) and function.__module__.startswith("medct."):
+            yield title, function
+
+
+@pytest.mark.parametrize("name", medct.__all__)
+def test_stable_names_are_typed_and_described(name):
+    assert inspect.getdoc(getattr(medct, name))
+    for title, function in own_functions(name):
+        signature = inspect.signature(function)
+        named = [
+            each for each in signature.parameters.values() if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)
+        ]
+        untyped = [each.name for each in named if each.annotation is each.empty and each.name not in ("self", "cls")]
+        assert (signature.return_annotation is signature.empty, untyped) == (False, []), title
+        assert function.__doc__ or title.endswith("_input_embeddings"), title  # transformers' own are described there
 
 
 def test_the_notebook_runs_and_shows_what_it_gives(tmp_path, monkeypatch):

@@ -109,9 +109,9 @@ def cross_validate(
         for fold, run in enumerate(runs, start=1):
             if (run / RESULTS).is_file():
                 continue
-            of_fold = {"fold": fold, "output_dir": str(run), "resume": True, "push_to_hub": False}
+            of_fold = {"fold": fold, "output_dir": str(run), "resume": True}
             try:
-                results = train(dataclasses.replace(settings, **of_fold))
+                results = train(dataclasses.replace(settings.without_push(), **of_fold))
             except StoppedError as error:
                 raise StoppedError(
                     f"stopped in fold {fold} of {settings.folds}. The same command with --output_dir "

@@ -25,8 +25,8 @@ from medct.evaluation.record import RESULTS, read_results
 from medct.evaluation.report import COMPARED, markdown_table
 from medct.publishing.cards import read_json
 from medct.publishing.convert_ct_clip_to_hf import convert
+from medct.publishing.loading import PHANTOM_BASE
 from medct.train import Trainer
-from medct.training.recipes import RecipeName
 from medct.training.settings import NO_SOURCE, TrainingError, TrainingSettings, run_command, setting
 
 # Per cent; arXiv 2512.00597, abstract.
@@ -45,8 +45,12 @@ class PaperSettings(TrainingSettings):
     tokenizer: str = setting("microsoft/BiomedVLP-CXR-BERT-specialized", "Hub id or folder of the tokenizer.")
     sizes: str | None = setting(None, "JSON with the sizes of a checkpoint that differs from the published one.")
 
+    model: str = setting(str(PHANTOM_BASE), "Refused: the base is made of --checkpoint.")
+    revision: str | None = setting(None, "Refused, like --model.")
     data: str = setting("hf://datasets/ibrahimhamamci/CT-RATE", "CT-RATE on the Hub (gated), or a local copy.")
-    recipe: RecipeName = setting("paper", "Recipe of the row that is compared with the paper; see `medct train`.")
+    recipe: Literal["paper", "full"] = setting(
+        "paper", "Recipe of the row that is compared with the paper; see `medct train`."
+    )
     strength: Literal["auto", "1"] = setting(
         "1", "Strength in that row. In the others it is chosen on tuning patients."
     )
@@ -65,6 +69,8 @@ def converted(settings: PaperSettings) -> Path:
         raise TrainingError("Pass --checkpoint CT-CLIP_v2.pt and --output_dir FOLDER.")
     if settings.folds:
         raise TrainingError("--folds divides all patients anew, and the paper has one split. Leave it out.")
+    if settings.model != str(PHANTOM_BASE) or settings.revision:
+        raise TrainingError("The base is made of --checkpoint. Leave out --model and --revision.")
     folder = Path(settings.output_dir).with_name(Path(settings.output_dir).name + "-base")
     cpu = settings.cpu or parse_flag_from_env("ACCELERATE_USE_CPU")  # `accelerate launch --cpu`
     with start_launch(PartialState, cpu=cpu).main_process_first():
@@ -94,16 +100,17 @@ def _per_cent(interval: dict[str, float | None] | None, sign: str) -> str:
 
 
 def rows_of(settings: PaperSettings) -> dict[str, PaperSettings]:
-    """The runs of the experiment by the names of their rows; the first one is the paper's."""
+    """The runs of the experiment by the names of their rows; the first one is the paper's, and alone is pushed."""
     vision: dict[str, Any] = {"recipe": "vision", "strength": "auto", "eval_steps": None}
     vision |= dict.fromkeys(("adaptation", "targets", "rank", "alpha", "learning_rate"))
+    others = settings.without_push()
     rows = {
         settings.recipe: dataclasses.replace(settings, replay=NO_SOURCE),
-        "vision": dataclasses.replace(settings, replay=NO_SOURCE, output_dir=_beside(settings, "vision"), **vision),
+        "vision": dataclasses.replace(others, replay=NO_SOURCE, output_dir=_beside(settings, "vision"), **vision),
     }
     if settings.replay not in (None, NO_SOURCE):
         folder = _beside(settings, "vision-replay")
-        rows[REPLAY_ROW] = dataclasses.replace(settings, output_dir=folder, **vision)
+        rows[REPLAY_ROW] = dataclasses.replace(others, output_dir=folder, **vision)
     return rows
 
 

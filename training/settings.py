@@ -30,6 +30,9 @@ PHANTOM_BASE_SITE = f"{PHANTOMS}:A"
 NO_SOURCE = "none"
 
 
+Settings = TypeVar("Settings", bound="TrainingSettings")
+
+
 class TrainingError(MedCTError, RuntimeError):
     """A run that cannot start or continue; the message says why and what to do."""
 
@@ -39,9 +42,10 @@ def setting(default: Any, help: str) -> Any:
 
     Args:
         default: Its default, immutable.
-        help: Help text on the command line.
+        help: Help text on the command line, to which the default is added unless the text says it.
     """
-    return field(default=default, metadata={"help": help})
+    is_said = default is None or default is False or "default" in help.lower()
+    return field(default=default, metadata={"help": help if is_said else f"{help} Default: {default}."})
 
 
 @dataclass
@@ -51,7 +55,7 @@ class TrainingSettings:
     model: str = setting(
         str(PHANTOM_BASE), "Base model: Hub id or folder. `phantom`, the default: the phantom base of this package."
     )
-    revision: str | None = setting(None, "Commit of the base on the Hub. Pin it: the repository's code is run.")
+    revision: str | None = setting(None, "Commit of the base on the Hub.")
 
     data: str = setting(
         PHANTOMS,
@@ -203,6 +207,11 @@ class TrainingSettings:
         """What `--keep` and `--replay phantoms:SITE` stand for; of another site there are always plenty."""
         return dataclasses.replace(self.phantoms, train_patients=PhantomCohort.train_patients)
 
+    def without_push(self: "Settings") -> "Settings":
+        """The same run, which pushes nothing: one of several, of which another is pushed."""
+        usual = {each.name: each.default for each in dataclasses.fields(self)}
+        return dataclasses.replace(self, push_to_hub=False, **{name: usual[name] for name in _OF_PUSHES})
+
     def fixed(self) -> dict[str, Any]:
         """The settings that a resumed run must share with the one that it resumes."""
         free = {"output_dir", "resume", "checkpoint_steps", "keep_checkpoints", "report_to", "num_workers", "quiet"}
@@ -247,6 +256,8 @@ _BOUNDS: tuple[tuple[Callable[[Any], bool], str, Sequence[str]], ...] = (
     (lambda value: 0 < value <= 1, "a share above 0, up to 1", WANTED),
 )
 """What makes sense, what to pass instead, and of which settings that holds; a setting left open is `None`."""
+_OF_ADAPTERS = ("rank", "alpha", "dropout", "train_logit_scale")
+_OF_PUSHES = ("hub_model_id", "hub_private", "hub_base", "hub_base_revision")
 
 
 def check(settings: TrainingSettings) -> None:
@@ -303,7 +314,8 @@ def _refuse_idle(settings: TrainingSettings) -> None:
         (settings.objective == "both", "--objective both", ("report_weight",)),
         (settings.replay or has_usual, "--replay SOURCE", ("replay_share", "replay_mapping")),
         (settings.keep or has_usual, "--keep SOURCE", ("max_forgotten", "keep_mapping")),
-        (not _is_full(settings), "an adapter (any --adaptation but full)", ("dropout", "train_logit_scale")),
+        (not _is_full(settings), "an adapter (any --adaptation but full)", _OF_ADAPTERS),
+        (settings.push_to_hub, "--push_to_hub", _OF_PUSHES),
     )
     usual = {each.name: each.default for each in dataclasses.fields(settings)}
     for is_there, what, names in needed:
@@ -340,9 +352,6 @@ def refuse_for_classifier(settings: TrainingSettings) -> None:
             raise TrainingError(f"--{name} {getattr(settings, name)}: {settings.model} is a classifier. {remedy}")
 
 
-Settings = TypeVar("Settings", bound=TrainingSettings)
-
-
 def run_command(
     work: Callable[[Settings], Any],
     kind: type[Settings],
@@ -361,6 +370,9 @@ def run_command(
     """
     escape_unknown()
     parser = HfArgumentParser(kind, prog=prog, description=description, formatter_class=RawDescriptionHelpFormatter)
+    for action in parser._actions:
+        if action.option_strings[0].startswith("--no_"):  # made of a setting that is on, with the help of that
+            action.help = f"Turn off --{action.dest}."
     settings, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")

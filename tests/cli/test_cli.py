@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import dataclasses
 import io
 import json
 import os
@@ -35,6 +36,7 @@ from medct.adapters_medct import DESCRIPTION_FILE, calibrated
 from medct.checks_medct import CheckpointMismatchError
 from medct.cli import commands, main, score_commands
 from medct.cli.arguments import RUNS, make_parser
+from medct.cli.flags import refuse_idle
 from medct.common.distributed import LaunchError
 from medct.common.lock import only_run
 from medct.common.output import flush_output
@@ -44,6 +46,8 @@ from medct.inference.studies import find_studies
 from medct.publishing import loading
 from medct.publishing.loading import ModelError, load_config, load_model, resolve_name
 from medct.reporting.findings import SYNTHETIC
+from medct.training.reproduce_paper import PaperSettings
+from medct.training.settings import TrainingSettings
 
 PHANTOM_BASE = Path(medct.__file__).with_name("phantom_base")
 
@@ -380,6 +384,55 @@ def test_wrong_usage_is_status_2(arguments, capsys):
     assert caught.value.code == 2
 
 
+@pytest.mark.parametrize(
+    ("command", "needed"),
+    [
+        ("predict {here} --adapter_revision abc", "--adapter"),
+        ("overview phantoms --model_revision abc", "--model"),
+        ("prepare phantoms {here}/shards --model_revision abc", "--model"),
+        ("evaluate --data phantoms --against_revision abc", "--against"),
+        ("recall --index i.parquet --findings Nodule Mass", "--metadata"),
+        ("metrics scores.studies.csv --split tune", "METADATA"),
+    ],
+)
+def test_flags_that_say_more_of_what_is_not_given(command, needed, tmp_path, refused):
+    """`metrics` would give the figures of another split than was asked for."""
+    said = refused(*command.format(here=tmp_path).split())
+    assert f" does nothing without {needed}. Pass that, or leave it out." in said
+    args = make_parser("").parse_args(["evaluate", "--repeat", "results.json", "--adapter_revision", "abc"])
+    refuse_idle(args)  # of an adapter that is recorded
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["overview {} --revision abc", "overview {} --data_revision abc", "evaluate --data {} --data_revision abc"],
+)
+@pytest.mark.parametrize("source", ["phantoms", "my-studies"])
+def test_a_commit_of_what_is_not_on_the_hub(command, source, tmp_path, refused):
+    """It may be meant for the model."""
+    address = source if source == "phantoms" else tmp_path
+    model = ["--model", "phantom"]
+    said = refused(*command.format(address).split(), *model)
+    assert said == f"{address}: it is no data set on the Hub, so it has no commit 'abc'. Leave that out."
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "predict {} --model {} --revision abc",
+        "predict {} --model phantom --revision abc",
+        "predict {} --model org/base --revision abc --adapter {} --adapter_revision abc",
+        "evaluate --data {} --model org/base --adapter org/site-b --against {} --against_revision abc",
+        "overview {} --model {} --model_revision abc",
+        "train --model {} --revision abc",
+    ],
+)
+def test_a_commit_of_what_lies_here(command, tmp_path, refused):
+    """A folder may have the name of a repository, whose commit was pinned."""
+    said = refused(*command.replace("{}", str(tmp_path)).split())
+    assert said.endswith(": it is here and not on the Hub, so it has no commit 'abc'. Leave that out.")
+
+
 def sub_parsers():
     return make_parser("")._subparsers._group_actions[0].choices
 
@@ -388,18 +441,26 @@ def sub_parsers():
 def test_help_explains_every_flag_and_gives_an_example(command, capsys):
     parser = sub_parsers()[command]
     assert all(action.help for action in parser._actions)
+    has_default = [each for each in parser._actions if each.default not in (None, False, argparse.SUPPRESS)]
+    assert [each.dest for each in has_default if "default" not in each.help] == []
     with pytest.raises(SystemExit) as caught:
         main([command, "--help"])
     assert caught.value.code == 0
     assert f"\n  medct {command} " in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_runs_are_reached(name, capsys):
+@pytest.mark.parametrize(("name", "settings"), {"train": TrainingSettings, "reproduce-paper": PaperSettings}.items())
+def test_help_of_runs_explains_every_setting(name, settings, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "9999")
     with pytest.raises(SystemExit) as caught:
         main([name, "--help"])
     assert caught.value.code == 0
-    assert f"usage: medct {name} [-h]" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"usage: medct {name} [-h]" in out
+    for field in dataclasses.fields(settings):
+        help = re.search(rf"^  --{field.name}\b.*?  (\S.*)$", out.replace("\n           ", ""), re.MULTILINE)[1]
+        assert field.default in (None, False) or "default" in help.lower(), field.name
+    assert out.count("Turn off --gradient_checkpointing.") == (name == "reproduce-paper")
 
 
 def test_train_knows_its_model_in_the_process_of_the_command(tmp_path):

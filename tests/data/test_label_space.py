@@ -154,6 +154,8 @@ def test_what_is_not_there_is_named(tmp_path):
     published = "hlip, radfinder-extended, radfinder-standard"
     with pytest.raises(DataError, match=rf"--mapping nothing: no such file\. .* published mappings {published}\."):
         read_label_flags(CONFIG, mapping="nothing")
+    with pytest.raises(DataError, match=r"--labels nothing: no such file\. Pass a table with the column `label`\."):
+        read_label_flags(CONFIG, labels="nothing")
     with pytest.raises(DataError, match=r"--templates: .* pair of sentences"):
         read_label_flags(CONFIG, templates=["{label} is there."])
 

@@ -614,6 +614,13 @@ def test_impossible_flags_are_refused(refused, capfd):
     with pytest.raises(SystemExit, match="2"):
         main(["prepare", "source", "output", "--studies_per_shard", "0"])
     assert "not a whole number of at least 1" in capfd.readouterr().err
+    for share in ("2", "-1", "nan", "some"):
+        with pytest.raises(SystemExit, match="2"):
+            main(["prepare", "source", "output", "--max_skipped_share", share])
+        assert f"'{share}' is not a share, 0 to 1" in capfd.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(["overview", "source", "--seed", "-1"])
+    assert "not a whole number of at least 0" in capfd.readouterr().err
 
 
 # two at once, and what a kill leaves

@@ -133,6 +133,17 @@ def test_tables_that_do_not_go_together_are_refused(tmp_path, scores, metadata, 
         join_metadata(tmp_path / "scores.csv", tmp_path / "metadata.csv")
 
 
+def test_what_metrics_are_not_of_is_named(tmp_path):
+    """A split that the table does not have, and scores alone, as `medct predict` writes them."""
+    scores, metadata = tmp_path / "scores.csv", tmp_path / "metadata.csv"
+    pd.DataFrame({"study": ["a"], "Mass": [0.5]}).to_csv(scores, index=False)
+    pd.DataFrame({"file_name": ["a", "b"], "Mass": [1, 0], "split": ["test", "train"]}).to_csv(metadata, index=False)
+    with pytest.raises(DataError, match=r"no study of the split 'valid'\. Pass one of its own: test, train"):
+        join_metadata(scores, metadata, "valid")
+    with pytest.raises(DataError, match=r"holds no labels beside its scores.*a table of labels as well"):
+        read_predictions(scores)
+
+
 def test_runs_are_paired_by_the_names_of_their_studies():
     first, second = studies(0), studies(1).take([3, 1, 0])
     one, two = paired(first, second, "site b")

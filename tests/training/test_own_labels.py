@@ -90,7 +90,7 @@ def test_own_labels_reach_adapter_and_prediction(settings, labels, nifti, tmp_pa
 
 
 def test_a_whole_model_is_saved_with_its_labels(settings, labels, tmp_path):
-    run(dataclasses.replace(settings, labels=str(labels), recipe="full", learning_rate=1e-4))
+    run(dataclasses.replace(settings, labels=str(labels), recipe="full", rank=None, learning_rate=1e-4))
     config = MedCTModel.from_pretrained(tmp_path / "run").config
     assert config.label_names == ["Verdichtung", "Erguss"]
     assert config.label_prompts()[0][:3] == ["c is present.", "c is not present.", "An e is present."]

@@ -8,6 +8,7 @@ import pytest
 from ct_rate_like import ct_rate_files, write_files
 
 from medct.training import reproduce_paper
+from medct.training.settings import check
 
 
 @pytest.fixture
@@ -91,3 +92,16 @@ def test_what_is_missing_is_named_in_one_line(capsys):
     with pytest.raises(SystemExit, match="2"):  # one fold alone would stand beside the paper
         reproduce_paper.main(["--output_dir", "run", "--checkpoint", "x.pt", "--folds", "5"])
     assert "Leave it out." in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):  # the base would be another one
+        reproduce_paper.main(["--output_dir", "run", "--checkpoint", "x.pt", "--model", "org/base"])
+    assert "Leave out --model" in capsys.readouterr().err
+
+
+def test_only_what_is_compared_with_the_paper_is_pushed():
+    """All rows would go to the same repository, one over the other."""
+    pushing = {"push_to_hub": True, "hub_model_id": "org/site-b", "hub_base": "org/base", "hub_private": True}
+    settings = reproduce_paper.PaperSettings(output_dir="run", replay="phantoms:A", **pushing)
+    rows = list(reproduce_paper.rows_of(settings).values())
+    assert [each.push_to_hub for each in rows] == [True, False, False]
+    for each in rows:
+        check(each)

@@ -70,6 +70,10 @@ def test_numbers_that_no_run_could_be_meant_with(name, values):
         ({"max_forgotten": 0.1}, {"data": "phantoms"}),  # which keep something by default
         ({"dropout": 0.1, "recipe": "full"}, {"adaptation": "lora"}),
         ({"train_logit_scale": True, "adaptation": "full"}, {"adaptation": None}),
+        ({"rank": 8, "recipe": "full"}, {"adaptation": "lora"}),
+        ({"alpha": 8, "adaptation": "full"}, {"adaptation": None}),
+        ({"hub_model_id": "org/site-b", "model": "org/base"}, {"push_to_hub": True}),
+        ({"hub_private": True}, {"push_to_hub": True, "hub_model_id": "org/site-b", "hub_base": "org/base"}),
     ],
 )
 def test_flags_that_would_do_nothing(idle, needed):

@@ -173,7 +173,8 @@ def test_targets_say_whose_layers_are_trained(converted, targets):
 
 
 def test_full_fine_tuning_saves_a_model(settings, converted, batch, tmp_path):
-    trainer = Trainer(dataclasses.replace(settings, adaptation="full", targets="all", learning_rate=1e-4))
+    whole = {"adaptation": "full", "targets": "all", "rank": None, "alpha": None, "learning_rate": 1e-4}
+    trainer = Trainer(dataclasses.replace(settings, **whole))
     results = trainer.run()
     assert results["trainable_parameters"] == results["total_parameters"]
     model = MedCTModel.from_pretrained(tmp_path / "run").eval()
