@@ -36,6 +36,8 @@ from medct.pipeline_medct import ZeroShotCTClassificationPipeline
 
 
 def embed(args: argparse.Namespace) -> int:
+    if args.output.suffix != ".parquet":
+        raise CommandError(f"{args.output}: an index is written as Parquet. Use the suffix .parquet.")
     with only_run(args.output):
         return _embed(args)
 

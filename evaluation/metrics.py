@@ -598,7 +598,7 @@ def checked(
         )
     if must_vary and not _varies(labels).any():
         raise ValueError(
-            f"There is nothing to score: in these {len(labels)} scans each label is always or never present. "
+            "There is nothing to score: in these scans each label is always or never present. "
             "Pass scans with and without a finding."
         )
     return scores, labels

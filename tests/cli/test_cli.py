@@ -785,12 +785,18 @@ def test_a_folder_of_real_scans(run, shared, tmp_path):
 @pytest.mark.parametrize("command", ["predict", "embed"])
 def test_an_output_that_another_run_writes_is_refused_at_once(run, scans, tmp_path, command, monkeypatch):
     monkeypatch.setattr(commands, "load_model", lambda *_, **__: pytest.fail("nothing is loaded for it"))
-    output = tmp_path / "out.csv"
+    output = tmp_path / ("out.csv" if command == "predict" else "out.parquet")
     with only_run(output):
         status, _, err = run(command, scans, "--output", output)
     assert status == 2
     assert err.startswith(f"error: {output} is being written by another run (process {os.getpid()} of ")
     assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["index", "index.csv", "index.parquet.gz"])
+def test_an_index_is_named_as_what_it_is(run, tmp_path, name):
+    status, _, err = run("embed", tmp_path, "--output", tmp_path / name)
+    assert (status, err) == (2, f"error: {tmp_path / name}: an index is written as Parquet. Use the suffix .parquet.\n")
 
 
 def test_what_a_killed_run_left_is_cleared_away(run, scans, tmp_path):
