@@ -31,9 +31,9 @@ Writer = Callable[[ReadStudy, Encoded, list[dict[str, Any]]], list[str]]
 """Takes a study, what the model saw and what the pipeline found in it; returns the paths that it wrote."""
 
 
-def asked_for(args: argparse.Namespace) -> list[str]:
-    """The kinds of reports that a run is to write."""
-    return [name for name in OPTIONS if getattr(args, name) is not None]
+def asked_for(args: argparse.Namespace) -> dict[str, str]:
+    """Where each kind of reports goes that a run is to write."""
+    return {name: str(Path(getattr(args, name)).resolve()) for name in OPTIONS if getattr(args, name) is not None}
 
 
 def check_reports(args: argparse.Namespace, studies: Sequence[Study]) -> None:

@@ -163,10 +163,11 @@ def test_a_study_whose_report_cannot_be_made_has_no_row(predict, tmp_path):
     assert (tmp_path / row["reports"]).is_file()
 
 
-def test_rows_with_and_without_reports_do_not_mix(predict):
+@pytest.mark.parametrize("again", [[], ["--dicom_sr", "elsewhere"], ["--dicom_sr", "out", "--dicom_page", "out"]])
+def test_rows_with_other_reports_do_not_mix(predict, tmp_path, again):
     assert predict("series", "--dicom_sr", "out", "--output", "scores.jsonl")[0] == 0
-    status, said = predict("series", "--output", "scores.jsonl")
-    assert status == 2 and "was started with reports ['dicom_sr'], not None" in said
+    status, said = predict("series", *again, "--output", "scores.jsonl")
+    assert status == 2 and f"was started with reports {{'dicom_sr': '{tmp_path / 'out'}'}}, not " in said
 
 
 @pytest.fixture
