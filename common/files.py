@@ -18,7 +18,8 @@ from medct.errors_medct import MedCTError
 # Fetched once, before any thread: the system tells it only by changing it.
 _UMASK = os.umask(0)
 os.umask(_UMASK)
-_VERSION = "MedCT's version"
+VERSION = "MedCT's version"
+"""Its name among the settings of an output."""
 _ZEROS = memoryview(bytes(2**20))
 # A file system or a system that knows no such thing; all others say that something went wrong.
 _NOT_KNOWN = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -92,7 +93,7 @@ def with_version(settings: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         settings: What else decides the results.
     """
-    return {**settings, _VERSION: medct.__version__}
+    return {**settings, VERSION: medct.__version__}
 
 
 def refuse_other_settings(begun: Path, before: dict[str, Any], now: dict[str, Any], flag: str = "--output_dir") -> None:
@@ -104,14 +105,14 @@ def refuse_other_settings(begun: Path, before: dict[str, Any], now: dict[str, An
         now: Settings of this run, from `with_version`.
         flag: What chooses another output.
     """
-    theirs, ours = before.get(_VERSION), now[_VERSION]
+    theirs, ours = before.get(VERSION), now[VERSION]
     if theirs is None or _rule(theirs) != _rule(ours):
         by = "a version of MedCT before 0.2.0" if theirs is None else f"MedCT {theirs}"
         raise OtherSettingsError(
             f"{begun} was started with {by}, and {ours} may read, compute or train in another way. Resume with that "
             f"version, or choose another {flag}."
         )
-    if found := first_difference(before | {_VERSION: ours}, json.loads(json.dumps(now))):
+    if found := first_difference(before | {VERSION: ours}, json.loads(json.dumps(now))):
         name, other, ours = found
         remedy = f"Resume with the same settings, or choose another {flag}."
         raise OtherSettingsError(f"{begun} was started with {name} {other}, not {ours}. {remedy}")

@@ -19,7 +19,7 @@ from accelerate.utils import parse_flag_from_env
 
 from medct.common.counting import counted
 from medct.common.distributed import start_launch
-from medct.common.files import refuse_other_settings, whole_file
+from medct.common.files import VERSION, refuse_other_settings, whole_file, with_version
 from medct.common.host import keep_freed_memory
 from medct.evaluation.record import RESULTS, read_results
 from medct.evaluation.report import COMPARED, markdown_table
@@ -123,15 +123,16 @@ def results_of(settings: PaperSettings) -> dict[str, Any]:
     """A row's results: those that lie there, if its run was complete before the experiment was resumed.
 
     Raises:
-        OtherSettingsError: If that run had other settings.
+        OtherSettingsError: If that run had other settings, or was of a version of other numbers.
     """
     folder = Path(str(settings.output_dir))
     if not (settings.resume and (folder / RESULTS).exists()):
         return Trainer(settings).run()
-    saved = read_json(folder, "train_config.json")
+    saved, results = read_json(folder, "train_config.json"), read_results(folder)
     chosen = {name: value for name, value in settings.fixed().items() if value is not None}
-    refuse_other_settings(folder, {name: saved.get(name) for name in chosen}, chosen)
-    return read_results(folder)
+    before = {name: saved.get(name) for name in chosen} | {VERSION: results["provenance"]["code"]["version"]}
+    refuse_other_settings(folder, before, with_version(chosen))
+    return results
 
 
 def recipes_table(results: dict[str, dict[str, Any]]) -> str:

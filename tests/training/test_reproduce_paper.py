@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 from ct_rate_like import ct_rate_files, write_files
 
+import medct
 from medct.training import reproduce_paper
 from medct.training.settings import check
 
@@ -28,7 +29,7 @@ def arguments(checkpoint, sizes_file, tokenizer_folder, tmp_path) -> list[str]:
     return [part for name, value in given.items() for part in (f"--{name}", str(value))]
 
 
-def test_one_command_converts_trains_and_compares(arguments, tmp_path, capsys):
+def test_one_command_converts_trains_and_compares(arguments, tmp_path, capsys, monkeypatch):
     reproduce_paper.main(arguments)
     shown = capsys.readouterr().out
     table = (tmp_path / "run/beside_the_paper.md").read_text(encoding="utf-8")
@@ -51,6 +52,13 @@ def test_one_command_converts_trains_and_compares(arguments, tmp_path, capsys):
     assert [line.split(" | ")[0] for line in table.splitlines()[-3:]] == ["| paper", "| vision", "| vision, replay"]
     assert "| vision, replay | not run: pass --replay SOURCE |" in table
     assert not (tmp_path / "run-vision-replay").exists()
+    monkeypatch.setattr(reproduce_paper, "Trainer", lambda _: pytest.fail("a finished row is run again"))
+    reproduce_paper.main([*arguments, "--resume", "True"])
+    assert table in capsys.readouterr().out
+    monkeypatch.setattr(medct, "__version__", "tomorrow's")
+    with pytest.raises(SystemExit):
+        reproduce_paper.main([*arguments, "--resume", "True"])
+    assert "run was started with MedCT " in capsys.readouterr().err
 
 
 @pytest.mark.slow
