@@ -117,6 +117,11 @@ def nifti_header(shape: tuple[int, int, int], affine: np.ndarray) -> bytes:
     return header.as_byteswapped("<").binaryblock + bytes(4)  # no extensions follow
 
 
+def _num_bytes(shape: tuple[int, int, int]) -> int:
+    """Length of the whole file of an int16 volume."""
+    return _NIFTI_HEADER_BYTES + 2 * math.prod(shape)
+
+
 def decode_nifti(data: torch.Tensor, shape: tuple[int, int, int], name: str) -> torch.Tensor:
     """The voxels of an uncompressed int16 `.nii` as a view of its bytes.
 
@@ -142,7 +147,7 @@ def decode_nifti(data: torch.Tensor, shape: tuple[int, int, int], name: str) -> 
         raise VolumeError(name, f"its volume has the axes {dimensions[1:4]}, not {shape[::-1]} (x, y, z)", remedy)
     if (datatype, bits) != (_INT16, 16) or slope not in (0, 1) or intercept != 0:
         raise VolumeError(name, "its volume is not int16 in HU", remedy)
-    if offset != _NIFTI_HEADER_BYTES or len(data) != _NIFTI_HEADER_BYTES + 2 * math.prod(shape):
+    if offset != _NIFTI_HEADER_BYTES or len(data) != _num_bytes(shape):
         raise VolumeError(name, f"its volume has {len(data)} bytes, which do not fit its header", remedy)
     return data[_NIFTI_HEADER_BYTES:].view(torch.int16).view(shape)
 
@@ -239,7 +244,7 @@ class PreparedVolume:
         data = None
         if self.chunk is not None:
             with self._open() as file:
-                data = read_value(file, self.chunk, _NIFTI_HEADER_BYTES + 2 * math.prod(self.shape), place)
+                data = read_value(file, self.chunk, _num_bytes(self.shape), place)
         if data is None:
             (value,) = self._read([VOLUME]).flatten().column(VOLUME)
             array = np.frombuffer(value.as_buffer(), np.uint8)
