@@ -43,7 +43,9 @@ _TAKEN_ONCE = ("corda", "lora_ga", "pissa_niter_")
 _SMALLEST_SCORE = 1e-7  # float32 tells no smaller ones from 0, or from 1
 # What `describe_adapter` writes.
 _REMEMBERED = ("base", "preprocessing", "label_names", "prompt_templates", "prompts", "thresholds", "calibration")
-_REMEMBERED += ("strength", "operating_points")
+_REMEMBERED += ("strength", "operating_points", "adapter_fingerprint")
+# What of it holds for exactly those weights, at the strength that they were saved with.
+_CHOSEN = ("thresholds", "calibration", "operating_points")
 # What an adapter's configuration says of its origin and training, and nothing of what it computes.
 _ORIGIN = ("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type")
 _ORIGIN += ("init_lora_weights", "lora_dropout")
@@ -224,8 +226,17 @@ def adapter_fingerprint(adapter: str | Path, **hub: Any) -> str:
     Returns:
         "sha256:" and 64 hexadecimal digits, over names, shapes, types and bytes.
     """
+    return _exact_digest(read_tensors(adapter, **hub))
+
+
+def saved_fingerprint(folder: str | Path) -> str | None:
+    """`adapter_fingerprint` of a folder, `None` if no weights are in it yet."""
+    return adapter_fingerprint(folder) if Path(folder, WEIGHTS_FILE).is_file() else None
+
+
+def _exact_digest(tensors: Mapping[str, torch.Tensor]) -> str:
     total = hashlib.sha256()
-    for name, tensor in sorted(read_tensors(adapter, **hub).items()):
+    for name, tensor in sorted(tensors.items()):
         total.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         total.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return f"sha256:{total.hexdigest()}"
@@ -251,7 +262,7 @@ def describe_adapter(
 
     Args:
         model: The model that it was trained on, with or without the adapter.
-        folder: Where the adapter is saved.
+        folder: Where the adapter is saved. If its weights are there already, what is chosen is tied to them.
         base: Hub id or folder of that model.
         revision: Its commit, if it is on the Hub.
         base_fingerprint: Taken before training, where training changes the weights in memory or shards them.
@@ -273,6 +284,7 @@ def describe_adapter(
         "calibration": calibration,
         "strength": strength,
         "operating_points": operating_points,
+        "adapter_fingerprint": saved_fingerprint(folder),
     }
     Path(folder, DESCRIPTION_FILE).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
     return description
@@ -342,6 +354,11 @@ def calibrated(scores: Any, slope: Any, intercept: Any) -> np.ndarray:
     return 1 / (1 + np.exp(-(slope * np.log(inside / (1 - inside)) + intercept)))
 
 
+def without_choices(description: Mapping[str, Any]) -> dict[str, Any]:
+    """What an adapter remembers, but for operating points and calibration, which hold for its own weights alone."""
+    return {key: value for key, value in description.items() if key not in _CHOSEN}
+
+
 def read_description(adapter: str | Path, **hub: Any) -> dict[str, Any] | None:
     """What an adapter remembers, or `None` if it has no `medct_adapter.json`.
 
@@ -367,6 +384,7 @@ def check_fit(model: PreTrainedModel, adapter: str | Path, **hub: Any) -> dict[s
     | changes weights of the base (PiSSA, OLoRA and the like, biases), or another one there does | refused |
     | took out of them what loading cannot take out again (LoRA-GA, CorDA, PiSSA in few iterations) | refused |
     | was trained with other labels or prompts | warning |
+    | has other weights than its operating points were chosen for | warning: they are left out |
     | has no `medct_adapter.json`, or its base or this model cannot be told | warning: nothing to compare |
     | and the model is float16 or quantized | compared with the file that was loaded, and warning |
 
@@ -376,7 +394,7 @@ def check_fit(model: PreTrainedModel, adapter: str | Path, **hub: Any) -> dict[s
         hub: `revision`, `token`, `cache_dir`, `subfolder`, `local_files_only`, as for `from_pretrained`.
 
     Returns:
-        What the adapter remembers, as from `read_description`.
+        What the adapter remembers, as from `read_description`, as far as it holds for its weights.
 
     Raises:
         AdapterMismatchError: If it is refused.
@@ -414,6 +432,14 @@ def check_fit(model: PreTrainedModel, adapter: str | Path, **hub: Any) -> dict[s
             OtherWordsWarning,
             stacklevel=3,
         )
+    of_others = description.get("adapter_fingerprint") not in (None, _exact_digest(tensors))
+    if of_others and any(description.get(name) for name in _CHOSEN):
+        warnings.warn(
+            f"{adapter} has other weights than its operating points and calibration were chosen for: they are left "
+            "out. `medct prompts --store` chooses new ones.",
+            stacklevel=3,
+        )
+        return without_choices(description)
     return description
 
 

@@ -19,6 +19,7 @@ from torch import nn
 from .adapters_medct import (
     DESCRIPTION_FILE,
     AdapterMismatchError,
+    adapter_fingerprint,
     adapters_in_use,
     changes_base,
     check_fit,
@@ -26,6 +27,7 @@ from .adapters_medct import (
     own_module,
     refuse_to_share_base,
     refuse_to_swap,
+    without_choices,
 )
 from .snapshots_medct import Snapshot
 
@@ -163,11 +165,7 @@ class MedCTAdapterMixin:
         strengths = [_strength_of(layer, name) for layer in self._lora_layers(name)]
         if all(math.isclose(strength, 1, rel_tol=_STRENGTH_ROUNDING) for strength in strengths):
             return description
-        return {
-            key: value
-            for key, value in description.items()
-            if key not in ("thresholds", "calibration", "operating_points")
-        }
+        return without_choices(description)
 
     def adapter_strength(self, name: str = "default") -> float:
         """How much of a LoRA adapter is in use: 1 as it was loaded, 0 nothing of it; NaN if its layers differ.
@@ -238,6 +236,7 @@ class MedCTAdapterMixin:
         snapshot, description = self._described.get(name, (None, {}))
         path = Path(folder, DESCRIPTION_FILE)
         if description and snapshot.equals_rounded(_tensors_of(self, name)):
+            description = {**description, "adapter_fingerprint": adapter_fingerprint(folder)}
             path.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
         else:
             path.unlink(missing_ok=True)

@@ -10,7 +10,13 @@ from typing import Any
 import numpy as np
 from accelerate import Accelerator
 
-from medct.adapters_medct import DESCRIPTION_FILE, adapter_fingerprint, fingerprint, read_description
+from medct.adapters_medct import (
+    DESCRIPTION_FILE,
+    adapter_fingerprint,
+    fingerprint,
+    read_description,
+    saved_fingerprint,
+)
 from medct.cli.commands import CommandError, ends, load_pipeline, start_processes
 from medct.cli.records import only_json, recorded_settings
 from medct.cli.score_commands import loader_of
@@ -147,5 +153,6 @@ def _store_wording(
         "thresholds": points.get(YOUDEN),
         "calibration": calibration or None,
         "operating_points": None,
+        "adapter_fingerprint": saved_fingerprint(folder),
     }
     write_json(folder / DESCRIPTION_FILE, described)

@@ -27,7 +27,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import parse_ratelimit_headers
 
-from medct.adapters_medct import CONFIG_FILE, DESCRIPTION_FILE, WEIGHTS_FILE
+from medct.adapters_medct import CONFIG_FILE, DESCRIPTION_FILE, WEIGHTS_FILE, adapter_fingerprint
 from medct.common.output import as_word
 from medct.common.paths import find_paths, without_paths
 from medct.common.retry import keep_trying
@@ -110,6 +110,7 @@ def push_adapter(
     _refuse_pickles(folder)
     if not (folder / CONFIG_FILE).is_file() or not (folder / WEIGHTS_FILE).is_file():
         raise PushError(f"{folder} has no {CONFIG_FILE} or no {WEIGHTS_FILE}. Pass the folder of a saved adapter.")
+    _refuse_other_weights(folder)
     model, commit = job.try_hard(lambda: _published_base(job.api, folder, base, base_revision))
     files = _adapter_files(folder, repo_id, model, commit, _license_of(folder, model, commit, license))
     return job.push(files, "Add adapter")
@@ -182,6 +183,19 @@ def push_shards(folder: Path, repo_id: str) -> str:
             f"{repo_id}: not uploaded ({first_line(error)}). Check the name and `hf auth login`, then start again."
         ) from error
     return f"hf://datasets/{repo_id}"
+
+
+def _refuse_other_weights(folder: Path) -> None:
+    """Refuse to publish operating points or figures beside weights that they are not of."""
+    description, results = (read_json(folder, name) for name in (DESCRIPTION_FILE, RUN_FILES[0]))
+    measured = ((results.get("provenance") or {}).get("models") or {}).values()
+    found = adapter_fingerprint(folder)
+    for name, known in ((DESCRIPTION_FILE, [description]), (RUN_FILES[0], measured)):
+        if {each.get("adapter_fingerprint") for each in known} - {None, found}:
+            raise PushError(
+                f"{folder}: {name} is of other weights than {WEIGHTS_FILE}, which was saved again since. Push the "
+                f"folder that the run left, or take {name} out of it."
+            )
 
 
 def _published_base(api: HfApi, folder: Path, base: str | None, revision: str | None) -> tuple[str, str]:

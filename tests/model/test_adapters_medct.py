@@ -530,7 +530,7 @@ def test_a_model_is_its_base_again_without_its_last_adapter(model, adapter, othe
 
 
 @pytest.mark.parametrize("cast", ["bfloat16", "half", "double"])
-def test_a_model_in_another_precision_asks_what_its_adapter_asks(model, edited, cast, tmp_path):
+def test_a_model_in_another_precision_asks_what_its_adapter_asks(model, converted, edited, cast, tmp_path):
     with pytest.warns(UserWarning, match="label_names"):
         model.load_adapter(edited(label_names=["a", "b"], thresholds={"a": 0.2}))
     described = model.adapter_description("default")
@@ -539,7 +539,12 @@ def test_a_model_in_another_precision_asks_what_its_adapter_asks(model, edited, 
         assert asked_config(model).label_names == ["a", "b"]
         assert model.adapter_description("default") == described
     model.save_pretrained(tmp_path / "again")
-    assert read_description(tmp_path / "again") == described
+    own = {"adapter_fingerprint": adapter_fingerprint(tmp_path / "again")}
+    assert read_description(tmp_path / "again") == described | own
+    again = MedCTModel.from_pretrained(converted)
+    with pytest.warns(UserWarning, match="label_names") as told:
+        again.load_adapter(tmp_path / "again")
+    assert again.adapter_description("default") == described | own and len(told) == 1
 
 
 @pytest.mark.parametrize("other", [{}, {"lora_dropout": 0.1}, {"lora_alpha": 3}, {"use_rslora": True}], ids=str)
@@ -614,6 +619,27 @@ def test_a_loaded_adapter_that_is_saved_again_remembers(model, converted, adapte
     for folder in ("changed", "again"):
         model.save_pretrained(tmp_path / folder)
         assert read_description(tmp_path / folder) is None
+
+
+@pytest.mark.parametrize("described", ["its own", "another", "nothing"])
+def test_operating_points_hold_for_the_weights_that_they_were_chosen_for(model, converted, edited, described, tmp_path):
+    """PEFT alone saves weights and knows nothing of the description that lies there."""
+    fingerprints = {"another": None, "nothing": {"adapter_fingerprint": None}}
+    chosen = {"thresholds": {"x": 0.2}, "calibration": {"x": [1, 0]}, "operating_points": {"all": {"x": 0.1}}}
+    folder = edited(**chosen, **fingerprints.get(described) or {})
+    remembered = read_description(folder)
+    if described != "its own":
+        peft = PeftModel.from_pretrained(MedCTModel.from_pretrained(converted), folder, is_trainable=True)
+        with torch.no_grad():
+            next(each for name, each in peft.named_parameters() if "lora_B" in name).add_(1)
+        peft.save_pretrained(folder)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", UserWarning)
+        model.load_adapter(folder)
+    is_told = any("other weights than its operating points" in str(each.message) for each in told)
+    assert is_told == (described == "another")
+    left = {key: value for key, value in remembered.items() if not is_told or key not in chosen}
+    assert model.adapter_description("default") == left
 
 
 @pytest.mark.parametrize("begins", [True, "gaussian", "orthogonal", "eva", "mica", "olora", "pissa", "pissa_niter_4"])

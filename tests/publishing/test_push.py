@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
+from medct.adapters_medct import adapter_fingerprint
 from medct.cli import main
 from medct.common.paths import find_paths
 from medct.publishing import push as hub_module
@@ -222,6 +223,23 @@ def test_another_base_than_the_one_trained_on_is_refused(hub, adapter, base, pus
     weights = load_file(base / "model.safetensors")
     save_file({name: tensor + 1 for name, tensor in weights.items()}, base / "model.safetensors")
     with pytest.raises(PushError, match="The weights of org/base are not those of ct-clip"):
+        push_adapter(adapter, "org/a", base="org/base", base_revision=pushed_base)
+
+
+@pytest.mark.parametrize("stale", ["medct_adapter.json", "results.json"])
+def test_figures_of_other_weights_are_not_pushed(hub, adapter, pushed_base, stale):
+    """As PEFT leaves them, which saves weights into any folder."""
+    models = {"base": {}, "adapted": {"adapter_fingerprint": adapter_fingerprint(adapter)}}
+    results = RESULTS | {"provenance": RESULTS.get("provenance", {}) | {"models": models}}
+    other = {"medct_adapter.json": RESULTS, "results.json": results}[stale]
+    (adapter / "results.json").write_text(json.dumps(other), encoding="utf-8")
+    weights = load_file(adapter / "adapter_model.safetensors")
+    save_file({name: tensor + 1 for name, tensor in weights.items()}, adapter / "adapter_model.safetensors")
+    described = json.loads((adapter / "medct_adapter.json").read_text(encoding="utf-8"))
+    if stale == "results.json":
+        described["adapter_fingerprint"] = None
+    (adapter / "medct_adapter.json").write_text(json.dumps(described), encoding="utf-8")
+    with pytest.raises(PushError, match=f"{stale} is of other weights"):
         push_adapter(adapter, "org/a", base="org/base", base_revision=pushed_base)
 
 
