@@ -106,6 +106,7 @@ from medct.training.sources import (
     load_sources,
     mappings_of,
     number_of_steps,
+    remarks_on_labels,
     remarks_on_overlap,
     steps_per_epoch,
 )
@@ -151,6 +152,8 @@ class Trainer:
             lower_precision(self.accelerator.mixed_precision),
         )
         self.remarks = [*filter(None, remarks), *remarks_on_overlap(self.sources)]
+        if settings.objective != "contrastive":
+            self.remarks += remarks_on_labels(self.sources["train"])
         self.folder.work.mkdir(parents=True, exist_ok=True)
         self.stop = StopWish()
         self.line: Line | None = None

@@ -311,6 +311,7 @@ def _refuse_idle(settings: TrainingSettings) -> None:
     """Refuse flags that would do nothing beside the others: whoever passes them expects something else of the run."""
     has_usual = settings.data == PHANTOMS  # to replay and to keep
     needed = (
+        (settings.eval_steps != 0, "scores on the way (any --eval_steps but 0)", ("patience",)),
         (settings.objective == "both", "--objective both", ("report_weight",)),
         (settings.replay or has_usual, "--replay SOURCE", ("replay_share", "replay_mapping")),
         (settings.keep or has_usual, "--keep SOURCE", ("max_forgotten", "keep_mapping")),

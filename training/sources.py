@@ -5,6 +5,8 @@ import math
 from collections.abc import Generator, Iterator, Mapping
 from typing import Any
 
+import numpy as np
+
 from medct.common.counting import counted
 from medct.configuration_medct import MedCTConfig
 from medct.data import ALL, open_source
@@ -173,6 +175,25 @@ def has_known_label(source: Source) -> bool:
         source: Whose rows are read, without their volumes, until one is.
     """
     return any(not all(map(math.isnan, row["labels"])) for row in map(source.read, source.keys()))
+
+
+def remarks_on_labels(source: Source) -> Iterator[str]:
+    """A remark on findings that no training study differs in.
+
+    Args:
+        source: Whose rows are read, without their volumes. Nothing is told of drawings, and of shards, each row of
+            which costs a request on the Hub.
+    """
+    if source.is_synthetic or source.checksum:
+        return
+    labels = np.array([row["labels"] for row in source.rows("look at labels")], dtype=float)
+    alike = np.fmax.reduce(labels) == np.fmin.reduce(labels)
+    unknown = np.isnan(labels).all(axis=0)
+    if names := [name for name, is_same in zip(source.label_names, alike | unknown, strict=True) if is_same]:
+        yield (
+            f"{counted(len(names), 'finding')} of {len(alike)}, such as {names[0]}: the same in every training study "
+            "that it is known of, so nothing tells studies with it from those without."
+        )
 
 
 def digest_of_studies(source: Source) -> str:

@@ -14,6 +14,7 @@ from scan_files import write_noise
 from medct import CT_CLIP_LABELS, MedCTConfig, MedCTModel, MedCTProcessor
 from medct.adapters_medct import OtherWordsWarning
 from medct.cli import main
+from medct.common.counting import counted
 from medct.common.files import OtherSettingsError
 from medct.data import DataError, Source, open_source, phantom_source
 from medct.pipeline_medct import ZeroShotCTClassificationPipeline
@@ -21,7 +22,7 @@ from medct.publishing.push import ADAPTER_FILES
 from medct.train import load_sources, run
 from medct.training.replay import with_replay
 from medct.training.settings import TrainingError, TrainingSettings
-from medct.training.sources import digest_of_studies, mappings_of
+from medct.training.sources import digest_of_studies, mappings_of, remarks_on_labels
 
 LABELS = """label;data;words;present;absent
 Verdichtung;Consolidation;c;;
@@ -231,11 +232,29 @@ def test_what_cannot_be_learned_or_scored_is_refused_before_anything_is(settings
         run(dataclasses.replace(settings, output_dir=settings.output_dir + "2"))
 
 
+@pytest.mark.parametrize(
+    ("columns", "alike"),
+    [
+        ({"a": [0, 1, np.nan], "b": [1, 1, 1], "c": [1, np.nan, 0]}, ["b"]),
+        ({"a": [np.nan] * 3, "b": [0, np.nan, 0], "c": [0, 0.5, 0]}, ["a", "b"]),
+        ({"a": [0, 1, 1], "b": [0, 1, 0], "c": [0, 0, 1]}, []),
+    ],
+)
+def test_findings_that_no_training_study_differs_in_are_remarked_on(columns, alike):
+    rows = [{"labels": list(labels)} for labels in zip(*columns.values(), strict=True)]
+    source = Source([(0,), (1,), (2,)], rows.__getitem__, tuple(columns), "three")
+    said = " ".join(remarks_on_labels(source))
+    assert said.startswith(f"{counted(len(alike), 'finding')} of 3, such as {alike[0]}:") if alike else said == ""
+    for quick in ({"checksum": "a"}, {"is_synthetic": True}):
+        assert not list(remarks_on_labels(dataclasses.replace(source, read=None, **quick)))
+
+
 def test_studies_that_are_left_out_are_remarked_on(settings, site, capsys):
     root, table = site
     table.to_csv(root / "metadata.csv", index=False)
     (root / "3.nii.gz").unlink()
     results = run(dataclasses.replace(settings, data=str(root), epochs=1))
+    assert not any("the same in every training study" in remark for remark in results["remarks"])
     said = "valid: left out before they were read: no such file (1{})."
     assert said.format(", such as 3.nii.gz") in capsys.readouterr().out
     assert said.format("") in results["remarks"]

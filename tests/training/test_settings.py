@@ -72,6 +72,7 @@ def test_numbers_that_no_run_could_be_meant_with(name, values):
         ({"train_logit_scale": True, "adaptation": "full"}, {"adaptation": None}),
         ({"rank": 8, "recipe": "full"}, {"adaptation": "lora"}),
         ({"alpha": 8, "adaptation": "full"}, {"adaptation": None}),
+        ({"patience": 5, "eval_steps": 0}, {"eval_steps": 10}),
         ({"hub_model_id": "org/site-b", "model": "org/base"}, {"push_to_hub": True}),
         ({"hub_private": True}, {"push_to_hub": True, "hub_model_id": "org/site-b", "hub_base": "org/base"}),
     ],
