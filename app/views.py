@@ -66,12 +66,13 @@ def findings_table(scan: Scan) -> str:
 
 def _row(finding: Finding, has_probabilities: bool) -> str:
     kind = {True: "above", False: "below", None: "none"}[finding.is_present]
+    score, threshold = finding.figures
     tick, called = "", kind
     if finding.threshold is not None:
         tick = f'<b style="left: {100 * finding.threshold:.1f}%"></b>'
-        called = f"{kind} {finding.threshold:.3f}"
+        called = f"{kind} {threshold}"
     bar = f'<div class="medct-bar" aria-hidden="true"><i style="width: {100 * finding.score:.1f}%"></i>{tick}</div>'
-    cells = [f"<td>{escape(finding.label)}</td>", f'<td class="number">{finding.score:.3f}</td>', f"<td>{bar}</td>"]
+    cells = [f"<td>{escape(finding.label)}</td>", f'<td class="number">{score}</td>', f"<td>{bar}</td>"]
     cells.append(f"<td>{called}</td>")
     if has_probabilities:
         cells.append(f'<td class="number">{"" if finding.probability is None else f"{finding.probability:.2f}"}</td>')

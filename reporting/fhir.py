@@ -158,7 +158,7 @@ def _report(findings: Sequence[Finding], algorithm: Algorithm, notes: Sequence[s
     counted = [finding for finding in findings if finding.is_present is not None]
     said = f"At or above their operating points: {', '.join(called) or 'none'}." if counted else "No operating points."
     rows = "".join(
-        f"<tr><td>{escape(each.label)}</td><td>{each.score:.3f}</td><td>{each.call}</td></tr>" for each in findings
+        f"<tr><td>{escape(each.label)}</td><td>{each.figures[0]}</td><td>{each.call}</td></tr>" for each in findings
     )
     about = "; ".join([*said_of_scan(notes), *algorithm.parameters])
     head = f"<p>{algorithm.warning} {NO_PROBABILITY}</p><p>{escape(about)}</p>"

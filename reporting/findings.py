@@ -45,6 +45,17 @@ class Finding:
         """The same in words."""
         return {True: "above", False: "below", None: "no operating point"}[self.is_present]
 
+    @property
+    def figures(self) -> tuple[str, str | None]:
+        """Score and operating point for people: three decimals, and as many more as tell one from the other."""
+        if self.threshold is None:
+            return f"{self.score:.3f}", None
+        for decimals in range(3, 17):
+            score, threshold = (f"{number:.{decimals}f}" for number in (self.score, self.threshold))
+            if score != threshold or self.score == self.threshold:
+                break
+        return score, threshold
+
 
 def findings_of(
     results: Sequence[Mapping[str, Any]], labels: Sequence[str], thresholds: Mapping[str, float]

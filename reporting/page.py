@@ -99,10 +99,11 @@ def _draw_scores(axes: Axes, findings: Sequence[Finding]) -> None:
     for title, x in columns.items():
         axes.text(x, -0.9, title, fontsize=8, ha="center", va="bottom", transform=right)
     for row, each in zip(rows, findings, strict=True):
-        cells = [f"{each.score:.3f}", "none", "-"]
+        score, threshold = each.figures
+        cells = [score, "none", "-"]
         if each.threshold is not None:
             axes.plot([each.threshold] * 2, [row - 0.42, row + 0.42], color="black", linewidth=2)
-            cells[1] = f"{each.call} {each.threshold:.3f}"
+            cells[1] = f"{each.call} {threshold}"
         if each.probability is not None:
             cells[2] = f"{each.probability:.2f}"
         look = {"ha": "center", "va": "center", "fontsize": size, "transform": right}

@@ -26,6 +26,22 @@ def test_findings_keep_their_order_and_what_is_known_of_them():
     assert Finding("c", 0.2, 0.2).is_present, "as the pipeline calls it"
 
 
+@pytest.mark.parametrize(
+    ("score", "threshold", "figures"),
+    [
+        (0.12345, None, ("0.123", None)),
+        (0.12345, 0.5, ("0.123", "0.500")),
+        (0.5, 0.5, ("0.500", "0.500")),
+        (0.99962, 0.99968, ("0.9996", "0.9997")),
+        (0.9996, 0.9994, ("1.000", "0.999")),
+        (1e-7, 3e-7, ("0.0000001", "0.0000003")),
+    ],
+)
+def test_figures_tell_a_score_from_its_operating_point(score, threshold, figures):
+    """Else a reader is told that 1.000 is below 1.000."""
+    assert Finding("a", score, threshold).figures == figures
+
+
 @pytest.fixture
 def pipe(model, processor) -> ZeroShotCTClassificationPipeline:
     return ZeroShotCTClassificationPipeline(model=model, processor=processor, device="cpu")
