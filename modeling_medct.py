@@ -236,11 +236,7 @@ class MedCTPreTrainedModel(MedCTAdapterMixin, PreTrainedModel):
             self.config.set_custom_pipelines({name: CUSTOM_PIPELINES[name] for name in self._tasks} | others)
             self.config.auto_map = dict(CODE)
             self.config.drawn_weights = sorted(self._drawn[0]) if self.is_drawn else None
-        saved = super().save_pretrained(*args, **kwargs)
-        folder = args[0] if args else kwargs["save_directory"]
-        if getattr(self, "_hf_peft_config_loaded", False):  # then an adapter was saved, and nothing else
-            self._write_description(folder)
-        return saved
+        return super().save_pretrained(*args, **kwargs)
 
 
 def _place_of(name: str, options: Mapping[str, Any]) -> dict[str, Any]:

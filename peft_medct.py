@@ -33,6 +33,7 @@ from .snapshots_medct import Snapshot
 
 # Roots and quotients of scales are rounded.
 _STRENGTH_ROUNDING = 1e-6
+_OF_PUSHES = ("commit_message", "create_pr", "private", "repo_id")
 _REPORTS = logging.getLogger("transformers.integrations.peft")
 
 
@@ -227,14 +228,28 @@ class MedCTAdapterMixin:
                 "it this is not the base. Load the base again."
             )
 
-    def _write_description(self, folder: str | Path) -> None:
+    def save_pretrained(self, *args, **kwargs) -> Any:
+        """As in transformers, but what an adapter remembers is saved and pushed with it."""
+        if not getattr(self, "_hf_peft_config_loaded", False):
+            return super().save_pretrained(*args, **kwargs)
+        # An adapter is saved, and nothing else; transformers would push it before all that belongs to it is there.
+        is_pushed = kwargs.pop("push_to_hub", False) and kwargs.get("is_main_process", True)
+        pushing = {name: kwargs.pop(name) for name in _OF_PUSHES if name in kwargs}
+        saved = super().save_pretrained(*args, **kwargs)
+        folder = Path(args[0] if args else kwargs["save_directory"])
+        self._write_description(folder)
+        if is_pushed:
+            self.push_to_hub(pushing.pop("repo_id", folder.name), token=kwargs.get("token"), **pushing)
+        return saved
+
+    def _write_description(self, folder: Path) -> None:
         """Write down again what the saved adapter remembers, beside its weights; nothing of one that has changed.
 
         Nor is left what lies there of another.
         """
         name = self.active_adapters()[0]  # which transformers saves
         snapshot, description = self._described.get(name, (None, {}))
-        path = Path(folder, DESCRIPTION_FILE)
+        path = folder / DESCRIPTION_FILE
         if description and snapshot.equals_rounded(_tensors_of(self, name)):
             description = {**description, "adapter_fingerprint": adapter_fingerprint(folder)}
             path.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")

@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
+from medct import MedCTModel
 from medct.adapters_medct import adapter_fingerprint
 from medct.cli import main
 from medct.common.paths import find_paths
@@ -224,6 +225,16 @@ def test_another_base_than_the_one_trained_on_is_refused(hub, adapter, base, pus
     save_file({name: tensor + 1 for name, tensor in weights.items()}, base / "model.safetensors")
     with pytest.raises(PushError, match="The weights of org/base are not those of ct-clip"):
         push_adapter(adapter, "org/a", base="org/base", base_revision=pushed_base)
+
+
+def test_what_an_adapter_remembers_is_pushed_by_transformers_too(hub, base, adapter, monkeypatch, tmp_path):
+    hub.connect(monkeypatch)
+    model = MedCTModel.from_pretrained(base)
+    model.load_adapter(adapter)
+    model.save_pretrained(tmp_path / "again", push_to_hub=True, repo_id="org/again", private=True)
+    pushed = hub.files("org/again")
+    for name in ("medct_adapter.json", "adapter_model.safetensors"):
+        assert pushed[name] == (tmp_path / "again" / name).read_bytes()
 
 
 @pytest.mark.parametrize("stale", ["medct_adapter.json", "results.json"])
