@@ -132,7 +132,7 @@ def _without_repeats(slices: list[Slice], source: str, resample_irregular: bool)
     for before, one, repeated in zip(slices, slices[1:], is_repeated, strict=False):
         if not repeated:
             kept.append(one)
-        elif not np.array_equal(hu_of(before, {}), hu_of(one, {})):
+        elif not np.array_equal(hu_of(before, {})[0], hu_of(one, {})[0]):
             raise VolumeError(source, f"{reason}, with different pixels", "Pass the files of one phase of one series")
     return kept, [f"repeated slices with the same pixels left out: {len(repeats)}"]
 

@@ -43,7 +43,7 @@ NO_SECOND_RESCALE = "Leave out `rescale_slope` and `rescale_intercept`, or HU wo
 AIR_HU = -1000
 HIGHEST_HU = 30710
 """The end of the extended scale, on which metal is ten times the usual 3071 HU."""
-_NO_AIR_HU = -500
+NO_AIR_HU = -500
 _LEAST_TISSUE = 0.02
 """Share of voxels above that; of a chest it is far more, of one rescaled twice only hard bone is left."""
 _USUAL_SHAPE = (512, 512, 512)
@@ -279,11 +279,11 @@ def check_values(volume: CTVolume) -> tuple[str, ...]:
     if lowest >= 0 and highest <= 255:
         return (f"its values lie within {lowest:g}..{highest:g}: a windowed picture or labels rather than HU",)
     notes = []
-    if lowest > _NO_AIR_HU:
+    if lowest > NO_AIR_HU:
         notes.append(f"it holds no air (its lowest value is {lowest:g}): perhaps not rescaled, or no CT")
     elif (tissue := _share_of_tissue(array)) < _LEAST_TISSUE:
         notes.append(
-            f"it holds hardly any tissue ({tissue:.1%} above {_NO_AIR_HU} HU): perhaps rescaled twice, or a picture"
+            f"it holds hardly any tissue ({tissue:.1%} above {NO_AIR_HU} HU): perhaps rescaled twice, or a picture"
         )
     if highest > HIGHEST_HU:
         notes.append(f"its highest value is {highest:g}, more than any CT has: padding, or values that lost their sign")
@@ -293,7 +293,7 @@ def check_values(volume: CTVolume) -> tuple[str, ...]:
 def _share_of_tissue(array: np.ndarray) -> float:
     """Of some voxels all over a scan."""
     some = array[tuple(slice(None, None, max(1, length // 64)) for length in array.shape)]
-    return float(np.mean(some > _NO_AIR_HU))
+    return float(np.mean(some > NO_AIR_HU))
 
 
 def check_affine(source: str, affine: np.ndarray) -> None:
