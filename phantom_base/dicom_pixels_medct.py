@@ -259,12 +259,12 @@ def _runs_of(mask: np.ndarray) -> np.ndarray:
 
 
 def _check_pixel_bytes(one: Slice) -> None:
-    """Refuse uncompressed images that are longer than their file."""
+    """Refuse what is named uncompressed and longer than its file."""
     (rows, columns), pixels = one.pixels.shape, one.pixels
     if pixels.syntax in UNCOMPRESSED and pixels.syntax != DEFLATED:
         promised = rows * columns * pixels.bits_allocated // 8 * ((one.frame or 0) + 1)
         if promised > one.file.size:
-            raise VolumeError(one.name, f"it is cut short ({one.file.size} bytes for {rows} x {columns} pixels)", AGAIN)
+            stored_pixels(one.file, one.pixels, one.frame or 0, {})  # says whether it was cut, or is compressed
 
 
 def hu_of(one: Slice, cache: dict[ByteSource, Any]) -> tuple[np.ndarray, int]:
