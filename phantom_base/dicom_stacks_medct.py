@@ -8,7 +8,6 @@ part of one, and by instance numbers that run through the positions more than on
 Source: DICOM PS3.3 (C.7.6.1, C.7.6.2, C.8.2, C.7.6.16).
 """
 
-import itertools
 import math
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Sequence
@@ -169,8 +168,12 @@ def _runs(numbers: list[Hashable], along: np.ndarray) -> list[int] | None:
             seen[numbers[k]] += 1
         return labels.tolist()
     ordered, run, sign = np.argsort(numbers, kind="stable"), 0, 0
-    for before, k in itertools.pairwise(ordered):
-        step = int(np.sign(along[k] - along[before]))
-        run, sign = (run, step) if sign in (0, step) else (run + 1, 0)
-        labels[k] = run
+    steps = np.diff(along[ordered])
+    unusual = np.abs(np.abs(steps) - np.median(np.abs(steps)))
+    for n, step in enumerate(np.sign(steps)):
+        is_turn = sign not in (0, step)
+        run, sign = (run + 1, 0) if is_turn else (run, step)
+        if is_turn and unusual[n] < unusual[n - 1]:  # where a table turned round beyond the end of the run before
+            labels[ordered[n]], sign = run, step
+        labels[ordered[n + 1]] = run
     return labels.tolist() if min(Counter(labels.tolist()).values()) >= _LEAST_RUN else None

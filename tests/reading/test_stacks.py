@@ -98,14 +98,15 @@ def test_instance_numbers_that_run_twice(shift, instance, tmp_path):
     assert_two(two_scans(tmp_path, shift, instance=instance), "InstanceNumber")
 
 
-def test_there_and_back(tmp_path):
-    """A table that shuttles: the second pass from the other end."""
+@pytest.mark.parametrize("shift", [-2.5, -0.8, -0.5, -0.2, 0.2, 0.5, 0.8, 2.5])
+def test_there_and_back(shift, tmp_path):
+    """A table that shuttles: the second pass from the other end, and from further out or not."""
 
     def edit(ds, k):
         if k >= COUNT:
             ds.InstanceNumber = 2 * COUNT - (k - COUNT)
 
-    assert_two(two_scans(tmp_path, -0.5, edit=edit), "InstanceNumber")
+    assert_two(two_scans(tmp_path, shift, edit=edit), "InstanceNumber")
 
 
 @pytest.mark.parametrize("shift", [0.1, 0.3, 0.4, 0.62])
