@@ -3,7 +3,7 @@
 Laid into each other they would make a volume with every other slice of another scan. They are told apart by attributes
 that differ between slices whose positions overlap (in slices beside each other the same attributes differ for good
 reasons). Where none does they are told apart by multi-frame files, each of which is a scan unless it says that it is a
-part of one, and by instance numbers that run through the positions more than once.
+part of one, and by instance numbers, or the frames of one file, that run through the positions more than once.
 
 Source: DICOM PS3.3 (C.7.6.1, C.7.6.2, C.8.2, C.7.6.16).
 """
@@ -101,8 +101,9 @@ def stacks_of(slices: list[Slice]) -> tuple[list[list[Slice]], str]:
     if telling:
         labels = list(zip(*(values for _, values in telling), strict=True))
         return _split(slices, labels), ", ".join(name for name, _ in telling)
-    runs = _runs([one.instance_number for one in slices], along)
-    for name, labels in (("file", _files(slices)), ("InstanceNumber", runs)):
+    is_one_file = len({one.file for one in slices}) == 1
+    runs = _runs([one.frame if is_one_file else one.instance_number for one in slices], along)
+    for name, labels in (("file", _files(slices)), ("frame number" if is_one_file else "InstanceNumber", runs)):
         if labels is not None and _overlap(labels, along):
             return _split(slices, labels), name
     return [slices], ""
@@ -152,7 +153,7 @@ def _within(one: np.ndarray, other: np.ndarray) -> int:
 
 
 def _runs(numbers: list[Hashable], along: np.ndarray) -> list[int] | None:
-    """Through which run of instance numbers each slice came, if they run through distinct positions more than once."""
+    """Through which run of numbers each slice came, if they run through distinct positions more than once."""
     try:
         numbers = [int(number) for number in numbers]
     except (TypeError, ValueError):

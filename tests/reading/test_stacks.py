@@ -109,6 +109,22 @@ def test_there_and_back(shift, tmp_path):
     assert_two(two_scans(tmp_path, shift, edit=edit), "InstanceNumber")
 
 
+@pytest.mark.parametrize("shift", [0.2, 0.5, 0.7, 2.5])
+def test_frames_that_run_twice(shift, tmp_path):
+    def edit(ds):
+        for k, frame in enumerate(ds.PerFrameFunctionalGroupsSequence):
+            position = STEP_MM * (k % COUNT + shift * (k // COUNT))
+            frame.PlanePositionSequence = [scan_files.item(ImagePositionPatient=at(0, 0, position))]
+
+    assert_two(write_enhanced(tmp_path / "enhanced.dcm", HU, edit), "frame number")
+
+
+@pytest.mark.parametrize("order", [range(11, -1, -1), [5, 2, 9, 11, 1, 7, 3, 8, 4, 10, 6, 0]])
+def test_frames_in_any_order_are_one_scan(order, tmp_path):
+    volume = read_volume(write_enhanced(tmp_path / "enhanced.dcm", HU, order=order))
+    assert np.array_equal(volume.array, HU.T)
+
+
 @pytest.mark.parametrize("shift", [0.1, 0.3, 0.4, 0.62])
 def test_steps_that_take_turns(shift, tmp_path):
     with pytest.raises(VolumeError, match="take turns between its slices: two stacks"):
