@@ -335,8 +335,9 @@ def _exact_step(slices: list[Slice], along: np.ndarray, count: int) -> float:
     for step in slices[0].written_steps_mm:
         if abs(step - measured) * (count - 1) < noise_mm:
             return _with_all_digits(step, count)
-    step = round(measured, 3)
-    return step if abs(step - measured) * (count - 1) < _POSITION_DIGITS_MM else measured
+    round_steps = (round(measured, digits) for digits in range(4))
+    # Both ends may be off by a whole half of the last digit.
+    return next((step for step in round_steps if abs(step - measured) * (count - 1) < 1.01 * noise_mm), measured)
 
 
 def _with_all_digits(step: float, count: int) -> float:

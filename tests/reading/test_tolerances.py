@@ -1,11 +1,13 @@
 """What errors of positions and axes do to voxels decides, and equally in every format."""
 
+from types import SimpleNamespace
+
 import nibabel
 import numpy as np
 import pytest
 from scan_files import STEP_MM, at, make_hu, write_series
 
-from medct import CTVolume, VolumeError, read_volume
+from medct import CTVolume, VolumeError, dicom_geometry_medct, read_volume
 from medct.nifti_io_medct import _qform
 
 REMARK = "voxels off the straight and even grid"
@@ -73,6 +75,17 @@ def test_rounded_positions(step, digits, count, start, tmp_path):
     rounding = 10.0**-digits / 2 / step
     assert remarked(volume) or rounding <= 0.2
     assert not remarked(volume) or rounding > 0.04
+
+
+@pytest.mark.parametrize("written", [(), (5.0,)])
+@pytest.mark.parametrize(("step", "digits"), [(0.625, 2), (0.75, 1), (0.7, 1), (0.45, 1), (1.25, 1), (3.0, 2)])
+def test_a_step_that_rounded_positions_alone_tell(step, digits, written):
+    """Is the roundest of those that fit them, so that a scan has as many voxels as its NIfTI."""
+    for count in range(100, 700, 23):
+        for start in np.linspace(-311.375, -310.125, 11).round(3):
+            along = (start + step * np.arange(count)).round(digits)
+            found = dicom_geometry_medct._exact_step([SimpleNamespace(written_steps_mm=written)], along, count)
+            assert found == step
 
 
 @pytest.mark.parametrize("digits", [1, 6])
