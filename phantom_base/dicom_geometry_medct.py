@@ -304,7 +304,8 @@ def to_grid(hu: np.ndarray, slices: list[Slice], source: str) -> tuple[np.ndarra
     start = np.median(_residues(slices)[0])
     if _is_uneven(slices):
         # The mean step, a gap of missing slices being several.
-        count, start = int(np.maximum(np.rint(gaps / _usual(gaps)), 1).sum()) + 1, 0.0
+        steps = gaps / _usual(gaps)
+        count, start = int(np.where(steps < _MISSING_STEPS, 1, np.rint(steps)).sum()) + 1, 0.0
         hu = _on_even_steps(hu, along, count)
         notes.append(
             f"slices with steps of {gaps.min():.3f} to {gaps.max():.3f} mm were interpolated to {count} even ones"

@@ -115,6 +115,16 @@ def test_a_missing_slice_is_never_read_over(missing, count, thickness, tmp_path)
     assert volume.spacing_mm[2] == pytest.approx(STEP_MM)
 
 
+@pytest.mark.parametrize("off", [0.55, -0.55, 0.7, -0.7])
+@pytest.mark.parametrize("missing", [0, 1, 2])
+def test_uneven_slices_are_resampled_to_their_mean_step(missing, off, tmp_path):
+    """A slice beside its place makes no other one, and a gap of missing slices is several steps."""
+    folder = placed(lambda k: STEP_MM * (k + off * (k == 3) + missing * (k >= 8)))(tmp_path)
+    volume = read_volume(folder, resample_irregular=True)
+    assert volume.array.shape[2] == 12 + missing
+    assert volume.spacing_mm[2] == pytest.approx(STEP_MM)
+
+
 @pytest.mark.parametrize(("start", "is_numbered", "is_read"), [(0, True, False), (0, False, True), (0.3, False, False)])
 @pytest.mark.parametrize("count", [5, 6])
 @pytest.mark.parametrize("missing", [1, 2, 3])
