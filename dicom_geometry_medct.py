@@ -132,7 +132,7 @@ def _without_repeats(slices: list[Slice], source: str, resample_irregular: bool)
     for before, one, repeated in zip(slices, slices[1:], is_repeated, strict=False):
         if not repeated:
             kept.append(one)
-        elif not np.array_equal(hu_of(before, {}), hu_of(one, {})):
+        elif not np.array_equal(hu_of(before, {})[0], hu_of(one, {})[0]):
             raise VolumeError(source, f"{reason}, with different pixels", "Pass the files of one phase of one series")
     return kept, [f"repeated slices with the same pixels left out: {len(repeats)}"]
 
@@ -304,7 +304,8 @@ def to_grid(hu: np.ndarray, slices: list[Slice], source: str) -> tuple[np.ndarra
     start = np.median(_residues(slices)[0])
     if _is_uneven(slices):
         # The mean step, a gap of missing slices being several.
-        count, start = int(np.maximum(np.rint(gaps / _usual(gaps)), 1).sum()) + 1, 0.0
+        steps = gaps / _usual(gaps)
+        count, start = int(np.where(steps < _MISSING_STEPS, 1, np.rint(steps)).sum()) + 1, 0.0
         hu = _on_even_steps(hu, along, count)
         notes.append(
             f"slices with steps of {gaps.min():.3f} to {gaps.max():.3f} mm were interpolated to {count} even ones"
@@ -335,8 +336,9 @@ def _exact_step(slices: list[Slice], along: np.ndarray, count: int) -> float:
     for step in slices[0].written_steps_mm:
         if abs(step - measured) * (count - 1) < noise_mm:
             return _with_all_digits(step, count)
-    step = round(measured, 3)
-    return step if abs(step - measured) * (count - 1) < _POSITION_DIGITS_MM else measured
+    round_steps = (round(measured, digits) for digits in range(4))
+    # Both ends may be off by a whole half of the last digit.
+    return next((step for step in round_steps if abs(step - measured) * (count - 1) < 1.01 * noise_mm), measured)
 
 
 def _with_all_digits(step: float, count: int) -> float:

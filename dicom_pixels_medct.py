@@ -13,6 +13,7 @@ Unusual:
 Source: DICOM PS3.3 (C.7.6.3, C.7.5.1.1.2), PS3.5 (A).
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,8 @@ from .volume_medct import AIR_HU, HIGHEST_HU, MAX_VOXELS, VolumeError
 
 _LEAST_BITS = 12
 """Of a pixel of CT."""
+AIR_HU_RANGE = (-1100, -900)
+"""What air has in HU, and hardly any other unit."""
 _TISSUE_HU = 100
 """How near other voxels must come to a padding value for it to be one that tissue has."""
 
@@ -76,6 +79,12 @@ class Slice:
             return None
         lowest, highest = sorted(_scaled(np.array(self.pixels.padding), self.slope, self.intercept).tolist())
         return lowest, highest
+
+    @property
+    def is_padded_with_air(self) -> bool:
+        """Whether padding has values of air, so that it shows that pixels are HU."""
+        lowest, highest = self.padding_hu or (math.nan, math.nan)
+        return AIR_HU_RANGE[0] <= lowest and highest <= AIR_HU_RANGE[1]
 
 
 def name_of(file: ByteSource, frame: int | None) -> str:
@@ -143,7 +152,7 @@ def _whole(value: Any) -> int:
     return int.from_bytes(value, "little") if isinstance(value, bytes) else int(value)
 
 
-def decode(slices: list[Slice], source: str) -> tuple[np.ndarray, list[str]]:
+def decode(slices: list[Slice], source: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """Decode slices to HU.
 
     Args:
@@ -151,7 +160,8 @@ def decode(slices: list[Slice], source: str) -> tuple[np.ndarray, list[str]]:
         source: What to call them in messages.
 
     Returns:
-        HU `(k, row, column)`, int16 if all slopes are 1 and all values fit, else float32; and remarks.
+        HU `(k, row, column)`, int16 if all slopes are 1 and all values fit, else float32; how many voxels of each slice
+        `(k,)` are air only because they are padding, which says nothing of the scan; and remarks.
 
     Raises:
         VolumeError: If a slice is damaged, or the headers promise too many voxels.
@@ -162,36 +172,37 @@ def decode(slices: list[Slice], source: str) -> tuple[np.ndarray, list[str]]:
     for one in slices:
         _check_pixel_bytes(one)
     whole = all(one.slope == 1 and one.intercept.is_integer() for one in slices)
-    hu = np.empty(shape, np.int16 if whole else np.float32)
+    hu, padded = np.empty(shape, np.int16 if whole else np.float32), np.zeros(len(slices), int)
     cache: dict[ByteSource, Any] = {}
     for k, one in enumerate(slices):
-        values = hu_of(one, cache)
+        values, padded[k] = hu_of(one, cache)
         if hu.dtype == np.int16 and values.dtype != np.int16:
             whole_hu, hu = hu[:k], np.empty(shape, np.float32)
             hu[:k] = whole_hu
         hu[k] = values
-    notes = _clear_padding(hu, slices)
+    notes = _clear_padding(hu, slices, padded)
     if whole and hu.dtype != np.int16 and _fits_int16(hu.min(), hu.max()):  # but for padding
         hu = hu.astype(np.int16)
-    return hu, notes
+    return hu, padded, notes
 
 
 def _fits_int16(lowest: float, highest: float) -> bool:
     return lowest >= -(2**15) and highest < 2**15
 
 
-def _clear_padding(hu: np.ndarray, slices: list[Slice]) -> list[str]:
-    """Air instead of padding that lies above it, in place, by the rule at the top of this file."""
-    ranges = [one.padding_hu for one in slices]
-    padded = [(hu[k], *found) for k, found in enumerate(ranges) if found is not None and found[1] > AIR_HU]
-    is_tissue, cleared, is_kept = any(_is_used(*one) for one in padded), 0, False
-    for values, lowest, highest in padded:
+def _clear_padding(hu: np.ndarray, slices: list[Slice], padded: np.ndarray) -> list[str]:
+    """Air instead of padding that lies above it, and its count, in place, by the rule at the top of this file."""
+    ranges = [(k, *found) for k, one in enumerate(slices) if (found := one.padding_hu) and found[1] > AIR_HU]
+    is_tissue, cleared, is_kept = any(_is_used(hu[k], *ends) for k, *ends in ranges), 0, False
+    for k, lowest, highest in ranges:
+        values = hu[k]
         found = (values >= lowest) & (values <= highest)
         around = _from_edges(found) if is_tissue else _from_corners(found)
         beyond = found & ~around & (values > HIGHEST_HU)
         cleared += int(np.count_nonzero(beyond))
         is_kept |= bool((found if is_tissue else found & ~around & ~beyond).any())
         values[around | beyond] = AIR_HU
+        padded[k] += 0 if slices[k].is_padded_with_air else np.count_nonzero(around | beyond)
     return _remarks_on_padding(is_kept, cleared)
 
 
@@ -248,20 +259,23 @@ def _runs_of(mask: np.ndarray) -> np.ndarray:
 
 
 def _check_pixel_bytes(one: Slice) -> None:
-    """Refuse uncompressed images that are longer than their file."""
+    """Refuse what is named uncompressed and longer than its file."""
     (rows, columns), pixels = one.pixels.shape, one.pixels
     if pixels.syntax in UNCOMPRESSED and pixels.syntax != DEFLATED:
         promised = rows * columns * pixels.bits_allocated // 8 * ((one.frame or 0) + 1)
         if promised > one.file.size:
-            raise VolumeError(one.name, f"it is cut short ({one.file.size} bytes for {rows} x {columns} pixels)", AGAIN)
+            stored_pixels(one.file, one.pixels, one.frame or 0, {})  # says whether it was cut, or is compressed
 
 
-def hu_of(one: Slice, cache: dict[ByteSource, Any]) -> np.ndarray:
-    """HU of one slice, `(row, column)`: int16 if exact, else float32; padding that is no more than air becomes air.
+def hu_of(one: Slice, cache: dict[ByteSource, Any]) -> tuple[np.ndarray, int]:
+    """HU of one slice; padding that is no more than air becomes air.
 
     Args:
         one: The slice.
         cache: As for `stored_pixels`.
+
+    Returns:
+        HU `(row, column)`, int16 if exact, else float32; and how many pixels are air only because they are padding.
     """
     try:
         words = stored_pixels(one.file, one.pixels, one.frame or 0, cache)
@@ -275,13 +289,16 @@ def hu_of(one: Slice, cache: dict[ByteSource, Any]) -> np.ndarray:
     if stored.shape != one.pixels.shape:
         raise VolumeError(one.name, f"its pixels have shape {stored.shape} instead of {one.pixels.shape}", AGAIN)
     hu = _scaled(stored, one.slope, one.intercept)
-    padding, padding_hu = one.pixels.padding, one.padding_hu
-    if padding_hu is not None and padding_hu[1] <= AIR_HU:
-        hu[(stored >= padding[0]) & (stored <= padding[1]) & (hu < AIR_HU)] = AIR_HU
-    if padding is not None and stored is not words:
+    if (padding := one.pixels.padding) is None:
+        return hu, 0
+    found = np.zeros(hu.shape, bool)
+    if one.padding_hu[1] <= AIR_HU:
+        found = (stored >= padding[0]) & (stored <= padding[1]) & (hu < AIR_HU)
+    if stored is not words:
         # Some write the padding over the unused bits as well.
-        hu[(words == padding[0]) & (words != stored)] = AIR_HU
-    return hu
+        found |= (words == padding[0]) & (words != stored)
+    hu[found] = AIR_HU
+    return hu, 0 if one.is_padded_with_air else int(np.count_nonzero(found))
 
 
 def _used_bits(words: np.ndarray, one: Slice) -> np.ndarray:

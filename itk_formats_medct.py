@@ -322,6 +322,10 @@ def _nrrd_affine(source: ByteSource, fields: dict[str, str]) -> tuple[np.ndarray
         affine[:3, 3] = origin
         spacings = np.abs([float(word) for word in fields.get("spacings", "").split()])
     except (KeyError, ValueError) as error:
+        if _has_decimal_commas(fields):
+            raise VolumeError(
+                source.name, "its geometry is written with decimal commas", "Write it with points"
+            ) from error
         raise VolumeError(
             source.name, "its header does not give three `space directions`", "Write it with directions and origin"
         ) from error
@@ -334,6 +338,12 @@ def _nrrd_affine(source: ByteSource, fields: dict[str, str]) -> tuple[np.ndarray
         affine = np.diag([unit_mm, unit_mm, unit_mm, 1.0]) @ affine_from_spacing((1, 1, 1), space) @ affine
     check_affine(source.name, affine)
     return affine, notes
+
+
+def _has_decimal_commas(fields: dict[str, str]) -> bool:
+    """Whether the geometry of an NRRD header does: its vectors have commas between their three numbers, too."""
+    vectors = _AXIS_DIRECTION.findall(f"{fields.get('space directions', '')} {fields.get('space origin', '')}")
+    return any(vector.count(",") > 2 for vector in vectors) or bool(_DECIMAL_COMMA.search(fields.get("spacings", "")))
 
 
 def _unit(source: ByteSource, unit: str) -> tuple[float, tuple[str, ...]]:

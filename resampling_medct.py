@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from .volume_medct import SPACING_DECIMALS, CTVolume, axis_order
+from .volume_medct import CTVolume, axis_order, without_noise
 
 # Slices of the result made at a time: few enough to stay in the caches of a core, enough to fill a GPU.
 _SLAB, _SLAB_OF_GPU = 2, 64
@@ -45,7 +45,7 @@ def resampled_length(length: int, spacing_mm: float, target_spacing_mm: float) -
         spacing_mm: Distance between them, mm.
         target_spacing_mm: Distance between voxels of the result, mm.
     """
-    return max(1, int(length * (round(spacing_mm, SPACING_DECIMALS) / target_spacing_mm)))
+    return max(1, int(length * (without_noise(spacing_mm) / target_spacing_mm)))
 
 
 def crop_window(length: int, size: int) -> tuple[int, int]:

@@ -26,7 +26,6 @@ from .byte_sources_medct import (
     Finder,
     base_name,
     find_among,
-    find_beside,
     inflated_head,
     is_address,
     of_address,
@@ -158,7 +157,7 @@ def is_dicom_study(source: Any) -> bool:
 
 def _opened(source: Any) -> tuple[str, list[ByteSource], str]:
     """The format of a source's files, these, and what to call it."""
-    files, name, _ = _files_of(source)
+    files, name = _files_of(source)
     if len(files) == 1 and files[0].head(4) == ZIP_MAGIC:
         files = of_zip(files[0])
     kind, files, _ = _kind_of(files, name)
@@ -180,18 +179,18 @@ def _load(source: Any, spacing_mm, orientation: str, affine, rescale, series, re
     if hasattr(source, "dataobj") and hasattr(source, "affine"):
         _refuse_unused("nibabel image", spacing_mm=spacing_mm, series=series)
         return _rescaled(read_nibabel_image(source, affine, is_rescaled), rescale)
-    files, name, path = _files_of(source)
+    files, name = _files_of(source)
     _refuse_unused(name, spacing_mm=spacing_mm)
     if is_rescaled:
         _refuse_rescale_of_fixed(name, rescale)
     if len(files) == 1 and files[0].head(4) == ZIP_MAGIC:
-        files, path = of_zip(files[0]), None
+        files = of_zip(files[0])
     kind, files, others = _kind_of(files, name)
     if kind == "dicom":
         return _placed(read_dicom(files, name, series, rescale, resample_irregular), affine)
     _refuse_unused(name, series=series)
-    is_alone = path is not None and not others
-    find = partial(find_beside, Path(files[0].name)) if is_alone else partial(find_among, _folder(files[0]), others)
+    beside = None if others else files[0].beside
+    find = partial(find_among, _folder(files[0]), others) if beside is None else beside
     return _rescaled(_read_scan(kind, files[0], find, affine, is_rescaled), rescale)
 
 
@@ -289,28 +288,28 @@ def _refuse_rescale_of_fixed(name: str, rescale: tuple[float | None, float | Non
         )
 
 
-def _files_of(source: Any) -> tuple[list[ByteSource], str, Path | None]:
-    """The files that a source stands for, what to call them together, and the path if it is a single local one."""
+def _files_of(source: Any) -> tuple[list[ByteSource], str]:
+    """The files that a source stands for, and what to call them together."""
     if isinstance(source, dict) and {"bytes", "path"} & set(source):  # an undecoded `datasets.Nifti()`
         if source.get("bytes") is None:
             source = source.get("path")
         else:
             name = Path(str(source.get("path") or "bytes")).name
-            return [of_bytes(_bytes_of(source["bytes"]), name)], name, None
+            return [of_bytes(_bytes_of(source["bytes"]), name)], name
     if isinstance(source, bytes | bytearray | memoryview):
-        return [of_bytes(bytes(source), "bytes")], "bytes", None
+        return [of_bytes(bytes(source), "bytes")], "bytes"
     if is_address(source):
-        return of_address(source), without_secrets(source), None
+        return of_address(source), without_secrets(source)
     if isinstance(source, str) and not source:
         raise VolumeError("path", "it is empty, and would stand for the current folder", 'Pass a path, if only "."')
     if isinstance(source, str | os.PathLike):
-        return of_path(Path(source)), str(source), Path(source)
+        return of_path(Path(source)), str(source)
     if isinstance(source, list | tuple) and source:
         files = [file for one in source for file in _files_of(one)[0]]
-        return files, f"list of {len(files)} files", None
+        return files, f"list of {len(files)} files"
     if hasattr(source, "read"):
         name = Path(str(getattr(source, "name", "") or "file object")).name
-        return [of_file_object(source, name)], name, None
+        return [of_file_object(source, name)], name
     raise VolumeError(type(source).__name__, "it is not a CT source", f"Pass a {_KNOWN} path, array or nibabel image")
 
 

@@ -36,14 +36,15 @@ REMARKED_VOXELS_OFF = 0.1
 MAX_VOXELS = 2**31
 """More than any scanner makes (1024 x 1024 x 2048); a header that promises more is damaged or hostile."""
 
-SPACING_DECIMALS = 6
-"""Of a spacing in mm, what is more than the noise of float32 and of short decimals: 0.7 mm arrives as 0.69999999."""
+_SPACING_DECIMALS = 6
+_SPACING_PARTS = 2048
+"""Of a millimetre: 512 pixels of so many parts make a field of view in quarters of a millimetre."""
 NO_SECOND_RESCALE = "Leave out `rescale_slope` and `rescale_intercept`, or HU would be computed twice"
 """The remedy where a header and the caller both rescale."""
 AIR_HU = -1000
 HIGHEST_HU = 30710
 """The end of the extended scale, on which metal is ten times the usual 3071 HU."""
-_NO_AIR_HU = -500
+NO_AIR_HU = -500
 _LEAST_TISSUE = 0.02
 """Share of voxels above that; of a chest it is far more, of one rescaled twice only hard bone is left."""
 _USUAL_SHAPE = (512, 512, 512)
@@ -93,8 +94,8 @@ class CTVolume:
     @property
     def spacing_mm(self) -> tuple[float, float, float]:
         """Distance of neighbours along each array axis, mm."""
-        i, j, k = np.linalg.norm(self.affine[:3, :3], axis=0).round(SPACING_DECIMALS)
-        return float(i), float(j), float(k)
+        i, j, k = map(without_noise, np.linalg.norm(self.affine[:3, :3], axis=0).tolist())
+        return i, j, k
 
     def __repr__(self) -> str:
         shape = " x ".join(map(str, self.array.shape))
@@ -118,13 +119,26 @@ class CTVolume:
         return plot_volume(self, window_hu)
 
 
+def without_noise(spacing_mm: float) -> float:
+    """The spacing that is meant, without the noise of float32 and of short decimals: 0.7 mm arrives as 0.69999999.
+
+    Args:
+        spacing_mm: As computed from a header, mm.
+
+    Returns:
+        The nearest number of six decimals or of 2048ths: 330 mm over 512 pixels are 0.64453125 mm, which has more.
+    """
+    candidates = round(spacing_mm, _SPACING_DECIMALS), round(spacing_mm * _SPACING_PARTS) / _SPACING_PARTS
+    return min(candidates, key=lambda candidate: abs(candidate - spacing_mm))
+
+
 def grid_in_words(affine: np.ndarray) -> str:
     """Spacing and orientation of a grid of voxels, such as "0.7 x 0.7 x 1.25 mm towards LPS"."""
     axes, signs = axis_order(affine, "RAS")
     towards = [""] * 3
     for axis, sign, (grows, falls) in zip(axes, signs, ("RL", "AP", "SI"), strict=True):
         towards[axis] = grows if sign > 0 else falls
-    spacing = np.linalg.norm(affine[:3, :3], axis=0).round(SPACING_DECIMALS)
+    spacing = map(without_noise, np.linalg.norm(affine[:3, :3], axis=0).tolist())
     return f"{' x '.join(f'{step:.4g}' for step in spacing)} mm towards {''.join(towards)}"
 
 
@@ -279,11 +293,11 @@ def check_values(volume: CTVolume) -> tuple[str, ...]:
     if lowest >= 0 and highest <= 255:
         return (f"its values lie within {lowest:g}..{highest:g}: a windowed picture or labels rather than HU",)
     notes = []
-    if lowest > _NO_AIR_HU:
+    if lowest > NO_AIR_HU:
         notes.append(f"it holds no air (its lowest value is {lowest:g}): perhaps not rescaled, or no CT")
     elif (tissue := _share_of_tissue(array)) < _LEAST_TISSUE:
         notes.append(
-            f"it holds hardly any tissue ({tissue:.1%} above {_NO_AIR_HU} HU): perhaps rescaled twice, or a picture"
+            f"it holds hardly any tissue ({tissue:.1%} above {NO_AIR_HU} HU): perhaps rescaled twice, or a picture"
         )
     if highest > HIGHEST_HU:
         notes.append(f"its highest value is {highest:g}, more than any CT has: padding, or values that lost their sign")
@@ -293,7 +307,7 @@ def check_values(volume: CTVolume) -> tuple[str, ...]:
 def _share_of_tissue(array: np.ndarray) -> float:
     """Of some voxels all over a scan."""
     some = array[tuple(slice(None, None, max(1, length // 64)) for length in array.shape)]
-    return float(np.mean(some > _NO_AIR_HU))
+    return float(np.mean(some > NO_AIR_HU))
 
 
 def check_affine(source: str, affine: np.ndarray) -> None:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
+from urllib.parse import unquote
 
 import numpy as np
 
@@ -64,11 +65,13 @@ class ByteSource:
         name: What to call them in messages.
         open: Gives a seekable binary file.
         size: How many.
+        beside: Finds what lies beside or below them where they are stored; none where nothing else can be reached.
     """
 
     name: str
     open: Callable[[], BinaryIO]
     size: int
+    beside: "Finder | None" = None
 
     def head(self, count: int) -> bytes:
         """The first bytes, fewer if there are fewer."""
@@ -110,16 +113,22 @@ def of_file_object(file: Any, name: str) -> ByteSource:
     Raises:
         VolumeError: If it cannot be read, is open in text mode, or holds more than `MAX_BYTES`.
     """
+    try:
+        return of_bytes(_rest_of(file, name), name)
+    except VolumeError:
+        raise
+    except Exception as error:  # any, of a file object that the caller made
+        raise VolumeError(name, f"it cannot be read ({type(error).__name__})", "Check the file object") from error
+
+
+def _rest_of(file: Any, name: str) -> bytes:
     pieces, count = [], 0
     while count <= MAX_BYTES:  # a raw stream may give less than it is asked for
-        try:
-            piece = file.read(MAX_BYTES + 1 - count)
-        except Exception as error:  # any, of a file object that the caller made
-            raise VolumeError(name, f"it cannot be read ({type(error).__name__})", "Check the file object") from error
+        piece = file.read(MAX_BYTES + 1 - count)
         if not isinstance(piece, bytes):
             raise VolumeError(name, "it is opened as text", 'Open it with mode "rb"')
         if not piece:
-            return of_bytes(b"".join(pieces), name)
+            return b"".join(pieces)
         pieces.append(piece)
         count += len(piece)
     raise VolumeError(name, f"it holds more than {MAX_BYTES} bytes", "Pass a single scan")
@@ -176,7 +185,7 @@ def _of_remote(file_system: Any, path: str, name: str) -> ByteSource:
     def fetch() -> bytes:
         try:
             with file_system.open(path, "rb") as file:
-                return of_file_object(file, name).open().read()
+                return _rest_of(file, name)
         except VolumeError:
             raise
         except Exception as error:  # as above
@@ -184,7 +193,18 @@ def _of_remote(file_system: Any, path: str, name: str) -> ByteSource:
                 name, f"it cannot be fetched ({type(error).__name__})", "Download the scan and pass its path"
             ) from error
 
-    return ByteSource(name, lambda: io.BytesIO(fetch()), size or len(fetch()))
+    beside = functools.partial(_find_remote, file_system, path)
+    return ByteSource(name, lambda: io.BytesIO(fetch()), size or len(fetch()), beside)
+
+
+def _find_remote(file_system: Any, path: str, names: Collection[str]) -> ByteSource | None:
+    """`find_beside` in another file system."""
+    for name in sorted(names):
+        if {"", ".", ".."}.isdisjoint(unquote(name).split("/")):
+            found = f"{path.rpartition('/')[0]}/{name}"
+            if file_system.isfile(found):
+                return _of_remote(file_system, found, without_secrets(found))
+    return None
 
 
 def of_path(path: Path) -> list[ByteSource]:
@@ -265,7 +285,7 @@ def _of_file(path: Path, in_folder: bool = False) -> ByteSource | None:
         raise VolumeError(str(path), f"it cannot be read ({error.strerror})", "Check the path") from error
     except ValueError as error:  # a null character
         raise VolumeError(repr(str(path)), f"it is not a path ({error})", "Check the path") from error
-    return ByteSource(str(path), lambda: path.open("rb"), status.st_size)
+    return ByteSource(str(path), lambda: path.open("rb"), status.st_size, functools.partial(find_beside, path))
 
 
 def _walk(folder: Path) -> Iterator[Path]:

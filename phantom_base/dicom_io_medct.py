@@ -30,10 +30,10 @@ from .byte_sources_medct import GZIP_MAGIC, HEAD_BYTES, ByteSource, base_name, i
 from .dicom_elements_medct import INSTALL, Elements, name_of_uid, read_data_set, read_meta
 from .dicom_frames_medct import AGAIN, DEFLATED, EXPLICIT_BIG, inflated_header, warm_up_for
 from .dicom_geometry_medct import check_alike, order, to_grid
-from .dicom_pixels_medct import PixelLayout, Slice, decode, layout_of, name_of
+from .dicom_pixels_medct import AIR_HU_RANGE, PixelLayout, Slice, decode, layout_of, name_of
 from .dicom_stacks_medct import stacks_of, told_by
 from .no_scans_medct import STANDS_FOR_A_FILE, what_is
-from .volume_medct import AIR_HU, CTVolume, VolumeError, refuse_second_rescale
+from .volume_medct import AIR_HU, NO_AIR_HU, CTVolume, VolumeError, refuse_second_rescale
 
 try:
     import pydicom
@@ -70,7 +70,6 @@ _SUFFIXES = (".dcm", ".dicom", ".dic", ".ima")
 _FIRST_GROUPS = (b"\x02\x00", b"\x08\x00")
 _DECIMALS = (0x00200032, 0x00200037, 0x00280030, 0x00281052, 0x00281053, 0x00180050, 0x00180088)
 """Position, orientation, spacing, intercept, slope, thickness and step."""
-_AIR_HU_RANGE = (-1100, -900)
 _MOST_MM = 1e6
 """Of a position or spacing; numbers beyond it overflow where they are multiplied."""
 _LEAST_AIR = 0.01
@@ -126,9 +125,11 @@ def read_dicom(
     slices = _choose(found, source, series, rescale)
     check_alike(slices)
     slices, notes = order(slices, source, resample_irregular)
-    hu, more_notes = decode(slices, source)
+    hu, padded, more_notes = decode(slices, source)
     if not all(one.is_hu for one in slices):
-        more_notes += _check_air(hu, source)
+        more_notes += _check_air(hu, padded, source)
+    elif padded.any() and not _shows_air(hu, padded):
+        more_notes.append("it holds no air but its padding: perhaps not rescaled, or no CT")
     hu, affine, more = to_grid(hu, slices, source)
     remarks = dict.fromkeys(remark for one in slices for remark in one.remarks)
     notes = [*_left_out_notes(left_out), *notes, *more_notes, *more, *remarks]
@@ -451,10 +452,15 @@ def _no_hu(name: str, why: str) -> VolumeError:
     )
 
 
-def _check_air(hu: np.ndarray, source: str) -> list[str]:
-    """A remark on values without a unit that show air as HU do; others are refused."""
-    lowest, highest = _AIR_HU_RANGE
-    share = np.count_nonzero((hu >= lowest) & (hu <= highest)) / hu.size
+def _shows_air(hu: np.ndarray, padded: np.ndarray) -> bool:
+    """Whether other voxels than the padding of a slice are as low as air."""
+    return any(np.count_nonzero(values < NO_AIR_HU) > count for values, count in zip(hu, padded, strict=True))
+
+
+def _check_air(hu: np.ndarray, padded: np.ndarray, source: str) -> list[str]:
+    """A remark on values without a unit that show air as HU do, and not as padding alone; others are refused."""
+    lowest, highest = AIR_HU_RANGE
+    share = (np.count_nonzero((hu >= lowest) & (hu <= highest)) - padded.sum()) / hu.size
     if share < _LEAST_AIR:
         raise _no_hu(source, f"its RescaleType is US, not HU, and it shows no air near {AIR_HU} HU")
     return [f"its RescaleType is US, as GDCM and ITK write: taken for HU, since {share:.0%} of it is air"]

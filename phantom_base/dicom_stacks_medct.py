@@ -2,13 +2,13 @@
 
 Laid into each other they would make a volume with every other slice of another scan. They are told apart by attributes
 that differ between slices whose positions overlap (in slices beside each other the same attributes differ for good
-reasons). Where none does they are told apart by multi-frame files, each of which is a scan unless it says that it is a
-part of one, and by instance numbers that run through the positions more than once.
+reasons), by multi-frame files, each of which is a scan unless it says that it is a part of one, and by instance
+numbers, or the frames of one file, that run through the positions more than once: by whatever makes the fewest scans,
+attributes first.
 
 Source: DICOM PS3.3 (C.7.6.1, C.7.6.2, C.8.2, C.7.6.16).
 """
 
-import itertools
 import math
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Sequence
@@ -89,24 +89,48 @@ def stacks_of(slices: list[Slice]) -> tuple[list[list[Slice]], str]:
     orientation = np.array([one.orientation for one in slices])
     if np.ptp(orientation, axis=0).max() > 0.01:
         return [slices], ""  # which is refused for it
-    normal = np.cross(orientation[0, :3], orientation[0, 3:])
+    stacks, names = _told_apart(slices, np.cross(orientation[0, :3], orientation[0, 3:]))
+    return sorted(stacks, key=len, reverse=True), ", ".join(dict.fromkeys(names))
+
+
+def _told_apart(slices: list[Slice], normal: np.ndarray) -> tuple[list[list[Slice]], list[str]]:
+    """Scans and the names of what tells them apart: first what makes the fewest, then what tells within these.
+
+    A time or a number that each turn of a step-and-shoot scanner has for itself would cut every scan into its turns.
+    """
     along = np.array([one.position_mm for one in slices]) @ normal
+    attributes, others = (
+        [(name, values) for name, values in each if values is not None and _overlap(values, along)]
+        for each in (_attributes(slices), _others(slices, along))
+    )
+    fewest = min((len({*values}) for _, values in attributes + others), default=0)
+    chosen, fallback = ([each for each in some if len({*each[1]}) == fewest] for some in (attributes, others))
+    chosen = chosen or fallback[:1]
+    if not chosen:
+        return [slices], []
+    stacks, names = [], [name for name, _ in chosen]
+    for group in _split(slices, list(zip(*(values for _, values in chosen), strict=True))):
+        more_stacks, more_names = _told_apart(group, normal)
+        stacks, names = stacks + more_stacks, names + more_names
+    return stacks, names
+
+
+def _attributes(slices: list[Slice]) -> list[tuple[str, Sequence[Hashable]]]:
+    """The names of attributes and their values in each slice."""
     spacing_mm = np.array([one.spacing_mm for one in slices]).round(3).tolist()
     keys = [
         ("Rows and Columns", [one.pixels.shape for one in slices]),
         ("PixelSpacing", list(map(tuple, spacing_mm))),
         *zip(TELLING.values(), zip(*(one.told[:-1] for one in slices), strict=True), strict=True),
     ]
-    keys = [(name, _completed(values) if name in _OF_ALL_SLICES else values) for name, values in keys]
-    telling = [(name, values) for name, values in keys if _overlap(values, along)]
-    if telling:
-        labels = list(zip(*(values for _, values in telling), strict=True))
-        return _split(slices, labels), ", ".join(name for name, _ in telling)
-    runs = _runs([one.instance_number for one in slices], along)
-    for name, labels in (("file", _files(slices)), ("InstanceNumber", runs)):
-        if labels is not None and _overlap(labels, along):
-            return _split(slices, labels), name
-    return [slices], ""
+    return [(name, _completed(values) if name in _OF_ALL_SLICES else values) for name, values in keys]
+
+
+def _others(slices: list[Slice], along: np.ndarray) -> list[tuple[str, Sequence[Hashable] | None]]:
+    """What else tells scans apart, and its labels of each slice; none if it says nothing."""
+    is_one_file = len({one.file for one in slices}) == 1
+    runs = _runs([one.frame if is_one_file else one.instance_number for one in slices], along)
+    return [("file", _files(slices)), ("frame number" if is_one_file else "InstanceNumber", runs)]
 
 
 def _files(slices: list[Slice]) -> list[Hashable]:
@@ -153,7 +177,7 @@ def _within(one: np.ndarray, other: np.ndarray) -> int:
 
 
 def _runs(numbers: list[Hashable], along: np.ndarray) -> list[int] | None:
-    """Through which run of instance numbers each slice came, if they run through distinct positions more than once."""
+    """Through which run of numbers each slice came, if they run through distinct positions more than once."""
     try:
         numbers = [int(number) for number in numbers]
     except (TypeError, ValueError):
@@ -169,8 +193,12 @@ def _runs(numbers: list[Hashable], along: np.ndarray) -> list[int] | None:
             seen[numbers[k]] += 1
         return labels.tolist()
     ordered, run, sign = np.argsort(numbers, kind="stable"), 0, 0
-    for before, k in itertools.pairwise(ordered):
-        step = int(np.sign(along[k] - along[before]))
-        run, sign = (run, step) if sign in (0, step) else (run + 1, 0)
-        labels[k] = run
+    steps = np.diff(along[ordered])
+    unusual = np.abs(np.abs(steps) - np.median(np.abs(steps)))
+    for n, step in enumerate(np.sign(steps)):
+        is_turn = sign not in (0, step)
+        run, sign = (run + 1, 0) if is_turn else (run, step)
+        if is_turn and unusual[n] < unusual[n - 1]:  # where a table turned round beyond the end of the run before
+            labels[ordered[n]], sign = run, step
+        labels[ordered[n + 1]] = run
     return labels.tolist() if min(Counter(labels.tolist()).values()) >= _LEAST_RUN else None

@@ -128,6 +128,16 @@ def test_resampled_lengths_are_the_originals():
                 assert resampled_length(length, noisy, target_mm) == max(1, expected)
 
 
+@pytest.mark.parametrize("pixels", [256, 512, 768, 1024])
+def test_resampled_lengths_of_fields_of_view(pixels):
+    """Spacings of more decimals than six: 330 mm over 512 pixels are exactly 440 voxels of 0.75 mm."""
+    for field_mm in np.arange(150, 510, 0.5):
+        spacing_mm = float(field_mm / pixels)
+        expected = int(pixels * (spacing_mm / 0.75))
+        for noisy in (spacing_mm, float(np.float32(spacing_mm)), spacing_mm + 1e-8, spacing_mm - 1e-8):
+            assert resampled_length(pixels, noisy, 0.75) == expected
+
+
 @pytest.mark.parametrize(("spacing_mm", "slices", "expected"), [(0.7, 300, 139), (0.6, 50, 20), (1.1, 150, 110)])
 def test_every_format_gives_the_original_number_of_slices(spacing_mm, slices, expected, tmp_path, nifti):
     """As float32 in a NIfTI, as text in a DICOM, and as it is."""

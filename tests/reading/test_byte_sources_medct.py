@@ -14,6 +14,14 @@ from scan_files import make_hu, write_series
 from medct import VolumeError, byte_sources_medct, read_volume
 from medct.byte_sources_medct import without_secrets
 
+META_HEADER = """NDims = 3
+DimSize = {}
+ElementSpacing = 1 1 2
+TransformMatrix = 1 0 0 0 1 0 0 0 1
+ElementType = MET_SHORT
+ElementDataFile = {}
+"""
+
 
 @pytest.fixture
 def hu() -> np.ndarray:
@@ -120,6 +128,41 @@ def test_a_file_elsewhere_that_is_too_large_is_not_fetched(elsewhere):
     with pytest.raises(VolumeError, match=r"it holds 8589934593 bytes\. Download the scan"):
         read_volume("elsewhere://scan")
     assert file_system.opened == 0
+
+
+class Broken(io.BytesIO):
+    """A file whose connection is lost as it is read."""
+
+    def read(self, *_):
+        raise ConnectionResetError
+
+
+def test_a_connection_that_is_lost(elsewhere, monkeypatch):
+    monkeypatch.setattr(elsewhere(3), "open", lambda *_: Broken())
+    with pytest.raises(VolumeError, match=r"it cannot be fetched \(ConnectionResetError\)\. Download the scan"):
+        read_volume("elsewhere://scan")
+    with pytest.raises(VolumeError, match=r"it cannot be read \(ConnectionResetError\)\. Check the file object"):
+        read_volume(Broken())
+
+
+@pytest.mark.parametrize("name", ["v.raw", "data/v.raw", "50% ü.raw", "../v.raw", "%2e%2e/v.raw", "/v.raw"])
+def test_voxels_beside_a_header(name, hu, tmp_path):
+    """Or below it, and never above it: the same in another file system, and for a list of one file."""
+    is_above = name.startswith(("..", "%2e", "/"))
+    header = META_HEADER.format(" ".join(map(str, hu.shape)), name).encode()
+    files = {"in/h.mhd": header, "v.raw" if is_above else f"in/{name}": hu.astype("<i2").tobytes(order="F")}
+    memory = fsspec.filesystem("memory")
+    for path, content in files.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_bytes(content)
+        memory.pipe(f"{tmp_path}/{path}", content)
+    path = tmp_path / "in" / "h.mhd"
+    for source in (path, [path], f"file://{path}", f"memory://{path}"):
+        if is_above:
+            with pytest.raises(VolumeError, match="its voxels lie in other files"):
+                read_volume(source)
+        else:
+            assert np.array_equal(read_volume(source).array, hu)
 
 
 def test_files_of_a_folder_come_in_the_order_of_their_names(tmp_path):

@@ -179,3 +179,20 @@ def test_a_slice_that_was_cut_is_refused_before_others_are_read(tmp_path, monkey
     monkeypatch.setattr(dicom_pixels_medct, "hu_of", lambda *_: pytest.fail("no slice is read for it"))
     with pytest.raises(VolumeError, match="cut short"):
         read_volume(folder)
+
+
+@pytest.mark.parametrize("named", [ImplicitVRLittleEndian, ExplicitVRLittleEndian])
+@pytest.mark.parametrize("place", [0, 3])
+def test_compressed_pixels_under_an_uncompressed_name_are_called_so(named, place, tmp_path):
+    """They are shorter than the header says, and were not cut."""
+
+    def edit(ds, k):
+        if k == place:
+            ds.compress(RLELossless)
+
+    folder = write_series(tmp_path, np.zeros((4, 64, 64), np.int16), edit)
+    path = next(folder.glob(f"*-{place}.dcm"))
+    true = RLELossless.encode() + b"\0"
+    path.write_bytes(path.read_bytes().replace(true, named.encode().ljust(len(true), b"\0")))
+    with pytest.raises(VolumeError, match="its pixels are compressed, and its transfer syntax says they are not"):
+        read_volume(folder)

@@ -6,7 +6,7 @@ import scan_files
 import SimpleITK
 from scan_files import write_series
 
-from medct import read_volume
+from medct import VolumeError, read_volume
 from medct.dicom_pixels_medct import _from_corners
 
 SHAPE = (3, 40, 48)
@@ -25,9 +25,20 @@ def hu() -> np.ndarray:
 
 
 def written(
-    hu, folder, padding, *, bits=16, signed=False, intercept=-1024, slope=1, vr=None, limit=None, where=OUTSIDE
+    hu,
+    folder,
+    padding,
+    *,
+    bits=16,
+    signed=False,
+    intercept=-1024,
+    slope=1,
+    vr=None,
+    limit=None,
+    where=OUTSIDE,
+    **attributes,
 ):
-    """A series with the padding's stored value where the mask says."""
+    """A series with the padding's stored value where the mask says, and with other attributes."""
 
     def edit(ds, k):
         stored = ((hu[k].astype(np.int64) - intercept) // slope) & 0xFFFF
@@ -38,6 +49,7 @@ def written(
         ds.add_new(0x00280120, kind, padding)
         if limit is not None:
             ds.add_new(0x00280121, kind, limit)
+        ds.update(attributes)
 
     return write_series(folder, hu, edit)
 
@@ -183,3 +195,26 @@ def test_tissue_that_touches_the_edge(hu, tmp_path):
     """A wide patient: padding needs all four corners."""
     hu[:, :, :3] = 0
     assert np.array_equal(read_volume(written(hu, tmp_path, 1024, where=[])).array, hu.T)
+
+
+@pytest.mark.parametrize(("padding", "signed"), [(0, False), (63536, False), (65535, False), (-2000, True)])
+def test_padding_is_no_sign_of_air(padding, signed, hu, tmp_path):
+    """Values that were not rescaled show none, however much of a slice is padding."""
+    sound = read_volume(written(hu, tmp_path / "sound", padding, signed=signed))
+    assert "no air" not in " ".join(sound.notes)
+    unscaled = read_volume(written(hu, tmp_path / "unscaled", padding, signed=signed, RescaleIntercept=0))
+    assert "it holds no air but its padding" in " ".join(unscaled.notes)
+    folder = written(hu, tmp_path / "unit", padding, signed=signed, RescaleIntercept=0, RescaleType="US")
+    with pytest.raises(VolumeError, match="its RescaleType is US, not HU, and it shows no air"):
+        read_volume(folder)
+
+
+@pytest.mark.parametrize(("padding", "is_air"), [(-1024, True), (-1000, True), (-2000, False)])
+def test_padding_of_an_air_value_is_air(padding, is_air, hu, tmp_path):
+    """Air is often cut off at the value of the padding."""
+    folder = written(np.full_like(hu, 40), tmp_path, padding, signed=True, intercept=0, RescaleType="US")
+    if is_air:
+        assert "taken for HU" in " ".join(read_volume(folder).notes)
+    else:
+        with pytest.raises(VolumeError, match="it shows no air"):
+            read_volume(folder)

@@ -92,20 +92,70 @@ def test_an_attribute_of_its_own_for_each_slice_does_not_tell(tmp_path):
     assert np.array_equal(read_volume(write_series(tmp_path, HU, edit)).array, HU.T)
 
 
+@pytest.mark.parametrize("shift", [0.0, 0.5, 2.5])
+@pytest.mark.parametrize("of_pass", ["AcquisitionNumber", "ConvolutionKernel", "SliceThickness"])
+def test_turns_of_a_scanner_are_no_scans(of_pass, shift, tmp_path):
+    """Each has a time of its own, and perhaps a number: what makes fewer scans tells them apart."""
+
+    def edit(ds, k):
+        ds.AcquisitionTime, ds.IrradiationEventUID = f"1200{k // 3:02}", f"1.2.3.{k // 3}"
+
+    assert_two(two_scans(tmp_path, shift, of_pass, edit=edit), of_pass)
+
+
+def test_turns_without_a_number_of_their_pass(tmp_path):
+    def edit(ds, k):
+        ds.AcquisitionTime, ds.AcquisitionNumber = f"1200{k // 3:02}", k // 3
+
+    assert_two(two_scans(tmp_path, 0.5, edit=edit), "InstanceNumber")
+
+
+def test_scans_within_scans(tmp_path):
+    """Two phases in each of two reconstructions, with numbers of their own."""
+
+    def edit(ds, k):
+        kernel, phase = divmod(k // 3, 2)
+        ds.ConvolutionKernel, ds.TemporalPositionIdentifier = "AB"[kernel], 1 + phase + 2 * kernel
+        ds.ImagePositionPatient = at(0, 0, STEP_MM * (k % 3 + 0.5 * phase))
+
+    folder = write_series(tmp_path, HU, edit)
+    with pytest.raises(VolumeError, match=r"4 scans.*by ConvolutionKernel, TemporalPositionIdentifier"):
+        read_volume(folder)
+    found = {read_volume(folder, series=number).array.tobytes() for number in range(1, 5)}
+    assert found == {HU[k : k + 3].T.tobytes() for k in range(0, 12, 3)}
+
+
 @pytest.mark.parametrize("shift", [0.2, 0.5, 0.7, 2.5])
 @pytest.mark.parametrize("instance", ["on", "each"])
 def test_instance_numbers_that_run_twice(shift, instance, tmp_path):
     assert_two(two_scans(tmp_path, shift, instance=instance), "InstanceNumber")
 
 
-def test_there_and_back(tmp_path):
-    """A table that shuttles: the second pass from the other end."""
+@pytest.mark.parametrize("shift", [-2.5, -0.8, -0.5, -0.2, 0.2, 0.5, 0.8, 2.5])
+def test_there_and_back(shift, tmp_path):
+    """A table that shuttles: the second pass from the other end, and from further out or not."""
 
     def edit(ds, k):
         if k >= COUNT:
             ds.InstanceNumber = 2 * COUNT - (k - COUNT)
 
-    assert_two(two_scans(tmp_path, -0.5, edit=edit), "InstanceNumber")
+    assert_two(two_scans(tmp_path, shift, edit=edit), "InstanceNumber")
+
+
+@pytest.mark.parametrize("shift", [0.2, 0.5, 0.7, 2.5])
+def test_frames_that_run_twice(shift, tmp_path):
+    def edit(ds):
+        for k, frame in enumerate(ds.PerFrameFunctionalGroupsSequence):
+            position = STEP_MM * (k % COUNT + shift * (k // COUNT))
+            frame.PlanePositionSequence = [scan_files.item(ImagePositionPatient=at(0, 0, position))]
+
+    assert_two(write_enhanced(tmp_path / "enhanced.dcm", HU, edit), "frame number")
+
+
+@pytest.mark.parametrize("order", [range(11, -1, -1), [5, 2, 9, 11, 1, 7, 3, 8, 4, 10, 6, 0]])
+def test_frames_in_any_order_are_one_scan(order, tmp_path):
+    volume = read_volume(write_enhanced(tmp_path / "enhanced.dcm", HU, order=order))
+    assert np.array_equal(volume.array, HU.T)
 
 
 @pytest.mark.parametrize("shift", [0.1, 0.3, 0.4, 0.62])

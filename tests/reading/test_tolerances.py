@@ -1,11 +1,13 @@
 """What errors of positions and axes do to voxels decides, and equally in every format."""
 
+from types import SimpleNamespace
+
 import nibabel
 import numpy as np
 import pytest
 from scan_files import STEP_MM, at, make_hu, write_series
 
-from medct import CTVolume, VolumeError, read_volume
+from medct import CTVolume, VolumeError, dicom_geometry_medct, read_volume
 from medct.nifti_io_medct import _qform
 
 REMARK = "voxels off the straight and even grid"
@@ -75,6 +77,17 @@ def test_rounded_positions(step, digits, count, start, tmp_path):
     assert not remarked(volume) or rounding > 0.04
 
 
+@pytest.mark.parametrize("written", [(), (5.0,)])
+@pytest.mark.parametrize(("step", "digits"), [(0.625, 2), (0.75, 1), (0.7, 1), (0.45, 1), (1.25, 1), (3.0, 2)])
+def test_a_step_that_rounded_positions_alone_tell(step, digits, written):
+    """Is the roundest of those that fit them, so that a scan has as many voxels as its NIfTI."""
+    for count in range(100, 700, 23):
+        for start in np.linspace(-311.375, -310.125, 11).round(3):
+            along = (start + step * np.arange(count)).round(digits)
+            found = dicom_geometry_medct._exact_step([SimpleNamespace(written_steps_mm=written)], along, count)
+            assert found == step
+
+
 @pytest.mark.parametrize("digits", [1, 6])
 def test_a_step_that_is_written_with_a_sign(digits, tmp_path):
     """As some scanners do, by the direction in which slices were made."""
@@ -99,6 +112,16 @@ def test_a_missing_slice_is_never_read_over(missing, count, thickness, tmp_path)
         read_volume(folder)
     volume = read_volume(folder, resample_irregular=True)
     assert volume.array.shape[2] == count
+    assert volume.spacing_mm[2] == pytest.approx(STEP_MM)
+
+
+@pytest.mark.parametrize("off", [0.55, -0.55, 0.7, -0.7])
+@pytest.mark.parametrize("missing", [0, 1, 2])
+def test_uneven_slices_are_resampled_to_their_mean_step(missing, off, tmp_path):
+    """A slice beside its place makes no other one, and a gap of missing slices is several steps."""
+    folder = placed(lambda k: STEP_MM * (k + off * (k == 3) + missing * (k >= 8)))(tmp_path)
+    volume = read_volume(folder, resample_irregular=True)
+    assert volume.array.shape[2] == 12 + missing
     assert volume.spacing_mm[2] == pytest.approx(STEP_MM)
 
 
