@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from medct import MedCTConfig, MedCTForImageClassification, MedCTModel, MedCTProcessor
 from medct.cli import main
+from medct.processing_medct import TextError
 from medct.publishing.convert_ct_clip_to_hf import ConversionError, convert, map_keys
 
 PUBLISHED_PARAMETERS = 438_148_761
@@ -140,6 +141,13 @@ def test_missing_tokenizer_and_sizes(checkpoint, tokenizer_folder, sizes_file, t
     (tmp_path / "sizes.json").write_text(json.dumps(sizes), encoding="utf-8")
     with pytest.raises(ConversionError, match="lack 'heads'"):
         convert(checkpoint, tmp_path / "out", str(tokenizer_folder), tmp_path / "sizes.json")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_that_could_not_be_fetched_is_refused(checkpoint, sizes_file, tmp_path):
+    """Offline, the library makes an empty one of any Hub id."""
+    with pytest.raises(TextError, match="org/not-fetched: a tokenizer that knows no words"):
+        convert(checkpoint, tmp_path / "out", "org/not-fetched", sizes_file)
     assert not (tmp_path / "out").exists()
 
 
