@@ -6,6 +6,7 @@ import ct_clip_reference as reference
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModel, AutoModelForImageClassification
 
 from medct import MedCTConfig, MedCTForImageClassification, MedCTModel, MedCTProcessor
 from medct.cli import main
@@ -165,18 +166,17 @@ def test_command_line_says_what_is_wrong_in_one_line(tmp_path, tokenizer_folder,
     assert not list(tmp_path.iterdir())
 
 
-def test_command_line_lists_what_was_dropped(checkpoint, tokenizer_folder, sizes_file, tmp_path, capsys):
-    main(
-        [
-            "convert",
-            str(checkpoint),
-            str(tmp_path / "out"),
-            "--tokenizer",
-            str(tokenizer_folder),
-            "--sizes",
-            str(sizes_file),
-        ]
-    )
+@pytest.mark.parametrize("auto_class", [AutoModel, AutoModelForImageClassification])
+def test_command_line_lists_what_was_dropped_and_how_to_load(
+    auto_class, checkpoint, tokenizer_folder, sizes_file, tmp_path, capsys
+):
+    if auto_class is AutoModelForImageClassification:
+        state = classfine(torch.load(checkpoint, weights_only=True))
+        checkpoint = tmp_path / "classfine.pt"
+        torch.save(state, checkpoint)
+    out = tmp_path / "out"
+    main(["convert", str(checkpoint), str(out), "--tokenizer", str(tokenizer_folder), "--sizes", str(sizes_file)])
     printed = capsys.readouterr().out
     assert "to_visual_latent_extra.weight" in printed
-    assert "trust_remote_code=True" in printed
+    assert f"Load it with {auto_class.__name__}.from_pretrained({str(out)!r}, trust_remote_code=True)." in printed
+    auto_class.from_pretrained(out)
