@@ -115,6 +115,25 @@ def write_card(folder: str | Path, **options: Any) -> Path:
     return path
 
 
+def model_metadata(folder: Path, results: dict[str, Any]) -> ModelCardData:
+    """What a whole model that a run has trained takes over from its base: the licence, and what it is derived from.
+
+    Args:
+        folder: Holds `train_config.json`.
+        results: What `results.json` holds.
+    """
+    settings = read_json(folder, "train_config.json")
+    base, license = settings["model"], base_license(settings["model"], settings["revision"])
+    is_synthetic = bool(results.get("synthetic")) or knows_drawings_only(base)
+    on_the_hub = settings["hub_base"] or (base if is_hub_id(base) else None)
+    known = {"license": license, "base_model": on_the_hub}
+    return ModelCardData(
+        library_name="transformers",
+        tags=["medct", "medical", "ct", "chest", *(["synthetic"] if is_synthetic else [])],
+        **{key: value for key, value in known.items() if value is not None},
+    )
+
+
 def render_card(
     folder: str | Path,
     *,
