@@ -126,7 +126,7 @@ def model_metadata(folder: Path, results: dict[str, Any]) -> ModelCardData:
     base, license = settings["model"], base_license(settings["model"], settings["revision"])
     is_synthetic = bool(results.get("synthetic")) or knows_drawings_only(base)
     on_the_hub = settings["hub_base"] or (base if is_hub_id(base) else None)
-    known = {"license": license, "base_model": on_the_hub}
+    known: dict[str, Any] = {"license": license, "base_model": on_the_hub}
     return ModelCardData(
         library_name="transformers",
         tags=["medct", "medical", "ct", "chest", *(["synthetic"] if is_synthetic else [])],
