@@ -4,6 +4,7 @@ import argparse
 
 from medct.adapters_medct import CONFIG_FILE
 from medct.common.errors import OK
+from medct.publishing.cards import read_json
 from medct.publishing.convert_ct_clip_to_hf import convert
 from medct.publishing.push import PushError, left_out, push_adapter, push_model
 
@@ -13,7 +14,10 @@ def convert_checkpoint(args: argparse.Namespace) -> int:
     for reason, keys in dropped.items():
         print(f"dropped {len(keys):4d}: {reason}")
         print("".join(f"    {key}\n" for key in keys), end="")
-    print(f"Wrote {args.output}. Load it with AutoModel.from_pretrained({str(args.output)!r}, trust_remote_code=True).")
+    config = read_json(args.output, "config.json")
+    loaders = {code.split(".")[-1]: name for name, code in config["auto_map"].items()}
+    load = f"{loaders[config['architectures'][0]]}.from_pretrained({str(args.output)!r}, trust_remote_code=True)"
+    print(f"Wrote {args.output}. Load it with {load}.")
     return OK
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import fsspec
 import pandas as pd
 import pyarrow as pa
-from datasets import Features, Nifti, load_dataset_builder
+from datasets import ClassLabel, Features, Nifti, load_dataset_builder
 from pyarrow import parquet
 
 from medct.data.folders import HUB_ADDRESS, Folder
@@ -314,7 +314,8 @@ def _light_columns(
     try:
         with fsspec.open(path, "rb", **options) as file:
             shard = parquet.ParquetFile(file)
-            column = _volume_column(path, shard.schema_arrow)
+            features = Features.from_arrow_schema(shard.schema_arrow)
+            column = _volume_column(path, features)
             refuse_misnamed(shard.schema_arrow.names, path)
             groups = [name for name in SUBGROUPS if name not in label_names]
             wanted = [*label_names, *ID_COLUMNS, *REPORT_COLUMNS, *groups, "patient", "split"]
@@ -322,6 +323,7 @@ def _light_columns(
             if missing:
                 raise DataError(f"{path}: it has no column {missing[0]!r}. Add it. {MAPPING_HINT}")
             table = shard.read([name for name in wanted if name in shard.schema_arrow.names]).to_pandas()
+            table = _in_words(table, features)
             sizes = [shard.metadata.row_group(group).num_rows for group in range(shard.num_row_groups)]
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{path}: not a readable Parquet file ({type(error).__name__}). Copy it again.") from error
@@ -333,8 +335,13 @@ def _light_columns(
     return table.assign(**text).assign(id=names, volume=cells), column
 
 
-def _volume_column(path: str, schema: pa.Schema) -> str:
-    features = Features.from_arrow_schema(schema)
+def _in_words(table: pd.DataFrame, features: Features) -> pd.DataFrame:
+    """Give classes their names: the order of their numbers means nothing. A negative number is unknown."""
+    words = {name: dict(enumerate(features[name].names)) for name in table if isinstance(features[name], ClassLabel)}
+    return table.assign(**{name: table[name].map(words[name]) for name in words})
+
+
+def _volume_column(path: str, features: Features) -> str:
     columns = [name for name, feature in features.items() if isinstance(feature, Nifti)]
     if len(columns) != 1:
         found = f"the Nifti() columns {', '.join(columns)}" if columns else "no Nifti() column"

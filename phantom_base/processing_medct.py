@@ -20,6 +20,22 @@ class TextError(MedCTError, ValueError):
     """Texts that cannot be tokenized; the message says why."""
 
 
+def refuse_no_words(tokenizer: Any) -> None:
+    """Refuse a tokenizer to which all words are one: transformers makes it where the files of one are missing.
+
+    Args:
+        tokenizer: Of transformers, or `None`.
+
+    Raises:
+        TextError: If it holds nothing but special tokens.
+    """
+    if tokenizer is not None and len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise TextError(
+            f"{tokenizer.name_or_path or 'The tokenizer'}: a tokenizer that knows no words, since tokenizer.json or "
+            "vocab.txt is missing or could not be fetched. Put it into the folder, or connect to the Hub."
+        )
+
+
 class MedCTProcessor(PicklesAnywhere, ProcessorMixin):
     """An image processor for CT volumes and a tokenizer.
 
@@ -32,7 +48,7 @@ class MedCTProcessor(PicklesAnywhere, ProcessorMixin):
         tokenizer: The text encoder's.
 
     Raises:
-        TextError: If the list of texts is empty, or holds something else than texts.
+        TextError: If the tokenizer knows no words, or the list of texts is empty or holds something else than texts.
         TypeError: If there is no such argument.
     """
 
@@ -42,6 +58,7 @@ class MedCTProcessor(PicklesAnywhere, ProcessorMixin):
     text_kwargs = {"padding": True, "truncation": True}
 
     def __init__(self, image_processor=None, tokenizer=None, **kwargs):
+        refuse_no_words(tokenizer)
         super().__init__(image_processor, tokenizer, **kwargs)
 
     @classmethod

@@ -115,6 +115,25 @@ def write_card(folder: str | Path, **options: Any) -> Path:
     return path
 
 
+def model_metadata(folder: Path, results: dict[str, Any]) -> ModelCardData:
+    """What a whole model that a run has trained takes over from its base: the licence, and what it is derived from.
+
+    Args:
+        folder: Holds `train_config.json`.
+        results: What `results.json` holds.
+    """
+    settings = read_json(folder, "train_config.json")
+    base, license = settings["model"], base_license(settings["model"], settings["revision"])
+    is_synthetic = bool(results.get("synthetic")) or knows_drawings_only(base)
+    on_the_hub = settings["hub_base"] or (base if is_hub_id(base) else None)
+    known: dict[str, Any] = {"license": license, "base_model": on_the_hub}
+    return ModelCardData(
+        library_name="transformers",
+        tags=["medct", "medical", "ct", "chest", *(["synthetic"] if is_synthetic else [])],
+        **{key: value for key, value in known.items() if value is not None},
+    )
+
+
 def render_card(
     folder: str | Path,
     *,
@@ -167,13 +186,14 @@ def _base_in_words(base: str | None) -> str:
 def _metadata(folder: Path, results: dict[str, Any], base: str | None, license: str | None, name: str) -> ModelCardData:
     synthetic = bool(results.get("synthetic"))
     known: dict[str, Any] = {"license": license, "base_model": base if is_hub_id(base) else None}
-    evaluations = _evaluations(results, synthetic, _is_of_classifier(folder))
+    task = "image-classification" if _is_of_classifier(folder) else "zero-shot-image-classification"
+    evaluations = _evaluations(results, synthetic, task)
     if evaluations:
         known |= {"eval_results": evaluations, "model_name": name}
     return ModelCardData(
         language="en",
         library_name="peft",
-        pipeline_tag="zero-shot-image-classification",
+        pipeline_tag=task,
         tags=["medct", "medical", "ct", "chest", "lora", *(["synthetic"] if synthetic else [])],
         **{key: value for key, value in known.items() if value is not None},
     )
@@ -184,7 +204,7 @@ def _is_of_classifier(folder: Path) -> bool:
     return "classifier" in (read_json(folder, CONFIG_FILE).get("modules_to_save") or ())
 
 
-def _evaluations(results: dict[str, Any], synthetic: bool, is_classifier: bool) -> list[EvalResult]:
+def _evaluations(results: dict[str, Any], synthetic: bool, task: str) -> list[EvalResult]:
     """The adapted model's scores over all labels, in the form of the Hub's model index."""
     adapted = results.get("comparison", {}).get("adapted", {})
     # Folds are pooled: the studies that one adapter was scored on are not those of the figures.
@@ -198,7 +218,7 @@ def _evaluations(results: dict[str, Any], synthetic: bool, is_classifier: bool) 
         interval = "" if score.get("low") is None else f", 95 % interval {score['low']:.3f} to {score['high']:.3f}"
         found.append(
             EvalResult(
-                task_type="image-classification" if is_classifier else "zero-shot-image-classification",
+                task_type=task,
                 dataset_type="synthetic" if synthetic else "chest-ct",
                 dataset_name=name,
                 metric_type=kind,
@@ -239,6 +259,9 @@ def _facts(folder: Path, results: dict[str, Any], known: list[str]) -> dict[str,
     """The facts about the run that the template shows."""
     description = without_paths(read_json(folder, DESCRIPTION_FILE), known)
     settings = read_json(folder, "train_config.json")
+    is_classifier = _is_of_classifier(folder)
+    if is_classifier:
+        settings.pop("objective", None)  # a classifier has but one
     asks = as_described(MedCTConfig(), description).label_prompts() if description.get("label_names") else []
     templates = None if description.get("prompts") else description.get("prompt_templates")
     prompts = templates or asks or results.get("prompts") or []
@@ -255,11 +278,12 @@ def _facts(folder: Path, results: dict[str, Any], known: list[str]) -> dict[str,
         "thresholds": description.get("thresholds", results.get("thresholds")) or {},
         "chosen_on": _chosen_on(results, is_reworded),
         "data": _data(results),
-        "prompts": [prompt if isinstance(prompt, str) else " / ".join(prompt) for prompt in prompts],
+        # A classifier's configuration has templates as well, but nothing asks them.
+        "prompts": [each if isinstance(each, str) else " / ".join(each) for each in prompts if not is_classifier],
         "training": _training(settings, results, description),
         "hardware": _hardware(results),
         "decided": _decided(results),
-        "is_classifier": _is_of_classifier(folder),
+        "is_classifier": is_classifier,
     }
 
 

@@ -266,6 +266,7 @@ def convert(checkpoint: Path, output: Path, tokenizer: str, sizes: Path | None =
 
     Raises:
         ConversionError: If the input is not what it should be.
+        TextError: If the tokenizer knows no words.
         FileExistsError: If the output already holds something.
     """
     with whole_folder(output) as folder:

@@ -224,7 +224,10 @@ def _published_base(api: HfApi, folder: Path, base: str | None, revision: str | 
 
 
 def _license_of(folder: Path, base: str, commit: str, license: str | None) -> str:
-    license = license or base_license(base, commit) or read_json(folder, "results.json").get("license")
+    of_base = base_license(base, commit)
+    if license and of_base and license.lower() != of_base.lower():
+        raise PushError(f"{base} is licensed {of_base}, and an adapter takes its base's licence. Leave out --license.")
+    license = of_base or license or read_json(folder, "results.json").get("license")
     if license is None:
         raise PushError(
             f"The card of {base} names no licence, and an adapter takes its base's. Pass --license IDENTIFIER."

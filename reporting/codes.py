@@ -53,7 +53,8 @@ def own_code(label: str) -> Coded:
     digest = hashlib.sha256(text.casefold().encode()).hexdigest()[:12].upper()
     meaning = text.replace("\\", "/")
     if len(meaning) > _LONGEST_MEANING:
-        meaning = meaning[: _LONGEST_MEANING - 1] + "…"
+        # Not the one letter "…": it has three bytes, and some programs (dciodvfy) count bytes.
+        meaning = meaning[: _LONGEST_MEANING - 3] + "..."
     return Coded(f"F-{digest}", SCHEME, meaning)
 
 

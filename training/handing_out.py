@@ -7,7 +7,7 @@ from medct.adapters_medct import CONFIG_FILE
 from medct.evaluation.calibration import apply_calibration
 from medct.evaluation.plots import calibration_plot, change_plot, roc_plot, save_plot
 from medct.evaluation.scoring import ScoredStudies
-from medct.publishing.cards import write_card
+from medct.publishing.cards import model_metadata, write_card
 from medct.publishing.push import push_adapter, push_model
 from medct.training.results import ADAPTED, BASE
 from medct.training.settings import TrainingSettings
@@ -38,16 +38,17 @@ def draw_pictures(
 
 
 def write_readme(folder: Path, results: dict[str, Any]) -> None:
-    """Write README.md: an adapter's card or, for a whole model, its figures alone.
+    """Write README.md: an adapter's card or, for a whole model, its figures under what it takes over from its base.
 
     Args:
-        folder: Holds the adapter or the model.
+        folder: Holds the adapter or the model, and `train_config.json`.
         results: What `results.json` holds.
     """
     if (folder / CONFIG_FILE).is_file():
         write_card(folder)
         return
-    parts = ["# MedCT", results["measured_on"], results["data"], results["table"], *results["remarks"]]
+    metadata = f"---\n{model_metadata(folder, results)}\n---"
+    parts = [metadata, "# MedCT", results["measured_on"], results["data"], results["table"], *results["remarks"]]
     (folder / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 

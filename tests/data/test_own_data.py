@@ -8,7 +8,7 @@ import nibabel
 import numpy as np
 import pandas as pd
 import pytest
-from datasets import Dataset, Features, Nifti, Value
+from datasets import ClassLabel, Dataset, Features, Nifti, Value
 from hub_server import HubServer
 from scan_files import write_series
 
@@ -258,6 +258,19 @@ def test_a_folder_of_parquet_files(tmp_path):
     nifti_dataset(tmp_path, 2, 20).to_parquet(str(tmp_path / "set/data/test-00000-of-00001.parquet"))
     assert names_of(tmp_path / "set", "train", tune_share=0) == {f"study{number}" for number in range(10, 14)}
     assert names_of(tmp_path / "set", "valid") == {"study20", "study21"}
+
+
+def test_a_class_is_read_by_its_name(tmp_path):
+    """`class_encode_column` numbers words in the order of the alphabet: "ja" is 0, and so present."""
+    words, path = {-1: math.nan, 0: 1.0, 1: 0.0}, str(tmp_path / "scans.parquet")
+    classes = ClassLabel(names=["ja", "nein"])
+    table = nifti_dataset(tmp_path, 6).remove_columns("fluid").add_column("fluid", [-1, 0, 1] * 2)
+    table = table.add_column("split", [0, 0, 0, 1, 1, 1]).cast_column("fluid", classes)
+    table.cast_column("split", ClassLabel(names=["test", "train"])).to_parquet(path)
+    for split, numbers in (("valid", range(3)), ("train", range(3, 6))):
+        rows = {row["id"]: row["labels"][1] for row in open_source(path, split, CONFIG, tune_share=0).stream()}
+        expected = {f"study{number}": words[number % 3 - 1] for number in numbers}
+        np.testing.assert_equal(rows, expected)
 
 
 def test_a_repository_with_a_nifti_column(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import torch
 from scan_files import AFFINE, make_hu, write_series
 
 from medct import MedCTProcessor, VolumeError
+from medct.processing_medct import TextError
 
 
 def test_images_and_text_together(processor, nifti):
@@ -49,6 +50,14 @@ def test_a_series_as_a_list_and_the_way_back(processor, tmp_path):
 
 def test_long_texts_are_cut_at_what_the_encoder_reads(processor):
     assert processor(text="a " * 100, return_tensors="pt")["input_ids"].shape == (1, 32)
+
+
+def test_a_tokenizer_that_knows_no_words_is_refused(processor, tmp_path):
+    """transformers makes one where its files are missing; all prompts would be one and the same to the model."""
+    processor.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(TextError, match=f"{tmp_path}: a tokenizer that knows no words"):
+        MedCTProcessor.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("place", range(4))

@@ -1,5 +1,6 @@
 """An adapter's card: its metadata as the Hub reads it, its sections, and nothing about this machine."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -9,9 +10,13 @@ import torch
 from adapter_files import RESULTS, save_adapter
 from huggingface_hub import ModelCard, ModelCardData
 
+from medct.common.drawings import knows_drawings_only
+from medct.common.files import write_json
 from medct.common.paths import find_paths, without_paths
 from medct.evaluation.provenance import provenance
 from medct.publishing.cards import base_license, is_hub_id, render_card, write_card
+from medct.training.handing_out import write_readme
+from medct.training.settings import TrainingSettings
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 SECTIONS = (
@@ -60,7 +65,7 @@ def test_metadata_is_what_the_hub_shows(card):
     assert data.model_name == "site-b"
 
 
-def test_the_adapter_of_a_classifier_is_loaded_as_one(trained, tmp_path):
+def test_the_card_of_a_classifiers_adapter_is_about_a_classifier(trained, tmp_path):
     folder = shutil.copytree(trained, tmp_path / "head")
     file = folder / "adapter_config.json"
     config = json.loads(file.read_text(encoding="utf-8")) | {"modules_to_save": ["classifier"]}
@@ -68,7 +73,11 @@ def test_the_adapter_of_a_classifier_is_loaded_as_one(trained, tmp_path):
     card = ModelCard(render_card(folder, repo_id="org/head", base="org/fine", revision=COMMIT))
     assert "AutoModelForImageClassification.from_pretrained(base" in card.text
     assert "AutoModel." not in card.text
+    assert card.data.pipeline_tag == "image-classification"
     assert {result.task_type for result in card.data.eval_results} == {"image-classification"}
+    assert "a classifier of chest CT volumes" in card.text and "radiology reports" not in card.text
+    assert "None: the classifier has labels of its own." in card.text and "is present" not in card.text
+    assert "objective: prompts" in render_card(trained, repo_id="org/a") and "objective" not in card.text
 
 
 def test_sections_hold_what_the_files_say(card):
@@ -138,6 +147,23 @@ def test_the_licence_is_that_of_the_base(tmp_path):
     (tmp_path / "ct-clip").mkdir()
     assert base_license(str(tmp_path / "ct-clip")) == "cc-by-nc-sa-4.0"
     assert base_license("nobody/nothing") is None  # offline here
+
+
+@pytest.mark.parametrize("synthetic", ["the base", "the studies", "nothing"])
+def test_a_whole_model_takes_over_what_the_card_of_its_base_says(synthetic, tmp_path):
+    """Commands ask its card whether it knows drawings alone, and users under which licence it is."""
+    tags = ["synthetic"] if synthetic == "the base" else []
+    (tmp_path / "README.md").write_text(f"---\nlicense: cc-by-nc-sa-4.0\ntags: {tags}\n---\n", encoding="utf-8")
+    out, results = tmp_path / "run", {"synthetic": synthetic == "the studies"}
+    results |= {"measured_on": "4 studies.", "data": "Trained on 26.", "table": "| a |", "remarks": []}
+    out.mkdir()
+    settings = TrainingSettings(model=str(tmp_path), hub_base="org/base", adaptation="full")
+    write_json(out / "train_config.json", dataclasses.asdict(settings))
+    write_readme(out, results)
+    card = ModelCard.load(out / "README.md")
+    assert (card.data.license, card.data.base_model) == ("cc-by-nc-sa-4.0", "org/base")
+    assert knows_drawings_only(str(out)) == (synthetic != "nothing")
+    assert card.text.strip().startswith("# MedCT\n\n4 studies.")
 
 
 def test_the_page_tells_the_bases_licence(trained, tmp_path, card):

@@ -6,9 +6,11 @@ import ct_clip_reference as reference
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModel, AutoModelForImageClassification
 
 from medct import MedCTConfig, MedCTForImageClassification, MedCTModel, MedCTProcessor
 from medct.cli import main
+from medct.processing_medct import TextError
 from medct.publishing.convert_ct_clip_to_hf import ConversionError, convert, map_keys
 
 PUBLISHED_PARAMETERS = 438_148_761
@@ -143,6 +145,13 @@ def test_missing_tokenizer_and_sizes(checkpoint, tokenizer_folder, sizes_file, t
     assert not (tmp_path / "out").exists()
 
 
+def test_a_tokenizer_that_could_not_be_fetched_is_refused(checkpoint, sizes_file, tmp_path):
+    """Offline, the library makes an empty one of any Hub id."""
+    with pytest.raises(TextError, match="org/not-fetched: a tokenizer that knows no words"):
+        convert(checkpoint, tmp_path / "out", "org/not-fetched", sizes_file)
+    assert not (tmp_path / "out").exists()
+
+
 def test_existing_output_is_not_touched(checkpoint, tokenizer_folder, sizes_file, tmp_path):
     (tmp_path / "mine.txt").write_text("keep", encoding="utf-8")
     with pytest.raises(FileExistsError, match="not empty"):
@@ -157,18 +166,17 @@ def test_command_line_says_what_is_wrong_in_one_line(tmp_path, tokenizer_folder,
     assert not list(tmp_path.iterdir())
 
 
-def test_command_line_lists_what_was_dropped(checkpoint, tokenizer_folder, sizes_file, tmp_path, capsys):
-    main(
-        [
-            "convert",
-            str(checkpoint),
-            str(tmp_path / "out"),
-            "--tokenizer",
-            str(tokenizer_folder),
-            "--sizes",
-            str(sizes_file),
-        ]
-    )
+@pytest.mark.parametrize("auto_class", [AutoModel, AutoModelForImageClassification])
+def test_command_line_lists_what_was_dropped_and_how_to_load(
+    auto_class, checkpoint, tokenizer_folder, sizes_file, tmp_path, capsys
+):
+    if auto_class is AutoModelForImageClassification:
+        state = classfine(torch.load(checkpoint, weights_only=True))
+        checkpoint = tmp_path / "classfine.pt"
+        torch.save(state, checkpoint)
+    out = tmp_path / "out"
+    main(["convert", str(checkpoint), str(out), "--tokenizer", str(tokenizer_folder), "--sizes", str(sizes_file)])
     printed = capsys.readouterr().out
     assert "to_visual_latent_extra.weight" in printed
-    assert "trust_remote_code=True" in printed
+    assert f"Load it with {auto_class.__name__}.from_pretrained({str(out)!r}, trust_remote_code=True)." in printed
+    auto_class.from_pretrained(out)

@@ -77,7 +77,6 @@ def readable(content: bytes, name: str) -> str:
 
 
 @pytest.mark.parametrize("adaptation", ["lora", "full"])
-@pytest.mark.filterwarnings("ignore:.*validating metadata in README")
 def test_a_run_is_pushed_without_paths(hub, converted, ward, site, drawn, adaptation, monkeypatch):
     hub.connect(monkeypatch)
     base = shutil.copytree(converted, ward / "ct clip")

@@ -171,7 +171,7 @@ def test_nothing_of_an_earlier_adapter_stays_beside_other_weights(hub, base, ada
     for name in ("medct_adapter.json", "results.json"):
         (adapter / name).unlink()
     if what == "adapter":
-        push_adapter(adapter, "org/a", base="org/base", base_revision="main", license="mit")
+        push_adapter(adapter, "org/a", base="org/base", base_revision="main")
     else:
         push_model(base, "org/a")
     files = hub.files("org/a")
@@ -263,6 +263,17 @@ def test_an_unknown_licence_is_not_guessed(hub, adapter, base, monkeypatch, refu
     assert "names no licence" in refused("push", adapter, "org/a", *at)
     main(["push", str(adapter), "org/a", *at, "--license", "apache-2.0"])
     assert ModelCard(hub.files("org/a")["README.md"].decode()).data.license == "apache-2.0"
+
+
+def test_an_adapter_takes_the_licence_of_its_base(hub, adapter, pushed_base, refused):
+    at = ("--base", "org/base", "--base_revision", pushed_base)
+    said = refused("push", adapter, "org/a", *at, "--license", "apache-2.0")
+    assert said == (
+        "org/base is licensed cc-by-nc-sa-4.0, and an adapter takes its base's licence. Leave out --license."
+    )
+    assert ("model", "org/a") not in hub.repos
+    main(["push", str(adapter), "org/a", *at, "--license", "CC-BY-NC-SA-4.0"])
+    assert ModelCard(hub.files("org/a")["README.md"].decode()).data.license == "cc-by-nc-sa-4.0"
 
 
 @pytest.mark.parametrize("name", ["checkpoints/optimizer.bin", "adapter_model.pt"])

@@ -163,7 +163,7 @@ def test_codes_are_short_their_own_and_stay():
     labels = [*CT_CLIP_LABELS, "胸腔积液", "Rib fracture", "rib-fracture", "x" * 200]
     own = [codes.own_code(label) for label in labels]
     assert len({each.value for each in own}) == len(labels)
-    assert all(len(each.value) <= 16 and len(each.meaning) <= 64 and each.scheme == "99MEDCT" for each in own)
+    assert all(len(each.value) <= 16 and len(each.meaning.encode()) <= 64 and each.scheme == "99MEDCT" for each in own)
     assert codes.own_code(" Rib  Fracture ").value == codes.own_code("rib fracture").value
     assert codes.own_code("Pleural effusion").value == "F-1E80DA0961E4"
     assert codes.standard_code("Pleural effusion") == ("60046008", "SCT", "Pleural effusion")
