@@ -28,6 +28,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import parse_ratelimit_headers
 
 from medct.adapters_medct import CONFIG_FILE, DESCRIPTION_FILE, WEIGHTS_FILE, adapter_fingerprint
+from medct.common.drawings import said_on_card
 from medct.common.output import as_word
 from medct.common.paths import find_paths, without_paths
 from medct.common.retry import keep_trying
@@ -224,10 +225,10 @@ def _published_base(api: HfApi, folder: Path, base: str | None, revision: str | 
 
 
 def _license_of(folder: Path, base: str, commit: str, license: str | None) -> str:
-    of_base = base_license(base, commit)
-    if license and of_base and license.lower() != of_base.lower():
-        raise PushError(f"{base} is licensed {of_base}, and an adapter takes its base's licence. Leave out --license.")
-    license = of_base or license or read_json(folder, "results.json").get("license")
+    on_card = said_on_card(base, "license", revision=commit)
+    if license and on_card and license.lower() != str(on_card).lower():
+        raise PushError(f"{base} is licensed {on_card}, and an adapter takes its base's licence. Leave out --license.")
+    license = on_card or license or base_license(base, commit) or read_json(folder, "results.json").get("license")
     if license is None:
         raise PushError(
             f"The card of {base} names no licence, and an adapter takes its base's. Pass --license IDENTIFIER."

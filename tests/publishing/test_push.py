@@ -255,12 +255,14 @@ def test_figures_of_other_weights_are_not_pushed(hub, adapter, pushed_base, stal
 
 
 @pytest.mark.filterwarnings("ignore:.*validating metadata in README")
-def test_an_unknown_licence_is_not_guessed(hub, adapter, base, monkeypatch, refused):
+@pytest.mark.parametrize("name", ["org/base", "org/ct-clip"])  # whose licence is known by its name, if by no card
+def test_an_unknown_licence_is_not_guessed(hub, adapter, base, monkeypatch, refused, name):
     hub.connect(monkeypatch)
     (base / "README.md").write_text("no metadata", encoding="utf-8")
-    push_model(base, "org/base")
-    at = ("--base", "org/base", "--base_revision", "main")
-    assert "names no licence" in refused("push", adapter, "org/a", *at)
+    push_model(base, name)
+    at = ("--base", name, "--base_revision", "main")
+    if name == "org/base":
+        assert "names no licence" in refused("push", adapter, "org/a", *at)
     main(["push", str(adapter), "org/a", *at, "--license", "apache-2.0"])
     assert ModelCard(hub.files("org/a")["README.md"].decode()).data.license == "apache-2.0"
 
