@@ -167,13 +167,14 @@ def _base_in_words(base: str | None) -> str:
 def _metadata(folder: Path, results: dict[str, Any], base: str | None, license: str | None, name: str) -> ModelCardData:
     synthetic = bool(results.get("synthetic"))
     known: dict[str, Any] = {"license": license, "base_model": base if is_hub_id(base) else None}
-    evaluations = _evaluations(results, synthetic, _is_of_classifier(folder))
+    task = "image-classification" if _is_of_classifier(folder) else "zero-shot-image-classification"
+    evaluations = _evaluations(results, synthetic, task)
     if evaluations:
         known |= {"eval_results": evaluations, "model_name": name}
     return ModelCardData(
         language="en",
         library_name="peft",
-        pipeline_tag="zero-shot-image-classification",
+        pipeline_tag=task,
         tags=["medct", "medical", "ct", "chest", "lora", *(["synthetic"] if synthetic else [])],
         **{key: value for key, value in known.items() if value is not None},
     )
@@ -184,7 +185,7 @@ def _is_of_classifier(folder: Path) -> bool:
     return "classifier" in (read_json(folder, CONFIG_FILE).get("modules_to_save") or ())
 
 
-def _evaluations(results: dict[str, Any], synthetic: bool, is_classifier: bool) -> list[EvalResult]:
+def _evaluations(results: dict[str, Any], synthetic: bool, task: str) -> list[EvalResult]:
     """The adapted model's scores over all labels, in the form of the Hub's model index."""
     adapted = results.get("comparison", {}).get("adapted", {})
     # Folds are pooled: the studies that one adapter was scored on are not those of the figures.
@@ -198,7 +199,7 @@ def _evaluations(results: dict[str, Any], synthetic: bool, is_classifier: bool) 
         interval = "" if score.get("low") is None else f", 95 % interval {score['low']:.3f} to {score['high']:.3f}"
         found.append(
             EvalResult(
-                task_type="image-classification" if is_classifier else "zero-shot-image-classification",
+                task_type=task,
                 dataset_type="synthetic" if synthetic else "chest-ct",
                 dataset_name=name,
                 metric_type=kind,
@@ -241,7 +242,8 @@ def _facts(folder: Path, results: dict[str, Any], known: list[str]) -> dict[str,
     settings = read_json(folder, "train_config.json")
     asks = as_described(MedCTConfig(), description).label_prompts() if description.get("label_names") else []
     templates = None if description.get("prompts") else description.get("prompt_templates")
-    prompts = templates or asks or results.get("prompts") or []
+    is_classifier = _is_of_classifier(folder)
+    prompts = [] if is_classifier else templates or asks or results.get("prompts") or []
     is_reworded = bool(asks and results.get("prompts")) and asks != results["prompts"]
     return {
         "synthetic": bool(results.get("synthetic")),
@@ -259,7 +261,7 @@ def _facts(folder: Path, results: dict[str, Any], known: list[str]) -> dict[str,
         "training": _training(settings, results, description),
         "hardware": _hardware(results),
         "decided": _decided(results),
-        "is_classifier": _is_of_classifier(folder),
+        "is_classifier": is_classifier,
     }
 
 

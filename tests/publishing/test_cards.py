@@ -60,7 +60,8 @@ def test_metadata_is_what_the_hub_shows(card):
     assert data.model_name == "site-b"
 
 
-def test_the_adapter_of_a_classifier_is_loaded_as_one(trained, tmp_path):
+def test_the_adapter_of_a_classifier_is_told_of_and_loaded_as_one(card, trained, tmp_path):
+    assert "a model that compares" in card.text and card.data.pipeline_tag == "zero-shot-image-classification"
     folder = shutil.copytree(trained, tmp_path / "head")
     file = folder / "adapter_config.json"
     config = json.loads(file.read_text(encoding="utf-8")) | {"modules_to_save": ["classifier"]}
@@ -68,7 +69,10 @@ def test_the_adapter_of_a_classifier_is_loaded_as_one(trained, tmp_path):
     card = ModelCard(render_card(folder, repo_id="org/head", base="org/fine", revision=COMMIT))
     assert "AutoModelForImageClassification.from_pretrained(base" in card.text
     assert "AutoModel." not in card.text
-    assert {result.task_type for result in card.data.eval_results} == {"image-classification"}
+    assert "a classifier of chest CT volumes." in card.text and "a model that compares" not in card.text
+    assert "None: the classifier has labels of its own." in card.text and "is present." not in card.text
+    tasks = {card.data.pipeline_tag, *(result.task_type for result in card.data.eval_results)}
+    assert tasks == {"image-classification"}
 
 
 def test_sections_hold_what_the_files_say(card):
