@@ -189,7 +189,7 @@ class Trainer:
         refuse_different(fixed | self._scored_alike(scored))
         self.folder.claim(fixed)
         before = {split: self.score_base(split) for split in scored}
-        self._check_labels(before["valid"])
+        self._check_labels(before)
         model = self._attach()
         if self.accelerator.is_main_process:
             # Adapter, plots and tables.
@@ -250,12 +250,15 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         return scored
 
-    def _check_labels(self, scored: ScoredStudies) -> None:
+    def _check_labels(self, before: Scored) -> None:
         """Refuse, before any training, held-out studies that no score can be computed on."""
-        try:
-            zero_shot_scores(scored.scores, scored.labels, scored.names)
-        except ValueError as error:
-            raise TrainingError(f"{self.sources['valid'].description}: {error}") from error
+        for split in (SPLITS[1], KEPT_SPLITS[1]):
+            if (scored := before.get(split)) is None:
+                continue
+            try:
+                zero_shot_scores(scored.scores, scored.labels, scored.names)
+            except ValueError as error:
+                raise TrainingError(f"{self.sources[split].description}: {error}") from error
 
     def _attach(self) -> PeftModel | MedCTModel:
         """What is trained, ready for it."""

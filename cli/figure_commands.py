@@ -49,6 +49,7 @@ def compare_runs(args: argparse.Namespace) -> int:
             models = dict(zip(_run_names(args), (Scores(one), Scores(two)), strict=True))
             options = {"resamples": args.bootstrap_resamples, "seed": args.seed}
             about = {"source": title, "unpaired": sum(left) - 2 * len(one.ids), "studies": list_checksum(one)}
+            about["labels_of_one_run"] = [name for name in (*old.names, *new.names) if name not in names]
             sources.append(about | figures_of(models, title, **options))
         _finish(args, sources)
     return OK
@@ -109,6 +110,8 @@ def _finish(args: argparse.Namespace, sources: list[dict[str, Any]]) -> None:
     for each in sources:
         if each.get("unpaired"):
             print(f"NOTE: {each['source']}: {each['unpaired']} scores have no partner in the other run; left out.")
+        if labels := each.get("labels_of_one_run"):
+            print(f"NOTE: {each['source']}: only one run has scored {', '.join(labels)}; left out.")
 
 
 def _without_model(args: argparse.Namespace, sources: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from medct.data import open_source
 from medct.data.label_space import pairs_of, read_label_flags, told_apart
 from medct.errors_medct import first_line
 from medct.evaluation.figures import choose_on
-from medct.evaluation.operating_points import YOUDEN
+from medct.evaluation.operating_points import YOUDEN, wanted_of
 from medct.evaluation.prompts import SYNONYMS, TEMPLATES, Template, spread, wording_scores
 from medct.evaluation.provenance import list_checksum, provenance
 from medct.evaluation.report import prompts_report
@@ -145,14 +145,15 @@ def _store_wording(
     used = [templates.index(tuple(each)) for each in chosen["prompt_templates"]]
     words = {label: chosen["names"].get(label, each[0]) for label, each in names.items()}
     columns = [each[used, names[label].index(words[label])].mean(axis=0) for label, each in scores.items()]
-    points, calibration = choose_on(replace(studies, scores=np.stack(columns, axis=-1), names=list(names)), {})
     described = read_description(folder) or {}
+    wanted = wanted_of(described.get("operating_points") or {})
+    points, calibration = choose_on(replace(studies, scores=np.stack(columns, axis=-1), names=list(names)), wanted)
     described |= {
         "prompt_templates": chosen["prompt_templates"],
         "prompts": {label: each for label, each in words.items() if each != label} or None,
-        "thresholds": points.get(YOUDEN),
+        "thresholds": points.pop(YOUDEN, None),
         "calibration": calibration or None,
-        "operating_points": None,
+        "operating_points": points or None,
         "adapter_fingerprint": saved_fingerprint(folder),
     }
     write_json(folder / DESCRIPTION_FILE, described)

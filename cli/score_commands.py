@@ -115,11 +115,10 @@ def settle(args: argparse.Namespace, recorded: Mapping[str, Any] | None) -> None
     Raises:
         CommandError: If there is nothing to score, or flags contradict each other.
     """
-    known = {} if recorded is None else (recorded.get("provenance") or {}).get("settings")
-    if known is None:
-        raise CommandError(
-            f"{args.repeat} does not say how it was made, so it cannot be repeated. Run it again without --repeat."
-        )
+    made = {"settings": {}} if recorded is None else recorded.get("provenance") or {}
+    if (known := made.get("settings")) is None:
+        why = "is of folds, or of a whole model (--recipe full)" if made else "does not say how it was made"
+        raise CommandError(f"{args.repeat} {why}, so it cannot be repeated. Run it again without --repeat.")
     moved = {commit for commit, what in _COMMITS.items() if getattr(args, what) not in (None, known.get(what))}
     for name in {*known, *vars(args), *_ONLY_RECORDED} - moved:
         if getattr(args, name, None) is None:

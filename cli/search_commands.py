@@ -3,7 +3,7 @@
 import argparse
 import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,8 +31,11 @@ from medct.inference import search
 from medct.inference.bulk import KEY, JsonLines, process_to_file, read_rows
 from medct.inference.studies import FailedStudy, ReadStudy, Study, find_studies, looks_like_path, read_study, stacked
 from medct.inference.weights import KEY as WEIGHTS
-from medct.inference.weights import weights_of
+from medct.inference.weights import NAMES, weights_of
 from medct.pipeline_medct import ZeroShotCTClassificationPipeline
+
+# The commit of a repository is that of no other.
+_COMMIT_OF = {"revision": "model", "adapter_revision": "adapter"}
 
 
 def embed(args: argparse.Namespace) -> int:
@@ -145,26 +148,14 @@ def search_index(args: argparse.Namespace) -> int:
     embeddings = search.read_embeddings(args.index)
     if not embeddings.ids:
         raise CommandError(f"{args.index} holds no study: none could be read. Add some with `medct embed`.")
-    for name in ("model", "revision", "adapter", "adapter_revision", "dtype"):
-        made_with = embeddings.settings.get(name)
-        if getattr(args, name) not in (None, "auto", made_with):
-            raise CommandError(
-                f"{args.index} was made with {name} {made_with!r}, not {getattr(args, name)!r}. Leave out --{name}, or "
-                "make the index again."
-            )
-        setattr(args, name, made_with)
     if WEIGHTS not in embeddings.settings:
         raise CommandError(
             f"{args.index} does not say which weights made it, as versions before 0.2.0 did not, so nothing in it can "
             "be compared. Make the index again."
         )
+    asked = _made_by(args, embeddings.settings)
     pipe = load_pipeline(args, PartialState(cpu=args.cpu).device, zero_shot_only=True)
-    if embeddings.settings[WEIGHTS] != weights_of(pipe.model):
-        which = args.adapter or args.model
-        raise CommandError(
-            f"{args.index} was made with other weights than those that {which} has now, so nothing in it can be "
-            "compared. Make the index again."
-        )
+    _refuse_others(args, asked, embeddings.settings, weights_of(pipe.model))
     if is_scan:
         read = read_study(one_study(args.query), pipe.processor.image_processor, pipe.device, **reading_options(args))
         if isinstance(read, FailedStudy):
@@ -183,6 +174,39 @@ def search_index(args: argparse.Namespace) -> int:
         print("rank  similarity  study")
         print("".join(f"{row['rank']:4d}  {row['similarity']:10.4f}  {visible(row[KEY])}\n" for row in rows), end="")
     return OK
+
+
+def _made_by(args: argparse.Namespace, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Fill in what made an index where no flag says it; returns what flags say."""
+    asked = {name: getattr(args, name) for name in NAMES if getattr(args, name) not in (None, "auto")}
+    for name in set(NAMES) - asked.keys():
+        if _COMMIT_OF.get(name) not in asked:
+            setattr(args, name, settings.get(name))
+    return asked
+
+
+def _refuse_others(
+    args: argparse.Namespace, asked: Mapping[str, Any], settings: Mapping[str, Any], weights: str | None
+) -> None:
+    """Refuse to search an index of other weights, or where they cannot be compared, of another name.
+
+    Raises:
+        CommandError: If it is; it names what differs.
+    """
+    if weights is not None and weights == settings[WEIGHTS]:
+        return
+    for name, value in asked.items():
+        if value != (made_with := settings.get(name)):
+            raise CommandError(
+                f"{args.index} was made with {name} {made_with!r}, not {value!r}. Leave out --{name}, or make the "
+                "index again."
+            )
+    if weights != settings[WEIGHTS]:
+        which = args.adapter or args.model
+        raise CommandError(
+            f"{args.index} was made with other weights than those that {which} has now, so nothing in it can be "
+            "compared. Make the index again."
+        )
 
 
 def _is_scan(query: str) -> bool:

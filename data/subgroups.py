@@ -7,7 +7,7 @@
 | manufacturer | `manufacturer`, `Manufacturer` | as it is |
 | kernel | `kernel`, `ConvolutionKernel` | as it is |
 | slice thickness | `slice_thickness`, `SliceThickness`, else `ZSpacing`, in mm | up to 1 mm, 1 to 2 mm, over 2 mm |
-| contrast | `contrast` (1, 0, or a word of `cells.WORDS`), `ContrastBolusAgent` (any text is yes) | yes or no |
+| contrast | `contrast` (1, 0, or a word of `cells.WORDS`), `ContrastBolusAgent` (empty, or "none", is no) | yes or no |
 
 What cannot be read so is unknown.
 """
@@ -18,18 +18,25 @@ from collections.abc import Callable, Mapping, Sequence
 
 import pandas as pd
 
-from medct.data.cells import number_of, truth_of
+from medct.data.cells import is_unknown, number_of, truth_of
 
 PREFIX = "subgroup "
 """Of the columns in a table of studies."""
 _AGES = ((40, "under 40"), (60, "40-59"), (80, "60-79"))
 _AGE = re.compile(r"0*(\d{1,3})(?:[.,]\d+)?\s*([YMWD]?)", re.IGNORECASE)
+_SEXES = {
+    "F": "f female feminine femenino feminino féminin femme femmina frau weiblich w woman mujer mulher",
+    "M": "m male masculine masculino masculin maschio mann männlich man hombre homem homme",
+    "O": "o other divers d",
+}
+# How a text begins that names no agent; French "non" is not among them, since agents are "non ionic".
+_WITHOUT = ("no", "none", "without", "ohne", "kein", "keine", "sans", "sin", "senza")
 _MM = re.compile(r"\s*mm\s*$", re.IGNORECASE)
 
 
 def _sex(text: str) -> str:
-    first = text.strip()[:1].upper()
-    return first if first in ("F", "M", "O") else ""
+    word = text.strip().casefold()
+    return next((sex for sex, words in _SEXES.items() if word in words.split()), "")
 
 
 def _age(text: str) -> str:
@@ -50,13 +57,20 @@ def _is_yes(text: str) -> str:
     return {1.0: "yes", 0.0: "no"}.get(truth_of(text), "")
 
 
+def _agent_is_named(text: str) -> str:
+    words = text.casefold().split()
+    if not words or words[0] in _WITHOUT or truth_of(text) == 0:
+        return "no"
+    return "" if is_unknown(text) else "yes"
+
+
 _READ: dict[str, dict[str, Callable[[str], str]]] = {
     "sex": {"sex": _sex, "PatientSex": _sex},
     "age": {"age": _age, "PatientAge": _age},
     "manufacturer": {"manufacturer": str.strip, "Manufacturer": str.strip},
     "kernel": {"kernel": str.strip, "ConvolutionKernel": str.strip},
     "slice thickness": {"slice_thickness": _thickness, "SliceThickness": _thickness, "ZSpacing": _thickness},
-    "contrast": {"contrast": _is_yes, "ContrastBolusAgent": lambda text: "yes" if text.strip() else "no"},
+    "contrast": {"contrast": _is_yes, "ContrastBolusAgent": _agent_is_named},
 }
 COLUMNS: Sequence[str] = tuple(column for columns in _READ.values() for column in columns)
 """Columns that are looked for."""

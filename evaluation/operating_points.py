@@ -6,7 +6,7 @@ that finds enough of those with a finding (sensitivity), or the lowest that pass
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -48,6 +48,16 @@ def wanted_points(sensitivity: float | None = None, specificity: float | None = 
         if share is not None:
             wanted[f"{rule} {share:g}"] = (rule, share)
     return wanted
+
+
+def wanted_of(names: Iterable[str]) -> dict[str, tuple[str, float]]:
+    """What points were chosen to give, by name; the opposite of `wanted_points`.
+
+    Args:
+        names: Of operating points, such as "sensitivity 0.95".
+    """
+    parts = {name: name.split() for name in names}
+    return {name: (rule, float(share)) for name, (rule, share) in parts.items()}
 
 
 def choose_points(

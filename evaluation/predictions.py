@@ -183,6 +183,9 @@ def join_metadata(predictions: Path, metadata: Path, split: str | None = None) -
     names = [name for name in _label_columns(scores) if name in labels]
     if not names:
         raise DataError(f"{predictions} and {metadata} have no label in common. Name the columns alike.")
+    if lacking := _scores_without_labels(scores, labels):
+        said = f"{metadata} has no column {', '.join(lacking)}, so these scores are left out. Name the columns alike."
+        warnings.warn(said, stacklevel=2)
     labels = labelled(labels, names, metadata)
     if split is not None:
         if "split" not in labels:
@@ -243,6 +246,18 @@ def _label_columns(scores: pd.DataFrame) -> list[str]:
     """Columns of scores: of a run's own file those with a label beside them, of others all that can be."""
     own = [name for name in scores if _LABEL.format(name) in scores]
     return own or [name for name in scores if name not in (*KEYS, NAME, "patient", *SUBGROUPS)]
+
+
+def _scores_without_labels(scores: pd.DataFrame, labels: pd.DataFrame) -> list[str]:
+    """Columns of nothing but scores that the table of labels lacks; of what `medct predict` wrote, not its calls."""
+    beside = {f"{name} {what}" for name in scores for what in ("present", "probability")}
+    found = []
+    for name in _label_columns(scores):
+        cells = scores[name].str.strip().str.replace(",", ".")
+        numbers = pd.to_numeric(cells[cells != ""], errors="coerce")
+        if name not in labels and name not in beside and len(numbers) and numbers.between(0, 1).all():
+            found.append(name)
+    return found
 
 
 def labelled(table: pd.DataFrame, names: Sequence[str], path: Path) -> pd.DataFrame:

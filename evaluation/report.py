@@ -175,8 +175,8 @@ def subgroups_table(divisions: Sequence[dict[str, Any]], where: str) -> str:
         counts = [f"{group[key]:,}" for key in ("scans", "patients", "labels")]
         rows.append([f"{division}: {group['group']}", *counts, *cells])
     table = markdown_table([f"{where}: mean AUROC of", "scans", "patients", "findings", *models], rows)
-    smallest = min(group["scans"] for _, group in groups)
-    note = f"Over the findings that vary in a group, so compare with care. The smallest group has {smallest:,} scans."
+    smallest = counted(min(group["scans"] for _, group in groups), "scan")
+    note = f"Over the findings that vary in a group, so compare with care. The smallest group has {smallest}."
     return f"{table}\n\n{note}"
 
 

@@ -26,6 +26,7 @@ from medct.common.progress import remark, tqdm
 from medct.errors_medct import MedCTError
 from medct.inference.studies import FailedStudy, LoadStudy, ReadStudy, Study, batched_reads, read_ahead
 from medct.inference.weights import KEY as WEIGHTS
+from medct.inference.weights import NAMES
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -341,6 +342,8 @@ def _keep_settings(output: Path, rows_path: Path, settings: dict[str, Any]) -> N
     is_begun = bool(part_paths(rows_path)) or any(file.exists() and file.stat().st_size for file in (output, rows_path))
     if is_begun and path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))
+        if before.get(WEIGHTS) is not None and before[WEIGHTS] == settings.get(WEIGHTS):
+            before |= {name: settings[name] for name in NAMES if name in settings}
         no_digest = {WEIGHTS: None}  # it says nothing to a reader
         refuse_other_settings(output, before | no_digest, settings | no_digest, "--output")
         if before.get(WEIGHTS) != settings.get(WEIGHTS):

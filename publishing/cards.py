@@ -264,7 +264,8 @@ def _facts(folder: Path, results: dict[str, Any], known: list[str]) -> dict[str,
         settings.pop("objective", None)  # a classifier has but one
     asks = as_described(MedCTConfig(), description).label_prompts() if description.get("label_names") else []
     templates = None if description.get("prompts") else description.get("prompt_templates")
-    prompts = templates or asks or results.get("prompts") or []
+    # A classifier's configuration has templates as well, but nothing asks them.
+    prompts = [] if is_classifier else templates or asks or results.get("prompts") or []
     is_reworded = bool(asks and results.get("prompts")) and asks != results["prompts"]
     return {
         "synthetic": bool(results.get("synthetic")),
@@ -278,8 +279,7 @@ def _facts(folder: Path, results: dict[str, Any], known: list[str]) -> dict[str,
         "thresholds": description.get("thresholds", results.get("thresholds")) or {},
         "chosen_on": _chosen_on(results, is_reworded),
         "data": _data(results),
-        # A classifier's configuration has templates as well, but nothing asks them.
-        "prompts": [each if isinstance(each, str) else " / ".join(each) for each in prompts if not is_classifier],
+        "prompts": [each if isinstance(each, str) else " / ".join(each) for each in prompts],
         "training": _training(settings, results, description),
         "hardware": _hardware(results),
         "decided": _decided(results),

@@ -66,9 +66,8 @@ def compare_all(
         models = {BASE: Scores(before[split], base_points), ADAPTED: Scores(after[split], points, calibration)}
         return source_figures(models, before[split].names, **options)
 
-    comparison, kept = figures("valid"), None
-    if KEPT_SPLITS[1] in before and mean_auroc(before["keep_valid"]) is not None:
-        kept = figures("keep_valid")
+    comparison = figures("valid")
+    kept = figures("keep_valid") if "keep_valid" in before else None
     chosen = dict(points)
     thresholds = chosen.pop(YOUDEN, None)
     tables = [
@@ -118,7 +117,7 @@ def remarks_on(results: dict[str, Any], max_forgotten: float) -> list[str]:
     """What nobody should miss who uses the adapter, each in a sentence or two.
 
     Args:
-        results: With `strength` and what `compare_all` returns.
+        results: With `strength`, `strengths_tried` and what `compare_all` returns.
         max_forgotten: Most that the mean AUROC on what is to be kept may fall.
     """
     remarks = few_patients(results)
@@ -134,6 +133,11 @@ def remarks_on(results: dict[str, Any], max_forgotten: float) -> list[str]:
     elif tune["adapted"] < tune["base"]:
         remarks.append(
             f"Worse than the base on the tuning patients: mean AUROC {tune['adapted']:.3f}, not {tune['base']:.3f}."
+        )
+    kept_tune = results["keep_tune_auroc"]
+    if kept_tune and kept_tune["base"] is None and results["strengths_tried"]:
+        remarks.append(
+            "No label varies among the tuning patients of what is to be kept, so nothing limited what is forgotten."
         )
     if (gained := results["comparison"]["difference"]["auroc"]["value"]) < 0:
         remarks.append(f"Worse than the base on the held-out patients: mean AUROC {gained:+.3f}.")

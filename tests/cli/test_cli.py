@@ -520,9 +520,6 @@ def test_embed_search_and_recall(run, scans, pipe, tmp_path):
     assert similarities == pytest.approx(
         sorted((embeddings.image_embeds @ text.numpy()).tolist(), reverse=True), abs=1e-4
     )
-    status, _, err = run("search", "c", "--index", index, model=tmp_path)
-    assert status == 2
-    assert "was made with model" in err
     status, out, _ = run("recall", "--index", index, "--format", "json")
     assert status == 0
     results = json.loads(out)
@@ -860,6 +857,23 @@ def test_what_made_the_rows_decides_not_its_name(run, scans, site_model, tmp_pat
     assert f"{output} was started with {said[what]}" in err
     assert "hoose another --output" in err
     assert output.read_bytes() == before
+
+
+def test_a_model_that_has_moved_goes_on_with_its_rows_and_its_index(run, scans, site_model, tmp_path):
+    scores, index = tmp_path / "scores.csv", tmp_path / "index.parquet"
+    for command, output in (("predict", scores), ("embed", index)):
+        assert run(command, scans / "0.nii.gz", "--output", output, model=site_model)[0] == 0
+    moved = site_model.rename(tmp_path / "moved")
+    assert run("search", "a", "--index", index, model=moved)[0] == 0
+    for command, output in (("predict", scores), ("embed", index)):
+        assert run(command, scans / "0.nii.gz", scans / "1.nii.gz", "--output", output, model=moved)[0] == 0
+    assert run("search", "a", "--index", index, model=None)[0] == 0  # it knows the new place
+    remake(moved, "weights")
+    other = moved.rename(tmp_path / "other")
+    for command, output, begun in (("predict", scores, "started"), ("search", index, "made")):
+        where = ("--index", output) if command == "search" else ("--output", output)
+        status, _, err = run(command, scans / "0.nii.gz", *where, model=other)
+        assert status == 2 and f"was {begun} with model" in err
 
 
 @pytest.mark.parametrize("what", ["tensors", "alpha"])

@@ -358,6 +358,25 @@ def test_runs_that_do_not_fit_are_refused(run, folder, tmp_path):
     assert status == 2 and err.startswith(said)
 
 
+def test_labels_that_only_one_run_has_scored_are_named(run, tmp_path):
+    labels = np.repeat([[0.0, 1.0], [1.0, 0.0]], 5, axis=0)
+    ids = list(map(str, range(10)))
+    for name, others in (("old", ["Mass", "Cyst"]), ("new", ["Mass", "Nodule"])):
+        scored = {Key(name, "site", "all"): ScoredStudies(ids, ids, labels / 2, labels, names=others)}
+        write_predictions(tmp_path / f"{name}.csv", Predictions(others, scored))
+    status, out, _ = run("compare", tmp_path / "old.csv", tmp_path / "new.csv")
+    assert status == 0 and "NOTE: site, all: only one run has scored Cyst, Nodule; left out." in out
+
+
+@pytest.mark.parametrize(
+    ("made", "why"), [({"provenance": {"settings": None}}, "is of folds, or of a whole"), ({}, "does not say how")]
+)
+def test_a_run_that_cannot_be_repeated_says_why(run, tmp_path, made, why):
+    (tmp_path / "results.json").write_text(json.dumps({"table": ""} | made), encoding="utf-8")
+    status, _, err = run("evaluate", "--repeat", tmp_path / "results.json")
+    assert status == 2 and f"results.json {why}" in err and "so it cannot be repeated" in err
+
+
 def test_subgroups_come_with_the_table(run, folder, tmp_path):
     ages = ["30"] * 25 + ["65"] * 22 + [""] * 4
     root, output = folder("site", 50, age=ages, manufacturer="Maker"), tmp_path / "scores.json"

@@ -15,6 +15,7 @@ from medct.data.subgroups import subgroup_columns, subgroups_of
     ("column", "cells"),
     [
         ("sex", {"F": "F", "female": "F", " m ": "M", "Male": "M", "O": "O", "": "", "unknown": "", "1": ""}),
+        ("PatientSex", {"mujer": "F", "Mann": "M", "W": "F", "homme": "M", "missing": "", "Mädchen": "", "of": ""}),
         (
             "PatientAge",
             {"058Y": "40-59", "58": "40-59", "39.9": "under 40", "59,9": "40-59", "060Y": "60-79", "090M": "under 40"},
@@ -36,7 +37,8 @@ from medct.data.subgroups import subgroup_columns, subgroups_of
             },
         ),
         ("contrast", {"1": "yes", "no": "no", "0.0": "no", "TRUE": "yes", "ja": "yes", "": "", "maybe": ""}),
-        ("ContrastBolusAgent", {"Ultravist": "yes", "": "no"}),
+        ("ContrastBolusAgent", {"Ultravist": "yes", "Non ionic": "yes", "": "no", " ": "no", "NONE": "no", "0": "no"}),
+        ("ContrastBolusAgent", {"NO CONTRAST": "no", "ohne KM": "no", "nein": "no", "n/a": "", "unknown": ""}),
     ],
 )
 def test_cells_become_subgroups(column, cells):

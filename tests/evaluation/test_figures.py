@@ -195,7 +195,7 @@ def test_subgroups_are_scored_where_they_are_large_enough():
     models = {"old": Scores(studies), "new": Scores(studies)}
     table = evaluation_report([{"source": "b", **source_figures(models, ["a", "b"], resamples=5)}], ["a", "b"])
     assert "| sex: M | 19 | 10 | 2 | too few | too few | too few |" in table
-    assert "The smallest group has 1 scans." in table
+    assert "The smallest group has 1 scan." in table
 
 
 def test_means_at_thresholds_are_of_the_same_findings_and_say_of_which():

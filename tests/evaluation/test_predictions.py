@@ -107,6 +107,16 @@ def test_a_runs_own_scores_join_with_the_table_it_was_made_of(tmp_path):
     assert join_metadata(path, metadata).names == ["Mass"]
 
 
+def test_scores_that_the_table_of_labels_lacks_are_named(tmp_path):
+    """Not what stands beside them in a file of `medct predict`, nor what is no score."""
+    scores = {"study": ["a", "b"], "Mass": ["0,1", "0,9"], "Erguss": ["0,2", "0,3"], "notes": ["", "cut"]}
+    scores |= {"mAs": [90, 9], "Erguss present": [0, 1], "Erguss probability": [0.1, 0.2], "Bild": ["", ""]}
+    pd.DataFrame(scores).to_csv(tmp_path / "scores.csv", sep=";", index=False)
+    pd.DataFrame({"file_name": ["a", "b"], "Mass": [0, 1]}).to_csv(tmp_path / "metadata.csv", index=False)
+    with pytest.warns(UserWarning, match="metadata.csv has no column Erguss, so these scores are left out"):
+        assert join_metadata(tmp_path / "scores.csv", tmp_path / "metadata.csv").names == ["Mass"]
+
+
 @pytest.mark.parametrize(
     ("scores", "metadata", "said"),
     [

@@ -112,7 +112,7 @@ def test_own_sentences_are_one_wording_and_kept_unless_another_is_better(tmp_pat
 
 @pytest.mark.parametrize("count", [12, 6])
 def test_what_is_stored_is_of_all_chosen_templates_and_of_enough_patients(tmp_path, count):
-    """Two scans a patient are of too few patients, as in training; what held for other words is gone."""
+    """Two scans a patient are of too few patients, as in training; what held for other words is chosen anew."""
     known = {"label_names": ["x"], "operating_points": {"sensitivity 0.9": {"x": 0.4}}, "calibration": {"x": [9, 9]}}
     (tmp_path / DESCRIPTION_FILE).write_text(json.dumps(known), encoding="utf-8")
     patients = [str(index * count // 12) for index in range(12)]
@@ -121,8 +121,10 @@ def test_what_is_stored_is_of_all_chosen_templates_and_of_enough_patients(tmp_pa
     found = {"chosen": {"prompt_templates": [list(A), list(B)], "names": {}}}
     _store_wording(tmp_path, found, {"x": np.stack([[PERFECT], [PERFECT / 2]])}, studies, [A, B], {"x": ["x"]})
     described = json.loads((tmp_path / DESCRIPTION_FILE).read_text(encoding="utf-8"))
-    assert described["label_names"] == ["x"] and described["operating_points"] is None
-    assert described["thresholds"] == ({"x": pytest.approx(0.675)} if count == 12 else None)
+    assert described["label_names"] == ["x"]
+    lowest = pytest.approx(0.675)  # of those with the finding, as PERFECT parts them from all others
+    assert described["thresholds"] == ({"x": lowest} if count == 12 else None)
+    assert described["operating_points"] == ({"sensitivity 0.9": {"x": lowest}} if count == 12 else None)
     assert (described["calibration"] is None) == (count == 6) and described["calibration"] != known["calibration"]
 
 

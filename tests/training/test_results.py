@@ -102,7 +102,7 @@ def test_few_steps_are_remarked_on_with_what_to_do(steps, per_epoch, changes, re
 
 
 def test_what_is_worse_or_forgotten_is_remarked_on():
-    found = results(scored(20, 8, 0), scored(20, 8, 1)) | {"strength": 1.0}
+    found = results(scored(20, 8, 0), scored(20, 8, 1)) | {"strength": 1.0, "strengths_tried": [{"strength": 1.0}]}
 
     def remarks(tune=(0.7, 0.8), gained=0.1, kept=-0.01, max_forgotten=0.01) -> list[str]:
         def changed(value):
@@ -119,6 +119,11 @@ def test_what_is_worse_or_forgotten_is_remarked_on():
     (said,) = remarks(kept=-0.05)
     assert "it forgets 0.050 of mean AUROC, more than the allowed 0.01" in said
     assert remarks(kept=0.05) == []
+    found["keep_tune_auroc"] = {"base": None, "adapted": None}
+    (said,) = remarks()
+    assert "tuning patients of what is to be kept, so nothing limited what is forgotten" in said
+    found["strengths_tried"] = []  # with --strength 1 nothing was to be limited
+    assert remarks() == []
 
 
 def test_a_run_is_repeated_with_what_it_was_run_with():

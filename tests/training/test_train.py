@@ -609,6 +609,17 @@ def test_a_loss_that_is_not_finite_ends_the_run(settings, monkeypatch, tmp_path)
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("split", ["valid", "keep_valid"])
+def test_held_out_studies_that_no_figure_can_come_from_are_refused_before_any_training(split):
+    def scored(labels: list[float]) -> ScoredStudies:
+        return ScoredStudies(["1", "2"], ["1", "2"], np.full((2, 1), 0.5), np.array(labels)[:, None], names=["nodule"])
+
+    sources = {name: SimpleNamespace(description=f"2 studies of {name}") for name in ("valid", "keep_valid")}
+    before = {name: scored([0, 0] if name == split else [0, 1]) for name in sources}
+    with pytest.raises(TrainingError, match=f"2 studies of {split}: There is nothing to score"):
+        Trainer._check_labels(SimpleNamespace(sources=sources), before)
+
+
 @pytest.mark.parametrize(
     "changes, said",
     [
