@@ -503,7 +503,8 @@ def check_tensors(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], c
         adapter: Its name, for messages.
 
     Raises:
-        AdapterMismatchError: If one is missing, is not asked for, has another shape, or is NaN or infinite somewhere.
+        AdapterMismatchError: If one is missing, is not asked for, has another shape, holds other than floating-point
+            numbers, or is NaN or infinite somewhere.
     """
     wanted = _wanted(model, config)
     remedy = "Save it again, or ask its author for all of it."
@@ -522,7 +523,9 @@ def check_tensors(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], c
             raise AdapterMismatchError(
                 f"{adapter} has {name} with shape {tuple(tensor.shape)}, not {tuple(wanted[name])}. {remedy}"
             )
-        if not torch.isfinite(tensor).all():
+        if not tensor.is_floating_point():  # loaders would take integers, without their scales, for the weights
+            raise AdapterMismatchError(f"{adapter} has {tensor.dtype} in {name}, no floating-point numbers. {remedy}")
+        if not torch.isfinite(tensor.float()).all():
             raise AdapterMismatchError(f"{adapter} has NaN or infinity in {name}. {remedy}")
 
 

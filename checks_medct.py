@@ -73,11 +73,12 @@ def refuse_other_weights(
     if not missing and not unexpected:
         return
     said = f"it lacks {_named(missing)}" if missing else f"it has {_named(unexpected)}, which that class does not have"
-    holds = ", ".join(config.architectures or ()) or "another model"
-    raise CheckpointMismatchError(
-        f"{name} is not a {model_class.__name__}: {said}. It was saved as {holds}: load it as that, or pass "
-        "another model."
-    )
+    holds = ", ".join(config.architectures or ())
+    if holds in ("", model_class.__name__):
+        remedy = "Its weights have other names or are not whole: save or copy it again, or pass another model."
+    else:
+        remedy = f"It was saved as {holds}: load it as that, or pass another model."
+    raise CheckpointMismatchError(f"{name} is not a {model_class.__name__}: {said}. {remedy}")
 
 
 def reset_weights(loading_info: dict[str, Any]) -> set[str]:

@@ -84,6 +84,7 @@ from medct.training.results import (
     Scored,
     compare_all,
     few_steps,
+    in_common,
     lower_precision,
     mean_auroc,
     predictions_of,
@@ -201,6 +202,7 @@ class Trainer:
         after = choice.scored | {
             split: self._score(core(model), split, "adapted") for split in scored if split not in choice.scored
         }
+        before, after = in_common(before, after)
         results = self._results(before, after, choice)
         self._save(model, results, before, after)
         return results

@@ -49,6 +49,8 @@ def only_run(output: str | os.PathLike, each_process: bool = False) -> Iterator[
         yield
         return
     final = Path(output).absolute()
+    if final.exists() and not (final.is_file() or final.is_dir()):  # reading on from what it holds would never end
+        raise OSError(f"{output} is a pipe or a device. Choose another output.")
     final.parent.mkdir(parents=True, exist_ok=True)
     path = final.with_name(f".{final.name}.lock")
     # A lock that is a mere file would outlive a crash.

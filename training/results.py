@@ -10,7 +10,7 @@ from medct.data.prepared import with_revision
 from medct.evaluation.figures import Scores, choose_on, source_figures
 from medct.evaluation.metrics import zero_shot_scores
 from medct.evaluation.operating_points import YOUDEN, remark_on_points
-from medct.evaluation.predictions import Key, Predictions
+from medct.evaluation.predictions import Key, Predictions, paired
 from medct.evaluation.report import calibration_table, points_table, results_table, sites_table
 from medct.evaluation.scoring import ScoredStudies
 from medct.training.settings import NO_SOURCE, TrainingSettings
@@ -37,6 +37,26 @@ def mean_auroc(scored: ScoredStudies) -> float | None:
         return None
 
 
+def in_common(before: Scored, after: Scored) -> tuple[Scored, Scored]:
+    """The studies that both models have scored, in the same order.
+
+    One that could not be read in one pass, since memory was full or the Hub did not answer, may be there in another.
+
+    Args:
+        before: Of the base.
+        after: Of the adapted model, of some or all of these splits.
+
+    Returns:
+        Both, of the splits of `after`.
+
+    Raises:
+        DataError: If they share no study of a split.
+    """
+    pairs = {split: paired(before[split], scored, split) for split, scored in after.items()}
+    one, other = ({split: pair[side] for split, pair in pairs.items()} for side in (0, 1))
+    return one, other
+
+
 def compare_all(
     before: Scored,
     after: Scored,
@@ -48,7 +68,7 @@ def compare_all(
 
     Args:
         before: Of the base.
-        after: Of the adapted model.
+        after: Of the adapted model, see `in_common`.
         resamples: Of the bootstrap over patients.
         seed: Of the bootstrap.
         wanted: Operating points besides Youden's, see `wanted_points`.

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from medct.evaluation.scoring import ScoredStudies
-from medct.training.results import Scored, mean_auroc
+from medct.training.results import Scored, in_common, mean_auroc
 
 GRID = (1.0, 0.875, 0.75, 0.625, 0.5, 0.25, 0.0)
 
@@ -103,7 +103,10 @@ def choose_strength(
     for split in ("tune", "keep_tune"):
         if split in before:
             versions = [functools.partial(line.go_to, strength) for strength in trained]
-            scored[split] = dict(zip(trained, score(split, versions), strict=True)) | {0.0: before[split]}
+            # One pass scores all of them, so they share their studies.
+            found = [in_common(before, {split: each}) for each in score(split, versions)]
+            scored[split] = dict(zip(trained, [after[split] for _, after in found], strict=True))
+            scored[split][0.0] = found[0][0][split]
     aurocs = {
         split: {strength: mean_auroc(each) for strength, each in by_strength.items()}
         for split, by_strength in scored.items()

@@ -122,3 +122,10 @@ def test_a_clock_that_jumps_ends_no_lock(tmp_path, other_run, monkeypatch):
         monkeypatch.setattr(time, "time", lambda when=when: when)
         with pytest.raises(LockedError), only_run(tmp_path / "out.csv"):
             pytest.fail("it is held")
+
+
+def test_a_pipe_or_a_device_is_no_output(tmp_path):
+    os.mkfifo(tmp_path / "scores.csv")
+    for output in (tmp_path / "scores.csv", "/dev/null"):
+        with pytest.raises(OSError, match=r"is a pipe or a device\. Choose another output\."), only_run(output):
+            pytest.fail("it is written to")

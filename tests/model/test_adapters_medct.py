@@ -206,6 +206,14 @@ DAMAGES = {
     "transposed": (lambda tensors: {**tensors, LORA_A: tensors[LORA_A].T.contiguous()}, r"lora_A.weight with shape"),
     "NaN": (changed(float("nan")), "NaN or infinity in .*query.lora_A"),
     "infinity": (changed(float("-inf")), "NaN or infinity in"),
+    "NaN in eight bits": (
+        lambda tensors: {**tensors, LORA_A: torch.full_like(tensors[LORA_A], torch.nan).to(torch.float8_e4m3fn)},
+        "NaN or infinity in .*query.lora_A",
+    ),
+    "integers": (
+        lambda tensors: {**tensors, LORA_A: (tensors[LORA_A] * 127).to(torch.int8)},
+        r"has torch\.int8 in .*query.lora_A.weight, no floating-point numbers\. Save it again",
+    ),
 }
 
 

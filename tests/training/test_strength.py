@@ -2,11 +2,13 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
 
 from medct import MedCTModel
+from medct.evaluation.scoring import ScoredStudies
 from medct.training.lora import VARIANTS, add_lora, core, note_start, save_weights, trainable, weights_to_save
 from medct.training.strength import GRID, Line, Trial, choose, choose_strength
 
@@ -30,6 +32,7 @@ def test_the_best_that_forgets_little_enough_is_chosen(trials, chosen):
 def test_what_is_gained_and_forgotten_is_against_the_base(monkeypatch):
     """A strength is taken that gains on the new site and loses little of the old one."""
     monkeypatch.setattr("medct.training.strength.mean_auroc", lambda scored: scored)
+    monkeypatch.setattr("medct.training.strength.in_common", lambda before, after: (before, after))
     parameter = torch.nn.Parameter(torch.zeros(1))
     line = Line({"a": parameter})
     parameter.data.fill_(8)
@@ -45,6 +48,14 @@ def test_what_is_gained_and_forgotten_is_against_the_base(monkeypatch):
     assert choice.strength == 0.5 and parameter.item() == 4
     for trial in choice.trials:
         assert (trial.gained, trial.forgotten) == pytest.approx((0.2 * trial.strength, 0.1 * trial.strength))
+
+
+def test_nothing_is_gained_by_a_study_that_one_pass_could_not_read():
+    labels = np.array([[1.0], [0.0], [1.0], [0.0]])
+    scores = np.array([[0.9], [0.1], [0.2], [0.4]])
+    base = ScoredStudies(list("abcd"), list("abcd"), scores, labels, names=["nodule"])
+    choice = choose_strength(Line({}), lambda _, versions: [base.take([1, 0, 3])] * len(versions), {"tune": base}, 0.01)
+    assert {trial.gained for trial in choice.trials} == {0}
 
 
 @pytest.mark.parametrize("variant", sorted(VARIANTS))

@@ -44,6 +44,7 @@ from medct.training.checkpoints import Checkpoints
 from medct.training.launch import make_accelerator
 from medct.training.lora import TARGETS, VARIANTS, add_lora
 from medct.training.objectives import StepLoss
+from medct.training.results import ADAPTED, BASE
 from medct.training.settings import PHANTOM_BASE, TrainingError, TrainingSettings
 
 FILES = {
@@ -554,6 +555,25 @@ def test_bad_studies_are_listed_beside_the_adapter(settings, ct_rate, tmp_path):
     assert "SYNTHETIC" not in (tmp_path / "run/README.md").read_text(encoding="utf-8")
     with pytest.raises(DataError, match=r"(train_6|valid_3)_a_1.nii.gz cannot be used"):
         run(dataclasses.replace(settings, on_bad_sample="raise", output_dir=str(tmp_path / "again")))
+
+
+def test_models_are_compared_on_the_studies_that_both_have_scored(settings, monkeypatch, tmp_path):
+    """What one pass could not read, as its loader process was killed, may be there in the next."""
+
+    def lossy(*arguments):
+        found = score_studies(*arguments)
+        rows = list(range(len(found.ids)))
+        return found.take(rows[1:] if "base" in arguments[-1] else rows[:-1])
+
+    monkeypatch.setattr(training, "score_studies", lossy)
+    few = {"max_steps": 1, "phantom_train_patients": 4, "phantom_tune_patients": 8, "phantom_eval_patients": 10}
+    results = run(dataclasses.replace(settings, **few))
+    scored = read_predictions(tmp_path / "run/results.studies.csv").scored
+    base, adapted = held_out = [each for key, each in scored.items() if key.split == "valid"]
+    assert base.ids == adapted.ids and len(base.ids) == results["comparison"]["scans"] == 8
+    for model, each in zip((BASE, ADAPTED), held_out, strict=True):
+        expected = zero_shot_scores(each.scores, each.labels, each.names)["auroc"]
+        assert results["comparison"][model]["auroc"]["value"] == pytest.approx(expected)
 
 
 def test_studies_are_loaded_as_the_settings_and_the_launch_say(settings, processor, tmp_path):
