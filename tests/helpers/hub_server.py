@@ -186,6 +186,7 @@ class HubServer:
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)  # made once, for all calls
         if token is None:
             monkeypatch.delenv("HF_TOKEN", raising=False)
         else:
