@@ -219,6 +219,7 @@ def repeated_slice(ds, k):
 
 def two_phases(ds, k):
     ds.ImagePositionPatient = at(0, 0, STEP_MM * (k % 3))
+    del ds.InstanceNumber  # which would tell them apart
 
 
 def wider_steps(ds, k):
