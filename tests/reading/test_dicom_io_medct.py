@@ -153,6 +153,9 @@ def test_a_missing_modality_is_remarked_on(hu, tmp_path):
         ("LossyImageCompression", "01", "compressed with loss"),
         ("LossyImageCompression", "00", None),
         ("ImageType", ["DERIVED", "SECONDARY", "AXIAL", "MIP"], "projections of several"),
+        ("ImageType", ["DERIVED", "PRIMARY", "AXIAL", "CT_SOM5 MIP"], "projections of several"),
+        ("ImageType", ["DERIVED", "SECONDARY", "PROJECTION IMAGE"], "projections of several"),
+        ("ImageType", ["DERIVED", "PRIMARY", "AXIAL", "CT_SOM5 MPR"], None),
         ("ImageType", ["DERIVED", "SECONDARY", "AXIAL"], None),
     ],
 )
