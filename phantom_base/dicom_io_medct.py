@@ -517,10 +517,7 @@ def _entries(
         return [(_describe(group), group, None)]
     if len(stacks) == 1:
         return [(_describe(group), group, None)]
-    return [
-        (f"{len(stack)} slices of {' x '.join(map(str, stack[0].pixels.shape))} pixels, by {names}", group, stack)
-        for stack in stacks
-    ]
+    return [(f"{_in_words(len(stack), *stack[0].pixels.shape)}, by {names}", group, stack) for stack in stacks]
 
 
 def _has_decimal_comma(item: Elements) -> bool:
@@ -539,7 +536,11 @@ def _count(group: list[_CTFile]) -> int:
 
 def _describe(group: list[_CTFile]) -> str:
     header = group[0][1]
-    return f"{_count(group)} slices of {_number(header, 'Rows')} x {_number(header, 'Columns')} pixels"
+    return _in_words(_count(group), _number(header, "Rows"), _number(header, "Columns"))
+
+
+def _in_words(count: int, rows: int, columns: int) -> str:
+    return f"{count} slice{'s' if count > 1 else ''} of {rows} x {columns} pixels"
 
 
 def _number(header: Elements, attribute: str) -> int:

@@ -312,6 +312,10 @@ def two_series(ds, k):
     ds.SeriesInstanceUID = "1.2.3.7" if k < 4 else "1.2.3.8"
 
 
+def one_slice_of_another_series(ds, k):
+    ds.SeriesInstanceUID = "1.2.3.8" if k == 5 else "1.2.3.7"
+
+
 def without_pixels(ds, k):
     del ds[0x7FE00010]
 
@@ -346,6 +350,7 @@ REFUSED = {
     localizer: r"no CT slices \(6 x localizer\)",
     anonymized_file_by_file: "each of its 6 slices has a SeriesInstanceUID of its own",
     two_series: r"2 CT series \(1: 4 slices of 16 x 12 pixels; 2: 2 slices of 16 x 12 pixels\)",
+    one_slice_of_another_series: r"2 CT series \(1: 5 slices of 16 x 12 pixels; 2: 1 slice of 16 x 12 pixels\)",
     without_pixels: "no pixels",
 }
 
