@@ -133,6 +133,19 @@ def test_instance_numbers_that_run_twice(shift, instance, tmp_path):
     assert_two(two_scans(tmp_path, shift, instance=instance), "InstanceNumber")
 
 
+@pytest.mark.parametrize("is_told", [True, False])
+def test_instance_numbers_that_run_through_phases_first(is_told, tmp_path):
+    """Four phases at each of three positions make no run of numbers, and no three scans."""
+
+    def edit(ds, k):
+        ds.ImagePositionPatient = at(0, 0, STEP_MM * (k // 4))
+        ds.TemporalPositionIdentifier = k % 4 if is_told else 1
+
+    reason = "4 scans.*1: 3 slices.*by TemporalPositionIdentifier" if is_told else "9 slice positions occur more than"
+    with pytest.raises(VolumeError, match=reason):
+        read_volume(write_series(tmp_path, HU, edit))
+
+
 @pytest.mark.parametrize("shift", [-2.5, -0.8, -0.5, -0.2, 0.0, 0.2, 0.5, 0.8, 2.5])
 def test_there_and_back(shift, tmp_path):
     """A table that shuttles: the second pass from the other end, and from further out or not."""
