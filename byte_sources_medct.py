@@ -199,12 +199,16 @@ def _of_remote(file_system: Any, path: str, name: str) -> ByteSource:
 
 def _find_remote(file_system: Any, path: str, names: Collection[str]) -> ByteSource | None:
     """`find_beside` in another file system."""
-    for name in sorted(names):
-        if {"", ".", ".."}.isdisjoint(unquote(name).split("/")):
-            found = f"{path.rpartition('/')[0]}/{name}"
-            if file_system.isfile(found):
-                return _of_remote(file_system, found, without_secrets(found))
+    for name in filter(leads_below, sorted(names)):
+        found = f"{path.rpartition('/')[0]}/{name}"
+        if file_system.isfile(found):
+            return _of_remote(file_system, found, without_secrets(found))
     return None
+
+
+def leads_below(name: str) -> bool:
+    """Whether a name in a header can only lead beside or below the file that holds it, on a server too."""
+    return {"", ".", ".."}.isdisjoint(unquote(name).split("/"))
 
 
 def of_path(path: Path) -> list[ByteSource]:

@@ -177,15 +177,15 @@ def _within(one: np.ndarray, other: np.ndarray) -> int:
 
 
 def _runs(numbers: list[Hashable], along: np.ndarray) -> list[int] | None:
-    """Through which run of numbers each slice came, if they run through distinct positions more than once."""
+    """Through which run of numbers each slice came, if they run through the positions more than once."""
     try:
         numbers = [int(number) for number in numbers]
     except (TypeError, ValueError):
         return None
-    if np.diff(np.sort(along)).min(initial=np.inf) < _SAME_POSITION_MM:
-        return None
     counts = Counter(numbers)
     labels = np.zeros(len(numbers), int)
+    if max(counts.values()) > 1 and np.diff(np.sort(along)).min() < _SAME_POSITION_MM:
+        return None  # which of two slices with one number and one position is of the first run cannot be known
     if len(set(counts.values())) == 1 and max(counts.values()) > 1:  # each run has numbers of its own
         seen: Counter = Counter()
         for k in np.argsort(along):
@@ -194,6 +194,7 @@ def _runs(numbers: list[Hashable], along: np.ndarray) -> list[int] | None:
         return labels.tolist()
     ordered, run, sign = np.argsort(numbers, kind="stable"), 0, 0
     steps = np.diff(along[ordered])
+    steps[np.abs(steps) < _SAME_POSITION_MM] = 0
     unusual = np.abs(np.abs(steps) - np.median(np.abs(steps)))
     for n, step in enumerate(np.sign(steps)):
         is_turn = sign not in (0, step)

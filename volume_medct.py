@@ -37,8 +37,8 @@ MAX_VOXELS = 2**31
 """More than any scanner makes (1024 x 1024 x 2048); a header that promises more is damaged or hostile."""
 
 _SPACING_DECIMALS = 6
-_SPACING_PARTS = 2048
-"""Of a millimetre: 512 pixels of so many parts make a field of view in quarters of a millimetre."""
+_EXTENT_PARTS = 4
+"""Of a millimetre: fields of view are whole millimetres, halves or quarters, whatever their number of pixels."""
 NO_SECOND_RESCALE = "Leave out `rescale_slope` and `rescale_intercept`, or HU would be computed twice"
 """The remedy where a header and the caller both rescale."""
 AIR_HU = -1000
@@ -94,7 +94,7 @@ class CTVolume:
     @property
     def spacing_mm(self) -> tuple[float, float, float]:
         """Distance of neighbours along each array axis, mm."""
-        i, j, k = map(without_noise, np.linalg.norm(self.affine[:3, :3], axis=0).tolist())
+        i, j, k = map(without_noise, np.linalg.norm(self.affine[:3, :3], axis=0).tolist(), self.array.shape)
         return i, j, k
 
     def __repr__(self) -> str:
@@ -119,16 +119,19 @@ class CTVolume:
         return plot_volume(self, window_hu)
 
 
-def without_noise(spacing_mm: float) -> float:
+def without_noise(spacing_mm: float, length: int) -> float:
     """The spacing that is meant, without the noise of float32 and of short decimals: 0.7 mm arrives as 0.69999999.
 
     Args:
         spacing_mm: As computed from a header, mm.
+        length: Voxels along the axis.
 
     Returns:
-        The nearest number of six decimals or of 2048ths: 330 mm over 512 pixels are 0.64453125 mm, which has more.
+        The nearest number of six decimals, or that makes an extent of quarters of a millimetre: 330 mm over 340 pixels
+        are 0.97058823... mm, which has more.
     """
-    candidates = round(spacing_mm, _SPACING_DECIMALS), round(spacing_mm * _SPACING_PARTS) / _SPACING_PARTS
+    of_extent = round(spacing_mm * length * _EXTENT_PARTS) / _EXTENT_PARTS / length
+    candidates = round(spacing_mm, _SPACING_DECIMALS), of_extent
     return min(candidates, key=lambda candidate: abs(candidate - spacing_mm))
 
 
@@ -138,7 +141,7 @@ def grid_in_words(affine: np.ndarray) -> str:
     towards = [""] * 3
     for axis, sign, (grows, falls) in zip(axes, signs, ("RL", "AP", "SI"), strict=True):
         towards[axis] = grows if sign > 0 else falls
-    spacing = map(without_noise, np.linalg.norm(affine[:3, :3], axis=0).tolist())
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
     return f"{' x '.join(f'{step:.4g}' for step in spacing)} mm towards {''.join(towards)}"
 
 

@@ -5,9 +5,10 @@ held in memory while it is read. Both are retried after network faults, a limite
 """
 
 import contextlib
+import posixpath
 import unicodedata
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -23,7 +24,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
 
-from medct.byte_sources_medct import is_address
+from medct.byte_sources_medct import ByteSource, is_address, leads_below, of_bytes
 from medct.common.retry import keep_trying
 from medct.data.sources import DataError, Deferred
 from medct.volume_medct import VolumeError
@@ -77,12 +78,23 @@ class HubFile(Deferred):
 
     @contextlib.contextmanager
     def open(self) -> Iterator[dict[str, Any]]:
-        """Yield the file's `bytes` and `path`, as an undecoded `datasets.Nifti()` column does.
+        """Yield `bytes` and `path`, as an undecoded `datasets.Nifti()` column does, and what finds files `beside` it.
 
         Raises:
             VolumeError: If the file does not exist, or this user has no access to it.
             OSError, httpx2.HTTPError: If it cannot be fetched.
         """
+        yield {"bytes": self._fetch(), "path": self.path, "beside": self._beside}
+
+    def _beside(self, names: Collection[str]) -> ByteSource | None:
+        """The file of voxels that a header names: asked for by name, as the repository is not listed."""
+        for name in filter(leads_below, sorted(names)):
+            other = replace(self, path=posixpath.join(posixpath.dirname(self.path), name))
+            with contextlib.suppress(VolumeError):  # that there is no such file
+                return of_bytes(other._fetch(), name)
+        return None
+
+    def _fetch(self) -> bytes:
         url = hf_hub_url(self.repo_id, self.path, repo_type="dataset", revision=self.revision)
         headers = build_hf_headers(token=self.token)
         timeout_s = constants.HF_HUB_DOWNLOAD_TIMEOUT
@@ -94,7 +106,7 @@ class HubFile(Deferred):
         except (RemoteEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError) as error:
             reason = f"it does not exist, or you have no access to it ({type(error).__name__})"
             raise VolumeError(str(self), reason, "Check the table that names it, and your token") from error
-        yield {"bytes": response.content, "path": self.path}
+        return response.content
 
 
 @dataclass(frozen=True)

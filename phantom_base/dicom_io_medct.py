@@ -60,8 +60,8 @@ _NO_PLANES = {
     "VOLUME_RENDER": "it is a rendered picture (VOLUME_RENDER), not a slice",
     "SURFACE_RENDER": "it is a rendered picture (SURFACE_RENDER), not a slice",
 }
-_PROJECTIONS = ("MIP", "MINIP", "MNIP", "MAX_IP", "MIN_IP", "PROJECTION IMAGE")
-"""What scanners and workstations call pictures each of which shows the highest or lowest values of several slices."""
+_PROJECTIONS = ("MIP", "MINIP", "MNIP", "MAX_IP", "MIN_IP", "PROJECTION")
+"""Words for pictures each of which shows the highest or lowest values of several slices, such as in "CT_SOM5 MIP"."""
 _LOSSY = "1.2.840.10008.1.2.4.50"
 """A transfer syntax that always loses something; of others that may, the header says whether they did."""
 _MODALITIES = ("CT", "MR", "PT", "NM", "US", "CR", "DX", "MG", "XA", "SC", "OT", "SEG", "RTSTRUCT", "RTDOSE", "SR")
@@ -399,7 +399,7 @@ def _remarks_on(header: Elements, types: list[str]) -> tuple[str, ...]:
     is_lossy = header.get("LossyImageCompression") == "01" or header.file_meta.get("TransferSyntaxUID") == _LOSSY
     said = {
         "its slices are projections of several (MIP and the like), not what a scanner gives": (
-            not set(types).isdisjoint(_PROJECTIONS)
+            not set(" ".join(types).split()).isdisjoint(_PROJECTIONS)
         ),
         "its headers name no modality: taken for CT by their SOP class": not header.get("Modality"),
         "its headers name no SOP class: taken for CT by their modality": not _classes_of(header)[0],
@@ -517,10 +517,7 @@ def _entries(
         return [(_describe(group), group, None)]
     if len(stacks) == 1:
         return [(_describe(group), group, None)]
-    return [
-        (f"{len(stack)} slices of {' x '.join(map(str, stack[0].pixels.shape))} pixels, by {names}", group, stack)
-        for stack in stacks
-    ]
+    return [(f"{_in_words(len(stack), *stack[0].pixels.shape)}, by {names}", group, stack) for stack in stacks]
 
 
 def _has_decimal_comma(item: Elements) -> bool:
@@ -539,7 +536,11 @@ def _count(group: list[_CTFile]) -> int:
 
 def _describe(group: list[_CTFile]) -> str:
     header = group[0][1]
-    return f"{_count(group)} slices of {_number(header, 'Rows')} x {_number(header, 'Columns')} pixels"
+    return _in_words(_count(group), _number(header, "Rows"), _number(header, "Columns"))
+
+
+def _in_words(count: int, rows: int, columns: int) -> str:
+    return f"{count} slice{'s' if count > 1 else ''} of {rows} x {columns} pixels"
 
 
 def _number(header: Elements, attribute: str) -> int:

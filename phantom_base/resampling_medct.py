@@ -45,7 +45,7 @@ def resampled_length(length: int, spacing_mm: float, target_spacing_mm: float) -
         spacing_mm: Distance between them, mm.
         target_spacing_mm: Distance between voxels of the result, mm.
     """
-    return max(1, int(length * (without_noise(spacing_mm) / target_spacing_mm)))
+    return max(1, int(length * (without_noise(spacing_mm, length) / target_spacing_mm)))
 
 
 def crop_window(length: int, size: int) -> tuple[int, int]:

@@ -295,7 +295,7 @@ def _files_of(source: Any) -> tuple[list[ByteSource], str]:
             source = source.get("path")
         else:
             name = Path(str(source.get("path") or "bytes")).name
-            return [of_bytes(_bytes_of(source["bytes"]), name)], name
+            return [replace(of_bytes(_bytes_of(source["bytes"]), name), beside=source.get("beside"))], name
     if isinstance(source, bytes | bytearray | memoryview):
         return [of_bytes(bytes(source), "bytes")], "bytes"
     if is_address(source):

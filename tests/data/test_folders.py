@@ -130,6 +130,28 @@ def test_a_token_that_is_passed_opens_what_is_private(ct_rate, monkeypatch):
         assert volume["bytes"]
 
 
+@pytest.mark.parametrize(
+    ("name", "error"),
+    [("x.raw", None), ("voxels/x.raw", None), ("other.raw", "is not beside it"), ("../up.raw", "lie in other files")],
+)
+def test_voxels_beside_a_header(name, error, hub):
+    """Fetched by the name in the header, but never from above it."""
+    hu = hu_of("train_1_a_1")
+    sizes = " ".join(map(str, hu.shape))
+    header = f"NDims = 3\nDimSize = {sizes}\nElementSpacing = 1 1 2\nTransformMatrix = 1 0 0 0 1 0 0 0 1\n"
+    header += f"ElementType = MET_SHORT\nElementDataFile = {name}\n"
+    voxels = hu.astype("<i2").tobytes(order="F")
+    paths = dict.fromkeys(("set/x.raw", "set/voxels/x.raw", "up.raw"), voxels)
+    hub.add_files("dataset", "org/own", {"set/x.mhd": header.encode(), **paths})
+    row = {"volume": HubFile("org/own", "set/x.mhd", "main")}
+    if error is None:
+        assert (read_study(row, "SLP").array == hu).all()
+        return
+    with pytest.raises(VolumeError, match=error):
+        read_study(row, "SLP")
+    assert hub.count("GET .*up.raw") == 0
+
+
 def test_what_cannot_be_opened_is_refused_in_one_sentence(hub, monkeypatch):
     hub.create("dataset", REPO, gated=True)
     monkeypatch.delenv("HF_TOKEN")

@@ -118,17 +118,18 @@ def test_resampled_length(length, spacing_mm, target_mm, expected):
 
 
 def test_resampled_lengths_are_the_originals():
-    """Of every spacing that headers write, also with the noise of float32 or of a matrix of them."""
+    """Of every spacing that headers write, also with the noise of float32, and round ones with that of a matrix."""
     generator = np.random.default_rng(0)
     spacings = [*np.arange(0.25, 6, 0.05).round(2), *generator.uniform(0.3, 6, 300).round(6)]
     for spacing_mm, target_mm in itertools.product(map(float, spacings), (0.75, 1.5)):
         for length in (*range(20, 700, 13), 300, 512):
             expected = int(length * (spacing_mm / target_mm))
-            for noisy in (spacing_mm, float(np.float32(spacing_mm)), spacing_mm + 3e-7, spacing_mm - 3e-7):
+            noise_mm = 3e-7 if round(spacing_mm, 2) == spacing_mm else 0
+            for noisy in (spacing_mm, float(np.float32(spacing_mm)), spacing_mm + noise_mm, spacing_mm - noise_mm):
                 assert resampled_length(length, noisy, target_mm) == max(1, expected)
 
 
-@pytest.mark.parametrize("pixels", [256, 512, 768, 1024])
+@pytest.mark.parametrize("pixels", [256, 400, 480, 512, 640, 768, 800, 1024])
 def test_resampled_lengths_of_fields_of_view(pixels):
     """Spacings of more decimals than six: 330 mm over 512 pixels are exactly 440 voxels of 0.75 mm."""
     for field_mm in np.arange(150, 510, 0.5):
@@ -136,6 +137,15 @@ def test_resampled_lengths_of_fields_of_view(pixels):
         expected = int(pixels * (spacing_mm / 0.75))
         for noisy in (spacing_mm, float(np.float32(spacing_mm)), spacing_mm + 1e-8, spacing_mm - 1e-8):
             assert resampled_length(pixels, noisy, 0.75) == expected
+
+
+@pytest.mark.parametrize("pixels", [340, 512])
+def test_spacings_that_fill_a_field_of_view(pixels):
+    """As the float32 of a NIfTI and as the text of a DICOM."""
+    spacing_mm = 330 / pixels
+    for written in (float(np.float32(spacing_mm)), float(f"{spacing_mm:.14g}")):
+        volume = CTVolume(np.broadcast_to(np.int16(0), (pixels, pixels, 2)), np.diag([-written, -written, 5, 1]))
+        assert volume.spacing_mm == (spacing_mm, spacing_mm, 5.0)
 
 
 @pytest.mark.parametrize(("spacing_mm", "slices", "expected"), [(0.7, 300, 139), (0.6, 50, 20), (1.1, 150, 110)])

@@ -153,6 +153,9 @@ def test_a_missing_modality_is_remarked_on(hu, tmp_path):
         ("LossyImageCompression", "01", "compressed with loss"),
         ("LossyImageCompression", "00", None),
         ("ImageType", ["DERIVED", "SECONDARY", "AXIAL", "MIP"], "projections of several"),
+        ("ImageType", ["DERIVED", "PRIMARY", "AXIAL", "CT_SOM5 MIP"], "projections of several"),
+        ("ImageType", ["DERIVED", "SECONDARY", "PROJECTION IMAGE"], "projections of several"),
+        ("ImageType", ["DERIVED", "PRIMARY", "AXIAL", "CT_SOM5 MPR"], None),
         ("ImageType", ["DERIVED", "SECONDARY", "AXIAL"], None),
     ],
 )
@@ -219,6 +222,7 @@ def repeated_slice(ds, k):
 
 def two_phases(ds, k):
     ds.ImagePositionPatient = at(0, 0, STEP_MM * (k % 3))
+    del ds.InstanceNumber  # which would tell them apart
 
 
 def wider_steps(ds, k):
@@ -308,6 +312,10 @@ def two_series(ds, k):
     ds.SeriesInstanceUID = "1.2.3.7" if k < 4 else "1.2.3.8"
 
 
+def one_slice_of_another_series(ds, k):
+    ds.SeriesInstanceUID = "1.2.3.8" if k == 5 else "1.2.3.7"
+
+
 def without_pixels(ds, k):
     del ds[0x7FE00010]
 
@@ -342,6 +350,7 @@ REFUSED = {
     localizer: r"no CT slices \(6 x localizer\)",
     anonymized_file_by_file: "each of its 6 slices has a SeriesInstanceUID of its own",
     two_series: r"2 CT series \(1: 4 slices of 16 x 12 pixels; 2: 2 slices of 16 x 12 pixels\)",
+    one_slice_of_another_series: r"2 CT series \(1: 5 slices of 16 x 12 pixels; 2: 1 slice of 16 x 12 pixels\)",
     without_pixels: "no pixels",
 }
 

@@ -1,5 +1,7 @@
 """Scans that lie in each other within one series: never interleaved, told apart by name, and to be chosen."""
 
+import itertools
+
 import numpy as np
 import pytest
 import scan_files
@@ -103,11 +105,12 @@ def test_turns_of_a_scanner_are_no_scans(of_pass, shift, tmp_path):
     assert_two(two_scans(tmp_path, shift, of_pass, edit=edit), of_pass)
 
 
-def test_turns_without_a_number_of_their_pass(tmp_path):
+@pytest.mark.parametrize("shift", [0.0, 0.5])
+def test_turns_without_a_number_of_their_pass(shift, tmp_path):
     def edit(ds, k):
         ds.AcquisitionTime, ds.AcquisitionNumber = f"1200{k // 3:02}", k // 3
 
-    assert_two(two_scans(tmp_path, 0.5, edit=edit), "InstanceNumber")
+    assert_two(two_scans(tmp_path, shift, edit=edit), "InstanceNumber")
 
 
 def test_scans_within_scans(tmp_path):
@@ -125,13 +128,25 @@ def test_scans_within_scans(tmp_path):
     assert found == {HU[k : k + 3].T.tobytes() for k in range(0, 12, 3)}
 
 
-@pytest.mark.parametrize("shift", [0.2, 0.5, 0.7, 2.5])
-@pytest.mark.parametrize("instance", ["on", "each"])
+@pytest.mark.parametrize(("shift", "instance"), [(0.0, "on"), *itertools.product([0.2, 0.5, 0.7, 2.5], ["on", "each"])])
 def test_instance_numbers_that_run_twice(shift, instance, tmp_path):
     assert_two(two_scans(tmp_path, shift, instance=instance), "InstanceNumber")
 
 
-@pytest.mark.parametrize("shift", [-2.5, -0.8, -0.5, -0.2, 0.2, 0.5, 0.8, 2.5])
+@pytest.mark.parametrize("is_told", [True, False])
+def test_instance_numbers_that_run_through_phases_first(is_told, tmp_path):
+    """Four phases at each of three positions make no run of numbers, and no three scans."""
+
+    def edit(ds, k):
+        ds.ImagePositionPatient = at(0, 0, STEP_MM * (k // 4))
+        ds.TemporalPositionIdentifier = k % 4 if is_told else 1
+
+    reason = "4 scans.*1: 3 slices.*by TemporalPositionIdentifier" if is_told else "9 slice positions occur more than"
+    with pytest.raises(VolumeError, match=reason):
+        read_volume(write_series(tmp_path, HU, edit))
+
+
+@pytest.mark.parametrize("shift", [-2.5, -0.8, -0.5, -0.2, 0.0, 0.2, 0.5, 0.8, 2.5])
 def test_there_and_back(shift, tmp_path):
     """A table that shuttles: the second pass from the other end, and from further out or not."""
 
@@ -142,7 +157,7 @@ def test_there_and_back(shift, tmp_path):
     assert_two(two_scans(tmp_path, shift, edit=edit), "InstanceNumber")
 
 
-@pytest.mark.parametrize("shift", [0.2, 0.5, 0.7, 2.5])
+@pytest.mark.parametrize("shift", [0.0, 0.2, 0.5, 0.7, 2.5])
 def test_frames_that_run_twice(shift, tmp_path):
     def edit(ds):
         for k, frame in enumerate(ds.PerFrameFunctionalGroupsSequence):
