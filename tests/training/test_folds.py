@@ -24,7 +24,7 @@ from medct.evaluation.record import read_scores, write_record
 from medct.evaluation.report import folds_table
 from medct.evaluation.scoring import ScoredStudies, refuse_shares
 from medct.train import Trainer, run
-from medct.training.folds import _about, _pooled, divide, refuse_changed
+from medct.training.folds import _about, _pooled, divide, refuse_another_base, refuse_changed
 from medct.training.run_folder import RunFolder
 from medct.training.settings import TrainingError, TrainingSettings, check
 from medct.training.sources import digest_of_studies
@@ -284,3 +284,15 @@ def test_folds_of_a_table_that_has_changed_between_them_are_not_pooled(tmp_path,
         write_record(runs[fold] / "results.json", {}, Predictions(["Mass"], scored))
     with pytest.raises(TrainingError, match="have changed") if is_refused else contextlib.nullcontext():
         refuse_changed(tmp_path, runs)
+
+
+def test_folds_of_two_bases_are_not_pooled(tmp_path):
+    runs = [tmp_path / f"fold-{fold}" for fold in (1, 2, 3)]
+    for folder, window in zip(runs, (-1000, -1000, -900), strict=True):
+        folder.mkdir()
+        base = {"fingerprint": "f", "preprocessing": {"hu_min": window}}
+        results = {"provenance": {"models": {"base": base}}}
+        (folder / "results.json").write_text(json.dumps(results), encoding="utf-8")
+    refuse_another_base(tmp_path, [*runs[:2], tmp_path / "fold-4"])
+    with pytest.raises(TrainingError, match="the base has changed since its first folds"):
+        refuse_another_base(tmp_path, runs)
