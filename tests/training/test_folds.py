@@ -18,7 +18,7 @@ from medct.common.errors import StoppedError
 from medct.common.files import OtherSettingsError
 from medct.data import PhantomCohort, open_source
 from medct.data.sources import Source
-from medct.evaluation.metrics import compare
+from medct.evaluation.metrics import compare, zero_shot_scores
 from medct.evaluation.predictions import Key, Predictions, learned_from
 from medct.evaluation.record import read_scores, write_record
 from medct.evaluation.report import folds_table
@@ -138,6 +138,11 @@ def test_scores_of_all_folds_are_pooled_and_the_first_adapter_is_kept(
     for version in ("base", "adapted", "difference"):
         assert results["comparison"][version]["auroc"] == pytest.approx(expected[version]["auroc"])
     assert [each["fold"] for each in results["folds"]] == [1, 2, 3]
+    start = 0  # the line of each fold can be computed again, as its studies stand together
+    for fold in results["folds"]:
+        rows = np.arange(start, start := start + fold["scans"])
+        auroc = zero_shot_scores(adapted.scores[rows], adapted.labels[rows], list(CT_CLIP_LABELS))["auroc"]
+        assert fold["adapted"] == pytest.approx(auroc)
     assert sum(each["patients"] for each in results["folds"]) == 24
     assert results["measured_on"].startswith("Cross-validation by patient: each of 24 patients was held out once")
     bad = [json.loads(line) for line in (folder / "bad_samples.jsonl").read_text(encoding="utf-8").splitlines()]
