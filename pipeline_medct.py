@@ -572,8 +572,11 @@ def _without_dropout(model: torch.nn.Module) -> Iterator[None]:
 
 def _processor_of(model: PreTrainedModel) -> MedCTProcessor:
     """The processor that lies beside a model's weights."""
+    options = dict(getattr(model, "_place", {}))
+    if __name__.startswith("transformers_modules."):
+        options["trust_remote_code"] = True  # it runs already; the library would ask, and name that as the cause
     try:
-        return MedCTProcessor.from_pretrained(model.name_or_path, **getattr(model, "_place", {}))
+        return MedCTProcessor.from_pretrained(model.name_or_path, **options)
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"A pipeline needs the model's processor ({first_line(error)}): pass `processor=`.") from error
 

@@ -24,6 +24,7 @@ from peft import PeftModel
 from transformers import get_cosine_schedule_with_warmup
 
 from medct.adapters_medct import adapter_fingerprint, describe_adapter, fingerprint
+from medct.checks_medct import preprocessing
 from medct.common.counting import counted
 from medct.common.digest import digest
 from medct.common.distributed import process_rank, refuse_different, refuse_unshared, shard, sum_gradients
@@ -418,11 +419,15 @@ class Trainer:
 
     def _fixed(self) -> dict[str, Any]:
         """What a run that is resumed must have in common with its beginning, besides what it is told to score."""
-        return self.settings.fixed() | {
+        # Weights and voxels decide which base it is, not where it lies.
+        places = set() if self.fingerprint is None else {"model", "revision"}
+        settings = {name: value for name, value in self.settings.fixed().items() if name not in places}
+        return settings | {
             "steps": self.steps,
             "processes": self.accelerator.num_processes,
             "mixed precision": self.accelerator.mixed_precision,
             "the base's weights": self.fingerprint,
+            "the base's preprocessing": preprocessing(self.config),
             "labels, prompts and mappings": self._digest_of_labels(),
             "training studies, with labels and reports,": digest_of_studies(self.sources["train"]),
         }

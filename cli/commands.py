@@ -31,7 +31,7 @@ from medct.errors_medct import MedCTError, first_line
 from medct.inference.bulk import KEY, Csv, JsonLines, Reading, process, process_to_file
 from medct.inference.studies import FailedStudy, LoadStudy, ReadStudy, Study, find_studies, stacked
 from medct.inference.weights import KEY as WEIGHTS
-from medct.inference.weights import weights_of
+from medct.inference.weights import PREPROCESSING, weights_of
 from medct.pipeline_medct import CTPipeline
 from medct.publishing.loading import load_model, pipeline_of, resolve_name
 from medct.reporting.findings import SYNTHETIC
@@ -186,7 +186,7 @@ def row_settings(args: argparse.Namespace, pipe: CTPipeline) -> dict[str, Any]:
         args: Parsed, with the options for the model and for scans.
         pipe: The model's pipeline.
     """
-    made_by = {WEIGHTS: weights_of(pipe.model), "preprocessing": preprocessing(pipe.model.config)}
+    made_by = {WEIGHTS: weights_of(pipe.model), PREPROCESSING: preprocessing(pipe.model.config)}
     return {**model_settings(args), **reading_options(args), **made_by}
 
 

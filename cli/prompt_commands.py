@@ -19,7 +19,7 @@ from medct.adapters_medct import (
 )
 from medct.cli.commands import CommandError, ends, load_pipeline, start_processes
 from medct.cli.records import only_json, recorded_settings
-from medct.cli.score_commands import loader_of
+from medct.cli.score_commands import loader_of, remark_on_choice
 from medct.common.distributed import of_all, refuse_different, start_launch
 from medct.common.errors import OK
 from medct.common.files import write_json
@@ -28,7 +28,7 @@ from medct.data import open_source
 from medct.data.label_space import pairs_of, read_label_flags, told_apart
 from medct.errors_medct import first_line
 from medct.evaluation.figures import choose_on
-from medct.evaluation.operating_points import YOUDEN, wanted_of
+from medct.evaluation.operating_points import YOUDEN, Points, remark_on_points, wanted_of
 from medct.evaluation.prompts import SYNONYMS, TEMPLATES, Template, spread, wording_scores
 from medct.evaluation.provenance import list_checksum, provenance
 from medct.evaluation.report import prompts_report
@@ -69,13 +69,17 @@ def _try_prompts(args: argparse.Namespace) -> int:
         found = spread(scores, studies.labels, templates, names, studies.patients, len(config.prompt_templates))
     except ValueError as error:
         raise CommandError(f"{source.description}: {error}") from error
-    if args.store:
-        _store_wording(Path(args.adapter), found, scores, studies, templates, names)
+    points = _store_wording(Path(args.adapter), found, scores, studies, templates, names) if args.store else {}
     if args.output is not None:
         write_json(args.output, found | {"provenance": _provenance(args, pipe, accelerator, studies)})
     print(f"{source.description}\n\n{prompts_report(found)}")
     if args.store:
-        print(f"\nstored in {Path(args.adapter) / DESCRIPTION_FILE}, with operating points and calibration for it")
+        which = "with operating points and calibration for it" if points else "without operating points for it"
+        print(f"\nstored in {Path(args.adapter) / DESCRIPTION_FILE}, {which}")
+    remarks = remark_on_points(points.get(YOUDEN, {}), list(names), studies.names) if args.store else []
+    for said in (*remarks, remark_on_choice(args.adapter, source, studies)):
+        if said:
+            print(f"NOTE: {said}")
     return ends(failed, source.num_studies, None)
 
 
@@ -139,8 +143,8 @@ def _store_wording(
     studies: ScoredStudies,
     templates: Sequence[Template],
     names: Mapping[str, Sequence[Prompt]],
-) -> None:
-    """Write the choice into an adapter, with operating points and calibration of the scores that it gives."""
+) -> Points:
+    """Write the choice into an adapter, with operating points, which it returns, and calibration of its scores."""
     chosen = found["chosen"]
     used = [templates.index(tuple(each)) for each in chosen["prompt_templates"]]
     words = {label: chosen["names"].get(label, each[0]) for label, each in names.items()}
@@ -151,9 +155,10 @@ def _store_wording(
     described |= {
         "prompt_templates": chosen["prompt_templates"],
         "prompts": {label: each for label, each in words.items() if each != label} or None,
-        "thresholds": points.pop(YOUDEN, None),
+        "thresholds": points.get(YOUDEN),
         "calibration": calibration or None,
-        "operating_points": points or None,
+        "operating_points": {name: each for name, each in points.items() if name != YOUDEN} or None,
         "adapter_fingerprint": saved_fingerprint(folder),
     }
     write_json(folder / DESCRIPTION_FILE, described)
+    return points

@@ -152,7 +152,8 @@ def _evaluate(args: argparse.Namespace, recorded: Mapping[str, Any] | None) -> i
     score = functools.partial(_score, args, pipe, versions, accelerator)
     opened = functools.partial(_open, args, config, mappings)
     _refuse_the_same(args)
-    tuned = None if args.tune_on is None else score(opened(args.tune_on, "tune"))[0]
+    tuning = None if args.tune_on is None else opened(args.tune_on, "tune")
+    tuned = None if tuning is None else score(tuning)[0]
     chosen_on = None if tuned is None else next(iter(tuned.values()))
     scored, sources, lists, failed = {}, [], {}, 0
     if chosen_on is not None:
@@ -177,6 +178,9 @@ def _evaluate(args: argparse.Namespace, recorded: Mapping[str, Any] | None) -> i
     points, _ = next(iter(brought.values()))
     names = list(dict.fromkeys(name for about in sources for name in about["present"]))
     on_points = [] if chosen_on is None else remark_on_points(points.get(YOUDEN, {}), names, chosen_on.names)
+    if tuning is not None and chosen_on is not None:
+        adapters = [version.about.get("adapter") for version in versions.values()]
+        on_points += filter(None, (remark_on_choice(adapter, tuning, chosen_on) for adapter in adapters))
     results = _results(args, versions, names, sources, lists, on_points, accelerator)
     keys = {Key(model, name, args.split): each for name, by_model in scored.items() for model, each in by_model.items()}
     if args.output is not None:
@@ -414,16 +418,38 @@ def _about(name: str, source: Source, split: str, unreadable: int) -> dict[str, 
 
 def _learned(versions: Mapping[str, Version], source: Source, scored: ScoredStudies) -> dict[str, dict[str, int]]:
     """By adapter, how many of these studies bear the names of those that it was trained on, and chosen on."""
-    found: dict[str, dict[str, int]] = {}
-    for name, version in versions.items():
-        adapter = version.about.get("adapter")
-        if adapter is None or source.is_synthetic:  # drawings have numbers, the same in every split
-            continue
-        for split, names in learned_from(scores_path(Path(adapter) / RESULTS)).items():
-            # Of several reconstructions, the scan is named.
-            if count := max(len(names.intersection(each)) for each in (source.names, scored.ids)):
-                found.setdefault(name, {})[split] = count
-    return found
+    counts = {name: _learned_by(version.about.get("adapter"), source, scored) for name, version in versions.items()}
+    return {name: each for name, each in counts.items() if each}
+
+
+def _learned_by(adapter: str | None, source: Source, scored: ScoredStudies) -> dict[str, int]:
+    if adapter is None or source.is_synthetic:  # drawings have numbers, the same in every split
+        return {}
+    learned = learned_from(scores_path(Path(adapter) / RESULTS))
+    # Of several reconstructions, the scan is named.
+    counts = {
+        split: max(len(names.intersection(each)) for each in (source.names, scored.ids))
+        for split, names in learned.items()
+    }
+    return {split: count for split, count in counts.items() if count}
+
+
+def remark_on_choice(adapter: str | None, source: Source, scored: ScoredStudies) -> str | None:
+    """What to say of a choice on studies with the names of those that an adapter was trained on, as of other folds.
+
+    Args:
+        adapter: Its folder; `None` without one.
+        source: What the choice was made on.
+        scored: Its studies.
+    """
+    count = _learned_by(adapter, source, scored).get("train")
+    if not count:
+        return None
+    studies = counted(len(scored.ids), "study", "studies")
+    return (
+        f"{Path(str(adapter)).name} has trained on {count:,} of the {studies} that the choice was made on, by their "
+        "names. If they are the same studies, it does not hold for others."
+    )
 
 
 def _brought(

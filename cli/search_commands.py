@@ -10,6 +10,7 @@ import torch
 from accelerate import PartialState
 
 from medct.byte_sources_medct import is_address
+from medct.checks_medct import preprocessing
 from medct.cli.commands import (
     CommandError,
     ends,
@@ -31,7 +32,7 @@ from medct.inference import search
 from medct.inference.bulk import KEY, JsonLines, process_to_file, read_rows
 from medct.inference.studies import FailedStudy, ReadStudy, Study, find_studies, looks_like_path, read_study, stacked
 from medct.inference.weights import KEY as WEIGHTS
-from medct.inference.weights import NAMES, weights_of
+from medct.inference.weights import NAMES, PREPROCESSING, weights_of
 from medct.pipeline_medct import ZeroShotCTClassificationPipeline
 
 # The commit of a repository is that of no other.
@@ -156,6 +157,7 @@ def search_index(args: argparse.Namespace) -> int:
     asked = _made_by(args, embeddings.settings)
     pipe = load_pipeline(args, PartialState(cpu=args.cpu).device, zero_shot_only=True)
     _refuse_others(args, asked, embeddings.settings, weights_of(pipe.model))
+    _refuse_other_voxels(args, embeddings.settings, preprocessing(pipe.model.config))
     if is_scan:
         read = read_study(one_study(args.query), pipe.processor.image_processor, pipe.device, **reading_options(args))
         if isinstance(read, FailedStudy):
@@ -207,6 +209,20 @@ def _refuse_others(
             f"{args.index} was made with other weights than those that {which} has now, so nothing in it can be "
             "compared. Make the index again."
         )
+
+
+def _refuse_other_voxels(args: argparse.Namespace, settings: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuse to search an index whose scans the model of these weights saw in another window, or on another grid.
+
+    Raises:
+        CommandError: If it is; it names what differs.
+    """
+    for name, value in now.items():
+        if (made_with := settings.get(PREPROCESSING, {}).get(name)) != value:
+            raise CommandError(
+                f"{args.index} was made with {name} {made_with!r}, but the model has {value!r} now, so scans in it "
+                "cannot be compared with others. Make the index again."
+            )
 
 
 def _is_scan(query: str) -> bool:

@@ -60,7 +60,8 @@ def summarize(
 
     Returns:
         `description`; `num_studies` (in one epoch), `num_volumes` (with all reconstructions), `num_patients`; `labels`:
-        `present`, `absent`, `unknown` and `prevalence` among the known (`None` if there are none), by name;
+        `present` (above 0.5), `absent`, `unknown` and `prevalence` among the known (`None` if there are none), by name;
+        `shares`: how many labels are between 0 and 1;
         `no_finding`: studies without any finding, among those with all labels known; `reports`: `missing`, `distinct`,
         quartiles of `words` and `tokens`, and `cut`, those longer than the model reads; `skipped`: ids by reason;
         `splits`: of each, `num_studies`, `num_patients` and `labels`.
@@ -91,6 +92,7 @@ def summarize(
         "num_volumes": sum(map(len, source.groups)),
         "num_patients": len(set(patients)),
         "labels": _count_labels(labels, names),
+        "shares": int(((labels > 0) & (labels < 1)).sum()),
         "no_finding": {"studies": int((labels[is_known] == 0).all(axis=1).sum()), "known": int(is_known.sum())},
         "reports": _count_reports(reports, tokenizer),
         "skipped": skipped,
@@ -151,6 +153,8 @@ def as_text(summary: dict[str, Any]) -> str:
     for name, of in summary["labels"].items():
         prevalence = "-" if of["prevalence"] is None else f"{of['prevalence']:.3f}"
         lines.append(f"{name:{width}}  {prevalence:>10}  {of['present']:7}  {of['absent']:7}  {of['unknown']:7}")
+    if summary["shares"]:
+        lines.append(f"labels between 0 and 1: {summary['shares']}; above 0.5 they count as present, else as absent")
     lines.append(f"no finding: {summary['no_finding']['studies']} of {summary['no_finding']['known']} studies")
     lines += _split_lines(summary["splits"], width)
     lines += ["", *_report_lines(summary["reports"], summary["num_studies"]), ""]

@@ -300,10 +300,10 @@ def _data_files(address: str, revision: str | None, token: str | None) -> dict[s
             f"CT-RATE's folder, one with a {METADATA}, or Parquet files with a Nifti() column."
         ) from error
     if builder.dataset_name is None or builder.name != "parquet" or not builder.config.data_files:
-        raise DataError(
-            f"{address}: not in CT-RATE's layout, no {METADATA}, and stored as {builder.name}. Write it as Parquet "
-            "with `Dataset.push_to_hub` or `Dataset.to_parquet`."
-        )
+        as_parquet = "Write it as Parquet with `Dataset.push_to_hub` or `Dataset.to_parquet`"
+        as_table = f"List its files in a {METADATA}; a metadata.jsonl is not read"
+        remedy = as_table if builder.name == "niftifolder" else as_parquet
+        raise DataError(f"{address}: not in CT-RATE's layout, no {METADATA}, and stored as {builder.name}. {remedy}.")
     return {str(split): [str(path) for path in paths] for split, paths in builder.config.data_files.items()}
 
 

@@ -8,6 +8,7 @@
 | an apostrophe before what would be a formula | left out, as in a spreadsheet |
 | a row shorter than the header | its last cells are empty |
 | `.xlsx` | read with openpyxl if it is installed, from the sheet that has the columns |
+| cells of a sheet that are merged, below the header | each holds what is shown |
 | another encoding than UTF-8, `.xls`, an encrypted workbook | refused |
 """
 
@@ -171,8 +172,16 @@ def _sheets(path: Path, state: tuple[int, ...]) -> list[list[list[str]]]:
                 f"the sheet {sheet.title!r} reaches from {sheet.dimensions.replace(':', ' to ')}, more than a "
                 f"table holds. Delete what stands far outside of the table, or: {_AS_CSV}."
             )
-    sheets = [list(sheet.iter_rows(values_only=True)) for sheet in found]
-    return [[[_text(cell) for cell in row] for row in sheet] for sheet in sheets if sheet]
+    return [texts for sheet in found if (texts := _texts(sheet))]
+
+
+def _texts(sheet: Any) -> list[list[str]]:
+    """The cells of a sheet as csv would hold them; below the header, what is merged stands in each place it covers."""
+    rows = [[_text(cell) for cell in row] for row in sheet.iter_rows(values_only=True)]
+    for area in sheet.merged_cells.ranges:
+        for row, column in area.cells if area.min_row > 1 else ():
+            rows[row - 1][column - 1] = rows[area.min_row - 1][area.min_col - 1]
+    return rows
 
 
 def _text(cell: Any) -> str:

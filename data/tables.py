@@ -25,7 +25,10 @@ SPLITS = ("train", "tune", "valid")
 TUNE_SHARE = 0.1
 """Default share of a train split's patients that form the tune split."""
 SPACINGS_MM = ["i_mm", "j_mm", "k_mm"]
-MAPPING_HINT = "If it has another name there, say so with --mapping; other findings are asked for with --labels."
+MAPPING_HINT = (
+    "If it has another name there, say so with --mapping (or --keep_mapping, --replay_mapping); other findings are "
+    "asked for with --labels."
+)
 """What else to do if a label has no column."""
 # What reports hold where nothing was dictated.
 _NO_TEXT = {"", "not given.", "not given", "nan"}
@@ -282,10 +285,12 @@ def table_source(
     together = table.groupby("scan", sort=False).indices.values() if by_scan else ([row] for row in range(len(table)))
     groups = sorted(tuple(map(int, rows)) for rows in together)
     if not groups:
-        reasons = "; ".join(sorted({study.reason for study in sieve.skipped})) or "its tables are empty"
-        raise NoSuchSplitError(
-            f"{where}: no study of the {selection.split} split is left ({reasons}). Check its tables."
-        )
+        reasons = "; ".join(sorted({study.reason for study in sieve.skipped}))
+        others = ", ".join(f"{count} in {split}" for split, count in (elsewhere or {}).items())
+        is_elsewhere = others and not reasons
+        remedy = "Give some patients that split, in a column 'split'" if is_elsewhere else "Check its tables"
+        why = reasons or others or "its tables are empty"
+        raise NoSuchSplitError(f"{where}: no study of the {selection.split} split is left ({why}). {remedy}.")
     scan_or_id = table["scan" if "scan" in table else "id"]
     names = [scan_or_id[rows[0]] for rows in groups]
     chosen = first_of(names, selection.limit)

@@ -105,7 +105,8 @@ def compare_calibration(
     Returns:
         Ready for JSON: `before`, `after` and `difference`, each with `expected_calibration_error` and `brier` as
         `{"value", "low", "high"}`; `reliability`, by "before" and "after" a list of bins with `probability`, `count`
-        and `share` present, as such an interval; and `labels`. `None` if no label is calibrated.
+        and `share` present, as such an interval; `labels`; and the `calibration` of these. `None` if no label is
+        calibrated.
     """
     is_known = ~np.isnan(np.asarray(labels, float)).all(axis=0)
     columns = [index for index, name in enumerate(names) if name in calibration and is_known[index]]
@@ -135,6 +136,7 @@ def compare_calibration(
             for version, each in figures.items()
         },
         "labels": labelled,
+        "calibration": calibration,
     }
 
 

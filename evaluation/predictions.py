@@ -220,7 +220,9 @@ def join_metadata(predictions: Path, metadata: Path, split: str | None = None) -
 
 
 def named_table(path: Path) -> pd.DataFrame:
-    """A csv file as text, whose column of names (`file_name`, `VolumeName` or `study`) is called `file_name`.
+    """A table as text, whose column of names (`file_name`, `VolumeName` or `study`) is called `file_name`.
+
+    Of equal rows there is one, as in a source of studies.
 
     Raises:
         DataError: If it cannot be read, or has no such column.
@@ -228,7 +230,8 @@ def named_table(path: Path) -> pd.DataFrame:
     columns = columns_of(path)
     name = next((column for column in _NAME_COLUMNS if column in columns), NAME)
     table = read_table(path, [name], [column for column in columns if column != name])
-    return table.rename(columns={name: NAME}).assign(**{NAME: table[name].str.strip().map(composed)})
+    table = table.rename(columns={name: NAME}).assign(**{NAME: table[name].str.strip().map(composed)})
+    return table.drop_duplicates()
 
 
 def _of_models(scores: pd.DataFrame, split: str | None) -> pd.DataFrame:

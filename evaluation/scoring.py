@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from medct.checks_medct import refuse_what_is_no_number
+from medct.checks_medct import preprocessing, refuse_what_is_no_number
 from medct.common.distributed import of_all, sum_over_processes
 from medct.common.progress import tqdm
 from medct.configuration_medct import MedCTConfig
@@ -103,9 +103,9 @@ def about_model(model: AnyModel, config: MedCTConfig | None = None) -> dict[str,
         config: See `prompts_for`.
 
     Returns:
-        `dtype`; unless it is a classifier, `prompt_templates` and `prompts`, as in the configuration.
+        `dtype`, `preprocessing`; unless it is a classifier, `prompt_templates` and `prompts`, as in the configuration.
     """
-    about: dict[str, Any] = {"dtype": str(model.dtype).removeprefix("torch.")}
+    about = {"dtype": str(model.dtype).removeprefix("torch."), "preprocessing": preprocessing(model.config)}
     if is_classifier(model):
         return about
     config = config or model.config

@@ -8,6 +8,8 @@ from medct.common.digest import digest
 
 KEY = "weights"
 """Under which a file's settings hold them."""
+PREPROCESSING = "preprocessing"
+"""Under which they hold what the voxels meant to these weights."""
 NAMES = ("model", "revision", "adapter", "adapter_revision", "dtype")
 """Settings that say where weights came from. Of the same weights they may differ: a folder may have been moved."""
 

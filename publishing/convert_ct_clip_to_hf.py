@@ -10,7 +10,6 @@ Source: specification of CT-CLIP, section 5.
 
 import json
 import re
-import shutil
 import zipfile
 from collections import defaultdict
 from pathlib import Path
@@ -25,7 +24,7 @@ from medct.errors_medct import MedCTError, first_line
 from medct.image_processing_medct import MedCTImageProcessor
 from medct.modeling_medct import MedCTForImageClassification, MedCTModel
 from medct.processing_medct import MedCTProcessor
-from medct.publishing.cards import MODEL_CARD
+from medct.publishing.cards import model_card
 
 CLASSFINE_PREFIX = "trained_model."
 
@@ -195,7 +194,8 @@ def build_model(config: MedCTConfig, mapped: dict[str, torch.Tensor]) -> MedCTMo
         mapped: From `map_keys`; with a classifier, or without.
 
     Raises:
-        ConversionError: If a tensor is missing or unexpected, or its shape is not that of the configuration.
+        ConversionError: If a tensor is missing or unexpected, its shape is not that of the configuration, or it is not
+            finite.
     """
     model_class = MedCTForImageClassification if "classifier.weight" in mapped else MedCTModel
     with torch.device("meta"):
@@ -213,6 +213,8 @@ def build_model(config: MedCTConfig, mapped: dict[str, torch.Tensor]) -> MedCTMo
                 f"{name} has shape {tuple(tensor.shape)}; these sizes ask for {tuple(expected[name].shape)}. Pass the "
                 "model's own --sizes."
             )
+        if not tensor.isfinite().all():
+            raise ConversionError(f"{name} holds NaN or infinity: the checkpoint is damaged. Download it again.")
     # `from_pretrained`, not `load_state_dict`: buffers that no checkpoint holds must be filled, too.
     return model_class.from_pretrained(None, config=config, state_dict=mapped).eval()
 
@@ -275,7 +277,9 @@ def convert(checkpoint: Path, output: Path, tokenizer: str, sizes: Path | None =
         processor = MedCTProcessor(
             MedCTImageProcessor.from_config(config.vision_config), load_tokenizer(tokenizer, config)
         )
-        build_model(config, mapped).save_pretrained(folder)
+        model = build_model(config, mapped)
+        model.save_pretrained(folder)
         processor.save_pretrained(folder)
-        shutil.copyfile(MODEL_CARD, folder / "README.md")
+        card = model_card(isinstance(model, MedCTForImageClassification))
+        (folder / "README.md").write_text(card, encoding="utf-8")
     return dropped

@@ -35,7 +35,6 @@ from medct.common.retry import keep_trying
 from medct.errors_medct import MedCTError, first_line
 from medct.publishing.cards import (
     GENERATED,
-    MODEL_CARD,
     PICTURES,
     PLACEHOLDER_REPO,
     base_license,
@@ -144,8 +143,9 @@ def push_model(folder: str | Path, repo_id: str, *, private: bool = False) -> st
     for name in set(RUN_FILES) & files.keys():
         files[name] = _json_bytes(folder, read_json(folder, name))
     card = folder / "README.md"
-    text = (card if card.is_file() else MODEL_CARD).read_text(encoding="utf-8")
-    files["README.md"] = text.replace(PLACEHOLDER_REPO, repo_id).encode()
+    if not card.is_file():
+        raise PushError(f"{folder} has no README.md. Write one that says what the model is, and under which licence.")
+    files[card.name] = card.read_text(encoding="utf-8").replace(PLACEHOLDER_REPO, repo_id).encode()
     return _Job(folder, repo_id, private, {}).push(files, "Add model")
 
 

@@ -119,6 +119,7 @@ def cross_validate(
                 ) from error
             if is_main_process:
                 refuse_changed(folder.work, runs)
+                refuse_another_base(folder.work, runs)
                 print(_in_a_line(_about(fold, results), settings.folds))
         if is_main_process:
             results = _gather(folder, runs, settings)
@@ -151,6 +152,24 @@ def refuse_changed(work: Path, runs: Sequence[Path]) -> None:
                         f"{work}: studies or labels have changed since its first folds were trained, so that these "
                         "cannot be pooled with later ones. Remove the folder, or choose another --output_dir."
                     )
+
+
+def refuse_another_base(work: Path, runs: Sequence[Path]) -> None:
+    """Refuse folds whose bases differ, as where one was made anew in the same place: they say nothing of each other.
+
+    Args:
+        work: Folder of all, for messages.
+        runs: Folders of the folds; those that are not complete are passed over.
+
+    Raises:
+        TrainingError: If they do.
+    """
+    bases = [read_results(run)["provenance"]["models"][BASE] for run in runs if (run / RESULTS).is_file()]
+    if any(base != bases[0] for base in bases):
+        raise TrainingError(
+            f"{work}: the base has changed since its first folds were trained, so that these cannot be pooled with "
+            "later ones. Remove the folder, or choose another --output_dir."
+        )
 
 
 def _gather(folder: RunFolder, runs: Sequence[Path], settings: TrainingSettings) -> dict[str, Any]:

@@ -901,6 +901,14 @@ def test_an_index_of_other_weights_is_not_searched(run, scans, site_model, tmp_p
     assert "was made with other weights than those that" in err
 
 
+def test_an_index_of_another_window_is_not_searched(run, scans, site_model, tmp_path):
+    index = tmp_path / "index.parquet"
+    assert run("embed", scans / "0.nii.gz", "--output", index, model=site_model)[0] == 0
+    remake(site_model, "window")
+    status, _, err = run("search", scans / "1.nii.gz", "--index", index, model=None)
+    assert status == 2 and re.search(r"was made with hu_min -1000(\.0)?, but the model has -900", err)
+
+
 def test_an_index_that_names_no_weights_is_not_searched(run, tmp_path):
     row = {"study": "a", "image_embeds": [1.0, 0.0]}
     write_embeddings(tmp_path / "index.parquet", [row], {"model": "org/name"})

@@ -600,3 +600,6 @@ def test_studies_that_an_adapter_has_learned_from_are_remarked_on(tmp_path):
     assert learned(others, scored.take([3]), run="run") == {}
     assert learned(dataclasses.replace(source, is_synthetic=True), run="run") == {}
     assert learned(run="ORG/NAME") == {}
+    adapters = [str(tmp_path / "run"), str(tmp_path / "other"), None]
+    said, *others = [score_commands.remark_on_choice(adapter, source, scored) for adapter in adapters]
+    assert said.startswith("run has trained on 2 of the 4 studies that the choice was made on") and not any(others)

@@ -78,6 +78,17 @@ def test_a_source_without_labels_and_reports_is_counted():
     assert "-" in overview.as_text(summary)
 
 
+def test_shares_are_counted_by_a_rule_that_is_said():
+    def read(key: int) -> dict:
+        return {"id": f"{key}", "patient": "p", "report": "", "labels": [(0, 0.5, 0.7, 1)[key]], "volume": "v.nii"}
+
+    summary = overview.summarize(Source([(0,), (1,), (2,), (3,)], read, ("A",), "4 studies"))
+    assert (summary["labels"]["A"]["present"], summary["labels"]["A"]["absent"], summary["shares"]) == (2, 2, 2)
+    said = "labels between 0 and 1: 2; above 0.5 they count as present, else as absent"
+    assert said in overview.as_text(summary)
+    assert "between 0 and 1" not in overview.as_text(overview.summarize(source()))
+
+
 @pytest.mark.parametrize("orientation", ["SLP", "RAS", "PIR"])
 def test_pictures_stand_upright(orientation):
     """Bright blocks towards the head, the front and the patient's left appear where a radiologist looks for them."""

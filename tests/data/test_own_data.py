@@ -298,10 +298,20 @@ def test_of_two_tables_none_is_taken(tmp_path, within):
         open_source(str(tmp_path), "train", CONFIG)
 
 
+def test_a_split_that_no_patient_fell_into_is_not_called_an_empty_table(tmp_path):
+    write_metadata(tmp_path, 2, patient=["p", "q"], split=["train", "valid"])
+    with pytest.raises(DataError, match=r"of the tune split is left \(1 in train, 1 in valid\)\. Give some"):
+        open_source(str(tmp_path), "tune", CONFIG, tune_share=0.0)
+
+
 def test_what_is_not_a_source_is_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"empty: not in CT-RATE's layout, no metadata.csv, and not a dataset"):
         open_source(str(tmp_path / "empty"), "train", CONFIG)
+    write_scan(tmp_path / "files/a.nii.gz", 0)
+    (tmp_path / "files/metadata.jsonl").write_text('{"file_name": "a.nii.gz", "nodule": 1, "fluid": 0}\n', "utf-8")
+    with pytest.raises(DataError, match=r"List its files in a metadata\.csv; a metadata\.jsonl is not read\."):
+        open_source(str(tmp_path / "files"), "train", CONFIG)
     Dataset.from_dict({"nodule": [1], "fluid": [0]}).to_parquet(str(tmp_path / "plain.parquet"))
     with pytest.raises(DataError, match=r"has no Nifti\(\) column"):
         open_source(str(tmp_path / "plain.parquet"), "train", CONFIG)

@@ -49,6 +49,19 @@ def test_a_sheet_gives_the_same(tmp_path):
     assert cells(read_table(path, COLUMNS, ["report"])) == ROWS
 
 
+def test_merged_cells_of_a_sheet_hold_what_is_shown_in_each_place(tmp_path):
+    path = write_xlsx(tmp_path / "table.xlsx", [["file_name", "patient", "Erguss", "Herz", "Befund"]])
+    book = openpyxl.load_workbook(path)
+    for row in (["a.nii", 7, "ja"], ["b.nii"], ["c.nii", 8, None, "nein"]):
+        book.active.append(row)
+    for area in ("B2:B3", "C2:D3", "E1:G1"):
+        book.active.merge_cells(area)
+    book.save(path)
+    table = read_table(path, ["file_name", "patient", "Erguss", "Herz"])
+    assert cells(table) == [["a.nii", "7", "ja", "ja"], ["b.nii", "7", "ja", "ja"], ["c.nii", "8", "", "nein"]]
+    assert columns_of(path) == ["file_name", "patient", "Erguss", "Herz", "Befund", "", ""]
+
+
 def test_a_sheet_is_unpacked_once_however_often_it_is_read_and_again_once_it_has_changed(tmp_path, monkeypatch):
     loaded, load = [], openpyxl.load_workbook
     monkeypatch.setattr(openpyxl, "load_workbook", lambda *a, **options: loaded.append(a) or load(*a, **options))

@@ -65,6 +65,7 @@ def test_the_order_stays_and_probabilities_get_better_on_other_patients():
     assert found["difference"]["expected_calibration_error"]["high"] < 0
     assert found["difference"]["brier"]["high"] < 0
     assert found["labels"] == NAMES
+    assert found["calibration"] == calibration  # so that "after" can be computed again
 
 
 def test_a_bin_of_few_has_no_interval():

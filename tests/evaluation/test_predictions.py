@@ -86,6 +86,13 @@ def test_scores_join_with_metadata_by_the_name_of_the_file(tmp_path):
     assert scored.ids == ["a/0.nii.gz", "2.nii.gz"]
 
 
+def test_equal_rows_are_one_as_in_a_source(tmp_path):
+    for name, column in (("scores.csv", [0.2, 0.7, 0.2]), ("metadata.csv", [0, 1, 0])):
+        pd.DataFrame({"file_name": ["a", "b", "a"], "Mass": column}).to_csv(tmp_path / name, index=False)
+    (scored,) = join_metadata(tmp_path / "scores.csv", tmp_path / "metadata.csv").scored.values()
+    assert scored.ids == ["a", "b"]
+
+
 def test_a_runs_own_scores_join_with_the_table_it_was_made_of(tmp_path):
     """Subgroups are no labels, what was trained on has no scores, and what was tuned on is not held out."""
     valid, tune = studies(0, about=True), studies(1)

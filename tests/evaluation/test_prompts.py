@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 from accelerate import Accelerator
-from adapter_files import save_adapter
+from adapter_files import RESULTS, save_adapter
 from sklearn.metrics import roc_auc_score
 
 from medct import CT_CLIP_LABELS, MedCTConfig, MedCTModel, ZeroShotCTClassificationPipeline
@@ -176,7 +176,8 @@ def test_a_choice_is_stored_with_the_adapter_and_used(converted, processor, tmp_
     options += ["--templates", "{label} a|not {label} b", "{label} q|no {label}"]
     output = tmp_path / "prompts.json"
     assert main([*map(str, options), "--names", str(tmp_path / "names.json"), "--store", "--output", str(output)]) == 0
-    assert "moves the mean AUROC from" in capsys.readouterr().out
+    assert "moves the mean AUROC from" in (out := capsys.readouterr().out)
+    assert "medct_adapter.json, with operating points and calibration for it\nNOTE: No operating point for " in out
     found = json.loads(output.read_text(encoding="utf-8"))
     assert len(found["templates"]) == 3 and found["studies"] == 20
     described = json.loads((adapter / DESCRIPTION_FILE).read_text(encoding="utf-8"))
@@ -210,6 +211,16 @@ def test_a_choice_is_stored_with_the_adapter_and_used(converted, processor, tmp_
     main([*map(str, evaluate), "--num_workers", "0", "--bootstrap_resamples", "20", "--output", str(scored)])
     auroc = json.loads(scored.read_text(encoding="utf-8"))["sources"][0]["scores"]["auroc"]["value"]
     assert auroc == pytest.approx(found["chosen"]["auroc"], abs=1e-9)
+
+
+def test_a_choice_on_few_is_stored_without_operating_points_and_says_so(converted, tmp_path, capsys):
+    adapter = save_adapter(converted, tmp_path / "adapter", results=RESULTS | {"thresholds": {"Emphysema": 0.5}})
+    options = ["prompts", "--data", "phantoms:A", "--limit", "4", "--model", converted, "--adapter", adapter, "--cpu"]
+    assert main([*map(str, options), "--num_workers", "0", "--templates", "{label} a|not {label} b", "--store"]) == 0
+    out = capsys.readouterr().out
+    assert "stored in " in out and "medct_adapter.json, without operating points for it" in out
+    assert "NOTE: No operating point for any finding: fewer than 5 tuning patients have it" in out
+    assert json.loads((adapter / DESCRIPTION_FILE).read_text(encoding="utf-8"))["thresholds"] is None
 
 
 @pytest.mark.parametrize(

@@ -295,7 +295,7 @@ def test_a_single_label_and_a_single_pair_need_no_list(pipe, scans):
 
 
 RUN = """
-import json, sys
+import json, pathlib, sys
 from transformers import pipeline
 commit, adapter_commit, folder, labels, *scans = sys.argv[1:]
 task, options = "zero-shot-ct-classification", {"trust_remote_code": True, "device": "cpu"}
@@ -309,6 +309,11 @@ adapter = {"adapter": "org/site-b", "adapter_revision": adapter_commit}
 adapted = pipeline(task, model="org/base", revision=commit, **adapter, **options)
 alone = pipeline(task, model="org/site-b", **options)
 assert alone(scans[0]) == adapted(scans[0])
+pathlib.Path(folder, "tokenizer.json").unlink()
+try:
+    pipeline(task, model=folder, **options)
+except ValueError as error:
+    assert "a tokenizer that knows no words" in str(error), error
 print(json.dumps([results, adapted(scans[0])]))
 """
 

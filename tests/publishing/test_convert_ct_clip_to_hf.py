@@ -1,8 +1,10 @@
 """Conversion: every key accounted for, and nothing left behind when it fails."""
 
 import json
+import re
 
 import ct_clip_reference as reference
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -83,6 +85,23 @@ def test_classfine_converts_to_a_classifier(checkpoint, tokenizer_folder, sizes_
     torch.testing.assert_close(classifier(batch["pixel_values"]).logits, expected, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("holds", [lambda state: state, classfine], ids=["CT-CLIP", "ClassFine"])
+def test_what_a_converted_model_says_of_its_use_is_right(
+    holds, checkpoint, tokenizer_folder, sizes_file, nifti, tmp_path, monkeypatch
+):
+    torch.save(holds(torch.load(checkpoint, weights_only=True)), tmp_path / "weights.pt")
+    convert(tmp_path / "weights.pt", tmp_path / "out", str(tokenizer_folder), sizes_file)
+    nifti(np.zeros((8, 8, 8), np.float32))
+    monkeypatch.chdir(tmp_path)
+    said = (tmp_path / "out/README.md").read_text(encoding="utf-8")
+    code = "".join(re.findall(r"```python\n(.*?)```", said, re.DOTALL))
+    found: dict = {}
+    exec(code.replace("ORG/NAME", "out").replace("pipe(", "found = pipe("), found)
+    assert len(found["scores"]) == len(found["found"]) == 18
+    assert sorted(found["scores"].tolist()) == pytest.approx(sorted(each["score"] for each in found["found"]))
+    assert ("prompts" in said) == (holds is not classfine)
+
+
 def test_old_file_format_converts(checkpoint, tokenizer_folder, sizes_file, tmp_path):
     state = torch.load(checkpoint, weights_only=True)
     torch.save(state, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
@@ -99,6 +118,8 @@ def spoil(state: dict[str, torch.Tensor], how: str):
         state["visual_transformer.enc_spatial_transformer.norm_out.beta"][0] = 1.0
     elif how == "shape":
         state["to_text_latent.weight"] = torch.zeros(3, 3)
+    elif how == "not finite":
+        state["to_visual_latent.weight"][1, 2] = torch.nan
     elif how == "nested":
         return {"state_dict": state}
     elif how == "stranger":
@@ -113,6 +134,7 @@ def spoil(state: dict[str, torch.Tensor], how: str):
         ("missing", "lacks visual_projection.weight"),
         ("nonzero", "norm_out.beta should be zero"),
         ("shape", r"text_projection.weight has shape \(3, 3\); these sizes ask for \(10, 16\)"),
+        ("not finite", "visual_projection.weight holds NaN or infinity"),
         ("nested", "not a flat dictionary of tensors"),
         ("stranger", "Unknown key conv1.weight"),
     ],

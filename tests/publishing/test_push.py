@@ -290,6 +290,8 @@ def test_what_is_not_an_adapter_or_model_is_refused(base, adapter, tmp_path, ref
     assert "Leave out --base" in refused("push", base, "org/a", "--base", "org/base")
     (adapter / "adapter_model.safetensors").unlink()
     assert "no adapter_model.safetensors" in refused("push", adapter, "org/a")
+    (base / "README.md").unlink()
+    assert "has no README.md" in refused("push", base, "org/a")
     (base / "modeling_medct.py").unlink()
     assert "lacks its code (modeling_medct.py)" in refused("push", base, "org/a")
     (base / "model.safetensors").unlink()

@@ -18,13 +18,13 @@ from medct.common.errors import StoppedError
 from medct.common.files import OtherSettingsError
 from medct.data import PhantomCohort, open_source
 from medct.data.sources import Source
-from medct.evaluation.metrics import compare
+from medct.evaluation.metrics import compare, zero_shot_scores
 from medct.evaluation.predictions import Key, Predictions, learned_from
 from medct.evaluation.record import read_scores, write_record
 from medct.evaluation.report import folds_table
 from medct.evaluation.scoring import ScoredStudies, refuse_shares
 from medct.train import Trainer, run
-from medct.training.folds import _about, _pooled, divide, refuse_changed
+from medct.training.folds import _about, _pooled, divide, refuse_another_base, refuse_changed
 from medct.training.run_folder import RunFolder
 from medct.training.settings import TrainingError, TrainingSettings, check
 from medct.training.sources import digest_of_studies
@@ -138,6 +138,11 @@ def test_scores_of_all_folds_are_pooled_and_the_first_adapter_is_kept(
     for version in ("base", "adapted", "difference"):
         assert results["comparison"][version]["auroc"] == pytest.approx(expected[version]["auroc"])
     assert [each["fold"] for each in results["folds"]] == [1, 2, 3]
+    start = 0  # the line of each fold can be computed again, as its studies stand together
+    for fold in results["folds"]:
+        rows = np.arange(start, start := start + fold["scans"])
+        auroc = zero_shot_scores(adapted.scores[rows], adapted.labels[rows], list(CT_CLIP_LABELS))["auroc"]
+        assert fold["adapted"] == pytest.approx(auroc)
     assert sum(each["patients"] for each in results["folds"]) == 24
     assert results["measured_on"].startswith("Cross-validation by patient: each of 24 patients was held out once")
     bad = [json.loads(line) for line in (folder / "bad_samples.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -284,3 +289,15 @@ def test_folds_of_a_table_that_has_changed_between_them_are_not_pooled(tmp_path,
         write_record(runs[fold] / "results.json", {}, Predictions(["Mass"], scored))
     with pytest.raises(TrainingError, match="have changed") if is_refused else contextlib.nullcontext():
         refuse_changed(tmp_path, runs)
+
+
+def test_folds_of_two_bases_are_not_pooled(tmp_path):
+    runs = [tmp_path / f"fold-{fold}" for fold in (1, 2, 3)]
+    for folder, window in zip(runs, (-1000, -1000, -900), strict=True):
+        folder.mkdir()
+        base = {"fingerprint": "f", "preprocessing": {"hu_min": window}}
+        results = {"provenance": {"models": {"base": base}}}
+        (folder / "results.json").write_text(json.dumps(results), encoding="utf-8")
+    refuse_another_base(tmp_path, [*runs[:2], tmp_path / "fold-4"])
+    with pytest.raises(TrainingError, match="the base has changed since its first folds"):
+        refuse_another_base(tmp_path, runs)

@@ -496,12 +496,16 @@ def test_a_run_is_what_its_settings_its_launch_and_its_base_say(settings, monkey
         "processes": (trainer.accelerator.state, "num_processes", 2),
         "mixed precision": (trainer.accelerator.state, "_mixed_precision", "bf16"),
         "the base's weights": (trainer, "fingerprint", "another"),
+        "the base's preprocessing": (trainer.config.vision_config, "hu_min", -900),
         "fsdp2": (trainer, "settings", dataclasses.replace(trainer.settings, fsdp2=True)),
     }
     for name, change in changes.items():
         with monkeypatch.context() as patched:
             patched.setattr(*change)
             assert {key for key, value in trainer._fixed().items() if value != fixed[key]} == {name}
+    moved = dataclasses.replace(trainer.settings, model="elsewhere", revision="main")
+    monkeypatch.setattr(trainer, "settings", moved)
+    assert trainer._fixed() == fixed  # of the same weights, which may lie anywhere
 
 
 def test_a_full_disk_costs_no_finished_adapter(settings, monkeypatch, tmp_path):
