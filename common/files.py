@@ -221,7 +221,7 @@ class Reserve:
         size_bytes: Space to reserve.
 
     Raises:
-        OSError: If there is not enough space.
+        OSError: If there is not enough space; it names the folder.
     """
 
     def __init__(self, path: str | os.PathLike, size_bytes: int):
@@ -229,8 +229,9 @@ class Reserve:
         try:
             with self.path.open("wb") as file:
                 _allocate(file, size_bytes)
-        except BaseException:
+        except BaseException as error:
             self.release()
+            _name(error, self.path, self.path.parent)
             raise
 
     def release(self) -> None:

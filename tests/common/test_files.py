@@ -186,8 +186,9 @@ def test_a_full_disk_refuses_the_reserve(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", refuse)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match="No space left") as error:
         Reserve(tmp_path / "reserve", 10)
+    assert _end_of(error.value) == (FAILED, f"error: {tmp_path}: No space left on device.")
     assert not list(tmp_path.iterdir())
 
 
