@@ -288,9 +288,9 @@ def _unwrap(module: nn.Module) -> None:
 
 
 def _strength_of(layer: nn.Module, name: str) -> float:
-    """Scale of an adapter in a layer of PEFT, as a share of the configured one."""
-    root = 0.5 if layer.use_rslora.get(name) else 1
-    return layer.scaling[name] * layer.r[name] ** root / layer.lora_alpha[name]
+    """Scale of an adapter in a layer of PEFT, as a share of the configured one; 1 if that is 0, and stays so."""
+    root, alpha = 0.5 if layer.use_rslora.get(name) else 1, layer.lora_alpha[name]
+    return layer.scaling[name] * layer.r[name] ** root / alpha if alpha else 1.0
 
 
 def _tensors_of(model: nn.Module, name: str) -> dict[str, torch.Tensor]:

@@ -67,10 +67,20 @@ def remove_leftovers(path: Path) -> None:
 
 
 def refuse_taken(path: str | os.PathLike) -> None:
-    """Raise `FileExistsError` if a folder that is about to be created already holds something."""
+    """Refuse a folder that is about to be created if it is there and a new one cannot take its place.
+
+    Raises:
+        FileExistsError: If it holds something.
+        OSError: If it is the current folder, or a disk is mounted there.
+    """
     folder = Path(path)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if not folder.exists():
+        return
+    if not folder.is_dir() or any(folder.iterdir()):
         raise FileExistsError(f"{path} exists and is not empty. Choose another output folder, or remove it.")
+    if folder.samefile(".") or os.path.ismount(folder.resolve()):  # which `Path` lacks on Windows
+        what = "the current folder" if folder.samefile(".") else "where a disk is mounted"
+        raise OSError(f"{path} is {what}, which no new folder can replace. Choose a folder in it.")
 
 
 def first_difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[str, str, str] | None:
@@ -141,16 +151,16 @@ def whole_folder(path: str | os.PathLike) -> Iterator[Path]:
     """A folder that gets its name only once the block has ended without an error.
 
     Args:
-        path: The folder's final name; it must not exist, or be empty.
+        path: The folder's final name; it must not exist, or be empty. Of a link, what it points to.
 
     Yields:
         A new folder beside it to write to; removed if the block raises.
 
     Raises:
-        FileExistsError: If `path` already holds something.
+        OSError: See `refuse_taken`.
     """
     refuse_taken(path)
-    final = Path(path).absolute()
+    final = Path(path).resolve()
     aside = _aside(final)
     try:
         aside.mkdir(parents=True)
@@ -211,7 +221,7 @@ class Reserve:
         size_bytes: Space to reserve.
 
     Raises:
-        OSError: If there is not enough space.
+        OSError: If there is not enough space; it names the folder.
     """
 
     def __init__(self, path: str | os.PathLike, size_bytes: int):
@@ -219,8 +229,9 @@ class Reserve:
         try:
             with self.path.open("wb") as file:
                 _allocate(file, size_bytes)
-        except BaseException:
+        except BaseException as error:
             self.release()
+            _name(error, self.path, self.path.parent)
             raise
 
     def release(self) -> None:

@@ -13,10 +13,13 @@ def refuse_missing(paths: Iterable[str]) -> None:
         paths: Files, folders and addresses.
 
     Raises:
-        FileNotFoundError: If a path does not exist.
+        FileNotFoundError: If a path does not exist, or is neither a file nor a folder.
     """
     for path in paths:
         if not path:  # of a variable that is not set; it would stand for the folder one is in
             raise FileNotFoundError("a path of a scan is empty. Check the command.")
-        if not is_address(path) and not Path(path).is_file() and not Path(path).is_dir():
-            raise FileNotFoundError(f"{path}: no such file or folder. Check the path.")
+        if is_address(path) or Path(path).is_file() or Path(path).is_dir():
+            continue
+        if Path(path).exists():
+            raise FileNotFoundError(f"{path} is a pipe or a device. Save what it holds as a file.")
+        raise FileNotFoundError(f"{path}: no such file or folder. Check the path.")

@@ -41,14 +41,15 @@ class RunFolder:
         TrainingError: If there is an unfinished run that is not to be resumed.
         LockedError: If another run is writing there.
         FileExistsError: If the final folder already holds something.
+        OSError: If it is there, and no other can take its place.
     """
 
     def __init__(self, output_dir: str | None, resume: bool):
         self.final = Path(output_dir or time.strftime("runs/%Y-%m-%d_%H-%M-%S"))
-        self.work = self.final.with_name(self.final.name + ".unfinished")
         self._reserve: Reserve | None = None
         with only_run(self.final):  # else the remedies below would break the run that has it
             refuse_taken(self.final)
+        self.work = self.final.with_name(self.final.name + ".unfinished")
         # The first process speaks for all: when the others look, it may already have begun.
         if is_first_process() and not resume and self.work.exists() and any(self.work.iterdir()):
             raise TrainingError(

@@ -97,6 +97,9 @@ def choose_strength(
         score: Scores the studies of a split with several versions of the model.
         before: What the base scored, on "tune" and, where something is to be kept, "keep_tune".
         max_forgotten: Most that the mean AUROC on "keep_tune" may fall.
+
+    Returns:
+        Strength 1 without trials if no label varies among the tuning studies that both models have scored.
     """
     trained = GRID[:-1]
     scored = {}
@@ -111,8 +114,10 @@ def choose_strength(
         split: {strength: mean_auroc(each) for strength, each in by_strength.items()}
         for split, by_strength in scored.items()
     }
-    trials = [_trial(strength, aurocs) for strength in GRID]
-    strength = choose(trials, max_forgotten)
+    trials, strength = [], 1.0
+    if aurocs["tune"][0.0] is not None:  # in spite of studies that a pass has lost
+        trials = [_trial(each, aurocs) for each in GRID]
+        strength = choose(trials, max_forgotten)
     line.go_to(strength)
     return Choice(strength, trials, {split: by_strength[strength] for split, by_strength in scored.items()})
 

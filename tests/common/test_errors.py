@@ -93,13 +93,14 @@ def test_the_traceback_is_shown_on_request(capsys, monkeypatch):
 
 
 def test_a_closed_pipe_is_not_an_error(capfd):
-    kept = os.dup(1)
+    number = sys.stdout.fileno()  # pytest's own file, or 1
+    kept = os.dup(number)
     try:
         with pytest.raises(SystemExit) as stop, one_line_errors():
             raise BrokenPipeError
         print("what nobody reads any more", flush=True)
     finally:
-        os.dup2(kept, 1)
+        os.dup2(kept, number)
     assert stop.value.code == BROKEN_PIPE
     assert capfd.readouterr() == ("", "")
 

@@ -19,6 +19,7 @@ from medct.common.files import (
     whole_folder,
     with_version,
 )
+from medct.training.run_folder import RunFolder
 
 
 def test_appears_when_complete(tmp_path):
@@ -34,6 +35,32 @@ def test_an_empty_folder_is_replaced(tmp_path):
     with whole_folder(tmp_path / "out") as folder:
         (folder / "file").touch()
     assert (tmp_path / "out/file").exists()
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_link_as_output_stays_and_what_it_points_to_is_made(tmp_path, is_there):
+    """On another disk, as a rule; a folder cannot take the place of a link, which showed once all work was done."""
+    if is_there:
+        (tmp_path / "disk/out").mkdir(parents=True)
+    (tmp_path / "out").symlink_to("disk/out")
+    with whole_folder(tmp_path / "out") as folder:
+        (folder / "file").touch()
+    assert (tmp_path / "out").is_symlink()
+    assert [path.name for path in (tmp_path / "disk/out").iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("what", ["the current folder", "where a disk is mounted"])
+def test_a_folder_that_no_other_can_replace_is_refused_before_any_work(tmp_path, monkeypatch, what):
+    if what == "the current folder":
+        monkeypatch.chdir(tmp_path)
+    else:
+        monkeypatch.setattr(os.path, "ismount", lambda path: path == tmp_path.resolve())
+        (tmp_path.parent / "link").symlink_to(tmp_path)
+    for path in (Path(), tmp_path) if what == "the current folder" else (tmp_path, tmp_path.parent / "link"):
+        with pytest.raises(OSError, match=what), whole_folder(path):
+            pytest.fail("must not begin")
+        with pytest.raises(OSError, match=what):
+            RunFolder(str(path), resume=False)
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
@@ -159,8 +186,9 @@ def test_a_full_disk_refuses_the_reserve(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", refuse)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match="No space left") as error:
         Reserve(tmp_path / "reserve", 10)
+    assert _end_of(error.value) == (FAILED, f"error: {tmp_path}: No space left on device.")
     assert not list(tmp_path.iterdir())
 
 

@@ -92,6 +92,8 @@ def test_missing_paths_are_named(tmp_path):
         find_studies([tmp_path / "nothing"])
     with pytest.raises(FileNotFoundError, match="no studies in this folder"):
         find_studies([tmp_path])
+    with pytest.raises(FileNotFoundError, match=f"{os.devnull} is a pipe or a device. Save what it holds as a file"):
+        find_studies([os.devnull])
 
 
 def test_a_failure_names_its_study_and_nothing_from_a_header(hospital, load, monkeypatch):

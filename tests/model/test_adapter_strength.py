@@ -52,6 +52,17 @@ def test_from_the_base_to_the_whole_adapter(model, adapter, batch):
         assert torch.equal(model(**batch).logits_per_image, whole)
 
 
+def test_of_an_adapter_whose_alpha_is_0_any_part_is_nothing(model, converted, batch, tmp_path):
+    adapter = save_adapter(converted, tmp_path / "adapter", results=RESULTS, lora_alpha=0)
+    with torch.no_grad():
+        base = model.eval()(**batch).logits_per_image
+        model.load_adapter(str(adapter))
+        assert torch.equal(model(**batch).logits_per_image, base)
+        assert model.adapter_description("default")["thresholds"] == RESULTS["thresholds"]
+        model.set_adapter_strength(strength=0.5)
+        assert torch.equal(model(**batch).logits_per_image, base)
+
+
 def test_a_part_of_the_strength_is_that_part_of_the_update(model, converted, adapter, batch):
     model.load_adapter(str(adapter))
     model.set_adapter_strength(strength=0.5)

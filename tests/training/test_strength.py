@@ -58,6 +58,22 @@ def test_nothing_is_gained_by_a_study_that_one_pass_could_not_read():
     assert {trial.gained for trial in choice.trials} == {0}
 
 
+def test_without_a_label_that_varies_among_what_both_have_scored_all_is_handed_out():
+    """As where none varies among the tuning studies at all; the run has been trained, and is not lost."""
+    labels = np.array([[1.0], [0.0], [0.0]])
+    base = ScoredStudies(list("abc"), list("abc"), labels / 2, labels, names=["nodule"])
+    line = Line({"a": (parameter := torch.nn.Parameter(torch.zeros(1)))})
+    parameter.data.fill_(8)
+
+    def score(_, versions):
+        for become in versions:
+            become()
+        return [base.take([1, 2])] * len(versions)
+
+    choice = choose_strength(line, score, {"tune": base}, 0.01)
+    assert (choice.strength, choice.trials, parameter.item()) == (1, [], 8)
+
+
 @pytest.mark.parametrize("variant", sorted(VARIANTS))
 @pytest.mark.filterwarnings("ignore:PiSSA changes the base weights")
 def test_every_loader_has_the_strength_without_knowing(variant, converted, batch, tmp_path):
