@@ -18,7 +18,8 @@ from medct.common.paths import local_paths, without_paths
 from medct.configuration_medct import MedCTConfig
 
 TEMPLATE = Path(__file__).with_name("adapter_card.md")
-MODEL_TEMPLATE = Path(__file__).parents[1] / "model_card.md"
+MODEL_CARD = Path(__file__).parents[1] / "model_card.md"
+CLASSIFIER_CARD = Path(__file__).with_name("classifier_card.md")
 GENERATED = "<!-- Made from the files of this folder, anew with every push; delete this line to keep own edits. -->"
 PLACEHOLDER_REPO, PLACEHOLDER_BASE, PLACEHOLDER_REVISION = "ORG/NAME", "ORG/BASE", "COMMIT"
 CT_CLIP_LICENSE = "cc-by-nc-sa-4.0"
@@ -98,18 +99,6 @@ def recorded_base(folder: Path) -> tuple[str | None, str | None]:
     """The model and revision that an adapter was trained on, according to its configuration."""
     config = read_json(folder, "adapter_config.json")
     return config.get("base_model_name_or_path"), config.get("revision")
-
-
-def model_card(is_classifier: bool) -> str:
-    """The card of a converted checkpoint.
-
-    Args:
-        is_classifier: Of ClassFine, which is asked nothing in words, and not of CT-CLIP.
-
-    Returns:
-        Markdown with metadata.
-    """
-    return str(ModelCard.from_template(ModelCardData(), str(MODEL_TEMPLATE), is_classifier=is_classifier))
 
 
 def write_card(folder: str | Path, **options: Any) -> Path:

@@ -10,6 +10,7 @@ Source: specification of CT-CLIP, section 5.
 
 import json
 import re
+import shutil
 import zipfile
 from collections import defaultdict
 from pathlib import Path
@@ -24,7 +25,7 @@ from medct.errors_medct import MedCTError, first_line
 from medct.image_processing_medct import MedCTImageProcessor
 from medct.modeling_medct import MedCTForImageClassification, MedCTModel
 from medct.processing_medct import MedCTProcessor
-from medct.publishing.cards import model_card
+from medct.publishing.cards import CLASSIFIER_CARD, MODEL_CARD
 
 CLASSFINE_PREFIX = "trained_model."
 
@@ -280,6 +281,6 @@ def convert(checkpoint: Path, output: Path, tokenizer: str, sizes: Path | None =
         model = build_model(config, mapped)
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
-        card = model_card(isinstance(model, MedCTForImageClassification))
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        card = CLASSIFIER_CARD if isinstance(model, MedCTForImageClassification) else MODEL_CARD
+        shutil.copyfile(card, folder / "README.md")
     return dropped
