@@ -432,15 +432,22 @@ def check_fit(model: PreTrainedModel, adapter: str | Path, **hub: Any) -> dict[s
             OtherWordsWarning,
             stacklevel=3,
         )
-    of_others = description.get("adapter_fingerprint") not in (None, _exact_digest(tensors))
-    if of_others and any(description.get(name) for name in _CHOSEN):
-        warnings.warn(
-            f"{adapter} has other weights than its operating points and calibration were chosen for: they are left "
-            "out. `medct prompts --store` chooses new ones.",
-            stacklevel=3,
-        )
-        return without_choices(description)
-    return description
+    return _as_far_as_it_holds(adapter, description, tensors)
+
+
+def _as_far_as_it_holds(
+    adapter: str | Path, description: dict[str, Any], tensors: Mapping[str, torch.Tensor]
+) -> dict[str, Any]:
+    """A description without what was chosen for other weights than lie beside it."""
+    is_of_others = description.get("adapter_fingerprint") not in (None, _exact_digest(tensors))
+    if not is_of_others or not any(description.get(name) for name in _CHOSEN):
+        return description
+    warnings.warn(
+        f"{adapter} has other weights than its operating points and calibration were chosen for: they are left out. "
+        "`medct prompts --store` chooses new ones.",
+        stacklevel=4,
+    )
+    return without_choices(description)
 
 
 def read_config(path: str | Path, adapter: str | Path) -> Any:

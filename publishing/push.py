@@ -47,7 +47,8 @@ from medct.publishing.cards import (
 
 PICKLES = {".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pth"}
 # A run's record of itself; it names the folders that it read and wrote.
-RUN_FILES = ("results.json", "train_config.json")
+RESULTS = "results.json"
+RUN_FILES = (RESULTS, "train_config.json")
 # Anything else in a folder, such as lists of studies and pictures of patients, is not pushed.
 ADAPTER_FILES = (WEIGHTS_FILE, CONFIG_FILE, DESCRIPTION_FILE, "README.md", *RUN_FILES, *PICTURES)
 MODEL_FILES = ("*.safetensors", "*.json", "*.py", "*.txt", "*.jinja", "README.md", "LICENSE", *PICTURES)
@@ -188,10 +189,10 @@ def push_shards(folder: Path, repo_id: str) -> str:
 
 def _refuse_other_weights(folder: Path) -> None:
     """Refuse to publish operating points or figures beside weights that they are not of."""
-    description, results = (read_json(folder, name) for name in (DESCRIPTION_FILE, RUN_FILES[0]))
+    description, results = (read_json(folder, name) for name in (DESCRIPTION_FILE, RESULTS))
     measured = ((results.get("provenance") or {}).get("models") or {}).values()
     found = adapter_fingerprint(folder)
-    for name, known in ((DESCRIPTION_FILE, [description]), (RUN_FILES[0], measured)):
+    for name, known in ((DESCRIPTION_FILE, [description]), (RESULTS, measured)):
         if {each.get("adapter_fingerprint") for each in known} - {None, found}:
             raise PushError(
                 f"{folder}: {name} is of other weights than {WEIGHTS_FILE}, which was saved again since. Push the "
@@ -228,7 +229,7 @@ def _license_of(folder: Path, base: str, commit: str, license: str | None) -> st
     on_card = said_on_card(base, "license", revision=commit)
     if license and on_card and license.lower() != str(on_card).lower():
         raise PushError(f"{base} is licensed {on_card}, and an adapter takes its base's licence. Leave out --license.")
-    license = on_card or license or base_license(base, commit) or read_json(folder, "results.json").get("license")
+    license = on_card or license or base_license(base, commit) or read_json(folder, RESULTS).get("license")
     if license is None:
         raise PushError(
             f"The card of {base} names no licence, and an adapter takes its base's. Pass --license IDENTIFIER."
