@@ -115,9 +115,8 @@ def refuse_other_settings(begun: Path, before: dict[str, Any], now: dict[str, An
         now: Settings of this run, from `with_version`.
         flag: What chooses another output.
     """
-    theirs, ours = before.get(VERSION), now[VERSION]
-    if theirs is None or _rule(theirs) != _rule(ours):
-        by = "a version of MedCT before 0.2.0" if theirs is None else f"MedCT {theirs}"
+    ours = now[VERSION]
+    if by := version_of_other_numbers(before):
         raise OtherSettingsError(
             f"{begun} was started with {by}, and {ours} may read, compute or train in another way. Resume with that "
             f"version, or choose another {flag}."
@@ -126,6 +125,18 @@ def refuse_other_settings(begun: Path, before: dict[str, Any], now: dict[str, An
         name, other, ours = found
         remedy = f"Resume with the same settings, or choose another {flag}."
         raise OtherSettingsError(f"{begun} was started with {name} {other}, not {ours}. {remedy}")
+
+
+def version_of_other_numbers(settings: Mapping[str, Any]) -> str | None:
+    """The version that an output was made with, if this one may give other numbers.
+
+    Args:
+        settings: From `with_version`, whenever that was.
+    """
+    theirs = settings.get(VERSION)
+    if theirs is None:
+        return "a version of MedCT before 0.2.0"
+    return f"MedCT {theirs}" if _rule(theirs) != _rule(medct.__version__) else None
 
 
 def _rule(version: str) -> str:

@@ -285,7 +285,7 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
     Raises:
         OtherSettingsError, DataError: If they differ, or the folder holds something else or lies in the source.
     """
-    path, settings = folder / SETTINGS, with_version(settings)
+    path = folder / SETTINGS
     source = settings.get("source")
     if source is not None and Path(source).is_dir() and folder.resolve().is_relative_to(Path(source).resolve()):
         raise DataError(f"{folder}: it lies in {source}, which is read. Choose a folder outside of it.")
@@ -422,6 +422,7 @@ def prepare(
     shards = {split: shards_of(folder, split, source, settings) for split, source in sources.items()}
     num_studies = {split: sum(len(shard.keys) for shard in shards[split]) for split in sources}
     settings = {**grid_settings(config), **label_settings(sources), **settings, "num_studies": num_studies}
+    settings = with_version(settings)
     claim(folder, settings)
     mine = [shard for of_split in shards.values() for shard in of_split][rank::world_size]
     mine = [shard for shard in mine if _is_wanted(shard, retry_skipped)]

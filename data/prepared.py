@@ -37,7 +37,9 @@ import torch
 from datasets import Features, List, Nifti, Value
 from pyarrow import parquet
 
+import medct
 from medct.byte_sources_medct import is_address
+from medct.common.files import version_of_other_numbers
 from medct.common.retry import keep_trying
 from medct.configuration_medct import MedCTConfig
 from medct.data.folders import HUB_ADDRESS
@@ -427,7 +429,7 @@ def prepared_source(
         groups,
         read,
         label_names,
-        f"{len(groups)} prepared studies of {found['description']}",
+        f"{len(groups)} prepared studies of {found['description']}{_made_otherwise(manifest)}",
         skipped=tuple(Skipped(**study) for study in found["skipped"]),
         names=[scans[rows[0]] for rows in groups],
         is_synthetic=found["synthetic"],
@@ -436,6 +438,12 @@ def prepared_source(
         mapping=manifest["settings"].get("mapping"),
         checksum=hashlib.sha256(" ".join(file["sha256"] for file in found["files"]).encode()).hexdigest(),
     )
+
+
+def _made_otherwise(manifest: dict[str, Any]) -> str:
+    """Part of the description, so that it stands on all that comes of the shards."""
+    by = version_of_other_numbers(manifest["settings"])
+    return f" (prepared with {by}, which may read scans otherwise than {medct.__version__})" if by else ""
 
 
 def _each_row(files: list[dict[str, Any]], name: str, otherwise: Any) -> Iterator[Any]:

@@ -23,13 +23,14 @@ import medct
 from medct import CTVolume, MedCTConfig, MedCTImageProcessor, VolumeError, read_volume
 from medct.cli import data_commands, main
 from medct.cli.arguments import make_parser
-from medct.common.files import OtherSettingsError
+from medct.common.files import VERSION, OtherSettingsError
 from medct.common.lock import LockedError, only_run
 from medct.configuration_medct import CT_CLIP_LABELS
 from medct.data import PhantomCohort, StudyLoader, open_source, phantom_source, prepare
 from medct.data.ct_rate import METADATA_COLUMNS
 from medct.data.prepared import (
     _ROW,
+    MANIFEST,
     PreparedVolume,
     _ReadRow,
     decode_nifti,
@@ -237,6 +238,25 @@ def test_shards_of_other_labels_are_refused(folder, config):
     names = config.label_names[::-1]
     with pytest.raises(DataError, match="in another order"):
         prepared_source(folder, Selection("train"), MedCTConfig(vision_config=vision, id2label=dict(enumerate(names))))
+
+
+@pytest.mark.parametrize(
+    "version, said",
+    [
+        (medct.__version__, None),
+        (f"{medct.__version__.rpartition('.')[0]}.99", None),
+        ("0.1.7", "prepared with MedCT 0.1.7"),
+        (None, "prepared with a version of MedCT before 0.2.0"),
+    ],
+)
+def test_shards_of_a_version_that_may_read_otherwise_are_described_so(folder, tmp_path, config, version, said):
+    shutil.copytree(folder, tmp_path / "shards")
+    manifest = json.loads((folder / MANIFEST).read_text())
+    assert manifest["settings"].pop(VERSION) == medct.__version__
+    settings = manifest["settings"] | ({} if version is None else {VERSION: version})
+    (tmp_path / "shards" / MANIFEST).write_text(json.dumps(manifest | {"settings": settings}))
+    description = prepared_source(tmp_path / "shards", Selection("train"), config).description
+    assert (said in description) if said else ("prepared with" not in description)
 
 
 def test_what_is_not_a_finished_folder_is_refused(folder, tmp_path, config, sources):
