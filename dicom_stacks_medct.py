@@ -4,7 +4,7 @@ Laid into each other they would make a volume with every other slice of another 
 that differ between slices whose positions overlap (in slices beside each other the same attributes differ for good
 reasons), by multi-frame files, each of which is a scan unless it says that it is a part of one, and by instance
 numbers, or the frames of one file, that run through the positions more than once: by whatever makes the fewest scans,
-attributes first.
+attributes first. Numbers that cut one even stack into uneven ones were given without regard to positions.
 
 Source: DICOM PS3.3 (C.7.6.1, C.7.6.2, C.8.2, C.7.6.16).
 """
@@ -54,6 +54,8 @@ _NUMBERS_IN_LETTERS = ("DS", "IS", "TM")
 _INSTANCE_NUMBER, _CONCATENATION = 0x00200013, 0x00209161
 _LEAST_SLICES = 2
 _LEAST_RUN = 3
+_GAP_STEPS = 1.75
+"""Least steps from which on a gap is one of a missing slice."""
 _SAME_POSITION_MM = 1e-3
 
 
@@ -192,6 +194,8 @@ def _runs(numbers: list[Hashable], along: np.ndarray) -> list[int] | None:
             labels[k] = seen[numbers[k]]
             seen[numbers[k]] += 1
         return labels.tolist()
+    if len(numbers) < 2 * _LEAST_RUN:
+        return None
     ordered, run, sign = np.argsort(numbers, kind="stable"), 0, 0
     steps = np.diff(along[ordered])
     steps[np.abs(steps) < _SAME_POSITION_MM] = 0
@@ -202,4 +206,13 @@ def _runs(numbers: list[Hashable], along: np.ndarray) -> list[int] | None:
         if is_turn and unusual[n] < unusual[n - 1]:  # where a table turned round beyond the end of the run before
             labels[ordered[n]], sign = run, step
         labels[ordered[n + 1]] = run
-    return labels.tolist() if min(Counter(labels.tolist()).values()) >= _LEAST_RUN else None
+    runs = [along[labels == label] for label in range(run + 1)]
+    # Slices of one scan may be numbered in the order of file names (1, 10, 11, ..., 2, 20), or as they arrived.
+    is_shuffled = _is_even(along) and not all(map(_is_even, runs))
+    return None if is_shuffled or min(map(len, runs)) < _LEAST_RUN else labels.tolist()
+
+
+def _is_even(along: np.ndarray) -> bool:
+    """Whether positions are a stack without a gap."""
+    gaps = np.diff(np.sort(along))
+    return len(gaps) > 0 and bool(gaps.max() < _GAP_STEPS * gaps.min())
