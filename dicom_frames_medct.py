@@ -135,7 +135,10 @@ def _find_value(file: ByteSource, stream: BinaryIO, frames: Frames) -> tuple[int
     """Where the value of the pixels begins, and its length; none of compressed ones."""
     stream.seek(frames.offset)
     element = stream.read(12)
-    if element[:4] != (_PIXELS if frames.is_little else _PIXELS_BIG):
+    pixels = _PIXELS if frames.is_little else _PIXELS_BIG
+    if element[:2] == pixels[:2] and element[:4] != pixels:  # the two other elements of pixels
+        raise VolumeError(file.name, "its pixels are floating-point numbers", "Export it with whole numbers, as CT has")
+    if element[:4] != pixels:
         raise VolumeError(file.name, "it holds no pixels (cut short?)", AGAIN)
     # Without the letters of a kind the length is there at once; none is odd, as those letters would be.
     size = 12 if element[4:6] in (b"OW", b"OB", b"UN") else 8

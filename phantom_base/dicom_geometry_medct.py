@@ -19,15 +19,13 @@ import numpy as np
 
 from .dicom_frames_medct import AGAIN
 from .dicom_pixels_medct import Slice, hu_of
+from .dicom_stacks_medct import MISSING_STEPS, SAME_POSITION_MM
 from .volume_medct import MAX_VOXELS_OFF, REMARKED_VOXELS_OFF, VolumeError, check_affine, remark_on_offset
 
 _USUAL_PIXELS = 512
-_SAME_POSITION_MM = 1e-3
 _POSITION_DIGITS_MM = 2e-3
 """How exactly headers write positions, unless the positions themselves show that they are coarser."""
 _UNIT_VECTOR_TOLERANCE = 1e-2
-_MISSING_STEPS = 1.75
-"""Usual steps from which on a gap is one of a missing slice."""
 _MAX_GAP_STEPS = 5
 """Usual steps that interpolation bridges when the caller asks for it."""
 _LEAST_SKIPPED = 2
@@ -117,7 +115,7 @@ def order(slices: list[Slice], source: str, resample_irregular: bool) -> tuple[l
 def _without_repeats(slices: list[Slice], source: str, resample_irregular: bool) -> tuple[list[Slice], list[str]]:
     """Refuse positions that occur more than once, or keep one slice of each if all its pixels are the same."""
     along = _places(slices)[:, 2]
-    is_repeated = np.diff(along) < _SAME_POSITION_MM
+    is_repeated = np.diff(along) < SAME_POSITION_MM
     repeats = np.flatnonzero(is_repeated)
     if not len(repeats):
         return slices, []
@@ -203,7 +201,7 @@ def _check_gaps(slices: list[Slice], source: str, resample_irregular: bool) -> N
 def _is_uneven(slices: list[Slice]) -> bool:
     """Whether slices are missing, or one lies half a step or more off its place."""
     gaps = np.diff(_places(slices)[:, 2])
-    is_wide = gaps >= _MISSING_STEPS * _usual(gaps)
+    is_wide = gaps >= MISSING_STEPS * _usual(gaps)
     is_missing = is_wide.any() and not _is_rounded(slices, is_wide)
     return bool(is_missing) or _unevenness(slices) >= MAX_VOXELS_OFF
 
@@ -305,7 +303,7 @@ def to_grid(hu: np.ndarray, slices: list[Slice], source: str) -> tuple[np.ndarra
     if _is_uneven(slices):
         # The mean step, a gap of missing slices being several.
         steps = gaps / _usual(gaps)
-        count, start = int(np.where(steps < _MISSING_STEPS, 1, np.rint(steps)).sum()) + 1, 0.0
+        count, start = int(np.where(steps < MISSING_STEPS, 1, np.rint(steps)).sum()) + 1, 0.0
         hu = _on_even_steps(hu, along, count)
         notes.append(
             f"slices with steps of {gaps.min():.3f} to {gaps.max():.3f} mm were interpolated to {count} even ones"

@@ -4,7 +4,7 @@ Laid into each other they would make a volume with every other slice of another 
 that differ between slices whose positions overlap (in slices beside each other the same attributes differ for good
 reasons), by multi-frame files, each of which is a scan unless it says that it is a part of one, and by instance
 numbers, or the frames of one file, that run through the positions more than once: by whatever makes the fewest scans,
-attributes first.
+attributes first. Numbers that cut one even stack into uneven ones were given without regard to positions.
 
 Source: DICOM PS3.3 (C.7.6.1, C.7.6.2, C.8.2, C.7.6.16).
 """
@@ -54,7 +54,9 @@ _NUMBERS_IN_LETTERS = ("DS", "IS", "TM")
 _INSTANCE_NUMBER, _CONCATENATION = 0x00200013, 0x00209161
 _LEAST_SLICES = 2
 _LEAST_RUN = 3
-_SAME_POSITION_MM = 1e-3
+MISSING_STEPS = 1.75
+"""Usual steps from which on a gap is one of a missing slice."""
+SAME_POSITION_MM = 1e-3
 
 
 def told_by(header: Elements, groups: Sequence[Elements]) -> tuple[Hashable, ...]:
@@ -163,7 +165,7 @@ def _overlap(labels: Sequence[Hashable], along: np.ndarray) -> bool:
     groups = sorted((np.array(found) for found in places.values() if len(found) >= _LEAST_SLICES), key=np.min)
     for k, one in enumerate(groups):
         for other in groups[k + 1 :]:
-            if other.min() > one.max() + _SAME_POSITION_MM:
+            if other.min() > one.max() + SAME_POSITION_MM:
                 break  # as those after it begin later still
             if min(_within(one, other), _within(other, one)) >= 1 and _within(one, other) + _within(other, one) > 2:
                 return True
@@ -172,7 +174,7 @@ def _overlap(labels: Sequence[Hashable], along: np.ndarray) -> bool:
 
 def _within(one: np.ndarray, other: np.ndarray) -> int:
     """How many slices lie between the first and the last of others."""
-    inside = (one >= other.min() - _SAME_POSITION_MM) & (one <= other.max() + _SAME_POSITION_MM)
+    inside = (one >= other.min() - SAME_POSITION_MM) & (one <= other.max() + SAME_POSITION_MM)
     return int(np.count_nonzero(inside))
 
 
@@ -183,18 +185,31 @@ def _runs(numbers: list[Hashable], along: np.ndarray) -> list[int] | None:
     except (TypeError, ValueError):
         return None
     counts = Counter(numbers)
-    labels = np.zeros(len(numbers), int)
-    if max(counts.values()) > 1 and np.diff(np.sort(along)).min() < _SAME_POSITION_MM:
+    if max(counts.values()) > 1 and np.diff(np.sort(along)).min() < SAME_POSITION_MM:
         return None  # which of two slices with one number and one position is of the first run cannot be known
     if len(set(counts.values())) == 1 and max(counts.values()) > 1:  # each run has numbers of its own
-        seen: Counter = Counter()
+        seen, labels = Counter(), [0] * len(numbers)
         for k in np.argsort(along):
             labels[k] = seen[numbers[k]]
             seen[numbers[k]] += 1
-        return labels.tolist()
+        return labels
+    if len(numbers) < 2 * _LEAST_RUN:
+        return None
+    labels = _turns(numbers, along)
+    runs = [along[labels == label] for label in range(labels.max() + 1)]
+    if min(map(len, runs)) < _LEAST_RUN:
+        return None
+    # Slices of one scan may be numbered in the order of file names (1, 10, 11, ..., 2, 20), or as they arrived.
+    is_shuffled = _is_even(along) and not all(map(_is_even, runs))
+    return None if is_shuffled else labels.tolist()
+
+
+def _turns(numbers: list[int], along: np.ndarray) -> np.ndarray:
+    """How often a table has turned round before each slice."""
+    labels = np.zeros(len(numbers), int)
     ordered, run, sign = np.argsort(numbers, kind="stable"), 0, 0
     steps = np.diff(along[ordered])
-    steps[np.abs(steps) < _SAME_POSITION_MM] = 0
+    steps[np.abs(steps) < SAME_POSITION_MM] = 0
     unusual = np.abs(np.abs(steps) - np.median(np.abs(steps)))
     for n, step in enumerate(np.sign(steps)):
         is_turn = sign not in (0, step)
@@ -202,4 +217,10 @@ def _runs(numbers: list[Hashable], along: np.ndarray) -> list[int] | None:
         if is_turn and unusual[n] < unusual[n - 1]:  # where a table turned round beyond the end of the run before
             labels[ordered[n]], sign = run, step
         labels[ordered[n + 1]] = run
-    return labels.tolist() if min(Counter(labels.tolist()).values()) >= _LEAST_RUN else None
+    return labels
+
+
+def _is_even(along: np.ndarray) -> bool:
+    """Whether positions are a stack without a gap."""
+    gaps = np.diff(np.sort(along))
+    return bool(gaps.max() < MISSING_STEPS * gaps.min())

@@ -134,6 +134,8 @@ def read_nibabel_image(image: Any, affine: np.ndarray | None, rescale: bool) -> 
         _, notes = header_affine(source, header, None, shape)
         unit_mm = _unit_mm(source, header)
         affine = np.diag([unit_mm, unit_mm, unit_mm, 1.0]) @ np.asarray(image.affine, float)
+        check_affine(source, affine)
+        affine = _with_written_spacing(affine, _zooms(header) * unit_mm, shape)
     elif affine is None and nibabel is not None and isinstance(image, nibabel.AnalyzeImage):
         raise VolumeError(source, "Analyze 7.5 does not say where right and left are", "Pass `affine=`")
     else:
@@ -289,7 +291,7 @@ def header_affine(
             has_qform, has_sform = int(header["qform_code"]) != 0, int(header["sform_code"]) != 0
             if not has_qform and not has_sform:
                 raise VolumeError(source, "its header holds no orientation", "Pass the `affine=` of the scan")
-            zooms = np.asarray(header["pixdim"][1:4], float)
+            zooms = _zooms(header)
             if not has_sform and not (zooms > 0).all():
                 raise VolumeError(
                     source, f"its spacing is {tuple(zooms.tolist())} mm", "Correct the header, or pass `affine=`"
@@ -306,6 +308,7 @@ def header_affine(
             notes = [] if unit_mm == 1 else ["its unit was converted to mm"]
             if has_sform:
                 notes += _remarks(best, has_qform, qform, zooms * unit_mm, unit_mm, shape)
+                best = _with_written_spacing(best, zooms * unit_mm, shape)
             return best, tuple(notes)
         except VolumeError:
             raise
@@ -320,6 +323,24 @@ def _unit_mm(source: str, header: Any) -> float:
     if unit_mm is None:
         raise VolumeError(source, "its unit of length is not known (`xyzt_units`)", "Correct it, or pass `affine=`")
     return unit_mm
+
+
+def _zooms(header: Any) -> np.ndarray:
+    """The spacing of a header, `(3,)`, in its unit."""
+    return np.asarray(header["pixdim"][1:4], float)
+
+
+def _with_written_spacing(affine: np.ndarray, zooms: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """An affine with the spacing of `pixdim`, if that moves no voxel noticeably.
+
+    Converters compute the step of an sform from float32 positions: dcm2niix makes 1.499939 mm of 1.5 mm where the table
+    stands at -1024.7 mm, and of 200 slices one less after resampling.
+    """
+    if not ((zooms > 0) & (zooms < np.inf)).all():
+        return affine
+    exact = affine.copy()
+    exact[:3, :3] *= zooms / np.linalg.norm(affine[:3, :3], axis=0)
+    return exact if voxels_off(affine, shape, exact) <= REMARKED_VOXELS_OFF else affine
 
 
 def _qform(header: Any) -> np.ndarray | None:
@@ -342,7 +363,7 @@ def _qform(header: Any) -> np.ndarray | None:
     # The standard knows 1 and -1; 0, which many write, and what is not a number stand for 1.
     third = -1.0 if float(header["pixdim"][0]) < 0 else 1.0
     affine = np.eye(4)
-    affine[:3, :3] = turn * np.asarray(header["pixdim"][1:4], float) * (1, 1, third)
+    affine[:3, :3] = turn * _zooms(header) * (1, 1, third)
     affine[:3, 3] = [float(header[f"qoffset_{letter}"]) for letter in "xyz"]
     return affine
 

@@ -127,12 +127,14 @@ def without_noise(spacing_mm: float, length: int) -> float:
         length: Voxels along the axis.
 
     Returns:
-        The nearest number of six decimals, or that makes an extent of quarters of a millimetre: 330 mm over 340 pixels
-        are 0.97058823... mm, which has more.
+        The nearest number of six decimals; or one that makes an extent of quarters of a millimetre, if that is nearer
+        or float32 the same: 330 mm over 340 pixels are 0.97058823... mm, which has more decimals.
     """
+    rounded = round(spacing_mm, _SPACING_DECIMALS)
     of_extent = round(spacing_mm * length * _EXTENT_PARTS) / _EXTENT_PARTS / length
-    candidates = round(spacing_mm, _SPACING_DECIMALS), of_extent
-    return min(candidates, key=lambda candidate: abs(candidate - spacing_mm))
+    off, noise = abs(rounded - spacing_mm), float(np.spacing(np.float32(spacing_mm))) / 2
+    # Noise may bring it nearer to six decimals by chance, which nearly every number is close to, unlike such extents.
+    return of_extent if off and abs(of_extent - spacing_mm) <= max(off, noise) else rounded
 
 
 def grid_in_words(affine: np.ndarray) -> str:

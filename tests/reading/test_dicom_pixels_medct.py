@@ -23,6 +23,12 @@ from medct import VolumeError, byte_sources_medct, dicom_frames_medct, dicom_pix
 from medct.dicom_frames_medct import _DECODERS
 
 COMPRESSED = (RLELossless, JPEG2000Lossless, JPEGLSLossless)
+HTJ2K = bytes.fromhex(
+    "ff4fff5100294000000000040000000600000000000000000000000400000006000000000000000000010f0101ff50000800020000000aff52"
+    "000c00020001000504044001ff5c00132088909090909090909090909090888888ff90000a00000000004c0001ff93c0002665f90507740000"
+    "00c0001300f2fb03077400c00013400012809429018b7400d900877400c0002a600013803299ec004231027600ce3afb8082b400ffd9"
+)
+"""OpenJPH's of 0, 90, 180, ..., 6 x 4 pixels of 16 bits."""
 
 
 def as_syntax(syntax: str):
@@ -111,6 +117,30 @@ def test_a_code_stream_of_another_size_is_refused_before_decoding(hu, tmp_path):
 
         with pytest.raises(VolumeError, match=r"compressed pixels are 64 x 48 instead of \(48, 64\)"):
             read_volume(write_series(tmp_path / syntax, hu, edit))
+
+
+@pytest.mark.parametrize("syntax", ["1.2.840.10008.1.2.4.201", "1.2.840.10008.1.2.4.202", "1.2.840.10008.1.2.4.203"])
+def test_high_throughput_jpeg_2000(syntax, tmp_path):
+    stored = np.arange(0, 24 * 90, 90).reshape(6, 4)
+
+    def edit(ds, k):
+        scan_files.set_pixels(ds, stored)
+        ds.PixelData, ds["PixelData"].is_undefined_length = pydicom.encaps.encapsulate([HTJ2K]), True
+        ds.file_meta.TransferSyntaxUID = syntax
+
+    assert np.array_equal(read_volume(write_series(tmp_path, make_hu((3, 6, 4)), edit)).array[..., 1], stored.T - 1024)
+
+
+@pytest.mark.parametrize(("name", "bits"), [("FloatPixelData", 32), ("DoubleFloatPixelData", 64)])
+@pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, ExplicitVRBigEndian])
+def test_floating_point_pixels_are_named_as_the_cause(name, bits, syntax, hu, tmp_path):
+    def edit(ds, k):
+        del ds.PixelData
+        ds.BitsAllocated, ds.file_meta.TransferSyntaxUID = bits, syntax
+        setattr(ds, name, hu[k].astype(f"f{bits // 8}").tobytes())
+
+    with pytest.raises(VolumeError, match="its pixels are floating-point numbers"):
+        read_volume(write_series(tmp_path, hu, edit))
 
 
 def test_missing_decoders_name_the_extra(hu, tmp_path, monkeypatch):

@@ -167,7 +167,9 @@ def test_frames_that_run_twice(shift, tmp_path):
     assert_two(write_enhanced(tmp_path / "enhanced.dcm", HU, edit), "frame number")
 
 
-@pytest.mark.parametrize("order", [range(11, -1, -1), [5, 2, 9, 11, 1, 7, 3, 8, 4, 10, 6, 0]])
+@pytest.mark.parametrize(
+    "order", [range(11, -1, -1), [5, 2, 9, 11, 1, 7, 3, 8, 4, 10, 6, 0], [0, 2, 3, 5, 7, 8, 9, 10, 11, 1, 4, 6]]
+)
 def test_frames_in_any_order_are_one_scan(order, tmp_path):
     volume = read_volume(write_enhanced(tmp_path / "enhanced.dcm", HU, order=order))
     assert np.array_equal(volume.array, HU.T)
@@ -179,10 +181,33 @@ def test_steps_that_take_turns(shift, tmp_path):
         read_volume(two_scans(tmp_path, shift, instance=None))
 
 
-@pytest.mark.parametrize("numbers", [range(12), range(12, 0, -1), [5, 2, 9, 11, 1, 7, 3, 12, 4, 10, 6, 8], [7] * 12])
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        range(12),
+        range(12, 0, -1),
+        [5, 2, 9, 11, 1, 7, 3, 12, 4, 10, 6, 8],
+        [1, 10, 2, 3, 11, 4, 12, 5, 6, 7, 8, 9],
+        [1, 2, 10, 3, 4, 11, 5, 6, 12, 7, 8, 9],
+        [7] * 12,
+    ],
+)
 def test_instance_numbers_that_tell_nothing(numbers, tmp_path):
     folder = write_series(tmp_path, HU, lambda ds, k: setattr(ds, "InstanceNumber", numbers[k]))
     assert np.array_equal(read_volume(folder).array, HU.T)
+
+
+def test_numbers_in_the_order_of_file_names_tell_nothing(tmp_path):
+    """1, 10, 11, ..., 2, 20: as frames of one file lie that were gathered so."""
+    hu = make_hu((29, 4, 3))
+    order = sorted(range(29), key=lambda k: str(k + 1))
+    assert np.array_equal(read_volume(write_enhanced(tmp_path / "enhanced.dcm", hu, order=order)).array, hu.T)
+
+
+@pytest.mark.filterwarnings("error")
+def test_one_frame_is_one_scan(tmp_path):
+    with pytest.raises(VolumeError, match="it holds one slice"):
+        read_volume(write_enhanced(tmp_path / "enhanced.dcm", HU[:1]))
 
 
 def test_two_reconstructions_of_other_pixels(tmp_path):

@@ -272,6 +272,16 @@ def test_scaled_files_are_float32_and_images_equal_them(array, tmp_path):
         np.testing.assert_allclose(volume.array, loaded.get_fdata())
 
 
+@pytest.mark.parametrize(("step_mm", "read_mm"), [(1.499939, 1.5), (1.500051, 1.5), (1.48, 1.48)])
+def test_the_noise_of_an_sform_is_not_read(step_mm, read_mm, tmp_path):
+    """Of 1.5 mm dcm2niix makes 1.499939 mm where positions are large: one voxel less after resampling."""
+    array = np.arange(-1000, 600, dtype=np.int16).reshape(4, 4, 100)
+    nibabel.save(nibabel.Nifti1Image(array, np.diag([-1.0, -2, step_mm, 1])), tmp_path / "scan.nii")
+    path = header_edit(tmp_path / "scan.nii", pixdim=[1, 1, 2, 1.5, 0, 0, 0, 0], vox_offset=352)
+    for source in (path, nibabel.load(path)):
+        assert read_volume(source).spacing_mm == (1.0, 2.0, read_mm)
+
+
 def test_what_headers_contradict_is_remarked_on(array, nifti):
     path = header_edit(nifti(array, name="scan.nii"), pixdim=[1, 9, 9, 9, 0, 0, 0, 0])
     with pytest.warns(VolumeWarning, match="pixdim disagrees with its sform"):
