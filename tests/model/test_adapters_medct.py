@@ -247,7 +247,9 @@ def test_a_torn_file_is_refused(model, edited):
 def test_a_description_whose_numbers_mean_nothing_is_refused(model, edited, text, said):
     path = edited() / "medct_adapter.json"
     path.write_text(text, encoding="utf-8")
-    with pytest.raises(AdapterMismatchError, match=rf"medct_adapter\.json cannot be read \(.*{said}.*\)\. Correct it, or"):
+    with pytest.raises(
+        AdapterMismatchError, match=rf"medct_adapter\.json cannot be read \(.*{said}.*\)\. Correct it, or"
+    ):
         check_fit(model, path.parent)
 
 
