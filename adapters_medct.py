@@ -365,9 +365,23 @@ def read_description(adapter: str | Path, **hub: Any) -> dict[str, Any] | None:
     Args:
         adapter: Hub id or folder.
         hub: `revision`, `token`, `cache_dir`, `subfolder`, `local_files_only`, as for `from_pretrained`.
+
+    Raises:
+        AdapterMismatchError: If the file is not JSON, or holds NaN or infinity, which no score is above or below.
     """
     path = _file(adapter, DESCRIPTION_FILE, hub)
-    return None if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
+    if path is None:
+        return None
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+    except ValueError as error:
+        raise AdapterMismatchError(
+            f"{adapter}: its {DESCRIPTION_FILE} cannot be read ({first_line(error)}). Correct it, or copy it again."
+        ) from error
+
+
+def _refuse_constant(constant: str) -> None:
+    raise ValueError(f"it holds {constant}")
 
 
 def check_fit(model: PreTrainedModel, adapter: str | Path, **hub: Any) -> dict[str, Any] | None:

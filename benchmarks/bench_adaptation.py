@@ -15,11 +15,9 @@ The table is written after every run and says which runs are missing. Writes `ad
 """
 
 import argparse
-import functools
 import json
 import multiprocessing
 import os
-import shutil
 import statistics
 import tempfile
 from collections.abc import Iterator
@@ -35,6 +33,7 @@ from medct.common.counting import FEWEST_RESAMPLES
 from medct.common.files import whole_file
 from medct.data import PhantomCohort
 from medct.data.phantoms import make_phantom
+from medct.evaluation.scoring import ScoredStudies
 from medct.train import Trainer
 from medct.training.recipes import RECIPES
 from medct.training.settings import TrainingSettings
@@ -102,34 +101,21 @@ def settings_of(key: Key, folder: str) -> TrainingSettings:
         checkpoint_steps=STEPS,
         bootstrap_resamples=FEWEST_RESAMPLES,
         output_dir=str(Path(folder) / "run"),
-        resume=True,  # takes the scores of the base that lie there
         num_workers=0,
     )
 
 
-class BaseScores:
-    """The base is the same in every run of a seed and site, so it is scored once."""
+_base_scores: dict[tuple[str, int, str], ScoredStudies] = {}  # by site, seed and split
 
-    def __init__(self) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="bench-adaptation-"))
 
-    def put_into(self, trainer: Trainer, key: Key) -> None:
-        """Let a run find them where it would leave them.
+class BenchmarkTrainer(Trainer):
+    """The base is the same in every run of a seed and site, so a process scores it once."""
 
-        Args:
-            trainer: The run, not started.
-            key: Which run it is.
-        """
-        kept = self.folder / f"{key.site}-{key.seed}"
-        if not kept.exists():
-            trainer.base.to(trainer.accelerator.device)
-            for split in set(trainer.sources) - {"train"}:
-                trainer.score_base(split)
-            kept.mkdir()
-            for path in trainer.folder.work.glob("base_*.json"):
-                shutil.copy(path, kept)
-        for path in kept.iterdir():
-            shutil.copy(path, trainer.folder.work)
+    def score_base(self, split: str) -> ScoredStudies:
+        key = self.settings.phantom_site, self.settings.seed, split
+        if key not in _base_scores:
+            _base_scores[key] = super().score_base(split)
+        return _base_scores[key]
 
 
 def make(key: Key) -> dict[str, Any]:
@@ -142,15 +128,7 @@ def make(key: Key) -> dict[str, Any]:
         Its row.
     """
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(settings_of(key, folder))
-        base_scores().put_into(trainer, key)
-        return asdict(key) | _figures(trainer.run())
-
-
-@functools.cache
-def base_scores() -> BaseScores:
-    """Those of this process."""
-    return BaseScores()
+        return asdict(key) | _figures(BenchmarkTrainer(settings_of(key, folder)).run())
 
 
 _drawn: dict[tuple[int, str, int], dict[str, Any]] = {}  # 1.5 MB each

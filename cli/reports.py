@@ -16,6 +16,7 @@ from medct.errors_medct import MedCTError
 from medct.inference.studies import ReadStudy, Study
 from medct.pipeline_medct import CTPipeline, ZeroShotCTClassificationPipeline
 from medct.reporting import fhir
+from medct.reporting.codes import own_code
 from medct.reporting.findings import Algorithm, Finding, algorithm_of, findings_of
 from medct.reporting.source import ReportError, SourceStudy, read_source, refuse_without_study
 from medct.volume_io_medct import read_volume
@@ -103,31 +104,42 @@ def report_writer(
         return None
     algorithm = algorithm_of(pipe, model, args.adapter, args.adapter_revision, **prompts)
     labels = list(prompts.get("candidate_labels", pipe.asked.label_names))
+    _refuse_one_code(labels)
 
     def write(read: ReadStudy, encoded: Encoded, results: list[dict[str, Any]]) -> list[str]:
         findings = findings_of(results, labels, pipe.thresholds)
         notes = [note for note in read.notes if note not in read.study.notes]  # these name places on this machine
-        written = []
         if args.dicom_sr is not None or args.dicom_page is not None or args.fhir_identity:
             source = read_source(read.study, **options)
+        # All are made before the first is saved: a study has every report, or none.
+        objects = []
         if args.dicom_sr is not None:
             from medct.reporting.sr import structured_report
 
-            report = structured_report(findings, algorithm, source, notes)
-            written.append(_save(report, args.dicom_sr, source, algorithm, findings, "sr"))
+            objects.append((structured_report(findings, algorithm, source, notes), args.dicom_sr, "sr"))
         if args.dicom_page is not None:
             from medct.reporting.page import secondary_capture
 
             drawn = _drawn(read, encoded, findings, algorithm, pipe, prompts, options, notes)
-            page = secondary_capture(drawn, algorithm, source)
-            written.append(_save(page, args.dicom_page, source, algorithm, findings, "page"))
+            objects.append((secondary_capture(drawn, algorithm, source), args.dicom_page, "page"))
         if args.fhir is not None:
             found = fhir.bundle(findings, algorithm, source.identity if args.fhir_identity else None, notes)
+        written = [_save(made, folder, source, algorithm, findings, kind) for made, folder, kind in objects]
+        if args.fhir is not None:
             write_json(args.fhir, found, ensure_ascii=False)
             written.append(str(args.fhir))
         return written
 
     return write
+
+
+def _refuse_one_code(labels: Sequence[str]) -> None:
+    """Refuse labels that no reader of the reports could tell apart."""
+    known: dict[str, str] = {}
+    for label in labels:
+        other = known.setdefault(own_code(label).value, label)
+        if other != label:
+            raise ReportError(f"{other!r} and {label!r} are one finding in reports. Rename one of them.")
 
 
 def _save(

@@ -338,7 +338,7 @@ class LabelSpace:
         if missing := [name for name in self.columns if name not in source.label_names]:
             raise DataError(
                 f"{source.description}: it has no label {missing[0]!r}, but {_few(source.label_names)}. Say with "
-                "--mapping which of its labels mean the model's."
+                "--mapping (or --keep_mapping, --replay_mapping) which of its labels mean the model's."
             )
         if self.table is None:
             return self._among(source)

@@ -9,13 +9,16 @@
 | a row shorter than the header | its last cells are empty |
 | `.xlsx` | read with openpyxl if it is installed, from the sheet that has the columns |
 | cells of a sheet that are merged, below the header | each holds what is shown |
+| formulas that no spreadsheet has calculated, as programs write them | refused: their cells are empty, or 0 |
 | another encoding than UTF-8, `.xls`, an encrypted workbook | refused |
 """
 
 import csv
 import functools
 import itertools
+import re
 import unicodedata
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +36,8 @@ _LONGEST_CELL = 2**24
 _MOST_CELLS = 2**26
 """Of one sheet: all up to its last cell in use, each of which is walked over."""
 _OLD_OFFICE = b"\xd0\xcf\x11\xe0"  # .xls, and workbooks with a password
+_CALCULATE_FIRST = re.compile(rb'fullCalcOnLoad="(1|true)"')
+_FORMULA = re.compile(rb'<c r="([A-Z]+[0-9]+)"[^>]*><f[ />]')
 _AS_CSV = "In Excel, save it as `CSV UTF-8`"
 
 
@@ -172,7 +177,22 @@ def _sheets(path: Path, state: tuple[int, ...]) -> list[list[list[str]]]:
                 f"the sheet {sheet.title!r} reaches from {sheet.dimensions.replace(':', ' to ')}, more than a "
                 f"table holds. Delete what stands far outside of the table, or: {_AS_CSV}."
             )
+    if cell := _uncalculated(path):
+        raise DataError(
+            f"the cell {cell} holds a formula that has not been calculated. Open the file in a spreadsheet and save it."
+        )
     return [texts for sheet in found if (texts := _texts(sheet))]
+
+
+def _uncalculated(path: Path) -> str | None:
+    """The first cell with a formula, in a workbook whose writer left all calculation to the next program."""
+    with zipfile.ZipFile(path) as parts:
+        books = [name for name in parts.namelist() if name.startswith("xl/workbook")]
+        if not any(_CALCULATE_FIRST.search(parts.read(name)) for name in books):
+            return None
+        sheets = (parts.read(name) for name in parts.namelist() if name.startswith("xl/worksheets/"))
+        found = next(filter(None, map(_FORMULA.search, sheets)), None)
+    return found and found[1].decode()
 
 
 def _texts(sheet: Any) -> list[list[str]]:

@@ -12,6 +12,7 @@ from reports import dciodvfy_errors
 from scan_files import SECRET, SECRET_DATE, make_hu, write_series
 
 from medct import CT_CLIP_LABELS, MedCTVisionModel
+from medct.reporting.source import ReportError
 
 pytest.importorskip("highdicom")
 
@@ -161,6 +162,25 @@ def test_a_study_whose_report_cannot_be_made_has_no_row(predict, tmp_path):
         (row,) = csv.DictReader(file)
     assert row["study"] == "series" and re.fullmatch(r"out/[0-9a-f]{16}_sr.dcm", row["reports"])
     assert (tmp_path / row["reports"]).is_file()
+
+
+def test_a_study_has_all_of_its_reports_or_none(predict, tmp_path, monkeypatch):
+    def fail(*_):
+        raise ReportError("there is no page.")
+
+    monkeypatch.setattr("medct.reporting.page.draw_page", fail)
+    status, said = predict("series", "--dicom_sr", "out", "--dicom_page", "out")
+    assert (status, "there is no page." in said) == (1, True)
+    assert list(tmp_path.glob("out/*")) == []
+
+
+def test_labels_that_reports_cannot_tell_apart_are_refused(predict, tmp_path):
+    labels = ("--labels", "Rib fracture", "rib  Fracture")
+    assert predict("series", *labels)[0] == 0
+    status, said = predict("series", *labels, "--fhir", "f.json")
+    assert status == 2
+    assert "'Rib fracture' and 'rib  Fracture' are one finding in reports. Rename one of them." in said
+    assert not (tmp_path / "f.json").exists()
 
 
 @pytest.mark.parametrize("again", [[], ["--dicom_sr", "elsewhere"], ["--dicom_sr", "out", "--dicom_page", "out"]])

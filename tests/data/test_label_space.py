@@ -261,7 +261,9 @@ def test_labels_that_are_mapped_already(table):
 
 def test_what_the_data_lack_is_named(table):
     config, mapping = read_label_flags(CONFIG, mapping=table("label,data\nEmphysema,bullae\n"))
-    with pytest.raises(DataError, match=r"1 studies: it has no label 'bullae', but a, b\. Say with --mapping"):
+    with pytest.raises(
+        DataError, match=r"1 studies: it has no label 'bullae', but a, b\. Say with --mapping \(or --keep_mapping, "
+    ):
         LabelSpace.of(config, mapping).apply(source_of(("a", "b"), (1, 0)))
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import unicodedata
+import zipfile
 
 import openpyxl
 import pytest
@@ -129,6 +130,33 @@ def test_a_cell_far_outside_of_the_table_is_refused(tmp_path):
     book.save(tmp_path / "table.xlsx")
     with pytest.raises(DataError, match="the sheet 'Sheet' reaches from A1 to XFD1048576"):
         read_table(tmp_path / "table.xlsx", ["id"])
+
+
+def with_value(path, value: str):
+    """The same workbook with another value in the cells of formulas, as other writers leave it."""
+    with zipfile.ZipFile(path) as parts:
+        files = {name: parts.read(name) for name in parts.namelist()}
+    with zipfile.ZipFile(path, "w") as parts:
+        for name, content in files.items():
+            parts.writestr(name, content.replace(b"</f><v />", f"</f><v>{value}</v>".encode()))
+    return path
+
+
+@pytest.mark.parametrize("value", ["", "0"])
+def test_formulas_that_nobody_has_calculated_are_refused(tmp_path, value):
+    path = write_xlsx(tmp_path / "table.xlsx", [["id", "Erguss"], ["1", "=IF(2>1,1,0)"]])
+    with pytest.raises(DataError, match=r"the cell B2 holds a formula that has not been calculated\. Open the file in"):
+        read_table(with_value(path, value), ["id", "Erguss"])
+
+
+def test_formulas_that_a_spreadsheet_has_calculated_are_read(tmp_path):
+    path = tmp_path / "table.xlsx"
+    book = Workbook()
+    book.active.append(["id", "Erguss"])
+    book.active.append(["1", "=IF(2>1,1,0)"])
+    book.calculation.fullCalcOnLoad = None
+    book.save(path)
+    assert read_table(with_value(path, "1"), ["id", "Erguss"]).values.tolist() == [["1", "1"]]
 
 
 def test_without_openpyxl_it_says_what_to_do(tmp_path, monkeypatch):

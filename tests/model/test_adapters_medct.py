@@ -240,6 +240,19 @@ def test_a_torn_file_is_refused(model, edited):
             check_fit(model, path.parent)
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [('{"thresholds": {"Nodule": NaN}}', "it holds NaN"), ('{"strength": -Infinity}', "-Infinity"), ("{", "Expecting")],
+)
+def test_a_description_whose_numbers_mean_nothing_is_refused(model, edited, text, said):
+    path = edited() / "medct_adapter.json"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(
+        AdapterMismatchError, match=rf"medct_adapter\.json cannot be read \(.*{said}.*\)\. Correct it, or"
+    ):
+        check_fit(model, path.parent)
+
+
 CONFIGURATIONS = {
     "other modules": ({"target_modules": ["nothing_of_this_name"]}, "fits no module of this model"),
     "more memory than there is": ({"r": 10**11}, r"with shape \(4, "),
