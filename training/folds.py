@@ -21,6 +21,7 @@ from medct.common.lock import is_first_process, only_run
 from medct.common.output import as_word
 from medct.data.sources import Source, first_of, hash_share
 from medct.evaluation.figures import Scores, source_figures
+from medct.evaluation.metrics import varying
 from medct.evaluation.plots import calibration_plot, roc_plot, save_plot
 from medct.evaluation.predictions import Key, Predictions, learned_from
 from medct.evaluation.record import RESULTS, read_results, read_scores, scores_path, write_record
@@ -76,7 +77,7 @@ def divide(source: Source, folds: int, fold: int, max_tune_studies: int | None =
 def _refuse_folds_of_one_kind(labels: np.ndarray, fold_of: Sequence[int], folds: int) -> None:
     for fold in range(folds):
         held_out = labels[np.array(fold_of) == fold]
-        if not ((held_out == 1).any(axis=0) & (held_out == 0).any(axis=0)).any():
+        if not varying(held_out).any():
             raise TrainingError(
                 f"Fold {fold + 1} of {folds} would hold out {len(held_out)} studies in which each finding is always or "
                 "never present. Lower --folds."
