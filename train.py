@@ -32,7 +32,6 @@ from medct.common.errors import StoppedError
 from medct.common.files import refuse_taken, write_json
 from medct.common.host import device_name, keep_freed_memory, peak_memory_bytes
 from medct.common.lock import only_run
-from medct.common.output import as_word
 from medct.common.paths import local_paths, without_paths
 from medct.common.progress import tqdm
 from medct.data.label_space import read_label_flags
@@ -82,6 +81,7 @@ from medct.training.results import (
     BASE,
     KEPT_SPLITS,
     SPLITS,
+    SYNTHETIC,
     Scored,
     compare_all,
     few_steps,
@@ -173,10 +173,7 @@ class Trainer:
             try:
                 return self._run()
             except KeyboardInterrupt:  # before or after the steps, or a second time
-                raise StoppedError(f"stopped. {self._remedy()}") from None
-
-    def _remedy(self) -> str:
-        return f"The same command with --output_dir {as_word(self.folder.final)} --resume continues it."
+                raise StoppedError(f"stopped. {self.folder.remedy}") from None
 
     def _run(self) -> dict[str, Any]:
         self.base.to(self.accelerator.device)
@@ -358,7 +355,7 @@ class Trainer:
 
     def _stopped(self, state: TrainingState) -> StoppedError:
         by = self.stop.by or "a signal to another process"
-        return StoppedError(f"stopped by {by} after step {state.step} of {self.steps}. {self._remedy()}")
+        return StoppedError(f"stopped by {by} after step {state.step} of {self.steps}. {self.folder.remedy}")
 
     def _step(
         self,
@@ -463,7 +460,7 @@ class Trainer:
             measured_on += f" To be kept: {self._describe('keep_valid')}."
         is_synthetic = self.sources["valid"].is_synthetic
         if is_synthetic:
-            measured_on += " These are SYNTHETIC drawings: no patients, and no clinical meaning."
+            measured_on += f" {SYNTHETIC}"
         results = {
             "measured_on": measured_on,
             "synthetic": is_synthetic,
@@ -475,7 +472,7 @@ class Trainer:
             "prompts": self.config.label_prompts() if self.prompts else [],
             "label_names": names,
             "mappings": mappings_of(self.sources),
-            "base": {"model": settings.model, "revision": self.revision, "fingerprint": self.fingerprint},
+            "base": self._about_base(),
             **self.counts,
             "steps": self.steps_done,
             "planned_steps": self.steps,
@@ -488,6 +485,10 @@ class Trainer:
         remarks = [*self.remarks, *self._left_out(), *remarks_on(results, settings.max_forgotten)]
         return results | {"remarks": remarks, "provenance": decided}
 
+    def _about_base(self) -> dict[str, str | None]:
+        """Where the base came from, and its weights."""
+        return {"model": self.settings.model, "revision": self.revision, "fingerprint": self.fingerprint}
+
     def _source_names(self) -> list[str]:
         """What to call the new site and, where there is one, what is to be kept."""
         return short_names([each for each in (self.settings.data, self.settings.keep) if each != NO_SOURCE])
@@ -495,8 +496,7 @@ class Trainer:
     def _provenance(self, found: dict[str, Any], before: Scored) -> dict[str, Any]:
         """What decided the figures; with its settings `medct evaluate` scores the held-out studies again."""
         accelerator = self.accelerator
-        base = {"model": self.settings.model, "revision": self.revision, "fingerprint": self.fingerprint}
-        base |= about_model(self.base)
+        base = self._about_base() | about_model(self.base)
         scored = predictions_of(before, {}, self._source_names()).scored
         points = {
             model: {name: each["thresholds"] for name, each in by_name.items()}

@@ -1,6 +1,6 @@
 """Metrics of zero-shot classification with intervals, computed from arrays.
 
-Also an `evaluate` module, `evaluate.load("evaluation/metrics.py")`, so it imports nothing from this package.
+Also an `evaluate` module: `evaluate.load("evaluation/metrics.py")`.
 
 What holds throughout:
 

@@ -18,7 +18,6 @@ from medct.common.counting import counted
 from medct.common.errors import StoppedError
 from medct.common.files import write_json
 from medct.common.lock import is_first_process, only_run
-from medct.common.output import as_word
 from medct.data.sources import Source, first_of, hash_share
 from medct.evaluation.figures import Scores, source_figures
 from medct.evaluation.metrics import varying
@@ -29,7 +28,7 @@ from medct.evaluation.report import folds_table, results_table
 from medct.evaluation.scoring import ScoredStudies
 from medct.publishing.cards import read_json
 from medct.training.handing_out import write_readme
-from medct.training.results import ADAPTED, BASE, remarks_on
+from medct.training.results import ADAPTED, BASE, SYNTHETIC, remarks_on
 from medct.training.run_folder import RunFolder
 from medct.training.settings import TrainingError, TrainingSettings
 
@@ -114,10 +113,7 @@ def cross_validate(
             try:
                 results = train(dataclasses.replace(settings.without_push(), **of_fold))
             except StoppedError as error:
-                raise StoppedError(
-                    f"stopped in fold {fold} of {settings.folds}. The same command with --output_dir "
-                    f"{as_word(folder.final)} --resume continues it."
-                ) from error
+                raise StoppedError(f"stopped in fold {fold} of {settings.folds}. {folder.remedy}") from error
             if is_main_process:
                 refuse_changed(folder.work, runs)
                 refuse_another_base(folder.work, runs)
@@ -149,10 +145,7 @@ def refuse_changed(work: Path, runs: Sequence[Path]) -> None:
             for study, patient, labels in zip(studies.ids, studies.patients, studies.labels, strict=True):
                 told = (held_out, patient, str(labels.tolist()))
                 if known.setdefault(study, told) != told:
-                    raise TrainingError(
-                        f"{work}: studies or labels have changed since its first folds were trained, so that these "
-                        "cannot be pooled with later ones. Remove the folder, or choose another --output_dir."
-                    )
+                    raise _changed_since(work, "studies or labels have")
 
 
 def refuse_another_base(work: Path, runs: Sequence[Path]) -> None:
@@ -167,10 +160,14 @@ def refuse_another_base(work: Path, runs: Sequence[Path]) -> None:
     """
     bases = [read_results(run)["provenance"]["models"][BASE] for run in runs if (run / RESULTS).is_file()]
     if any(base != bases[0] for base in bases):
-        raise TrainingError(
-            f"{work}: the base has changed since its first folds were trained, so that these cannot be pooled with "
-            "later ones. Remove the folder, or choose another --output_dir."
-        )
+        raise _changed_since(work, "the base has")
+
+
+def _changed_since(work: Path, what: str) -> TrainingError:
+    return TrainingError(
+        f"{work}: {what} changed since its first folds were trained, so that these cannot be pooled with later ones. "
+        "Remove the folder, or choose another --output_dir."
+    )
 
 
 def _gather(folder: RunFolder, runs: Sequence[Path], settings: TrainingSettings) -> dict[str, Any]:
@@ -235,7 +232,7 @@ def _results(
     models = {model: Scores(scored) for model, scored in pooled.items()}
     comparison = source_figures(models, names, resamples=settings.bootstrap_resamples, seed=settings.seed)
     folds = [_about(fold, each) for fold, each in enumerate(of_folds, start=1)]
-    synthetic = " These are SYNTHETIC drawings: no patients, and no clinical meaning." if first["synthetic"] else ""
+    synthetic = f" {SYNTHETIC}" if first["synthetic"] else ""
     results = first | {
         "measured_on": f"Cross-validation by patient: each of {comparison['patients']} patients was held out once, in "
         f"{count} folds, and the scores of {count} adapters on {comparison['scans']} studies are pooled.{synthetic}",

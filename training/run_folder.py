@@ -19,6 +19,7 @@ from medct.common.files import (
     write_json,
 )
 from medct.common.lock import is_first_process, only_run
+from medct.common.output import as_word
 from medct.training.checkpoints import decode, encode
 from medct.training.settings import TrainingError
 
@@ -55,6 +56,11 @@ class RunFolder:
             raise TrainingError(
                 f"{self.work} holds an unfinished run. Pass --resume to continue it, or remove the folder."
             )
+
+    @property
+    def remedy(self) -> str:
+        """How to go on with a run that was stopped, as a sentence."""
+        return f"The same command with --output_dir {as_word(self.final)} --resume continues it."
 
     @property
     def checkpoints(self) -> Path:
