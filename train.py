@@ -495,7 +495,6 @@ class Trainer:
 
     def _provenance(self, found: dict[str, Any], before: Scored) -> dict[str, Any]:
         """What decided the figures; with its settings `medct evaluate` scores the held-out studies again."""
-        accelerator = self.accelerator
         base = self._about_base() | about_model(self.base)
         scored = predictions_of(before, {}, self._source_names()).scored
         points = {
@@ -506,10 +505,8 @@ class Trainer:
             repeatable(self.settings, self.revision, points),
             {BASE: base, ADAPTED: base},
             {f"{key.source}, {key.split}": list_checksum(each) for key, each in scored.items()},
-            accelerator.device,
+            self.accelerator,
             seed=self.settings.seed,
-            processes=accelerator.num_processes,
-            precision=accelerator.mixed_precision,
         )
 
     def _save(self, model: PeftModel | MedCTModel, results: dict[str, Any], before: Scored, after: Scored) -> None:

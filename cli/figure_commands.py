@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 
 from medct.cli.commands import CommandError
 from medct.cli.records import figures_of, only_json, recorded_settings
@@ -117,7 +116,7 @@ def _finish(args: argparse.Namespace, sources: list[dict[str, Any]]) -> None:
 def _without_model(args: argparse.Namespace, sources: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Provenance of figures that were computed from tables."""
     studies = {each["source"]: each["studies"] for each in sources}
-    return provenance(recorded_settings(args), {}, studies, torch.device("cpu"), seed=args.seed)
+    return provenance(recorded_settings(args), {}, studies, seed=args.seed)
 
 
 def recall(args: argparse.Namespace) -> int:

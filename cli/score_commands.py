@@ -212,10 +212,8 @@ def _results(
             recorded_settings(args),
             {name: version.about for name, version in versions.items()},
             lists,
-            accelerator.device,
+            accelerator,
             seed=args.seed,
-            processes=accelerator.num_processes,
-            precision=accelerator.mixed_precision,
         ),
     }
 
