@@ -6,8 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import medct
-from medct.cli.flags import at_least, batch_arguments, model_arguments, share_or_none, split_name
-from medct.cli.label_flags import add_label_flags
+from medct.cli.flags import at_least, batch_arguments, label_arguments, model_arguments, share_or_none, split_name
 from medct.cli.score_arguments import add_scores
 
 RUNS = {
@@ -217,7 +216,7 @@ def _source_arguments(parser: argparse.ArgumentParser, what: str) -> None:
         help="of a scan with several reconstructions: one, or all (default: one)",
     )
     group.add_argument("--version", type=int, choices=(1, 2), default=2, help="version of CT-RATE (default: 2)")
-    add_label_flags(parser)
+    label_arguments(parser)
 
 
 def _add_overview(add: Callable[..., argparse.ArgumentParser]) -> None:

@@ -13,7 +13,8 @@ from accelerate import Accelerator
 
 from medct.adapters_medct import adapter_fingerprint, as_described, fingerprint
 from medct.cli.commands import CommandError, ends, load_pipeline, model_of, start_processes
-from medct.cli.records import figures_of, only_json, recorded_settings
+from medct.cli.flags import REPOSITORY_OF
+from medct.cli.records import all_findings, bootstrap_of, figures_of, only_json, recorded_settings
 from medct.common.counting import counted
 from medct.common.distributed import of_all, refuse_different, start_launch
 from medct.common.errors import OK, SOME_FAILED
@@ -54,13 +55,6 @@ DEFAULTS: dict[str, Any] = {
 # operating points of each.
 _ONLY_RECORDED = ("phantoms", "names", "points")
 _POINTS_HOLD_FOR = ("fingerprint", "adapter_fingerprint", "prompt_templates", "prompts")
-# Commits of repositories, and which flag names the repository: of another they say nothing.
-_COMMITS = {
-    "data_revision": "data",
-    "revision": "model",
-    "adapter_revision": "adapter",
-    "against_revision": "against",
-}
 _MOST_SHOWN = 10
 _LEARNED = {"train": "trained on", "tune": "chosen on"}
 
@@ -86,16 +80,24 @@ class Version:
     asks: list[list[str]] = field(default_factory=list)
 
     @classmethod
-    def of(cls, pipe: CTPipeline, config: MedCTConfig, become: Callable[[], None], *about: Any) -> "Version":
+    def of(
+        cls,
+        pipe: CTPipeline,
+        config: MedCTConfig,
+        become: Callable[[], None],
+        about: dict[str, Any],
+        **chosen: Any,
+    ) -> "Version":
         """A version that is asked what a configuration says.
 
         Args:
             pipe: Holds the model and its processor.
             config: Has the labels and prompts.
-            become, about: See `Version`; of `about` also what follows it there.
+            become, about: See `Version`.
+            chosen: Its `points` and `calibration`.
         """
         prompts = prompts_for(pipe.model, pipe.processor, config)
-        return cls(become, prompts, *about, asks=config.label_prompts() if prompts else [])
+        return cls(become, prompts, about, asks=config.label_prompts() if prompts else [], **chosen)
 
 
 def evaluate(args: argparse.Namespace) -> int:
@@ -119,7 +121,7 @@ def settle(args: argparse.Namespace, recorded: Mapping[str, Any] | None) -> None
     if (known := made.get("settings")) is None:
         why = "is of folds, or of a whole model (--recipe full)" if made else "does not say how it was made"
         raise CommandError(f"{args.repeat} {why}, so it cannot be repeated. Run it again without --repeat.")
-    moved = {commit for commit, what in _COMMITS.items() if getattr(args, what) not in (None, known.get(what))}
+    moved = {commit for commit, what in REPOSITORY_OF.items() if getattr(args, what) not in (None, known.get(what))}
     for name in {*known, *vars(args), *_ONLY_RECORDED} - moved:
         if getattr(args, name, None) is None:
             value = known.get(name)
@@ -169,19 +171,18 @@ def _evaluate(args: argparse.Namespace, recorded: Mapping[str, Any] | None) -> i
     if not accelerator.is_main_process:
         return OK
     brought = {name: _brought(args, name, version, tuned and tuned[name]) for name, version in versions.items()}
-    options = {"resamples": args.bootstrap_resamples, "seed": args.seed}
     for about in sources:
         by_model = scored[about["source"]]
         models = {name: Scores(each, *brought[name]) for name, each in by_model.items()}
-        about |= figures_of(models, about["description"], **options)
+        about |= figures_of(models, about["description"], **bootstrap_of(args))
         about["studies"] = lists[f"{about['source']}, {args.split}"] = list_checksum(next(iter(by_model.values())))
     points, _ = next(iter(brought.values()))
-    names = list(dict.fromkeys(name for about in sources for name in about["present"]))
+    names = all_findings(sources)
     on_points = [] if chosen_on is None else remark_on_points(points.get(YOUDEN, {}), names, chosen_on.names)
     if tuning is not None and chosen_on is not None:
         adapters = [version.about.get("adapter") for version in versions.values()]
         on_points += filter(None, (remark_on_choice(adapter, tuning, chosen_on) for adapter in adapters))
-    results = _results(args, versions, names, sources, lists, on_points, accelerator)
+    results = _results(args, versions, sources, lists, on_points, accelerator)
     keys = {Key(model, name, args.split): each for name, by_model in scored.items() for model, each in by_model.items()}
     if args.output is not None:
         write_record(args.output, results, Predictions(results["label_names"], keys))
@@ -193,13 +194,13 @@ def _evaluate(args: argparse.Namespace, recorded: Mapping[str, Any] | None) -> i
 def _results(
     args: argparse.Namespace,
     versions: Mapping[str, Version],
-    names: list[str],
     sources: list[dict[str, Any]],
     lists: dict[str, dict[str, Any]],
     on_points: list[str],
     accelerator: Accelerator,
 ) -> dict[str, Any]:
-    """What the JSON file holds; `names` of findings, `lists` of studies."""
+    """What the JSON file holds; `lists` are of studies."""
+    names = all_findings(sources)
     return {
         "measured_on": "; ".join(about["description"] for about in sources),
         "synthetic": any(about["synthetic"] for about in sources),
@@ -320,8 +321,8 @@ def _adapted(pipe: CTPipeline, key: str, asks: MedCTConfig, about: dict[str, Any
         asks,
         functools.partial(_with_adapter, pipe, key),
         about | about_model(pipe.model, asks),
-        {name: kept for name, each in points.items() if (kept := held(each))},
-        held(described.get("calibration")),
+        points={name: kept for name, each in points.items() if (kept := held(each))},
+        calibration=held(described.get("calibration")),
     )
 
 

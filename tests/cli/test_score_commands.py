@@ -19,6 +19,7 @@ import medct
 from medct import CT_CLIP_LABELS
 from medct.cli import main, prompt_commands, score_commands
 from medct.cli.figure_commands import _patients_and_labels
+from medct.cli.flags import REPOSITORY_OF
 from medct.cli.score_commands import versions_of
 from medct.common.counting import counted
 from medct.common.output import drop_output
@@ -301,7 +302,7 @@ def test_recorded_points_are_for_the_weights_and_words_that_they_were_chosen_wit
 
 @pytest.mark.parametrize("what", ["data", "model", "adapter", "against"])
 def test_a_recorded_commit_is_of_its_own_repository(what):
-    commits = score_commands._COMMITS
+    commits = REPOSITORY_OF
     known = {name: ["ORG/OLD"] if name == "data" else "ORG/OLD" for name in commits.values()}
     known |= dict.fromkeys(commits, "abc")
     flags = dict.fromkeys([*known, "repeat", "sensitivity", "specificity", "tune_on"])
@@ -316,7 +317,7 @@ def test_a_recorded_commit_is_of_its_own_repository(what):
 def test_a_run_is_repeated_with_the_adapter_beside_its_results(tmp_path):
     known = {"data": ["ORG/OLD"], "model": "ORG/BASE", "adapter": "."}
     for repeat in (tmp_path, tmp_path / "results.json"):
-        flags = dict.fromkeys([*known, *score_commands._COMMITS, "against", "sensitivity", "specificity", "tune_on"])
+        flags = dict.fromkeys([*known, *REPOSITORY_OF, "against", "sensitivity", "specificity", "tune_on"])
         args = argparse.Namespace(**flags, repeat=repeat)
         score_commands.settle(args, {"provenance": {"settings": known}})
         assert args.adapter == str(tmp_path)
