@@ -57,6 +57,7 @@ from medct.evaluation.scoring import (
     texts_to,
 )
 from medct.modeling_medct import MedCTModel
+from medct.publishing.cards import TRAIN_CONFIG
 from medct.publishing.loading import resolve_name
 from medct.training.best import BestSoFar
 from medct.training.checkpoints import Checkpoints, TrainingState
@@ -532,7 +533,7 @@ class Trainer:
                     operating_points=results["operating_points"],
                 )
                 results["provenance"]["models"][ADAPTED]["adapter_fingerprint"] = adapter_fingerprint(folder)
-            write_json(folder / "train_config.json", dataclasses.asdict(self.settings))
+            write_json(folder / TRAIN_CONFIG, dataclasses.asdict(self.settings))
             names = self._source_names()
             trained = [(names[0], "train", self.sources["train"].names)]
             write_record(folder / RESULTS, results, predictions_of(before, after, names), trained)

@@ -24,7 +24,7 @@ from medct.data.study_names import composed, matched
 from medct.data.subgroups import COLUMNS as SUBGROUPS
 from medct.data.subgroups import subgroup_columns, subgroups_of
 from medct.data.table_files import columns_of, read_table
-from medct.data.tables import check_labels, refuse_misnamed, refuse_two_spellings, to_numbers
+from medct.data.tables import check_labels, patients_of, refuse_misnamed, refuse_two_spellings, to_numbers
 from medct.evaluation.scoring import ScoredStudies
 
 NAME = "file_name"
@@ -275,9 +275,7 @@ def labelled(table: pd.DataFrame, names: Sequence[str], path: Path) -> pd.DataFr
         DataError: If a label or a patient is not what it should be, or a study has two rows.
     """
     refuse_misnamed(list(table), str(path))
-    patients = table.get("patient", table[NAME]).str.strip().map(composed)
-    if (empty := int((patients == "").sum())) > 0:
-        raise DataError(f"{path}: {empty} rows have an empty 'patient'. Fill it in.")
+    patients = patients_of(table, NAME, str(path))
     refuse_two_spellings(patients, str(path))
     _refuse_doubles(table, [NAME], path)
     return check_labels(table, names, str(path)).assign(patient=patients)

@@ -26,7 +26,7 @@ from medct.evaluation.predictions import Key, Predictions, learned_from
 from medct.evaluation.record import RESULTS, read_results, read_scores, scores_path, write_record
 from medct.evaluation.report import folds_table, results_table
 from medct.evaluation.scoring import ScoredStudies
-from medct.publishing.cards import read_json
+from medct.publishing.cards import TRAIN_CONFIG, read_json
 from medct.training.handing_out import write_readme
 from medct.training.results import ADAPTED, BASE, SYNTHETIC, remarks_on
 from medct.training.run_folder import RunFolder
@@ -184,8 +184,8 @@ def _gather(folder: RunFolder, runs: Sequence[Path], settings: TrainingSettings)
     with folder.complete() as final:
         shutil.copytree(kept, final, dirs_exist_ok=True)
         (final / "learned.png").unlink(missing_ok=True)  # of one fold alone
-        config = read_json(final, "train_config.json") | {"output_dir": str(folder.final)}
-        write_json(final / "train_config.json", config)
+        config = read_json(final, TRAIN_CONFIG) | {"output_dir": str(folder.final)}
+        write_json(final / TRAIN_CONFIG, config)
         keys = {Key(model, source, "valid"): scored for model, scored in pooled.items()}
         learned = learned_from(scores_path(kept / RESULTS)).items()
         others = [(source, split, sorted(studies)) for split, studies in learned]
