@@ -61,11 +61,11 @@ def start_processes(args: argparse.Namespace) -> PartialState:
 
 
 def model_of(args: argparse.Namespace) -> str:
-    """The model that the user named, or that the adapter names, then with the commit that it names."""
+    """The model that the user named, or that the adapter names, then with the commit that it names; `args` keeps it."""
+    if not args.model and (name := os.environ.get(MODEL_VARIABLE)):
+        args.model = resolve_name(name, revision=args.revision)
     if args.model:
         return args.model
-    if name := os.environ.get(MODEL_VARIABLE):
-        return resolve_name(name, revision=args.revision)
     if args.adapter is None:
         raise CommandError(f"Which model? Pass --model ID_OR_FOLDER, or set {MODEL_VARIABLE}.")
     from peft import PeftConfig  # takes long to import, like all that is imported late here

@@ -12,7 +12,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from medct.adapters_medct import adapter_fingerprint, as_described, fingerprint
-from medct.cli.commands import CommandError, ends, load_pipeline, model_of, start_processes
+from medct.cli.commands import CommandError, ends, load_pipeline, start_processes
 from medct.cli.flags import REPOSITORY_OF
 from medct.cli.records import all_findings, bootstrap_of, figures_of, only_json, recorded_settings
 from medct.common.counting import counted
@@ -140,7 +140,6 @@ def settle(args: argparse.Namespace, recorded: Mapping[str, Any] | None) -> None
 
 
 def _evaluate(args: argparse.Namespace, recorded: Mapping[str, Any] | None) -> int:
-    args.model = model_of(args)  # whatever named it
     start_processes(args)
     accelerator = start_launch(Accelerator, cpu=args.cpu)
     pipe = load_pipeline(args, accelerator.device)
