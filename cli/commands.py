@@ -17,7 +17,7 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 
 from medct.checks_medct import preprocessing
-from medct.cli.reports import Writer, asked_for, check_reports, report_writer, reported
+from medct.cli.reports import ReportWriter, asked_for, check_reports, report_writer, reported
 from medct.cli.wording import in_flags
 from medct.common.counting import counted
 from medct.common.distributed import be_patient, start_launch
@@ -236,7 +236,7 @@ def _predict(args: argparse.Namespace) -> int:
     columns = [KEY, *labels, *(f"{label} present" for label in labels if has_thresholds)]
     columns += [*(f"{label} probability" for label in calibrated), "notes", *(["reports"] if asked_for(args) else [])]
     rows_as = Csv(columns) if format == "csv" else JsonLines()
-    write_reports = report_writer(args, pipe, prompts, model_of(args), reading_options(args))
+    write_reports = report_writer(args, pipe, prompts, reading_options(args))
     rows_of = functools.partial(prediction_rows, pipe, prompts, flat=format == "csv", write_reports=write_reports)
     if args.output is not None:
         templates = prompts.get("prompt_templates", pipe.asked.prompt_templates)
@@ -262,7 +262,7 @@ def prediction_rows(
     prompts: dict[str, Any],
     reads: list[ReadStudy],
     flat: bool,
-    write_reports: Writer | None = None,
+    write_reports: ReportWriter | None = None,
 ) -> Iterator[dict[str, Any] | FailedStudy]:
     """Score studies: one row per study, or why its reports could not be made.
 
