@@ -216,18 +216,7 @@ class Shard:
         scans: list[str] = []
         without_report: list[int] = []
         about: list[dict[str, str]] = []
-        with (
-            whole_file(self.path) as aside,
-            parquet.ParquetWriter(
-                aside,
-                SCHEMA,
-                compression=self.compression,
-                compression_level=COMPRESSION_LEVELS[self.compression],
-                use_dictionary=False,
-                write_statistics=False,
-                write_page_checksum=True,
-            ) as writer,
-        ):
+        with whole_file(self.path) as aside, _parquet_writer(aside, self.compression) as writer:
             for scan, key in self.keys:
                 row = self.source.read(key)
                 try:
@@ -254,6 +243,18 @@ class Shard:
         file |= {"about": about} if any(about) else {}
         write_json(self.record_path, {"file": file, "skipped": skipped, "remarks": remarks})
         return skipped
+
+
+def _parquet_writer(path: Path, compression: str) -> parquet.ParquetWriter:
+    return parquet.ParquetWriter(
+        path,
+        SCHEMA,
+        compression=compression,
+        compression_level=COMPRESSION_LEVELS[compression],
+        use_dictionary=False,
+        write_statistics=False,
+        write_page_checksum=True,
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

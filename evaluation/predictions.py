@@ -186,20 +186,13 @@ def join_metadata(predictions: Path, metadata: Path, split: str | None = None) -
     if lacking := _scores_without_labels(scores, labels):
         said = f"{metadata} has no column {', '.join(lacking)}, so these scores are left out. Name the columns alike."
         warnings.warn(said, stacklevel=2)
-    labels = labelled(labels, names, metadata)
+    labels, within = labelled(labels, names, metadata), f"{metadata}"
     if split is not None:
-        if "split" not in labels:
-            raise DataError(f"{metadata}: it has no column 'split'. Leave out --split.")
-        there = ", ".join(labels["split"].unique())
-        labels = labels[labels["split"] == split]
-        if labels.empty:
-            raise DataError(f"{metadata}: it has no study of the split {split!r}. Pass one of its own: {there}.")
+        labels, within = _of_split(labels, split, metadata), f"{metadata}, split {split}"
     scores = to_numbers(scores, names, str(predictions))
     scores = scores.assign(**{NAME: matched(scores[NAME], set(labels[NAME])), "model": scores.get("model", "scores")})
     if 0 < (others := int(scores[NAME].isna().sum())) < len(scores):
-        within = "" if split is None else f", split {split}"
-        said = f"{others} of {len(scores)} rows of {predictions} are not in {metadata}{within}; left out."
-        warnings.warn(said, stacklevel=2)
+        warnings.warn(f"{others} of {len(scores)} rows of {predictions} are not in {within}; left out.", stacklevel=2)
     scores = scores[scores[NAME].notna()]
     _refuse_doubles(scores, ["model", NAME], predictions)
     if scores.empty:
@@ -217,6 +210,16 @@ def join_metadata(predictions: Path, metadata: Path, split: str | None = None) -
             names=names,
         )
     return Predictions(names, found)
+
+
+def _of_split(labels: pd.DataFrame, split: str, metadata: Path) -> pd.DataFrame:
+    if "split" not in labels:
+        raise DataError(f"{metadata}: it has no column 'split'. Leave out --split.")
+    found = labels[labels["split"] == split]
+    if found.empty:
+        there = ", ".join(labels["split"].unique())
+        raise DataError(f"{metadata}: it has no study of the split {split!r}. Pass one of its own: {there}.")
+    return found
 
 
 def named_table(path: Path) -> pd.DataFrame:
