@@ -70,7 +70,7 @@ SCANS_HELP = (
 def _add_predict(add: Callable[..., argparse.ArgumentParser]) -> None:
     parser = add(
         "predict",
-        "commands.predict",
+        "scan_commands.predict",
         "score findings",
         "medct predict scan.nii.gz --model ct-clip\n"
         "  medct predict studies/ --model ct-clip --adapter ORG/NAME --output scores.csv\n"
@@ -158,7 +158,7 @@ def _add_search(add: Callable[..., argparse.ArgumentParser]) -> None:
 def _add_map(add: Callable[..., argparse.ArgumentParser]) -> None:
     parser = add(
         "map",
-        "commands.map_scan",
+        "scan_commands.map_scan",
         "where in a scan a score comes from (a debugging aid)",
         'medct map scan.nii.gz --model ct-clip --labels "Pleural effusion" --output maps/',
         "For each finding, writes what each patch adds to the logits margin: a NIfTI file in the scan's geometry and a "
