@@ -90,11 +90,6 @@ def names(rows, scans):
     return [str(Path(row["study"]).relative_to(scans)) for row in rows]
 
 
-@pytest.fixture
-def pipe(model, processor):
-    return ZeroShotCTClassificationPipeline(model=model, processor=processor, device="cpu")
-
-
 def test_a_table_for_people(run, scans, pipe):
     status, out, err = run("predict", scans / "0.nii.gz", "--labels", "a", "b")
     assert (status, err) == (0, "")
