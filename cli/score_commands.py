@@ -4,23 +4,22 @@ import argparse
 import functools
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 
-from medct.adapters_medct import adapter_fingerprint, as_described, fingerprint
 from medct.cli.commands import CommandError, ends, load_pipeline, start_processes
 from medct.cli.flags import REPOSITORY_OF
 from medct.cli.records import all_findings, bootstrap_of, figures_of, only_json, recorded_settings
+from medct.cli.versions import BASE, Version, versions_of
 from medct.common.counting import counted
 from medct.common.distributed import of_all, refuse_different, start_launch
 from medct.common.errors import OK, SOME_FAILED
 from medct.configuration_medct import MedCTConfig
 from medct.data import PhantomCohort, open_source
-from medct.data.label_space import LabelTable, also_asked, read_label_flags, refuse_two_prompts
+from medct.data.label_space import LabelTable, read_label_flags, refuse_two_prompts
 from medct.data.loader import StudyLoader
 from medct.data.sources import Source, digest_of, why_skipped
 from medct.evaluation.figures import Scores, choose_on
@@ -31,16 +30,12 @@ from medct.evaluation.record import RESULTS, read_results, results_file, scores_
 from medct.evaluation.report import evaluation_report
 from medct.evaluation.scoring import (
     ScoredStudies,
-    Texts,
-    about_model,
-    prompts_for,
     refuse_shares,
     remark_on_words,
     score_versions,
 )
 from medct.pipeline_medct import CTPipeline
 
-BASE = "base"
 BESIDE = "."
 """As an adapter in recorded settings: the one in the folder of the results."""
 DEFAULTS: dict[str, Any] = {
@@ -57,47 +52,6 @@ _ONLY_RECORDED = ("phantoms", "names", "points")
 _POINTS_HOLD_FOR = ("fingerprint", "adapter_fingerprint", "prompt_templates", "prompts")
 _MOST_SHOWN = 10
 _LEARNED = {"train": "trained on", "tune": "chosen on"}
-
-
-@dataclass(frozen=True)
-class Version:
-    """A version of the model that is scored.
-
-    Args:
-        become: Turns the model into it.
-        prompts: What it is asked.
-        about: Where it came from.
-        points: Operating points that it brings along.
-        calibration: Likewise, slope and intercept by label.
-        asks: The prompts as sentences.
-    """
-
-    become: Callable[[], None]
-    prompts: list[Texts]
-    about: dict[str, Any]
-    points: Points = field(default_factory=dict)
-    calibration: dict[str, list[float]] = field(default_factory=dict)
-    asks: list[list[str]] = field(default_factory=list)
-
-    @classmethod
-    def of(
-        cls,
-        pipe: CTPipeline,
-        config: MedCTConfig,
-        become: Callable[[], None],
-        about: dict[str, Any],
-        **chosen: Any,
-    ) -> "Version":
-        """A version that is asked what a configuration says.
-
-        Args:
-            pipe: Holds the model and its processor.
-            config: Has the labels and prompts.
-            become, about: See `Version`.
-            chosen: Its `points` and `calibration`.
-        """
-        prompts = prompts_for(pipe.model, pipe.processor, config)
-        return cls(become, prompts, about, asks=config.label_prompts() if prompts else [], **chosen)
 
 
 def evaluate(args: argparse.Namespace) -> int:
@@ -259,80 +213,6 @@ def _asked(args: argparse.Namespace, pipe: CTPipeline) -> tuple[MedCTConfig, dic
         config, mappings[known.get(source, "")] = read_label_flags(config, mapping=file)
     refuse_two_prompts(table for table in mappings.values() if table is not None and table is not own)
     return config, mappings
-
-
-def versions_of(
-    args: argparse.Namespace, pipe: CTPipeline, config: MedCTConfig, mappings: Mapping[str, LabelTable | None]
-) -> dict[str, Version]:
-    """What is scored, by name: the model with its adapter and, first, what it is compared with.
-
-    Args:
-        args: Parsed and settled.
-        pipe: Holds the model, with the adapter.
-        config: What is asked, but where an adapter was trained to be asked for the same labels in other words.
-        mappings: Of the sources; what they have prompts for, an adapter is asked in these.
-    """
-    base = {"model": args.model, "revision": args.revision, "fingerprint": fingerprint(pipe.model)}
-    base |= about_model(pipe.model, config)
-    if args.against not in (None, BASE):
-        pipe.model.load_adapter(
-            args.against, adapter_name="against", adapter_kwargs={"revision": args.against_revision}
-        )
-    adapters = {"against": (args.against, args.against_revision), "default": (args.adapter, args.adapter_revision)}
-    wanted = [key for key, (adapter, _) in adapters.items() if adapter is not None]
-    if args.adapter is None:
-        wanted = [*wanted, BASE]
-    titles = args.names or short_names([adapters.get(key, (base["model"],))[0] for key in wanted])
-    found = {}
-    for title, key in zip(titles, wanted, strict=True):
-        adapter, revision = adapters.get(key, (BASE, None))
-        if adapter == BASE:
-            found[title] = Version.of(pipe, config, functools.partial(_without_adapter, pipe), base)
-        else:
-            own = as_described(pipe.model.config, pipe.model.adapter_description(key))
-            mapped = functools.reduce(also_asked, filter(None, mappings.values()), own)
-            is_asked_anew = args.labels or args.templates or mapped.label_names != config.label_names
-            about = {"adapter": adapter, "adapter_revision": revision}
-            about["adapter_fingerprint"] = adapter_fingerprint(adapter, revision=revision)
-            found[title] = _adapted(pipe, key, config if is_asked_anew else mapped, base | about)
-    return found
-
-
-def _adapted(pipe: CTPipeline, key: str, asks: MedCTConfig, about: dict[str, Any]) -> Version:
-    """The model with one of its adapters, and of what was chosen for that one what holds for the words it is asked.
-
-    Args:
-        pipe: Holds the model, with the adapter.
-        key: Name of the adapter in the model.
-        asks: What it is asked.
-        about: What there is to tell of base and adapter.
-    """
-    described = pipe.model.adapter_description(key)
-    own = as_described(pipe.model.config, described)
-    holds = {name for name in asks.label_names if own.label_prompts([name]) == asks.label_prompts([name])}
-
-    def held(by_label: Mapping[str, Any] | None) -> dict[str, Any]:
-        return {label: each for label, each in (by_label or {}).items() if label in holds}
-
-    points = {YOUDEN: described.get("thresholds"), **(described.get("operating_points") or {})}
-    return Version.of(
-        pipe,
-        asks,
-        functools.partial(_with_adapter, pipe, key),
-        about | about_model(pipe.model, asks),
-        points={name: kept for name, each in points.items() if (kept := held(each))},
-        calibration=held(described.get("calibration")),
-    )
-
-
-def _with_adapter(pipe: CTPipeline, key: str) -> None:
-    pipe.model.enable_adapters()
-    pipe.model.set_adapter(key)
-
-
-def _without_adapter(pipe: CTPipeline) -> None:
-    if getattr(pipe.model, "_hf_peft_config_loaded", False):
-        pipe.model.disable_adapters()
 
 
 def _open(
