@@ -814,6 +814,7 @@ save_file({"base": logits[0], "auto": logits[1]}, results)
 """
 
 
+@pytest.mark.filterwarnings("ignore:Could not find a config file in org/base")
 def test_trained_pushed_and_pulled(hub, settings, converted, batch, monkeypatch, tmp_path):
     """There and back: a new process without `medct` has the logits of the trained adapter."""
     hub.connect(monkeypatch)
