@@ -28,12 +28,7 @@ from medct.evaluation.predictions import Key, Predictions, learned_from, short_n
 from medct.evaluation.provenance import changed_figures, list_checksum, provenance, reasons
 from medct.evaluation.record import RESULTS, read_results, results_file, scores_path, write_record
 from medct.evaluation.report import evaluation_report
-from medct.evaluation.scoring import (
-    ScoredStudies,
-    refuse_shares,
-    remark_on_words,
-    score_versions,
-)
+from medct.evaluation.scoring import ScoredStudies, refuse_shares, remark_on_words, score_versions
 from medct.pipeline_medct import CTPipeline
 
 BESIDE = "."

@@ -39,12 +39,7 @@ class Version:
 
     @classmethod
     def of(
-        cls,
-        pipe: CTPipeline,
-        config: MedCTConfig,
-        become: Callable[[], None],
-        about: dict[str, Any],
-        **chosen: Any,
+        cls, pipe: CTPipeline, config: MedCTConfig, become: Callable[[], None], about: dict[str, Any], **chosen: Any
     ) -> "Version":
         """A version that is asked what a configuration says.
 
