@@ -11,7 +11,7 @@ import json
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -49,6 +49,7 @@ _CHOSEN = ("thresholds", "calibration", "operating_points")
 # What an adapter's configuration says of its origin and training, and nothing of what it computes.
 _ORIGIN = ("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type")
 _ORIGIN += ("init_lora_weights", "lora_dropout")
+Config = TypeVar("Config", bound=PreTrainedConfig)
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
@@ -319,7 +320,7 @@ def asked_config(model: PreTrainedModel) -> PreTrainedConfig:
     return model.config if hasattr(model, "classifier") else as_described(model.config, description_in_use(model))
 
 
-def as_described(config: PreTrainedConfig, description: Mapping[str, Any]) -> PreTrainedConfig:
+def as_described(config: Config, description: Mapping[str, Any]) -> Config:
     """A configuration with the labels and prompts that an adapter was trained with.
 
     Args:

@@ -32,7 +32,6 @@ from medct.common.errors import StoppedError
 from medct.common.files import refuse_taken, write_json
 from medct.common.host import device_name, keep_freed_memory, peak_memory_bytes
 from medct.common.lock import only_run
-from medct.common.output import as_word
 from medct.common.paths import local_paths, without_paths
 from medct.common.progress import tqdm
 from medct.data.label_space import read_label_flags
@@ -58,6 +57,7 @@ from medct.evaluation.scoring import (
     texts_to,
 )
 from medct.modeling_medct import MedCTModel
+from medct.publishing.cards import TRAIN_CONFIG
 from medct.publishing.loading import resolve_name
 from medct.training.best import BestSoFar
 from medct.training.checkpoints import Checkpoints, TrainingState
@@ -82,6 +82,7 @@ from medct.training.results import (
     BASE,
     KEPT_SPLITS,
     SPLITS,
+    SYNTHETIC,
     Scored,
     compare_all,
     few_steps,
@@ -173,10 +174,7 @@ class Trainer:
             try:
                 return self._run()
             except KeyboardInterrupt:  # before or after the steps, or a second time
-                raise StoppedError(f"stopped. {self._remedy()}") from None
-
-    def _remedy(self) -> str:
-        return f"The same command with --output_dir {as_word(self.folder.final)} --resume continues it."
+                raise StoppedError(f"stopped. {self.folder.remedy}") from None
 
     def _run(self) -> dict[str, Any]:
         self.base.to(self.accelerator.device)
@@ -358,7 +356,7 @@ class Trainer:
 
     def _stopped(self, state: TrainingState) -> StoppedError:
         by = self.stop.by or "a signal to another process"
-        return StoppedError(f"stopped by {by} after step {state.step} of {self.steps}. {self._remedy()}")
+        return StoppedError(f"stopped by {by} after step {state.step} of {self.steps}. {self.folder.remedy}")
 
     def _step(
         self,
@@ -463,7 +461,7 @@ class Trainer:
             measured_on += f" To be kept: {self._describe('keep_valid')}."
         is_synthetic = self.sources["valid"].is_synthetic
         if is_synthetic:
-            measured_on += " These are SYNTHETIC drawings: no patients, and no clinical meaning."
+            measured_on += f" {SYNTHETIC}"
         results = {
             "measured_on": measured_on,
             "synthetic": is_synthetic,
@@ -475,7 +473,7 @@ class Trainer:
             "prompts": self.config.label_prompts() if self.prompts else [],
             "label_names": names,
             "mappings": mappings_of(self.sources),
-            "base": {"model": settings.model, "revision": self.revision, "fingerprint": self.fingerprint},
+            "base": self._about_base(),
             **self.counts,
             "steps": self.steps_done,
             "planned_steps": self.steps,
@@ -488,15 +486,17 @@ class Trainer:
         remarks = [*self.remarks, *self._left_out(), *remarks_on(results, settings.max_forgotten)]
         return results | {"remarks": remarks, "provenance": decided}
 
+    def _about_base(self) -> dict[str, str | None]:
+        """Where the base came from, and its weights."""
+        return {"model": self.settings.model, "revision": self.revision, "fingerprint": self.fingerprint}
+
     def _source_names(self) -> list[str]:
         """What to call the new site and, where there is one, what is to be kept."""
         return short_names([each for each in (self.settings.data, self.settings.keep) if each != NO_SOURCE])
 
     def _provenance(self, found: dict[str, Any], before: Scored) -> dict[str, Any]:
         """What decided the figures; with its settings `medct evaluate` scores the held-out studies again."""
-        accelerator = self.accelerator
-        base = {"model": self.settings.model, "revision": self.revision, "fingerprint": self.fingerprint}
-        base |= about_model(self.base)
+        base = self._about_base() | about_model(self.base)
         scored = predictions_of(before, {}, self._source_names()).scored
         points = {
             model: {name: each["thresholds"] for name, each in by_name.items()}
@@ -506,10 +506,8 @@ class Trainer:
             repeatable(self.settings, self.revision, points),
             {BASE: base, ADAPTED: base},
             {f"{key.source}, {key.split}": list_checksum(each) for key, each in scored.items()},
-            accelerator.device,
+            self.accelerator,
             seed=self.settings.seed,
-            processes=accelerator.num_processes,
-            precision=accelerator.mixed_precision,
         )
 
     def _save(self, model: PeftModel | MedCTModel, results: dict[str, Any], before: Scored, after: Scored) -> None:
@@ -535,7 +533,7 @@ class Trainer:
                     operating_points=results["operating_points"],
                 )
                 results["provenance"]["models"][ADAPTED]["adapter_fingerprint"] = adapter_fingerprint(folder)
-            write_json(folder / "train_config.json", dataclasses.asdict(self.settings))
+            write_json(folder / TRAIN_CONFIG, dataclasses.asdict(self.settings))
             names = self._source_names()
             trained = [(names[0], "train", self.sources["train"].names)]
             write_record(folder / RESULTS, results, predictions_of(before, after, names), trained)

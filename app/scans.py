@@ -21,8 +21,7 @@ import torch
 
 from medct.data.phantoms import make_phantom
 from medct.errors_medct import MedCTError, said_of
-from medct.image_processing_medct import VolumeGeometry
-from medct.inference.maps import FindingMap, map_findings, strongest_slice, to_scan
+from medct.inference.maps import FindingMap, grid_in, map_findings, strongest_slice, to_scan
 from medct.inference.slices import AXIAL, LETTER_COLOUR, LETTERS, WINDOWS_HU, AxialSlices, side
 from medct.pipeline_medct import CTPipeline, ZeroShotCTClassificationPipeline
 from medct.reporting.findings import Algorithm, Finding, findings_of
@@ -153,10 +152,6 @@ class Engine:
         scan.findings = [*scan.findings[: len(own)], *found]
         return self.pipe.processor.remark_on_words(self.pipe.asked.label_prompts(labels), labels)
 
-    def geometry(self, scan: Scan) -> VolumeGeometry:
-        """Where the model's voxels lie in a scan."""
-        return self.pipe.processor.image_processor.geometry(scan.volume)
-
     def map_of(self, scan: Scan, label: str) -> FindingMap:
         """Where in a scan the score of a finding comes from.
 
@@ -178,9 +173,7 @@ class Engine:
         """
         if label not in scan.labels or not self.can_be_asked:
             return len(scan.slices) // 2
-        patch_size = self.pipe.model.config.vision_config.patch_size
-        where = (patch_size, self.geometry(scan), scan.volume.array.shape, scan.slices)
-        return strongest_slice(self.map_of(scan, label).patches, *where)
+        return strongest_slice(self.map_of(scan, label).patches, *grid_in(self.pipe, scan.volume), scan.slices)
 
     def picture(self, scan: Scan, index: int, window: str, label: str | None = None) -> PIL.Image.Image:
         """A slice with the letters of the patient's sides, and the map of a finding over it.
@@ -208,8 +201,7 @@ class Engine:
         part = [slice(None)] * 3
         at = scan.slices.flipped(index)
         part[scan.slices.axis] = slice(at, at + 1)
-        patch_size = self.pipe.model.config.vision_config.patch_size
-        values = to_scan(patches, patch_size, self.geometry(scan), scan.volume.array.shape, part)
+        values = to_scan(patches, *grid_in(self.pipe, scan.volume), part)
         turned, _ = reorient(CTVolume(values, scan.volume.affine), AXIAL)
         return turned[0] / (float(patches.abs().max()) or 1.0)
 

@@ -6,8 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import medct
-from medct.cli.flags import at_least, batch_arguments, model_arguments, share_or_none, split_name
-from medct.cli.label_flags import add_label_flags
+from medct.cli.flags import at_least, batch_arguments, label_arguments, model_arguments, share_or_none, split_name
 from medct.cli.score_arguments import add_scores
 
 RUNS = {
@@ -71,7 +70,7 @@ SCANS_HELP = (
 def _add_predict(add: Callable[..., argparse.ArgumentParser]) -> None:
     parser = add(
         "predict",
-        "commands.predict",
+        "scan_commands.predict",
         "score findings",
         "medct predict scan.nii.gz --model ct-clip\n"
         "  medct predict studies/ --model ct-clip --adapter ORG/NAME --output scores.csv\n"
@@ -159,7 +158,7 @@ def _add_search(add: Callable[..., argparse.ArgumentParser]) -> None:
 def _add_map(add: Callable[..., argparse.ArgumentParser]) -> None:
     parser = add(
         "map",
-        "commands.map_scan",
+        "scan_commands.map_scan",
         "where in a scan a score comes from (a debugging aid)",
         'medct map scan.nii.gz --model ct-clip --labels "Pleural effusion" --output maps/',
         "For each finding, writes what each patch adds to the logits margin: a NIfTI file in the scan's geometry and a "
@@ -217,7 +216,7 @@ def _source_arguments(parser: argparse.ArgumentParser, what: str) -> None:
         help="of a scan with several reconstructions: one, or all (default: one)",
     )
     group.add_argument("--version", type=int, choices=(1, 2), default=2, help="version of CT-RATE (default: 2)")
-    add_label_flags(parser)
+    label_arguments(parser)
 
 
 def _add_overview(add: Callable[..., argparse.ArgumentParser]) -> None:

@@ -7,10 +7,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 
 from medct.cli.commands import CommandError
-from medct.cli.records import figures_of, only_json, recorded_settings
+from medct.cli.records import all_findings, bootstrap_of, figures_of, only_json, recorded_settings
 from medct.common.errors import OK
 from medct.common.files import write_json
 from medct.configuration_medct import CT_CLIP_LABELS
@@ -47,10 +46,9 @@ def compare_runs(args: argparse.Namespace) -> int:
             left = len(one.ids), len(two.ids)
             one, two = paired(one, two, title)
             models = dict(zip(_run_names(args), (Scores(one), Scores(two)), strict=True))
-            options = {"resamples": args.bootstrap_resamples, "seed": args.seed}
             about = {"source": title, "unpaired": sum(left) - 2 * len(one.ids), "studies": list_checksum(one)}
             about["labels_of_one_run"] = [name for name in (*old.names, *new.names) if name not in names]
-            sources.append(about | figures_of(models, title, **options))
+            sources.append(about | figures_of(models, title, **bootstrap_of(args)))
         _finish(args, sources)
     return OK
 
@@ -93,8 +91,7 @@ def score_tables(args: argparse.Namespace) -> int:
         sources = []
         for key, scored in found.scored.items():
             title = key.source if len({each.model for each in found.scored}) == 1 else f"{key.source}: {key.model}"
-            options = {"resamples": args.bootstrap_resamples, "seed": args.seed}
-            figures = figures_of({key.model: Scores(scored)}, f"{args.predictions}, {title}", **options)
+            figures = figures_of({key.model: Scores(scored)}, f"{args.predictions}, {title}", **bootstrap_of(args))
             sources.append({"source": f"{title}, {key.split}", "studies": list_checksum(scored), **figures})
         _finish(args, sources)
     return OK
@@ -102,7 +99,7 @@ def score_tables(args: argparse.Namespace) -> int:
 
 def _finish(args: argparse.Namespace, sources: list[dict[str, Any]]) -> None:
     """Write figures that were computed from tables if asked to, and print them."""
-    names = list(dict.fromkeys(name for each in sources for name in each["present"]))
+    names = all_findings(sources)
     results = {"label_names": names, "sources": sources, "table": evaluation_report(sources, names)}
     if args.output is not None:
         write_json(args.output, results | {"provenance": _without_model(args, sources)})
@@ -117,7 +114,7 @@ def _finish(args: argparse.Namespace, sources: list[dict[str, Any]]) -> None:
 def _without_model(args: argparse.Namespace, sources: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Provenance of figures that were computed from tables."""
     studies = {each["source"]: each["studies"] for each in sources}
-    return provenance(recorded_settings(args), {}, studies, torch.device("cpu"), seed=args.seed)
+    return provenance(recorded_settings(args), {}, studies, seed=args.seed)
 
 
 def recall(args: argparse.Namespace) -> int:
@@ -134,7 +131,7 @@ def recall(args: argparse.Namespace) -> int:
         embeddings.report_ids[paired_rows],
         None if patients is None else patients[paired_rows],
     )
-    options = {"resamples": args.bootstrap_resamples, "seed": args.seed}
+    options = bootstrap_of(args)
     try:
         results = recall_figures(pairs, pool=args.pool, **options)
         if labels is not None:

@@ -90,10 +90,8 @@ def _provenance(
         recorded_settings(args),
         {"model": _model(args, pipe) | about_model(pipe.model)},
         {f"{args.data}, {args.split}": list_checksum(studies)},
-        accelerator.device,
+        accelerator,
         seed=0,
-        processes=accelerator.num_processes,
-        precision=accelerator.mixed_precision,
     )
 
 

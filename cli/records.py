@@ -3,7 +3,7 @@
 import argparse
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,13 +72,23 @@ def recorded_settings(args: argparse.Namespace) -> dict[str, Any]:
     return json.loads(json.dumps(settings, default=str))
 
 
+def bootstrap_of(args: argparse.Namespace) -> dict[str, int]:
+    """How a command draws resamples, as all functions of figures take it."""
+    return {"resamples": args.bootstrap_resamples, "seed": args.seed}
+
+
+def all_findings(sources: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The findings of several sources, each once, from the figures of each."""
+    return list(dict.fromkeys(name for each in sources for name in each["present"]))
+
+
 def figures_of(models: Mapping[str, Scores], what: str, **options: int) -> dict[str, Any]:
     """`source_figures`.
 
     Args:
         models: See there.
         what: Name of the source in messages.
-        options: `resamples` and `seed`.
+        options: From `bootstrap_of`.
 
     Raises:
         CommandError: If there is nothing to score.

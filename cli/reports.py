@@ -3,7 +3,8 @@
 import argparse
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
 OPTIONS = ("dicom_sr", "dicom_page", "fhir")
 Encoded = dict[str, torch.Tensor]
 """One scan, from the pipeline's `encode`."""
-Writer = Callable[[ReadStudy, Encoded, list[dict[str, Any]]], list[str]]
-"""Takes a study, what the model saw and what the pipeline found in it; returns the paths that it wrote."""
 
 
 def asked_for(args: argparse.Namespace) -> dict[str, str]:
@@ -88,29 +87,35 @@ def _refuse_folder(folder: Path, scans: Sequence[str], option: str) -> None:
         )
 
 
-def report_writer(
-    args: argparse.Namespace, pipe: CTPipeline, prompts: dict[str, Any], model: str, options: dict[str, Any]
-) -> Writer | None:
-    """What writes the reports of each study; `None` if none are asked for.
+@dataclass(frozen=True)
+class ReportWriter:
+    """Writes the reports of one study after the other; called with a study, it returns the paths that it wrote.
 
     Args:
         args: Parsed.
         pipe: The model's pipeline.
         prompts: Labels and templates, as the pipeline takes them.
-        model: Hub id or folder of the model.
         options: How the scans are read, as `read_volume` takes it.
+        algorithm: What findings are made with.
     """
-    if not asked_for(args):
-        return None
-    algorithm = algorithm_of(pipe, model, args.adapter, args.adapter_revision, **prompts)
-    labels = list(prompts.get("candidate_labels", pipe.asked.label_names))
-    _refuse_one_code(labels)
 
-    def write(read: ReadStudy, encoded: Encoded, results: list[dict[str, Any]]) -> list[str]:
-        findings = findings_of(results, labels, pipe.thresholds)
+    args: argparse.Namespace
+    pipe: CTPipeline
+    prompts: dict[str, Any]
+    options: dict[str, Any]
+    algorithm: Algorithm
+
+    @property
+    def labels(self) -> list[str]:
+        """The findings that are asked for."""
+        return list(self.prompts.get("candidate_labels", self.pipe.asked.label_names))
+
+    def __call__(self, read: ReadStudy, encoded: Encoded, results: list[dict[str, Any]]) -> list[str]:
+        args, algorithm = self.args, self.algorithm
+        findings = findings_of(results, self.labels, self.pipe.thresholds)
         notes = [note for note in read.notes if note not in read.study.notes]  # these name places on this machine
         if args.dicom_sr is not None or args.dicom_page is not None or args.fhir_identity:
-            source = read_source(read.study, **options)
+            source = read_source(read.study, **self.options)
         # All are made before the first is saved: a study has every report, or none.
         objects = []
         if args.dicom_sr is not None:
@@ -120,17 +125,68 @@ def report_writer(
         if args.dicom_page is not None:
             from medct.reporting.page import secondary_capture
 
-            drawn = _drawn(read, encoded, findings, algorithm, pipe, prompts, options, notes)
+            drawn = self._drawn(read, encoded, findings, notes)
             objects.append((secondary_capture(drawn, algorithm, source), args.dicom_page, "page"))
         if args.fhir is not None:
             found = fhir.bundle(findings, algorithm, source.identity if args.fhir_identity else None, notes)
-        written = [_save(made, folder, source, algorithm, findings, kind) for made, folder, kind in objects]
+        written = [self._save(made, folder, source, findings, kind) for made, folder, kind in objects]
         if args.fhir is not None:
             write_json(args.fhir, found, ensure_ascii=False)
             written.append(str(args.fhir))
         return written
 
-    return write
+    def _save(self, report: Any, folder: Path, source: SourceStudy, findings: Sequence[Finding], kind: str) -> str:
+        """Save a DICOM object under a name that is its own, stays, and says nothing of the patient."""
+        # Copies of a series may have the same UIDs, and other values.
+        place = source.name if is_address(source.name) else os.path.realpath(source.name)
+        said = [place, source.middle.SeriesInstanceUID, source.middle.SOPInstanceUID, str(source.frame)]
+        said += [*self.algorithm.parameters, *(finding.label for finding in findings)]
+        digest = hashlib.sha256("\n".join(said).encode()).hexdigest()[:16]
+        path = folder / f"{digest}_{kind}.dcm"
+        with whole_file(path) as aside:
+            report.save_as(aside, enforce_file_format=True)
+        return str(path)
+
+    def _drawn(self, read: ReadStudy, encoded: Encoded, findings: list[Finding], notes: Sequence[str]) -> np.ndarray:
+        """The page of a study, `(row, column, 3)`."""
+        from medct.inference.slices import AxialSlices
+        from medct.reporting.page import draw_page
+
+        # Read again: a loader process hands on only what the model sees of a scan.
+        orientation = self.pipe.processor.image_processor.orientation
+        volume = read_volume(read.study.source, orientation=orientation, **self.options)
+        slices = AxialSlices.of(volume)
+        return draw_page(findings, self.algorithm, slices, self._pictures(encoded, volume, findings, slices), notes)
+
+    def _pictures(self, encoded: Encoded, volume: CTVolume, findings: list[Finding], slices: Any) -> "list[Picture]":
+        """The highest slices of some findings; the middle slice where a model cannot say which those are."""
+        from medct.inference.maps import grid_in, map_findings, strongest_slice
+        from medct.reporting.page import Picture, worth_a_picture
+
+        if not isinstance(self.pipe, ZeroShotCTClassificationPipeline):
+            return [Picture("Middle slice", len(slices) // 2)]
+        labels = [finding.label for finding in worth_a_picture(findings)]
+        labels, templates = self.prompts.get("candidate_labels", labels), self.prompts.get("prompt_templates")
+        maps = map_findings(self.pipe, encoded, labels, templates)
+        where = grid_in(self.pipe, volume)
+        return [Picture(each.label, strongest_slice(each.patches, *where, slices)) for each in maps]
+
+
+def report_writer(
+    args: argparse.Namespace, pipe: CTPipeline, prompts: dict[str, Any], options: dict[str, Any]
+) -> ReportWriter | None:
+    """What writes the reports of each study; `None` if none are asked for.
+
+    Args:
+        args: Parsed, with the name of the model.
+        pipe, prompts, options: See `ReportWriter`.
+    """
+    if not asked_for(args):
+        return None
+    algorithm = algorithm_of(pipe, args.model, args.adapter, args.adapter_revision, **prompts)
+    writer = ReportWriter(args, pipe, prompts, options, algorithm)
+    _refuse_one_code(writer.labels)
+    return writer
 
 
 def _refuse_one_code(labels: Sequence[str]) -> None:
@@ -142,59 +198,8 @@ def _refuse_one_code(labels: Sequence[str]) -> None:
             raise ReportError(f"{other!r} and {label!r} are one finding in reports. Rename one of them.")
 
 
-def _save(
-    report: Any, folder: Path, source: SourceStudy, algorithm: Algorithm, findings: Sequence[Finding], kind: str
-) -> str:
-    """Save a DICOM object under a name that is its own, stays, and says nothing of the patient."""
-    # Copies of a series may have the same UIDs, and other values.
-    place = source.name if is_address(source.name) else os.path.realpath(source.name)
-    said = [place, source.middle.SeriesInstanceUID, source.middle.SOPInstanceUID, str(source.frame)]
-    said += [*algorithm.parameters, *(finding.label for finding in findings)]
-    digest = hashlib.sha256("\n".join(said).encode()).hexdigest()[:16]
-    path = folder / f"{digest}_{kind}.dcm"
-    with whole_file(path) as aside:
-        report.save_as(aside, enforce_file_format=True)
-    return str(path)
-
-
-def _drawn(
-    read: ReadStudy,
-    encoded: Encoded,
-    findings: list[Finding],
-    algorithm: Algorithm,
-    pipe: CTPipeline,
-    prompts: dict[str, Any],
-    options: dict[str, Any],
-    notes: Sequence[str],
-) -> np.ndarray:
-    """The page of a study, `(row, column, 3)`."""
-    from medct.inference.slices import AxialSlices
-    from medct.reporting.page import draw_page
-
-    # Read again: a loader process hands on only what the model sees of a scan.
-    volume = read_volume(read.study.source, orientation=pipe.processor.image_processor.orientation, **options)
-    slices = AxialSlices.of(volume)
-    return draw_page(findings, algorithm, slices, _pictures(encoded, volume, findings, slices, pipe, prompts), notes)
-
-
-def _pictures(
-    encoded: Encoded, volume: CTVolume, findings: list[Finding], slices: Any, pipe: CTPipeline, prompts: dict[str, Any]
-) -> "list[Picture]":
-    """The highest slices of some findings; the middle slice where a model cannot say which those are."""
-    from medct.inference.maps import map_findings, strongest_slice
-    from medct.reporting.page import Picture, worth_a_picture
-
-    if not isinstance(pipe, ZeroShotCTClassificationPipeline):
-        return [Picture("Middle slice", len(slices) // 2)]
-    labels = [finding.label for finding in worth_a_picture(findings)]
-    maps = map_findings(pipe, encoded, prompts.get("candidate_labels", labels), prompts.get("prompt_templates"))
-    geometry = pipe.processor.image_processor.geometry(volume)
-    where = (pipe.model.config.vision_config.patch_size, geometry, volume.array.shape, slices)
-    return [Picture(each.label, strongest_slice(each.patches, *where)) for each in maps]
-
-
 def reported(
-    write: Writer | None, read: ReadStudy, encoded: Encoded, results: list[dict[str, Any]]
+    write: ReportWriter | None, read: ReadStudy, encoded: Encoded, results: list[dict[str, Any]]
 ) -> dict[str, Any] | str:
     """What a study's row says of its reports: nothing without any, else their paths.
 

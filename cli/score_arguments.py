@@ -4,8 +4,15 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from medct.cli.flags import at_least, batch_arguments, model_arguments, resamples_argument, share, split_name
-from medct.cli.label_flags import add_label_flags
+from medct.cli.flags import (
+    at_least,
+    batch_arguments,
+    label_arguments,
+    model_arguments,
+    resamples_argument,
+    share,
+    split_name,
+)
 
 ADDRESS_HELP = "folder or hf:// address: in CT-RATE's layout, with metadata.csv, of prepared shards, or a dataset"
 
@@ -83,7 +90,7 @@ def _add_evaluate(add: Callable[..., argparse.ArgumentParser]) -> None:
         metavar="FILE",
         help="repeat the run that made this results.json, except for flags given here, and compare every digit",
     )
-    add_label_flags(parser, several=True)
+    label_arguments(parser, several=True)
     model_arguments(parser)
     batch_arguments(parser.add_argument_group("reading"), "processes that load studies (default: 1)")
     # What is not given is taken from --repeat, else from `score_commands.DEFAULTS`.
@@ -175,7 +182,7 @@ def _add_prompts(add: Callable[..., argparse.ArgumentParser]) -> None:
     )
     group.add_argument("--store", action="store_true", help="keep the best wording in the adapter's folder")
     group.add_argument("--output", type=Path, metavar="FILE", help="JSON file for all figures")
-    add_label_flags(parser, templates=False)
+    label_arguments(parser, templates=False)
     model_arguments(parser)
     batch_arguments(parser.add_argument_group("reading"), "processes that load studies (default: 1)")
 

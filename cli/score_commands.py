@@ -4,22 +4,22 @@ import argparse
 import functools
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 
-from medct.adapters_medct import adapter_fingerprint, as_described, fingerprint
-from medct.cli.commands import CommandError, ends, load_pipeline, model_of, start_processes
-from medct.cli.records import figures_of, only_json, recorded_settings
+from medct.cli.commands import CommandError, ends, load_pipeline, start_processes
+from medct.cli.flags import REPOSITORY_OF
+from medct.cli.records import all_findings, bootstrap_of, figures_of, only_json, recorded_settings
+from medct.cli.versions import BASE, Version, versions_of
 from medct.common.counting import counted
 from medct.common.distributed import of_all, refuse_different, start_launch
 from medct.common.errors import OK, SOME_FAILED
 from medct.configuration_medct import MedCTConfig
 from medct.data import PhantomCohort, open_source
-from medct.data.label_space import LabelTable, also_asked, read_label_flags, refuse_two_prompts
+from medct.data.label_space import LabelTable, read_label_flags, refuse_two_prompts
 from medct.data.loader import StudyLoader
 from medct.data.sources import Source, digest_of, why_skipped
 from medct.evaluation.figures import Scores, choose_on
@@ -28,18 +28,9 @@ from medct.evaluation.predictions import Key, Predictions, learned_from, short_n
 from medct.evaluation.provenance import changed_figures, list_checksum, provenance, reasons
 from medct.evaluation.record import RESULTS, read_results, results_file, scores_path, write_record
 from medct.evaluation.report import evaluation_report
-from medct.evaluation.scoring import (
-    ScoredStudies,
-    Texts,
-    about_model,
-    prompts_for,
-    refuse_shares,
-    remark_on_words,
-    score_versions,
-)
+from medct.evaluation.scoring import ScoredStudies, refuse_shares, remark_on_words, score_versions
 from medct.pipeline_medct import CTPipeline
 
-BASE = "base"
 BESIDE = "."
 """As an adapter in recorded settings: the one in the folder of the results."""
 DEFAULTS: dict[str, Any] = {
@@ -54,48 +45,8 @@ DEFAULTS: dict[str, Any] = {
 # operating points of each.
 _ONLY_RECORDED = ("phantoms", "names", "points")
 _POINTS_HOLD_FOR = ("fingerprint", "adapter_fingerprint", "prompt_templates", "prompts")
-# Commits of repositories, and which flag names the repository: of another they say nothing.
-_COMMITS = {
-    "data_revision": "data",
-    "revision": "model",
-    "adapter_revision": "adapter",
-    "against_revision": "against",
-}
 _MOST_SHOWN = 10
 _LEARNED = {"train": "trained on", "tune": "chosen on"}
-
-
-@dataclass(frozen=True)
-class Version:
-    """A version of the model that is scored.
-
-    Args:
-        become: Turns the model into it.
-        prompts: What it is asked.
-        about: Where it came from.
-        points: Operating points that it brings along.
-        calibration: Likewise, slope and intercept by label.
-        asks: The prompts as sentences.
-    """
-
-    become: Callable[[], None]
-    prompts: list[Texts]
-    about: dict[str, Any]
-    points: Points = field(default_factory=dict)
-    calibration: dict[str, list[float]] = field(default_factory=dict)
-    asks: list[list[str]] = field(default_factory=list)
-
-    @classmethod
-    def of(cls, pipe: CTPipeline, config: MedCTConfig, become: Callable[[], None], *about: Any) -> "Version":
-        """A version that is asked what a configuration says.
-
-        Args:
-            pipe: Holds the model and its processor.
-            config: Has the labels and prompts.
-            become, about: See `Version`; of `about` also what follows it there.
-        """
-        prompts = prompts_for(pipe.model, pipe.processor, config)
-        return cls(become, prompts, *about, asks=config.label_prompts() if prompts else [])
 
 
 def evaluate(args: argparse.Namespace) -> int:
@@ -119,7 +70,7 @@ def settle(args: argparse.Namespace, recorded: Mapping[str, Any] | None) -> None
     if (known := made.get("settings")) is None:
         why = "is of folds, or of a whole model (--recipe full)" if made else "does not say how it was made"
         raise CommandError(f"{args.repeat} {why}, so it cannot be repeated. Run it again without --repeat.")
-    moved = {commit for commit, what in _COMMITS.items() if getattr(args, what) not in (None, known.get(what))}
+    moved = {commit for commit, what in REPOSITORY_OF.items() if getattr(args, what) not in (None, known.get(what))}
     for name in {*known, *vars(args), *_ONLY_RECORDED} - moved:
         if getattr(args, name, None) is None:
             value = known.get(name)
@@ -138,7 +89,6 @@ def settle(args: argparse.Namespace, recorded: Mapping[str, Any] | None) -> None
 
 
 def _evaluate(args: argparse.Namespace, recorded: Mapping[str, Any] | None) -> int:
-    args.model = model_of(args)  # whatever named it
     start_processes(args)
     accelerator = start_launch(Accelerator, cpu=args.cpu)
     pipe = load_pipeline(args, accelerator.device)
@@ -169,19 +119,18 @@ def _evaluate(args: argparse.Namespace, recorded: Mapping[str, Any] | None) -> i
     if not accelerator.is_main_process:
         return OK
     brought = {name: _brought(args, name, version, tuned and tuned[name]) for name, version in versions.items()}
-    options = {"resamples": args.bootstrap_resamples, "seed": args.seed}
     for about in sources:
         by_model = scored[about["source"]]
         models = {name: Scores(each, *brought[name]) for name, each in by_model.items()}
-        about |= figures_of(models, about["description"], **options)
+        about |= figures_of(models, about["description"], **bootstrap_of(args))
         about["studies"] = lists[f"{about['source']}, {args.split}"] = list_checksum(next(iter(by_model.values())))
     points, _ = next(iter(brought.values()))
-    names = list(dict.fromkeys(name for about in sources for name in about["present"]))
+    names = all_findings(sources)
     on_points = [] if chosen_on is None else remark_on_points(points.get(YOUDEN, {}), names, chosen_on.names)
     if tuning is not None and chosen_on is not None:
         adapters = [version.about.get("adapter") for version in versions.values()]
         on_points += filter(None, (remark_on_choice(adapter, tuning, chosen_on) for adapter in adapters))
-    results = _results(args, versions, names, sources, lists, on_points, accelerator)
+    results = _results(args, versions, sources, lists, on_points, accelerator)
     keys = {Key(model, name, args.split): each for name, by_model in scored.items() for model, each in by_model.items()}
     if args.output is not None:
         write_record(args.output, results, Predictions(results["label_names"], keys))
@@ -193,13 +142,13 @@ def _evaluate(args: argparse.Namespace, recorded: Mapping[str, Any] | None) -> i
 def _results(
     args: argparse.Namespace,
     versions: Mapping[str, Version],
-    names: list[str],
     sources: list[dict[str, Any]],
     lists: dict[str, dict[str, Any]],
     on_points: list[str],
     accelerator: Accelerator,
 ) -> dict[str, Any]:
-    """What the JSON file holds; `names` of findings, `lists` of studies."""
+    """What the JSON file holds; `lists` are of studies."""
+    names = all_findings(sources)
     return {
         "measured_on": "; ".join(about["description"] for about in sources),
         "synthetic": any(about["synthetic"] for about in sources),
@@ -212,10 +161,8 @@ def _results(
             recorded_settings(args),
             {name: version.about for name, version in versions.items()},
             lists,
-            accelerator.device,
+            accelerator,
             seed=args.seed,
-            processes=accelerator.num_processes,
-            precision=accelerator.mixed_precision,
         ),
     }
 
@@ -261,80 +208,6 @@ def _asked(args: argparse.Namespace, pipe: CTPipeline) -> tuple[MedCTConfig, dic
         config, mappings[known.get(source, "")] = read_label_flags(config, mapping=file)
     refuse_two_prompts(table for table in mappings.values() if table is not None and table is not own)
     return config, mappings
-
-
-def versions_of(
-    args: argparse.Namespace, pipe: CTPipeline, config: MedCTConfig, mappings: Mapping[str, LabelTable | None]
-) -> dict[str, Version]:
-    """What is scored, by name: the model with its adapter and, first, what it is compared with.
-
-    Args:
-        args: Parsed and settled.
-        pipe: Holds the model, with the adapter.
-        config: What is asked, but where an adapter was trained to be asked for the same labels in other words.
-        mappings: Of the sources; what they have prompts for, an adapter is asked in these.
-    """
-    base = {"model": args.model, "revision": args.revision, "fingerprint": fingerprint(pipe.model)}
-    base |= about_model(pipe.model, config)
-    if args.against not in (None, BASE):
-        pipe.model.load_adapter(
-            args.against, adapter_name="against", adapter_kwargs={"revision": args.against_revision}
-        )
-    adapters = {"against": (args.against, args.against_revision), "default": (args.adapter, args.adapter_revision)}
-    wanted = [key for key, (adapter, _) in adapters.items() if adapter is not None]
-    if args.adapter is None:
-        wanted = [*wanted, BASE]
-    titles = args.names or short_names([adapters.get(key, (base["model"],))[0] for key in wanted])
-    found = {}
-    for title, key in zip(titles, wanted, strict=True):
-        adapter, revision = adapters.get(key, (BASE, None))
-        if adapter == BASE:
-            found[title] = Version.of(pipe, config, functools.partial(_without_adapter, pipe), base)
-        else:
-            own = as_described(pipe.model.config, pipe.model.adapter_description(key))
-            mapped = functools.reduce(also_asked, filter(None, mappings.values()), own)
-            is_asked_anew = args.labels or args.templates or mapped.label_names != config.label_names
-            about = {"adapter": adapter, "adapter_revision": revision}
-            about["adapter_fingerprint"] = adapter_fingerprint(adapter, revision=revision)
-            found[title] = _adapted(pipe, key, config if is_asked_anew else mapped, base | about)
-    return found
-
-
-def _adapted(pipe: CTPipeline, key: str, asks: MedCTConfig, about: dict[str, Any]) -> Version:
-    """The model with one of its adapters, and of what was chosen for that one what holds for the words it is asked.
-
-    Args:
-        pipe: Holds the model, with the adapter.
-        key: Name of the adapter in the model.
-        asks: What it is asked.
-        about: What there is to tell of base and adapter.
-    """
-    described = pipe.model.adapter_description(key)
-    own = as_described(pipe.model.config, described)
-    holds = {name for name in asks.label_names if own.label_prompts([name]) == asks.label_prompts([name])}
-
-    def held(by_label: Mapping[str, Any] | None) -> dict[str, Any]:
-        return {label: each for label, each in (by_label or {}).items() if label in holds}
-
-    points = {YOUDEN: described.get("thresholds"), **(described.get("operating_points") or {})}
-    return Version.of(
-        pipe,
-        asks,
-        functools.partial(_with_adapter, pipe, key),
-        about | about_model(pipe.model, asks),
-        {name: kept for name, each in points.items() if (kept := held(each))},
-        held(described.get("calibration")),
-    )
-
-
-def _with_adapter(pipe: CTPipeline, key: str) -> None:
-    pipe.model.enable_adapters()
-    pipe.model.set_adapter(key)
-
-
-def _without_adapter(pipe: CTPipeline) -> None:
-    if getattr(pipe.model, "_hf_peft_config_loaded", False):
-        pipe.model.disable_adapters()
 
 
 def _open(

@@ -22,6 +22,7 @@ from medct.cli.commands import (
     row_settings,
     start_processes,
 )
+from medct.cli.flags import REPOSITORY_OF
 from medct.common.counting import counted
 from medct.common.errors import OK
 from medct.common.lock import is_first_process, only_run
@@ -34,9 +35,6 @@ from medct.inference.studies import FailedStudy, ReadStudy, Study, find_studies,
 from medct.inference.weights import KEY as WEIGHTS
 from medct.inference.weights import NAMES, PREPROCESSING, weights_of
 from medct.pipeline_medct import ZeroShotCTClassificationPipeline
-
-# The commit of a repository is that of no other.
-_COMMIT_OF = {"revision": "model", "adapter_revision": "adapter"}
 
 
 def embed(args: argparse.Namespace) -> int:
@@ -182,7 +180,7 @@ def _made_by(args: argparse.Namespace, settings: Mapping[str, Any]) -> dict[str,
     """Fill in what made an index where no flag says it; returns what flags say."""
     asked = {name: getattr(args, name) for name in NAMES if getattr(args, name) not in (None, "auto")}
     for name in set(NAMES) - asked.keys():
-        if _COMMIT_OF.get(name) not in asked:
+        if REPOSITORY_OF.get(name) not in asked:
             setattr(args, name, settings.get(name))
     return asked
 

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import glob
+import hashlib
 import json
 import os
 import secrets
@@ -212,6 +213,17 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
         raise
 
 
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write a file of text, whole or not at all.
+
+    Args:
+        path: File to make or replace.
+        text: What it is to hold.
+    """
+    with whole_file(path) as aside:
+        aside.write_text(text, encoding="utf-8")
+
+
 def write_json(path: str | os.PathLike, content: Any, **options: Any) -> None:
     """Write a JSON file, whole or not at all.
 
@@ -220,8 +232,13 @@ def write_json(path: str | os.PathLike, content: Any, **options: Any) -> None:
         content: Without NaN or infinity, which JSON does not have.
         options: Of `json.dumps`.
     """
-    with whole_file(path) as aside:
-        aside.write_text(json.dumps(content, indent=2, allow_nan=False, **options) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(content, indent=2, allow_nan=False, **options) + "\n")
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, as hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class Reserve:

@@ -20,7 +20,6 @@ Such a table is used in two ways. As `--labels` it says what the model is asked 
 all studies, not absent.
 """
 
-import copy
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -29,6 +28,7 @@ from typing import Any
 
 import numpy as np
 
+from medct.adapters_medct import as_described
 from medct.configuration_medct import MedCTConfig, Prompt
 from medct.data.sources import DataError, Merged, Row, Source
 from medct.data.table_files import read_table
@@ -267,12 +267,9 @@ def with_labels(
             "The model is a classifier: it has the labels of its head and is not asked in words. Leave out "
             "--labels and --templates; --mapping says which of the data's names mean its labels."
         )
-    config = copy.deepcopy(config)
-    config.id2label = dict(enumerate(labels))
-    config.label2id = {label: index for index, label in config.id2label.items()}
-    config.prompts = dict(prompts) if prompts else None
-    config.prompt_templates = [list(pair) for pair in (config.prompt_templates if templates is None else templates)]
-    return config
+    pairs = [list(pair) for pair in (config.prompt_templates if templates is None else templates)]
+    asked = {"label_names": list(labels), "prompt_templates": pairs, "prompts": dict(prompts) if prompts else None}
+    return as_described(config, asked)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

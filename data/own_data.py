@@ -39,6 +39,7 @@ from medct.data.tables import (
     check_labels,
     join_text,
     merge_doubles,
+    patients_of,
     refuse_misnamed,
     refuse_two_spellings,
     table_source,
@@ -129,11 +130,8 @@ def tidy(table: pd.DataFrame, label_names: Sequence[str], where: str) -> pd.Data
     parts = [table[column] for column in REPORT_COLUMNS if column in table]
     reports = [join_text(*part) for part in zip(*parts, strict=True)] if parts else [""] * len(table)
     table = check_labels(table, label_names, where)
-    named = {"patient": table.get("patient", table["id"]), "split": table.get("split", pd.Series("", table.index))}
-    table = table.assign(**{column: cells.astype(str).str.strip().map(composed) for column, cells in named.items()})
-    table = table.assign(id=table["id"].map(composed))
-    if empty := int((table["patient"] == "").sum()):
-        raise DataError(f"{where}: {empty} rows have an empty 'patient'. Fill it in.")
+    splits = table.get("split", pd.Series("", table.index)).astype(str).str.strip().map(composed)
+    table = table.assign(patient=patients_of(table, "id", where), split=splits, id=table["id"].map(composed))
     columns = ["id", "patient", "split", "volume", *label_names]
     return table[columns].assign(report=reports, **subgroup_columns(table))
 

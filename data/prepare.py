@@ -25,7 +25,15 @@ import torch
 from huggingface_hub import DatasetCard, DatasetCardData
 from pyarrow import parquet
 
-from medct.common.files import refuse_other_settings, remove_leftovers, whole_file, with_version, write_json
+from medct.common.files import (
+    file_sha256,
+    refuse_other_settings,
+    remove_leftovers,
+    whole_file,
+    with_version,
+    write_json,
+    write_text,
+)
 from medct.common.lock import LockedError, only_run
 from medct.common.paths import local_paths, without_paths
 from medct.common.progress import tqdm
@@ -208,18 +216,7 @@ class Shard:
         scans: list[str] = []
         without_report: list[int] = []
         about: list[dict[str, str]] = []
-        with (
-            whole_file(self.path) as aside,
-            parquet.ParquetWriter(
-                aside,
-                SCHEMA,
-                compression=self.compression,
-                compression_level=COMPRESSION_LEVELS[self.compression],
-                use_dictionary=False,
-                write_statistics=False,
-                write_page_checksum=True,
-            ) as writer,
-        ):
+        with whole_file(self.path) as aside, _parquet_writer(aside, self.compression) as writer:
             for scan, key in self.keys:
                 row = self.source.read(key)
                 try:
@@ -239,15 +236,25 @@ class Shard:
                     about.append(row.get("about") or {})
                     remarks += [{"id": row["id"], "remark": note} for note in notes]
                 bar.update()
-        with self.path.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        file = {"path": f"data/{self.path.name}", "num_bytes": self.path.stat().st_size, "sha256": sha256}
-        file["chunks"] = chunks_of(self.path, VOLUME)
+        file = {"path": f"data/{self.path.name}", "num_bytes": self.path.stat().st_size}
+        file |= {"sha256": file_sha256(self.path), "chunks": chunks_of(self.path, VOLUME)}
         # The reconstructions of one scan share its name; `without_report` holds row indices, from 0; `about` subgroups.
         file |= {"num_studies": len(scans), "scans": scans, "without_report": without_report}
         file |= {"about": about} if any(about) else {}
         write_json(self.record_path, {"file": file, "skipped": skipped, "remarks": remarks})
         return skipped
+
+
+def _parquet_writer(path: Path, compression: str) -> parquet.ParquetWriter:
+    return parquet.ParquetWriter(
+        path,
+        SCHEMA,
+        compression=compression,
+        compression_level=COMPRESSION_LEVELS[compression],
+        use_dictionary=False,
+        write_statistics=False,
+        write_page_checksum=True,
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -346,8 +353,7 @@ def finish(
     # Several processes may find at once that all is there, and one writes.
     with contextlib.suppress(LockedError), only_run(folder / MANIFEST, each_process=True):
         _tidy_up(folder, [shard for of_split in shards.values() for shard in of_split])
-        with whole_file(folder / "README.md") as aside:
-            aside.write_text(card(manifest), encoding="utf-8")
+        write_text(folder / "README.md", card(manifest))
         write_json(folder / MANIFEST, manifest)
     return manifest
 

@@ -17,7 +17,6 @@ import csv
 import functools
 import itertools
 import re
-import unicodedata
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -28,6 +27,7 @@ import pandas as pd
 from medct.byte_sources_medct import ZIP_MAGIC, of_path, of_zip
 from medct.common.formulas import of_text
 from medct.data.sources import DataError
+from medct.data.study_names import composed
 from medct.errors_medct import first_line
 
 SUFFIXES = (".csv", ".xlsx")
@@ -102,7 +102,7 @@ def columns_of(path: Path) -> list[str]:
 
 def tidy_name(name: str) -> str:
     """A column's name without what nobody sees: spaces around it, and how its accents are composed."""
-    return unicodedata.normalize("NFC", str(name)).strip()
+    return composed(str(name)).strip()
 
 
 def _rows_of(path: Path, wanted: Sequence[str], name: str, comments: bool = False) -> Iterator[list[str]]:

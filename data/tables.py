@@ -18,6 +18,7 @@ import pyarrow as pa
 
 from medct.data.cells import DECIMAL_COMMA, is_unknown, truth_of
 from medct.data.sources import DataError, NoSuchSplitError, Row, Skipped, Source, first_of, hash_share
+from medct.data.study_names import composed
 from medct.data.subgroups import subgroups_of
 from medct.volume_medct import affine_from_spacing
 
@@ -101,8 +102,7 @@ def merge_doubles(table: pd.DataFrame, key: str, name: str, remarks: Sequence[st
     """
     compared = [column for column in table if column not in remarks]
     table = table.assign(**{key: table[key].str.strip()}).drop_duplicates(compared)
-    if (table[key] == "").any():
-        raise DataError(f"{name}: {int((table[key] == '').sum())} rows have an empty {key!r}. Fill it in.")
+    _refuse_empty(table[key], key, name)
     doubled = table[key][table[key].duplicated()]
     if len(doubled):
         raise DataError(
@@ -110,6 +110,27 @@ def merge_doubles(table: pd.DataFrame, key: str, name: str, remarks: Sequence[st
             f"{doubled.iloc[0]!r}. Keep one row of each."
         )
     return table
+
+
+def _refuse_empty(cells: pd.Series, column: str, name: str) -> None:
+    if empty := int((cells == "").sum()):
+        raise DataError(f"{name}: {empty} rows have an empty {column!r}. Fill it in.")
+
+
+def patients_of(table: pd.DataFrame, study: str, name: str) -> pd.Series:
+    """Who was scanned in each row of a table, `composed`; without a column `patient`, each study is its own.
+
+    Args:
+        table: Columns of text.
+        study: Column that names the study.
+        name: What to call the table in messages.
+
+    Raises:
+        DataError: If a patient is empty.
+    """
+    patients = table.get("patient", table[study]).astype(str).str.strip().map(composed)
+    _refuse_empty(patients, "patient", name)
+    return patients
 
 
 def refuse_misnamed(columns: Sequence[str], name: str) -> None:

@@ -18,6 +18,7 @@ from medct.evaluation.metrics import (
     over_draws,
     resampled_aurocs,
     trusted,
+    varying,
     with_intervals,
 )
 from medct.evaluation.operating_points import YOUDEN, Points, as_array, carried_over, choose_points
@@ -143,9 +144,9 @@ def _group(
     rows = np.flatnonzero(is_in)
     parts = {name: scored.take(rows) for name, scored in models.items()}
     first = next(iter(parts.values()))
-    varies = ((first.labels == 1).any(axis=0) & (first.labels == 0).any(axis=0)).sum()
-    about = {"group": group, "scans": len(rows), "patients": len(set(first.patients)), "labels": int(varies)}
-    if len(rows) < FEWEST_IN_GROUP or not varies:
+    labels = int(varying(first.labels).sum())
+    about = {"group": group, "scans": len(rows), "patients": len(set(first.patients)), "labels": labels}
+    if len(rows) < FEWEST_IN_GROUP or not labels:
         return about | {"auroc": None}
     drawn = {name: _mean_aurocs(part, resamples, seed) for name, part in parts.items()}
     drawn = {

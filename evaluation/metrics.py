@@ -1,6 +1,6 @@
 """Metrics of zero-shot classification with intervals, computed from arrays.
 
-Also an `evaluate` module, `evaluate.load("evaluation/metrics.py")`, so it imports nothing from this package.
+Also an `evaluate` module: `evaluate.load("evaluation/metrics.py")`.
 
 What holds throughout:
 
@@ -143,7 +143,7 @@ def choose_thresholds(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
     scores, labels = checked(scores, labels)
     once = np.ones((len(labels), 1))
     thresholds = np.full(labels.shape[1], np.nan)
-    for index in np.flatnonzero(_varies(labels)):
+    for index in np.flatnonzero(varying(labels)):
         known = ~np.isnan(labels[:, index])
         candidates = np.unique(scores[known, index])[::-1]
         reach = _Reach(scores[:, index], labels[:, index], once)
@@ -495,7 +495,7 @@ def _about(
 ) -> dict[str, Any]:
     """What was scored: numbers of scans, patients and resamples, and what is known of each label."""
     labels = np.asarray(labels, float)
-    varies = _varies(labels)
+    varies = varying(labels)
 
     def named(which: np.ndarray) -> list[str]:
         return [name for name, is_one in zip(names, which, strict=True) if is_one]
@@ -543,7 +543,7 @@ def trusted(
         names: Of the labels.
         thresholds: `(labels,)`, NaN for a label that has no part in the means of `AT_THRESHOLDS`.
     """
-    is_enough, varies = enough(labels, patients), _varies(np.asarray(labels, float))
+    is_enough, varies = enough(labels, patients), varying(np.asarray(labels, float))
     of_label = {
         f"{metric}/{name}": each for metric in SINGLE_METRICS for name, each in zip(names, is_enough, strict=True)
     }
@@ -558,8 +558,12 @@ def trusted(
     return found
 
 
-def _varies(labels: np.ndarray) -> np.ndarray:
-    """`(labels,)`: whether a label is both present and absent."""
+def varying(labels: np.ndarray) -> np.ndarray:
+    """Which labels are both present and absent, `(labels,)`.
+
+    Args:
+        labels: `(scans, labels)`, 0, 1 or NaN for unknown.
+    """
     return (labels == 1).any(axis=0) & (labels == 0).any(axis=0)
 
 
@@ -596,7 +600,7 @@ def checked(
         raise ValueError(
             "Some score is outside 0..1. Pass probabilities: CT-CLIP's protocol and calibration need them."
         )
-    if must_vary and not _varies(labels).any():
+    if must_vary and not varying(labels).any():
         raise ValueError(
             "There is nothing to score: in these scans each label is always or never present. "
             "Pass scans with and without a finding."

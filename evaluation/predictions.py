@@ -24,7 +24,7 @@ from medct.data.study_names import composed, matched
 from medct.data.subgroups import COLUMNS as SUBGROUPS
 from medct.data.subgroups import subgroup_columns, subgroups_of
 from medct.data.table_files import columns_of, read_table
-from medct.data.tables import check_labels, refuse_misnamed, refuse_two_spellings, to_numbers
+from medct.data.tables import check_labels, patients_of, refuse_misnamed, refuse_two_spellings, to_numbers
 from medct.evaluation.scoring import ScoredStudies
 
 NAME = "file_name"
@@ -186,20 +186,13 @@ def join_metadata(predictions: Path, metadata: Path, split: str | None = None) -
     if lacking := _scores_without_labels(scores, labels):
         said = f"{metadata} has no column {', '.join(lacking)}, so these scores are left out. Name the columns alike."
         warnings.warn(said, stacklevel=2)
-    labels = labelled(labels, names, metadata)
+    labels, within = labelled(labels, names, metadata), f"{metadata}"
     if split is not None:
-        if "split" not in labels:
-            raise DataError(f"{metadata}: it has no column 'split'. Leave out --split.")
-        there = ", ".join(labels["split"].unique())
-        labels = labels[labels["split"] == split]
-        if labels.empty:
-            raise DataError(f"{metadata}: it has no study of the split {split!r}. Pass one of its own: {there}.")
+        labels, within = _of_split(labels, split, metadata), f"{metadata}, split {split}"
     scores = to_numbers(scores, names, str(predictions))
     scores = scores.assign(**{NAME: matched(scores[NAME], set(labels[NAME])), "model": scores.get("model", "scores")})
     if 0 < (others := int(scores[NAME].isna().sum())) < len(scores):
-        within = "" if split is None else f", split {split}"
-        said = f"{others} of {len(scores)} rows of {predictions} are not in {metadata}{within}; left out."
-        warnings.warn(said, stacklevel=2)
+        warnings.warn(f"{others} of {len(scores)} rows of {predictions} are not in {within}; left out.", stacklevel=2)
     scores = scores[scores[NAME].notna()]
     _refuse_doubles(scores, ["model", NAME], predictions)
     if scores.empty:
@@ -217,6 +210,16 @@ def join_metadata(predictions: Path, metadata: Path, split: str | None = None) -
             names=names,
         )
     return Predictions(names, found)
+
+
+def _of_split(labels: pd.DataFrame, split: str, metadata: Path) -> pd.DataFrame:
+    if "split" not in labels:
+        raise DataError(f"{metadata}: it has no column 'split'. Leave out --split.")
+    found = labels[labels["split"] == split]
+    if found.empty:
+        there = ", ".join(labels["split"].unique())
+        raise DataError(f"{metadata}: it has no study of the split {split!r}. Pass one of its own: {there}.")
+    return found
 
 
 def named_table(path: Path) -> pd.DataFrame:
@@ -275,9 +278,7 @@ def labelled(table: pd.DataFrame, names: Sequence[str], path: Path) -> pd.DataFr
         DataError: If a label or a patient is not what it should be, or a study has two rows.
     """
     refuse_misnamed(list(table), str(path))
-    patients = table.get("patient", table[NAME]).str.strip().map(composed)
-    if (empty := int((patients == "").sum())) > 0:
-        raise DataError(f"{path}: {empty} rows have an empty 'patient'. Fill it in.")
+    patients = patients_of(table, NAME, str(path))
     refuse_two_spellings(patients, str(path))
     _refuse_doubles(table, [NAME], path)
     return check_labels(table, names, str(path)).assign(patient=patients)

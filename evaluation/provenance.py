@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 
 import medct
 from medct.common.host import device_name
@@ -42,11 +43,9 @@ def provenance(
     settings: Mapping[str, Any] | None,
     models: Mapping[str, Mapping[str, Any]],
     studies: Mapping[str, Mapping[str, Any]],
-    device: torch.device,
+    accelerator: Accelerator | None = None,
     *,
     seed: int,
-    processes: int = 1,
-    precision: str = "no",
 ) -> dict[str, Any]:
     """Everything that decides about a figure, ready for JSON.
 
@@ -54,17 +53,16 @@ def provenance(
         settings: Those that `medct evaluate --repeat` starts from; `None` for a run that it cannot repeat.
         models: By name, where each came from and its fingerprint.
         studies: By source and split, from `list_checksum`.
-        device: That the scores were computed on.
+        accelerator: Has computed the scores; without one they were there, and figures are computed on the CPU.
         seed: Of the run.
-        processes: Number of processes that shared the work.
-        precision: Mixed precision of the computation, "no" for none.
     """
+    device = accelerator.device if accelerator else torch.device("cpu")
     machine = {
         "device": device_name(device),
         "type": device.type,
         "threads": torch.get_num_threads(),
-        "processes": processes,
-        "mixed_precision": precision,
+        "processes": accelerator.num_processes if accelerator else 1,
+        "mixed_precision": accelerator.mixed_precision if accelerator else "no",
         "system": platform.system(),
         "processor": platform.machine(),
     }

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from medct.common.distributed import refuse_different, refuse_unshared
-from medct.common.files import refuse_other_settings, remove_leftovers, whole_file, with_version
+from medct.common.files import refuse_other_settings, remove_leftovers, whole_file, with_version, write_text
 from medct.common.formulas import as_text, of_text
 from medct.common.output import visible
 from medct.common.progress import remark, tqdm
@@ -356,5 +356,4 @@ def _keep_settings(output: Path, rows_path: Path, settings: dict[str, Any]) -> N
             f"{output} exists, but {path.name} is missing, so it is not known how it was made. Choose another "
             "--output, or remove it."
         )
-    with whole_file(path) as aside:
-        aside.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(settings, indent=2) + "\n")

@@ -104,6 +104,19 @@ def _pull_back(projection: torch.nn.Module, direction: torch.Tensor, like: torch
         return torch.autograd.grad((projection(inputs).float() @ direction).sum(), inputs)[0].float()
 
 
+def grid_in(
+    pipe: ZeroShotCTClassificationPipeline, volume: CTVolume
+) -> tuple[Sequence[int], VolumeGeometry, Sequence[int]]:
+    """How patches lie in a scan: `patch_size`, `geometry` and `shape`, as `to_scan` takes them.
+
+    Args:
+        pipe: The model's pipeline.
+        volume: The scan.
+    """
+    geometry = pipe.processor.image_processor.geometry(volume)
+    return pipe.model.config.vision_config.patch_size, geometry, volume.array.shape
+
+
 def to_scan(
     patches: torch.Tensor,
     patch_size: Sequence[int],
@@ -279,12 +292,9 @@ def map_scan(
     """
     image_processor = pipe.processor.image_processor
     volume = read_volume(scan, **{"orientation": Assumed(image_processor.orientation), **reading})
-    geometry = image_processor.geometry(volume)
-    patch_size = pipe.model.config.vision_config.patch_size
     maps = map_findings(pipe, pipe.encode(image_processor.process_volume(volume)[None, None]), labels, templates)
-    return [
-        ScanMap(finding, to_scan(finding.patches, patch_size, geometry, volume.array.shape), volume) for finding in maps
-    ]
+    where = grid_in(pipe, volume)
+    return [ScanMap(finding, to_scan(finding.patches, *where), volume) for finding in maps]
 
 
 def _highest(values: np.ndarray, count: int, reach: int) -> list[int]:

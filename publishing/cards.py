@@ -17,6 +17,7 @@ from medct.common.drawings import knows_drawings_only, said_on_card
 from medct.common.paths import local_paths, without_paths
 from medct.configuration_medct import MedCTConfig
 
+RESULTS, TRAIN_CONFIG = "results.json", "train_config.json"
 TEMPLATE = Path(__file__).with_name("adapter_card.md")
 MODEL_CARD = Path(__file__).parents[1] / "model_card.md"
 CLASSIFIER_CARD = Path(__file__).with_name("classifier_card.md")
@@ -62,7 +63,7 @@ def local_paths_of(folder: Path) -> list[str]:
     """
     base, _ = recorded_base(folder)
     where = {"folder": str(folder.absolute()), "base": base}
-    return local_paths(read_json(folder, "train_config.json") | where)
+    return local_paths(read_json(folder, TRAIN_CONFIG) | where)
 
 
 def base_license(base: str, revision: str | None = None) -> str | None:
@@ -97,7 +98,7 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
 
 def recorded_base(folder: Path) -> tuple[str | None, str | None]:
     """The model and revision that an adapter was trained on, according to its configuration."""
-    config = read_json(folder, "adapter_config.json")
+    config = read_json(folder, CONFIG_FILE)
     return config.get("base_model_name_or_path"), config.get("revision")
 
 
@@ -123,7 +124,7 @@ def model_metadata(folder: Path, results: dict[str, Any]) -> ModelCardData:
         folder: Holds `train_config.json`.
         results: What `results.json` holds.
     """
-    settings = read_json(folder, "train_config.json")
+    settings = read_json(folder, TRAIN_CONFIG)
     base, license = settings["model"], base_license(settings["model"], settings["revision"])
     is_synthetic = bool(results.get("synthetic")) or knows_drawings_only(base)
     on_the_hub = settings["hub_base"] or (base if is_hub_id(base) else None)
@@ -159,7 +160,7 @@ def render_card(
     if base is None:
         base, revision = recorded_base(folder)
     known = local_paths_of(folder)
-    results = without_paths(read_json(folder, "results.json"), known)
+    results = without_paths(read_json(folder, RESULTS), known)
     license = license or (base and base_license(base, revision)) or results.get("license")
     card = ModelCard.from_template(
         _metadata(folder, results, base, license, repo_id.split("/")[-1]),
@@ -259,7 +260,7 @@ def _with_interval(score: dict[str, float], sign: str) -> str:
 def _facts(folder: Path, results: dict[str, Any], known: list[str]) -> dict[str, Any]:
     """The facts about the run that the template shows."""
     description = without_paths(read_json(folder, DESCRIPTION_FILE), known)
-    settings = read_json(folder, "train_config.json")
+    settings = read_json(folder, TRAIN_CONFIG)
     is_classifier = _is_of_classifier(folder)
     if is_classifier:
         settings.pop("objective", None)  # a classifier has but one

@@ -18,7 +18,7 @@ from medct.publishing.cards import is_hub_id
 AnyMedCT = MedCTModel | MedCTForImageClassification
 """What scores findings: by comparison with sentences, or by a head of its own."""
 
-HUB_ADDRESS = "hf://"
+HUB_SCHEME = "hf://"
 PHANTOM_NAME = "phantom"
 PHANTOM_BASE = Path(__file__).parents[1] / "phantom_base"
 
@@ -52,13 +52,11 @@ def resolve_name(name: str, what: str = "model", revision: str | None = None) ->
                 f"{name}: it is here and not on the Hub, so it has no commit {revision!r}. Leave that out."
             )
         return name if Path(name).exists() else str(PHANTOM_BASE)
-    hub_id = name.removeprefix(HUB_ADDRESS)
+    hub_id = name.removeprefix(HUB_SCHEME)
     if not is_hub_id(hub_id):
         reason = "there is no such folder, and a Hub id reads ORG/NAME"
     elif name == hub_id and Path(name).parent.is_dir():
-        reason = (
-            f"{Path(name).parent} is a folder here, but has none of that name; on the Hub it is {HUB_ADDRESS}{name}"
-        )
+        reason = f"{Path(name).parent} is a folder here, but has none of that name; on the Hub it is {HUB_SCHEME}{name}"
     else:
         return hub_id
     raise ModelError(f"{name}: {_NOT[what]} ({reason}). Pass a Hub id or a folder.")

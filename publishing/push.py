@@ -8,7 +8,6 @@ is never changed, so a push that failed can be run again.
 """
 
 import contextlib
-import hashlib
 import json
 import sys
 from collections.abc import Callable
@@ -29,6 +28,7 @@ from huggingface_hub.utils import parse_ratelimit_headers
 
 from medct.adapters_medct import CONFIG_FILE, DESCRIPTION_FILE, WEIGHTS_FILE, adapter_fingerprint
 from medct.common.drawings import said_on_card
+from medct.common.files import file_sha256
 from medct.common.output import as_word
 from medct.common.paths import find_paths, without_paths
 from medct.common.retry import keep_trying
@@ -37,6 +37,8 @@ from medct.publishing.cards import (
     GENERATED,
     PICTURES,
     PLACEHOLDER_REPO,
+    RESULTS,
+    TRAIN_CONFIG,
     base_license,
     is_hub_id,
     local_paths_of,
@@ -47,8 +49,7 @@ from medct.publishing.cards import (
 
 PICKLES = {".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pth"}
 # A run's record of itself; it names the folders that it read and wrote.
-RESULTS = "results.json"
-RUN_FILES = (RESULTS, "train_config.json")
+RUN_FILES = (RESULTS, TRAIN_CONFIG)
 # Anything else in a folder, such as lists of studies and pictures of patients, is not pushed.
 ADAPTER_FILES = (WEIGHTS_FILE, CONFIG_FILE, DESCRIPTION_FILE, "README.md", *RUN_FILES, *PICTURES)
 MODEL_FILES = ("*.safetensors", "*.json", "*.py", "*.txt", "*.jinja", "README.md", "LICENSE", *PICTURES)
@@ -220,7 +221,8 @@ def _published_base(api: HfApi, folder: Path, base: str | None, revision: str | 
     weights = Path(recorded or "", "model.safetensors")
     if not is_hub_id(recorded) and weights.is_file():
         found = api.get_paths_info(base, [weights.name], revision=commit)
-        if [getattr(file.lfs, "sha256", None) for file in found if isinstance(file, RepoFile)] != [_sha256(weights)]:
+        theirs = [getattr(file.lfs, "sha256", None) for file in found if isinstance(file, RepoFile)]
+        if theirs != [file_sha256(weights)]:
             raise PushError(f"The weights of {base} are not those of {weights.parent.name}, the base of {folder}.")
     return base, commit
 
@@ -242,7 +244,7 @@ def _adapter_files(folder: Path, repo_id: str, base: str, commit: str, license: 
     files: Files = {path.name: path for path in _chosen(folder, ADAPTER_FILES)}
     known: dict[str, dict[str, Any]] = {
         CONFIG_FILE: {"base_model_name_or_path": base, "revision": commit},
-        "train_config.json": {"model": base, "revision": commit, "output_dir": None},
+        TRAIN_CONFIG: {"model": base, "revision": commit, "output_dir": None},
     }
     for name in (CONFIG_FILE, DESCRIPTION_FILE, *RUN_FILES):
         content = read_json(folder, name)
@@ -410,11 +412,6 @@ def _texts_in(name: str, content: Path | bytes) -> list[str]:
     if suffix in TEXT_SUFFIXES or name == "LICENSE":
         return [content.decode() if isinstance(content, bytes) else content.read_text(encoding="utf-8")]
     return []
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def left_out(folder: Path) -> list[str]:

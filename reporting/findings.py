@@ -1,6 +1,5 @@
 """What a report says of one study, whatever its form: the findings, and what they were made with."""
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 import medct
 from medct.adapters_medct import CONFIG_FILE, WEIGHTS_FILE, fingerprint
 from medct.common.drawings import knows_drawings_only
+from medct.common.files import file_sha256
 from medct.configuration_medct import Prompt
 from medct.pipeline_medct import CTPipeline, ZeroShotCTClassificationPipeline
 
@@ -187,5 +187,5 @@ def _commit_of(name: str, revision: str | None) -> str | None:
     """The commit that an adapter was loaded from; of a folder the SHA-256 of its weights."""
     if Path(name).is_dir():
         weights = Path(name, WEIGHTS_FILE)
-        return f"sha256:{hashlib.sha256(weights.read_bytes()).hexdigest()}" if weights.is_file() else None
+        return f"sha256:{file_sha256(weights)}" if weights.is_file() else None
     return extract_commit_hash(cached_file(name, CONFIG_FILE, revision=revision, local_files_only=True), None)

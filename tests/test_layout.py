@@ -314,7 +314,7 @@ def test_predicting_imports_nothing_that_it_does_not_use():
 import gc, sys
 sys.argv = ["medct"]
 from medct.cli import _imported
-for name in ("publishing.registration", "common.host", "common.progress", "publishing.loading", "cli.commands"):
+for name in ("publishing.registration", "common.host", "common.progress", "publishing.loading", "cli.scan_commands"):
     _imported(name)
 print({"datasets", "evaluate", "matplotlib", "pandas", "peft", "pyarrow", "scipy.stats", "sklearn"} & set(sys.modules))
 print(gc.isenabled(), len(gc.get_objects()) < gc.get_freeze_count() / 10)

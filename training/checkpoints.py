@@ -85,19 +85,15 @@ class TrainingState:
             tensors: What `tensors()` gave.
             values: What `values()` gave.
         """
-        for name, parameter in self.parameters.items():
-            local_part(parameter).copy_(tensors[f"parameter/{name}"])
         moments: dict[int, dict[str, torch.Tensor]] = {}
         for index, (name, parameter) in enumerate(self.parameters.items()):
-            prefix = f"optimizer/{name}/"
-            found = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
-            if found:
+            local_part(parameter).copy_(tensors[f"parameter/{name}"])
+            if found := _below(f"optimizer/{name}/", tensors):
                 moments[index] = {key: _shaped_like(parameter, tensor) for key, tensor in found.items()}
         self.optimizer.load_state_dict({"state": moments, "param_groups": values["param_groups"]})
         self.schedule.load_state_dict(values["schedule"])
         self.loader.load_state_dict(values["loader"])
-        best = {key.removeprefix("best/"): tensor for key, tensor in tensors.items() if key.startswith("best/")}
-        self.best.load(best, values["best"])
+        self.best.load(_below("best/", tensors), values["best"])
         self.step = values["step"]
         random.setstate(values["random"]["python"])
         np.random.set_state(values["random"]["numpy"])
@@ -186,6 +182,11 @@ def _accelerator() -> str | None:
     """The kind of accelerator of this machine, such as "cuda" or "mps"."""
     device = torch.accelerator.current_accelerator(check_available=True)
     return None if device is None else device.type
+
+
+def _below(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Those whose names begin so, by what follows."""
+    return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
 
 
 def _shaped_like(parameter: torch.Tensor, local: torch.Tensor) -> torch.Tensor:

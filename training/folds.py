@@ -18,17 +18,17 @@ from medct.common.counting import counted
 from medct.common.errors import StoppedError
 from medct.common.files import write_json
 from medct.common.lock import is_first_process, only_run
-from medct.common.output import as_word
 from medct.data.sources import Source, first_of, hash_share
 from medct.evaluation.figures import Scores, source_figures
+from medct.evaluation.metrics import varying
 from medct.evaluation.plots import calibration_plot, roc_plot, save_plot
 from medct.evaluation.predictions import Key, Predictions, learned_from
 from medct.evaluation.record import RESULTS, read_results, read_scores, scores_path, write_record
 from medct.evaluation.report import folds_table, results_table
 from medct.evaluation.scoring import ScoredStudies
-from medct.publishing.cards import read_json
+from medct.publishing.cards import TRAIN_CONFIG, read_json
 from medct.training.handing_out import write_readme
-from medct.training.results import ADAPTED, BASE, remarks_on
+from medct.training.results import ADAPTED, BASE, SYNTHETIC, remarks_on
 from medct.training.run_folder import RunFolder
 from medct.training.settings import TrainingError, TrainingSettings
 
@@ -76,7 +76,7 @@ def divide(source: Source, folds: int, fold: int, max_tune_studies: int | None =
 def _refuse_folds_of_one_kind(labels: np.ndarray, fold_of: Sequence[int], folds: int) -> None:
     for fold in range(folds):
         held_out = labels[np.array(fold_of) == fold]
-        if not ((held_out == 1).any(axis=0) & (held_out == 0).any(axis=0)).any():
+        if not varying(held_out).any():
             raise TrainingError(
                 f"Fold {fold + 1} of {folds} would hold out {len(held_out)} studies in which each finding is always or "
                 "never present. Lower --folds."
@@ -113,10 +113,7 @@ def cross_validate(
             try:
                 results = train(dataclasses.replace(settings.without_push(), **of_fold))
             except StoppedError as error:
-                raise StoppedError(
-                    f"stopped in fold {fold} of {settings.folds}. The same command with --output_dir "
-                    f"{as_word(folder.final)} --resume continues it."
-                ) from error
+                raise StoppedError(f"stopped in fold {fold} of {settings.folds}. {folder.remedy}") from error
             if is_main_process:
                 refuse_changed(folder.work, runs)
                 refuse_another_base(folder.work, runs)
@@ -148,10 +145,7 @@ def refuse_changed(work: Path, runs: Sequence[Path]) -> None:
             for study, patient, labels in zip(studies.ids, studies.patients, studies.labels, strict=True):
                 told = (held_out, patient, str(labels.tolist()))
                 if known.setdefault(study, told) != told:
-                    raise TrainingError(
-                        f"{work}: studies or labels have changed since its first folds were trained, so that these "
-                        "cannot be pooled with later ones. Remove the folder, or choose another --output_dir."
-                    )
+                    raise _changed_since(work, "studies or labels have")
 
 
 def refuse_another_base(work: Path, runs: Sequence[Path]) -> None:
@@ -166,10 +160,14 @@ def refuse_another_base(work: Path, runs: Sequence[Path]) -> None:
     """
     bases = [read_results(run)["provenance"]["models"][BASE] for run in runs if (run / RESULTS).is_file()]
     if any(base != bases[0] for base in bases):
-        raise TrainingError(
-            f"{work}: the base has changed since its first folds were trained, so that these cannot be pooled with "
-            "later ones. Remove the folder, or choose another --output_dir."
-        )
+        raise _changed_since(work, "the base has")
+
+
+def _changed_since(work: Path, what: str) -> TrainingError:
+    return TrainingError(
+        f"{work}: {what} changed since its first folds were trained, so that these cannot be pooled with later ones. "
+        "Remove the folder, or choose another --output_dir."
+    )
 
 
 def _gather(folder: RunFolder, runs: Sequence[Path], settings: TrainingSettings) -> dict[str, Any]:
@@ -186,8 +184,8 @@ def _gather(folder: RunFolder, runs: Sequence[Path], settings: TrainingSettings)
     with folder.complete() as final:
         shutil.copytree(kept, final, dirs_exist_ok=True)
         (final / "learned.png").unlink(missing_ok=True)  # of one fold alone
-        config = read_json(final, "train_config.json") | {"output_dir": str(folder.final)}
-        write_json(final / "train_config.json", config)
+        config = read_json(final, TRAIN_CONFIG) | {"output_dir": str(folder.final)}
+        write_json(final / TRAIN_CONFIG, config)
         keys = {Key(model, source, "valid"): scored for model, scored in pooled.items()}
         learned = learned_from(scores_path(kept / RESULTS)).items()
         others = [(source, split, sorted(studies)) for split, studies in learned]
@@ -234,7 +232,7 @@ def _results(
     models = {model: Scores(scored) for model, scored in pooled.items()}
     comparison = source_figures(models, names, resamples=settings.bootstrap_resamples, seed=settings.seed)
     folds = [_about(fold, each) for fold, each in enumerate(of_folds, start=1)]
-    synthetic = " These are SYNTHETIC drawings: no patients, and no clinical meaning." if first["synthetic"] else ""
+    synthetic = f" {SYNTHETIC}" if first["synthetic"] else ""
     results = first | {
         "measured_on": f"Cross-validation by patient: each of {comparison['patients']} patients was held out once, in "
         f"{count} folds, and the scores of {count} adapters on {comparison['scans']} studies are pooled.{synthetic}",

@@ -36,7 +36,7 @@ VARIANTS: dict[str, dict] = {
     "pissa": {"init_lora_weights": "pissa"},
 }
 Variant = Literal["lora", "dora", "rslora", "pissa"]
-Adaptation = Literal["lora", "dora", "rslora", "pissa", "full"]
+Adaptation = Literal[Variant, "full"]
 _PISSA_START = "pissa_start"
 
 

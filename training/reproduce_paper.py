@@ -19,11 +19,11 @@ from accelerate.utils import parse_flag_from_env
 
 from medct.common.counting import counted
 from medct.common.distributed import start_launch
-from medct.common.files import VERSION, refuse_other_settings, whole_file, with_version
+from medct.common.files import VERSION, refuse_other_settings, with_version, write_text
 from medct.common.host import keep_freed_memory
 from medct.evaluation.record import RESULTS, read_results
 from medct.evaluation.report import COMPARED, markdown_table
-from medct.publishing.cards import read_json
+from medct.publishing.cards import TRAIN_CONFIG, read_json
 from medct.publishing.convert_ct_clip_to_hf import convert
 from medct.publishing.loading import PHANTOM_BASE
 from medct.train import Trainer
@@ -128,7 +128,7 @@ def results_of(settings: PaperSettings) -> dict[str, Any]:
     folder = Path(str(settings.output_dir))
     if not (settings.resume and (folder / RESULTS).exists()):
         return Trainer(settings).run()
-    saved, results = read_json(folder, "train_config.json"), read_results(folder)
+    saved, results = read_json(folder, TRAIN_CONFIG), read_results(folder)
     chosen = {name: value for name, value in settings.fixed().items() if value is not None}
     before = {name: saved.get(name) for name in chosen} | {VERSION: results["provenance"]["code"]["version"]}
     refuse_other_settings(folder, before, with_version(chosen))
@@ -169,8 +169,7 @@ def reproduce(settings: PaperSettings) -> dict[str, Any]:
     state = PartialState()
     state.print(f"\n{table}")
     if state.is_main_process:
-        with whole_file(Path(str(settings.output_dir)) / "beside_the_paper.md") as aside:
-            aside.write_text(table + "\n", encoding="utf-8")
+        write_text(Path(str(settings.output_dir)) / "beside_the_paper.md", table + "\n")
     return first
 
 

@@ -18,6 +18,7 @@ from medct.training.settings import NO_SOURCE, TrainingSettings
 SPLITS = ("tune", "valid")
 KEPT_SPLITS = ("keep_tune", "keep_valid")
 BASE, ADAPTED = "base", "adapted"
+SYNTHETIC = "These are SYNTHETIC drawings: no patients, and no clinical meaning."
 FEW_STEPS = 50
 """Optimizer steps below which a run is remarked on."""
 

@@ -13,12 +13,13 @@ from medct.common.files import (
     Reserve,
     refuse_other_settings,
     refuse_taken,
-    whole_file,
     whole_folder,
     with_version,
     write_json,
+    write_text,
 )
 from medct.common.lock import is_first_process, only_run
+from medct.common.output import as_word
 from medct.training.checkpoints import decode, encode
 from medct.training.settings import TrainingError
 
@@ -55,6 +56,11 @@ class RunFolder:
             raise TrainingError(
                 f"{self.work} holds an unfinished run. Pass --resume to continue it, or remove the folder."
             )
+
+    @property
+    def remedy(self) -> str:
+        """How to go on with a run that was stopped, as a sentence."""
+        return f"The same command with --output_dir {as_word(self.final)} --resume continues it."
 
     @property
     def checkpoints(self) -> Path:
@@ -106,8 +112,7 @@ class RunFolder:
             name: Name to find it by.
             value: What `checkpoints.encode` takes.
         """
-        with whole_file(self.work / f"{name}.json") as aside:
-            aside.write_text(encode(value), encoding="utf-8")
+        write_text(self.work / f"{name}.json", encode(value))
 
     def reserve(self, size_bytes: int) -> None:
         """Reserve disk space for the final folder: hours of training must not end with a full disk.
@@ -146,8 +151,7 @@ class History:
         if path.exists():
             kept = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
             kept = [line for line in kept if json.loads(line)["step"] <= step]
-        with whole_file(path) as aside:
-            aside.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        write_text(path, "".join(f"{line}\n" for line in kept))
         self.path = path
 
     def add(self, step: int, figures: dict[str, float]) -> None:

@@ -209,8 +209,11 @@ class TrainingSettings:
 
     def without_push(self: "Settings") -> "Settings":
         """The same run, which pushes nothing: one of several, of which another is pushed."""
-        usual = {each.name: each.default for each in dataclasses.fields(self)}
-        return dataclasses.replace(self, push_to_hub=False, **{name: usual[name] for name in _OF_PUSHES})
+        return dataclasses.replace(self, push_to_hub=False, **{name: self.usual(name) for name in _OF_PUSHES})
+
+    def usual(self, name: str) -> Any:
+        """A setting's default; a dataclass keeps it in its class."""
+        return getattr(type(self), name)
 
     def fixed(self) -> dict[str, Any]:
         """The settings that a resumed run must share with the one that it resumes."""
@@ -318,10 +321,9 @@ def _refuse_idle(settings: TrainingSettings) -> None:
         (not _is_full(settings), "an adapter (any --adaptation but full)", _OF_ADAPTERS),
         (settings.push_to_hub, "--push_to_hub", _OF_PUSHES),
     )
-    usual = {each.name: each.default for each in dataclasses.fields(settings)}
     for is_there, what, names in needed:
         for name in names:
-            if not is_there and (value := getattr(settings, name)) != usual[name]:
+            if not is_there and (value := getattr(settings, name)) != settings.usual(name):
                 raise TrainingError(f"--{name} {value} does nothing without {what}. Pass that, or leave it out.")
 
 

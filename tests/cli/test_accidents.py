@@ -11,7 +11,7 @@ import pytest
 from scan_files import write_noise
 
 import medct
-from medct.cli import commands
+from medct.cli import commands, scan_commands
 from medct.common.errors import FAILED, INTERRUPTED, OK
 from medct.inference import studies as reading
 from medct.pipeline_medct import ZeroShotCTClassificationPipeline
@@ -62,7 +62,7 @@ def interrupt_second(act):
         (reading, "read_volume", 0),
         (reading, "read_volume", 1),
         (ZeroShotCTClassificationPipeline, "_forward", 1),
-        (commands, "prediction_rows", 1),
+        (scan_commands, "prediction_rows", 1),
     ],
     ids=["reading", "reading ahead", "the model", "between scans"],
 )

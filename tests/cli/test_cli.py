@@ -90,11 +90,6 @@ def names(rows, scans):
     return [str(Path(row["study"]).relative_to(scans)) for row in rows]
 
 
-@pytest.fixture
-def pipe(model, processor):
-    return ZeroShotCTClassificationPipeline(model=model, processor=processor, device="cpu")
-
-
 def test_a_table_for_people(run, scans, pipe):
     status, out, err = run("predict", scans / "0.nii.gz", "--labels", "a", "b")
     assert (status, err) == (0, "")
@@ -282,6 +277,8 @@ def test_the_model_may_be_set_in_the_environment(run, scans, converted, monkeypa
     assert "error: Which model?" in err
     monkeypatch.setenv(commands.MODEL_VARIABLE, str(converted))
     assert run("predict", scans / "0.nii.gz", model=None)[0] == 0
+    args = argparse.Namespace(model=None, revision=None, adapter=None)
+    assert commands.model_of(args) == args.model == str(converted)  # which is what records of a run name
 
 
 @pytest.mark.parametrize(

@@ -217,7 +217,7 @@ def test_each_report_gets_its_own_study_of_a_batch(predict, tmp_path, monkeypatc
             by_study[read.study.id] = encoded["last_hidden_state"]
             return {}
 
-        monkeypatch.setattr("medct.cli.commands.reported", keep)
+        monkeypatch.setattr("medct.cli.scan_commands.reported", keep)
         assert predict("series", "other", "--dicom_page", "out", "--batch_size", str(size))[0] == 0
     assert got[1].keys() == got[2].keys() and len(got[1]) == 2
     for study, expected in got[1].items():

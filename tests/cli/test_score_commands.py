@@ -19,7 +19,8 @@ import medct
 from medct import CT_CLIP_LABELS
 from medct.cli import main, prompt_commands, score_commands
 from medct.cli.figure_commands import _patients_and_labels
-from medct.cli.score_commands import versions_of
+from medct.cli.flags import REPOSITORY_OF
+from medct.cli.versions import Version, versions_of
 from medct.common.counting import counted
 from medct.common.output import drop_output
 from medct.data import Source, phantom_source
@@ -182,7 +183,7 @@ def test_what_is_compared_with_is_taken_at_its_own_revision(monkeypatch):
         raise MedCTError(f"{name} at {adapter_kwargs['revision']}")
 
     for name in ("fingerprint", "about_model"):
-        monkeypatch.setattr(score_commands, name, lambda *_: {})
+        monkeypatch.setattr(f"medct.cli.versions.{name}", lambda *_: {})
     names = {"model": "a", "revision": "1", "adapter": "b", "adapter_revision": "2"}
     args = argparse.Namespace(**names, against="c", against_revision="3")
     with pytest.raises(MedCTError, match=r"^c at 3$"):
@@ -293,7 +294,7 @@ def test_recorded_points_are_for_the_weights_and_words_that_they_were_chosen_wit
     about = {"fingerprint": "a", "adapter_fingerprint": "a", "prompt_templates": [], "prompts": {}}
     recorded = {"provenance": {"models": {"adapted": about}}}
     points = {"adapted": {"youden": {"x": 0.5}}}
-    versions = {"adapted": score_commands.Version(lambda: None, [], about | {"adapter": "elsewhere"} | change)}
+    versions = {"adapted": Version(lambda: None, [], about | {"adapter": "elsewhere"} | change)}
     assert score_commands._still_hold(points, recorded, versions) == (None if change else points)
     assert score_commands._still_hold(points, recorded, {}) is None
     assert score_commands._still_hold(None, None, versions) is None
@@ -301,7 +302,7 @@ def test_recorded_points_are_for_the_weights_and_words_that_they_were_chosen_wit
 
 @pytest.mark.parametrize("what", ["data", "model", "adapter", "against"])
 def test_a_recorded_commit_is_of_its_own_repository(what):
-    commits = score_commands._COMMITS
+    commits = REPOSITORY_OF
     known = {name: ["ORG/OLD"] if name == "data" else "ORG/OLD" for name in commits.values()}
     known |= dict.fromkeys(commits, "abc")
     flags = dict.fromkeys([*known, "repeat", "sensitivity", "specificity", "tune_on"])
@@ -316,7 +317,7 @@ def test_a_recorded_commit_is_of_its_own_repository(what):
 def test_a_run_is_repeated_with_the_adapter_beside_its_results(tmp_path):
     known = {"data": ["ORG/OLD"], "model": "ORG/BASE", "adapter": "."}
     for repeat in (tmp_path, tmp_path / "results.json"):
-        flags = dict.fromkeys([*known, *score_commands._COMMITS, "against", "sensitivity", "specificity", "tune_on"])
+        flags = dict.fromkeys([*known, *REPOSITORY_OF, "against", "sensitivity", "specificity", "tune_on"])
         args = argparse.Namespace(**flags, repeat=repeat)
         score_commands.settle(args, {"provenance": {"settings": known}})
         assert args.adapter == str(tmp_path)
@@ -585,7 +586,7 @@ def test_studies_that_an_adapter_has_learned_from_are_remarked_on(tmp_path):
 
     def learned(source=source, scored=scored, **adapters) -> dict:
         versions = {
-            name: score_commands.Version(lambda: None, [], {"adapter": str(tmp_path / each)} if each else {})
+            name: Version(lambda: None, [], {"adapter": str(tmp_path / each)} if each else {})
             for name, each in adapters.items()
         }
         return score_commands._learned(versions, source, scored)

@@ -3,6 +3,7 @@
 import copy
 import json
 import subprocess
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -36,12 +37,16 @@ def test_a_list_of_studies_is_known_by_its_checksum_alone():
 
 def test_everything_is_recorded(monkeypatch):
     monkeypatch.setattr("sys.argv", ["/opt/my env/bin/medct", "evaluate", "--data", "/scans of mine/site b"])
-    found = provenance({"seed": 3}, {"m": {"fingerprint": "f"}}, {"b": {}}, torch.device("cpu"), seed=3, processes=2)
+    two = SimpleNamespace(device=torch.device("cpu"), num_processes=2, mixed_precision="bf16")
+    found = provenance({"seed": 3}, {"m": {"fingerprint": "f"}}, {"b": {}}, two, seed=3)
     assert found["command"] == ["medct", "evaluate", "--data", "site b"]
     assert (found["seed"], found["settings"], found["models"]) == (3, {"seed": 3}, {"m": {"fingerprint": "f"}})
     assert found["versions"]["torch"] == torch.__version__
     assert {"python", "transformers", "peft", "numpy"} <= set(found["versions"])
-    assert (found["machine"]["type"], found["machine"]["processes"]) == ("cpu", 2)
+    of_two = {"type": "cpu", "processes": 2, "mixed_precision": "bf16"}
+    of_none = {"type": "cpu", "processes": 1, "mixed_precision": "no"}
+    assert of_two.items() <= found["machine"].items()
+    assert of_none.items() <= provenance(None, {}, {}, seed=3)["machine"].items()
     assert found["machine"]["threads"] == torch.get_num_threads()
     assert json.loads(json.dumps(found)) == found
 

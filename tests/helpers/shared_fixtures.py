@@ -19,6 +19,7 @@ from medct import MedCTForImageClassification, MedCTModel, MedCTProcessor
 from medct.cli import main
 from medct.common.errors import FAILED
 from medct.data.phantoms import make_phantom
+from medct.pipeline_medct import ZeroShotCTClassificationPipeline
 from medct.publishing.convert_ct_clip_to_hf import convert
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -98,6 +99,12 @@ def model(converted) -> MedCTModel:
 @pytest.fixture
 def processor(converted) -> MedCTProcessor:
     return MedCTProcessor.from_pretrained(converted)
+
+
+@pytest.fixture
+def pipe(model, processor) -> ZeroShotCTClassificationPipeline:
+    """The small model's pipeline."""
+    return ZeroShotCTClassificationPipeline(model=model, processor=processor, device="cpu")
 
 
 @pytest.fixture

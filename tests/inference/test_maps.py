@@ -30,11 +30,6 @@ from medct.volume_io_medct import affine_from_spacing
 LABELS = ["a", "b"]
 
 
-@pytest.fixture
-def pipe(model, processor) -> ZeroShotCTClassificationPipeline:
-    return ZeroShotCTClassificationPipeline(model=model, processor=processor, device="cpu")
-
-
 @pytest.mark.parametrize(
     "templates", [None, [("{label} is present", "not {label}"), ("{label} present", "not {label}")]]
 )

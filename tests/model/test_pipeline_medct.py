@@ -41,11 +41,6 @@ def scans(nifti):
 
 
 @pytest.fixture
-def pipe(model, processor) -> ZeroShotCTClassificationPipeline:
-    return ZeroShotCTClassificationPipeline(model=model, processor=processor, device="cpu")
-
-
-@pytest.fixture
 def adapter(converted, tmp_path):
     """Folder of an adapter that changes the scores, with an operating point for "Lung nodule"."""
     return save_adapter(converted, tmp_path / "adapter", results=RESULTS | {"thresholds": {"Lung nodule": 0.5}})

@@ -348,14 +348,11 @@ def test_hooks_of_parts_are_called(small, pixels):
 
 def test_float64_volumes_that_lie_apart_and_the_switch(small, pixels, used, monkeypatch):
     with torch.no_grad():
-        expected = small.vision_model(pixels).last_hidden_state
+        expected = small.vision_model(pixels)
         apart = pixels.transpose(-1, -2).contiguous().transpose(-1, -2)
-        assert torch.equal(small.vision_model(apart).last_hidden_state, expected)
-        used.clear()
-        torch.testing.assert_close(
-            copy.deepcopy(small).double().vision_model(pixels.double()).pooler_output.float(),
-            small.vision_model(pixels).pooler_output,
-        )
+        assert torch.equal(small.vision_model(apart).last_hidden_state, expected.last_hidden_state)
+        exact = copy.deepcopy(small).double().vision_model(pixels.double())
+        torch.testing.assert_close(exact.pooler_output.float(), expected.pooler_output)
         used.clear()
         monkeypatch.setattr(kernels_medct, "use_triton", False)
         small.vision_model(pixels)
@@ -379,10 +376,12 @@ def test_a_recording_belongs_to_all_that_it_reads(small, pixels):
 def test_what_is_recorded_runs_by_kernels_as_a_whole(small, pixels, monkeypatch):
     """Whatever has a part in the encoder behind its embeddings; or a recording would pass it over."""
     vision = small.vision_model
+    with torch.no_grad():
+        tokens = vision.embeddings(pixels).flatten(2, 3)
 
     def runs_by_kernels() -> bool:
         with torch.no_grad():
-            return vision._weights_of_kernels(vision.embeddings(pixels).flatten(2, 3)) is not None
+            return vision._weights_of_kernels(tokens) is not None
 
     assert runs_by_kernels()
     for name, module in vision.named_modules():

@@ -6,7 +6,6 @@ import re
 import shutil
 
 import pytest
-import torch
 from adapter_files import RESULTS, save_adapter
 from huggingface_hub import ModelCard, ModelCardData
 
@@ -201,7 +200,7 @@ def test_what_decided_the_figures_is_on_the_page_and_where_it_lay_is_not(convert
     studies = {"site-b, valid": {"scans": 20, "patients": 10, "ids_sha256": "ab" * 32, "labels_sha256": "cd" * 32}}
     models = {"base": {"model": "/home/me/base", "fingerprint": "sha256-bf16:12", "adapter_fingerprint": None}}
     settings = {"data": ["/scans of mine", "C:\\\\my scans\\\\site"], "model": "/home/me/base", "mapping": "standard"}
-    decided = provenance(settings, models, studies, torch.device("cpu"), seed=7)
+    decided = provenance(settings, models, studies, seed=7)
     folder = save_adapter(converted, tmp_path / "run", results=RESULTS | {"provenance": decided})
     text = render_card(folder, base="org/ct-clip", revision=COMMIT, license="mit")
     assert "## Repeat" in text

@@ -6,7 +6,6 @@ import json
 import pytest
 from adapter_files import RESULTS, save_adapter
 
-from medct import ZeroShotCTClassificationPipeline
 from medct.adapters_medct import DESCRIPTION_FILE
 from medct.reporting import findings as module
 from medct.reporting.findings import Algorithm, Finding, algorithm_of, findings_of
@@ -40,11 +39,6 @@ def test_findings_keep_their_order_and_what_is_known_of_them():
 def test_figures_tell_a_score_from_its_operating_point(score, threshold, figures):
     """Else a reader is told that 1.000 is below 1.000."""
     assert Finding("a", score, threshold).figures == figures
-
-
-@pytest.fixture
-def pipe(model, processor) -> ZeroShotCTClassificationPipeline:
-    return ZeroShotCTClassificationPipeline(model=model, processor=processor, device="cpu")
 
 
 def test_local_folders_are_named_without_their_place(pipe, converted, tmp_path):

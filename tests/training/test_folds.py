@@ -177,8 +177,6 @@ def test_scores_of_all_folds_are_pooled_and_the_first_adapter_is_kept(
 def test_a_stopped_cross_validation_goes_on_where_it_was(settings, monkeypatch, tmp_path):
     monkeypatch.setattr(training, "draw_pictures", lambda folder, *_: (folder / "learned.png").touch())
     monkeypatch.setattr("medct.training.folds.save_plot", lambda _, path: path.touch())
-    run(settings)
-    stopped = dataclasses.replace(settings, output_dir=str(tmp_path / "stopped"))
     whole_step, steps = Trainer._step, []
 
     def step(self, *inputs):
@@ -189,20 +187,24 @@ def test_a_stopped_cross_validation_goes_on_where_it_was(settings, monkeypatch, 
 
     monkeypatch.setattr(Trainer, "_step", step)
     with pytest.raises(
-        StoppedError, match=r"stopped in fold 2 of 3\. The same command with --output_dir .*stopped --res"
+        StoppedError, match=r"stopped in fold 2 of 3\. The same command with --output_dir .*run --resume cont"
     ):
-        run(stopped)
+        run(settings)
     with pytest.raises(TrainingError, match="holds an unfinished run"):
-        run(stopped)
+        run(settings)
     with pytest.raises(OtherSettingsError, match="was started with seed 0, not 1"):
-        run(dataclasses.replace(stopped, resume=True, seed=1))
-    run(dataclasses.replace(stopped, resume=True))
+        run(dataclasses.replace(settings, resume=True, seed=1))
+    run(dataclasses.replace(settings, resume=True))
     assert steps == [1, 1, 2, 2, 3, 3]
-    assert not (tmp_path / "stopped" / "learned.png").exists(), "nobody sees pictures of single folds"
-    results = [
-        json.loads((tmp_path / name / "results.json").read_text(encoding="utf-8")) for name in ("run", "stopped")
-    ]
-    assert results[0]["comparison"] == results[1]["comparison"]
+    assert not (tmp_path / "run" / "learned.png").exists(), "nobody sees pictures of single folds"
+
+    # The fold that was stopped is as if it had not been.
+    run(dataclasses.replace(settings, fold=2, output_dir=str(tmp_path / "alone")))
+    pooled, alone = (
+        read_scores(tmp_path / name).scored[Key("adapted", "phantoms", "valid")] for name in ("run", "alone")
+    )
+    rows = [pooled.ids.index(study) for study in alone.ids]
+    np.testing.assert_array_equal(pooled.scores[rows], alone.scores)
 
 
 @pytest.mark.slow

@@ -799,11 +799,6 @@ def test_bad_input_ends_in_one_line(converted, tmp_path, capsys):
     assert not list(tmp_path.glob("*run*"))
 
 
-TRAIN = """
-import sys
-from medct.train import main
-main(sys.argv[1:])
-"""
 PULL_AND_RUN = """
 import sys, torch
 from peft import AutoPeftModelForFeatureExtraction
@@ -819,13 +814,13 @@ save_file({"base": logits[0], "auto": logits[1]}, results)
 """
 
 
+@pytest.mark.filterwarnings("ignore:Could not find a config file in org/base")
 def test_trained_pushed_and_pulled(hub, settings, converted, batch, monkeypatch, tmp_path):
     """There and back: a new process without `medct` has the logits of the trained adapter."""
     hub.connect(monkeypatch)
     commit = push_model(converted, "org/base").split("/")[-1]
     pushing = {"push_to_hub": True, "hub_model_id": "org/site-b", "max_steps": 2}
-    trained = hub.run(TRAIN, *flags(settings, model="org/base", **pushing), home=tmp_path / "trainer")
-    assert trained.returncode == 0, trained.stderr
+    training.main(flags(settings, model="org/base", **pushing))
     described = json.loads(hub.files("org/site-b")["adapter_config.json"])
     assert (described["base_model_name_or_path"], described["revision"]) == ("org/base", commit)
     assert str(tmp_path).encode() not in b"".join(hub.files("org/site-b").values())
@@ -949,8 +944,8 @@ def test_a_killed_sharded_run_resumes_to_the_same_bytes(settings, tmp_path):
 def test_the_phantom_base_knows_site_a():
     """With fewer patients than the README's figures, so that the test takes seconds."""
     model, processor = MedCTModel.from_pretrained(PHANTOM_BASE), MedCTProcessor.from_pretrained(PHANTOM_BASE)
-    scored = scores_of(model, processor, patients=100, site="A")
-    assert training.zero_shot_scores(scored.scores, scored.labels, CT_CLIP_LABELS)["auroc"] > 0.75
+    scored = scores_of(model, processor, patients=50, site="A")
+    assert training.zero_shot_scores(scored.scores, scored.labels, CT_CLIP_LABELS)["auroc"] > 0.9
 
 
 @pytest.mark.slow

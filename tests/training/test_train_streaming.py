@@ -28,10 +28,10 @@ def volume_request(name: str) -> str:
 
 
 def flags(model: Path, data: str, folder: Path) -> list[str]:
-    """Two steps with two loader processes."""
+    """Two steps with two loader processes, and nothing chosen on the way."""
     values = {
         "model": model, "data": data, "output_dir": folder / "run", "max_steps": 2, "batch_size": 2, "num_workers": 2,
-        "objective": "both", "rank": 4, "bootstrap_resamples": 20, "cpu": True,
+        "objective": "both", "rank": 4, "bootstrap_resamples": 20, "strength": 1, "eval_steps": 0, "cpu": True,
     }  # fmt: skip
     return [str(part) for name, value in values.items() for part in (f"--{name}", value)]
 
