@@ -173,7 +173,9 @@ def shard(model: PreTrainedModel) -> None:
     """
     layers = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
     for module in (*layers, model):
-        fully_shard(module)
+        # Also the outermost, which would else keep its weights whole after a forward pass without a backward one: they
+        # would pass for changed, and what is then set in its shards would not be seen.
+        fully_shard(module, reshard_after_forward=True)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

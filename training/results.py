@@ -181,7 +181,7 @@ def few_patients(results: dict[str, Any]) -> list[str]:
     if comparison["adapted"]["auroc"]["low"] is None:
         remedy = "" if results.get("folds") else " With --folds 5 every patient is held out once."
         who = counted(comparison["patients"], "held-out patient is", "held-out patients are")
-        remarks.append(f"{who} too few to tell how reliable the figures are, so there are no intervals.{remedy}")
+        remarks.append(f"{who} too few to tell how reliable means over findings are: they have no interval.{remedy}")
     return remarks + remark_on_points(results["thresholds"] or {}, results["label_names"])
 
 

@@ -6,9 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 
 from medct.common import distributed
-from medct.common.distributed import LaunchError, be_patient, refuse_different, refuse_unshared
+from medct.common.distributed import LaunchError, be_patient, local_part, refuse_different, refuse_unshared, shard
 
 
 def as_seen_by(monkeypatch, *others):
@@ -66,13 +67,29 @@ def test_another_process_looks_for_what_the_first_one_wrote(monkeypatch, tmp_pat
     refuse_unshared(tmp_path, "run")
 
 
-def test_patience_holds_for_a_group_that_has_met(monkeypatch, tmp_path):
+@pytest.fixture
+def group(tmp_path):
+    """A group of processes that has this one only."""
     dist = torch.distributed
     store = dist.FileStore(str(tmp_path / "meet"), 1)
     dist.init_process_group("gloo", store=store, rank=0, world_size=1, timeout=timedelta(seconds=9))
-    try:
-        monkeypatch.setattr(distributed, "_is_distributed", lambda: True)
-        be_patient(timedelta(seconds=77))
-        assert dist.group.WORLD._get_backend(torch.device("cpu")).options._timeout == timedelta(seconds=77)
-    finally:
-        dist.destroy_process_group()
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+def test_patience_holds_for_a_group_that_has_met(monkeypatch, group):
+    monkeypatch.setattr(distributed, "_is_distributed", lambda: True)
+    be_patient(timedelta(seconds=77))
+    assert group._get_backend(torch.device("cpu")).options._timeout == timedelta(seconds=77)
+
+
+@torch.no_grad()
+def test_a_sharded_model_is_sharded_after_it_has_scored(group, model):
+    """Also its outermost part: else what is set in its shards afterwards would not be seen."""
+    shard(model)
+    volumes = torch.rand(1, 1, *model.config.vision_config.image_size)
+    before = model.get_image_features(volumes).pooler_output.clone()
+    weights = dict(model.named_parameters())
+    assert all(isinstance(each, DTensor) for each in weights.values())
+    local_part(weights["visual_projection.weight"]).neg_()
+    torch.testing.assert_close(model.get_image_features(volumes).pooler_output, -before)

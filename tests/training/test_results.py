@@ -50,6 +50,18 @@ def test_a_run_of_five_patients_says_what_it_cannot_tell():
     assert "Without an interval" in found["table"]
 
 
+def test_means_without_an_interval_are_not_said_to_be_all_figures():
+    columns, names = [0, 1, 1], [*NAMES, "lump"]
+    tune, valid = (
+        dataclasses.replace(each, scores=each.scores[:, columns], labels=each.labels[:, columns], names=names)
+        for each in (scored(20, 8, 0), scored(20, 3, 1))
+    )
+    found = results(tune, valid) | {"label_names": names}
+    assert found["comparison"]["adapted"]["auroc/nodule"]["low"] is not None
+    (intervals,) = few_patients(found)
+    assert intervals.startswith("20 held-out patients are too few to tell how reliable means over findings are")
+
+
 def test_findings_without_an_operating_point_are_named():
     found = results(scored(20, 3, 0), scored(20, 6, 1))
     assert found["thresholds"].keys() == {"nodule"}

@@ -924,6 +924,7 @@ def test_a_killed_run_always_resumes_to_the_same_bytes(settings, tmp_path):
 @pytest.mark.slow
 def test_a_killed_sharded_run_resumes_to_the_same_bytes(settings, tmp_path):
     settings = dataclasses.replace(settings, batch_size=1, checkpoint_steps=1, dropout=0.1, fsdp2=True, max_steps=6)
+    settings = dataclasses.replace(settings, eval_steps=3, strength="auto")
     whole = launch(*flags(settings), cwd=tmp_path, processes=2)
     assert whole.returncode == 0, whole.stderr
     command = launch_command(*flags(settings, output_dir=tmp_path / "killed", resume=True), processes=2)
