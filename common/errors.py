@@ -2,9 +2,11 @@
 
 import atexit
 import contextlib
+import functools
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from typing import NoReturn
@@ -19,6 +21,7 @@ STOPPED = 75
 INTERRUPTED, BROKEN_PIPE = 128 + 2, 128 + 13
 """The statuses that shells report for SIGINT and SIGPIPE."""
 DEBUG_VARIABLE = "MEDCT_DEBUG"
+_SOON_S = 0.01
 
 
 class StoppedError(MedCTError):
@@ -70,6 +73,7 @@ def run_process(main: Callable[[], int | None]) -> NoReturn:
     is_alone = int(os.environ.get("WORLD_SIZE", 1)) == 1  # those of a launch hear nothing while they wait
     if is_alone and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
+    sys.unraisablehook = _interrupt_again
     atexit.register(end)  # before all that `main` and its imports register, so called after them
     try:
         with one_line_errors(), contextlib.ExitStack() as stack:
@@ -79,6 +83,16 @@ def run_process(main: Callable[[], int | None]) -> NoReturn:
         if not isinstance(ending.code, str):  # which Python still has to print
             statuses.append(ending.code or OK)
         raise
+
+
+def _interrupt_again(unraisable: "sys.UnraisableHookArgs") -> None:
+    """Python drops what is raised in a callback of a weak reference, of which each import has one: Ctrl-C, too."""
+    if not issubclass(unraisable.exc_type, KeyboardInterrupt):
+        sys.__unraisablehook__(unraisable)
+        return
+    # Not from here, where it would be dropped as well.
+    again = functools.partial(signal.pthread_kill, threading.main_thread().ident, signal.SIGINT)
+    threading.Timer(_SOON_S, again).start()
 
 
 def _end_of(error: BaseException) -> tuple[int, str]:

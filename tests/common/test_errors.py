@@ -181,17 +181,31 @@ run_process(lambda: print("printed"))
 
 
 @pytest.mark.skipif(os.name == "nt", reason="processes end there without a signal")
-def test_a_process_that_is_terminated_ends_as_by_ctrl_c():
-    """With a handler, which the first process of a container needs to hear the signal at all."""
-    code = """
-import os, signal, sys, time
+@pytest.mark.parametrize("in_callback", [False, True])
+def test_a_process_that_is_terminated_ends_as_by_ctrl_c(in_callback):
+    """With a handler, which the first process of a container needs to hear the signal at all.
+
+    Python drops what is raised in a callback of a weak reference.
+    """
+    code = f"""
+import os, signal, sys, time, weakref
 sys.argv[0] = "medct"
 from medct.common.errors import run_process
 
+class Kept:
+    pass
 
 def main():
-    try:
+    def terminate(_=None):
         os.kill(os.getpid(), signal.SIGTERM)
+
+    kept = Kept()
+    reference = weakref.ref(kept, terminate)
+    try:
+        if {in_callback}:
+            del kept
+        else:
+            terminate()
         time.sleep(60)
     finally:
         print("cleared away")
