@@ -67,25 +67,35 @@ def test_another_process_looks_for_what_the_first_one_wrote(monkeypatch, tmp_pat
     refuse_unshared(tmp_path, "run")
 
 
-@pytest.fixture
-def group(tmp_path):
-    """A group of processes that has this one only."""
-    dist = torch.distributed
-    store = dist.FileStore(str(tmp_path / "meet"), 1)
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1, timeout=timedelta(seconds=9))
-    yield dist.group.WORLD
-    dist.destroy_process_group()
+def _in_a_group(_rank, folder, check, *args):
+    torch.set_num_threads(1)
+    where = f"file://{folder}/meet"
+    torch.distributed.init_process_group("gloo", where, timedelta(seconds=9), rank=0, world_size=1)
+    check(*args)
+    torch.distributed.destroy_process_group()
 
 
-def test_patience_holds_for_a_group_that_has_met(monkeypatch, group):
+def in_a_group(folder, check, *args):
+    """Run a check in a group of one process, which is another than the tests' own: groups leave garbage behind.
+
+    A loader process that is forked afterwards takes it away, and waits for threads that it does not have.
+    """
+    torch.multiprocessing.start_processes(_in_a_group, (folder, check, *args), start_method="fork")
+
+
+def test_patience_holds_for_a_group_that_has_met(monkeypatch, tmp_path):
     monkeypatch.setattr(distributed, "_is_distributed", lambda: True)
-    be_patient(timedelta(seconds=77))
-    assert group._get_backend(torch.device("cpu")).options._timeout == timedelta(seconds=77)
+
+    def check():
+        be_patient(timedelta(seconds=77))
+        options = torch.distributed.group.WORLD._get_backend(torch.device("cpu")).options
+        assert options._timeout == timedelta(seconds=77)
+
+    in_a_group(tmp_path, check)
 
 
 @torch.no_grad()
-def test_a_sharded_model_is_sharded_after_it_has_scored(group, model):
-    """Also its outermost part: else what is set in its shards afterwards would not be seen."""
+def _scores_with_its_shards(model):
     shard(model)
     volumes = torch.rand(1, 1, *model.config.vision_config.image_size)
     before = model.get_image_features(volumes).pooler_output.clone()
@@ -93,3 +103,8 @@ def test_a_sharded_model_is_sharded_after_it_has_scored(group, model):
     assert all(isinstance(each, DTensor) for each in weights.values())
     local_part(weights["visual_projection.weight"]).neg_()
     torch.testing.assert_close(model.get_image_features(volumes).pooler_output, -before)
+
+
+def test_a_sharded_model_is_sharded_after_it_has_scored(tmp_path, model):
+    """Also its outermost part: else what is set in its shards afterwards would not be seen."""
+    in_a_group(tmp_path, _scores_with_its_shards, model)
