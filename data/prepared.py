@@ -425,11 +425,12 @@ def prepared_source(
     shape = tuple(manifest["settings"]["image_size"])
     read = _ReadRow(paths, tuple(starts)[:-1], shape, len(label_names), options, about, chunks)
     merged = manifest["settings"].get("merged", ())
+    caveat = _made_otherwise(manifest)
     return Source(
         groups,
         read,
         label_names,
-        f"{len(groups)} prepared studies of {found['description']}{_made_otherwise(manifest)}",
+        f"{len(groups)} prepared studies of {found['description']}{caveat}",
         skipped=tuple(Skipped(**study) for study in found["skipped"]),
         names=[scans[rows[0]] for rows in groups],
         is_synthetic=found["synthetic"],
@@ -437,6 +438,7 @@ def prepared_source(
         merged=tuple(Merged(tuple(each["findings"]), each["rule"]) for each in merged),
         mapping=manifest["settings"].get("mapping"),
         checksum=hashlib.sha256(" ".join(file["sha256"] for file in found["files"]).encode()).hexdigest(),
+        caveat=caveat,
     )
 
 

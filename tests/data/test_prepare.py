@@ -255,8 +255,9 @@ def test_shards_of_a_version_that_may_read_otherwise_are_described_so(folder, tm
     assert manifest["settings"].pop(VERSION) == medct.__version__
     settings = manifest["settings"] | ({} if version is None else {VERSION: version})
     (tmp_path / "shards" / MANIFEST).write_text(json.dumps(manifest | {"settings": settings}))
-    description = prepared_source(tmp_path / "shards", Selection("train"), config).description
-    assert (said in description) if said else ("prepared with" not in description)
+    for split in ("train", "all"):
+        description = open_source(str(tmp_path / "shards"), split, config).description
+        assert (said in description) if said else ("prepared with" not in description)
 
 
 def test_what_is_not_a_finished_folder_is_refused(folder, tmp_path, config, sources):
