@@ -325,12 +325,14 @@ def check_grid(address: str, manifest: dict[str, Any], config: MedCTConfig, own_
         found = manifest["settings"][name]
         if found == wanted or (own_labels and name == "label_names"):
             continue
+        remedy = "pass the model that it was prepared for"
         if name == "label_names":
             missing = sorted(set(wanted) - set(found)) or ["the same in another order"]
+            remedy = "say with --mapping (or --keep_mapping, --replay_mapping) which of its labels mean the model's"
             found, wanted = f"{len(found)} labels", f"{len(wanted)} ({', '.join(missing[:3])})"
         raise DataError(
             f"{address}: prepared for `{name}` {found}, but the model has {wanted}. Prepare the source for this model, "
-            "or pass the model that it was prepared for."
+            f"or {remedy}."
         )
 
 
