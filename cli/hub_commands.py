@@ -25,8 +25,9 @@ def push_folder(args: argparse.Namespace) -> int:
     about = {"base": args.base, "base_revision": args.base_revision, "license": args.license}
     if (args.folder / CONFIG_FILE).is_file():
         url = push_adapter(args.folder, args.repo_id, private=args.private, **about)
-    elif any(about.values()):
-        raise PushError(f"{args.folder} is not an adapter, so it has no base to name. Leave out --base and its like.")
+    elif args.folder.is_dir() and (given := [f"--{name}" for name, value in about.items() if value]):
+        flags = " and ".join(given)
+        raise PushError(f"{args.folder} is not an adapter, and only adapters take {flags}. Leave out {flags}.")
     else:
         url = push_model(args.folder, args.repo_id, private=args.private)
     for name in left_out(args.folder):

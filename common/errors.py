@@ -90,8 +90,10 @@ def _interrupt_again(unraisable: "sys.UnraisableHookArgs") -> None:
     if not issubclass(unraisable.exc_type, KeyboardInterrupt):
         sys.__unraisablehook__(unraisable)
         return
+    # A job in the background ignores Ctrl-C.
+    heard = signal.SIGTERM if signal.getsignal(signal.SIGINT) is signal.SIG_IGN else signal.SIGINT
     # Not from here, where it would be dropped as well.
-    again = functools.partial(signal.pthread_kill, threading.main_thread().ident, signal.SIGINT)
+    again = functools.partial(signal.pthread_kill, threading.main_thread().ident, heard)
     threading.Timer(_SOON_S, again).start()
 
 

@@ -325,12 +325,14 @@ def check_grid(address: str, manifest: dict[str, Any], config: MedCTConfig, own_
         found = manifest["settings"][name]
         if found == wanted or (own_labels and name == "label_names"):
             continue
+        remedy = "pass the model that it was prepared for"
         if name == "label_names":
             missing = sorted(set(wanted) - set(found)) or ["the same in another order"]
+            remedy = "say with --mapping (or --keep_mapping, --replay_mapping) which of its labels mean the model's"
             found, wanted = f"{len(found)} labels", f"{len(wanted)} ({', '.join(missing[:3])})"
         raise DataError(
             f"{address}: prepared for `{name}` {found}, but the model has {wanted}. Prepare the source for this model, "
-            "or pass the model that it was prepared for."
+            f"or {remedy}."
         )
 
 
@@ -425,11 +427,12 @@ def prepared_source(
     shape = tuple(manifest["settings"]["image_size"])
     read = _ReadRow(paths, tuple(starts)[:-1], shape, len(label_names), options, about, chunks)
     merged = manifest["settings"].get("merged", ())
+    caveat = _made_otherwise(manifest)
     return Source(
         groups,
         read,
         label_names,
-        f"{len(groups)} prepared studies of {found['description']}{_made_otherwise(manifest)}",
+        f"{len(groups)} prepared studies of {found['description']}{caveat}",
         skipped=tuple(Skipped(**study) for study in found["skipped"]),
         names=[scans[rows[0]] for rows in groups],
         is_synthetic=found["synthetic"],
@@ -437,6 +440,7 @@ def prepared_source(
         merged=tuple(Merged(tuple(each["findings"]), each["rule"]) for each in merged),
         mapping=manifest["settings"].get("mapping"),
         checksum=hashlib.sha256(" ".join(file["sha256"] for file in found["files"]).encode()).hexdigest(),
+        caveat=caveat,
     )
 
 

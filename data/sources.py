@@ -146,6 +146,7 @@ class Source:
         merged: Findings whose labels hold for all of them together. Each has the label of all in a row.
         mapping: Which names of the data the labels come from, ready for JSON; `None` if they have the same names.
         checksum: Of all that the rows hold, where it is known without reading them; empty where it is not.
+        caveat: End of the description, of all studies of the address.
     """
 
     groups: Sequence[Sequence[int]]
@@ -159,6 +160,7 @@ class Source:
     merged: tuple[Merged, ...] = ()
     mapping: dict[str, Any] | None = None
     checksum: str = ""
+    caveat: str = ""
 
     def __post_init__(self):
         if not self.names:
@@ -257,13 +259,14 @@ def joined(sources: Sequence[Source], description: str, limit: int | None = None
         [groups[index] for index in chosen],
         _ReadJoined(tuple(source.read for source in sources)),
         sources[0].label_names,
-        f"{len(chosen)} {'SYNTHETIC ' if is_synthetic else ''}{description}{by}",
+        f"{len(chosen)} {'SYNTHETIC ' if is_synthetic else ''}{description}{sources[0].caveat}{by}",
         skipped=tuple(study for source in sources for study in source.skipped),
         names=[names[index] for index in chosen],
         is_synthetic=is_synthetic,
         merged=sources[0].merged,
         mapping=mapping,
         checksum=" ".join(source.checksum for source in sources) if all(source.checksum for source in sources) else "",
+        caveat=sources[0].caveat,
     )
 
 

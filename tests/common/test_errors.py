@@ -181,15 +181,17 @@ run_process(lambda: print("printed"))
 
 
 @pytest.mark.skipif(os.name == "nt", reason="processes end there without a signal")
-@pytest.mark.parametrize("in_callback", [False, True])
-def test_a_process_that_is_terminated_ends_as_by_ctrl_c(in_callback):
+@pytest.mark.parametrize(("in_callback", "ignores_ctrl_c"), [(False, False), (True, False), (True, True)])
+def test_a_process_that_is_terminated_ends_as_by_ctrl_c(in_callback, ignores_ctrl_c):
     """With a handler, which the first process of a container needs to hear the signal at all.
 
-    Python drops what is raised in a callback of a weak reference.
+    Python drops what is raised in a callback of a weak reference; jobs in the background ignore Ctrl-C.
     """
     code = f"""
 import os, signal, sys, time, weakref
 sys.argv[0] = "medct"
+if {ignores_ctrl_c}:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 from medct.common.errors import run_process
 
 class Kept:
@@ -206,7 +208,7 @@ def main():
             del kept
         else:
             terminate()
-        time.sleep(60)
+        time.sleep(10)
     finally:
         print("cleared away")
 

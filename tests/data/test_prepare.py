@@ -233,7 +233,8 @@ def test_shards_of_another_grid_are_refused(folder, config, setting, value, mess
 def test_shards_of_other_labels_are_refused(folder, config):
     vision = config.vision_config.to_dict()
     names = ["Fracture", *config.label_names[1:]]
-    with pytest.raises(DataError, match=r"`label_names` 18 labels, but the model has 18 \(Fracture\)"):
+    said = r"`label_names` 18 labels, but the model has 18 \(Fracture\)\. .*, or say with --mapping \(or --keep_mapping, "
+    with pytest.raises(DataError, match=said):
         prepared_source(folder, Selection("train"), MedCTConfig(vision_config=vision, id2label=dict(enumerate(names))))
     names = config.label_names[::-1]
     with pytest.raises(DataError, match="in another order"):
@@ -255,8 +256,9 @@ def test_shards_of_a_version_that_may_read_otherwise_are_described_so(folder, tm
     assert manifest["settings"].pop(VERSION) == medct.__version__
     settings = manifest["settings"] | ({} if version is None else {VERSION: version})
     (tmp_path / "shards" / MANIFEST).write_text(json.dumps(manifest | {"settings": settings}))
-    description = prepared_source(tmp_path / "shards", Selection("train"), config).description
-    assert (said in description) if said else ("prepared with" not in description)
+    for split in ("train", "all"):
+        description = open_source(str(tmp_path / "shards"), split, config).description
+        assert (said in description) if said else ("prepared with" not in description)
 
 
 def test_what_is_not_a_finished_folder_is_refused(folder, tmp_path, config, sources):

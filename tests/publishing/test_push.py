@@ -287,7 +287,9 @@ def test_pickles_are_refused(hub, adapter, name, refused):
 
 def test_what_is_not_an_adapter_or_model_is_refused(base, adapter, tmp_path, refused):
     assert "no such folder" in refused("push", tmp_path / "nowhere", "org/a")
-    assert "Leave out --base" in refused("push", base, "org/a", "--base", "org/base")
+    assert "no such folder" in refused("push", tmp_path / "nowhere", "org/a", "--base", "org/base")
+    assert "Leave out --base." in refused("push", base, "org/a", "--base", "org/base")
+    assert "Leave out --license." in refused("push", base, "org/a", "--license", "mit")
     (adapter / "adapter_model.safetensors").unlink()
     assert "no adapter_model.safetensors" in refused("push", adapter, "org/a")
     (base / "README.md").unlink()
