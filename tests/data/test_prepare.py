@@ -233,7 +233,7 @@ def test_shards_of_another_grid_are_refused(folder, config, setting, value, mess
 def test_shards_of_other_labels_are_refused(folder, config):
     vision = config.vision_config.to_dict()
     names = ["Fracture", *config.label_names[1:]]
-    said = r"`label_names` 18 labels, but the model has 18 \(Fracture\)\. .*, or say with --mapping \(or --keep_mapping, "
+    said = r"`label_names` 18 labels, but the model has 18 \(Fracture\)\. .*, or say with --mapping \(or --keep_m"
     with pytest.raises(DataError, match=said):
         prepared_source(folder, Selection("train"), MedCTConfig(vision_config=vision, id2label=dict(enumerate(names))))
     names = config.label_names[::-1]
