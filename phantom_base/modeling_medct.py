@@ -211,6 +211,14 @@ class MedCTPreTrainedModel(MedCTAdapterMixin, PreTrainedModel):
         return (model, loading_info) if output_loading_info else model
 
     @property
+    def dtype(self) -> torch.dtype:
+        """That of the vision encoder's products, which a saved configuration names and the library loads in.
+
+        The library's own is that of the first parameter, which may be one of those that are kept in float32.
+        """
+        return getattr(self, "vision_model", self).precision
+
+    @property
     def is_drawn(self) -> bool:
         """Whether weights still have the random initial values that they had when it was loaded, in any precision."""
         return self._drawn is not None and self._drawn[1].equals_rounded(self._weights_called(self._drawn[0]))
@@ -361,6 +369,11 @@ class MedCTModel(MedCTPreTrainedModel):
         self.visual_projection = nn.Linear(config.vision_config.pooled_size, config.projection_dim, bias=False)
         self.logit_scale = MedCTLogitScale(config)
         self.post_init()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """As of the other models; if its halves differ, one in which neither is rounded."""
+        return torch.promote_types(super().dtype, self.text_model.dtype)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.text_model.get_input_embeddings()
