@@ -23,7 +23,7 @@ from transformers.utils.generic import can_return_tuple, maybe_autocast, merge_w
 from transformers.utils.hub import cached_file, extract_commit_hash
 from transformers.utils.output_capturing import capture_outputs
 
-from .adapters_medct import are_disabled, base_tensors
+from .adapters_medct import tensors_in_use
 from .checks_medct import refuse_other_weights, reset_weights
 from .configuration_medct import CLASSIFIER_TASK, CODE, CUSTOM_PIPELINES, ZERO_SHOT_TASK, MedCTConfig, MedCTVisionConfig
 from .graphs_medct import can_replay, replayed
@@ -224,13 +224,10 @@ class MedCTPreTrainedModel(MedCTAdapterMixin, PreTrainedModel):
         return self._drawn is not None and self._drawn[1].equals_rounded(self._weights_called(self._drawn[0]))
 
     def _weights_called(self, names: set[str]) -> dict[str, torch.Tensor]:
-        """Parameters and buffers by name, on the CPU, but those that are offloaded or sharded."""
-        # An adapter's module in the place of the model's own counts as long as it is enabled.
-        own = {**dict(self.named_parameters()), **dict(self.named_buffers())}
-        tensors = base_tensors(self) if are_disabled(self) else own
+        """Parameters and buffers by name, see `tensors_in_use`, on the CPU, but those that are sharded or not here."""
         return {
             name: weight.detach().cpu()
-            for name, weight in tensors.items()
+            for name, weight in tensors_in_use(self).items()
             if name in names and not (weight.is_meta or hasattr(weight, "full_tensor"))
         }
 
