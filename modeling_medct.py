@@ -23,7 +23,7 @@ from transformers.utils.generic import can_return_tuple, maybe_autocast, merge_w
 from transformers.utils.hub import cached_file, extract_commit_hash
 from transformers.utils.output_capturing import capture_outputs
 
-from .adapters_medct import are_disabled, base_tensors
+from .adapters_medct import tensors_in_use
 from .checks_medct import refuse_other_weights, reset_weights
 from .configuration_medct import CLASSIFIER_TASK, CODE, CUSTOM_PIPELINES, ZERO_SHOT_TASK, MedCTConfig, MedCTVisionConfig
 from .graphs_medct import can_replay, replayed
@@ -211,18 +211,23 @@ class MedCTPreTrainedModel(MedCTAdapterMixin, PreTrainedModel):
         return (model, loading_info) if output_loading_info else model
 
     @property
+    def dtype(self) -> torch.dtype:
+        """That of the vision encoder's products, which a saved configuration names and the library loads in.
+
+        The library's own is that of the first parameter, which may be one of those that are kept in float32.
+        """
+        return getattr(self, "vision_model", self).precision
+
+    @property
     def is_drawn(self) -> bool:
         """Whether weights still have the random initial values that they had when it was loaded, in any precision."""
         return self._drawn is not None and self._drawn[1].equals_rounded(self._weights_called(self._drawn[0]))
 
     def _weights_called(self, names: set[str]) -> dict[str, torch.Tensor]:
-        """Parameters and buffers by name, on the CPU, but those that are offloaded or sharded."""
-        # An adapter's module in the place of the model's own counts as long as it is enabled.
-        own = {**dict(self.named_parameters()), **dict(self.named_buffers())}
-        tensors = base_tensors(self) if are_disabled(self) else own
+        """Parameters and buffers by name, see `tensors_in_use`, on the CPU, but those that are sharded or not here."""
         return {
             name: weight.detach().cpu()
-            for name, weight in tensors.items()
+            for name, weight in tensors_in_use(self).items()
             if name in names and not (weight.is_meta or hasattr(weight, "full_tensor"))
         }
 
@@ -361,6 +366,11 @@ class MedCTModel(MedCTPreTrainedModel):
         self.visual_projection = nn.Linear(config.vision_config.pooled_size, config.projection_dim, bias=False)
         self.logit_scale = MedCTLogitScale(config)
         self.post_init()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """As of the other models; if its halves differ, one in which neither is rounded."""
+        return torch.promote_types(super().dtype, self.text_model.dtype)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.text_model.get_input_embeddings()

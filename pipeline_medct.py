@@ -93,8 +93,8 @@ class CTPipeline(Pipeline):
         check_processor(self.model.config, self.processor)
         if getattr(self.model, "is_drawn", False):  # a model of older code cannot tell
             raise ValueError(
-                "The model's head is as it was initialised at random, so its scores mean nothing. "
-                f"Train it first, or ask the model in words: {ZERO_SHOT_TASK}."
+                "The model's head is as it was initialised at random, so its scores mean nothing. Train it first (with "
+                f"an adapter: whole, by `modules_to_save`), or ask the model in words: {ZERO_SHOT_TASK}."
             )
 
     def __call__(self, inputs: Any, **kwargs) -> Any:

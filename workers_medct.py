@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from transformers.dynamic_module_utils import init_hf_modules
 
-from .errors_medct import MedCTError
+from .errors_medct import MedCTError, first_line
 from .shared_memory_medct import MEMORY, Receiver, Sender
 
 _LOOK_S = 1.0
@@ -139,7 +139,7 @@ def load_ahead(
         What `load` returned, or a `Lost`.
 
     Raises:
-        LoaderError: If processes cannot be started.
+        LoaderError: If processes cannot be started, or an item does not pickle.
         Exception: What `load` or `items` raised, after the studies before.
     """
     if not num_workers:
@@ -240,6 +240,11 @@ class _Worker:
     """One process and what it was given to do."""
 
     def __init__(self, load: Callable[[Any, Place], Any], pinned: bool):
+        if multiprocessing.current_process().daemon:
+            raise LoaderError(
+                "Processes such as those of `multiprocessing.Pool` and Celery may start no others. Leave out "
+                "`num_workers` in them."
+            )
         context = multiprocessing.get_context()
         self.connection, theirs = context.Pipe()
         # A forked process has this end, too, and would never see it closed.
@@ -257,8 +262,14 @@ class _Worker:
         return len(self.places) + len(self.receiver.lent)
 
     def give(self, place: int, item: Any) -> None:
+        try:
+            self.tell(item)
+        except (AttributeError, TypeError, pickle.PicklingError) as error:
+            raise LoaderError(
+                f"What is to be loaded cannot be sent to a loader process ({first_line(error)}). Pass paths or bytes, "
+                "or leave out `num_workers`."
+            ) from error
         self.places.append((place, item))
-        self.tell(item)
 
     def tell(self, *items: Any) -> None:
         """What to load, and which memory is free again."""

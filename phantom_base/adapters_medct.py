@@ -9,7 +9,7 @@ import copy
 import hashlib
 import json
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -78,7 +78,15 @@ def base_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
     Offloaded ones are fetched; those that cannot be had are on "meta".
     """
-    return dict(_tensors_below(model, ""))
+    return dict(_tensors_below(model, "", own_module))
+
+
+def tensors_in_use(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """As `base_tensors`, but of a module that an adapter in use has whole, the adapter's own.
+
+    What adapters add to a module's weights does not count.
+    """
+    return dict(_tensors_below(model, "", _module_in_use))
 
 
 def own_module(module: nn.Module) -> nn.Module:
@@ -88,14 +96,24 @@ def own_module(module: nn.Module) -> nn.Module:
     return module
 
 
-def _tensors_below(module: nn.Module, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
-    module = own_module(module)
+def _module_in_use(module: nn.Module) -> nn.Module:
+    """The whole module of the adapter in use in one of PEFT's, else the model's own."""
+    whole = getattr(module, "modules_to_save", None)
+    if whole is None or module.disable_adapters:
+        return own_module(module)
+    return next((whole[name] for name in module.active_adapters if name in whole), own_module(module))
+
+
+def _tensors_below(
+    module: nn.Module, prefix: str, choose: Callable[[nn.Module], nn.Module]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    module = choose(module)
     for name, tensor in (*module._parameters.items(), *module._buffers.items()):
         if tensor is not None and name not in module._non_persistent_buffers_set:
             yield prefix + name, _fetched(module, name, tensor)
     for name, child in module._modules.items():
         if child is not None:
-            yield from _tensors_below(child, f"{prefix}{name}.")
+            yield from _tensors_below(child, f"{prefix}{name}.", choose)
 
 
 def _fetched(module: nn.Module, name: str, tensor: torch.Tensor) -> torch.Tensor:

@@ -569,6 +569,27 @@ def test_what_decides_between_rows_of_the_codebook_stays_in_float32(converted, d
         assert tensor.dtype == (torch.float32 if any(part in name for part in parts) else dtype), name
 
 
+@pytest.mark.parametrize("kind", [MedCTVisionModel, MedCTForImageClassification, MedCTModel])
+def test_a_model_in_half_precision_is_saved_and_loaded_as_such(converted, tmp_path, kind):
+    """Its first parameter stays in float32, which the library would take for the precision of all."""
+    half = kind.from_pretrained(converted, dtype=torch.bfloat16)
+    assert half.dtype == torch.bfloat16  # which is what records of scores name
+    half.save_pretrained(tmp_path)
+    again = kind.from_pretrained(tmp_path)
+    assert {name: each.dtype for name, each in again.state_dict().items()} == {
+        name: each.dtype for name, each in half.state_dict().items()
+    }
+
+
+def test_a_model_of_two_precisions_is_rounded_by_no_saving(converted, tmp_path):
+    for half in ("vision_model", "text_model"):
+        mixed = MedCTModel.from_pretrained(converted)
+        getattr(mixed, half).bfloat16()
+        mixed.save_pretrained(tmp_path / half)
+        again = MedCTModel.from_pretrained(tmp_path / half).state_dict()
+        assert all(torch.equal(again[name].to(each.dtype), each) for name, each in mixed.state_dict().items())
+
+
 def test_labels_that_are_none_are_refused(converted):
     """-1 is "uncertain" in some tables, -100 what the library ignores elsewhere; here NaN is unknown."""
     classifier = MedCTForImageClassification.from_pretrained(converted)

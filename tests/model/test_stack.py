@@ -11,6 +11,7 @@ from functools import reduce
 import numpy as np
 import pytest
 import torch
+from accelerate import dispatch_model
 from adapter_files import RESULTS, save_adapter
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.hotswap import hotswap_adapter
@@ -26,6 +27,7 @@ from medct import (
     MedCTForImageClassification,
     MedCTImageProcessor,
     MedCTModel,
+    MedCTProcessor,
     MedCTVisionModel,
     ProcessorMismatchError,
     ZeroShotCTClassificationPipeline,
@@ -143,6 +145,39 @@ def test_a_head_that_was_drawn_at_random_finds_nothing(converted, classifier_fol
     with torch.no_grad():
         begun.classifier.bias.add_(1)
     assert len(scores(pipeline(CLASSIFIER_TASK, model=begun, device="cpu"), scan)) == 2
+
+
+@pytest.mark.parametrize("of_head", [{"modules_to_save": ["classifier"]}, {"target_modules": ["q_proj", "classifier"]}])
+def test_a_head_that_was_drawn_at_random_is_known_as_such_in_an_adapter(converted, scan, of_head):
+    """Whether it is a copy of its own that nobody has trained, or the base's: next time that is another."""
+    begun = AutoModelForImageClassification.from_pretrained(converted, num_labels=2)
+    adapted = get_peft_model(begun, LoraConfig(**{"r": 2, "target_modules": ["q_proj"]} | of_head))
+    processor = MedCTProcessor.from_pretrained(converted)
+
+    def pipe_of():
+        return pipeline(CLASSIFIER_TASK, model=adapted, processor=processor, device="cpu")
+
+    with pytest.raises(ValueError, match=r"initialised at random.* by `modules_to_save`"):
+        pipe_of()
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if weight.requires_grad and "classifier" in name:
+                weight.add_(1)
+    if "modules_to_save" in of_head:
+        assert len(scores(pipe_of(), scan)) == 2
+    else:
+        with pytest.raises(ValueError, match="initialised at random"):
+            pipe_of()
+    adapted.merge_and_unload()
+    assert not begun.is_drawn
+
+
+def test_a_head_that_was_drawn_at_random_is_known_as_such_where_it_is_offloaded(converted, tmp_path):
+    begun = AutoModelForImageClassification.from_pretrained(converted, num_labels=2)
+    places = {name: "cpu" for name, _ in begun.named_children()} | {"classifier": "disk"}
+    offloaded = dispatch_model(begun, places, main_device="cpu", offload_dir=tmp_path, force_hooks=True)
+    assert offloaded.classifier.weight.is_meta
+    assert offloaded.is_drawn
 
 
 def test_a_head_that_was_drawn_at_random_is_known_as_such_on_disk(classifier_folder, processor, scan, tmp_path):

@@ -338,3 +338,16 @@ def test_a_forked_process_computes_after_its_parent_has():
         os._exit(status)
     torch.set_num_threads(threads)
     assert os.waitpid(child, 0)[1] == 0
+
+
+def test_what_cannot_be_sent_to_a_process_is_said_in_a_sentence():
+    said = r"^What is to be loaded cannot be sent .*BufferedReader.*Pass paths or bytes"
+    with Path(__file__).open("rb") as file, pytest.raises(LoaderError, match=said):
+        list(load_ahead([1, file], fill, 1))
+
+
+def test_processes_that_may_start_none_are_told_so(monkeypatch):
+    monkeypatch.setattr(multiprocessing, "current_process", lambda: SimpleNamespace(daemon=True))
+    with pytest.raises(LoaderError, match=r"Pool` and Celery may start no others. Leave out `num_workers`"):
+        next(load_ahead([1], fill, 1))
+    assert_filled(next(load_ahead([1], fill)), 1)
