@@ -98,11 +98,11 @@ class CTPipeline(Pipeline):
             )
 
     def __call__(self, inputs: Any, **kwargs) -> Any:
-        """Score the findings of one scan, a list of scans, or a generator or dataset of them.
+        """Score the findings of one scan, a list of scans, or an iterator or dataset of them.
 
         Args:
             inputs: What `read_volume` takes. A list, or a column of a dataset, holds one scan an entry, so a series as
-                a list of DICOM files is a list in a list, or a tuple. A generator or dataset gives results one by one,
+                a list of DICOM files is a list in a list, or a tuple. An iterator or dataset gives results one by one,
                 as they are asked for.
             candidate_labels: Findings to score: names, or a dictionary from names to words for the prompts or pairs of
                 sentences, see `MedCTConfig.prompts`. By default those of the adapter in use, else the model's own. A
@@ -137,6 +137,8 @@ class CTPipeline(Pipeline):
             return []
         if is_column(inputs):  # one scan at a time, as all of them together may not fit into memory
             return list(super().__call__((each for each in inputs), **kwargs))
+        if isinstance(inputs, Iterator) and not hasattr(inputs, "read"):  # of these the library knows generators alone
+            inputs = (each for each in inputs)
         return super().__call__(inputs, **kwargs)
 
     def _sanitize_parameters(self, candidate_labels=None, prompt_templates=None, **kwargs):

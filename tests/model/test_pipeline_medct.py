@@ -103,6 +103,9 @@ def test_lists_batches_generators_and_series(pipe, scans):
                     assert by_label(found)[label]["score"] == pytest.approx(
                         by_label(expected)[label]["score"], abs=1e-5
                     )
+    assert list(pipe(map(str, scans), candidate_labels=LABELS)) == single
+    with Path(scans[0]).open("rb") as file:  # which Python iterates over, too
+        assert pipe(file, candidate_labels=LABELS) == single[0]
     with pytest.raises(VolumeError, match="it holds 2 scans"):  # a tuple is one series
         pipe((scans[0], scans[1]))
 
