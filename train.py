@@ -34,6 +34,7 @@ from medct.common.host import device_name, keep_freed_memory, peak_memory_bytes
 from medct.common.lock import only_run
 from medct.common.paths import local_paths, without_paths
 from medct.common.progress import tqdm
+from medct.common.run_files import RESULTS, TRAIN_CONFIG
 from medct.data.label_space import read_label_flags
 from medct.data.loader import StudyLoader
 from medct.data.sources import why_skipped
@@ -41,7 +42,7 @@ from medct.evaluation.metrics import zero_shot_scores
 from medct.evaluation.operating_points import wanted_points
 from medct.evaluation.predictions import short_names
 from medct.evaluation.provenance import list_checksum, provenance
-from medct.evaluation.record import RESULTS, write_record
+from medct.evaluation.record import write_record
 from medct.evaluation.scoring import (
     ScoredStudies,
     Texts,
@@ -57,7 +58,6 @@ from medct.evaluation.scoring import (
     texts_to,
 )
 from medct.modeling_medct import MedCTModel
-from medct.publishing.cards import TRAIN_CONFIG
 from medct.publishing.loading import resolve_name
 from medct.training.best import BestSoFar
 from medct.training.checkpoints import Checkpoints, TrainingState

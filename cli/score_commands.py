@@ -17,6 +17,7 @@ from medct.cli.versions import BASE, Version, versions_of
 from medct.common.counting import counted
 from medct.common.distributed import of_all, refuse_different, start_launch
 from medct.common.errors import OK, SOME_FAILED
+from medct.common.run_files import RESULTS
 from medct.configuration_medct import MedCTConfig
 from medct.data import PhantomCohort, open_source
 from medct.data.label_space import LabelTable, read_label_flags, refuse_two_prompts
@@ -26,7 +27,7 @@ from medct.evaluation.figures import Scores, choose_on
 from medct.evaluation.operating_points import YOUDEN, Points, remark_on_points, wanted_points
 from medct.evaluation.predictions import Key, Predictions, learned_from, short_names
 from medct.evaluation.provenance import changed_figures, list_checksum, provenance, reasons
-from medct.evaluation.record import RESULTS, read_results, results_file, scores_path, write_record
+from medct.evaluation.record import read_results, results_file, scores_path, write_record
 from medct.evaluation.report import evaluation_report
 from medct.evaluation.scoring import ScoredStudies, refuse_shares, remark_on_words, score_versions
 from medct.pipeline_medct import CTPipeline

@@ -30,7 +30,7 @@ import numpy as np
 
 from medct.adapters_medct import as_described
 from medct.configuration_medct import MedCTConfig, Prompt
-from medct.data.sources import DataError, Merged, Row, Source
+from medct.data.sources import MAPPING_FLAGS, DataError, Merged, Row, Source
 from medct.data.table_files import read_table
 
 MAPPINGS = Path(__file__).parent / "mappings"
@@ -335,7 +335,7 @@ class LabelSpace:
         if missing := [name for name in self.columns if name not in source.label_names]:
             raise DataError(
                 f"{source.description}: it has no label {missing[0]!r}, but {_few(source.label_names)}. Say with "
-                "--mapping (or --keep_mapping, --replay_mapping) which of its labels mean the model's."
+                f"{MAPPING_FLAGS} which of its labels mean the model's."
             )
         if self.table is None:
             return self._among(source)

@@ -44,7 +44,7 @@ from medct.common.retry import keep_trying
 from medct.configuration_medct import MedCTConfig
 from medct.data.folders import HUB_ADDRESS
 from medct.data.parquet_pages import Chunk, read_value
-from medct.data.sources import DataError, Merged, NoSuchSplitError, Row, Skipped, Source, first_of
+from medct.data.sources import MAPPING_FLAGS, DataError, Merged, NoSuchSplitError, Row, Skipped, Source, first_of
 from medct.data.tables import Selection
 from medct.errors_medct import first_line
 from medct.volume_medct import VolumeError
@@ -328,7 +328,7 @@ def check_grid(address: str, manifest: dict[str, Any], config: MedCTConfig, own_
         remedy = "pass the model that it was prepared for"
         if name == "label_names":
             missing = sorted(set(wanted) - set(found)) or ["the same in another order"]
-            remedy = "say with --mapping (or --keep_mapping, --replay_mapping) which of its labels mean the model's"
+            remedy = f"say with {MAPPING_FLAGS} which of its labels mean the model's"
             found, wanted = f"{len(found)} labels", f"{len(wanted)} ({', '.join(missing[:3])})"
         raise DataError(
             f"{address}: prepared for `{name}` {found}, but the model has {wanted}. Prepare the source for this model, "

@@ -50,6 +50,10 @@ class Skipped:
     reason: str
 
 
+MAPPING_FLAGS = "--mapping (or --keep_mapping, --replay_mapping)"
+"""The flags of commands that say which names in the data mean which finding, as messages name them."""
+
+
 @dataclass(frozen=True)
 class Merged:
     """Findings that the labels of a source cannot tell apart, so that they are scored as one.

@@ -17,7 +17,7 @@ import pandas as pd
 import pyarrow as pa
 
 from medct.data.cells import DECIMAL_COMMA, is_unknown, truth_of
-from medct.data.sources import DataError, NoSuchSplitError, Row, Skipped, Source, first_of, hash_share
+from medct.data.sources import MAPPING_FLAGS, DataError, NoSuchSplitError, Row, Skipped, Source, first_of, hash_share
 from medct.data.study_names import composed
 from medct.data.subgroups import subgroups_of
 from medct.volume_medct import affine_from_spacing
@@ -26,10 +26,7 @@ SPLITS = ("train", "tune", "valid")
 TUNE_SHARE = 0.1
 """Default share of a train split's patients that form the tune split."""
 SPACINGS_MM = ["i_mm", "j_mm", "k_mm"]
-MAPPING_HINT = (
-    "If it has another name there, say so with --mapping (or --keep_mapping, --replay_mapping); other findings are "
-    "asked for with --labels."
-)
+MAPPING_HINT = f"If it has another name there, say so with {MAPPING_FLAGS}; other findings are asked for with --labels."
 """What else to do if a label has no column."""
 # What reports hold where nothing was dictated.
 _NO_TEXT = {"", "not given.", "not given", "nan"}

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from medct.common.files import write_json
+from medct.common.run_files import RESULTS
 from medct.data.sources import DataError
 from medct.errors_medct import first_line
 from medct.evaluation.predictions import Predictions, read_predictions, write_predictions
 
-RESULTS = "results.json"
 _WANTED = "Pass a training run's folder, or the JSON file of `medct evaluate --output`."
 
 

@@ -15,9 +15,9 @@ from medct.adapters_medct import CONFIG_FILE, DESCRIPTION_FILE, as_described
 from medct.common.counting import counted
 from medct.common.drawings import knows_drawings_only, said_on_card
 from medct.common.paths import local_paths, without_paths
+from medct.common.run_files import RESULTS, TRAIN_CONFIG
 from medct.configuration_medct import MedCTConfig
 
-RESULTS, TRAIN_CONFIG = "results.json", "train_config.json"
 TEMPLATE = Path(__file__).with_name("adapter_card.md")
 MODEL_CARD = Path(__file__).parents[1] / "model_card.md"
 CLASSIFIER_CARD = Path(__file__).with_name("classifier_card.md")

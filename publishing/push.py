@@ -32,13 +32,12 @@ from medct.common.files import file_sha256
 from medct.common.output import as_word
 from medct.common.paths import find_paths, without_paths
 from medct.common.retry import keep_trying
+from medct.common.run_files import RESULTS, TRAIN_CONFIG
 from medct.errors_medct import MedCTError, first_line
 from medct.publishing.cards import (
     GENERATED,
     PICTURES,
     PLACEHOLDER_REPO,
-    RESULTS,
-    TRAIN_CONFIG,
     base_license,
     is_hub_id,
     local_paths_of,

@@ -18,15 +18,16 @@ from medct.common.counting import counted
 from medct.common.errors import StoppedError
 from medct.common.files import write_json
 from medct.common.lock import is_first_process, only_run
+from medct.common.run_files import RESULTS, TRAIN_CONFIG
 from medct.data.sources import Source, first_of, hash_share
 from medct.evaluation.figures import Scores, source_figures
 from medct.evaluation.metrics import varying
 from medct.evaluation.plots import calibration_plot, roc_plot, save_plot
 from medct.evaluation.predictions import Key, Predictions, learned_from
-from medct.evaluation.record import RESULTS, read_results, read_scores, scores_path, write_record
+from medct.evaluation.record import read_results, read_scores, scores_path, write_record
 from medct.evaluation.report import folds_table, results_table
 from medct.evaluation.scoring import ScoredStudies
-from medct.publishing.cards import TRAIN_CONFIG, read_json
+from medct.publishing.cards import read_json
 from medct.training.handing_out import write_readme
 from medct.training.results import ADAPTED, BASE, SYNTHETIC, remarks_on
 from medct.training.run_folder import RunFolder

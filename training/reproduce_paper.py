@@ -21,9 +21,10 @@ from medct.common.counting import counted
 from medct.common.distributed import start_launch
 from medct.common.files import VERSION, refuse_other_settings, with_version, write_text
 from medct.common.host import keep_freed_memory
-from medct.evaluation.record import RESULTS, read_results
+from medct.common.run_files import RESULTS, TRAIN_CONFIG
+from medct.evaluation.record import read_results
 from medct.evaluation.report import COMPARED, markdown_table
-from medct.publishing.cards import TRAIN_CONFIG, read_json
+from medct.publishing.cards import read_json
 from medct.publishing.convert_ct_clip_to_hf import convert
 from medct.publishing.loading import PHANTOM_BASE
 from medct.train import Trainer
