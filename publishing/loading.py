@@ -46,6 +46,8 @@ def resolve_name(name: str, what: str = "model", revision: str | None = None) ->
             slip of the pen, and without a network the Hub's client tries for half a minute. Or if a commit is asked for
             of what lies here: it may have the name of the repository that was meant.
     """
+    if Path(name).is_file():
+        raise ModelError(f"{name}: {_NOT[what]} (it is a file). Pass the folder that holds it, or a Hub id.")
     if Path(name).exists() or name == PHANTOM_NAME:
         if revision is not None:
             raise ModelError(

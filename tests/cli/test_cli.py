@@ -335,6 +335,14 @@ def test_a_name_that_begins_as_folders_here_is_one_of_them(tmp_path, monkeypatch
     assert resolve_name("runs/b") == "runs/b"
 
 
+def test_a_file_is_no_name_of_an_adapter(tmp_path, monkeypatch):
+    """On the Hub it would be looked for, with half a minute of retries without a network."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "adapter_model.safetensors").touch()
+    with pytest.raises(ModelError, match=r"no adapter \(it is a file\)\. Pass the folder that holds it"):
+        resolve_name("adapter_model.safetensors", "adapter")
+
+
 def test_code_that_lies_beside_a_model_is_never_run(tmp_path, monkeypatch):
     """transformers would ask on standard input, and take a yes for an answer."""
     monkeypatch.setattr("builtins.input", lambda *_: "y")
