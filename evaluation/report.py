@@ -263,7 +263,9 @@ def retrieval_report(results: dict[str, Any]) -> str:
         results: From `recall_figures`, with `findings` from `shared_findings` where there are labels.
     """
     head = f"{counted(results['studies'], 'study', 'studies')} with a report"
-    head += f", {counted(results['reports'], 'different report')}, {counted(results['patients'], 'patient')}"
+    head += f", {counted(results['reports'], 'different report')}"
+    is_known = results["patients"] is not None
+    head += f", {counted(results['patients'], 'patient')}" if is_known else ", patients not known"
     ways, at = ("text_to_image", "image_to_text"), results["chance"]
     protocols = {"": results, "unique reports: ": results["unique_reports"]}
     protocols["CT-CLIP protocol: "] = results["ct_clip_protocol"]
@@ -281,6 +283,8 @@ def retrieval_report(results: dict[str, Any]) -> str:
             rows.append(_retrieval_row(f"{title}chance", each["chance"], at))
         parts.append(f"{counted(found['studies'], 'scan')} with a finding")
         parts.append(markdown_table(["MAP at", *map(str, at)], rows))
+    whose = "patients" if is_known else "reports"
+    parts.append(f"In brackets: 95 % intervals, bootstrap over the {whose} of the queries, against the same answers.")
     return "\n\n".join(parts)
 
 

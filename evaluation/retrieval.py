@@ -41,7 +41,7 @@ class Pairs:
         image_embeds: `(studies, width)`, of length 1.
         text_embeds: `(studies, width)`, likewise.
         report_ids: `(studies,)`, equal for equal reports.
-        patients: `(studies,)`; those with one report by default.
+        patients: `(studies,)`; `None` where they are not known.
     """
 
     image_embeds: np.ndarray
@@ -51,7 +51,7 @@ class Pairs:
 
     @property
     def people(self) -> np.ndarray:
-        """`(studies,)`, who is drawn together."""
+        """`(studies,)`, who is drawn together: studies of one patient, or with one report where no patient is known."""
         return self.report_ids if self.patients is None else self.patients
 
     def take(self, rows: np.ndarray) -> "Pairs":
@@ -73,14 +73,15 @@ def recall_figures(
         seed: Of the bootstrap and the pools.
 
     Returns:
-        Ready for JSON. `studies`, `reports` and `patients`, their numbers; `text_to_image` and `image_to_text`, each
-        from k to an interval, and `chance`, from k to a share; the same in `unique_reports` and `ct_clip_protocol`;
-        and with `pool` in `pools`, whose figures are shares.
+        Ready for JSON. `studies`, `reports` and `patients`, their numbers, `None` for patients that are not known;
+        `text_to_image` and `image_to_text`, each from k to an interval, and `chance`, from k to a share; the same in
+        `unique_reports` and `ct_clip_protocol`; and with `pool` in `pools`, whose figures are shares.
     """
     ids = pairs.report_ids
     _, first = np.unique(ids, return_index=True)
     options = {"at": at, "resamples": resamples, "seed": seed}
-    found = {"studies": len(ids), "reports": len(first), "patients": len(np.unique(pairs.people))}
+    patients = None if pairs.patients is None else len(np.unique(pairs.patients))
+    found = {"studies": len(ids), "reports": len(first), "patients": patients}
     found |= _both_ways(pairs, lambda rows: ids[rows][:, None] == ids[None], **options)
     protocols = {"unique_reports": pairs.take(np.sort(first)), "ct_clip_protocol": pairs}
     for name, some in protocols.items():

@@ -181,6 +181,17 @@ def test_few_patients_tell_no_interval(pairs, patients):
     assert 0 < found["value"] < 1 and (found["low"] is None) == (patients < FEWEST)
 
 
+def test_reports_are_not_counted_as_patients(pairs):
+    """Without a table nobody knows who was scanned; the report says so, and what was drawn in their place."""
+    unknown = recall_figures(Pairs(pairs.image_embeds, pairs.text_embeds, pairs.report_ids), resamples=20)
+    assert unknown["patients"] is None
+    head, *_, caption = retrieval_report(unknown).split("\n\n")
+    assert head == "123 studies with a report, 122 different reports, patients not known"
+    assert "bootstrap over the reports of the queries, against the same answers" in caption
+    known = retrieval_report(recall_figures(pairs, resamples=20))
+    assert "122 different reports, 120 patients\n" in known and "bootstrap over the patients of the queries" in known
+
+
 def test_what_is_right_in_every_resample_has_no_interval(pairs):
     same = Pairs(pairs.image_embeds, pairs.image_embeds, pairs.report_ids, pairs.patients)
     assert recall_figures(same, resamples=20)["text_to_image"][5] == {"value": 1.0, "low": None, "high": None}
