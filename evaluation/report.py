@@ -194,7 +194,9 @@ def calibration_table(errors: dict[str, Any] | None, title: str = "") -> str:
     versions = (("before", ""), ("after", ""), ("difference", "+"))
     metrics = (("expected calibration error", "expected_calibration_error"), ("Brier score", "brier"))
     rows = [[name, *(_cell(errors[which][key], sign) for which, sign in versions)] for name, key in metrics]
-    return markdown_table([about, "score", "calibrated", "difference"], rows)
+    table = markdown_table([about, "score", "calibrated", "difference"], rows)
+    note = "Chance makes the expected calibration error of few scans too high, most of all once they are calibrated."
+    return f"{table}\n\n{note}"
 
 
 def _titles(comparison: dict[str, Any]) -> list[str]:

@@ -215,6 +215,7 @@ def test_means_at_thresholds_are_of_the_same_findings_and_say_of_which():
     assert "Their means leave out findings without a threshold (mass)." in table
     assert "| old: youden, 2 findings |" in table and "| new: youden, 1 finding |" in table
     assert "| old on site: probabilities of 2 findings together |" in table
+    assert table.endswith("the expected calibration error of few scans too high, most of all once they are calibrated.")
     none = Scores(studies, {"youden": {"mass": 0.5}})
     assert "accuracy" not in source_figures({"new": new, "none": none}, names, resamples=5)["base"]
 
