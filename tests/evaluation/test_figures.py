@@ -2,7 +2,9 @@
 
 import json
 import math
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -112,6 +114,18 @@ def test_what_is_wanted_is_reached_and_no_more_given_away(rule, seed):
         enough = [at for at in np.unique(score[~np.isnan(truth)]) if gives(at)[rule] >= share]
         assert chosen in enough
         assert gives(chosen)[other] == max(gives(at)[other] for at in enough)
+
+
+def test_the_page_says_how_far_a_wanted_sensitivity_falls_short_on_others():
+    """Of m present scans that score alike, the k-th highest of them is reached by k / (m + 1) of others in the mean."""
+    page = (Path(__file__).parents[2] / "docs" / "scores.md").read_text(encoding="utf-8")
+    claims = re.findall(r"(0\.\d\d) if (\d+)\s(?:tuning patients )?have", page)
+    assert [int(present) for _, present in claims] == [20, 5]
+    generator = np.random.default_rng(0)
+    for said, present in claims:
+        truth = np.repeat([1.0, 0.0], int(present))
+        chosen = [threshold_for(generator.random(len(truth)), truth, "sensitivity", 0.95) for _ in range(2000)]
+        assert 1 - np.mean(chosen) == pytest.approx(float(said), abs=0.015)  # uniform scores
 
 
 def test_what_cannot_be_had_has_no_threshold():
