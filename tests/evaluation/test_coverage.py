@@ -148,3 +148,21 @@ def test_the_page_says_how_often_intervals_of_rare_findings_do(auroc, cells):
     for column, present in enumerate((5, 12, 30)):
         found = covered_with_few(present, auroc, 200)
         assert 100 * found == pytest.approx(cells[f"AUROC {auroc:g}"][column], abs=8), present
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("present", "at_most"), [(30, 1.5), (5, 2.6)])
+def test_the_page_says_how_many_of_18_findings_look_significant_by_chance(present, at_most):
+    """Two models that are equally good: about one, and about two where few have each."""
+    generator = np.random.default_rng(0)
+    labels = np.repeat(np.arange(200)[:, None] < present, 18, axis=1).astype(float)
+    found = []
+    for seed in range(20):
+        common = np.sqrt(0.7) * generator.normal(size=labels.shape) + labels
+        models = [expit(common + np.sqrt(0.3) * generator.normal(size=labels.shape)) for _ in range(2)]
+        difference = compare(*models, labels, None, NAMES, resamples=300, seed=seed)["difference"]
+        intervals = [difference[f"auroc/{name}"] for name in NAMES]
+        found.append(sum(not each["low"] <= 0 <= each["high"] for each in intervals))
+    assert at_most - 1.1 < np.mean(found) < at_most
+    said = " ".join(PAGE.read_text(encoding="utf-8").split())
+    assert "of 18 findings without any effect, about one looks significant, and about two if five patients" in said
