@@ -278,7 +278,10 @@ def _facts(folder: Path, results: dict[str, Any], known: list[str]) -> dict[str,
         "calibrated": counted(len(description.get("calibration") or {}), "finding"),
         "calibration": description.get("calibration") or {},
         # What a pipeline uses; it may have been chosen after the run.
-        "thresholds": description.get("thresholds", results.get("thresholds")) or {},
+        "thresholds": {
+            label: _threshold(value)
+            for label, value in (description.get("thresholds", results.get("thresholds")) or {}).items()
+        },
         "chosen_on": _chosen_on(results, is_reworded),
         "data": _data(results),
         "prompts": [each if isinstance(each, str) else " / ".join(each) for each in prompts],
@@ -287,6 +290,12 @@ def _facts(folder: Path, results: dict[str, Any], known: list[str]) -> dict[str,
         "decided": _decided(results),
         "is_classifier": is_classifier,
     }
+
+
+def _threshold(value: float) -> str:
+    """Three decimals, and as many more as tell it from 0 and 1, which would call every scan present, or hardly any."""
+    texts = (f"{value:.{decimals}f}" for decimals in range(3, 17))
+    return next((text for text in texts if 0 < float(text) < 1), f"{value:.3f}")
 
 
 def _training(settings: dict[str, Any], results: dict[str, Any], description: dict[str, Any]) -> list[str]:

@@ -226,10 +226,13 @@ def test_the_page_has_the_wording_and_operating_points_that_are_used(converted, 
     page = render_card(folder)
     assert "| Emphysema | 0.310 |" in page and "chosen on studies apart from those above" in page
     assert "was chosen later" not in page
-    later = {"prompts": {label: "other words"}, "thresholds": {label: 0.25, "a|b": 0.5}}
+    thresholds = {label: 0.25, "a|b": 0.5, "rare": 3.2e-5, "common": 0.99996}
+    later = {"prompts": {label: "other words"}, "thresholds": thresholds}
     file.write_text(json.dumps(described | later), encoding="utf-8")
     page = render_card(folder)
-    assert f"| {label} | 0.250 |\n| a\\|b | 0.500 |\n" in page and "| Emphysema | 0.310 |" not in page
+    # A threshold of 0.000 would call every scan present.
+    assert f"| {label} | 0.250 |\n| a\\|b | 0.500 |\n| rare | 0.00003 |\n| common | 0.99996 |\n" in page
+    assert "| Emphysema | 0.310 |" not in page
     assert "other words is present. / other words is not present." in page
     assert "was chosen later" in page and "chosen on the studies that the wording was chosen on" in page
 
