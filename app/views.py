@@ -9,7 +9,7 @@ from typing import Any
 
 from medct.app.scans import Engine, Scan, data_uri
 from medct.common.formulas import as_text
-from medct.reporting.findings import NO_PROBABILITY, Algorithm, Finding
+from medct.reporting.findings import NO_PROBABILITY, Algorithm, Finding, shown_probability
 
 CSS = """
 .medct-banner { background: #a00000; color: white; font-weight: 600; padding: 10px 14px; border-radius: 6px; }
@@ -75,7 +75,8 @@ def _row(finding: Finding, has_probabilities: bool) -> str:
     cells = [f"<td>{escape(finding.label)}</td>", f'<td class="number">{score}</td>', f"<td>{bar}</td>"]
     cells.append(f"<td>{called}</td>")
     if has_probabilities:
-        cells.append(f'<td class="number">{"" if finding.probability is None else f"{finding.probability:.2f}"}</td>')
+        probability = "" if finding.probability is None else shown_probability(finding.probability)
+        cells.append(f'<td class="number">{escape(probability)}</td>')
     return f'<tr class="{kind}">{"".join(cells)}</tr>'
 
 

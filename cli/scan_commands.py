@@ -27,6 +27,7 @@ from medct.common.progress import tqdm
 from medct.inference.bulk import KEY, Csv, JsonLines, process, process_to_file
 from medct.inference.studies import FailedStudy, ReadStudy, find_studies, stacked
 from medct.pipeline_medct import CTPipeline
+from medct.reporting.findings import shown_probability
 
 # As many as tell any two float32 apart: scores near 0 or 1 would tie otherwise.
 _DIGITS = ".9g"
@@ -128,7 +129,7 @@ def prediction_table(row: dict[str, Any]) -> str:
     lines = [row[KEY], *(f"  note: {note}" for note in row["notes"]), "  score  margin  finding"]
     lines += [
         f"  {finding['score']:.3f}  {finding['logits_margin']:+6.2f}  {finding['label']}{calls[finding.get('present')]}"
-        + (f"  probability {finding['probability']:.2f}" if "probability" in finding else "")
+        + (f"  probability {shown_probability(finding['probability'])}" if "probability" in finding else "")
         for finding in row["findings"]
     ]
     lines += [f"  report: {path}" for path in row.get("reports", ())]

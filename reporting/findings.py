@@ -57,6 +57,12 @@ class Finding:
         return score, threshold
 
 
+def shown_probability(probability: float) -> str:
+    """A probability for people: two decimals, and never 0 or 1, since no calibration makes certain."""
+    text = f"{probability:.2f}"
+    return {"0.00": "<0.01", "1.00": ">0.99"}.get(text, text)
+
+
 def findings_of(
     results: Sequence[Mapping[str, Any]], labels: Sequence[str], thresholds: Mapping[str, float]
 ) -> list[Finding]:

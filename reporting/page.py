@@ -16,7 +16,15 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from medct.inference.slices import WIDE_WINDOW_HU, AxialSlices, draw_slice, fonts
-from medct.reporting.findings import NO_PROBABILITY, SYNTHETIC, WARNING, Algorithm, Finding, said_of_scan
+from medct.reporting.findings import (
+    NO_PROBABILITY,
+    SYNTHETIC,
+    WARNING,
+    Algorithm,
+    Finding,
+    said_of_scan,
+    shown_probability,
+)
 from medct.reporting.source import SourceStudy, quietly
 from medct.reporting.sr import SERIES_NUMBER, equipment, need_highdicom
 
@@ -105,7 +113,7 @@ def _draw_scores(axes: Axes, findings: Sequence[Finding]) -> None:
             axes.plot([each.threshold] * 2, [row - 0.42, row + 0.42], color="black", linewidth=2)
             cells[1] = f"{each.call} {threshold}"
         if each.probability is not None:
-            cells[2] = f"{each.probability:.2f}"
+            cells[2] = shown_probability(each.probability)
         look = {"ha": "center", "va": "center", "fontsize": size, "transform": right}
         for x, cell in zip(columns.values(), cells, strict=True):
             axes.text(x, row, cell, weight="bold" if each.is_present else "normal", **look)

@@ -197,6 +197,12 @@ def test_operating_points_are_shown_where_there_are_any(tmp_path, phantom, engin
     assert "adapter: site-b" in adapted.algorithm.parameters
 
 
+def test_a_probability_is_never_shown_as_certain():
+    scan = SimpleNamespace(name="a", notes=[], findings=[Finding("a", 0.9, probability=p) for p in (0.999, 0.001, 0.5)])
+    shown = re.findall(r'<td class="number">([^<]*)</td></tr>', views.findings_table(scan))
+    assert shown == ["&gt;0.99", "&lt;0.01", "0.50"]
+
+
 def test_downloads_are_part_of_the_page(engine, phantom):
     shown = views.downloads(engine.algorithm, phantom)
     links = dict(re.findall(r'download="([^"]*)" href="data:[^,]*,([^"]*)"', shown))

@@ -37,6 +37,7 @@ from medct.checks_medct import CheckpointMismatchError
 from medct.cli import commands, main, score_commands
 from medct.cli.arguments import RUNS, make_parser
 from medct.cli.flags import refuse_idle
+from medct.cli.scan_commands import prediction_table
 from medct.common.distributed import LaunchError
 from medct.common.lock import only_run
 from medct.common.output import flush_output
@@ -247,6 +248,12 @@ def test_an_adapter_names_its_base_and_calls_findings_present(run, scans, adapte
     )
     (row,) = read_csv(tmp_path / "own.csv")
     assert not any("present" in column for column in row), "a threshold holds for the words that it was chosen with"
+
+
+def test_a_probability_is_never_shown_as_certain():
+    finding = {"label": "Emphysema", "score": 0.9, "logits_margin": 2.2, "probability": 0.9997}
+    shown = prediction_table({"study": "a.nii", "notes": [], "findings": [finding]})
+    assert shown.endswith("Emphysema  probability >0.99\n\n")
 
 
 def test_a_calibrated_adapter_gives_probabilities(run, scans, adapter, tmp_path):

@@ -8,7 +8,7 @@ from adapter_files import RESULTS, save_adapter
 
 from medct.adapters_medct import DESCRIPTION_FILE
 from medct.reporting import findings as module
-from medct.reporting.findings import Algorithm, Finding, algorithm_of, findings_of
+from medct.reporting.findings import Algorithm, Finding, algorithm_of, findings_of, shown_probability
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -39,6 +39,13 @@ def test_findings_keep_their_order_and_what_is_known_of_them():
 def test_figures_tell_a_score_from_its_operating_point(score, threshold, figures):
     """Else a reader is told that 1.000 is below 1.000."""
     assert Finding("a", score, threshold).figures == figures
+
+
+@pytest.mark.parametrize(
+    ("probability", "shown"), [(0.0, "<0.01"), (0.004, "<0.01"), (0.006, "0.01"), (0.5, "0.50"), (0.996, ">0.99")]
+)
+def test_no_probability_is_shown_as_certain(probability, shown):
+    assert shown_probability(probability) == shown
 
 
 def test_local_folders_are_named_without_their_place(pipe, converted, tmp_path):
