@@ -1,6 +1,6 @@
 """Scores as Markdown tables."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from medct.common.counting import counted
@@ -237,7 +237,7 @@ def _caption(sources: Sequence[dict[str, Any]]) -> str:
     paired = "; the difference is paired" if "base" in sources[0] else ""
     resamples = counted(sources[0]["resamples"], "resample")
     said = [f"{scans}. In brackets: 95 % intervals, bootstrap over patients, {resamples}{paired}."]
-    figures = [each.get("base") or each["scores"] for each in sources]
+    figures = [each[part] for each in sources for part in ("scores", "base", "adapted") if part in each]
     if any("accuracy" in each for each in figures):
         said.append("Accuracy and F1 are at thresholds chosen on other scans.")
     if left := list(dict.fromkeys(name for each in sources for name in each.get("no_threshold", ()))):
@@ -246,16 +246,25 @@ def _caption(sources: Sequence[dict[str, Any]]) -> str:
         "The CT-CLIP and RadFinder protocols choose their thresholds on the scans that they score: only for comparison "
         "with papers."
     )
-    if few := list(dict.fromkeys(name for each in sources for name in each.get("too_few", ()))):
-        said.append(
-            f"Without an interval: findings that fewer than {FEWEST} patients have, or are without ({', '.join(few)}), "
-            "and means of which more than half are such."
-        )
+    said += _without_interval(sources, figures)
     differ = len({tuple(each["present"]) for each in sources}) > 1
     if differ or any(interval["value"] is None for each in figures for interval in each.values()):
         others = " or not among its labels," if differ else ""
         said.append(f"{UNDEFINED}: always or never present there,{others} so it has no score and no part in the means.")
     return " ".join(said)
+
+
+def _without_interval(sources: Sequence[dict[str, Any]], figures: Sequence[dict[str, Interval]]) -> Iterator[str]:
+    """Why figures of these have no interval."""
+    if few := list(dict.fromkeys(name for each in sources for name in each.get("too_few", ()))):
+        yield (
+            f"Without an interval: findings that fewer than {FEWEST} patients have, or are without ({', '.join(few)}), "
+            "and means of which more than half are such."
+        )
+    shown = [each[key] for each in figures for key in each if key in MEANS or key.startswith("auroc/")]
+    if any(each["value"] in (0, 1) and each["low"] is None for each in shown):
+        difference = ", nor has its difference" if "base" in sources[0] else ""
+        yield f"A figure that is 0 or 1 in every resample has no interval{difference}."
 
 
 def retrieval_report(results: dict[str, Any]) -> str:

@@ -44,6 +44,20 @@ def test_a_label_without_a_score_is_shown_as_such():
     assert "–" not in results_table(compared, ["nodule"])
 
 
+@pytest.mark.parametrize("is_one_certain", [False, True])
+def test_a_figure_without_an_interval_is_explained(is_one_certain):
+    """Five of each kind are enough, but where all are in order the resamples tell no spread."""
+    labels = np.tile([[1], [0]], (6, 1))
+    base = labels * 0.5 + np.linspace(0.2, 0.3, 12)[:, None]
+    base[:2] = [[0.1], [0.9]]
+    adapted = labels * 0.8 if is_one_certain else base
+    compared = compare(base, adapted, labels, None, NAMES[:1], resamples=50)
+    cells = rows(results_table(compared, NAMES[:1]))["nodule (6)"]
+    assert (cells[1] == "1.000") == is_one_certain and "(" in cells[0] and ("(" in cells[2]) != is_one_certain
+    said = "A figure that is 0 or 1 in every resample has no interval, nor has its difference."
+    assert (said in results_table(compared, NAMES[:1])) == is_one_certain
+
+
 def test_the_name_of_a_label_stays_in_its_cell():
     """Else the base's figure stands under the name of the adapted model."""
     names = ["nodule|mass", "x"]
