@@ -155,7 +155,8 @@ def as_text(summary: dict[str, Any]) -> str:
         lines.append(f"{name:{width}}  {prevalence:>10}  {of['present']:7}  {of['absent']:7}  {of['unknown']:7}")
     if summary["shares"]:
         lines.append(f"labels between 0 and 1: {summary['shares']}; above 0.5 they count as present, else as absent")
-    lines.append(f"no finding: {summary['no_finding']['studies']} of {summary['no_finding']['known']} studies")
+    without, known = summary["no_finding"]["studies"], summary["no_finding"]["known"]
+    lines.append(f"no finding: {without} of {counted(known, 'study', 'studies')} without an unknown label")
     lines += _split_lines(summary["splits"], width)
     lines += ["", *_report_lines(summary["reports"], summary["num_studies"]), ""]
     lines.append(f"{counted(sum(map(len, summary['skipped'].values())), 'study', 'studies')} left out before reading")

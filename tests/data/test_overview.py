@@ -53,6 +53,7 @@ def test_counts_read_no_volume():
     assert summary["reports"]["tokens"] is None
     assert summary["skipped"] == {"no chest": ["head_1", "head_2"], "no labels": ["x"]}
     text = overview.as_text(summary)
+    assert "no finding: 1 of 1 study without an unknown label" in text
     for line in ("4 studies, 5 volumes, 2 patients", "3 reports, 2 distinct; 1 missing", "no chest (head_1, head_2)"):
         assert line in text
     json.dumps(summary, allow_nan=False)
