@@ -103,6 +103,7 @@ from medct.training.settings import (
     run_command,
 )
 from medct.training.sources import (
+    batches_per_pass,
     digest_of_studies,
     endless,
     has_known_label,
@@ -111,7 +112,6 @@ from medct.training.sources import (
     number_of_steps,
     remarks_on_labels,
     remarks_on_overlap,
-    steps_per_epoch,
 )
 from medct.training.stopping import StopWish
 from medct.training.strength import Choice, Line, choose_strength
@@ -150,7 +150,7 @@ class Trainer:
         self.eval_steps = max(1, self.steps // 10) if settings.eval_steps is None else settings.eval_steps
         self.prompts = prompts_for(self.base, self.processor)
         remarks = (
-            few_steps(self.steps, steps_per_epoch(self.sources["train"], settings, processes), settings),
+            few_steps(self.steps, batches_per_pass(self.sources["train"], settings, processes), settings),
             remark_on_words(self.base, self.processor, self.config),
             lower_precision(self.accelerator.mixed_precision),
         )
