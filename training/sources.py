@@ -144,7 +144,8 @@ def batches_per_pass(source: Source, settings: TrainingSettings, processes: int)
         studies_per_step = settings.batch_size * settings.accumulation_steps * processes
         raise TrainingError(
             f"{source.num_studies} training studies do not fill one step of {studies_per_step} ({settings.batch_size} "
-            f"x {settings.accumulation_steps} in {processes} processes). Lower --batch_size."
+            f"x {settings.accumulation_steps} in {processes} processes). Lower --batch_size, --accumulation_steps or "
+            "the number of processes."
         )
     return batches
 

@@ -605,6 +605,8 @@ def test_number_of_steps(settings):
     assert number_of_steps(source, of_seven, processes=1) == 7 * 10 // 4
     with pytest.raises(TrainingError, match="50 training studies do not fill one step of 64"):
         number_of_steps(source, dataclasses.replace(settings, batch_size=64), processes=1)
+    with pytest.raises(TrainingError, match="Lower --batch_size, --accumulation_steps or the number of processes"):
+        number_of_steps(source, dataclasses.replace(settings, batch_size=1), processes=51)
 
 
 def test_the_optimizer_is_set_as_the_settings_say(settings, monkeypatch, tmp_path):
