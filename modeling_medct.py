@@ -436,6 +436,7 @@ class MedCTModel(MedCTPreTrainedModel):
         Returns:
             `(volumes, texts)`, float32 or better.
         """
+        image_embeds = image_embeds.to(torch.promote_types(image_embeds.dtype, torch.float32))
         with maybe_autocast(image_embeds.device.type, enabled=False):
             return self.logit_scale(image_embeds @ text_embeds.to(image_embeds).t())
 
