@@ -232,11 +232,6 @@ class MedCTVisionConfig(PreTrainedConfig):
         """Width of the pooled volume: one z-averaged token for each place `(y, x)`, laid end to end."""
         return self.grid_size[1] * self.grid_size[2] * self.hidden_size
 
-    @property
-    def pad_value(self) -> float:
-        """What `pixel_values` hold outside the scan: the lower end of the window."""
-        return self.hu_min / self.hu_per_unit
-
     def validate_architecture(self) -> None:
         """Refuse impossible values; called by `@strict` after construction."""
         check_voxels(self)

@@ -16,7 +16,6 @@ def test_defaults_are_the_published_model():
     assert vision.attention_size == 256
     assert vision.intermediate_size == 1365
     assert vision.pooled_size == 294_912
-    assert vision.pad_value == -1.0
     assert config.text_config.model_type == "bert"
     assert config.label_names == list(CT_CLIP_LABELS)
     assert len(CT_CLIP_LABELS) == len(set(CT_CLIP_LABELS)) == 18
