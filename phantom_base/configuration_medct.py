@@ -244,10 +244,19 @@ class MedCTVisionConfig(PreTrainedConfig):
                 raise ValueError(f"`{name}` must be positive, not {getattr(self, name)}.")
 
 
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _is_pair(value: object) -> bool:
+    """Whether it is two sentences."""
+    return isinstance(value, list | tuple) and len(value) == 2 and all(map(_is_text, value))
+
+
 def _check_templates(templates: Sequence[Sequence[str]]) -> None:
     for template in templates:
-        if isinstance(template, str) or len(template) != 2 or not all("{label}" in sentence for sentence in template):
-            shown = template if isinstance(template, str) else tuple(template)
+        if not _is_pair(template) or not all("{label}" in sentence for sentence in template):
+            shown = tuple(template) if isinstance(template, list) else template
             raise ValueError(
                 f"Each of `prompt_templates` is a pair of sentences (present, not present) that hold "
                 f'"{{label}}", not {shown!r}.'
@@ -276,14 +285,10 @@ def _pairs_of(
     return [[sentence.replace("{label}", words) for sentence in template] for template in templates]
 
 
-def _is_text(value: object) -> bool:
-    return isinstance(value, str) and bool(value.strip())
-
-
 def _check_prompts(prompts: Mapping[str, Prompt]) -> None:
     for label, prompt in prompts.items():
-        pairs = [(prompt, prompt)] if isinstance(prompt, str) else prompt
-        if not pairs or any(isinstance(pair, str) or len(pair) != 2 or not all(map(_is_text, pair)) for pair in pairs):
+        are_pairs = isinstance(prompt, list | tuple) and prompt and all(map(_is_pair, prompt))
+        if not are_pairs and not _is_text(prompt):
             raise ValueError(
                 f"`prompts` of {label!r} are words, or pairs of sentences (present, not present), not {prompt!r}."
             )
