@@ -106,6 +106,7 @@ from medct.training.sources import (
     batches_per_pass,
     digest_of_studies,
     endless,
+    has_different_reports,
     has_known_label,
     load_sources,
     mappings_of,
@@ -217,6 +218,22 @@ class Trainer:
         source, learns_labels = self.sources["train"], self.settings.objective != "contrastive"
         if learns_labels and not source.is_synthetic and not has_known_label(source):
             raise TrainingError(f"{source.description}: no label of any study is known. Fill in the table.")
+        if self.settings.objective != "prompts":
+            self._check_contrast()
+
+    def _check_contrast(self) -> None:
+        """Refuse reports without any other to be contrasted with: their loss is 0, and so is its gradient."""
+        settings, source = self.settings, self.sources["train"]
+        if settings.batch_size * settings.accumulation_steps * self.accelerator.num_processes == 1:
+            raise TrainingError(
+                f"--objective {settings.objective} contrasts the reports of a step, and a step has one study. Pass a "
+                "higher --accumulation_steps, which takes no more memory."
+            )
+        if not source.is_synthetic and not has_different_reports(source):
+            raise TrainingError(
+                f"{source.description}: all of its reports are the same, so there is nothing to contrast. Pass "
+                "--objective prompts."
+            )
 
     def loader(self, split: str, **options: Any) -> StudyLoader:
         return StudyLoader(

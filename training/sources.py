@@ -178,6 +178,17 @@ def has_known_label(source: Source) -> bool:
     return any(not all(map(math.isnan, row["labels"])) for row in map(source.read, source.keys()))
 
 
+def has_different_reports(source: Source) -> bool:
+    """Whether two studies have different reports.
+
+    Args:
+        source: Whose rows are read, without their volumes, until two have.
+    """
+    rows = map(source.read, source.keys())
+    first = next(rows)["report"]
+    return any(row["report"] != first for row in rows)
+
+
 def remarks_on_labels(source: Source) -> Iterator[str]:
     """A remark on findings that no training study differs in.
 
