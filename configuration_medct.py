@@ -143,7 +143,7 @@ def check_voxels(settings: Any) -> None:
         )
 
 
-def _check_three(name: str, values: Sequence[Any], kind: type = Real, numbers: str = "numbers") -> None:
+def _check_three(name: str, values: Sequence[Any], kind: Any = Real, numbers: str = "numbers") -> None:
     if len(values) != 3 or not all(isinstance(value, kind) and 0 < value < math.inf for value in values):
         raise ValueError(f"`{name}` must be three positive {numbers} (z, y, x), not {tuple(values)}.")
 
