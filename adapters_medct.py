@@ -438,6 +438,8 @@ def check_fit(model: PreTrainedModel, adapter: str | Path, **hub: Any) -> dict[s
         config_file = _file(adapter, CONFIG_FILE, hub, is_optional=False)
     except OSError as error:
         raise OSError(f"{adapter}: no adapter ({first_line(error)}) Pass a Hub id or a folder.") from error
+    except ValueError as error:  # the Hub's client, of what is not the name of a repository
+        raise OSError(f"{adapter}: no adapter (there is no such folder). Pass a Hub id or a folder.") from error
     if _file(adapter, WEIGHTS_FILE, hub) is None:
         raise AdapterMismatchError(
             f"{adapter} has no {WEIGHTS_FILE}. Other formats can hold code and are not read: ask its author to save it "

@@ -213,7 +213,11 @@ def leads_below(name: str) -> bool:
 
 def of_path(path: Path) -> list[ByteSource]:
     """A file, or all files below a folder."""
-    if not path.is_dir():
+    try:
+        is_folder = path.is_dir()
+    except OSError:  # a name that is too long, or a folder above that may not be entered: what opens the file says so
+        is_folder = False
+    if not is_folder:
         return [_of_file(path)]
     files = [_of_file(file, in_folder=True) for file in _walk(path)]
     return [file for file in files if file is not None]

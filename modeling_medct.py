@@ -436,6 +436,7 @@ class MedCTModel(MedCTPreTrainedModel):
         Returns:
             `(volumes, texts)`, float32 or better.
         """
+        image_embeds = image_embeds.to(torch.promote_types(image_embeds.dtype, torch.float32))
         with maybe_autocast(image_embeds.device.type, enabled=False):
             return self.logit_scale(image_embeds @ text_embeds.to(image_embeds).t())
 
@@ -514,6 +515,10 @@ class MedCTForImageClassification(MedCTPreTrainedModel):
         Returns:
             `logits`, `(batch, labels)`: each label by itself, so take their sigmoid; `loss`, `()`, if labels are given:
             the mean over those that are known.
+
+        Raises:
+            ValueError: If the volume is missing or of another size than `config.image_size`, the head has not one
+                output for each label of the configuration, or `labels` are invalid, see `label_loss`.
         """
         outputs = self.vision_model(pixel_values=pixel_values, return_dict=True, **kwargs)
         precision = self.vision_model.precision

@@ -40,8 +40,8 @@ class MedCTProcessor(PicklesAnywhere, ProcessorMixin):
     """An image processor for CT volumes and a tokenizer.
 
     `processor(images=..., text=..., return_tensors="pt")` gives `pixel_values` of the volumes (see
-    `MedCTImageProcessor.preprocess` for what they may be) and `input_ids` and `attention_mask` of the texts, padded to
-    the longest and cut at what the text encoder can read.
+    `MedCTImageProcessor.preprocess` for what they may be) and `input_ids` and `attention_mask` of the texts, with what
+    else the tokenizer makes (BERT's: `token_type_ids`), padded to the longest and cut at what the encoder can read.
 
     Args:
         image_processor: A `MedCTImageProcessor`.

@@ -103,15 +103,16 @@ from medct.training.settings import (
     run_command,
 )
 from medct.training.sources import (
+    batches_per_pass,
     digest_of_studies,
     endless,
+    has_different_reports,
     has_known_label,
     load_sources,
     mappings_of,
     number_of_steps,
     remarks_on_labels,
     remarks_on_overlap,
-    steps_per_epoch,
 )
 from medct.training.stopping import StopWish
 from medct.training.strength import Choice, Line, choose_strength
@@ -150,7 +151,7 @@ class Trainer:
         self.eval_steps = max(1, self.steps // 10) if settings.eval_steps is None else settings.eval_steps
         self.prompts = prompts_for(self.base, self.processor)
         remarks = (
-            few_steps(self.steps, steps_per_epoch(self.sources["train"], settings, processes), settings),
+            few_steps(self.steps, batches_per_pass(self.sources["train"], settings, processes), settings),
             remark_on_words(self.base, self.processor, self.config),
             lower_precision(self.accelerator.mixed_precision),
         )
@@ -217,6 +218,22 @@ class Trainer:
         source, learns_labels = self.sources["train"], self.settings.objective != "contrastive"
         if learns_labels and not source.is_synthetic and not has_known_label(source):
             raise TrainingError(f"{source.description}: no label of any study is known. Fill in the table.")
+        if self.settings.objective != "prompts":
+            self._check_contrast()
+
+    def _check_contrast(self) -> None:
+        """Refuse reports without any other to be contrasted with: their loss is 0, and so is its gradient."""
+        settings, source = self.settings, self.sources["train"]
+        if settings.batch_size * settings.accumulation_steps * self.accelerator.num_processes == 1:
+            raise TrainingError(
+                f"--objective {settings.objective} contrasts the reports of a step, and a step has one study. Pass a "
+                "higher --accumulation_steps, which takes no more memory."
+            )
+        if not source.is_synthetic and not has_different_reports(source):
+            raise TrainingError(
+                f"{source.description}: all of its reports are the same, so there is nothing to contrast. Pass "
+                "--objective prompts."
+            )
 
     def loader(self, split: str, **options: Any) -> StudyLoader:
         return StudyLoader(

@@ -110,7 +110,8 @@ class StudyLoader:
     GPU. Add the batch in use (on a GPU, that and the next one) and, in each worker, what reading a scan takes.
 
     Raises:
-        DataError: If the labels are not the model's; during iteration, if too many studies are bad.
+        DataError: If the labels are not the model's; during iteration, if too many studies are bad, or a pass gives no
+            batch. Of few studies one of several processes may have none, unless it is to have full batches.
     """
 
     def __init__(
@@ -165,7 +166,7 @@ class StudyLoader:
                     num_batches += 1
                     yield batch
                     del batch
-        if is_whole and not num_batches:
+        if is_whole and not num_batches and (self.drop_last or self.world_size == 1):
             raise DataError(
                 f"{self.source.description}: a pass over it gave process {self.rank + 1} of {self.world_size} no batch "
                 f"of {self.batch_size} ({self.num_bad} of {self.num_seen} studies could not be read). Lower the batch "

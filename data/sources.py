@@ -170,6 +170,10 @@ class Source:
         if not self.names:
             object.__setattr__(self, "names", [str(index) for index in range(len(self.groups))])
 
+    def __repr__(self) -> str:
+        # The fields name studies and patients, and quote reports.
+        return f"{type(self).__name__}({self.description})"
+
     @property
     def num_studies(self) -> int:
         """Studies in one epoch, including any that turn out to be unreadable."""

@@ -151,10 +151,12 @@ def calibration_bins(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray
         Mean probability and share that is present, both NaN in an empty bin, and count; each `(BINS,)`.
 
     Raises:
-        ValueError: If shapes do not match, arrays hold other values, or scores are outside [0, 1].
+        ValueError: If shapes do not match, arrays hold other values, scores are outside [0, 1], or no label is known.
     """
     scores, labels = checked(scores, labels, must_vary=False, probabilities=True)
     known = ~np.isnan(labels)
+    if not known.any():
+        raise ValueError("No label of these scans is known, so no probability comes true or not. Pass labels of some.")
     bin_of = _bin_of(scores[known])
     counts = np.bincount(bin_of, minlength=BINS)
     with np.errstate(invalid="ignore"):  # an empty bin is 0 / 0
@@ -171,6 +173,9 @@ def expected_calibration_error(scores: np.ndarray, labels: np.ndarray) -> float:
 
     Returns:
         A number in [0, 1].
+
+    Raises:
+        ValueError: See `calibration_bins`.
     """
     probability, share, counts = calibration_bins(scores, labels)
     filled = counts > 0

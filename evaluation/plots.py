@@ -99,8 +99,8 @@ def calibration_plot(
         what: What the numbers are, for the axis.
 
     Raises:
-        ValueError: If shapes do not match, arrays hold other values, scores are outside [0, 1], or there are more than
-            four models.
+        ValueError: If shapes do not match, arrays hold other values, scores are outside [0, 1], no label is known, or
+            there are more than four models.
     """
     figure = _figure(6.4, 8, "Calibration over all labels", len(labels), note)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))

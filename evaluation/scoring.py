@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -282,6 +282,8 @@ def _of_every_study(
                 labels = batch["labels"].cpu().numpy()
                 rows += zip(batch["ids"], batch["patients"], values.cpu().numpy(), labels, batch["about"], strict=True)
     rows = sorted((row for each in of_all(rows) for row in each), key=lambda row: row[0])
+    if not rows:
+        raise DataError(f"{loader.source.description}: none of its studies could be read. Check the volumes.")
     ids, patients, values, labels, about = zip(*rows, strict=True)
     return list(ids), list(patients), np.stack(values), np.stack(labels), list(about) if any(about) else []
 
@@ -297,12 +299,10 @@ def _scores(
     return torch.stack([zero_shot_probabilities(model.get_logits(embeds, texts)) for texts in templates]).mean(0)
 
 
-def _in_step(
-    loader: Iterable[dict[str, Any]], accelerator: Accelerator
-) -> Generator[tuple[dict[str, Any], bool], None, None]:
+def _in_step(loader: StudyLoader, accelerator: Accelerator) -> Generator[tuple[dict[str, Any], bool], None, None]:
     """Batches, and whether they count: a process that has run out repeats its last batch until all have run out.
 
-    In each forward pass, a sharded model waits for all processes.
+    In each forward pass, a sharded model waits for all processes, those without any study among them.
     """
     batches, batch, is_own = iter(loader), None, True
     while True:
@@ -311,4 +311,7 @@ def _in_step(
         batch = following if is_own else batch
         if not sum_over_processes(torch.tensor(float(is_own), device=accelerator.device)):
             return
+        if batch is None:
+            size = loader.processor.image_processor.image_size
+            batch = {"pixel_values": torch.zeros(1, 1, *size, device=loader.device)}
         yield batch, is_own

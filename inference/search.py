@@ -154,25 +154,28 @@ def write_embeddings(path: Path, rows: Sequence[dict[str, Any]], settings: dict[
     }
     table = pa.table(columns).replace_schema_metadata({_METADATA_KEY: json.dumps(settings).encode()})
     with whole_file(path) as aside:
-        pq.write_table(table, aside)
+        pq.write_table(table, aside, write_page_checksum=True)
 
 
 def read_embeddings(path: Path) -> Embeddings:
     """Read an index.
 
     Raises:
-        SearchError: If the file is not an index.
+        SearchError: If there is no such file, or it is damaged or not an index.
     """
     wanted = ["id", "image_embeds", "text_embeds", "report_id"]
     try:
-        table = pq.read_table(path, columns=wanted)
+        table = pq.read_table(path, columns=wanted, page_checksum_verification=True)
         settings = json.loads((table.schema.metadata or {})[_METADATA_KEY])
+        # Also of an index without any study, because none could be read.
+        shape = table.num_rows, table.schema.field("image_embeds").type.list_size
     except FileNotFoundError as error:
         raise SearchError(f"{path}: no such file. Make it with `medct embed SCAN... --output {path}`.") from error
-    except (pa.ArrowException, KeyError, ValueError) as error:
-        raise SearchError(f"{path}: not a file of embeddings. Make one with `medct embed`.") from error
-    # Also of an index without any study, because none could be read.
-    shape = table.num_rows, table.schema.field("image_embeds").type.list_size
+    except Exception as error:  # Arrow's, the system's, and of what is a table of something else
+        kind = type(error).__name__
+        raise SearchError(
+            f"{path}: not a readable file of embeddings ({kind}). Make one with `medct embed`."
+        ) from error
     # A copy, because Arrow's memory is read-only, and torch warns about such arrays.
     image_embeds = table["image_embeds"].combine_chunks().flatten().to_numpy().reshape(shape).copy()
     text_embeds = np.full_like(image_embeds, np.nan)

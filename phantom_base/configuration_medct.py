@@ -14,7 +14,7 @@ import copy
 import math
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -126,8 +126,8 @@ def check_voxels(settings: Any) -> None:
     Raises:
         ValueError: If there are any; the message says which.
     """
-    for name in ("image_size", "target_spacing_mm"):
-        _check_three(name, getattr(settings, name))
+    _check_three("image_size", settings.image_size, Integral, "whole numbers")
+    _check_three("target_spacing_mm", settings.target_spacing_mm)
     for name in ("hu_min", "hu_max", "hu_per_unit"):
         value = getattr(settings, name)
         if not (isinstance(value, Real) and math.isfinite(value)):
@@ -143,9 +143,9 @@ def check_voxels(settings: Any) -> None:
         )
 
 
-def _check_three(name: str, values: Sequence[Any]) -> None:
-    if len(values) != 3 or not all(isinstance(value, Real) and float(value) > 0 for value in values):
-        raise ValueError(f"`{name}` must be three positive numbers (z, y, x), not {tuple(values)}.")
+def _check_three(name: str, values: Sequence[Any], kind: Any = Real, numbers: str = "numbers") -> None:
+    if len(values) != 3 or not all(isinstance(value, kind) and 0 < value < math.inf for value in values):
+        raise ValueError(f"`{name}` must be three positive {numbers} (z, y, x), not {tuple(values)}.")
 
 
 @strict
@@ -172,7 +172,9 @@ class MedCTVisionConfig(PreTrainedConfig):
         orientation: Direction in which the z, y and x index grow, one letter each of R/L, A/P, S/I.
 
     Raises:
-        ValueError: If values contradict each other; the message holds both.
+        StrictDataclassError: Of `huggingface_hub`, if a value is impossible or contradicts another; the message holds
+            both.
+        UnknownSettingError: If there is no such setting.
     """
 
     _auto_class = "AutoConfig"
@@ -232,11 +234,6 @@ class MedCTVisionConfig(PreTrainedConfig):
         """Width of the pooled volume: one z-averaged token for each place `(y, x)`, laid end to end."""
         return self.grid_size[1] * self.grid_size[2] * self.hidden_size
 
-    @property
-    def pad_value(self) -> float:
-        """What `pixel_values` hold outside the scan: the lower end of the window."""
-        return self.hu_min / self.hu_per_unit
-
     def validate_architecture(self) -> None:
         """Refuse impossible values; called by `@strict` after construction."""
         check_voxels(self)
@@ -249,10 +246,19 @@ class MedCTVisionConfig(PreTrainedConfig):
                 raise ValueError(f"`{name}` must be positive, not {getattr(self, name)}.")
 
 
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _is_pair(value: object) -> bool:
+    """Whether it is two sentences."""
+    return isinstance(value, list | tuple) and len(value) == 2 and all(map(_is_text, value))
+
+
 def _check_templates(templates: Sequence[Sequence[str]]) -> None:
     for template in templates:
-        if isinstance(template, str) or len(template) != 2 or not all("{label}" in sentence for sentence in template):
-            shown = template if isinstance(template, str) else tuple(template)
+        if not _is_pair(template) or not all("{label}" in sentence for sentence in template):
+            shown = tuple(template) if isinstance(template, list) else template
             raise ValueError(
                 f"Each of `prompt_templates` is a pair of sentences (present, not present) that hold "
                 f'"{{label}}", not {shown!r}.'
@@ -281,14 +287,10 @@ def _pairs_of(
     return [[sentence.replace("{label}", words) for sentence in template] for template in templates]
 
 
-def _is_text(value: object) -> bool:
-    return isinstance(value, str) and bool(value.strip())
-
-
 def _check_prompts(prompts: Mapping[str, Prompt]) -> None:
     for label, prompt in prompts.items():
-        pairs = [(prompt, prompt)] if isinstance(prompt, str) else prompt
-        if not pairs or any(isinstance(pair, str) or len(pair) != 2 or not all(map(_is_text, pair)) for pair in pairs):
+        are_pairs = isinstance(prompt, list | tuple) and prompt and all(map(_is_pair, prompt))
+        if not are_pairs and not _is_text(prompt):
             raise ValueError(
                 f"`prompts` of {label!r} are words, or pairs of sentences (present, not present), not {prompt!r}."
             )
@@ -309,12 +311,16 @@ class MedCTConfig(PreTrainedConfig):
         prompts: For labels whose names say too little, or are in another language than the model's: words that go into
             the templates in place of the name, or pairs of sentences of their own, present and not present, by name.
         classifier_dropout: Dropout before the head of `MedCTForImageClassification`.
-        classifier_pos_weight: Weight of the positive cases in that head's loss, one number a label; 1 if `None`.
+        classifier_pos_weight: Weight of the positive cases in that head's loss, one number of 0 or more a label; 1 if
+            `None`.
         drawn_weights: Names of the weights that nobody has trained since they were initialised at random, such as those
             of a new head; saving a model writes them down.
         custom_pipelines: Tasks of `transformers.pipeline` and the code shipped for them, see `CUSTOM_PIPELINES`; saving
             a model names its own.
         id2label: Names of the labels by their index; CT-CLIP's 18 findings by default.
+
+    Raises:
+        StrictDataclassError, UnknownSettingError: As of `MedCTVisionConfig`.
     """
 
     _auto_class = "AutoConfig"
@@ -403,6 +409,8 @@ class MedCTConfig(PreTrainedConfig):
         weights = self.classifier_pos_weight
         if weights is not None and len(weights) != self.num_labels:
             raise ValueError(f"`classifier_pos_weight` has {len(weights)} numbers for {self.num_labels} labels.")
+        if not all(0 <= weight < math.inf for weight in weights or ()):
+            raise ValueError(f"`classifier_pos_weight` must be finite numbers of 0 or more, not {weights}.")
 
 
 __all__ = ["CT_CLIP_LABELS", "MedCTConfig", "MedCTVisionConfig"]

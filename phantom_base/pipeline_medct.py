@@ -110,6 +110,7 @@ class CTPipeline(Pipeline):
             prompt_templates: Pairs of sentences (present, not present) with `{label}` where the finding goes; the
                 model's own by default. The scores of several are averaged. A classifier takes none.
             batch_size: Scans that go through the model together.
+            num_workers: Processes that read ahead; 0 reads in this one.
             top_k: Give only this many findings a scan, those with the highest scores.
             threshold: Give only findings whose score reaches this, in [0, 1].
             on_error: "raise", or "return": a scan that cannot be read gives `{"error": SENTENCE}` in its place, and the
@@ -132,6 +133,9 @@ class CTPipeline(Pipeline):
         Raises:
             VolumeError: If a source is not a usable CT volume.
             PromptError: If labels, templates, `top_k`, `threshold` or `on_error` are invalid.
+            LoaderError: If `num_workers` is.
+            NotANumberError: If the model's results are NaN or infinite.
+            ValueError: If model and processor do not belong together any more, or the head is untrained.
         """
         if isinstance(inputs, list) and not inputs:
             return []
@@ -217,7 +221,11 @@ class CTPipeline(Pipeline):
         if candidate_labels is not None:
             prompts["candidate_labels"] = _checked_labels(candidate_labels)
         if prompt_templates is not None:
-            prompts["prompt_templates"] = tuple(map(tuple, _checked_templates(prompt_templates)))
+            prompts["prompt_templates"] = _checked_templates(prompt_templates)
+        try:  # before a scan is read
+            self.model.config.label_prompts(prompts.get("candidate_labels"), prompts.get("prompt_templates"))
+        except ValueError as error:
+            raise PromptError(str(error)) from error
         return prompts
 
     def _all_asked(self, prompts: dict[str, Any]) -> dict[str, Any]:
@@ -599,21 +607,26 @@ def _check_shown(top_k: int = 1, threshold: float = 0.0) -> None:
 
 
 def _checked_labels(labels: Any) -> list[str] | dict[str, Prompt]:
-    labels = [labels] if isinstance(labels, str) else dict(labels) if isinstance(labels, Mapping) else list(labels)
-    if not labels or not all(isinstance(label, str) and label.strip() for label in labels):
+    given = [labels] if isinstance(labels, str) else dict(labels) if isinstance(labels, Mapping) else _listed(labels)
+    if not given or not all(isinstance(label, str) and label.strip() for label in given):
         raise PromptError(f"`candidate_labels` is a list of findings in words, not {labels!r}.")
-    return labels
+    return given
 
 
-def _checked_templates(templates: Any) -> Sequence[Sequence[str]]:
-    if isinstance(templates, str) or not len(templates):
+def _checked_templates(templates: Any) -> tuple[tuple[str, ...], ...]:
+    given = [] if isinstance(templates, str) else _listed(templates)
+    if not given:
         raise PromptError(
             '`prompt_templates` is a list of pairs of sentences, such as [("There is {label}.", "There is no '
             f'{{label}}.")], not {templates!r}.'
         )
-    if all(isinstance(sentence, str) for sentence in templates) and len(templates) == 2:
-        return [templates]  # a single pair
-    return templates
+    if all(isinstance(sentence, str) for sentence in given) and len(given) == 2:
+        given = [given]  # a single pair
+    return tuple(tuple(pair) if isinstance(pair, list) else pair for pair in given)
+
+
+def _listed(values: Any) -> list[Any]:
+    return list(values) if isinstance(values, Iterable) else []
 
 
 __all__ = ["CTClassificationPipeline", "ZeroShotCTClassificationPipeline"]

@@ -139,9 +139,11 @@ def load_ahead(
         What `load` returned, or a `Lost`.
 
     Raises:
-        LoaderError: If processes cannot be started, or an item does not pickle.
+        LoaderError: If processes cannot be started or are fewer than none, or an item does not pickle.
         Exception: What `load` or `items` raised, after the studies before.
     """
+    if num_workers < 0:
+        raise LoaderError(f"`num_workers` is {num_workers}. Pass a number of processes, or 0 for none.")
     if not num_workers:
         here = Place()
         for item in items:

@@ -199,19 +199,19 @@ def lower_precision(mixed_precision: str) -> str | None:
     )
 
 
-def few_steps(steps: int, per_epoch: int, settings: TrainingSettings) -> str | None:
+def few_steps(steps: int, batches: int, settings: TrainingSettings) -> str | None:
     """What to say of a run that is too short to learn much; `None` of any other.
 
     Args:
         steps: Of the run.
-        per_epoch: Of an epoch.
+        batches: Of a process in an epoch.
         settings: Of the run.
     """
     if steps >= FEW_STEPS:
         return None
     remedies = []
-    if per_epoch * settings.epochs < FEW_STEPS:
-        remedies.append(f"--epochs {math.ceil(FEW_STEPS / per_epoch)}")
+    if (epochs := math.ceil(FEW_STEPS * settings.accumulation_steps / batches)) > settings.epochs:
+        remedies.append(f"--epochs {epochs}")
     if settings.max_steps is not None and settings.max_steps < FEW_STEPS:
         remedies.append(f"a higher --max_steps than {settings.max_steps}")
     few = counted(steps, "step is", "steps are")

@@ -128,8 +128,8 @@ def _is_same(one: Row, other: Row) -> bool:
     )
 
 
-def steps_per_epoch(source: Source, settings: TrainingSettings, processes: int) -> int:
-    """Optimizer steps that the training studies make once.
+def batches_per_pass(source: Source, settings: TrainingSettings, processes: int) -> int:
+    """Whole batches that a process has of one pass over the training studies.
 
     Args:
         source: Studies to train on.
@@ -139,26 +139,27 @@ def steps_per_epoch(source: Source, settings: TrainingSettings, processes: int) 
     Raises:
         TrainingError: If there are fewer studies than a step takes.
     """
-    studies_per_step = settings.batch_size * settings.accumulation_steps * processes
-    per_epoch = source.num_studies // studies_per_step
-    if not per_epoch:
+    batches = source.num_studies // (settings.batch_size * processes)
+    if batches < settings.accumulation_steps:
+        studies_per_step = settings.batch_size * settings.accumulation_steps * processes
         raise TrainingError(
             f"{source.num_studies} training studies do not fill one step of {studies_per_step} ({settings.batch_size} "
-            f"x {settings.accumulation_steps} in {processes} processes). Lower --batch_size."
+            f"x {settings.accumulation_steps} in {processes} processes). Lower --batch_size, --accumulation_steps or "
+            "the number of processes."
         )
-    return per_epoch
+    return batches
 
 
 def number_of_steps(source: Source, settings: TrainingSettings, processes: int) -> int:
-    """Optimizer steps of a run.
+    """Optimizer steps of a run. A step may begin in one pass and end in the next.
 
     Args:
-        source, settings, processes: See `steps_per_epoch`.
+        source, settings, processes: See `batches_per_pass`.
 
     Raises:
         TrainingError: If there are fewer studies than a step takes.
     """
-    steps = steps_per_epoch(source, settings, processes) * settings.epochs
+    steps = batches_per_pass(source, settings, processes) * settings.epochs // settings.accumulation_steps
     return steps if settings.max_steps is None else min(steps, settings.max_steps)
 
 
@@ -175,6 +176,17 @@ def has_known_label(source: Source) -> bool:
         source: Whose rows are read, without their volumes, until one is.
     """
     return any(not all(map(math.isnan, row["labels"])) for row in map(source.read, source.keys()))
+
+
+def has_different_reports(source: Source) -> bool:
+    """Whether two studies have different reports.
+
+    Args:
+        source: Whose rows are read, without their volumes, until two have.
+    """
+    rows = map(source.read, source.keys())
+    first = next(rows)["report"]
+    return any(row["report"] != first for row in rows)
 
 
 def remarks_on_labels(source: Source) -> Iterator[str]:

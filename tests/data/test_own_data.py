@@ -16,6 +16,7 @@ from medct import MedCTConfig
 from medct.data import DataError, StudyLoader, open_source, read_study
 from medct.data.own_data import split_meanings
 from medct.data.tables import refuse_misnamed
+from medct.training.replay import with_replay
 
 CONFIG = MedCTConfig(id2label={0: "nodule", 1: "fluid"}, label2id={"nodule": 0, "fluid": 1})
 AFFINE = np.diag([-2.0, -2.0, 3.0, 1.0])
@@ -64,6 +65,14 @@ def test_a_folder_with_metadata(tmp_path):
     assert by_name["scan05.nii.gz"]["labels"] == [1, 0.5]
     assert math.isnan(by_name["scan03.nii.gz"]["labels"][1])
     assert read_study(by_name["scan05.nii.gz"], "SLP").array.max() == 5
+
+
+def test_a_source_is_shown_without_its_studies_patients_and_reports(tmp_path):
+    folder = write_metadata(tmp_path / "scans", patient=[f"Doe {number}" for number in range(40)])
+    source = open_source(str(folder), "train", CONFIG)
+    for each, kind in ((source, "Source"), (with_replay(source, source, 0.2), "ReplaySource")):
+        assert repr(each) == f"{kind}({each.description})"
+        assert not any(told in repr(each) for told in ("Doe", "Report", "scan05"))
 
 
 def test_a_split_column(tmp_path):

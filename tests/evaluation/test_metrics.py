@@ -502,6 +502,9 @@ def test_calibration_of_a_known_case():
     assert calibration_bins(edges, edges * 0)[2].tolist() == [1, 2, 1, *[0] * 6, 1]
     with pytest.raises(ValueError, match=r"outside 0\.\.1"):
         calibration_bins(scores * 2, labels)
+    for some in (labels * np.nan, labels[:0]):
+        with pytest.raises(ValueError, match="No label of these scans is known"):
+            expected_calibration_error(scores[: len(some)], some)
 
 
 def test_loads_as_an_evaluate_module(tmp_path):

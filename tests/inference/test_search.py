@@ -96,8 +96,21 @@ def test_what_is_not_an_index_is_refused(tmp_path):
     with pytest.raises(SearchError, match="no such file"):
         read_embeddings(tmp_path / "index.parquet")
     (tmp_path / "index.parquet").write_text("no parquet", encoding="utf-8")
-    with pytest.raises(SearchError, match="not a file of embeddings"):
+    with pytest.raises(SearchError, match=r"index.parquet: not a readable file of embeddings \(ArrowInvalid\)"):
         read_embeddings(tmp_path / "index.parquet")
+
+
+def test_a_damaged_index_is_refused_or_holds_the_vectors_that_were_written(tmp_path):
+    path, vectors = tmp_path / "index.parquet", np.random.default_rng(0).random((20, 8), np.float32)
+    write_embeddings(path, [{KEY: f"{row}", "image_embeds": each} for row, each in enumerate(vectors)], {})
+    content, refused = path.read_bytes(), 0
+    for place in range(0, len(content), 17):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 0x10]) + content[place + 1 :])
+        try:
+            assert np.array_equal(read_embeddings(path).image_embeds, vectors)
+        except SearchError:
+            refused += 1
+    assert refused > len(content) / 17 / 2
 
 
 @pytest.mark.parametrize(

@@ -386,7 +386,14 @@ def test_peft_loads_what_transformers_loads(model, converted, adapter, batch):
     assert torch.equal(logits(peft, batch), logits(model, batch))
 
 
-@pytest.mark.parametrize(("adapter", "reason"), [("org/nowhere", "We couldn't connect"), ("{tmp}", ".*config.json")])
+@pytest.mark.parametrize(
+    ("adapter", "reason"),
+    [
+        ("org/nowhere", "We couldn't connect"),
+        ("{tmp}", ".*config.json"),
+        ("{tmp}/nowhere", r"there is no such folder\). Pass a Hub id or a folder"),
+    ],
+)
 def test_an_unavailable_adapter_is_not_called_unsafe(model, adapter, reason, tmp_path):
     with pytest.raises(OSError, match=f"no adapter .{reason}"):
         check_fit(model, adapter.format(tmp=tmp_path), local_files_only=True)

@@ -418,6 +418,7 @@ def test_listed_nonsense_is_refused_in_a_sentence(name, value):
         ("hu_max", float("nan")),
         ("hu_per_unit", -1000),
         ("image_size", [8, 8]),
+        ("image_size", [8.0, 8, 8]),
         ("target_spacing_mm", [0, 1, 1]),
         ("orientation", "XYZ"),
     ],

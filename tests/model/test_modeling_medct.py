@@ -527,6 +527,14 @@ def test_logits_are_never_rounded_by_autocast(model):
     assert torch.equal(logits, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_logits_of_embeddings_that_were_kept_in_another_precision_are_float32_or_better(model, dtype):
+    images, texts = torch.rand(4, 16).to(dtype), torch.rand(5, 16)
+    logits = model.get_logits(images, texts)
+    assert logits.dtype == torch.promote_types(dtype, torch.float32)
+    assert torch.allclose(logits.float(), model.get_logits(images.float(), texts))
+
+
 def test_the_classifiers_dropout_is_the_configurations(converted, batch):
     classifier = MedCTForImageClassification.from_pretrained(converted, classifier_dropout=0.5)
     with torch.no_grad():

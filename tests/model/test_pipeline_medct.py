@@ -22,9 +22,9 @@ from medct import (
     VolumeError,
     ZeroShotCTClassificationPipeline,
 )
-from medct.pipeline_medct import _LoadScan
+from medct.pipeline_medct import PromptError, _LoadScan
 from medct.publishing.push import push_adapter, push_model
-from medct.workers_medct import Place
+from medct.workers_medct import LoaderError, Place
 
 # One letter is one word of the small tokenizer.
 LABELS = ["a", "b", "c"]
@@ -208,11 +208,29 @@ def test_an_adapter_of_another_model_is_refused(model, processor, adapter):
         ({"prompt_templates": "{label}"}, "list of pairs"),
         ({"prompt_templates": [("{label}",)]}, "pair of sentences"),
         ({"prompt_templates": [("yes", "no")]}, "pair of sentences"),
+        ({"candidate_labels": 3}, "list of findings"),
+        ({"candidate_labels": ["one\ntwo"]}, "control character"),
+        ({"candidate_labels": {"one": 3}}, "are words, or pairs"),
+        ({"candidate_labels": {"one": []}}, "are words, or pairs"),
+        ({"candidate_labels": {"one": [3]}}, "are words, or pairs"),
+        ({"prompt_templates": 3}, "list of pairs"),
+        ({"prompt_templates": [3]}, "pair of sentences"),
+        ({"prompt_templates": [("{label}", 3)]}, "pair of sentences"),
     ],
 )
-def test_bad_prompts_are_refused(pipe, scans, options, reason):
-    with pytest.raises(ValueError, match=reason):
-        pipe(scans[0], **options)
+def test_bad_prompts_are_refused_before_a_scan_is_read(pipe, options, reason):
+    with pytest.raises(PromptError, match=reason):
+        pipe("no such scan", **options)
+
+
+def test_templates_may_come_one_by_one(pipe, scans):
+    pairs = [("{label}", "no {label}"), ("some {label}", "no {label} at all")]
+    assert pipe(scans[0], prompt_templates=iter(pairs)) == pipe(scans[0], prompt_templates=pairs)
+
+
+def test_fewer_processes_than_none_are_refused(pipe, scans):
+    with pytest.raises(LoaderError, match="`num_workers` is -1"):
+        pipe(scans[:1], num_workers=-1)
 
 
 def test_few_findings_are_given_where_few_are_wanted(pipe, scans):

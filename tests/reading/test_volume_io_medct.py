@@ -207,6 +207,9 @@ def test_bad_files_are_refused_in_one_line(make, reason, array, nifti, tmp_path)
 def test_other_bad_sources(array, tmp_path):
     with pytest.raises(VolumeError, match=r"missing.nii: it cannot be read \(No such file or directory\)"):
         read_volume(tmp_path / "missing.nii")
+    # Of a path that cannot even be looked up pathlib does not say that it is no folder.
+    with pytest.raises(VolumeError, match=r"it cannot be read \(File name too long\). Check the path."):
+        read_volume("scan" * 100)
     with pytest.raises(VolumeError, match="without a geometry"):
         read_volume(array)
     with pytest.raises(VolumeError, match=r"shape \(6, 7\)"):

@@ -261,3 +261,16 @@ def test_studies_that_are_left_out_are_remarked_on(settings, site, capsys):
     for name in ADAPTER_FILES:
         pushed = root.parent / "run" / name
         assert not pushed.is_file() or b".nii.gz" not in pushed.read_bytes(), "a file's name may be a patient's"
+
+
+@pytest.mark.parametrize("objective", ["contrastive", "both"])
+def test_reports_without_another_to_be_contrasted_with_are_refused(settings, objective, site, monkeypatch):
+    """Their loss is 0 from the first step to the last."""
+    root, table = site
+    monkeypatch.setattr("medct.train.Trainer.score_base", None)
+    settings = dataclasses.replace(settings, objective=objective, batch_size=1)
+    with pytest.raises(TrainingError, match=rf"--objective {objective} .* a step has one study. Pass a higher --acc"):
+        run(settings)
+    table.assign(report="Clear.").to_csv(root / "metadata.csv", index=False)
+    with pytest.raises(TrainingError, match="all of its reports are the same"):
+        run(dataclasses.replace(settings, data=str(root), accumulation_steps=2, output_dir=settings.output_dir + "2"))

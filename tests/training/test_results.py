@@ -91,7 +91,7 @@ def test_a_run_of_enough_patients_has_nothing_to_say():
 
 
 @pytest.mark.parametrize(
-    ("steps", "per_epoch", "changes", "remedy"),
+    ("steps", "batches", "changes", "remedy"),
     [
         (5, 5, {}, "Pass --epochs 10."),
         (14, 7, {"epochs": 2}, "Pass --epochs 8."),
@@ -99,18 +99,21 @@ def test_a_run_of_enough_patients_has_nothing_to_say():
         (3, 3, {"max_steps": 3}, "Pass --epochs 17 and a higher --max_steps than 3."),
         (3, 3, {"max_steps": 9}, "Pass --epochs 17 and a higher --max_steps than 9."),
         (30, 30, {"max_steps": 100}, "Pass --epochs 2."),
+        (18, 7, {"accumulation_steps": 4, "epochs": 11}, "Pass --epochs 29."),
         (FEW_STEPS, FEW_STEPS, {}, None),
     ],
 )
-def test_few_steps_are_remarked_on_with_what_to_do(steps, per_epoch, changes, remedy):
-    said = few_steps(steps, per_epoch, TrainingSettings(**changes))
+def test_few_steps_are_remarked_on_with_what_to_do(steps, batches, changes, remedy):
+    settings = TrainingSettings(**changes)
+    said = few_steps(steps, batches, settings)
     assert said is None if remedy is None else said.endswith(remedy)
     if remedy is not None:  # whoever does so hears no more of it
         flags = dict(re.findall(r"--(\w+)(?: than)? (\d+)", remedy))
-        epochs = int(flags.get("epochs", changes.get("epochs", 1)))
-        better = TrainingSettings(epochs=epochs, max_steps=None if "max_steps" in flags else changes.get("max_steps"))
-        steps = min(per_epoch * epochs, better.max_steps or math.inf)
-        assert few_steps(steps, per_epoch, better) is None
+        epochs = int(flags.get("epochs", settings.epochs))
+        max_steps = None if "max_steps" in flags else settings.max_steps
+        better = dataclasses.replace(settings, epochs=epochs, max_steps=max_steps)
+        steps = min(batches * epochs // settings.accumulation_steps, max_steps or math.inf)
+        assert few_steps(steps, batches, better) is None
 
 
 def test_what_is_worse_or_forgotten_is_remarked_on():

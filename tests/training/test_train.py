@@ -600,8 +600,13 @@ def test_number_of_steps(settings):
     assert number_of_steps(source, dataclasses.replace(settings, batch_size=8, epochs=3), processes=2) == 9
     assert number_of_steps(source, dataclasses.replace(settings, accumulation_steps=2), processes=2) == 3
     assert number_of_steps(source, dataclasses.replace(settings, max_steps=2), processes=1) == 2
+    # 7 batches a pass, so that steps of 4 begin in one pass and end in the next: 10 passes, not 10 of 4 batches each.
+    of_seven = dataclasses.replace(settings, batch_size=7, accumulation_steps=4, epochs=10)
+    assert number_of_steps(source, of_seven, processes=1) == 7 * 10 // 4
     with pytest.raises(TrainingError, match="50 training studies do not fill one step of 64"):
         number_of_steps(source, dataclasses.replace(settings, batch_size=64), processes=1)
+    with pytest.raises(TrainingError, match="Lower --batch_size, --accumulation_steps or the number of processes"):
+        number_of_steps(source, dataclasses.replace(settings, batch_size=1), processes=51)
 
 
 def test_the_optimizer_is_set_as_the_settings_say(settings, monkeypatch, tmp_path):
