@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import shutil
 import time
 import warnings
@@ -161,8 +162,11 @@ class History:
             step: Optimizer step.
             figures: Numbers by name.
         """
+        size = self.path.stat().st_size if self.path.exists() else 0
         try:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **figures}) + "\n")
         except OSError as error:
+            with contextlib.suppress(OSError):
+                os.truncate(self.path, size)  # half a line would spoil the next one
             warnings.warn(f"{self.path}: step {step} was not recorded ({error}); training continues.", stacklevel=2)
