@@ -220,7 +220,8 @@ def _layout(source: ByteSource, header: Any) -> tuple[tuple[int, ...], np.dtype,
         first = 0 if _is_pair(header) else int(header["sizeof_hdr"]) + 4
         offset = int(header["vox_offset"]) or first
     except Exception as error:  # as above
-        raise VolumeError(source.name, f"it is not a NIfTI file ({error})", _NO_NIFTI) from error
+        said = "its header gives no known type of numbers, or no place where its voxels begin"
+        raise VolumeError(source.name, said, COPY_AGAIN) from error
     if min(shape, default=0) <= 0 or not first <= offset <= _MAX_OFFSET:
         raise VolumeError(
             source.name,
