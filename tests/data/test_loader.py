@@ -130,8 +130,10 @@ def test_ranks_and_workers_see_each_study_once(processor, num_workers):
     assert sorted(parts[0] + parts[1]) == sorted(f"study-{key}" for key in range(23))
 
 
-@pytest.mark.parametrize("workers", [(0, 0), (2, 2), (2, 0), (0, 1)])
-@pytest.mark.parametrize("count", [1, 4, 6, 8])
+@pytest.mark.parametrize(
+    ("workers", "count"),
+    [*((workers, count) for workers in ((0, 0), (2, 2)) for count in (1, 4, 6, 8)), ((2, 0), 4), ((0, 1), 6)],
+)
 def test_a_resumed_run_gets_the_batch_that_would_have_come(processor, workers, count):
     source = make_source(23, bad=[3, 11])
     settings = {"max_bad_share": 0.2, "drop_last": True}
@@ -403,8 +405,7 @@ ENDS = {
 }
 
 
-@pytest.mark.parametrize("code", ENDS)
-@pytest.mark.parametrize("num_workers", [1, 3])
+@pytest.mark.parametrize(("code", "num_workers"), list(zip(ENDS, (1, 3, 1, 3), strict=True)))
 def test_a_loader_process_that_dies_costs_its_study_alone(processor, tmp_path, num_workers, code):
     deadly = [0, 7, 8, 19, 22]
     source = Source([(key,) for key in range(23)], Deadly(loading=deadly, code=code), NAMES, "23 tiny studies")
