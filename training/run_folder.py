@@ -2,16 +2,15 @@
 
 import contextlib
 import json
-import os
 import shutil
 import time
-import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from medct.common.files import (
     Reserve,
+    append_line,
     refuse_other_settings,
     refuse_taken,
     whole_folder,
@@ -156,17 +155,10 @@ class History:
         self.path = path
 
     def add(self, step: int, figures: dict[str, float]) -> None:
-        """Append a line; a full disk costs the line, not the run.
+        """Append a line.
 
         Args:
             step: Optimizer step.
             figures: Numbers by name.
         """
-        size = self.path.stat().st_size if self.path.exists() else 0
-        try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, **figures}) + "\n")
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                os.truncate(self.path, size)  # half a line would spoil the next one
-            warnings.warn(f"{self.path}: step {step} was not recorded ({error}); training continues.", stacklevel=2)
+        append_line(self.path, json.dumps({"step": step, **figures}), f"step {step}")

@@ -397,6 +397,19 @@ class UnpicklableError(Exception):
         super().__init__(f"{one} and {two}")
 
 
+def test_a_full_disk_costs_the_line_of_a_bad_study_and_not_the_run(processor, tmp_path):
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    loader = make_loader(processor, make_source(23, bad=[3]), bad_samples_file=tmp_path / "bad.jsonl")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
+    try:
+        with pytest.warns(UserWarning, match="study-3 was not recorded"):
+            assert len(all_of(loader)) == 22
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (loader.num_bad, (tmp_path / "bad.jsonl").read_text(encoding="utf-8")) == (1, "")
+
+
 ENDS = {
     -signal.SIGKILL: r"was killed by SIGKILL \(perhaps the machine's memory was full\)",
     -signal.SIGSEGV: "was killed by SIGSEGV",

@@ -65,20 +65,6 @@ def test_history_beyond_the_step_that_is_gone_on_from_is_dropped(tmp_path):
     assert [(line["step"], line["loss"]) for line in lines] == [(1, 1), (2, 2), (10, 10), (11, 0.0)]
 
 
-def test_a_full_disk_costs_one_line_of_the_history(tmp_path):
-    resource = pytest.importorskip("resource")
-    history, limits = History(tmp_path / "history.jsonl", 0), resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))  # of a line only its beginning has room
-    try:
-        with pytest.warns(UserWarning, match="step 1 was not recorded"):
-            history.add(1, {"loss": 0.5})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    history.add(2, {"loss": 0.25})
-    History(tmp_path / "history.jsonl", 2)
-    assert (tmp_path / "history.jsonl").read_text(encoding="utf-8") == '{"step": 2, "loss": 0.25}\n'
-
-
 @pytest.mark.parametrize("others", [{"rank": 8}, {"rank": 4, "processes": 2}, {}])
 def test_another_run_is_not_gone_on_with(folder, others):
     folder.claim({"rank": 4})
