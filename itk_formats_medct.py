@@ -135,9 +135,6 @@ class ZlibFile(io.RawIOBase):
     def __init__(self, file: BinaryIO):
         self._file, self._inflater = file, zlib.decompressobj(zlib.MAX_WBITS | 32)
 
-    def readable(self) -> bool:
-        return True
-
     def readinto(self, buffer: Any) -> int:
         while not self._inflater.eof:
             packed = self._inflater.unconsumed_tail or self._file.read(2**16)

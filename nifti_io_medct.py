@@ -220,7 +220,8 @@ def _layout(source: ByteSource, header: Any) -> tuple[tuple[int, ...], np.dtype,
         first = 0 if _is_pair(header) else int(header["sizeof_hdr"]) + 4
         offset = int(header["vox_offset"]) or first
     except Exception as error:  # as above
-        raise VolumeError(source.name, f"it is not a NIfTI file ({error})", _NO_NIFTI) from error
+        said = "its header gives no known type of numbers, or no place where its voxels begin"
+        raise VolumeError(source.name, said, COPY_AGAIN) from error
     if min(shape, default=0) <= 0 or not first <= offset <= _MAX_OFFSET:
         raise VolumeError(
             source.name,
@@ -287,35 +288,28 @@ def header_affine(
     if affine is not None:
         return affine, ()
     with np.errstate(all="ignore"):
-        try:
-            has_qform, has_sform = int(header["qform_code"]) != 0, int(header["sform_code"]) != 0
-            if not has_qform and not has_sform:
-                raise VolumeError(source, "its header holds no orientation", "Pass the `affine=` of the scan")
-            zooms = _zooms(header)
-            if not has_sform and not (zooms > 0).all():
-                raise VolumeError(
-                    source, f"its spacing is {tuple(zooms.tolist())} mm", "Correct the header, or pass `affine=`"
-                )
-            qform = _qform(header) if has_qform else None
-            best = np.asarray(header.get_sform(), float) if has_sform else qform
-            if best is None:
-                raise VolumeError(
-                    source, "its orientation cannot be read (the quaternion is longer than 1)", "Pass `affine=`"
-                )
-            unit_mm = _unit_mm(source, header)
-            best = np.diag([unit_mm, unit_mm, unit_mm, 1.0]) @ best
-            check_affine(source, best)
-            notes = [] if unit_mm == 1 else ["its unit was converted to mm"]
-            if has_sform:
-                notes += _remarks(best, has_qform, qform, zooms * unit_mm, unit_mm, shape)
-                best = _with_written_spacing(best, zooms * unit_mm, shape)
-            return best, tuple(notes)
-        except VolumeError:
-            raise
-        except Exception as error:  # as above
+        has_qform, has_sform = int(header["qform_code"]) != 0, int(header["sform_code"]) != 0
+        if not has_qform and not has_sform:
+            raise VolumeError(source, "its header holds no orientation", "Pass the `affine=` of the scan")
+        zooms = _zooms(header)
+        if not has_sform and not (zooms > 0).all():
             raise VolumeError(
-                source, f"its orientation cannot be read ({error})", "Correct the header, or pass `affine=`"
-            ) from error
+                source, f"its spacing is {tuple(zooms.tolist())} mm", "Correct the header, or pass `affine=`"
+            )
+        qform = _qform(header) if has_qform else None
+        best = np.asarray(header.get_sform(), float) if has_sform else qform
+        if best is None:
+            raise VolumeError(
+                source, "its orientation cannot be read (the quaternion is longer than 1)", "Pass `affine=`"
+            )
+        unit_mm = _unit_mm(source, header)
+        best = np.diag([unit_mm, unit_mm, unit_mm, 1.0]) @ best
+        check_affine(source, best)
+        notes = [] if unit_mm == 1 else ["its unit was converted to mm"]
+        if has_sform:
+            notes += _remarks(best, has_qform, qform, zooms * unit_mm, unit_mm, shape)
+            best = _with_written_spacing(best, zooms * unit_mm, shape)
+        return best, tuple(notes)
 
 
 def _unit_mm(source: str, header: Any) -> float:

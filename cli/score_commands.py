@@ -381,9 +381,10 @@ def _tell_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> int:
     same, changed = changed_figures(before, now)
     print(f"\nrepeated: {same} figures are the same to the last digit, {len(changed)} are not")
     for each in sorted(changed, key=lambda each: each["digits"])[:_MOST_SHOWN]:
-        print(f"  {each['figure']}: {each['before']}, now {each['now']} ({each['digits']} digits agree)")
+        agree = counted(each["digits"], "digit agrees", "digits agree")
+        print(f"  {each['figure']}: {each['before']}, now {each['now']} ({agree})")
     if len(changed) > _MOST_SHOWN:
-        print(f"  and {len(changed) - _MOST_SHOWN} more, of which more digits agree")
+        print(f"  and {len(changed) - _MOST_SHOWN} more, of which no fewer digits agree")
     differing = reasons(before["provenance"], now["provenance"])
     for reason in differing:
         print(f"  differs: {reason}")

@@ -9,6 +9,7 @@ import os
 import secrets
 import shutil
 import textwrap
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -222,6 +223,26 @@ def write_text(path: str | os.PathLike, text: str) -> None:
     """
     with whole_file(path) as aside:
         aside.write_text(text, encoding="utf-8")
+
+
+def append_line(path: Path, line: str, what: str) -> None:
+    """Append a line, whole or not at all, since half a line would spoil the next one.
+
+    A full disk costs the line, with a warning, and not the run that it is about.
+
+    Args:
+        path: File to make or add to.
+        line: Without its end.
+        what: What it is about, for the warning.
+    """
+    size = path.stat().st_size if path.exists() else 0
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(f"{line}\n")
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.truncate(path, size)
+        warnings.warn(f"{path}: {what} was not recorded ({error}); the run continues.", stacklevel=3)
 
 
 def write_json(path: str | os.PathLike, content: Any, **options: Any) -> None:

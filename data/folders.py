@@ -194,8 +194,6 @@ def _explained(address: str) -> Iterator[None]:
     """Turn the Hub client's errors into one sentence with a remedy."""
     try:
         yield
-    except RemoteEntryNotFoundError:
-        raise
     except GatedRepoError as error:
         page = address.replace("hf://", f"{constants.ENDPOINT}/", 1)
         raise DataError(

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from medct.common.files import append_line
 from medct.data.prepared import PreparedVolume
 from medct.data.sources import DataError, Row, Skipped, Source, read_study, too_many_bad
 from medct.errors_medct import said_of
@@ -214,10 +215,9 @@ class StudyLoader:
     def _list(self, bad: Skipped, path: Path) -> None:
         """Append a line unless the study has one; lines are few and other processes write too: the file is searched."""
         head = json.dumps({"id": bad.id})[:-1] + ","
-        with path.open("a+", encoding="utf-8") as file:
-            file.seek(0)
-            if not any(line.startswith(head) for line in file):
-                file.write(json.dumps({"id": bad.id, "reason": bad.reason, "epoch": self.epoch}) + "\n")
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else ()
+        if not any(line.startswith(head) for line in lines):
+            append_line(path, json.dumps({"id": bad.id, "reason": bad.reason, "epoch": self.epoch}), bad.id)
 
     def state_dict(self) -> dict[str, Any]:
         """The position in the pass after the last batch; picklable."""

@@ -12,10 +12,11 @@ column, each study is a patient of its own.
 """
 
 import contextlib
+import os
 import posixpath
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import fsspec
@@ -272,12 +273,13 @@ def parquet_source(
     split_of = {path: split for split, paths in files.items() for path in paths}
     paths = tuple(split_of)
     tables, columns = [], set()
-    for number, path in enumerate(paths):
-        table, column = _light_columns(path, number, options, label_names)
+    for number, (path, name) in enumerate(zip(paths, _short_names(paths), strict=True)):
+        table, column = _light_columns(path, name, number, options, label_names)
         tables.append(table.assign(split=split_of[path] if len(files) > 1 else table.get("split", "")))
         columns.add(column)
     if len(columns) != 1:
-        raise DataError(f"{address}: the volume columns of its files differ ({', '.join(sorted(columns))}).")
+        differing = ", ".join(sorted(columns))
+        raise DataError(f"{address}: the volume columns of its files differ ({differing}). Call them alike.")
     table = tidy(merge_doubles(pd.concat(tables, ignore_index=True), "id", address, SUBGROUPS), label_names, address)
     chosen, how, elsewhere = choose_split(table, selection, address)
     volumes = ParquetVolumes(paths, columns.pop(), options)
@@ -305,8 +307,16 @@ def _data_files(address: str, revision: str | None, token: str | None) -> dict[s
     return {str(split): [str(path) for path in paths] for split, paths in builder.config.data_files.items()}
 
 
+def _short_names(paths: Sequence[str]) -> list[str]:
+    """What to call files: by their names alone or, if some have the same, with the folders in which they differ."""
+    names = [PurePath(path).name for path in paths]
+    if len(set(names)) == len(names):
+        return names
+    return [PurePath(path).relative_to(os.path.commonpath(paths)).as_posix() for path in paths]
+
+
 def _light_columns(
-    path: str, number: int, options: dict[str, Any], label_names: Sequence[str]
+    path: str, short_name: str, number: int, options: dict[str, Any], label_names: Sequence[str]
 ) -> tuple[pd.DataFrame, str]:
     """All columns of a Parquet file but the volumes, with where each volume lies; and the name of their column."""
     try:
@@ -328,7 +338,7 @@ def _light_columns(
     cells = [(number, group, row) for group, size in enumerate(sizes) for row in range(size)]
     names = next((table[name].astype(str) for name in ID_COLUMNS if name in table), None)
     if names is None:
-        names = [f"{Path(path).name}, row {row}" for row in range(len(cells))]
+        names = [f"{short_name}, row {row}" for row in range(len(cells))]
     text = {name: table[name].fillna("").astype(str) for name in table if name not in label_names}
     return table.assign(**text).assign(id=names, volume=cells), column
 

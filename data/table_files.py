@@ -29,6 +29,7 @@ from medct.common.formulas import of_text
 from medct.data.sources import DataError
 from medct.data.study_names import composed
 from medct.errors_medct import first_line
+from medct.volume_medct import VolumeError
 
 SUFFIXES = (".csv", ".xlsx")
 _SEPARATORS = ",;\t"
@@ -147,12 +148,14 @@ def _count(header: Sequence[str], wanted: Sequence[str]) -> int:
 
 
 def _sheet(path: Path, wanted: Sequence[str], name: str) -> Iterator[list[str]]:
-    of_zip(of_path(path)[0])  # refuses what would unpack to gigabytes
     status = path.stat()
     try:
+        of_zip(of_path(path)[0])  # refuses what would unpack to gigabytes
         texts = _sheets(path, (status.st_ino, status.st_size, status.st_mtime_ns))
     except DataError as error:
         raise DataError(f"{name}: {error}") from error
+    except VolumeError as error:
+        raise DataError(f"{name}: an Excel file that cannot be unpacked: {error.reason}. {_AS_CSV}.") from error
     except ImportError as error:
         raise DataError(f"{name}: an Excel file, which needs openpyxl: pip install openpyxl. Or: {_AS_CSV}.") from error
     except Exception as error:  # openpyxl raises those of zipfile, XML and its own
@@ -170,7 +173,8 @@ def _sheets(path: Path, state: tuple[int, ...]) -> list[list[list[str]]]:
     """
     from openpyxl import load_workbook
 
-    found = load_workbook(path, data_only=True).worksheets
+    with path.open("rb") as file:  # by its path, openpyxl would refuse one of another suffix
+        found = load_workbook(file, data_only=True).worksheets
     for sheet in found:
         if sheet.max_row * sheet.max_column > _MOST_CELLS:
             raise DataError(

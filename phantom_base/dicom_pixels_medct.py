@@ -286,8 +286,6 @@ def hu_of(one: Slice, cache: dict[ByteSource, Any]) -> tuple[np.ndarray, int]:
         raise
     except Exception as error:  # of many kinds
         raise VolumeError(one.name, f"its pixels cannot be decoded ({type(error).__name__})", AGAIN) from None
-    if stored.shape != one.pixels.shape:
-        raise VolumeError(one.name, f"its pixels have shape {stored.shape} instead of {one.pixels.shape}", AGAIN)
     hu = _scaled(stored, one.slope, one.intercept)
     if (padding := one.pixels.padding) is None:
         return hu, 0

@@ -33,7 +33,7 @@ from .snapshots_medct import Snapshot
 
 # Roots and quotients of scales are rounded.
 _STRENGTH_ROUNDING = 1e-6
-_OF_PUSHES = ("commit_message", "create_pr", "private", "repo_id")
+OF_PUSHES = ("commit_message", "create_pr", "private", "repo_id")
 _REPORTS = logging.getLogger("transformers.integrations.peft")
 
 
@@ -234,7 +234,7 @@ class MedCTAdapterMixin:
             return super().save_pretrained(*args, **kwargs)
         # An adapter is saved, and nothing else; transformers would push it before all that belongs to it is there.
         is_pushed = kwargs.pop("push_to_hub", False) and kwargs.get("is_main_process", True)
-        pushing = {name: kwargs.pop(name) for name in _OF_PUSHES if name in kwargs}
+        pushing = {name: kwargs.pop(name) for name in OF_PUSHES if name in kwargs}
         saved = super().save_pretrained(*args, **kwargs)
         folder = Path(args[0] if args else kwargs["save_directory"])
         self._write_description(folder)

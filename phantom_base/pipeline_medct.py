@@ -15,6 +15,7 @@ from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from .errors_medct import MedCTError, first_line, said_of
 from .image_processing_medct import MedCTImageProcessor, is_column
 from .kernels_medct import row_dtype
 from .modeling_medct import zero_shot_probabilities
+from .peft_medct import OF_PUSHES
 from .processing_medct import MedCTProcessor
 from .resampling_medct import ScanPart
 from .snapshots_medct import Snapshot, state_of
@@ -326,9 +328,14 @@ class CTPipeline(Pipeline):
         return description_in_use(self.model)
 
     def save_pretrained(self, save_directory: str, **kwargs) -> None:
-        """Save model and processor; the library's own method would leave out the processor."""
+        """Save model and processor, and push both if asked to; the library's own method would leave out the latter."""
+        is_pushed = kwargs.pop("push_to_hub", False)
+        pushing = {name: kwargs.pop(name) for name in OF_PUSHES if name in kwargs}
         self.model.save_pretrained(save_directory, **kwargs)
         self.processor.save_pretrained(save_directory)
+        if is_pushed:
+            repo_id = pushing.pop("repo_id", Path(save_directory).name)
+            self.push_to_hub(repo_id, token=kwargs.get("token"), **pushing)
 
 
 class ZeroShotCTClassificationPipeline(CTPipeline):

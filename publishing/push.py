@@ -33,7 +33,7 @@ from medct.common.output import as_word
 from medct.common.paths import find_paths, without_paths
 from medct.common.retry import keep_trying
 from medct.common.run_files import RESULTS, TRAIN_CONFIG
-from medct.errors_medct import MedCTError, first_line
+from medct.errors_medct import MedCTError
 from medct.publishing.cards import (
     GENERATED,
     PICTURES,
@@ -165,7 +165,8 @@ def push_shards(folder: Path, repo_id: str) -> str:
     """
     api = HfApi()
     _refuse_paths(folder, {path.name: path for path in _chosen(folder, ("README.md", "manifest.json"))})
-    try:
+
+    def upload() -> None:
         api.create_repo(repo_id, repo_type="dataset", private=True, exist_ok=True)
         if not api.repo_info(repo_id, repo_type="dataset").private:
             raise PushError(
@@ -178,12 +179,8 @@ def push_shards(folder: Path, repo_id: str) -> str:
             allow_patterns=list(SHARD_FILES),
             commit_message="Prepared shards",
         )
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        if isinstance(error, PushError):
-            raise
-        raise PushError(
-            f"{repo_id}: not uploaded ({first_line(error)}). Check the name and `hf auth login`, then start again."
-        ) from error
+
+    _try_hard(upload, repo_id, f"{folder} is intact; the same command sends the rest.")
     return f"hf://datasets/{repo_id}"
 
 
@@ -307,24 +304,29 @@ class _Job:
         return self.try_hard(commit)
 
     def try_hard(self, act: Callable[[], Answer]) -> Answer:
-        """Call a function, and retry when the Hub or the network fails temporarily.
+        """As `_try_hard`; the error names the command that finishes the push."""
+        return _try_hard(act, self.repo_id, f"{self.folder} is intact; finish with: {self.command}")
 
-        Raises:
-            PushError: If it cannot be done, or the attempts are used up; it names the command that finishes the push.
-        """
 
-        def tell(error: Exception, wait_s: float) -> None:
-            print(f"{_reason(error)}; retrying in {wait_s:g} s", file=sys.stderr)
+def _try_hard(act: Callable[[], Answer], repo_id: str, remedy: str) -> Answer:
+    """Call a function, and retry when the Hub or the network fails temporarily.
 
-        try:
-            return keep_trying(act, _passing, WAITS_S, tell)
-        except PushError:
-            raise
-        # LFS uploads wrap their errors in RuntimeError; the client raises ValueError for a bad card or name.
-        except (OSError, RuntimeError, ValueError, httpx2.HTTPError) as error:
-            # With a bad card or name, the same command would fail again.
-            remedy = "" if _is_worded(error) else f" {self.folder} is intact; finish with: {self.command}"
-            raise PushError(f"Pushing to {self.repo_id} failed: {_reason(error)}.{remedy}") from error
+    Raises:
+        PushError: If it cannot be done, or the attempts are used up.
+    """
+
+    def tell(error: Exception, wait_s: float) -> None:
+        print(f"{_reason(error)}; retrying in {wait_s:g} s", file=sys.stderr)
+
+    try:
+        return keep_trying(act, _passing, WAITS_S, tell)
+    except PushError:
+        raise
+    # LFS uploads wrap their errors in RuntimeError; the client raises ValueError for a bad card or name.
+    except (OSError, RuntimeError, ValueError, httpx2.HTTPError) as error:
+        # With a bad card or name, the same command would fail again.
+        remedy = "" if _is_worded(error) else f" {remedy}"
+        raise PushError(f"Pushing to {repo_id} failed: {_reason(error)}.{remedy}") from error
 
 
 def _chain(error: BaseException) -> list[BaseException]:

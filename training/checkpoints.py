@@ -124,8 +124,6 @@ class Checkpoints:
         """Write a checkpoint; if that fails, as on a full disk, warn, keep the older ones and return False."""
         aside = self.folder / f".step-{state.step:08d}.partial"
         final = self.folder / f"step-{state.step:08d}"
-        if final.exists():
-            return True
         failure = self._attempt(lambda: self._make_aside(aside))
         failure = failure or self._attempt(lambda: self._write_part(aside, state))
         if failure:
@@ -207,8 +205,6 @@ def _to_json(value: Any) -> Any:
     match value:
         case np.ndarray():
             return {"$array": [str(value.dtype), value.tolist()]}
-        case np.generic():
-            return value.item()
         case tuple():
             return {"$tuple": [_to_json(item) for item in value]}
         case list():

@@ -4,13 +4,13 @@ import contextlib
 import json
 import shutil
 import time
-import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from medct.common.files import (
     Reserve,
+    append_line,
     refuse_other_settings,
     refuse_taken,
     whole_folder,
@@ -155,14 +155,10 @@ class History:
         self.path = path
 
     def add(self, step: int, figures: dict[str, float]) -> None:
-        """Append a line; a full disk costs the line, not the run.
+        """Append a line.
 
         Args:
             step: Optimizer step.
             figures: Numbers by name.
         """
-        try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, **figures}) + "\n")
-        except OSError as error:
-            warnings.warn(f"{self.path}: step {step} was not recorded ({error}); training continues.", stacklevel=2)
+        append_line(self.path, json.dumps({"step": step, **figures}), f"step {step}")

@@ -289,6 +289,15 @@ def test_a_run_is_repeated_to_the_digit(run, folder, converted, tmp_path):
     assert "differs: settings data: ['moved'], now " in out
 
 
+def test_of_many_changed_figures_those_that_agree_least_are_shown(capsys):
+    before, now = ({"sources": [dict.fromkeys(map(str, range(12)), value)], "provenance": {}} for value in (0.78, 0.8))
+    assert score_commands._tell_changes(before, now) == 1
+    out = capsys.readouterr().out
+    assert out.count("source 1: ") == 10 and "source 1: 0: 0.78, now 0.8 (1 digit agrees)\n" in out
+    assert "\n  and 2 more, of which no fewer digits agree\n" in out
+    assert out.endswith("nothing that is recorded differs, so the computation itself is not repeatable here\n")
+
+
 @pytest.mark.parametrize("change", [{}, {"fingerprint": "b"}, {"adapter_fingerprint": "b"}, {"prompts": {"x": "y"}}])
 def test_recorded_points_are_for_the_weights_and_words_that_they_were_chosen_with(change):
     about = {"fingerprint": "a", "adapter_fingerprint": "a", "prompt_templates": [], "prompts": {}}

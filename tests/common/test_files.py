@@ -13,6 +13,7 @@ from medct.common.errors import FAILED, _end_of
 from medct.common.files import (
     OtherSettingsError,
     Reserve,
+    append_line,
     flush_to_disk,
     refuse_other_settings,
     whole_file,
@@ -262,3 +263,17 @@ def test_an_output_is_added_to_by_releases_that_give_the_same_numbers(theirs, ou
         refuse_other_settings(Path("out"), before, with_version({"rank": 4}))
     with pytest.raises(OtherSettingsError, match=refused or "rank 4, not 8"):
         refuse_other_settings(Path("out"), before, with_version({"rank": 8}))
+
+
+def test_a_full_disk_costs_the_line_that_has_no_room(tmp_path):
+    resource = pytest.importorskip("resource")
+    path, limits = tmp_path / "lines", resource.getrlimit(resource.RLIMIT_FSIZE)
+    append_line(path, "first", "1")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))  # of the next one only the beginning has room
+    try:
+        with pytest.warns(UserWarning, match="lines: step 2 was not recorded .* the run continues"):
+            append_line(path, "second", "step 2")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    append_line(path, "third", "3")
+    assert path.read_text(encoding="utf-8") == "first\nthird\n"

@@ -130,8 +130,10 @@ def test_ranks_and_workers_see_each_study_once(processor, num_workers):
     assert sorted(parts[0] + parts[1]) == sorted(f"study-{key}" for key in range(23))
 
 
-@pytest.mark.parametrize("workers", [(0, 0), (2, 2), (2, 0), (0, 1)])
-@pytest.mark.parametrize("count", [1, 4, 6, 8])
+@pytest.mark.parametrize(
+    ("workers", "count"),
+    [*((workers, count) for workers in ((0, 0), (2, 2)) for count in (1, 4, 6, 8)), ((2, 0), 4), ((0, 1), 6)],
+)
 def test_a_resumed_run_gets_the_batch_that_would_have_come(processor, workers, count):
     source = make_source(23, bad=[3, 11])
     settings = {"max_bad_share": 0.2, "drop_last": True}
@@ -395,6 +397,19 @@ class UnpicklableError(Exception):
         super().__init__(f"{one} and {two}")
 
 
+def test_a_full_disk_costs_the_line_of_a_bad_study_and_not_the_run(processor, tmp_path):
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    loader = make_loader(processor, make_source(23, bad=[3]), bad_samples_file=tmp_path / "bad.jsonl")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
+    try:
+        with pytest.warns(UserWarning, match="study-3 was not recorded"):
+            assert len(all_of(loader)) == 22
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (loader.num_bad, (tmp_path / "bad.jsonl").read_text(encoding="utf-8")) == (1, "")
+
+
 ENDS = {
     -signal.SIGKILL: r"was killed by SIGKILL \(perhaps the machine's memory was full\)",
     -signal.SIGSEGV: "was killed by SIGSEGV",
@@ -403,8 +418,7 @@ ENDS = {
 }
 
 
-@pytest.mark.parametrize("code", ENDS)
-@pytest.mark.parametrize("num_workers", [1, 3])
+@pytest.mark.parametrize(("code", "num_workers"), list(zip(ENDS, (1, 3, 1, 3), strict=True)))
 def test_a_loader_process_that_dies_costs_its_study_alone(processor, tmp_path, num_workers, code):
     deadly = [0, 7, 8, 19, 22]
     source = Source([(key,) for key in range(23)], Deadly(loading=deadly, code=code), NAMES, "23 tiny studies")

@@ -269,6 +269,20 @@ def test_a_folder_of_parquet_files(tmp_path):
     assert names_of(tmp_path / "set", "valid") == {"study20", "study21"}
 
 
+@pytest.mark.parametrize(
+    ("train", "test", "named"),
+    [
+        ("train.parquet", "test.parquet", "test.parquet, row 1"),
+        ("train/scans.parquet", "test/scans.parquet", "test/scans.parquet, row 1"),
+    ],
+)
+def test_rows_of_parquet_files_without_names_are_told_apart(train, test, named, tmp_path):
+    for path, first in ((tmp_path / "set" / train, 10), (tmp_path / "set" / test, 20)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        nifti_dataset(tmp_path, 2, first).remove_columns("id").to_parquet(str(path))
+    assert names_of(tmp_path / "set", "valid") == {named, named.replace("row 1", "row 0")}
+
+
 def test_a_class_is_read_by_its_name(tmp_path):
     """`class_encode_column` numbers words in the order of the alphabet: "ja" is 0, and so present."""
     words, path = {-1: math.nan, 0: 1.0, 1: 0.0}, str(tmp_path / "scans.parquet")
@@ -330,6 +344,11 @@ def test_what_is_not_a_source_is_refused(tmp_path):
     nifti_dataset(tmp_path, 3).rename_column("id", "PatientID").to_parquet(str(tmp_path / "patients.parquet"))
     with pytest.raises(DataError, match="a column 'PatientID', which is read if it is called 'patient'"):
         open_source(str(tmp_path / "patients.parquet"), "train", CONFIG)
+    (tmp_path / "two").mkdir()
+    nifti_dataset(tmp_path, 3).to_parquet(str(tmp_path / "two/train.parquet"))
+    nifti_dataset(tmp_path, 3, 3).rename_column("scan", "volume").to_parquet(str(tmp_path / "two/test.parquet"))
+    with pytest.raises(DataError, match=r"volume columns of its files differ \(scan, volume\)\. Call them alike"):
+        open_source(str(tmp_path / "two"), "train", CONFIG)
     (tmp_path / "broken.parquet").write_bytes(b"PAR1")
     with pytest.raises(DataError, match="not a readable Parquet file"):
         open_source(str(tmp_path / "broken.parquet"), "train", CONFIG)

@@ -150,6 +150,12 @@ def test_any_division_gives_the_same_files(folder, tmp_path, config, sources):
     assert contents(tmp_path) == contents(folder)
 
 
+def test_shards_of_another_version_are_refused(tmp_path):
+    (tmp_path / "manifest.json").write_text('{"format": 1}', encoding="utf-8")
+    with pytest.raises(DataError, match=r"these shards are of another version\. Prepare the source again\."):
+        read_manifest(str(tmp_path))
+
+
 def test_a_stopped_run_is_resumed(folder, tmp_path, config, sources, monkeypatch):
     written = []
     write_table = parquet.ParquetWriter.write_table

@@ -57,6 +57,17 @@ def test_a_private_dataset_on_the_hub_streams_back(hub, folder, config, tmp_path
     assert sorted(bare.stdout.splitlines()) == sorted(sums), bare.stderr
 
 
+def test_shards_are_sent_although_the_network_fails_or_it_is_said_what_to_do(hub, folder, monkeypatch):
+    hub.connect(monkeypatch)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    hub.cut_answer("POST /api/repos/create")
+    push_shards(folder, "org/scans")
+    assert "manifest.json" in hub.files("org/scans", "dataset")
+    hub.cut_answer("POST /api/repos/create", times=1000)
+    with pytest.raises(PushError, match=rf"Pushing to org/scans failed: .* {folder} is intact; the same command sends"):
+        push_shards(folder, "org/scans")
+
+
 @pytest.fixture
 def on_the_hub(hub, folder, monkeypatch, tmp_path):
     """The shards as `hf://datasets/org/scans`, and waits that take no time."""

@@ -4,6 +4,7 @@ import csv
 import unicodedata
 import zipfile
 
+import damage
 import openpyxl
 import pytest
 from openpyxl import Workbook
@@ -45,8 +46,10 @@ def test_any_separator_gives_the_same(tmp_path, separator, encoding):
     assert columns_of(path) == HEADER
 
 
-def test_a_sheet_gives_the_same(tmp_path):
-    path = write_xlsx(tmp_path / "table.xlsx", [["Notes"], ["of somebody"]], [HEADER, *ROWS, [None, None, None]])
+@pytest.mark.parametrize("name", ["table.xlsx", "renamed.csv"])
+def test_a_sheet_gives_the_same(name, tmp_path):
+    sheets = [["Notes"], ["of somebody"]], [HEADER, *ROWS, [None, None, None]]
+    path = write_xlsx(tmp_path / "table.xlsx", *sheets).rename(tmp_path / name)
     assert cells(read_table(path, COLUMNS, ["report"])) == ROWS
 
 
@@ -106,7 +109,11 @@ def test_rows_that_are_shorter_or_empty(tmp_path):
             b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1",
             "an old or encrypted Excel file, which is not read. In Excel",
         ),
-        (b"PK\x03\x04 cut off", "zip archive is damaged"),
+        (
+            b"PK\x03\x04 cut off",
+            r"an Excel file that cannot be unpacked: the zip archive is damaged \(BadZipFile\)\. In Excel, save it as",
+        ),
+        (damage.zipped([b"no workbook"]), r"a damaged Excel file \(KeyError\)\. In Excel, save it"),
     ],
 )
 def test_what_cannot_be_told_is_refused(tmp_path, content, message):

@@ -334,6 +334,13 @@ print(json.dumps([results, adapted(scans[0])]))
 """
 
 
+def test_a_pipeline_is_pushed_with_all_that_it_was_saved_with(hub, pipe, monkeypatch, tmp_path):
+    hub.connect(monkeypatch)
+    pipe.save_pretrained(tmp_path / "saved", push_to_hub=True, repo_id="org/saved", private=True, max_shard_size="1GB")
+    assert {path.name for path in (tmp_path / "saved").iterdir()} <= set(hub.files("org/saved"))
+    assert hub.repo("model", "org/saved").private
+
+
 def test_a_process_without_medct_runs_it_from_the_hub_and_from_a_folder(
     hub, pipe, converted, adapter, processor, scans, tmp_path, monkeypatch
 ):

@@ -199,6 +199,13 @@ def test_a_hole_in_run_lengths_is_noticed_where_a_length_lay(stored):
     assert refused > 50
 
 
+def test_run_lengths_may_hold_bytes_that_mean_nothing(stored):
+    bytes_of = (stored >> 8).astype(np.uint8), stored.astype(np.uint8)
+    segments = [b"".join(b"\x80" + bytes([35]) + row.tobytes() for row in part) for part in bytes_of]
+    stream = struct.pack("<16I", 2, 64, 64 + len(segments[0]), *[0] * 13) + b"".join(segments)
+    assert np.array_equal(decode_rle(stream, SHAPE, 16), stored)
+
+
 @pytest.mark.parametrize(
     ("at", "value", "reason"), [(0, 3, "3 bytes each"), (4, 65, "segments"), (8, 64, "segments"), (12, 5, "segments")]
 )
@@ -214,6 +221,25 @@ def test_a_damaged_header_of_run_lengths_is_refused(at, value, reason, stored):
 # ---------------------------------------------------------------------------------------------------------------------
 # Through the reader
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", ["of the box", "to the end", "in eight bytes"])
+def test_jpeg_2000_is_read_in_a_file_of_its_own(length, tmp_path):
+    def box(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", 8 + len(content)) + kind + content
+
+    def wrap(ds, k):
+        scan_files.compress(JPEG2000Lossless)(ds)
+        (code,) = damage.frames_of(ds)
+        colours = box(b"ihdr", struct.pack(">2IH4B", *SHAPE, 1, 15, 7, 0, 0)) + box(b"colr", b"\1\0\0\0\0\0\x11")
+        head = box(b"jP  ", b"\r\n\x87\n") + box(b"ftyp", b"jp2 \0\0\0\0jp2 ") + box(b"jp2h", colours)
+        last = {"of the box": box(b"jp2c", code), "to the end": bytes(4) + b"jp2c" + code}
+        last["in eight bytes"] = struct.pack(">I4sQ", 1, b"jp2c", 16 + len(code)) + code
+        ds.PixelData = encapsulate([head + last[length]])
+        ds["PixelData"].is_undefined_length = True
+
+    hu = scan_files.make_hu((3, *SHAPE))
+    assert np.array_equal(read_volume(scan_files.write_series(tmp_path, hu, wrap)).array, hu.T)
 
 
 @pytest.mark.parametrize("syntax", [RLELossless, JPEGLSLossless, JPEGLosslessSV1, JPEGBaseline8Bit])

@@ -8,7 +8,7 @@ import pytest
 import SimpleITK
 from scan_files import make_hu
 
-from medct import VolumeError, VolumeWarning, read_volume
+from medct import VolumeError, VolumeWarning, itk_formats_medct, read_volume
 
 DIRECTIONS = np.array([[0.7, 0, 0], [0, 0.8, 0], [0, 0, 2.5]])
 ORIGIN = np.array([-10.0, 20.0, 30.0])
@@ -114,6 +114,12 @@ def test_quantized_values_are_read_where_the_caller_says_what_they_stand_for(arr
         ({"data_file": "../../etc/passwd"}, "lie in other files"),
         ({"data_file": "LIST"}, "list of files"),
         ({"space_origin": "(0,0,0"}, "not give three `space directions`"),
+        ({"line_skip": "two"}, "NRRD header is damaged"),
+        ({"old_min": "low", "old_max": "9"}, "old min does not hold the numbers"),
+        ({"old_min": "-1,5", "old_max": "9"}, "old min is written with decimal commas"),
+        ({"encoding": "gzip", "byte_skip": "9"}, "compressed stream is damaged"),
+        ({"content": "long\n" + 10_000 * "#\n"}, "header has no end"),
+        ({"content": 2**20 * "x"}, "header has no end"),
     ],
 )
 def test_bad_nrrd(changes, reason, array, tmp_path):
@@ -152,6 +158,13 @@ def test_what_an_nrrd_header_says_twice(name, value, is_said_again, array):
 def test_nrrd_text_is_sound(array, tmp_path):
     (tmp_path / "scan.nrrd").write_bytes(nrrd_text(array))
     assert np.array_equal(read_volume(tmp_path / "scan.nrrd").array, array)
+
+
+def test_numbers_of_a_long_text_are_read_whole(array, monkeypatch):
+    """It is read in pieces, which end between numbers."""
+    monkeypatch.setattr(itk_formats_medct, "_TEXT_PIECE_BYTES", 7)
+    header = nrrd_text(array, encoding="text").removesuffix(array.tobytes(order="F"))
+    assert np.array_equal(read_volume(header + " ".join(map(str, array.flatten("F"))).encode()).array, array)
 
 
 @pytest.fixture
@@ -210,6 +223,8 @@ def meta_text(array, **changes) -> bytes:
         ({"TransformMatrix": "1 0 0 0 1 0 0 0 2"}, "not made of unit vectors"),
         ({"TransformMatrix": "1 0 0 0 1 0 0 0 0.98"}, "not made of unit vectors"),
         ({"TransformMatrix": "1 0 0 1 0 0 0 0 1"}, "affine is singular"),
+        ({"ElementToIntensityFunctionSlope": "1,5"}, "Slope is written with decimal commas"),
+        ({"HeaderSize": "many"}, "MetaImage header is damaged"),
     ],
 )
 def test_bad_metaimage(changes, reason, array, tmp_path):

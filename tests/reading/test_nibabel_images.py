@@ -74,12 +74,17 @@ def plain(folder, slope: float, intercept: float):
     return nibabel.load(folder / "scan.nii.gz")
 
 
+def mgh(folder):
+    nibabel.MGHImage(ARRAY, AFFINE.astype(np.float32)).to_filename(folder / "scan.mgz")
+    return nibabel.load(folder / "scan.mgz")
+
+
 IMAGES = {
     "in memory": (lambda folder: nibabel.Nifti1Image(ARRAY, AFFINE), False),
     "file": (lambda folder: plain(folder, 1, 0), False),
     "file with a scale": (lambda folder: plain(folder, 2, -24), True),
     "slices of it, an array": (lambda folder: plain(folder, 2, -24).slicer[1:, ::-1, :-2], False),
-    "MGH": (lambda folder: nibabel.MGHImage(ARRAY, AFFINE.astype(np.float32)), False),
+    "MGH": (mgh, False),
     "AFNI": (lambda folder: afni(folder, 0), False),
     "AFNI with a factor": (lambda folder: afni(folder, 0.5), True),
     "subclass": (doubled, True),

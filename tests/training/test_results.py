@@ -7,9 +7,11 @@ import re
 import numpy as np
 import pytest
 
+from medct.adapters_medct import calibrated
 from medct.evaluation.calibration import fit_calibration
 from medct.evaluation.operating_points import choose_points
 from medct.evaluation.scoring import ScoredStudies
+from medct.training import handing_out
 from medct.training.results import (
     FEW_STEPS,
     compare_all,
@@ -166,3 +168,18 @@ def test_a_run_is_repeated_with_what_it_was_run_with():
 def test_figures_under_autocast_say_so():
     assert lower_precision("no") is None
     assert lower_precision("bf16").startswith("Scored in bf16: operating points and calibration are for scores in that")
+
+
+@pytest.mark.parametrize("is_for_all", [True, False])
+def test_calibrated_probabilities_are_drawn_where_all_findings_have_them(is_for_all, tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(handing_out, "roc_plot", lambda *_: None)
+    monkeypatch.setattr(handing_out, "calibration_plot", lambda models, *_, what: drawn.update(models, what=what))
+    monkeypatch.setattr(handing_out, "save_plot", lambda *_: None)
+    valid = scored(20, 8, 1)
+    lines = {name: [1.0, 0.5] for name in NAMES[: 2 if is_for_all else 1]}
+    handing_out.draw_pictures(tmp_path, {"calibration": lines, "kept": None}, valid, valid, "", "")
+    assert drawn["what"] == ("score, or calibrated probability" if is_for_all else "score")
+    assert ("calibrated" in drawn) == is_for_all
+    if is_for_all:
+        np.testing.assert_allclose(drawn["calibrated"], calibrated(valid.scores, 1.0, 0.5))
