@@ -19,7 +19,7 @@ import numpy as np
 
 from .dicom_frames_medct import AGAIN
 from .dicom_pixels_medct import Slice, hu_of
-from .dicom_stacks_medct import MISSING_STEPS, SAME_POSITION_MM
+from .dicom_stacks_medct import MISSING_STEPS, SAME_POSITION_MM, mixed_by
 from .volume_medct import MAX_VOXELS_OFF, REMARKED_VOXELS_OFF, VolumeError, check_affine, remark_on_offset
 
 _USUAL_PIXELS = 512
@@ -106,7 +106,7 @@ def order(slices: list[Slice], source: str, resample_irregular: bool) -> tuple[l
     if _is_uneven(slices):
         _check_gaps(slices, source, resample_irregular)
     _check_line(slices, source, resample_irregular)
-    notes += _remarks_on_overlap(slices) + _remarks_on_skipped(slices)
+    notes += _remarks_on_overlap(slices) + _remarks_on_skipped(slices) + _remarks_on_mixed(slices)
     if not (_is_uneven(slices) or _is_leaning(slices)):
         notes += remark_on_offset("its slices", max(_unevenness(slices), _off_place(slices)))
     return slices, notes
@@ -177,6 +177,11 @@ def _remarks_on_skipped(slices: list[Slice]) -> list[str]:
                 f"instance numbers run in steps of {times}: those between may be missing"
             ]
     return []
+
+
+def _remarks_on_mixed(slices: list[Slice]) -> list[str]:
+    names = mixed_by(slices, _places(slices)[:, 2])
+    return [f"its slices differ in {names}, but make one even stack: taken for one scan"] if names else []
 
 
 def _jumps(slices: list[Slice]) -> np.ndarray | None:
