@@ -47,6 +47,8 @@ _HEADER_BYTES = (348, 540)
 _MAX_OFFSET = 2**26
 _MAX_QUATERNION = 1.01
 """Length of the vector of a quaternion, which is 1 at most but for rounding."""
+_FLOAT32_NOISE = 1e-7
+"""Squares of a fourth number, which a header leaves out, that rounding of the other three makes of 0, as in niftilib."""
 _UNITS_MM = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}
 """By the code of the header: unknown, which is millimetres everywhere, metres, millimetres, microns."""
 _SPATIAL_UNIT = 0b111
@@ -349,10 +351,10 @@ def _qform(header: Any) -> np.ndarray | None:
     length = np.linalg.norm(vector)
     if not length <= _MAX_QUATERNION:
         return None
-    if length > 1:
-        vector /= length
     b, c, d = vector
     a = np.sqrt(max(0.0, 1 - vector @ vector))
+    if a * a < _FLOAT32_NOISE:
+        a, (b, c, d) = 0.0, vector / length
     turn = np.array(
         [
             [a * a + b * b - c * c - d * d, 2 * (b * c - a * d), 2 * (b * d + a * c)],

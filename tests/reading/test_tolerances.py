@@ -248,7 +248,10 @@ def test_what_is_no_quaternion(length):
     assert "its qform disagrees with its sform" in " ".join(volume.notes)
 
 
-@pytest.mark.parametrize("turn", [(0.1, 0.2, 0.3), (0.0, 0.05, 0.0), (0.7, 0.1, 0.0), (0, 0, 1)])
+HALF = 0.5**0.5
+
+
+@pytest.mark.parametrize("turn", [(0.1, 0.2, 0.3), (0, 0.05, 0), (0.7, 0.1, 0), (0, 0, 1), (HALF, HALF, 0), (0, 0.6, 0.8)])
 @pytest.mark.parametrize("qfac", [-1, 1])
 def test_quaternions_are_those_of_nibabel(turn, qfac):
     fields = dict(zip(("quatern_b", "quatern_c", "quatern_d"), turn, strict=True))
