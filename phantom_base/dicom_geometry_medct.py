@@ -142,7 +142,7 @@ def _check_interleaved(slices: list[Slice], source: str) -> None:
     first, second = gaps[::2], gaps[1::2]
     if len(gaps) < 5 or max(np.ptp(first), np.ptp(second)) > 0.1 * gaps.mean():
         return
-    if abs(first.mean() - second.mean()) > max(2 * REMARKED_VOXELS_OFF * gaps.mean(), 1.01 * _last_digit_mm(along)):
+    if abs(first.mean() - second.mean()) > max(2 * REMARKED_VOXELS_OFF * gaps.mean(), 1.01 * _rounding_mm(slices)):
         raise VolumeError(
             source,
             f"steps of {first.mean():.3f} and {second.mean():.3f} mm take turns between its slices: two stacks lie in "
@@ -217,7 +217,7 @@ def _is_rounded(slices: list[Slice], is_wide: np.ndarray) -> bool:
     if jumps is not None and np.ptp(usual := jumps[~is_wide]) == 0 and jumps[is_wide].max() > usual[0] > 0:
         return False
     along = _places(slices)[:, 2]
-    noise_mm = 1.1 * _last_digit_mm(along, 0.0)
+    noise_mm = 1.1 * _rounding_mm(slices, 0.0)
     return any(np.ptp(along - step * np.arange(len(along))) < noise_mm for step in slices[0].written_steps_mm)
 
 
@@ -335,7 +335,7 @@ def _exact_step(slices: list[Slice], along: np.ndarray, count: int) -> float:
     """
     measured = float(np.ptp(along)) / (count - 1)
     is_even = np.ptp(np.diff(along)) < _POSITION_DIGITS_MM
-    noise_mm = _POSITION_DIGITS_MM if is_even else max(_POSITION_DIGITS_MM, _last_digit_mm(along))
+    noise_mm = _POSITION_DIGITS_MM if is_even else max(_POSITION_DIGITS_MM, _rounding_mm(slices))
     for step in slices[0].written_steps_mm:
         if abs(step - measured) * (count - 1) < noise_mm:
             return _with_all_digits(step, count)
@@ -353,9 +353,20 @@ def _with_all_digits(step: float, count: int) -> float:
     return exact if exact > 0 and float(f"{exact:.6g}") == step else step
 
 
-def _last_digit_mm(along: np.ndarray, start: float | None = None) -> float:
-    """The unit of the last decimal with which positions were written, from the first one or another start, mm."""
-    distance = along - (along[0] if start is None else start)
+def _rounding_mm(slices: list[Slice], start: float | None = None) -> float:
+    """How far rounding may move one slice from another along their normal, which has a share in each coordinate, mm.
+
+    Digits are counted from another start than the first position if that is given.
+    """
+    positions = np.array([one.position_mm for one in slices])
+    distances = positions - (positions[0] if start is None else start)
+    return float(np.abs(_axes(slices)[2]) @ [_last_digit_mm(each) for each in distances.T])
+
+
+def _last_digit_mm(distance: np.ndarray) -> float:
+    """The unit of the last decimal with which a coordinate was written, mm; 0 if it is the same in all slices."""
+    if np.ptp(distance) < 1e-6:
+        return 0.0
     for digits in range(3):
         if np.abs(distance - distance.round(digits)).max() < 1e-6:
             return 10.0**-digits

@@ -77,15 +77,21 @@ def test_rounded_positions(step, digits, count, start, tmp_path):
     assert not remarked(volume) or rounding > 0.04
 
 
+@pytest.mark.parametrize("turn", [(0, 0), (5, 0), (3, 8)], ids=str)
 @pytest.mark.parametrize("written", [(), (5.0,)])
 @pytest.mark.parametrize(("step", "digits"), [(0.625, 2), (0.75, 1), (0.7, 1), (0.45, 1), (1.25, 1), (3.0, 2)])
-def test_a_step_that_rounded_positions_alone_tell(step, digits, written):
-    """Is the roundest of those that fit them, so that a scan has as many voxels as its NIfTI."""
-    for count in range(100, 700, 23):
-        for start in np.linspace(-311.375, -310.125, 11).round(3):
-            along = (start + step * np.arange(count)).round(digits)
-            found = dicom_geometry_medct._exact_step([SimpleNamespace(written_steps_mm=written)], along, count)
-            assert found == step
+def test_a_step_that_rounded_positions_alone_tell(step, digits, written, turn):
+    """Is the roundest of those that fit them, so that a scan has as many voxels as its NIfTI, however it is turned."""
+    (a, b), (c, d) = np.cos(np.deg2rad(turn)), np.sin(np.deg2rad(turn))
+    orientation, normal = np.array((b, 0, -d, d * c, a, b * c)), np.array((d * a, -c, b * a))
+    for count in range(100, 700, 97):
+        for start in np.linspace(-311.375, -310.125, 5).round(3):
+            positions = (start + step * np.outer(np.arange(count), normal)).round(digits)
+            slices = [
+                SimpleNamespace(written_steps_mm=written, position_mm=position, orientation=orientation)
+                for position in positions
+            ]
+            assert dicom_geometry_medct._exact_step(slices, positions @ normal, count) == step
 
 
 @pytest.mark.parametrize("digits", [1, 6])
