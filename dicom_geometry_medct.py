@@ -235,7 +235,7 @@ def _unevenness(slices: list[Slice]) -> float:
 def _residues(slices: list[Slice]) -> tuple[np.ndarray, float]:
     """Distance of each slice from the even grid that begins at the first one, mm, and the step of that grid."""
     along = _places(slices)[:, 2]
-    step = _exact_step(slices, along, len(slices))
+    step = _exact_step(slices, along)
     return along - (along[0] + step * np.arange(len(along))), step
 
 
@@ -309,13 +309,14 @@ def to_grid(hu: np.ndarray, slices: list[Slice], source: str) -> tuple[np.ndarra
         # The mean step, a gap of missing slices being several.
         steps = gaps / _usual(gaps)
         count, start = int(np.where(steps < MISSING_STEPS, 1, np.rint(steps)).sum()) + 1, 0.0
-        hu = _on_even_steps(hu, along, count)
+        even = np.linspace(along[0], along[-1], count)
+        hu, along = _on_even_steps(hu, along, even), even
         notes.append(
             f"slices with steps of {gaps.min():.3f} to {gaps.max():.3f} mm were interpolated to {count} even ones"
         )
     axes, (column_mm, row_mm) = _axes(slices), _pixel_mm(slices)
     first, sideways = places[0] + (0, 0, start), _sideways(slices)
-    step = np.array((0, 0, _exact_step(slices, along, count)))
+    step = np.array((0, 0, _exact_step(slices, along)))
     if _is_leaning(slices):
         step[:2] = sideways / (count - 1)
     else:
@@ -328,11 +329,12 @@ def to_grid(hu: np.ndarray, slices: list[Slice], source: str) -> tuple[np.ndarra
     return hu, affine, notes
 
 
-def _exact_step(slices: list[Slice], along: np.ndarray, count: int) -> float:
-    """Step of `count` slices, mm: as written, or round, where positions of a few digits cannot tell them apart.
+def _exact_step(slices: list[Slice], along: np.ndarray) -> float:
+    """Step of positions, mm: as written, or round, where positions of a few digits cannot tell them apart.
 
     Else steps of 5 mm would come back as 4.999999 from positions, and of 0.625 mm as 0.6256 from rounded ones.
     """
+    count = len(along)
     measured = float(np.ptp(along)) / (count - 1)
     is_even = np.ptp(np.diff(along)) < _POSITION_DIGITS_MM
     noise_mm = _POSITION_DIGITS_MM if is_even else max(_POSITION_DIGITS_MM, _rounding_mm(slices))
@@ -373,9 +375,9 @@ def _last_digit_mm(distance: np.ndarray) -> float:
     return 10.0**-3
 
 
-def _on_even_steps(hu: np.ndarray, along: np.ndarray, count: int) -> np.ndarray:
-    even = np.empty((count, *hu.shape[1:]), hu.dtype)
-    for k, position in enumerate(np.linspace(along[0], along[-1], count)):
+def _on_even_steps(hu: np.ndarray, along: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    even = np.empty((len(positions), *hu.shape[1:]), hu.dtype)
+    for k, position in enumerate(positions):
         lower = min(int(np.searchsorted(along, position, side="right")) - 1, len(along) - 2)
         weight = np.float32((position - along[lower]) / (along[lower + 1] - along[lower]))
         values = hu[lower] * (1 - weight) + hu[lower + 1] * weight

@@ -91,7 +91,7 @@ def test_a_step_that_rounded_positions_alone_tell(step, digits, written, turn):
                 SimpleNamespace(written_steps_mm=written, position_mm=position, orientation=orientation)
                 for position in positions
             ]
-            assert dicom_geometry_medct._exact_step(slices, positions @ normal, count) == step
+            assert dicom_geometry_medct._exact_step(slices, positions @ normal) == step
 
 
 @pytest.mark.parametrize("digits", [1, 6])
@@ -129,6 +129,17 @@ def test_uneven_slices_are_resampled_to_their_mean_step(missing, off, tmp_path):
     volume = read_volume(folder, resample_irregular=True)
     assert volume.array.shape[2] == 12 + missing
     assert volume.spacing_mm[2] == pytest.approx(STEP_MM)
+
+
+@pytest.mark.parametrize(
+    ("places", "step"),
+    [((0, 5, 10, 15, 20, 25, 38), 38 / 8), ((0, 2, 4, 6, 8, 10, 15, 17, 19, 21), 2.1)],
+)
+def test_a_grid_that_slices_are_interpolated_to_has_the_step_that_it_was_made_with(places, step, tmp_path):
+    """Whole positions are not taken for rounded ones of a rounder step: the last slice would lie a millimetre off."""
+    volume = read_volume(placed(lambda k: places[k], len(places))(tmp_path), resample_irregular=True)
+    assert volume.affine[2, 2] == pytest.approx(step, abs=1e-9)
+    assert volume.array.shape[2] == round(places[-1] / step) + 1
 
 
 @pytest.mark.parametrize(("start", "is_numbered", "is_read"), [(0, True, False), (0, False, True), (0.3, False, False)])
