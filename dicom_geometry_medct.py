@@ -107,8 +107,8 @@ def order(slices: list[Slice], source: str, resample_irregular: bool) -> tuple[l
         _check_gaps(slices, source, resample_irregular)
     _check_line(slices, source, resample_irregular)
     notes += _remarks_on_overlap(slices) + _remarks_on_skipped(slices) + _remarks_on_mixed(slices)
-    if not (_is_uneven(slices) or _is_leaning(slices)):
-        notes += remark_on_offset("its slices", max(_unevenness(slices), _off_place(slices)))
+    beside = np.abs(_beside(slices) / _pixel_mm(slices)).max() if _is_leaning(slices) else _off_place(slices)
+    notes += remark_on_offset("its slices", max(float(beside), 0 if _is_uneven(slices) else _unevenness(slices)))
     return slices, notes
 
 

@@ -142,6 +142,12 @@ def test_a_grid_that_slices_are_interpolated_to_has_the_step_that_it_was_made_wi
     assert volume.array.shape[2] == round(places[-1] / step) + 1
 
 
+@pytest.mark.parametrize("off", [0.0, 0.3])
+def test_slices_off_their_place_are_remarked_on_in_a_tilted_stack(off, tmp_path):
+    folder = placed(lambda k: tuple((k + off * (k == 5)) * np.array((0, 1.0, STEP_MM))))(tmp_path)
+    assert remarked(read_volume(folder, resample_irregular=True)) == bool(off)
+
+
 @pytest.mark.parametrize(("start", "is_numbered", "is_read"), [(0, True, False), (0, False, True), (0.3, False, False)])
 @pytest.mark.parametrize("count", [5, 6])
 @pytest.mark.parametrize("missing", [1, 2, 3])
