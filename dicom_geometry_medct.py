@@ -19,7 +19,7 @@ import numpy as np
 
 from .dicom_frames_medct import AGAIN
 from .dicom_pixels_medct import Slice, hu_of
-from .dicom_stacks_medct import MISSING_STEPS, SAME_POSITION_MM
+from .dicom_stacks_medct import MISSING_STEPS, SAME_POSITION_MM, mixed_by
 from .volume_medct import MAX_VOXELS_OFF, REMARKED_VOXELS_OFF, VolumeError, check_affine, remark_on_offset
 
 _USUAL_PIXELS = 512
@@ -106,9 +106,9 @@ def order(slices: list[Slice], source: str, resample_irregular: bool) -> tuple[l
     if _is_uneven(slices):
         _check_gaps(slices, source, resample_irregular)
     _check_line(slices, source, resample_irregular)
-    notes += _remarks_on_overlap(slices) + _remarks_on_skipped(slices)
-    if not (_is_uneven(slices) or _is_leaning(slices)):
-        notes += remark_on_offset("its slices", max(_unevenness(slices), _off_place(slices)))
+    notes += _remarks_on_overlap(slices) + _remarks_on_skipped(slices) + _remarks_on_mixed(slices)
+    beside = np.abs(_beside(slices) / _pixel_mm(slices)).max() if _is_leaning(slices) else _off_place(slices)
+    notes += remark_on_offset("its slices", max(float(beside), 0 if _is_uneven(slices) else _unevenness(slices)))
     return slices, notes
 
 
@@ -142,7 +142,7 @@ def _check_interleaved(slices: list[Slice], source: str) -> None:
     first, second = gaps[::2], gaps[1::2]
     if len(gaps) < 5 or max(np.ptp(first), np.ptp(second)) > 0.1 * gaps.mean():
         return
-    if abs(first.mean() - second.mean()) > max(2 * REMARKED_VOXELS_OFF * gaps.mean(), 1.01 * _last_digit_mm(along)):
+    if abs(first.mean() - second.mean()) > max(2 * REMARKED_VOXELS_OFF * gaps.mean(), 1.01 * _rounding_mm(slices)):
         raise VolumeError(
             source,
             f"steps of {first.mean():.3f} and {second.mean():.3f} mm take turns between its slices: two stacks lie in "
@@ -179,6 +179,11 @@ def _remarks_on_skipped(slices: list[Slice]) -> list[str]:
     return []
 
 
+def _remarks_on_mixed(slices: list[Slice]) -> list[str]:
+    names = mixed_by(slices, _places(slices)[:, 2])
+    return [f"its slices differ in {names}, but make one even stack: taken for one scan"] if names else []
+
+
 def _jumps(slices: list[Slice]) -> np.ndarray | None:
     """By how much instance numbers differ from slice to slice; none if one has none."""
     numbers = [one.instance_number for one in slices]
@@ -212,7 +217,7 @@ def _is_rounded(slices: list[Slice], is_wide: np.ndarray) -> bool:
     if jumps is not None and np.ptp(usual := jumps[~is_wide]) == 0 and jumps[is_wide].max() > usual[0] > 0:
         return False
     along = _places(slices)[:, 2]
-    noise_mm = 1.1 * _last_digit_mm(along, 0.0)
+    noise_mm = 1.1 * _rounding_mm(slices, 0.0)
     return any(np.ptp(along - step * np.arange(len(along))) < noise_mm for step in slices[0].written_steps_mm)
 
 
@@ -230,7 +235,7 @@ def _unevenness(slices: list[Slice]) -> float:
 def _residues(slices: list[Slice]) -> tuple[np.ndarray, float]:
     """Distance of each slice from the even grid that begins at the first one, mm, and the step of that grid."""
     along = _places(slices)[:, 2]
-    step = _exact_step(slices, along, len(slices))
+    step = _exact_step(slices, along)
     return along - (along[0] + step * np.arange(len(along))), step
 
 
@@ -304,13 +309,14 @@ def to_grid(hu: np.ndarray, slices: list[Slice], source: str) -> tuple[np.ndarra
         # The mean step, a gap of missing slices being several.
         steps = gaps / _usual(gaps)
         count, start = int(np.where(steps < MISSING_STEPS, 1, np.rint(steps)).sum()) + 1, 0.0
-        hu = _on_even_steps(hu, along, count)
+        even = np.linspace(along[0], along[-1], count)
+        hu, along = _on_even_steps(hu, along, even), even
         notes.append(
             f"slices with steps of {gaps.min():.3f} to {gaps.max():.3f} mm were interpolated to {count} even ones"
         )
     axes, (column_mm, row_mm) = _axes(slices), _pixel_mm(slices)
     first, sideways = places[0] + (0, 0, start), _sideways(slices)
-    step = np.array((0, 0, _exact_step(slices, along, count)))
+    step = np.array((0, 0, _exact_step(slices, along)))
     if _is_leaning(slices):
         step[:2] = sideways / (count - 1)
     else:
@@ -323,14 +329,15 @@ def to_grid(hu: np.ndarray, slices: list[Slice], source: str) -> tuple[np.ndarra
     return hu, affine, notes
 
 
-def _exact_step(slices: list[Slice], along: np.ndarray, count: int) -> float:
-    """Step of `count` slices, mm: as written, or round, where positions of a few digits cannot tell them apart.
+def _exact_step(slices: list[Slice], along: np.ndarray) -> float:
+    """Step of positions, mm: as written, or round, where positions of a few digits cannot tell them apart.
 
     Else steps of 5 mm would come back as 4.999999 from positions, and of 0.625 mm as 0.6256 from rounded ones.
     """
+    count = len(along)
     measured = float(np.ptp(along)) / (count - 1)
     is_even = np.ptp(np.diff(along)) < _POSITION_DIGITS_MM
-    noise_mm = _POSITION_DIGITS_MM if is_even else max(_POSITION_DIGITS_MM, _last_digit_mm(along))
+    noise_mm = _POSITION_DIGITS_MM if is_even else max(_POSITION_DIGITS_MM, _rounding_mm(slices))
     for step in slices[0].written_steps_mm:
         if abs(step - measured) * (count - 1) < noise_mm:
             return _with_all_digits(step, count)
@@ -348,18 +355,29 @@ def _with_all_digits(step: float, count: int) -> float:
     return exact if exact > 0 and float(f"{exact:.6g}") == step else step
 
 
-def _last_digit_mm(along: np.ndarray, start: float | None = None) -> float:
-    """The unit of the last decimal with which positions were written, from the first one or another start, mm."""
-    distance = along - (along[0] if start is None else start)
+def _rounding_mm(slices: list[Slice], start: float | None = None) -> float:
+    """How far rounding may move one slice from another along their normal, which has a share in each coordinate, mm.
+
+    Digits are counted from another start than the first position if that is given.
+    """
+    positions = np.array([one.position_mm for one in slices])
+    distances = positions - (positions[0] if start is None else start)
+    return float(np.abs(_axes(slices)[2]) @ [_last_digit_mm(each) for each in distances.T])
+
+
+def _last_digit_mm(distance: np.ndarray) -> float:
+    """The unit of the last decimal with which a coordinate was written, mm; 0 if it is the same in all slices."""
+    if np.ptp(distance) < 1e-6:
+        return 0.0
     for digits in range(3):
         if np.abs(distance - distance.round(digits)).max() < 1e-6:
             return 10.0**-digits
     return 10.0**-3
 
 
-def _on_even_steps(hu: np.ndarray, along: np.ndarray, count: int) -> np.ndarray:
-    even = np.empty((count, *hu.shape[1:]), hu.dtype)
-    for k, position in enumerate(np.linspace(along[0], along[-1], count)):
+def _on_even_steps(hu: np.ndarray, along: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    even = np.empty((len(positions), *hu.shape[1:]), hu.dtype)
+    for k, position in enumerate(positions):
         lower = min(int(np.searchsorted(along, position, side="right")) - 1, len(along) - 2)
         weight = np.float32((position - along[lower]) / (along[lower + 1] - along[lower]))
         values = hu[lower] * (1 - weight) + hu[lower + 1] * weight

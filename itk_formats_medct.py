@@ -547,10 +547,10 @@ def _directions_in_space(source: ByteSource, rows: np.ndarray) -> np.ndarray:
     if rows[:3, 3:].any() or rows[3:, :3].any():
         raise VolumeError(source.name, "its TransformMatrix turns a fourth axis into space", "Write it with three axes")
     with np.errstate(all="ignore"):
-        are_unit = np.abs(np.linalg.norm(rows[:3, :3], axis=1) - 1) <= _LENGTH_TOLERANCE
-    if not are_unit.all():  # perhaps they hold the spacing as well
+        lengths = np.linalg.norm(rows[:3, :3], axis=1)
+    if not (np.abs(lengths - 1) <= _LENGTH_TOLERANCE).all():  # perhaps they hold the spacing as well
         raise VolumeError(source.name, "its TransformMatrix is not made of unit vectors", "Correct the header")
-    return rows[:3, :3].T
+    return rows[:3, :3].T / lengths  # which rounding makes other than 1, and the spacing with it
 
 
 def _numbers(source: ByteSource, field: str, text: str, *shape: int) -> np.ndarray:

@@ -47,6 +47,8 @@ _HEADER_BYTES = (348, 540)
 _MAX_OFFSET = 2**26
 _MAX_QUATERNION = 1.01
 """Length of the vector of a quaternion, which is 1 at most but for rounding."""
+_FLOAT32_NOISE = 1e-7
+"""Below it, the square of the fourth number, which a header leaves out, is taken for 0, as in niftilib."""
 _UNITS_MM = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}
 """By the code of the header: unknown, which is millimetres everywhere, metres, millimetres, microns."""
 _SPATIAL_UNIT = 0b111
@@ -307,6 +309,7 @@ def header_affine(
         check_affine(source, best)
         notes = [] if unit_mm == 1 else ["its unit was converted to mm"]
         if has_sform:
+            zooms = np.abs(zooms)  # nibabel takes them so; a sign says nothing beside an sform
             notes += _remarks(best, has_qform, qform, zooms * unit_mm, unit_mm, shape)
             best = _with_written_spacing(best, zooms * unit_mm, shape)
         return best, tuple(notes)
@@ -343,10 +346,10 @@ def _qform(header: Any) -> np.ndarray | None:
     length = np.linalg.norm(vector)
     if not length <= _MAX_QUATERNION:
         return None
-    if length > 1:
-        vector /= length
     b, c, d = vector
     a = np.sqrt(max(0.0, 1 - vector @ vector))
+    if a * a < _FLOAT32_NOISE:
+        a, (b, c, d) = 0.0, vector / length
     turn = np.array(
         [
             [a * a + b * b - c * c - d * d, 2 * (b * c - a * d), 2 * (b * d + a * c)],

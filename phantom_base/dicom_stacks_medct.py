@@ -4,7 +4,7 @@ Laid into each other they would make a volume with every other slice of another 
 that differ between slices whose positions overlap (in slices beside each other the same attributes differ for good
 reasons), by multi-frame files, each of which is a scan unless it says that it is a part of one, and by instance
 numbers, or the frames of one file, that run through the positions more than once: by whatever makes the fewest scans,
-attributes first. Numbers that cut one even stack into uneven ones were given without regard to positions.
+attributes first. What cuts one even stack into uneven ones tells no scans apart.
 
 Source: DICOM PS3.3 (C.7.6.1, C.7.6.2, C.8.2, C.7.6.16).
 """
@@ -102,7 +102,7 @@ def _told_apart(slices: list[Slice], normal: np.ndarray) -> tuple[list[list[Slic
     """
     along = np.array([one.position_mm for one in slices]) @ normal
     attributes, others = (
-        [(name, values) for name, values in each if values is not None and _overlap(values, along)]
+        [(name, values) for name, values in each if _overlap(values, along) and not _is_cut(values, along)]
         for each in (_attributes(slices), _others(slices, along))
     )
     fewest = min((len({*values}) for _, values in attributes + others), default=0)
@@ -117,6 +117,17 @@ def _told_apart(slices: list[Slice], normal: np.ndarray) -> tuple[list[list[Slic
     return stacks, names
 
 
+def mixed_by(slices: list[Slice], along: np.ndarray) -> str:
+    """The names of attributes that differ among the slices of one scan without regard to positions.
+
+    Args:
+        slices: Of the scan.
+        along: `(n,)`, their positions along their normal, mm.
+    """
+    found = _attributes(slices)
+    return ", ".join(name for name, values in found if _overlap(values, along) and _is_cut(values, along))
+
+
 def _attributes(slices: list[Slice]) -> list[tuple[str, Sequence[Hashable]]]:
     """The names of attributes and their values in each slice."""
     spacing_mm = np.array([one.spacing_mm for one in slices]).round(3).tolist()
@@ -128,11 +139,11 @@ def _attributes(slices: list[Slice]) -> list[tuple[str, Sequence[Hashable]]]:
     return [(name, _completed(values) if name in _OF_ALL_SLICES else values) for name, values in keys]
 
 
-def _others(slices: list[Slice], along: np.ndarray) -> list[tuple[str, Sequence[Hashable] | None]]:
-    """What else tells scans apart, and its labels of each slice; none if it says nothing."""
+def _others(slices: list[Slice], along: np.ndarray) -> list[tuple[str, Sequence[Hashable]]]:
+    """What else tells scans apart, and its labels of each slice; one label if it says nothing."""
     is_one_file = len({one.file for one in slices}) == 1
     runs = _runs([one.frame if is_one_file else one.instance_number for one in slices], along)
-    return [("file", _files(slices)), ("frame number" if is_one_file else "InstanceNumber", runs)]
+    return [("file", _files(slices)), ("frame number" if is_one_file else "InstanceNumber", runs or [0] * len(slices))]
 
 
 def _files(slices: list[Slice]) -> list[Hashable]:
@@ -156,13 +167,7 @@ def _split(slices: list[Slice], labels: Sequence[Hashable]) -> list[list[Slice]]
 
 def _overlap(labels: Sequence[Hashable], along: np.ndarray) -> bool:
     """Whether slices of one label lie among those of another; a single one does not tell."""
-    counts = Counter(labels)
-    if len(counts) == 1 or len(counts) > len(labels) // _LEAST_SLICES:
-        return False
-    places: dict[Hashable, list[float]] = defaultdict(list)
-    for label, position in zip(labels, along.tolist(), strict=True):
-        places[label].append(position)
-    groups = sorted((np.array(found) for found in places.values() if len(found) >= _LEAST_SLICES), key=np.min)
+    groups = _places_of_labels(labels, along)
     for k, one in enumerate(groups):
         for other in groups[k + 1 :]:
             if other.min() > one.max() + SAME_POSITION_MM:
@@ -170,6 +175,25 @@ def _overlap(labels: Sequence[Hashable], along: np.ndarray) -> bool:
             if min(_within(one, other), _within(other, one)) >= 1 and _within(one, other) + _within(other, one) > 2:
                 return True
     return False
+
+
+def _is_cut(labels: Sequence[Hashable], along: np.ndarray) -> bool:
+    """Whether labels cut one even stack into uneven ones, and so were given without regard to positions.
+
+    So do numbers in the order of file names (1, 10, 11, ..., 2, 20), and what redacting some slices writes into these.
+    """
+    return _is_even(along) and not all(map(_is_even, _places_of_labels(labels, along)))
+
+
+def _places_of_labels(labels: Sequence[Hashable], along: np.ndarray) -> list[np.ndarray]:
+    """Positions of the slices of each label that has several, from the lowest on; none if nearly each has its own."""
+    counts = Counter(labels)
+    if len(counts) == 1 or len(counts) > len(labels) // _LEAST_SLICES:
+        return []
+    places: dict[Hashable, list[float]] = defaultdict(list)
+    for label, position in zip(labels, along.tolist(), strict=True):
+        places[label].append(position)
+    return sorted((np.array(found) for found in places.values() if len(found) >= _LEAST_SLICES), key=np.min)
 
 
 def _within(one: np.ndarray, other: np.ndarray) -> int:
@@ -196,12 +220,7 @@ def _runs(numbers: list[Hashable], along: np.ndarray) -> list[int] | None:
     if len(numbers) < 2 * _LEAST_RUN:
         return None
     labels = _turns(numbers, along)
-    runs = [along[labels == label] for label in range(labels.max() + 1)]
-    if min(map(len, runs)) < _LEAST_RUN:
-        return None
-    # Slices of one scan may be numbered in the order of file names (1, 10, 11, ..., 2, 20), or as they arrived.
-    is_shuffled = _is_even(along) and not all(map(_is_even, runs))
-    return None if is_shuffled else labels.tolist()
+    return labels.tolist() if np.bincount(labels).min() >= _LEAST_RUN else None
 
 
 def _turns(numbers: list[int], along: np.ndarray) -> np.ndarray:

@@ -210,6 +210,24 @@ def test_one_frame_is_one_scan(tmp_path):
         read_volume(write_enhanced(tmp_path / "enhanced.dcm", HU[:1]))
 
 
+@pytest.mark.parametrize("others", [(1, 4, 5), (1, 2, 8, 9), (0, 1, 2, 6, 7, 8)], ids=["few", "twice", "by turns"])
+@pytest.mark.parametrize("name", ["AcquisitionTime", "ImageType", "TriggerTime"])
+def test_what_cuts_one_even_stack_into_uneven_ones_tells_nothing(others, name, tmp_path):
+    """As heart beats do whose times recur, or the redaction of a few slices; told, as it may be a mixture of scans."""
+    values = VALUES.get(name, (350, 352))
+    volume = read_volume(write_series(tmp_path, HU, lambda ds, k: setattr(ds, name, values[k in others])))
+    assert np.array_equal(volume.array, HU.T)
+    assert f"its slices differ in {name}, but make one even stack: taken for one scan" in volume.notes
+
+
+@pytest.mark.parametrize("missing", [3, 4])
+def test_scans_in_each_other_of_which_one_lacks_a_slice(missing, tmp_path):
+    folder = two_scans(tmp_path, 0.5, "ConvolutionKernel")
+    sorted(folder.iterdir())[missing].unlink()
+    with pytest.raises(VolumeError, match=r"2 scans.*by ConvolutionKernel"):
+        read_volume(folder)
+
+
 def test_two_reconstructions_of_other_pixels(tmp_path):
     def edit(ds, k):
         if k >= COUNT:

@@ -77,15 +77,21 @@ def test_rounded_positions(step, digits, count, start, tmp_path):
     assert not remarked(volume) or rounding > 0.04
 
 
+@pytest.mark.parametrize("turn", [(0, 0), (5, 0), (3, 8)], ids=str)
 @pytest.mark.parametrize("written", [(), (5.0,)])
 @pytest.mark.parametrize(("step", "digits"), [(0.625, 2), (0.75, 1), (0.7, 1), (0.45, 1), (1.25, 1), (3.0, 2)])
-def test_a_step_that_rounded_positions_alone_tell(step, digits, written):
-    """Is the roundest of those that fit them, so that a scan has as many voxels as its NIfTI."""
-    for count in range(100, 700, 23):
-        for start in np.linspace(-311.375, -310.125, 11).round(3):
-            along = (start + step * np.arange(count)).round(digits)
-            found = dicom_geometry_medct._exact_step([SimpleNamespace(written_steps_mm=written)], along, count)
-            assert found == step
+def test_a_step_that_rounded_positions_alone_tell(step, digits, written, turn):
+    """Is the roundest of those that fit them, so that a scan has as many voxels as its NIfTI, however it is turned."""
+    (a, b), (c, d) = np.cos(np.deg2rad(turn)), np.sin(np.deg2rad(turn))
+    orientation, normal = np.array((b, 0, -d, d * c, a, b * c)), np.array((d * a, -c, b * a))
+    for count in range(100, 700, 97):
+        for start in np.linspace(-311.375, -310.125, 5).round(3):
+            positions = (start + step * np.outer(np.arange(count), normal)).round(digits)
+            slices = [
+                SimpleNamespace(written_steps_mm=written, position_mm=position, orientation=orientation)
+                for position in positions
+            ]
+            assert dicom_geometry_medct._exact_step(slices, positions @ normal) == step
 
 
 @pytest.mark.parametrize("digits", [1, 6])
@@ -123,6 +129,23 @@ def test_uneven_slices_are_resampled_to_their_mean_step(missing, off, tmp_path):
     volume = read_volume(folder, resample_irregular=True)
     assert volume.array.shape[2] == 12 + missing
     assert volume.spacing_mm[2] == pytest.approx(STEP_MM)
+
+
+@pytest.mark.parametrize(
+    ("places", "step"),
+    [((0, 5, 10, 15, 20, 25, 38), 38 / 8), ((0, 2, 4, 6, 8, 10, 15, 17, 19, 21), 2.1)],
+)
+def test_a_grid_that_slices_are_interpolated_to_has_the_step_that_it_was_made_with(places, step, tmp_path):
+    """Whole positions are not taken for rounded ones of a rounder step: the last slice would lie a millimetre off."""
+    volume = read_volume(placed(lambda k: places[k], len(places))(tmp_path), resample_irregular=True)
+    assert volume.affine[2, 2] == pytest.approx(step, abs=1e-9)
+    assert volume.array.shape[2] == round(places[-1] / step) + 1
+
+
+@pytest.mark.parametrize("off", [0.0, 0.3])
+def test_slices_off_their_place_are_remarked_on_in_a_tilted_stack(off, tmp_path):
+    folder = placed(lambda k: tuple((k + off * (k == 5)) * np.array((0, 1.0, STEP_MM))))(tmp_path)
+    assert remarked(read_volume(folder, resample_irregular=True)) == bool(off)
 
 
 @pytest.mark.parametrize(("start", "is_numbered", "is_read"), [(0, True, False), (0, False, True), (0.3, False, False)])
@@ -239,6 +262,14 @@ def test_noise_of_a_quaternion(noise, qfac, qform_code, sform_code):
     assert volume.notes == ()
 
 
+def test_a_sign_of_pixdim_says_nothing_beside_an_sform():
+    content = nifti_bytes(0, 1, pixdim=[1, -0.7, 0.8, 2.5001, 0, 0, 0, 0])
+    for source in (content, nibabel.Nifti1Image.from_bytes(content)):
+        volume = read_volume(source)
+        np.testing.assert_allclose(volume.affine, AFFINE @ np.diag([1, 1, 2.5001 / 2.5, 1]), atol=1e-6)
+        assert volume.notes == ()
+
+
 @pytest.mark.parametrize("length", [1.02, 2.0, 1e9, np.nan])
 def test_what_is_no_quaternion(length):
     with pytest.raises(VolumeError, match="orientation cannot be read"):
@@ -248,7 +279,10 @@ def test_what_is_no_quaternion(length):
     assert "its qform disagrees with its sform" in " ".join(volume.notes)
 
 
-@pytest.mark.parametrize("turn", [(0.1, 0.2, 0.3), (0.0, 0.05, 0.0), (0.7, 0.1, 0.0), (0, 0, 1)])
+HALF = 0.5**0.5
+
+
+@pytest.mark.parametrize("turn", [(0.1, 0.2, 0.3), (0, 0.05, 0), (0.7, 0.1, 0), (0, 0, 1), (HALF, HALF, 0)])
 @pytest.mark.parametrize("qfac", [-1, 1])
 def test_quaternions_are_those_of_nibabel(turn, qfac):
     fields = dict(zip(("quatern_b", "quatern_c", "quatern_d"), turn, strict=True))
