@@ -40,7 +40,7 @@ from medct.data.loader import StudyLoader
 from medct.data.sources import why_skipped
 from medct.evaluation.metrics import zero_shot_scores
 from medct.evaluation.operating_points import wanted_points
-from medct.evaluation.predictions import short_names
+from medct.evaluation.predictions import Predictions, short_names
 from medct.evaluation.provenance import list_checksum, provenance
 from medct.evaluation.record import write_record
 from medct.evaluation.scoring import (
@@ -77,6 +77,7 @@ from medct.training.lora import (
 )
 from medct.training.lora import trainable as trainable_parameters
 from medct.training.objectives import StepLoss, recomputing
+from medct.training.replay import drawn_names
 from medct.training.results import (
     ADAPTED,
     BASE,
@@ -367,7 +368,7 @@ class Trainer:
             if self.stop.is_anyones(accelerator.device):  # since the last step
                 raise self._stopped(state)
         best.restore()
-        self.steps_done, self.best_step = state.step, best.step
+        self.steps_done, self.best_step, self.passes = state.step, best.step, loader.epoch + 1
         for tracker in accelerator.trackers:
             tracker.finish()
 
@@ -507,14 +508,21 @@ class Trainer:
         """Where the base came from, and its weights."""
         return {"model": self.settings.model, "revision": self.revision, "fingerprint": self.fingerprint}
 
-    def _source_names(self) -> list[str]:
-        """What to call the new site and, where there is one, what is to be kept."""
-        return short_names([each for each in (self.settings.data, self.settings.keep) if each != NO_SOURCE])
+    def _source_names(self) -> dict[str, str]:
+        """What to call the new site and, where there are such, what is to be kept and what is replayed, by address."""
+        settings = self.settings
+        addresses = dict.fromkeys((settings.data, settings.keep, settings.replay))
+        addresses.pop(NO_SOURCE, None)
+        return dict(zip(addresses, short_names([*addresses]), strict=True))
+
+    def _predictions(self, before: Scored, after: Scored) -> Predictions:
+        names = self._source_names()
+        return predictions_of(before, after, [names[self.settings.data], names.get(self.settings.keep, "")])
 
     def _provenance(self, found: dict[str, Any], before: Scored) -> dict[str, Any]:
         """What decided the figures; with its settings `medct evaluate` scores the held-out studies again."""
         base = self._about_base() | about_model(self.base)
-        scored = predictions_of(before, {}, self._source_names()).scored
+        scored = self._predictions(before, {}).scored
         points = {
             model: {name: each["thresholds"] for name, each in by_name.items()}
             for model, by_name in found["comparison"]["operating_points"].items()
@@ -551,9 +559,10 @@ class Trainer:
                 )
                 results["provenance"]["models"][ADAPTED]["adapter_fingerprint"] = adapter_fingerprint(folder)
             write_json(folder / TRAIN_CONFIG, dataclasses.asdict(self.settings))
-            names = self._source_names()
-            trained = [(names[0], "train", self.sources["train"].names)]
-            write_record(folder / RESULTS, results, predictions_of(before, after, names), trained)
+            names, addresses = self._source_names(), (self.settings.data, self.settings.replay)
+            drawn = drawn_names(self.sources["train"], self.passes, self.settings.seed)
+            trained = [(names[each], "train", studies) for each, studies in zip(addresses, drawn, strict=False)]
+            write_record(folder / RESULTS, results, self._predictions(before, after), trained)
             of_kept = f"; to be kept: {self._describe('keep_valid')}" if results["kept"] else ""
             draw_pictures(folder, results, before["valid"], after["valid"], note, of_kept)
             write_readme(folder, results)

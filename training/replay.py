@@ -63,6 +63,23 @@ def parts_of(source: Source) -> list[Source]:
     return [source.read.own, source.read.replayed] if isinstance(source.read, ReadEither) else [source]
 
 
+def drawn_names(source: Source, passes: int, seed: int) -> list[list[str]]:
+    """Names of the studies that passes over a source draw, of each that it is made of, in its own order.
+
+    Args:
+        source: What a run trains on.
+        passes: How many there are, the last one whole or in part.
+        seed: Of the order.
+    """
+    own, *others = parts_of(source)
+    if not others:
+        return [list(own.names)]
+    (replayed,) = others
+    keys = {key for epoch in range(passes) for is_replayed, key in source.keys(epoch, seed) if is_replayed}
+    drawn = [name for name, group in zip(replayed.names, replayed.groups, strict=True) if keys.intersection(group)]
+    return [list(own.names), drawn]
+
+
 def with_replay(own: Source, replayed: Source, share: float) -> Source:
     """A source of which a share is another.
 

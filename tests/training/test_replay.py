@@ -9,7 +9,7 @@ import pytest
 from medct import CT_CLIP_LABELS, MedCTProcessor
 from medct.data import DataError, Source, StudyLoader, phantom_source
 from medct.data.sources import Skipped
-from medct.training.replay import with_replay
+from medct.training.replay import drawn_names, with_replay
 from medct.training.settings import PHANTOM_BASE, TrainingError
 from medct.training.sources import remarks_on_overlap
 
@@ -47,6 +47,16 @@ def test_what_is_replayed_goes_on_from_epoch_to_epoch():
     found = [key for epoch in range(7) for flag, key in mixed.keys(epoch, SEED) if flag]
     assert sorted(found[:7]) == sorted(found[7:]) == list(range(7))
     assert found[:7] != found[7:]
+
+
+@pytest.mark.parametrize("passes", [1, 2, 5])
+def test_those_that_were_drawn_are_named(passes):
+    own, replayed = numbered(8, "own"), numbered(7, "replayed")
+    mixed = with_replay(own, replayed, 0.2)
+    found = {key for epoch in range(passes) for flag, key in mixed.keys(epoch, SEED) if flag}
+    assert len(found) == min(2 * passes, 7)
+    assert drawn_names(mixed, passes, SEED) == [own.names, [replayed.names[key] for key in sorted(found)]]
+    assert drawn_names(own, passes, SEED) == [own.names]
 
 
 def test_without_a_share_nothing_is_replayed():
