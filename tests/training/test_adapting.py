@@ -164,7 +164,7 @@ def test_what_is_worse_than_the_base_is_said(settings, monkeypatch, tmp_path):
         with torch.no_grad():
             for parameter in training.trainable_parameters(model).values():
                 parameter.normal_()
-        self.steps_done, self.best_step = 0, None
+        self.steps_done, self.best_step, self.passes = 0, None, 0
 
     trainer = Trainer(dataclasses.replace(settings, strength="1", max_steps=1))
     monkeypatch.setattr(Trainer, "_train", ruin)
