@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from medct.byte_sources_medct import HEAD_BYTES, is_address, without_secrets
+from medct.dicom_io_medct import SUFFIXES as DICOM_SUFFIXES
 from medct.dicom_io_medct import is_dicom, series_of
 from medct.errors_medct import said_of
 from medct.image_processing_medct import MedCTImageProcessor
@@ -136,7 +137,8 @@ def _studies_below(folder: Path) -> Iterator[_Found]:
     # Discs are often mounted with names in small letters.
     contents = (above / name for above in folder.absolute().parents for name in (_DICOMDIR, _DICOMDIR.upper()))
     discs = {path.parent: number for number, path in enumerate(filter(Path.is_file, contents))}
-    for parent, folders, names in os.walk(folder, followlinks=True):
+    barred: list[OSError] = []
+    for parent, folders, names in os.walk(folder, onerror=barred.append, followlinks=True):
         real = os.path.realpath(parent)
         if real in seen:  # a link that leads back
             folders.clear()
@@ -152,6 +154,8 @@ def _studies_below(folder: Path) -> Iterator[_Found]:
         if (first := next((path for name in others if _is_dicom_file(path := Path(parent, name))), None)) is not None:
             scans[Path(parent)] = _dicom_folder(Path(parent), others, first, discs, not volumes and not folders)
         yield from ((Study(path, path), None) for path in volumes)
+    # What lies in there is not passed over in silence: reading them says why they cannot be read.
+    yield from ((Study(error.filename, error.filename), None) for error in barred)
     yield from _joined(scans)
 
 
@@ -210,14 +214,17 @@ def _is_special(path: Path) -> bool:
 
 
 def _is_dicom_file(path: Path) -> bool:
+    """Whether it is one or stands in the place of one, which reading its folder tells."""
     if path.name.lower() == _DICOMDIR or _is_special(path):
         return False
+    has_suffix = path.name.lower().removesuffix(".gz").endswith(DICOM_SUFFIXES)
     try:
         with path.open("rb") as file:
             head = file.read(HEAD_BYTES)
-    except OSError:
-        return False
-    return is_dicom(head) and _DICOMDIR_CLASS + b"\0" not in head and _DICOMDIR_CLASS + b"\2" not in head
+    except OSError:  # a broken link, say; files that scanners name have no suffix, or digits for one
+        return has_suffix or not path.suffix[1:2].isalpha()
+    is_contents = _DICOMDIR_CLASS + b"\0" in head or _DICOMDIR_CLASS + b"\2" in head
+    return (has_suffix or is_dicom(head)) and not is_contents
 
 
 @dataclass(frozen=True)

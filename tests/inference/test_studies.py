@@ -1,7 +1,9 @@
 """From folders to studies, and studies that are read ahead."""
 
 import contextlib
+import errno
 import faulthandler
+import gzip
 import multiprocessing
 import os
 import re
@@ -261,6 +263,41 @@ def test_a_table_of_contents_alone_is_no_study(tmp_path):
     write_contents(tmp_path)
     with pytest.raises(FileNotFoundError, match="no studies in this folder"):
         find_studies([tmp_path])
+
+
+def test_what_stands_in_the_place_of_a_study_is_not_passed_over_in_silence(tmp_path, load, monkeypatch):
+    """Files that were not fetched, broken links, DICOM in gzip, and folders that may not be entered."""
+    write_nifti(tmp_path / "scan.nii")
+    for name in ("empty", "pointers", "links", "links without suffix", "packed", "barred"):
+        write_series(tmp_path / name, make_hu((3, 8, 8)))
+    for path in (tmp_path / "empty").iterdir():
+        path.write_bytes(b"")
+    for path in (tmp_path / "pointers").iterdir():
+        path.rename(path.with_suffix(".IMA")).write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    for name, suffix in (("links", ".dcm"), ("links without suffix", ".1")):
+        for path in (tmp_path / name).iterdir():
+            path.unlink()
+            path.with_suffix(suffix).symlink_to(tmp_path / "nowhere")
+    for path in (tmp_path / "packed").iterdir():
+        packed = gzip.compress(path.read_bytes())
+        path.rename(f"{path}.gz").write_bytes(packed)
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts/README.md").symlink_to(tmp_path / "nowhere")
+    scandir = os.scandir
+
+    def refuse(folder):
+        if Path(folder).name == "barred":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)  # a user who may do everything is never refused
+    reads = {Path(study.id).name: read_study(study, load.image_processor) for study in find_studies([tmp_path])}
+    assert isinstance(reads.pop("scan.nii"), ReadStudy)
+    reasons = {name: read.reason for name, read in reads.items()}
+    assert list(reasons) == ["barred", "empty", "links", "links without suffix", "packed", "pointers"]
+    said = ("Permission denied", "but empty", "cannot be read", "cannot be read", "in gzip", "a Git LFS pointer")
+    for part, reason in zip(said, reasons.values(), strict=True):
+        assert part in reason
 
 
 def test_data_sets_without_a_mark_are_a_study(tmp_path, load):
