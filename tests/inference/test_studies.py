@@ -265,6 +265,18 @@ def test_a_table_of_contents_alone_is_no_study(tmp_path):
         find_studies([tmp_path])
 
 
+def test_a_header_with_its_voxels_is_a_study(tmp_path, load):
+    """But not every file that is called so: ENVI has text, and a picture of high range is no scan."""
+    array = np.random.default_rng(0).integers(-1000, 1000, (6, 7, 5)).astype(np.int16)
+    for name in ("pair.hdr", "packed.hdr.gz"):
+        nibabel.save(nibabel.Nifti1Pair(array, np.diag([2.0, 2, 4, 1])), tmp_path / name)
+    (tmp_path / "envi.hdr").write_text("ENVI\nsamples = 3\n")
+    (tmp_path / "gone.hdr").symlink_to(tmp_path / "nowhere")
+    reads = [read_study(study, load.image_processor) for study in find_studies([tmp_path])]
+    assert [Path(read.study.id).name for read in reads] == ["gone.hdr", "packed.hdr.gz", "pair.hdr"]
+    assert [type(read) for read in reads] == [FailedStudy, ReadStudy, ReadStudy]
+
+
 def test_what_stands_in_the_place_of_a_study_is_not_passed_over_in_silence(tmp_path, load, monkeypatch):
     """Files that were not fetched, broken links, DICOM in gzip, and folders that may not be entered."""
     write_nifti(tmp_path / "scan.nii")
