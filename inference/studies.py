@@ -200,8 +200,8 @@ def _joined(folders: dict[Path, _DicomFolder]) -> Iterator[_Found]:
         group_of |= {one: whole for member in whole for one in folders[member].series}
     taken: set[str] = set()
     for paths in groups.values():
-        common = str(paths[0]) if len(paths) == 1 else os.path.commonpath(paths)
-        name = str(paths[0]) if common in taken else common
+        names = (*([os.path.commonpath(paths)] if len(paths) > 1 else []), *map(str, paths))
+        name = next(each for each in names if each not in taken)
         taken.add(name)
         is_whole = len(paths) == 1 and folders[paths[0]].is_whole
         source = name if is_whole else [str(file) for path in paths for file in folders[path].files]

@@ -211,6 +211,19 @@ def test_a_disc_with_several_series(tmp_path, load):
         assert np.array_equal(read_volume(study.source).array, hu.T)
 
 
+def test_each_study_of_a_disc_has_a_name_of_its_own(tmp_path):
+    """Two series in pieces lie in the root, and a third one in a folder that is a piece itself."""
+    hu = make_hu((6, 8, 8))
+    write_contents(tmp_path)
+    pieces = {"1.2.1": ("A", "B"), "1.2.2": ("C", "D"), "1.2.3": ("C/1", "C/2")}
+    for uid, folders in pieces.items():
+        for k, folder in enumerate(folders):
+            write_series(tmp_path / folder, hu, of_series(uid, range(3 * k, 3 * k + 3)))
+    found = find_studies([tmp_path])
+    assert [os.path.relpath(study.id, tmp_path) for study in found] == [".", "C", "D"]
+    assert all(read_volume(study.source).array.shape == (8, 8, 6) for study in found)
+
+
 def test_without_a_table_of_contents_each_folder_is_a_study_and_pieces_are_remarked_on(tmp_path, load):
     """By folder and by path alike; copies look the same, and joined they would be no study at all."""
     hu = make_hu((6, 8, 8))
