@@ -309,7 +309,8 @@ def _walk(folder: Path) -> Iterator[Path]:
             folders.clear()
             continue
         seen.add((status.st_dev, status.st_ino))
-        folders.sort()
+        # What programs keep for themselves: versions, deleted files, snapshots.
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(files):
             if _may_be_scan(name):
                 count += 1

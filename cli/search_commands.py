@@ -86,8 +86,8 @@ def _reports_of(args: argparse.Namespace, studies: Sequence[Study], before: sear
 
 def embedding_rows(
     pipe: ZeroShotCTClassificationPipeline, reports: dict[str, str], reads: list[ReadStudy]
-) -> Iterator[dict[str, Any]]:
-    """Embed studies: one row per study, with the embedding of its report if there is one.
+) -> Iterator[dict[str, Any] | FailedStudy]:
+    """Embed studies: one row per study, with the embedding of its report if there is one, or why it can have none.
 
     Args:
         pipe: The model's pipeline.
@@ -95,7 +95,10 @@ def embedding_rows(
         reads: The studies, as one batch.
     """
     for read, image in zip(reads, embed_images(pipe, reads), strict=True):
-        row = {KEY: read.study.id, "image_embeds": image.tolist(), "text_embeds": None, "report_id": None}
+        if not search.can_name(study := read.study.id):
+            yield FailedStudy(read.study, f"{study}: its name is not UTF-8, as names in an index are. Rename it.")
+            continue
+        row = {KEY: study, "image_embeds": image.tolist(), "text_embeds": None, "report_id": None}
         yield with_report(pipe, reports, row)
 
 

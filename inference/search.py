@@ -127,6 +127,15 @@ def refuse_shared(names: Container[str], studies: Sequence[str], path: Path) -> 
             )
 
 
+def can_name(study: str) -> bool:
+    """Whether an index can hold the name of a study: those of files may be any bytes, those of Parquet are UTF-8.
+
+    Args:
+        study: Path of the study.
+    """
+    return not any("\ud800" <= letter <= "\udfff" for letter in study)
+
+
 def compact(row: dict[str, Any]) -> dict[str, Any]:
     """A row with arrays of float32 in place of lists of numbers, which take eight times the memory.
 

@@ -17,16 +17,20 @@ from typing import Any
 
 import torch
 
-from medct.byte_sources_medct import HEAD_BYTES, is_address, without_secrets
+from medct.byte_sources_medct import HEAD_BYTES, inflated_head, is_address, of_path, without_secrets
+from medct.dicom_io_medct import SUFFIXES as DICOM_SUFFIXES
 from medct.dicom_io_medct import is_dicom, series_of
 from medct.errors_medct import said_of
 from medct.image_processing_medct import MedCTImageProcessor
 from medct.inference.places import refuse_missing
+from medct.nifti_io_medct import is_nifti
 from medct.volume_io_medct import read_volume
 from medct.volume_medct import VolumeError
 from medct.workers_medct import Lost, Place, load_ahead, overlapped
 
 _VOLUME_SUFFIXES = (".nii", ".nii.gz", ".nrrd", ".nhdr", ".mha", ".mhd", ".zip")
+_PAIR_SUFFIXES = (".hdr", ".hdr.gz")
+"""Of the header of a NIfTI pair, and of other headers and pictures."""
 # One word with a separator that begins as paths do, ends as folders do, or has a suffix; "w/o" is none.
 _PATH = re.compile(r"(?:~|\.{1,2})?/\S*|\S*[/\\]|\S*[/\\]\S*\.[A-Za-z]\w*")
 _DICOMDIR_CLASS = b"1.2.840.10008.1.3.10"
@@ -97,8 +101,8 @@ def find_studies(paths: Iterable[str | os.PathLike]) -> list[Study]:
             found = sorted(_studies_below(Path(path)), key=lambda one: one[0].id)
             if not found:
                 raise FileNotFoundError(
-                    f"{path}: no studies in this folder. A study is a {', '.join(_VOLUME_SUFFIXES)} file, or a folder "
-                    "of DICOM files."
+                    f"{path}: no studies in this folder. A study is a {', '.join(_VOLUME_SUFFIXES)} file, a .hdr "
+                    "with its .img, or a folder of DICOM files."
                 )
         for study, series in found:
             # Under another spelling or through a link it is still the same study.
@@ -108,7 +112,7 @@ def find_studies(paths: Iterable[str | os.PathLike]) -> list[Study]:
 
 def looks_like_path(text: str) -> bool:
     """Whether a text is written as the path of a scan, whether or not there is one."""
-    if text.lower().endswith((*_VOLUME_SUFFIXES, ".dcm")):
+    if text.lower().endswith((*_VOLUME_SUFFIXES, *_PAIR_SUFFIXES, ".dcm")):
         return True
     return bool(_PATH.fullmatch(text))
 
@@ -136,7 +140,8 @@ def _studies_below(folder: Path) -> Iterator[_Found]:
     # Discs are often mounted with names in small letters.
     contents = (above / name for above in folder.absolute().parents for name in (_DICOMDIR, _DICOMDIR.upper()))
     discs = {path.parent: number for number, path in enumerate(filter(Path.is_file, contents))}
-    for parent, folders, names in os.walk(folder, followlinks=True):
+    barred: list[OSError] = []
+    for parent, folders, names in os.walk(folder, onerror=barred.append, followlinks=True):
         real = os.path.realpath(parent)
         if real in seen:  # a link that leads back
             folders.clear()
@@ -147,11 +152,13 @@ def _studies_below(folder: Path) -> Iterator[_Found]:
         names = sorted(name for name in names if not name.startswith("."))
         if any(name.lower() == _DICOMDIR for name in names):
             discs.setdefault(Path(parent), len(discs))
-        others = [name for name in names if not name.lower().endswith(_VOLUME_SUFFIXES)]
+        others = [name for name in names if not _is_volume(parent, name)]
         volumes = [str(path) for name in sorted({*names} - {*others}) if not _is_special(path := Path(parent, name))]
         if (first := next((path for name in others if _is_dicom_file(path := Path(parent, name))), None)) is not None:
             scans[Path(parent)] = _dicom_folder(Path(parent), others, first, discs, not volumes and not folders)
         yield from ((Study(path, path), None) for path in volumes)
+    # What lies in there is not passed over in silence: reading them says why they cannot be read.
+    yield from ((Study(error.filename, error.filename), None) for error in barred)
     yield from _joined(scans)
 
 
@@ -193,12 +200,23 @@ def _joined(folders: dict[Path, _DicomFolder]) -> Iterator[_Found]:
         group_of |= {one: whole for member in whole for one in folders[member].series}
     taken: set[str] = set()
     for paths in groups.values():
-        common = str(paths[0]) if len(paths) == 1 else os.path.commonpath(paths)
-        name = str(paths[0]) if common in taken else common
+        names = (*([os.path.commonpath(paths)] if len(paths) > 1 else []), *map(str, paths))
+        name = next(each for each in names if each not in taken)
         taken.add(name)
         is_whole = len(paths) == 1 and folders[paths[0]].is_whole
         source = name if is_whole else [str(file) for path in paths for file in folders[path].files]
         yield Study(name, source), folders[paths[0]].first_series
+
+
+def _is_volume(folder: str, name: str) -> bool:
+    """Whether a file is called as scans are, and a .hdr is the header of one."""
+    if not name.lower().endswith(_PAIR_SUFFIXES):
+        return name.lower().endswith(_VOLUME_SUFFIXES)
+    try:
+        (header,) = of_path(Path(folder, name))
+        return is_nifti(inflated_head(header, 4))
+    except VolumeError:  # it cannot be opened, which reading it tells
+        return True
 
 
 def _is_special(path: Path) -> bool:
@@ -210,14 +228,17 @@ def _is_special(path: Path) -> bool:
 
 
 def _is_dicom_file(path: Path) -> bool:
+    """Whether it is one or stands in the place of one, which reading its folder tells."""
     if path.name.lower() == _DICOMDIR or _is_special(path):
         return False
+    has_suffix = path.name.lower().removesuffix(".gz").endswith(DICOM_SUFFIXES)
     try:
         with path.open("rb") as file:
             head = file.read(HEAD_BYTES)
-    except OSError:
-        return False
-    return is_dicom(head) and _DICOMDIR_CLASS + b"\0" not in head and _DICOMDIR_CLASS + b"\2" not in head
+    except OSError:  # a broken link, say; files that scanners name have no suffix, or digits for one
+        return has_suffix or not path.suffix[1:2].isalpha()
+    is_contents = _DICOMDIR_CLASS + b"\0" in head or _DICOMDIR_CLASS + b"\2" in head
+    return (has_suffix or is_dicom(head)) and not is_contents
 
 
 @dataclass(frozen=True)

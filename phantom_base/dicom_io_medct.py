@@ -65,7 +65,7 @@ _PROJECTIONS = ("MIP", "MINIP", "MNIP", "MAX_IP", "MIN_IP", "PROJECTION")
 _LOSSY = "1.2.840.10008.1.2.4.50"
 """A transfer syntax that always loses something; of others that may, the header says whether they did."""
 _MODALITIES = ("CT", "MR", "PT", "NM", "US", "CR", "DX", "MG", "XA", "SC", "OT", "SEG", "RTSTRUCT", "RTDOSE", "SR")
-_SUFFIXES = (".dcm", ".dicom", ".dic", ".ima")
+SUFFIXES = (".dcm", ".dicom", ".dic", ".ima")
 """Of files that stand for a DICOM file whatever they hold."""
 _FIRST_GROUPS = (b"\x02\x00", b"\x08\x00")
 _DECIMALS = (0x00200032, 0x00200037, 0x00280030, 0x00281052, 0x00281053, 0x00180050, 0x00180088)
@@ -202,7 +202,7 @@ def _check_other(file: ByteSource, names: set[tuple[str, str]]) -> None:
     what, remedy = what_is(file) or (None, AGAIN)
     name = _place_and_suffix(file)
     is_alike = name in names and (what is None or remedy in STANDS_FOR_A_FILE)
-    if is_alike or name[1] in _SUFFIXES or (not names and remedy in STANDS_FOR_A_FILE):
+    if is_alike or name[1] in SUFFIXES or (not names and remedy in STANDS_FOR_A_FILE):
         lacks = "it is damaged: it lacks the mark of a DICOM file"
         raise VolumeError(file.name, lacks if what is None else f"it is not a DICOM file, but {what}", remedy)
 

@@ -561,6 +561,17 @@ def test_an_index_of_which_no_study_could_be_read_can_be_added_to(run, scans, tm
     assert read_embeddings(index).ids == [str(scans / "0.nii.gz")]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere every name of a file is Unicode")
+def test_a_name_that_no_index_can_hold_costs_its_study_alone(run, scans, tmp_path):
+    index, good = tmp_path / "index.parquet", scans / "0.nii.gz"
+    named = os.fsdecode(os.fsencode(scans) + b"/M\xfcller.nii.gz")
+    shutil.copy(good, named)
+    status, _, err = run("embed", good, named, "--output", index)
+    assert status == 1
+    assert "its name is not UTF-8" in err
+    assert read_embeddings(index).ids == [str(good)]
+
+
 def test_reports_that_could_be_of_several_studies_are_refused(run, scans, tmp_path):
     """And how many studies have none is said: the table may be of another hospital."""
     index, reports, other = tmp_path / "index.parquet", tmp_path / "reports.csv", tmp_path / "other"

@@ -1,7 +1,9 @@
 """From folders to studies, and studies that are read ahead."""
 
 import contextlib
+import errno
 import faulthandler
+import gzip
 import multiprocessing
 import os
 import re
@@ -209,6 +211,19 @@ def test_a_disc_with_several_series(tmp_path, load):
         assert np.array_equal(read_volume(study.source).array, hu.T)
 
 
+def test_each_study_of_a_disc_has_a_name_of_its_own(tmp_path):
+    """Two series in pieces lie in the root, and a third one in a folder that is a piece itself."""
+    hu = make_hu((6, 8, 8))
+    write_contents(tmp_path)
+    pieces = {"1.2.1": ("A", "B"), "1.2.2": ("C", "D"), "1.2.3": ("C/1", "C/2")}
+    for uid, folders in pieces.items():
+        for k, folder in enumerate(folders):
+            write_series(tmp_path / folder, hu, of_series(uid, range(3 * k, 3 * k + 3)))
+    found = find_studies([tmp_path])
+    assert [os.path.relpath(study.id, tmp_path) for study in found] == [".", "C", "D"]
+    assert all(read_volume(study.source).array.shape == (8, 8, 6) for study in found)
+
+
 def test_without_a_table_of_contents_each_folder_is_a_study_and_pieces_are_remarked_on(tmp_path, load):
     """By folder and by path alike; copies look the same, and joined they would be no study at all."""
     hu = make_hu((6, 8, 8))
@@ -261,6 +276,53 @@ def test_a_table_of_contents_alone_is_no_study(tmp_path):
     write_contents(tmp_path)
     with pytest.raises(FileNotFoundError, match="no studies in this folder"):
         find_studies([tmp_path])
+
+
+def test_a_header_with_its_voxels_is_a_study(tmp_path, load):
+    """But not every file that is called so: ENVI has text, and a picture of high range is no scan."""
+    array = np.random.default_rng(0).integers(-1000, 1000, (6, 7, 5)).astype(np.int16)
+    for name in ("pair.hdr", "packed.hdr.gz"):
+        nibabel.save(nibabel.Nifti1Pair(array, np.diag([2.0, 2, 4, 1])), tmp_path / name)
+    (tmp_path / "envi.hdr").write_text("ENVI\nsamples = 3\n")
+    (tmp_path / "gone.hdr").symlink_to(tmp_path / "nowhere")
+    reads = [read_study(study, load.image_processor) for study in find_studies([tmp_path])]
+    assert [Path(read.study.id).name for read in reads] == ["gone.hdr", "packed.hdr.gz", "pair.hdr"]
+    assert [type(read) for read in reads] == [FailedStudy, ReadStudy, ReadStudy]
+
+
+def test_what_stands_in_the_place_of_a_study_is_not_passed_over_in_silence(tmp_path, load, monkeypatch):
+    """Files that were not fetched, broken links, DICOM in gzip, and folders that may not be entered."""
+    write_nifti(tmp_path / "scan.nii")
+    for name in ("empty", "pointers", "links", "links without suffix", "packed", "barred"):
+        write_series(tmp_path / name, make_hu((3, 8, 8)))
+    for path in (tmp_path / "empty").iterdir():
+        path.write_bytes(b"")
+    for path in (tmp_path / "pointers").iterdir():
+        path.rename(path.with_suffix(".IMA")).write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    for name, suffix in (("links", ".dcm"), ("links without suffix", ".1")):
+        for path in (tmp_path / name).iterdir():
+            path.unlink()
+            path.with_suffix(suffix).symlink_to(tmp_path / "nowhere")
+    for path in (tmp_path / "packed").iterdir():
+        packed = gzip.compress(path.read_bytes())
+        path.rename(f"{path}.gz").write_bytes(packed)
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts/README.md").symlink_to(tmp_path / "nowhere")
+    scandir = os.scandir
+
+    def refuse(folder):
+        if Path(folder).name == "barred":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)  # a user who may do everything is never refused
+    reads = {Path(study.id).name: read_study(study, load.image_processor) for study in find_studies([tmp_path])}
+    assert isinstance(reads.pop("scan.nii"), ReadStudy)
+    reasons = {name: read.reason for name, read in reads.items()}
+    assert list(reasons) == ["barred", "empty", "links", "links without suffix", "packed", "pointers"]
+    said = ("Permission denied", "but empty", "cannot be read", "cannot be read", "in gzip", "a Git LFS pointer")
+    for part, reason in zip(said, reasons.values(), strict=True):
+        assert part in reason
 
 
 def test_data_sets_without_a_mark_are_a_study(tmp_path, load):

@@ -175,6 +175,16 @@ def test_files_of_a_folder_come_in_the_order_of_their_names(tmp_path):
     assert found == names
 
 
+def test_what_programs_keep_in_hidden_folders_is_no_part_of_a_scan(hu, tmp_path):
+    """Snapshots of a file server, deleted slices, and what the links of git-annex lead to."""
+    series = write_series(tmp_path / ".top is hidden, too", hu)
+    write_series(series / ".snapshot/daily", hu + 1)
+    (series / ".git").mkdir()
+    for number, path in enumerate(sorted(series.glob("*.dcm"))):
+        path.symlink_to(path.rename(series / f".git/{number}"))
+    assert np.array_equal(read_volume(series).array, hu.T)
+
+
 def zipped(members: dict[str, bytes], **options) -> bytes:
     archive = io.BytesIO()
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED, **options) as file:
