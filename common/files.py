@@ -253,7 +253,12 @@ def write_json(path: str | os.PathLike, content: Any, **options: Any) -> None:
         content: Without NaN or infinity, which JSON does not have.
         options: Of `json.dumps`.
     """
-    write_text(path, json.dumps(content, indent=2, allow_nan=False, **options) + "\n")
+    write_text(path, json_text(content, **options))
+
+
+def json_text(content: Any, **options: Any) -> str:
+    """What `write_json` writes, which takes the same."""
+    return json.dumps(content, indent=2, allow_nan=False, **options) + "\n"
 
 
 def file_sha256(path: Path) -> str:
