@@ -68,6 +68,18 @@ def remove_leftovers(path: Path) -> None:
             left.unlink(missing_ok=True)
 
 
+def discard(folder: Path, final: Path) -> None:
+    """Remove a folder that an output was made of; if that is cut short, the rest is among the `remove_leftovers`.
+
+    Args:
+        folder: To remove, beside the output.
+        final: The output.
+    """
+    aside = _aside(final)
+    folder.rename(aside)
+    shutil.rmtree(aside)
+
+
 def refuse_taken(path: str | os.PathLike) -> None:
     """Refuse a folder that is about to be created if it is there and a new one cannot take its place.
 

@@ -11,6 +11,7 @@ from typing import Any
 from medct.common.files import (
     Reserve,
     append_line,
+    discard,
     refuse_other_settings,
     refuse_taken,
     whole_folder,
@@ -20,6 +21,7 @@ from medct.common.files import (
 )
 from medct.common.lock import is_first_process, only_run
 from medct.common.output import as_word
+from medct.common.run_files import RESULTS
 from medct.training.checkpoints import decode, encode
 from medct.training.settings import TrainingError
 
@@ -60,6 +62,8 @@ class RunFolder:
     @property
     def remedy(self) -> str:
         """How to go on with a run that was stopped, as a sentence."""
+        if (self.final / RESULTS).is_file():
+            return f"{self.final} is complete."
         return f"The same command with --output_dir {as_word(self.final)} --resume continues it."
 
     @property
@@ -135,7 +139,7 @@ class RunFolder:
                     shutil.copytree(kept, folder / kept.name)
                 elif kept.exists():
                     shutil.copyfile(kept, folder / kept.name)
-        shutil.rmtree(self.work)
+        discard(self.work, self.final)
 
 
 class History:
