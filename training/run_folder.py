@@ -29,6 +29,15 @@ from medct.training.settings import TrainingError
 _KEPT = ("history.jsonl", "bad_samples.jsonl", "logs")
 
 
+def how_to_resume(output_dir: str | Path) -> str:
+    """How to go on with a run that was stopped, as a sentence.
+
+    Args:
+        output_dir: That its command was given, or would have been.
+    """
+    return f"The same command with --output_dir {as_word(output_dir)} --resume continues it."
+
+
 class RunFolder:
     """The folders of one run.
 
@@ -64,7 +73,7 @@ class RunFolder:
         """How to go on with a run that was stopped, as a sentence."""
         if (self.final / RESULTS).is_file():
             return f"{self.final} is complete."
-        return f"The same command with --output_dir {as_word(self.final)} --resume continues it."
+        return how_to_resume(self.final)
 
     @property
     def checkpoints(self) -> Path:
