@@ -45,9 +45,10 @@ phantom-base: $(VENV)/installed  ## train phantom_base/ anew, about half an hour
 	rm -rf phantom_base && mv phantom_base.new phantom_base
 
 space:  ## the last commit as a Space in dist/space: hf upload ORG/NAME dist/space . --repo-type space
-	rm -rf dist/space && mkdir -p dist
-	git archive HEAD space | tar -x -C dist
-	git archive --prefix=medct/ HEAD . ':!tests' ':!docs' ':!benchmarks' ':!space' | tar -x -C dist/space
+	rm -rf dist/space dist/unfinished && mkdir -p dist/unfinished
+	git archive HEAD space | tar -x -C dist/unfinished
+	git archive --prefix=medct/ HEAD . ':!tests' ':!docs' ':!benchmarks' ':!space' | tar -x -C dist/unfinished/space
+	mv dist/unfinished/space dist/space && rmdir dist/unfinished
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

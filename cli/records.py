@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from medct.cli.commands import CommandError
+from medct.common.files import remove_leftovers
 from medct.common.lock import only_run
 from medct.data.sources import DataError
 from medct.evaluation.figures import Scores, source_figures
@@ -39,6 +40,7 @@ def only_json(output: Path | None, command: str) -> Iterator[None]:
         )
     with contextlib.nullcontext() if output is None else only_run(output):
         if output is not None:
+            remove_leftovers(scores_path(output))
             _refuse_others(output, command)
         yield
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from medct.byte_sources_medct import is_address
-from medct.common.files import whole_file, write_json
+from medct.common.files import remove_leftovers, whole_file, write_json
 from medct.errors_medct import MedCTError
 from medct.inference.studies import ReadStudy, Study
 from medct.pipeline_medct import CTPipeline, ZeroShotCTClassificationPipeline
@@ -131,6 +131,7 @@ class ReportWriter:
             found = fhir.bundle(findings, algorithm, source.identity if args.fhir_identity else None, notes)
         written = [self._save(made, folder, source, findings, kind) for made, folder, kind in objects]
         if args.fhir is not None:
+            remove_leftovers(args.fhir)  # of a run that was killed here; they may name the patient
             write_json(args.fhir, found, ensure_ascii=False)
             written.append(str(args.fhir))
         return written
@@ -143,6 +144,7 @@ class ReportWriter:
         said += [*self.algorithm.parameters, *(finding.label for finding in findings)]
         digest = hashlib.sha256("\n".join(said).encode()).hexdigest()[:16]
         path = folder / f"{digest}_{kind}.dcm"
+        remove_leftovers(path)  # likewise
         with whole_file(path) as aside:
             report.save_as(aside, enforce_file_format=True)
         return str(path)

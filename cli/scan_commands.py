@@ -137,6 +137,11 @@ def prediction_table(row: dict[str, Any]) -> str:
 
 
 def map_scan(args: argparse.Namespace) -> int:
+    with only_run(args.output):
+        return _map_scan(args)
+
+
+def _map_scan(args: argparse.Namespace) -> int:
     from medct.inference import maps
 
     study = one_study(args.scan)

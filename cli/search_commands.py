@@ -64,7 +64,9 @@ def _embed(args: argparse.Namespace) -> int:
         rows_path=rows_path,
     )
     if state.is_main_process:
-        rows = [*(before.rows() if before else ()), *map(search.compact, read_rows(rows_path, JsonLines()))]
+        known = set(before.ids if before else ())  # with the new ones, if a run was stopped after it wrote them
+        new = (search.compact(row) for row in read_rows(rows_path, JsonLines()) if row[KEY] not in known)
+        rows = [*(before.rows() if before else ()), *new]
         # A second run may bring reports for studies that were embedded without.
         search.write_embeddings(args.output, [with_report(pipe, reports, row) for row in rows], settings)
         rows_path.unlink()

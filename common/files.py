@@ -68,6 +68,18 @@ def remove_leftovers(path: Path) -> None:
             left.unlink(missing_ok=True)
 
 
+def discard(folder: Path, final: Path) -> None:
+    """Remove a folder that an output was made of; if that is cut short, the rest is among the `remove_leftovers`.
+
+    Args:
+        folder: To remove, beside the output.
+        final: The output.
+    """
+    aside = _aside(final)
+    folder.rename(aside)
+    shutil.rmtree(aside)
+
+
 def refuse_taken(path: str | os.PathLike) -> None:
     """Refuse a folder that is about to be created if it is there and a new one cannot take its place.
 
@@ -253,7 +265,12 @@ def write_json(path: str | os.PathLike, content: Any, **options: Any) -> None:
         content: Without NaN or infinity, which JSON does not have.
         options: Of `json.dumps`.
     """
-    write_text(path, json.dumps(content, indent=2, allow_nan=False, **options) + "\n")
+    write_text(path, json_text(content, **options))
+
+
+def json_text(content: Any, **options: Any) -> str:
+    """What `write_json` writes, which takes the same."""
+    return json.dumps(content, indent=2, allow_nan=False, **options) + "\n"
 
 
 def file_sha256(path: Path) -> str:

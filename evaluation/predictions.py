@@ -17,7 +17,6 @@ import numpy as np
 import pandas as pd
 
 from medct.common.counting import counted
-from medct.common.files import whole_file
 from medct.common.formulas import as_text
 from medct.data.sources import DataError
 from medct.data.study_names import composed, matched
@@ -96,8 +95,7 @@ def write_predictions(
     table = pd.concat(parts, ignore_index=True)
     for column in table.select_dtypes(exclude="number"):
         table[column] = table[column].map(as_text, na_action="ignore")
-    with whole_file(path) as aside:
-        table.rename(columns=as_text).to_csv(aside, index=False, lineterminator="\n")
+    table.rename(columns=as_text).to_csv(path, index=False, lineterminator="\n")
 
 
 def _table(key: Key, scored: ScoredStudies) -> pd.DataFrame:

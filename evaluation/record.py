@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from medct.common.files import write_json
+from medct.common.files import json_text, whole_file
 from medct.common.run_files import RESULTS
 from medct.data.sources import DataError
 from medct.errors_medct import first_line
@@ -25,7 +25,8 @@ def write_record(
     predictions: Predictions,
     others: Iterable[tuple[str, str, Sequence[str]]] = (),
 ) -> None:
-    """Write figures, and the scores that they are of.
+    """Write figures, and the scores that they are of; whenever it is stopped, none of the scores are without figures,
+    or beside others.
 
     Args:
         path: JSON file to make or replace; the scores go into `scores_path` of it.
@@ -33,8 +34,12 @@ def write_record(
         predictions: The scores.
         others: See `write_predictions`.
     """
-    write_predictions(scores_path(path), predictions, others)
-    write_json(path, results)
+    scores = scores_path(path)
+    with whole_file(scores) as scores_aside:
+        write_predictions(scores_aside, predictions, others)
+        with whole_file(path) as aside:
+            aside.write_text(json_text(results), encoding="utf-8")
+            scores.unlink(missing_ok=True)
 
 
 def results_file(run: Path) -> Path:

@@ -122,7 +122,7 @@ class RowFile:
         format: Format of its lines.
 
     Raises:
-        OutputError: If the file holds anything but such rows.
+        OutputError: If the file holds anything but such rows; from `write`, if it has been removed.
     """
 
     def __init__(self, path: Path, format: RowFormat):
@@ -137,6 +137,8 @@ class RowFile:
             self._file.flush()
 
     def write(self, row: dict[str, Any]) -> None:
+        if not self.path.exists():  # the system would write on into nothing
+            raise OutputError(f"{self.path} was removed while rows were written to it. Start the same command again.")
         try:
             self._file.write(self.format.line(row))
             self._file.flush()

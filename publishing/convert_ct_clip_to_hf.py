@@ -20,6 +20,7 @@ import torch
 from transformers import BertTokenizer
 
 from medct.common.files import whole_folder
+from medct.common.lock import only_run
 from medct.configuration_medct import MedCTConfig
 from medct.errors_medct import MedCTError, first_line
 from medct.image_processing_medct import MedCTImageProcessor
@@ -271,8 +272,9 @@ def convert(checkpoint: Path, output: Path, tokenizer: str, sizes: Path | None =
         ConversionError: If the input is not what it should be.
         TextError: If the tokenizer knows no words.
         FileExistsError: If the output already holds something.
+        LockedError: If another run is writing it.
     """
-    with whole_folder(output) as folder:
+    with only_run(output), whole_folder(output) as folder:
         mapped, dropped = map_keys(load_state_dict(checkpoint))
         config = published_config(mapped) if sizes is None else config_from_sizes(_read_sizes(sizes))
         processor = MedCTProcessor(

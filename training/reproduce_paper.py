@@ -19,8 +19,10 @@ from accelerate.utils import parse_flag_from_env
 
 from medct.common.counting import counted
 from medct.common.distributed import start_launch
+from medct.common.errors import StoppedError
 from medct.common.files import VERSION, refuse_other_settings, with_version, write_text
 from medct.common.host import keep_freed_memory
+from medct.common.lock import only_run
 from medct.common.run_files import RESULTS, TRAIN_CONFIG
 from medct.evaluation.record import read_results
 from medct.evaluation.report import COMPARED, markdown_table
@@ -28,6 +30,7 @@ from medct.publishing.cards import read_json
 from medct.publishing.convert_ct_clip_to_hf import convert
 from medct.publishing.loading import PHANTOM_BASE
 from medct.train import Trainer
+from medct.training.run_folder import how_to_resume
 from medct.training.settings import NO_SOURCE, TrainingError, TrainingSettings, run_command, setting
 
 # Per cent; arXiv 2512.00597, abstract.
@@ -125,11 +128,13 @@ def results_of(settings: PaperSettings) -> dict[str, Any]:
 
     Raises:
         OtherSettingsError: If that run had other settings, or was of a version of other numbers.
+        StoppedError: If its run was stopped.
     """
     folder = Path(str(settings.output_dir))
     if not (settings.resume and (folder / RESULTS).exists()):
         return Trainer(settings).run()
-    saved, results = read_json(folder, TRAIN_CONFIG), read_results(folder)
+    with only_run(folder):
+        saved, results = read_json(folder, TRAIN_CONFIG), read_results(folder)
     chosen = {name: value for name, value in settings.fixed().items() if value is not None}
     before = {name: saved.get(name) for name in chosen} | {VERSION: results["provenance"]["code"]["version"]}
     refuse_other_settings(folder, before, with_version(chosen))
@@ -158,10 +163,19 @@ def recipes_table(results: dict[str, dict[str, Any]]) -> str:
 
 
 def reproduce(settings: PaperSettings) -> dict[str, Any]:
-    """The whole experiment; returns what `results.json` of the paper's row holds."""
+    """The whole experiment; returns what `results.json` of the paper's row holds.
+
+    Raises:
+        StoppedError: If it was stopped by a signal; it names what resumes it, which no row does by itself.
+    """
     base = converted(settings)
     rows = rows_of(dataclasses.replace(settings, model=str(base)))
-    results = {name: results_of(each) for name, each in rows.items()}
+    results = {}
+    for name, each in rows.items():
+        try:
+            results[name] = results_of(each)
+        except StoppedError as error:
+            raise StoppedError(f"stopped in row {name!r}. {how_to_resume(str(settings.output_dir))}") from error
     first = next(iter(results.values()))
     found = first["comparison"]
     held_out = f"Held out: {counted(found['scans'], 'scan')} of {counted(found['patients'], 'patient')}."

@@ -11,6 +11,7 @@ from typing import Any
 from medct.common.files import (
     Reserve,
     append_line,
+    discard,
     refuse_other_settings,
     refuse_taken,
     whole_folder,
@@ -20,11 +21,21 @@ from medct.common.files import (
 )
 from medct.common.lock import is_first_process, only_run
 from medct.common.output import as_word
+from medct.common.run_files import RESULTS
 from medct.training.checkpoints import decode, encode
 from medct.training.settings import TrainingError
 
 # What the finished folder takes over from the working one.
 _KEPT = ("history.jsonl", "bad_samples.jsonl", "logs")
+
+
+def how_to_resume(output_dir: str | Path) -> str:
+    """How to go on with a run that was stopped, as a sentence.
+
+    Args:
+        output_dir: That its command was given, or would have been.
+    """
+    return f"The same command with --output_dir {as_word(output_dir)} --resume continues it."
 
 
 class RunFolder:
@@ -60,7 +71,9 @@ class RunFolder:
     @property
     def remedy(self) -> str:
         """How to go on with a run that was stopped, as a sentence."""
-        return f"The same command with --output_dir {as_word(self.final)} --resume continues it."
+        if (self.final / RESULTS).is_file():
+            return f"{self.final} is complete."
+        return how_to_resume(self.final)
 
     @property
     def checkpoints(self) -> Path:
@@ -135,7 +148,7 @@ class RunFolder:
                     shutil.copytree(kept, folder / kept.name)
                 elif kept.exists():
                     shutil.copyfile(kept, folder / kept.name)
-        shutil.rmtree(self.work)
+        discard(self.work, self.final)
 
 
 class History:

@@ -1,6 +1,8 @@
 """The folder that is a Space: its front matter, its code and what it needs."""
 
+import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -41,6 +43,20 @@ def test_it_asks_for_what_the_app_needs_as_it_was_tested():
     names = {re.match(r"[\w.-]+", each)[0].lower() for each in needed} - {"medct"}
     tested = pins(ROOT / "constraints.txt")
     assert pins(SPACE / "requirements.txt") == {name: tested[name] for name in names}
+
+
+def test_a_folder_without_all_of_its_code_has_no_name(tmp_path, monkeypatch):
+    """It would be uploaded."""
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    shutil.copytree(SPACE, tmp_path / "space")
+    git = tmp_path / "bin" / "git"
+    git.parent.mkdir()
+    git.write_text('#!/bin/sh\n[ "$2" = HEAD ] && exec tar -c space\necho torn\n', encoding="utf-8")
+    git.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{git.parent}{os.pathsep}{os.environ['PATH']}")
+    made = subprocess.run(["make", "--silent", "-C", str(tmp_path), "space"], stderr=subprocess.DEVNULL)
+    assert made.returncode and (tmp_path / "dist" / "unfinished" / "space" / "app.py").is_file()
+    assert not (tmp_path / "dist" / "space").exists()
 
 
 @pytest.fixture

@@ -572,6 +572,21 @@ def test_a_name_that_no_index_can_hold_costs_its_study_alone(run, scans, tmp_pat
     assert read_embeddings(index).ids == [str(good)]
 
 
+def test_an_index_holds_each_study_once_wherever_its_run_was_stopped(run, scans, tmp_path, monkeypatch):
+    index = tmp_path / "index.parquet"
+
+    def write_and_stop(*arguments):
+        write_embeddings(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("medct.inference.search.write_embeddings", write_and_stop)
+        assert run("embed", scans / "0.nii.gz", "--output", index)[0] == 130
+    assert run("embed", scans / "0.nii.gz", scans / "1.nii.gz", "--output", index)[0] == 0
+    assert read_embeddings(index).ids == [str(scans / name) for name in GOOD[:2]]
+    assert not list(tmp_path.glob("*.rows"))
+
+
 def test_reports_that_could_be_of_several_studies_are_refused(run, scans, tmp_path):
     """And how many studies have none is said: the table may be of another hospital."""
     index, reports, other = tmp_path / "index.parquet", tmp_path / "reports.csv", tmp_path / "other"
@@ -606,12 +621,14 @@ def test_a_text_is_a_text(run, tmp_path, query):
 
 
 def test_map(run, scans, tmp_path):
+    (tmp_path / ".maps.partial-0a1b2c3d").mkdir()  # of one that was killed
     status, out, _ = run("map", scans / "0.nii.gz", "--labels", "a", "b c", "--output", tmp_path / "maps")
     assert status == 0
     assert "localises poorly" in out
     stems = ("a_debugging-aid", "b-c_debugging-aid")
     expected = sorted(f"{stem}{suffix}" for stem in stems for suffix in (".nii.gz", ".png"))
     assert sorted(path.name for path in (tmp_path / "maps").iterdir()) == [*expected, "findings.json"]
+    assert not list(tmp_path.glob(".maps*"))
     index = json.loads((tmp_path / "maps" / "findings.json").read_text(encoding="utf-8"))
     assert [(found["label"], found["name"]) for found in index] == [
         ("a", "a_debugging-aid"),

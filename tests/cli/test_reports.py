@@ -83,6 +83,18 @@ def test_the_same_run_replaces_its_files(predict, tmp_path):
     assert len(list((tmp_path / "out").iterdir())) == 3, "and so is how"
 
 
+def test_what_a_killed_run_has_left_of_its_reports_is_removed(predict, tmp_path):
+    """It may name the patient."""
+    reports = ("--dicom_sr", "out", "--fhir", "out/f.json", "--labels", "Emphysema")
+    assert predict("series", *reports)[0] == 0
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert len(names) == 2
+    for name in names:
+        (tmp_path / "out" / f".{name}.partial-0a1b2c3d").touch()
+    assert predict("series", *reports)[0] == 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == names
+
+
 def test_copies_of_a_series_replace_nothing_of_each_other(predict, tmp_path):
     """They may differ in their values: each row names a report of its own, whichever run made it."""
 

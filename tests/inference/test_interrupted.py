@@ -1,5 +1,7 @@
 """A run stopped at any of its writes leaves whole files only, and the next one ends where one run would have."""
 
+import shutil
+
 import pytest
 from accelerate import PartialState
 from scan_files import write_noise
@@ -7,7 +9,7 @@ from scan_files import write_noise
 import medct
 from medct.common import files
 from medct.image_processing_medct import MedCTImageProcessor
-from medct.inference.bulk import KEY, Csv, Reading, process_to_file
+from medct.inference.bulk import KEY, Csv, OutputError, Reading, RowFile, process_to_file
 from medct.inference.studies import LoadStudy, find_studies
 
 FORMAT = Csv([KEY, "mean"])
@@ -68,6 +70,22 @@ def test_a_run_that_is_stopped_at_a_write_is_completed_by_the_next(run, tmp_path
         else:
             break
     assert stops > 5  # settings, rows and failures, before and after the work
+
+
+def test_an_output_that_is_removed_while_it_is_written_ends_the_run(run, tmp_path, monkeypatch):
+    """Its rows would be lost in silence."""
+    write = RowFile.write
+
+    def remove_and_write(rows, row):
+        shutil.rmtree(tmp_path / "out")
+        write(rows, row)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RowFile, "write", remove_and_write)
+        with pytest.raises(OutputError, match=r"out\.csv\S* was removed while rows were written to it\. Start"):
+            run(tmp_path / "out" / "out.csv")
+    assert not (tmp_path / "out").exists()
+    assert run(tmp_path / "out" / "out.csv") == 1
 
 
 def test_rows_of_another_version_are_not_added_to(run, tmp_path, monkeypatch):

@@ -181,6 +181,13 @@ def test_existing_output_is_not_touched(checkpoint, tokenizer_folder, sizes_file
     assert (tmp_path / "mine.txt").read_text(encoding="utf-8") == "keep"
 
 
+def test_what_a_killed_conversion_has_left_is_removed(tokenizer_folder, tmp_path):
+    (tmp_path / ".out.partial-0a1b2c3d").mkdir()
+    with pytest.raises(ConversionError):
+        convert(tmp_path / "nowhere.pt", tmp_path / "out", str(tokenizer_folder))
+    assert not list(tmp_path.iterdir())
+
+
 def test_command_line_says_what_is_wrong_in_one_line(tmp_path, tokenizer_folder, refused, monkeypatch):
     monkeypatch.chdir(tmp_path)
     said = refused("convert", "nowhere.pt", "out", "--tokenizer", tokenizer_folder)

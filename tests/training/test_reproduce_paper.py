@@ -3,11 +3,13 @@
 import json
 from contextlib import nullcontext
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 from ct_rate_like import ct_rate_files, write_files
 
 import medct
+from medct.common.errors import STOPPED, StoppedError
 from medct.training import reproduce_paper
 from medct.training.settings import check
 
@@ -59,6 +61,17 @@ def test_one_command_converts_trains_and_compares(arguments, tmp_path, capsys, m
     with pytest.raises(SystemExit):
         reproduce_paper.main([*arguments, "--resume", "True"])
     assert "run was started with MedCT " in capsys.readouterr().err
+
+
+def test_a_row_that_is_stopped_says_how_the_experiment_is_resumed(arguments, tmp_path, capsys, monkeypatch):
+    """Not how it would go on with the row's own folder, where another experiment would begin."""
+    stop = SimpleNamespace(run=Mock(side_effect=StoppedError("stopped. Resume run-vision.")))
+    monkeypatch.setattr(reproduce_paper, "converted", lambda settings: tmp_path)
+    monkeypatch.setattr(reproduce_paper, "Trainer", lambda settings: stop)
+    with pytest.raises(SystemExit, match=str(STOPPED)):
+        reproduce_paper.main(arguments)
+    said = "stopped in row 'paper'. The same command with --output_dir {} --resume continues it.\n"
+    assert capsys.readouterr().err == said.format(tmp_path / "run")
 
 
 @pytest.mark.slow

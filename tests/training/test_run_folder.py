@@ -46,6 +46,24 @@ def test_a_run_that_is_stopped_while_it_ends_keeps_what_it_has(folder, error, mo
     assert [path.name for path in folder.final.parent.iterdir()] == ["run"]
 
 
+def test_what_is_left_of_a_complete_run_is_no_unfinished_one(folder, monkeypatch):
+    """It could not be resumed, but a start without --resume would ask for that."""
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("shutil.rmtree", stop)
+        with pytest.raises(KeyboardInterrupt), folder.complete() as final:
+            assert folder.remedy.endswith("--resume continues it.")
+            (final / "results.json").touch()
+    assert folder.remedy == f"{folder.final} is complete."
+    assert not folder.work.exists()
+    with pytest.raises(FileExistsError):
+        RunFolder(str(folder.final), resume=True)
+    assert [path.name for path in folder.final.parent.iterdir()] == ["run"]
+
+
 def test_the_reserve_makes_room_for_the_end(folder):
     folder.reserve(1000)
     assert (folder.work / ".reserve").stat().st_size == 1000
