@@ -182,8 +182,9 @@ def metadata_source(folder: Folder, files: dict[str, Path], label_names: Sequenc
         shown = f"{folder}/{split}/{path.name}" if split else f"{folder}/{path.name}"
         groups = [name for name in SUBGROUPS if name not in label_names]
         optional = ("patient", "split", *REPORT_COLUMNS, *groups)
-        refuse_misnamed(columns_of(path), shown)
-        table = read_table(path, ["file_name", *label_names], optional, shown, dict.fromkeys(label_names, MAPPING_HINT))
+        needed = ["file_name", *label_names]
+        refuse_misnamed(columns_of(path, [*needed, *optional]), shown)
+        table = read_table(path, needed, optional, shown, dict.fromkeys(label_names, MAPPING_HINT))
         table = merge_doubles(table, "file_name", shown, groups)
         names = f"{split}/" + table["file_name"] if split else table["file_name"]
         table = table.assign(id=names, volume=names)

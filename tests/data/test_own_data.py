@@ -123,6 +123,17 @@ def test_patients_and_splits_are_not_passed_over_for_their_name(tmp_path, header
         open_source(str(tmp_path), "train", MedCTConfig(id2label={0: "Mass"}, label2id={"Mass": 0}))
 
 
+def test_names_are_looked_at_in_the_sheet_that_is_read(tmp_path):
+    write_metadata(tmp_path, 2)
+    table = pd.read_csv(tmp_path / "metadata.csv").assign(Patient="p")
+    (tmp_path / "metadata.csv").unlink()
+    with pd.ExcelWriter(tmp_path / "metadata.xlsx") as book:
+        pd.DataFrame({"notes": ["of somebody"]}).to_excel(book, sheet_name="notes", index=False)
+        table.to_excel(book, sheet_name="studies", index=False)
+    with pytest.raises(DataError, match="it has a column 'Patient'"):
+        open_source(str(tmp_path), "train", CONFIG)
+
+
 @pytest.mark.parametrize(
     ("first", "second", "is_one"),
     [

@@ -53,6 +53,15 @@ def test_a_sheet_gives_the_same(name, tmp_path):
     assert cells(read_table(path, COLUMNS, ["report"])) == ROWS
 
 
+def test_of_two_sheets_with_the_columns_none_is_taken(tmp_path):
+    path = write_xlsx(tmp_path / "table.xlsx", [HEADER, *ROWS[:1]], [["Notes"]], [HEADER, *ROWS])
+    book = openpyxl.load_workbook(path)
+    book.worksheets[0].sheet_state = "hidden"
+    book.save(path)
+    with pytest.raises(DataError, match=r"sheets 'Sheet \(hidden\)' and 'Sheet2' both have such columns\. Keep"):
+        read_table(path, COLUMNS, ["report"])
+
+
 def test_merged_cells_of_a_sheet_hold_what_is_shown_in_each_place(tmp_path):
     path = write_xlsx(tmp_path / "table.xlsx", [["file_name", "patient", "Erguss", "Herz", "Befund"]])
     book = openpyxl.load_workbook(path)
