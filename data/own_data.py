@@ -25,7 +25,7 @@ import pyarrow as pa
 from datasets import ClassLabel, Features, Nifti, load_dataset_builder
 from pyarrow import parquet
 
-from medct.data.folders import HUB_ADDRESS, Folder
+from medct.data.folders import HUB_ADDRESS, Folder, LocalFolder
 from medct.data.sources import DataError, Deferred, Source, hash_share
 from medct.data.study_names import composed
 from medct.data.subgroups import COLUMNS as SUBGROUPS
@@ -152,8 +152,15 @@ def metadata_files(folder: Folder) -> dict[str, Path]:
     """
     if path := _metadata_file(folder, ""):
         return {"": path}
-    found = {name: _metadata_file(folder, f"{name}/") for name in ("train", "tune", *_VALID, *_TEST)}
+    found = {name: _metadata_file(folder, f"{name}/") for name in _split_folders(folder)}
     return {name: path for name, path in found.items() if path}
+
+
+def _split_folders(folder: Folder) -> Sequence[str]:
+    """Folders called like a split, in any capitals; of a repository, which is not listed, those that may be there."""
+    if isinstance(folder, LocalFolder):
+        return sorted(path.name for path in folder.root.iterdir() if path.name.lower() in _SPLIT_NAMES)
+    return _SPLIT_NAMES
 
 
 def _metadata_file(folder: Folder, within: str) -> Path | None:

@@ -13,7 +13,7 @@ from hub_server import HubServer
 from scan_files import write_series
 
 from medct import MedCTConfig
-from medct.data import DataError, StudyLoader, open_source, read_study
+from medct.data import DataError, StudyLoader, open_source, open_splits, read_study
 from medct.data.own_data import split_meanings
 from medct.data.tables import refuse_misnamed
 from medct.training.replay import with_replay
@@ -90,6 +90,13 @@ def test_a_folder_per_split(tmp_path):
     rows = list(open_source(str(tmp_path), "train", CONFIG, tune_share=0).stream())
     assert len(rows) == 4
     assert rows[1]["volume"] == str(tmp_path / "train/scan01.nii.gz")
+
+
+def test_a_folder_of_a_split_is_not_passed_over_for_its_spelling(tmp_path):
+    for name, count in (("training", 4), ("Test", 2)):
+        write_metadata(tmp_path / name, count)
+    found = {split: source.num_studies for split, source in open_splits(str(tmp_path), CONFIG, tune_share=0).items()}
+    assert found == {"train": 4, "valid": 2}
 
 
 def test_a_dicom_folder_is_a_study(tmp_path, processor):
