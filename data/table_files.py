@@ -36,6 +36,8 @@ _SEPARATORS = ",;\t"
 _LONGEST_CELL = 2**24
 _MOST_CELLS = 2**26
 """Of one sheet: all up to its last cell in use, each of which is walked over."""
+_FIRST_ROUNDED = 1e15
+"""Spreadsheets keep 15 digits: the later ones of a longer number are lost."""
 _OLD_OFFICE = b"\xd0\xcf\x11\xe0"  # .xls, and workbooks with a password
 _CALCULATE_FIRST = re.compile(rb'fullCalcOnLoad="(1|true)"')
 _FORMULA = re.compile(rb'<c r="([A-Z]+[0-9]+)"[^>]*><f[ />]')
@@ -226,7 +228,8 @@ def _text(cell: Any) -> str:
     """A cell of a sheet as csv would hold it."""
     if cell is None:
         return ""
-    return str(int(cell)) if isinstance(cell, float) and cell.is_integer() else str(cell)
+    is_whole = isinstance(cell, float) and cell.is_integer() and abs(cell) < _FIRST_ROUNDED
+    return str(int(cell)) if is_whole else str(cell)
 
 
 __all__ = ["SUFFIXES", "columns_of", "read_table", "tidy_name"]

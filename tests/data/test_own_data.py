@@ -130,6 +130,29 @@ def test_patients_and_splits_are_not_passed_over_for_their_name(tmp_path, header
         open_source(str(tmp_path), "train", MedCTConfig(id2label={0: "Mass"}, label2id={"Mass": 0}))
 
 
+@pytest.mark.parametrize(
+    ("patient", "said"),
+    [
+        ("nan", "6 rows have the patient 'nan', which names nobody"),
+        ("NULL", "'NULL'"),
+        ("#N/A", "'#N/A'"),
+        ("unbekannt", "'unbekannt'"),
+        ("1.23457E+11", "the patient '1.23457E\\+11' is a long number that was rounded"),
+        ("1,2E+15", "rounded"),
+    ],
+)
+def test_what_names_nobody_is_not_one_patient(tmp_path, patient, said):
+    folder = write_metadata(tmp_path, 6, patient=patient)
+    with pytest.raises(DataError, match=said):
+        open_source(str(folder), "train", CONFIG)
+
+
+@pytest.mark.parametrize("report", ["NULL", "nan", "n/a", "#N/A", "Not given.", " "])
+def test_a_report_that_says_nothing_is_none(tmp_path, report):
+    rows = open_source(str(write_metadata(tmp_path, 6, report=report)), "train", CONFIG).stream()
+    assert {row["report"] for row in rows} == {""}
+
+
 def test_names_are_looked_at_in_the_sheet_that_is_read(tmp_path):
     write_metadata(tmp_path, 2)
     table = pd.read_csv(tmp_path / "metadata.csv").assign(Patient="p")

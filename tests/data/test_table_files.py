@@ -193,3 +193,8 @@ def test_the_separator_is_the_one_that_finds_the_columns(tmp_path):
 def test_a_whole_number_of_a_sheet_has_no_point(cell, text):
     """As some programs save it: a patient 7.0 would be another than 7 of a csv file."""
     assert _text(cell) == text
+
+
+def test_a_number_that_a_spreadsheet_rounded_is_shown_so():
+    assert _text(123456789012.0) == "123456789012"
+    assert _text(1.23456789012346e17) == "1.23456789012346e+17"
