@@ -151,12 +151,23 @@ def refuse_misnamed(columns: Sequence[str], name: str) -> None:
         DataError: If there is such a column, and none of the right name.
     """
     for wanted, others in (("patient", ("patient", "patientid")), ("split", ("split",))):
-        found = [column for column in columns if re.sub(r"[\W_]", "", column).casefold() in others]
-        if found and wanted not in columns:
+        if found := misnamed(columns, wanted, others):
             raise DataError(
-                f"{name}: it has a column {found[0]!r}, which is read if it is called {wanted!r}. Rename it, so that "
+                f"{name}: it has a column {found!r}, which is read if it is called {wanted!r}. Rename it, so that "
                 "no patient is in two splits."
             )
+
+
+def misnamed(columns: Sequence[str], wanted: str, others: Sequence[str]) -> str | None:
+    """A column that would be passed over for its name; `None` if there is none, or one of the right name.
+
+    Args:
+        columns: Of a table.
+        wanted: The right name.
+        others: What else it may be called, in small letters; capitals, spaces and signs do not matter.
+    """
+    found = [column for column in columns if re.sub(r"[\W_]", "", column).casefold() in others]
+    return found[0] if found and wanted not in columns else None
 
 
 _NUMBERED = re.compile(r"(\D*)0*(\d+?)(?:\.0)?")

@@ -153,6 +153,29 @@ def test_a_report_that_says_nothing_is_none(tmp_path, report):
     assert {row["report"] for row in rows} == {""}
 
 
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        (["Report"], "it has a column 'Report', which is read if it is called 'report'"),
+        (["Findings", "Impression"], "'Findings'"),
+        (["findings", "IMPRESSION "], "'IMPRESSION'"),
+        (["report_text"], "'report_text'"),
+        (["report", "Findings"], None),
+        (["findings"], None),
+        (["reported by"], None),
+    ],
+)
+def test_reports_are_not_passed_over_for_their_name(tmp_path, columns, said):
+    folder = write_metadata(tmp_path, 6)
+    table = pd.read_csv(folder / "metadata.csv").drop(columns="report")
+    table.assign(**dict.fromkeys(columns, "A nodule.")).to_csv(folder / "metadata.csv", index=False)
+    if said is None:
+        assert open_source(str(folder), "train", CONFIG).num_studies
+        return
+    with pytest.raises(DataError, match=said):
+        open_source(str(folder), "train", CONFIG)
+
+
 def test_names_are_looked_at_in_the_sheet_that_is_read(tmp_path):
     write_metadata(tmp_path, 2)
     table = pd.read_csv(tmp_path / "metadata.csv").assign(Patient="p")
