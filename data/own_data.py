@@ -297,7 +297,8 @@ def parquet_source(
     tables, columns = [], set()
     for number, (path, name) in enumerate(zip(paths, _short_names(paths), strict=True)):
         table, column = _light_columns(path, name, number, options, label_names)
-        tables.append(table.assign(split=split_of[path] if len(files) > 1 else table.get("split", "")))
+        alone = "" if split_of[path].lower() not in (*_VALID, *_TEST) else split_of[path]  # "train" is any file's
+        tables.append(table.assign(split=split_of[path] if len(files) > 1 else table.get("split", alone)))
         columns.add(column)
     if len(columns) != 1:
         differing = ", ".join(sorted(columns))

@@ -333,6 +333,12 @@ def test_a_folder_of_parquet_files(tmp_path):
     assert names_of(tmp_path / "set", "valid") == {"study20", "study21"}
 
 
+def test_a_test_split_alone_is_scored_as_a_whole(tmp_path):
+    (tmp_path / "set").mkdir()
+    nifti_dataset(tmp_path, 4, 10).to_parquet(str(tmp_path / "set/test-00000-of-00001.parquet"))
+    assert names_of(tmp_path / "set", "valid") == {f"study{number}" for number in range(10, 14)}
+
+
 @pytest.mark.parametrize(
     ("train", "test", "named"),
     [
