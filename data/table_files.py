@@ -10,6 +10,7 @@
 | `.xlsx` | read with openpyxl if it is installed, from the sheet that has the columns; refused if several do |
 | cells of a sheet that are merged, below the header | each holds what is shown |
 | formulas that no spreadsheet has calculated, as programs write them | refused: their cells are empty, or 0 |
+| what formulas leave that failed, such as `#REF!` | refused |
 | another encoding than UTF-8, `.xls`, an encrypted workbook | refused |
 """
 
@@ -41,6 +42,7 @@ _FIRST_ROUNDED = 1e15
 _OLD_OFFICE = b"\xd0\xcf\x11\xe0"  # .xls, and workbooks with a password
 _CALCULATE_FIRST = re.compile(rb'fullCalcOnLoad="(1|true)"')
 _FORMULA = re.compile(rb'<c r="([A-Z]+[0-9]+)"[^>]*><f[ />]')
+_FAILED = re.compile(r"#[¡\w/]+[!?]")  # such as #REF!, #NAME? and #¡VALOR!
 _AS_CSV = "In Excel, save it as `CSV UTF-8`"
 
 
@@ -92,6 +94,10 @@ def read_table(
             )
         if any(row):
             cells.append([row[place] if place < len(row) else "" for place in places])
+            if failed := next(filter(_FAILED.fullmatch, cells[-1]), None):
+                raise DataError(
+                    f"{name}: row {number} holds {failed!r}, a formula that failed. Correct it, or empty it."
+                )
     return pd.DataFrame(cells, columns=wanted, dtype=str)
 
 

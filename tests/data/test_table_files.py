@@ -109,6 +109,9 @@ def test_rows_that_are_shorter_or_empty(tmp_path):
     [
         (b"a,b\n1,2,3\n", "row 2 has more cells than the header"),
         (b"a,b\n1,0,5\n", "row 2 has more cells than the header. Put cells that hold the separator into quotes"),
+        (b"a,b,c\n1,#REF!,\n", "row 2 holds '#REF!', a formula that failed"),
+        ("a,b\n1,2\n#¡VALOR!,2\n".encode(), "row 3 holds '#¡VALOR!'"),
+        (b"a,b\n#NAME?,2\n", "'#NAME\\?'"),
         (b"a,b,a\n1,2,3\n", "has the column 'a' twice"),
         (b"b,c\n1,2\n", "has no column 'a', but 'b', 'c'"),
         (b"", "has no column 'a' .*, but nothing. Add it"),
