@@ -17,7 +17,17 @@ import pandas as pd
 import pyarrow as pa
 
 from medct.data.cells import DECIMAL_COMMA, is_unknown, truth_of
-from medct.data.sources import MAPPING_FLAGS, DataError, NoSuchSplitError, Row, Skipped, Source, first_of, hash_share
+from medct.data.sources import (
+    MAPPING_FLAGS,
+    AllLeftOutError,
+    DataError,
+    NoSuchSplitError,
+    Row,
+    Skipped,
+    Source,
+    first_of,
+    hash_share,
+)
 from medct.data.study_names import composed
 from medct.data.subgroups import subgroups_of
 from medct.volume_medct import affine_from_spacing
@@ -329,7 +339,8 @@ def table_source(
         is_elsewhere = others and not reasons
         remedy = "Give some patients that split, in a column 'split'" if is_elsewhere else "Check its tables"
         why = reasons or others or "its tables are empty"
-        raise NoSuchSplitError(f"{where}: no study of the {selection.split} split is left ({why}). {remedy}.")
+        kind = AllLeftOutError if reasons else NoSuchSplitError
+        raise kind(f"{where}: no study of the {selection.split} split is left ({why}). {remedy}.")
     scan_or_id = table["scan" if "scan" in table else "id"]
     names = [scan_or_id[rows[0]] for rows in groups]
     chosen = first_of(names, selection.limit)
