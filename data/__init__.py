@@ -15,6 +15,7 @@
 | `loader` | from rows to batches |
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -30,6 +31,7 @@ from medct.data.phantoms.sites import SITES
 from medct.data.prepared import MANIFEST, prepared_source
 from medct.data.rad_chestct import is_rad_chestct, rad_chestct_source, rad_chestct_space
 from medct.data.sources import (
+    AllLeftOutError,
     DataError,
     Deferred,
     NoSuchSplitError,
@@ -156,7 +158,7 @@ def open_source(
 
 
 def open_splits(address: str, config: MedCTConfig, **options: Any) -> dict[str, Source]:
-    """Every split that a source has.
+    """Every split that a source has; it warns of those whose studies were all left out.
 
     Args:
         address: See `open_source`.
@@ -167,13 +169,17 @@ def open_splits(address: str, config: MedCTConfig, **options: Any) -> dict[str, 
         DataError: If the address holds nothing, or not what the model needs.
     """
     found: dict[str, Source] = {}
+    errors: list[NoSuchSplitError] = []
     for split in SPLITS:
         try:
             found[split] = open_source(address, split, config, **options)
         except NoSuchSplitError as error:
-            last = error
+            errors.append(error)
+    left_out = [error for error in errors if isinstance(error, AllLeftOutError)]
     if not found:
-        raise last
+        raise (left_out or errors)[-1]
+    for error in left_out:
+        warnings.warn(str(error), stacklevel=2)
     return found
 
 

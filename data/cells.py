@@ -8,7 +8,7 @@ _YES = "yes y true present positive ja wahr vorhanden oui vrai présent si sí s
 _NO = "no n false absent negative nein falsch non faux nee não hayır yok nie нет 否 无 無 阴性"
 WORDS = {**dict.fromkeys(_YES.split(), 1.0), "はい": 1.0, **dict.fromkeys(_NO.split(), 0.0), "いいえ": 0.0}
 """Labels that are written as words, casefolded; what means different things in different places is not among them."""
-_NOT_KNOWN = "nan na n/a unknown unbekannt inconnu desconocido sconosciuto bilinmiyor 未知"
+_NOT_KNOWN = "nan na n/a <na> #n/a #nv null unknown unbekannt inconnu desconocido sconosciuto bilinmiyor 未知"
 _UNKNOWN = {"", *_NOT_KNOWN.split()}
 DECIMAL_COMMA = re.compile(r"^([+-]?[0-9]*),([0-9]+)$")
 

@@ -25,7 +25,7 @@ import pyarrow as pa
 from datasets import ClassLabel, Features, Nifti, load_dataset_builder
 from pyarrow import parquet
 
-from medct.data.folders import HUB_ADDRESS, Folder
+from medct.data.folders import HUB_ADDRESS, Folder, LocalFolder
 from medct.data.sources import DataError, Deferred, Source, hash_share
 from medct.data.study_names import composed
 from medct.data.subgroups import COLUMNS as SUBGROUPS
@@ -40,6 +40,7 @@ from medct.data.tables import (
     check_labels,
     join_text,
     merge_doubles,
+    misnamed,
     patients_of,
     refuse_misnamed,
     refuse_two_spellings,
@@ -137,6 +138,19 @@ def tidy(table: pd.DataFrame, label_names: Sequence[str], where: str) -> pd.Data
     return table[columns].assign(report=reports, **subgroup_columns(table))
 
 
+def _refuse_misnamed(columns: Sequence[str], where: str) -> None:
+    """Refuse a table of which patients, splits or reports would be passed over for the name of their column."""
+    refuse_misnamed(columns, where)
+    if "report" in columns or "Findings_EN" in columns:
+        return
+    for wanted in ("report", "findings", "impression"):
+        if found := misnamed(columns, wanted, (wanted, f"{wanted}s", f"{wanted}text")):
+            raise DataError(
+                f"{where}: it has a column {found!r}, which is read if it is called {wanted!r}. Rename it, or call it "
+                "'other' if it is no report."
+            )
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # A folder with metadata.csv
 # ---------------------------------------------------------------------------------------------------------------------
@@ -152,8 +166,15 @@ def metadata_files(folder: Folder) -> dict[str, Path]:
     """
     if path := _metadata_file(folder, ""):
         return {"": path}
-    found = {name: _metadata_file(folder, f"{name}/") for name in ("train", "tune", *_VALID, *_TEST)}
+    found = {name: _metadata_file(folder, f"{name}/") for name in _split_folders(folder)}
     return {name: path for name, path in found.items() if path}
+
+
+def _split_folders(folder: Folder) -> Sequence[str]:
+    """Folders called like a split, in any capitals; of a repository, which is not listed, those that may be there."""
+    if isinstance(folder, LocalFolder):
+        return sorted(path.name for path in folder.root.iterdir() if path.name.lower() in _SPLIT_NAMES)
+    return _SPLIT_NAMES
 
 
 def _metadata_file(folder: Folder, within: str) -> Path | None:
@@ -182,8 +203,9 @@ def metadata_source(folder: Folder, files: dict[str, Path], label_names: Sequenc
         shown = f"{folder}/{split}/{path.name}" if split else f"{folder}/{path.name}"
         groups = [name for name in SUBGROUPS if name not in label_names]
         optional = ("patient", "split", *REPORT_COLUMNS, *groups)
-        refuse_misnamed(columns_of(path), shown)
-        table = read_table(path, ["file_name", *label_names], optional, shown, dict.fromkeys(label_names, MAPPING_HINT))
+        needed = ["file_name", *label_names]
+        _refuse_misnamed(columns_of(path, [*needed, *optional]), shown)
+        table = read_table(path, needed, optional, shown, dict.fromkeys(label_names, MAPPING_HINT))
         table = merge_doubles(table, "file_name", shown, groups)
         names = f"{split}/" + table["file_name"] if split else table["file_name"]
         table = table.assign(id=names, volume=names)
@@ -275,7 +297,8 @@ def parquet_source(
     tables, columns = [], set()
     for number, (path, name) in enumerate(zip(paths, _short_names(paths), strict=True)):
         table, column = _light_columns(path, name, number, options, label_names)
-        tables.append(table.assign(split=split_of[path] if len(files) > 1 else table.get("split", "")))
+        alone = "" if split_of[path].lower() not in (*_VALID, *_TEST) else split_of[path]  # "train" is any file's
+        tables.append(table.assign(split=split_of[path] if len(files) > 1 else table.get("split", alone)))
         columns.add(column)
     if len(columns) != 1:
         differing = ", ".join(sorted(columns))
@@ -324,7 +347,7 @@ def _light_columns(
             shard = parquet.ParquetFile(file)
             features = Features.from_arrow_schema(shard.schema_arrow)
             column = _volume_column(path, features)
-            refuse_misnamed(shard.schema_arrow.names, path)
+            _refuse_misnamed(shard.schema_arrow.names, path)
             groups = [name for name in SUBGROUPS if name not in label_names]
             wanted = [*label_names, *ID_COLUMNS, *REPORT_COLUMNS, *groups, "patient", "split"]
             missing = [name for name in label_names if name not in shard.schema_arrow.names]

@@ -42,6 +42,10 @@ class NoSuchSplitError(DataError):
     """A split that a source does not have, or of which nothing is left."""
 
 
+class AllLeftOutError(NoSuchSplitError):
+    """A split that a source has, and of which every study was left out."""
+
+
 @dataclass(frozen=True)
 class Skipped:
     """A study that is left out, and why."""

@@ -23,6 +23,8 @@ from medct.data.cells import is_unknown, number_of, truth_of
 PREFIX = "subgroup "
 """Of the columns in a table of studies."""
 _AGES = ((40, "under 40"), (60, "40-59"), (80, "60-79"))
+_OLDEST = 130
+"""In years; 999 and the like stand for an unknown age."""
 _AGE = re.compile(r"0*(\d{1,3})(?:[.,]\d+)?\s*([YMWD]?)", re.IGNORECASE)
 _SEXES = {
     "F": "f female feminine femenino feminino féminin femme femmina frau weiblich w woman mujer mulher",
@@ -43,7 +45,13 @@ def _age(text: str) -> str:
     if not (found := _AGE.fullmatch(text.strip())):
         return ""
     years = int(found[1]) if found[2].upper() in ("", "Y") else 0  # months, weeks and days are of children
+    if years > _OLDEST:
+        return ""
     return next((band for limit, band in _AGES if years < limit), "80 and over")
+
+
+def _as_it_is(text: str) -> str:
+    return "" if is_unknown(text) else text.strip()
 
 
 def _thickness(text: str) -> str:
@@ -67,8 +75,8 @@ def _agent_is_named(text: str) -> str:
 _READ: dict[str, dict[str, Callable[[str], str]]] = {
     "sex": {"sex": _sex, "PatientSex": _sex},
     "age": {"age": _age, "PatientAge": _age},
-    "manufacturer": {"manufacturer": str.strip, "Manufacturer": str.strip},
-    "kernel": {"kernel": str.strip, "ConvolutionKernel": str.strip},
+    "manufacturer": {"manufacturer": _as_it_is, "Manufacturer": _as_it_is},
+    "kernel": {"kernel": _as_it_is, "ConvolutionKernel": _as_it_is},
     "slice thickness": {"slice_thickness": _thickness, "SliceThickness": _thickness, "ZSpacing": _thickness},
     "contrast": {"contrast": _is_yes, "ContrastBolusAgent": _agent_is_named},
 }

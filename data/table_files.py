@@ -7,9 +7,10 @@
 | a column twice, a row longer than the header | refused: nobody knows which cell is meant |
 | an apostrophe before what would be a formula | left out, as in a spreadsheet |
 | a row shorter than the header | its last cells are empty |
-| `.xlsx` | read with openpyxl if it is installed, from the sheet that has the columns |
+| `.xlsx` | read with openpyxl if it is installed, from the sheet that has the columns; refused if several do |
 | cells of a sheet that are merged, below the header | each holds what is shown |
 | formulas that no spreadsheet has calculated, as programs write them | refused: their cells are empty, or 0 |
+| what formulas leave that failed, such as `#REF!` | refused |
 | another encoding than UTF-8, `.xls`, an encrypted workbook | refused |
 """
 
@@ -36,9 +37,12 @@ _SEPARATORS = ",;\t"
 _LONGEST_CELL = 2**24
 _MOST_CELLS = 2**26
 """Of one sheet: all up to its last cell in use, each of which is walked over."""
+_FIRST_ROUNDED = 1e15
+"""Spreadsheets keep 15 digits: the later ones of a longer number are lost."""
 _OLD_OFFICE = b"\xd0\xcf\x11\xe0"  # .xls, and workbooks with a password
 _CALCULATE_FIRST = re.compile(rb'fullCalcOnLoad="(1|true)"')
 _FORMULA = re.compile(rb'<c r="([A-Z]+[0-9]+)"[^>]*><f[ />]')
+_FAILED = re.compile(r"#[¡\w/]+[!?]")  # such as #REF!, #NAME? and #¡VALOR!
 _AS_CSV = "In Excel, save it as `CSV UTF-8`"
 
 
@@ -90,13 +94,22 @@ def read_table(
             )
         if any(row):
             cells.append([row[place] if place < len(row) else "" for place in places])
+            if failed := next(filter(_FAILED.fullmatch, cells[-1]), None):
+                raise DataError(
+                    f"{name}: row {number} holds {failed!r}, a formula that failed. Correct it, or empty it."
+                )
     return pd.DataFrame(cells, columns=wanted, dtype=str)
 
 
-def columns_of(path: Path) -> list[str]:
-    """The names of a table's columns, in their order; none if it is not a readable table."""
+def columns_of(path: Path, wanted: Sequence[str] = ()) -> list[str]:
+    """The names of a table's columns, in their order; none if it is not a readable table.
+
+    Args:
+        path: The file.
+        wanted: All columns that `read_table` is asked for, so that both read one sheet.
+    """
     try:
-        return [tidy_name(cell) for cell in next(_rows_of(path, (), str(path)), [])]
+        return [tidy_name(cell) for cell in next(_rows_of(path, wanted, str(path)), [])]
     except DataError:
         return []
 
@@ -160,16 +173,24 @@ def _sheet(path: Path, wanted: Sequence[str], name: str) -> Iterator[list[str]]:
         raise DataError(f"{name}: an Excel file, which needs openpyxl: pip install openpyxl. Or: {_AS_CSV}.") from error
     except Exception as error:  # openpyxl raises those of zipfile, XML and its own
         raise DataError(f"{name}: a damaged Excel file ({type(error).__name__}). {_AS_CSV}.") from error
-    yield from max(texts, key=lambda sheet: _count(sheet[0], wanted), default=[])
+    counts = {title: _count(rows[0], wanted) for title, rows in texts.items()}
+    alike = [title for title, count in counts.items() if count == max(counts.values())]
+    if len(alike) > 1 and counts[alike[0]]:
+        first, second = map(repr, alike[:2])
+        raise DataError(f"{name}: its sheets {first} and {second} both have such columns. Keep the one that holds.")
+    yield from texts[alike[0]] if alike else []
 
 
 @functools.lru_cache(maxsize=1)
-def _sheets(path: Path, state: tuple[int, ...]) -> list[list[list[str]]]:
+def _sheets(path: Path, state: tuple[int, ...]) -> dict[str, list[list[str]]]:
     """All sheets as text, kept since each split asks for the header and the rows, and openpyxl takes its time.
 
     Args:
         path: The file.
         state: What differs once the file was written again.
+
+    Returns:
+        Rows of cells by title; sheets without any are left out.
     """
     from openpyxl import load_workbook
 
@@ -185,7 +206,8 @@ def _sheets(path: Path, state: tuple[int, ...]) -> list[list[list[str]]]:
         raise DataError(
             f"the cell {cell} holds a formula that has not been calculated. Open the file in a spreadsheet and save it."
         )
-    return [texts for sheet in found if (texts := _texts(sheet))]
+    titles = [sheet.title + ("" if sheet.sheet_state == "visible" else " (hidden)") for sheet in found]
+    return {title: rows for title, sheet in zip(titles, found, strict=True) if (rows := _texts(sheet))}
 
 
 def _uncalculated(path: Path) -> str | None:
@@ -212,7 +234,8 @@ def _text(cell: Any) -> str:
     """A cell of a sheet as csv would hold it."""
     if cell is None:
         return ""
-    return str(int(cell)) if isinstance(cell, float) and cell.is_integer() else str(cell)
+    is_whole = isinstance(cell, float) and cell.is_integer() and abs(cell) < _FIRST_ROUNDED
+    return str(int(cell)) if is_whole else str(cell)
 
 
 __all__ = ["SUFFIXES", "columns_of", "read_table", "tidy_name"]

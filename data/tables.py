@@ -17,7 +17,17 @@ import pandas as pd
 import pyarrow as pa
 
 from medct.data.cells import DECIMAL_COMMA, is_unknown, truth_of
-from medct.data.sources import MAPPING_FLAGS, DataError, NoSuchSplitError, Row, Skipped, Source, first_of, hash_share
+from medct.data.sources import (
+    MAPPING_FLAGS,
+    AllLeftOutError,
+    DataError,
+    NoSuchSplitError,
+    Row,
+    Skipped,
+    Source,
+    first_of,
+    hash_share,
+)
 from medct.data.study_names import composed
 from medct.data.subgroups import subgroups_of
 from medct.volume_medct import affine_from_spacing
@@ -28,8 +38,9 @@ TUNE_SHARE = 0.1
 SPACINGS_MM = ["i_mm", "j_mm", "k_mm"]
 MAPPING_HINT = f"If it has another name there, say so with {MAPPING_FLAGS}; other findings are asked for with --labels."
 """What else to do if a label has no column."""
+_ROUNDED = re.compile(r"[0-9]+(?:[.,][0-9]+)?[Ee]\+[0-9]+")
 # What reports hold where nothing was dictated.
-_NO_TEXT = {"", "not given.", "not given", "nan"}
+_NO_TEXT = {"not given.", "not given"}
 
 
 @dataclass(frozen=True)
@@ -80,9 +91,9 @@ def belongs(patients: pd.Series, split: str, tune_share: float) -> pd.Series:
 
 
 def join_text(*parts: object) -> str:
-    """Join the parts of a report, without those that say nothing ("Not given." and empty ones)."""
+    """Join the parts of a report, without those that say nothing ("Not given.", "NULL" and empty ones)."""
     texts = (" ".join(str(part).split()) for part in parts if isinstance(part, str))
-    return " ".join(text for text in texts if text.lower() not in _NO_TEXT)
+    return " ".join(text for text in texts if text.lower() not in _NO_TEXT and not is_unknown(text))
 
 
 def merge_doubles(table: pd.DataFrame, key: str, name: str, remarks: Sequence[str] = ()) -> pd.DataFrame:
@@ -99,7 +110,7 @@ def merge_doubles(table: pd.DataFrame, key: str, name: str, remarks: Sequence[st
     """
     compared = [column for column in table if column not in remarks]
     table = table.assign(**{key: table[key].str.strip()}).drop_duplicates(compared)
-    _refuse_empty(table[key], key, name)
+    _refuse_empty(table[key] == "", key, name)
     doubled = table[key][table[key].duplicated()]
     if len(doubled):
         raise DataError(
@@ -109,8 +120,8 @@ def merge_doubles(table: pd.DataFrame, key: str, name: str, remarks: Sequence[st
     return table
 
 
-def _refuse_empty(cells: pd.Series, column: str, name: str) -> None:
-    if empty := int((cells == "").sum()):
+def _refuse_empty(is_empty: pd.Series, column: str, name: str) -> None:
+    if empty := int(is_empty.sum()):
         raise DataError(f"{name}: {empty} rows have an empty {column!r}. Fill it in.")
 
 
@@ -123,10 +134,19 @@ def patients_of(table: pd.DataFrame, study: str, name: str) -> pd.Series:
         name: What to call the table in messages.
 
     Raises:
-        DataError: If a patient is empty.
+        DataError: If a patient is empty, unknown, or a number that was rounded: all such would count as one.
     """
     patients = table.get("patient", table[study]).astype(str).str.strip().map(composed)
-    _refuse_empty(patients, "patient", name)
+    _refuse_empty(patients == "", "patient", name)
+    if "patient" not in table:
+        return patients
+    if unknown := list(filter(is_unknown, patients)):
+        raise DataError(f"{name}: {len(unknown)} rows have the patient {unknown[0]!r}, which names nobody. Fill it in.")
+    if rounded := list(filter(_ROUNDED.fullmatch, patients)):
+        raise DataError(
+            f"{name}: the patient {rounded[0]!r} is a long number that was rounded, so that several look like one. "
+            "Format the column as text before you fill it, and save it again."
+        )
     return patients
 
 
@@ -141,12 +161,23 @@ def refuse_misnamed(columns: Sequence[str], name: str) -> None:
         DataError: If there is such a column, and none of the right name.
     """
     for wanted, others in (("patient", ("patient", "patientid")), ("split", ("split",))):
-        found = [column for column in columns if re.sub(r"[\W_]", "", column).casefold() in others]
-        if found and wanted not in columns:
+        if found := misnamed(columns, wanted, others):
             raise DataError(
-                f"{name}: it has a column {found[0]!r}, which is read if it is called {wanted!r}. Rename it, so that "
+                f"{name}: it has a column {found!r}, which is read if it is called {wanted!r}. Rename it, so that "
                 "no patient is in two splits."
             )
+
+
+def misnamed(columns: Sequence[str], wanted: str, others: Sequence[str]) -> str | None:
+    """A column that would be passed over for its name; `None` if there is none, or one of the right name.
+
+    Args:
+        columns: Of a table.
+        wanted: The right name.
+        others: What else it may be called, in small letters; capitals, spaces and signs do not matter.
+    """
+    found = [column for column in columns if re.sub(r"[\W_]", "", column).casefold() in others]
+    return found[0] if found and wanted not in columns else None
 
 
 _NUMBERED = re.compile(r"(\D*)0*(\d+?)(?:\.0)?")
@@ -308,7 +339,8 @@ def table_source(
         is_elsewhere = others and not reasons
         remedy = "Give some patients that split, in a column 'split'" if is_elsewhere else "Check its tables"
         why = reasons or others or "its tables are empty"
-        raise NoSuchSplitError(f"{where}: no study of the {selection.split} split is left ({why}). {remedy}.")
+        kind = AllLeftOutError if reasons else NoSuchSplitError
+        raise kind(f"{where}: no study of the {selection.split} split is left ({why}). {remedy}.")
     scan_or_id = table["scan" if "scan" in table else "id"]
     names = [scan_or_id[rows[0]] for rows in groups]
     chosen = first_of(names, selection.limit)

@@ -13,7 +13,7 @@ from hub_server import HubServer
 from scan_files import write_series
 
 from medct import MedCTConfig
-from medct.data import DataError, StudyLoader, open_source, read_study
+from medct.data import DataError, StudyLoader, open_source, open_splits, read_study
 from medct.data.own_data import split_meanings
 from medct.data.tables import refuse_misnamed
 from medct.training.replay import with_replay
@@ -92,6 +92,13 @@ def test_a_folder_per_split(tmp_path):
     assert rows[1]["volume"] == str(tmp_path / "train/scan01.nii.gz")
 
 
+def test_a_folder_of_a_split_is_not_passed_over_for_its_spelling(tmp_path):
+    for name, count in (("training", 4), ("Test", 2)):
+        write_metadata(tmp_path / name, count)
+    found = {split: source.num_studies for split, source in open_splits(str(tmp_path), CONFIG, tune_share=0).items()}
+    assert found == {"train": 4, "valid": 2}
+
+
 def test_a_dicom_folder_is_a_study(tmp_path, processor):
     write_series(tmp_path / "scans/series1", np.full((6, 8, 5), -700, np.int16))
     table = pd.DataFrame(
@@ -121,6 +128,63 @@ def test_patients_and_splits_are_not_passed_over_for_their_name(tmp_path, header
         return
     with pytest.raises(DataError, match=said):
         open_source(str(tmp_path), "train", MedCTConfig(id2label={0: "Mass"}, label2id={"Mass": 0}))
+
+
+@pytest.mark.parametrize(
+    ("patient", "said"),
+    [
+        ("nan", "6 rows have the patient 'nan', which names nobody"),
+        ("NULL", "'NULL'"),
+        ("#N/A", "'#N/A'"),
+        ("unbekannt", "'unbekannt'"),
+        ("1.23457E+11", "the patient '1.23457E\\+11' is a long number that was rounded"),
+        ("1,2E+15", "rounded"),
+    ],
+)
+def test_what_names_nobody_is_not_one_patient(tmp_path, patient, said):
+    folder = write_metadata(tmp_path, 6, patient=patient)
+    with pytest.raises(DataError, match=said):
+        open_source(str(folder), "train", CONFIG)
+
+
+@pytest.mark.parametrize("report", ["NULL", "nan", "n/a", "#N/A", "Not given.", " "])
+def test_a_report_that_says_nothing_is_none(tmp_path, report):
+    rows = open_source(str(write_metadata(tmp_path, 6, report=report)), "train", CONFIG).stream()
+    assert {row["report"] for row in rows} == {""}
+
+
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        (["Report"], "it has a column 'Report', which is read if it is called 'report'"),
+        (["Findings", "Impression"], "'Findings'"),
+        (["findings", "IMPRESSION "], "'IMPRESSION'"),
+        (["report_text"], "'report_text'"),
+        (["report", "Findings"], None),
+        (["findings"], None),
+        (["reported by"], None),
+    ],
+)
+def test_reports_are_not_passed_over_for_their_name(tmp_path, columns, said):
+    folder = write_metadata(tmp_path, 6)
+    table = pd.read_csv(folder / "metadata.csv").drop(columns="report")
+    table.assign(**dict.fromkeys(columns, "A nodule.")).to_csv(folder / "metadata.csv", index=False)
+    if said is None:
+        assert open_source(str(folder), "train", CONFIG).num_studies
+        return
+    with pytest.raises(DataError, match=said):
+        open_source(str(folder), "train", CONFIG)
+
+
+def test_names_are_looked_at_in_the_sheet_that_is_read(tmp_path):
+    write_metadata(tmp_path, 2)
+    table = pd.read_csv(tmp_path / "metadata.csv").assign(Patient="p")
+    (tmp_path / "metadata.csv").unlink()
+    with pd.ExcelWriter(tmp_path / "metadata.xlsx") as book:
+        pd.DataFrame({"notes": ["of somebody"]}).to_excel(book, sheet_name="notes", index=False)
+        table.to_excel(book, sheet_name="studies", index=False)
+    with pytest.raises(DataError, match="it has a column 'Patient'"):
+        open_source(str(tmp_path), "train", CONFIG)
 
 
 @pytest.mark.parametrize(
@@ -267,6 +331,12 @@ def test_a_folder_of_parquet_files(tmp_path):
     nifti_dataset(tmp_path, 2, 20).to_parquet(str(tmp_path / "set/data/test-00000-of-00001.parquet"))
     assert names_of(tmp_path / "set", "train", tune_share=0) == {f"study{number}" for number in range(10, 14)}
     assert names_of(tmp_path / "set", "valid") == {"study20", "study21"}
+
+
+def test_a_test_split_alone_is_scored_as_a_whole(tmp_path):
+    (tmp_path / "set").mkdir()
+    nifti_dataset(tmp_path, 4, 10).to_parquet(str(tmp_path / "set/test-00000-of-00001.parquet"))
+    assert names_of(tmp_path / "set", "valid") == {f"study{number}" for number in range(10, 14)}
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,17 @@ def test_a_source_of_one_split_is_whole_with_all(own):
         open_source(address, "train", CONFIG)
 
 
+def test_a_split_whose_files_are_missing_is_not_dropped_without_a_word(own):
+    address = own(6, split=["train"] * 4 + ["valid"] * 2, file_name=["0.nii.gz", "1.nii.gz", "2.nii.gz", *"abc"])
+    with pytest.warns(UserWarning, match=r"no study of the valid split is left \(no such file\)\. Check its tables"):
+        assert open_splits(address, CONFIG, tune_share=0)["train"].num_studies == 3
+
+
+def test_of_studies_that_are_nowhere_the_reason_is_said(own):
+    with pytest.raises(DataError, match=r"is left \(no such file\)\. Check its tables"):
+        open_splits(own(6, file_name=[rf"scans\{index}.nii.gz" for index in range(6)]), CONFIG)
+
+
 def test_a_limit_takes_the_first_of_the_same_order(own):
     address = own()
     ten, five = (ids(open_source(address, ALL, CONFIG, limit=limit)) for limit in (10, 5))

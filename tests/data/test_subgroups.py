@@ -20,8 +20,21 @@ from medct.data.subgroups import subgroup_columns, subgroups_of
             "PatientAge",
             {"058Y": "40-59", "58": "40-59", "39.9": "under 40", "59,9": "40-59", "060Y": "60-79", "090M": "under 40"},
         ),
-        ("age", {"40": "40-59", "80": "80 and over", "": "", "old": "", "-3": "", "1000Y": ""}),
+        (
+            "age",
+            {
+                "40": "40-59",
+                "80": "80 and over",
+                "": "",
+                "old": "",
+                "-3": "",
+                "1000Y": "",
+                "999": "",
+                "103": "80 and over",
+            },
+        ),
         ("ConvolutionKernel", {"B30f": "B30f", " I50f ": "I50f", "": ""}),
+        ("manufacturer", {"GE": "GE", "nan": "", "NULL": "", "unknown": "", "#N/A": ""}),
         (
             "SliceThickness",
             {
@@ -38,7 +51,7 @@ from medct.data.subgroups import subgroup_columns, subgroups_of
         ),
         ("contrast", {"1": "yes", "no": "no", "0.0": "no", "TRUE": "yes", "ja": "yes", "": "", "maybe": ""}),
         ("ContrastBolusAgent", {"Ultravist": "yes", "Non ionic": "yes", "": "no", " ": "no", "NONE": "no", "0": "no"}),
-        ("ContrastBolusAgent", {"NO CONTRAST": "no", "ohne KM": "no", "nein": "no", "n/a": "", "unknown": ""}),
+        ("ContrastBolusAgent", {"NO CONTRAST": "no", "ohne KM": "no", "nein": "no", "n/a": "", "NULL": ""}),
     ],
 )
 def test_cells_become_subgroups(column, cells):

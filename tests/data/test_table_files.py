@@ -53,6 +53,15 @@ def test_a_sheet_gives_the_same(name, tmp_path):
     assert cells(read_table(path, COLUMNS, ["report"])) == ROWS
 
 
+def test_of_two_sheets_with_the_columns_none_is_taken(tmp_path):
+    path = write_xlsx(tmp_path / "table.xlsx", [HEADER, *ROWS[:1]], [["Notes"]], [HEADER, *ROWS])
+    book = openpyxl.load_workbook(path)
+    book.worksheets[0].sheet_state = "hidden"
+    book.save(path)
+    with pytest.raises(DataError, match=r"sheets 'Sheet \(hidden\)' and 'Sheet2' both have such columns\. Keep"):
+        read_table(path, COLUMNS, ["report"])
+
+
 def test_merged_cells_of_a_sheet_hold_what_is_shown_in_each_place(tmp_path):
     path = write_xlsx(tmp_path / "table.xlsx", [["file_name", "patient", "Erguss", "Herz", "Befund"]])
     book = openpyxl.load_workbook(path)
@@ -100,6 +109,9 @@ def test_rows_that_are_shorter_or_empty(tmp_path):
     [
         (b"a,b\n1,2,3\n", "row 2 has more cells than the header"),
         (b"a,b\n1,0,5\n", "row 2 has more cells than the header. Put cells that hold the separator into quotes"),
+        (b"a,b,c\n1,#REF!,\n", "row 2 holds '#REF!', a formula that failed"),
+        ("a,b\n1,2\n#¡VALOR!,2\n".encode(), "row 3 holds '#¡VALOR!'"),
+        (b"a,b\n#NAME?,2\n", "'#NAME\\?'"),
         (b"a,b,a\n1,2,3\n", "has the column 'a' twice"),
         (b"b,c\n1,2\n", "has no column 'a', but 'b', 'c'"),
         (b"", "has no column 'a' .*, but nothing. Add it"),
@@ -184,3 +196,8 @@ def test_the_separator_is_the_one_that_finds_the_columns(tmp_path):
 def test_a_whole_number_of_a_sheet_has_no_point(cell, text):
     """As some programs save it: a patient 7.0 would be another than 7 of a csv file."""
     assert _text(cell) == text
+
+
+def test_a_number_that_a_spreadsheet_rounded_is_shown_so():
+    assert _text(123456789012.0) == "123456789012"
+    assert _text(1.23456789012346e17) == "1.23456789012346e+17"
