@@ -178,8 +178,8 @@ def open_splits(address: str, config: MedCTConfig, **options: Any) -> dict[str, 
     left_out = [error for error in errors if isinstance(error, AllLeftOutError)]
     if not found:
         raise (left_out or errors)[-1]
-    for error in left_out:
-        warnings.warn(str(error), stacklevel=2)
+    for each in left_out:
+        warnings.warn(str(each), stacklevel=2)
     return found
 
 
