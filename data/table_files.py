@@ -4,6 +4,7 @@
 | --- | --- |
 | commas, semicolons or tabs between the cells | the separator by which the header has the columns that are asked for |
 | spaces around a column's name, accents composed in another way | the name all the same |
+| a first line `sep=;`, which is for Excel | passed over; the separator is the one that finds the columns |
 | a column twice, a row longer than the header | refused: nobody knows which cell is meant |
 | an apostrophe before what would be a formula | left out, as in a spreadsheet |
 | a row shorter than the header | its last cells are empty |
@@ -43,6 +44,8 @@ _OLD_OFFICE = b"\xd0\xcf\x11\xe0"  # .xls, and workbooks with a password
 _CALCULATE_FIRST = re.compile(rb'fullCalcOnLoad="(1|true)"')
 _FORMULA = re.compile(rb'<c r="([A-Z]+[0-9]+)"[^>]*><f[ />]')
 _FAILED = re.compile(r"#[¡\w/]+[!?]")  # such as #REF!, #NAME? and #¡VALOR!
+_FOR_EXCEL = re.compile(r'"?sep=.?"?\s*', re.IGNORECASE)
+"""A first line that tells Excel the separator, and is shown in no row."""
 _AS_CSV = "In Excel, save it as `CSV UTF-8`"
 
 
@@ -140,7 +143,8 @@ def _csv(path: Path, wanted: Sequence[str], comments: bool) -> Iterator[list[str
 
     def rows(separator: str) -> Iterator[list[str]]:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            lines = itertools.dropwhile(lambda line: comments and line.startswith("#"), file)
+            heads = itertools.dropwhile(lambda line: comments and line.startswith("#"), file)
+            lines = itertools.dropwhile(_FOR_EXCEL.fullmatch, heads)
             for row in csv.reader(lines, delimiter=separator, strict=True):
                 yield list(map(of_text, row))
 

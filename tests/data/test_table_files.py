@@ -46,6 +46,15 @@ def test_any_separator_gives_the_same(tmp_path, separator, encoding):
     assert columns_of(path) == HEADER
 
 
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+@pytest.mark.parametrize("line", ["sep={}\r\n", '\ufeff"SEP={}"\n'])
+def test_a_line_that_tells_excel_the_separator_is_passed_over(tmp_path, separator, line):
+    path = write_csv(tmp_path / "table.csv", separator)
+    path.write_bytes(line.format(separator).encode() + path.read_bytes())
+    assert cells(read_table(path, COLUMNS, ["report"])) == ROWS
+    assert columns_of(path) == HEADER
+
+
 @pytest.mark.parametrize("name", ["table.xlsx", "renamed.csv"])
 def test_a_sheet_gives_the_same(name, tmp_path):
     sheets = [["Notes"], ["of somebody"]], [HEADER, *ROWS, [None, None, None]]
