@@ -138,7 +138,7 @@ def tidy(table: pd.DataFrame, label_names: Sequence[str], where: str) -> pd.Data
     return table[columns].assign(report=reports, **subgroup_columns(table))
 
 
-def _refuse_misnamed(columns: Sequence[str], where: str) -> None:
+def _refuse_passed_over(columns: Sequence[str], where: str) -> None:
     """Refuse a table of which patients, splits or reports would be passed over for the name of their column."""
     refuse_misnamed(columns, where)
     if "report" in columns or "Findings_EN" in columns:
@@ -204,7 +204,7 @@ def metadata_source(folder: Folder, files: dict[str, Path], label_names: Sequenc
         groups = [name for name in SUBGROUPS if name not in label_names]
         optional = ("patient", "split", *REPORT_COLUMNS, *groups)
         needed = ["file_name", *label_names]
-        _refuse_misnamed(columns_of(path, [*needed, *optional]), shown)
+        _refuse_passed_over(columns_of(path, [*needed, *optional]), shown)
         table = read_table(path, needed, optional, shown, dict.fromkeys(label_names, MAPPING_HINT))
         table = merge_doubles(table, "file_name", shown, groups)
         names = f"{split}/" + table["file_name"] if split else table["file_name"]
@@ -347,7 +347,7 @@ def _light_columns(
             shard = parquet.ParquetFile(file)
             features = Features.from_arrow_schema(shard.schema_arrow)
             column = _volume_column(path, features)
-            _refuse_misnamed(shard.schema_arrow.names, path)
+            _refuse_passed_over(shard.schema_arrow.names, path)
             groups = [name for name in SUBGROUPS if name not in label_names]
             wanted = [*label_names, *ID_COLUMNS, *REPORT_COLUMNS, *groups, "patient", "split"]
             missing = [name for name in label_names if name not in shard.schema_arrow.names]

@@ -110,7 +110,7 @@ def merge_doubles(table: pd.DataFrame, key: str, name: str, remarks: Sequence[st
     """
     compared = [column for column in table if column not in remarks]
     table = table.assign(**{key: table[key].str.strip()}).drop_duplicates(compared)
-    _refuse_empty(table[key] == "", key, name)
+    _refuse_empty(table[key], key, name)
     doubled = table[key][table[key].duplicated()]
     if len(doubled):
         raise DataError(
@@ -120,8 +120,8 @@ def merge_doubles(table: pd.DataFrame, key: str, name: str, remarks: Sequence[st
     return table
 
 
-def _refuse_empty(is_empty: pd.Series, column: str, name: str) -> None:
-    if empty := int(is_empty.sum()):
+def _refuse_empty(cells: pd.Series, column: str, name: str) -> None:
+    if empty := int((cells == "").sum()):
         raise DataError(f"{name}: {empty} rows have an empty {column!r}. Fill it in.")
 
 
@@ -137,7 +137,7 @@ def patients_of(table: pd.DataFrame, study: str, name: str) -> pd.Series:
         DataError: If a patient is empty, unknown, or a number that was rounded: all such would count as one.
     """
     patients = table.get("patient", table[study]).astype(str).str.strip().map(composed)
-    _refuse_empty(patients == "", "patient", name)
+    _refuse_empty(patients, "patient", name)
     if "patient" not in table:
         return patients
     if unknown := list(filter(is_unknown, patients)):

@@ -85,7 +85,7 @@ def write_predictions(
     """Write scores.
 
     Args:
-        path: csv file to make or replace.
+        path: csv file to make; of one that was stopped, a part.
         predictions: What to write.
         others: Source, split and names of studies that have no scores, such as those trained on.
     """
